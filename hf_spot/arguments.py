@@ -1,0 +1,76 @@
+"""SpotArguments: every setting of a SpotCallback, in one dataclass that HfArgumentParser understands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hf_spot.errors import ConfigError
+
+NOTICE_NAMES = ("auto", "imds", "signal", "file", "none")
+
+
+@dataclass
+class SpotArguments:
+    """Settings shared by `SpotCallback` and `hf-spot launch`. Everything is checked at construction.
+
+    Raises:
+        ConfigError: a value that can't be used, naming the field.
+    """
+
+    notice: str = field(
+        default="auto",
+        metadata={
+            "help": "Where to listen for preemption: a comma-separated list of imds, signal, file[:PATH]; "
+            "auto picks what this machine has; none listens to nothing."
+        },
+    )
+    signals: str = field(
+        default="SIGTERM,SIGUSR1",
+        metadata={"help": "Signals that mean preemption, for the source 'signal'."},
+    )
+    grace_s: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds between such a signal and the kill, if you know them (Kubernetes: "
+            "terminationGracePeriodSeconds). A notice that states its own deadline is believed instead."
+        },
+    )
+    save_total_limit: int | None = field(
+        default=3,
+        metadata={"help": "Newest checkpoints kept in the store, besides the best one; 0 keeps all."},
+    )
+    drain_timeout_s: float = field(
+        default=600.0,
+        metadata={"help": "At the end of training, how many seconds the last upload may take before giving up."},
+    )
+    upload_workers: int = field(default=4, metadata={"help": "Files uploaded or downloaded at the same time."})
+    allow_unfenced_store: bool = field(
+        default=False,
+        metadata={
+            "help": "Use a store that ignores create-if-absent. Two machines can then damage the run: "
+            "only for a store that one machine at a time uses."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        names = [name.strip() for name in self.notice.split(",") if name.strip()]
+        for name in names:
+            base, _, path = name.partition(":")
+            if base not in NOTICE_NAMES or (path and base != "file"):
+                raise ConfigError(
+                    f"notice={self.notice!r}: {name!r} is no source of notices",
+                    hint=f"one or more of {', '.join(NOTICE_NAMES)}, separated by commas (file may be file:/a/path)",
+                )
+        if not names or (len(names) > 1 and {"auto", "none"} & set(names)):
+            raise ConfigError(
+                f"notice={self.notice!r}: 'auto' and 'none' stand alone, and something must be named",
+                hint="--notice imds,signal",
+            )
+        if self.grace_s is not None and not self.grace_s > 0:
+            raise ConfigError(f"grace_s={self.grace_s} must be positive", hint="leave it out when it is not known")
+        if self.save_total_limit is not None and self.save_total_limit < 0:
+            raise ConfigError(f"save_total_limit={self.save_total_limit} must not be negative", hint="0 keeps all")
+        if not self.drain_timeout_s > 0:
+            raise ConfigError(f"drain_timeout_s={self.drain_timeout_s} must be positive")
+        if self.upload_workers < 1:
+            raise ConfigError(f"upload_workers={self.upload_workers} must be at least 1")

@@ -1,0 +1,238 @@
+"""The command line: argparse, and one short function per command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_spot import __version__
+from hf_spot.arguments import SpotArguments
+from hf_spot.errors import EXIT_USAGE, SpotError
+
+if TYPE_CHECKING:
+    from hf_spot.run.run import Run
+
+_EXIT_CODES = """exit codes:
+  0    done; of launch: the run is finished
+  1    verify found damage; demo: the two models differ
+  2    usage, or a store that can't be used
+  75   launch: preempted, start the same command again to go on
+  76   launch: a newer launch owns the run
+  130  interrupted twice
+  any other code of launch is the script's own"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["launch"]:
+            from hf_spot.launch import launch  # its parser is accelerate's: it can't be a sub-parser of ours
+
+            return launch(arguments[1:])
+        args = parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], int] = args.command
+        return command(args)
+    except SpotError as error:
+        print(f"hf-spot: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of everything but ``launch``."""
+    top = argparse.ArgumentParser(
+        prog="hf-spot",
+        description="Fine-tune with Hugging Face on machines that can be taken away.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"hf-spot {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    commands.add_parser(
+        "launch", help="accelerate launch, made preemptible (hf-spot launch --help)", add_help=False
+    )
+
+    demo = _add(commands, "demo", _demo, "the whole story on this machine in about a minute")
+    demo.add_argument("--store", help="run against this URL; default: a directory that is deleted afterwards")
+    demo.add_argument("--plot", metavar="FILE", type=Path, help="where the loss curve goes (PNG)")
+    demo.add_argument("--keep", metavar="DIR", type=Path, help="keep everything that the demo writes in this folder")
+    _json(demo)
+
+    checkpoints = commands.add_parser("checkpoints", help="what is in a run", allow_abbrev=False)
+    actions = checkpoints.add_subparsers(title="actions", metavar="ACTION", required=True)
+    ls = _add(actions, "ls", _ls, "lists the committed checkpoints")
+    _run(ls)
+    _json(ls)
+    verify = _add(actions, "verify", _verify, "reads every file back and compares it with the journal")
+    verify.add_argument("run", metavar="RUN|FOLDER", help="URL of a run, or a local checkpoint folder")
+    verify.add_argument("--step", type=int, help="only this checkpoint")
+    _json(verify)
+    pull = _add(actions, "pull", _pull, "downloads a checkpoint, verified")
+    _run(pull)
+    pull.add_argument("into", type=Path, nargs="?", default=Path(), help="folder that gets checkpoint-STEP (default: here)")
+    pull.add_argument("--step", type=int, help="default: the newest")
+    _json(pull)
+    push = _add(actions, "push", _push, "uploads and commits a local checkpoint folder")
+    _run(push)
+    push.add_argument("folder", type=Path)
+    push.add_argument("--step", type=int, help="needed when the folder is not named checkpoint-STEP")
+    _json(push)
+    prune = _add(actions, "prune", _prune, "takes old checkpoints out of a run and deletes their files")
+    _run(prune)
+    prune.add_argument("--save-total-limit", type=int, required=True, metavar="N", help="newest ones that stay, besides the best")
+    _json(prune)
+
+    report = _add(commands, "report", _report, "launches, interruptions and lost steps of a run")
+    _run(report)
+    _json(report)
+
+    watch = _add(commands, "watch", _watch, "prints preemption notices as they come")
+    watch.add_argument("--notice", default="auto", help=_help("notice"))
+    watch.add_argument("--once", action="store_true", help="ask every source once and end")
+    _json(watch)
+    return top
+
+
+def _add(commands: Any, name: str, function: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+    added: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    added.set_defaults(command=function)
+    return added
+
+
+def _run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help="URL of a run: s3://bucket/prefix, or a directory")
+
+
+def _json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON for scripts")
+
+
+def _help(field: str) -> str:
+    return next(str(f.metadata["help"]) for f in dataclasses.fields(SpotArguments) if f.name == field)
+
+
+def _open(url: str) -> Run:
+    from hf_spot.run.run import Run
+
+    return Run(url)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.1f} MB"
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from hf_spot.demo.story import run_demo
+
+    return run_demo(store=args.store, plot=args.plot, keep=args.keep, as_json=args.json)
+
+
+def _ls(args: argparse.Namespace) -> int:
+    refs = _open(args.run).state().checkpoints
+    if args.json:
+        _print_json([dataclasses.asdict(ref) for ref in refs])
+        return 0
+    if not refs:
+        print(f"{args.run}: no checkpoints")
+    for ref in refs:
+        marks = " ".join(word for word, holds in (("best", ref.best), ("complete", ref.complete)) if holds)
+        stage = "" if ref.stage == 1 else f" stage {ref.stage}"
+        print(f"checkpoint-{ref.step:<8}{stage} {_megabytes(ref.size_bytes):>14}  launch {ref.epoch:<4} {marks}".rstrip())
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from hf_spot.run.inspect import is_checkpoint_folder, problems_in
+
+    if is_checkpoint_folder(Path(args.run)):
+        found = {args.run: problems_in(Path(args.run))}
+    else:
+        run = _open(args.run)
+        run.find(args.step)
+        found = {f"entry {entry}": problems for entry, problems in run.verify(args.step).items()}
+    if args.json:
+        _print_json(found)
+    else:
+        for name, problems in found.items():
+            print(f"{name}: {'whole' if not problems else ''}")
+            for problem in problems:
+                print(f"  {problem}")
+    return 1 if any(found.values()) else 0
+
+
+def _pull(args: argparse.Namespace) -> int:
+    folder = _open(args.run).pull(args.into, args.step)
+    if args.json:
+        _print_json({"folder": str(folder)})
+    else:
+        print(folder)
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    checkpoint = _open(args.run).push(args.folder, args.step)
+    if args.json:
+        _print_json(dataclasses.asdict(checkpoint.ref))
+    else:
+        print(f"{checkpoint.name} committed to {args.run}: {_megabytes(checkpoint.ref.size_bytes)}")
+    return 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    run = _open(args.run)
+    run.find()  # a typo in the URL must not make a new run
+    run.join()
+    gone = run.prune(args.save_total_limit)
+    if args.json:
+        _print_json([dataclasses.asdict(ref) for ref in gone])
+    else:
+        print("\n".join(f"checkpoint-{ref.step} pruned, {_megabytes(ref.size_bytes)}" for ref in gone) or "nothing to prune")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from hf_spot.economics.report import render, summarise
+
+    report = summarise(_open(args.run).events())
+    if args.json:
+        _print_json({"run": args.run, **report.to_dict()})
+    else:
+        print(render(report, args.run))
+    return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from hf_spot.notices.detect import sources
+    from hf_spot.notices.watch import watch
+
+    watch(
+        sources(SpotArguments(notice=args.notice), environ=os.environ),
+        out=sys.stdout,
+        as_json=args.json,
+        duration_s=0 if args.once else None,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main() or 0)
+
+
+__all__ = ["EXIT_USAGE", "main", "parser"]

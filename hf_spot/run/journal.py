@@ -1,0 +1,306 @@
+"""The journal of a run: numbered entries, each made by one create-if-absent put and never rewritten.
+
+Protocol (invariants in capitals are what the tests attack):
+
+* Entry *n* is the object ``journal/{n:08d}.json``. Whoever creates it has read entry *n-1*: NUMBERS HAVE NO GAPS, and
+  every entry carries the state of the run after it, so reading the newest one is enough.
+* ``claim`` raises the epoch by one. A writer holds one epoch and may append only while it is the newest:
+  AN ENTRY OF AN OLDER EPOCH NEVER FOLLOWS A NEWER CLAIM. It finds its number taken, reads who took it, and raises `Fenced`.
+* An answer can be lost. Every draft has an ``id``; after trouble the writer reads the number back, and finding its own
+  id means success: ONE DRAFT BECOMES AT MOST ONE ENTRY.
+* Entries are never deleted: a stalled writer could otherwise recreate a number that everybody has passed.
+
+``tip.json`` remembers a number near the newest one, so that finding the tip costs three requests however long the journal
+is. It is a hint and never believed further than to start listing from there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from typing import Any
+
+from hf_spot.errors import ConfigError, CorruptCheckpoint, Fenced, ObjectNotFound, StoreUnavailable
+from hf_spot.storage.store import ObjectStore
+
+FORMAT = 1
+KINDS = ("claim", "commit", "notice", "preempted", "finished", "failed", "prune")
+ENDINGS = ("preempted", "finished", "failed")
+_PREFIX = "journal/"
+_HINT_KEY = "tip.json"
+_NAME = re.compile(r"^journal/(\d{8})\.json$")
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """What every later entry remembers of a commit.
+
+    Args:
+        entry: number of the commit's entry.
+        epoch: the launch that wrote it.
+        stage: which call of ``trainer.train()`` in the script it belongs to, from 1.
+        step: optimizer steps done.
+        size_bytes: of all its files.
+        prefix: where its files stand, relative to the run.
+        best: it is what Trainer holds for the best of its stage.
+        complete: its stage was trained to the end.
+    """
+
+    entry: int
+    epoch: int
+    stage: int
+    step: int
+    size_bytes: int
+    prefix: str
+    best: bool = False
+    complete: bool = False
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run as it stands after entry ``number``; number 0 is a run that nobody has claimed yet.
+
+    Args:
+        number: of the newest entry.
+        epoch: of the newest claim.
+        checkpoints: those that exist, oldest commit first.
+        ended: how the newest launch ended (one of `ENDINGS`), or None while it runs or when it died unheard.
+    """
+
+    number: int = 0
+    epoch: int = 0
+    checkpoints: tuple[CheckpointRef, ...] = ()
+    ended: str | None = None
+
+    def latest(self, stage: int | None = None) -> CheckpointRef | None:
+        """The newest checkpoint (of a stage), or None."""
+        found = [ref for ref in self.checkpoints if stage is None or ref.stage == stage]
+        return found[-1] if found else None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the journal. ``time`` is the writer's clock; order is by ``number`` alone."""
+
+    number: int
+    kind: str
+    epoch: int
+    id: str
+    time: datetime
+    data: dict[str, Any]
+    state: RunState = field(repr=False)
+
+
+def fold(state: RunState, number: int, kind: str, epoch: int, data: dict[str, Any]) -> RunState:
+    """The state after an entry, from the state before it. Pure."""
+    after = replace(state, number=number, epoch=epoch)
+    if kind == "claim":
+        return replace(after, ended=None)
+    if kind in ENDINGS:
+        return replace(after, ended=kind)
+    if kind == "prune":
+        gone = set(data["entries"])
+        return replace(after, checkpoints=tuple(ref for ref in state.checkpoints if ref.entry not in gone))
+    if kind == "commit":
+        new = CheckpointRef(
+            entry=number,
+            epoch=epoch,
+            stage=data["stage"],
+            step=data["step"],
+            size_bytes=sum(file["size"] for file in data["files"]),
+            prefix=data["prefix"],
+            complete=data["complete"],
+        )
+        refs = [*state.checkpoints, new]
+        # Which one is best changes with every evaluation, and a step can be committed again after a fallback.
+        best = max((ref.entry for ref in refs if (ref.stage, ref.step) == (new.stage, data.get("best_step"))), default=None)
+        marked = (replace(ref, best=ref.entry == best) if ref.stage == new.stage else ref for ref in refs)
+        return replace(after, checkpoints=tuple(marked))
+    return after
+
+
+def encode(entry: Entry) -> bytes:
+    """The bytes that are put."""
+    fields = {
+        "format": FORMAT,
+        "number": entry.number,
+        "kind": entry.kind,
+        "epoch": entry.epoch,
+        "id": entry.id,
+        "time": entry.time.astimezone(timezone.utc).isoformat(),
+        "data": entry.data,
+        "state": asdict(entry.state),
+    }
+    return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def decode(data: bytes) -> Entry:
+    """Reads `encode`'s bytes back.
+
+    Raises:
+        ConfigError: the entry was written by a newer hf_spot.
+        CorruptCheckpoint: these bytes are no journal entry.
+    """
+    try:
+        fields = json.loads(data)
+        if fields["format"] > FORMAT:
+            raise ConfigError(
+                f"this run was written by a newer hf_spot (journal format {fields['format']}, this one reads {FORMAT})",
+                hint="pip install --upgrade hf_spot",
+            )
+        state = fields["state"]
+        refs = tuple(CheckpointRef(**ref) for ref in state.pop("checkpoints"))
+        return Entry(
+            number=fields["number"],
+            kind=fields["kind"],
+            epoch=fields["epoch"],
+            id=fields["id"],
+            time=datetime.fromisoformat(fields["time"]),
+            data=fields["data"],
+            state=RunState(checkpoints=refs, **state),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpoint(f"not a journal entry: {data[:80]!r} ({error})") from error
+
+
+class Journal:
+    """Reads and appends; knows the newest state it has seen. Safe to use from several threads.
+
+    Args:
+        store: where the run stands.
+        now: the clock that stamps entries.
+        new_id: makes the ids of drafts.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
+        new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    ) -> None:
+        self._store = store
+        self._now = now
+        self._new_id = new_id
+        self._lock = threading.RLock()
+        self._state = RunState()
+        self.epoch = 0  # the claim held by this writer; 0 when it holds none
+
+    @property
+    def state(self) -> RunState:
+        """As last seen; `refresh` asks the store."""
+        return self._state
+
+    def refresh(self) -> RunState:
+        """Finds the newest entry: at most three requests while the hint is fresh."""
+        with self._lock:
+            near = self._state.number or self._read_hint()
+            number = self._last_number(near)
+            if number != self._state.number:
+                self._state = self.read(number).state
+            return self._state
+
+    def read(self, number: int) -> Entry:
+        """One entry. Raises ObjectNotFound."""
+        return decode(self._store.get(_key(number)))
+
+    def entries(self) -> Iterator[Entry]:
+        """All entries, oldest first."""
+        last = self.refresh().number
+        with ThreadPoolExecutor(max_workers=16, thread_name_prefix="hf_spot-journal") as pool:
+            yield from pool.map(self.read, range(1, last + 1))
+
+    def claim(self, data: dict[str, Any]) -> Entry:
+        """Takes the run over: a new epoch, which fences every writer before it."""
+        with self._lock:
+            self.refresh()
+            entry = self._append("claim", data, self._new_id(), lambda state: state.epoch + 1)
+            self.epoch = entry.epoch
+            return entry
+
+    def adopt(self, epoch: int) -> None:
+        """Goes on under a claim made by another process of the same launch. Raises Fenced when it is not the newest."""
+        with self._lock:
+            self.epoch = epoch
+            self._holds(self.refresh())
+
+    def append(self, kind: str, data: dict[str, Any], *, id: str | None = None) -> Entry:
+        """Adds an entry under this writer's epoch.
+
+        Args:
+            kind: one of `KINDS`.
+            data: JSON values.
+            id: give the same one when repeating a call whose answer was lost.
+
+        Raises:
+            Fenced: a newer launch has claimed the run.
+            StoreUnavailable: the store could not be asked; the entry may or may not stand.
+        """
+        with self._lock:
+            return self._append(kind, data, id or self._new_id(), self._holds)
+
+    def _holds(self, state: RunState) -> int:
+        if state.epoch != self.epoch:
+            raise Fenced(
+                f"launch {state.epoch} has taken over {self._store.url}; this one is launch {self.epoch} and stops",
+                hint=f"hf-spot report {self._store.url}",
+            )
+        return self.epoch
+
+    def _append(self, kind: str, data: dict[str, Any], id: str, epoch_for: Callable[[RunState], int]) -> Entry:
+        while True:
+            epoch = epoch_for(self._state)
+            number = self._state.number + 1
+            state = fold(self._state, number, kind, epoch, data)
+            draft = Entry(number, kind, epoch, id, self._now(), data, state)
+            standing = self._create(draft)
+            self._state = standing.state
+            if standing.id == id:
+                self._store_hint(number)
+                return standing
+            self.refresh()
+
+    def _create(self, draft: Entry) -> Entry:
+        """The entry that stands under the draft's number afterwards: the draft, or whoever came first."""
+        try:
+            if self._store.create(_key(draft.number), encode(draft)):
+                return draft
+        except StoreUnavailable as trouble:
+            try:
+                return self.read(draft.number)
+            except ObjectNotFound:
+                raise trouble from None
+        return self.read(draft.number)
+
+    def _last_number(self, near: int) -> int:
+        last, first_seen = 0, 0
+        for info in self._store.list(_PREFIX, start_after=_key(near - 1) if near > 1 else ""):
+            match = _NAME.match(info.key)
+            if match:
+                last = int(match[1])
+                first_seen = first_seen or last
+        # A hint that points past the end (a bucket rolled back, a copied run) must not hide the journal.
+        return self._last_number(0) if near > 1 and first_seen != near else last
+
+    def _read_hint(self) -> int:
+        try:
+            number = json.loads(self._store.get(_HINT_KEY))["entry"]
+            return number if isinstance(number, int) else 0
+        except (ObjectNotFound, ValueError, KeyError, TypeError):
+            return 0
+
+    def _store_hint(self, number: int) -> None:
+        try:
+            self._store.put(_HINT_KEY, json.dumps({"entry": number}).encode())
+        except StoreUnavailable:
+            return  # the entry stands; the next one writes a fresher hint
+
+
+def _key(number: int) -> str:
+    return f"{_PREFIX}{number:08d}.json"

@@ -1,0 +1,95 @@
+"""What is in a checkpoint folder: names, sizes, checksums, and whether it is enough to resume from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from hf_spot.errors import CorruptCheckpoint
+
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint: ``path`` relative to its folder with ``/``, ``size`` in bytes, ``sha256`` in hex.
+
+    SHA-256 and nothing weaker, because what is restored gets unpickled: the journal must bind it.
+    """
+
+    path: str
+    size: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        check_path(self.path)
+
+
+def check_path(path: str) -> None:
+    """Refuses a name that could leave the checkpoint's folder. Raises CorruptCheckpoint."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path or str(PurePosixPath(path)) != path:
+        raise CorruptCheckpoint(f"a manifest names the file {path!r}, which could lie outside the checkpoint's folder")
+
+
+def files_in(folder: Path) -> list[str]:
+    """Relative names of all regular files below ``folder``, sorted; dot-files too (FSDP's ``.metadata`` is one).
+
+    Trainer leaves ``.tmp*`` files behind when a save was cut short; those are left out.
+    """
+    found = []
+    for root, _, names in os.walk(folder):
+        found += [(Path(root) / name).relative_to(folder).as_posix() for name in names if not name.startswith(".tmp")]
+    return sorted(found)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def difference(folder: Path, entry: FileEntry) -> str | None:
+    """How the file in ``folder`` differs from the manifest, in words, or None. Sizes first: they cost nothing."""
+    path = folder / entry.path
+    if not path.is_file():
+        return f"{entry.path} is missing"
+    if (size := path.stat().st_size) != entry.size:
+        return f"{entry.path} has {size} bytes, not {entry.size}"
+    if sha256_of(path) != entry.sha256:
+        return f"{entry.path} has other contents (SHA-256 differs)"
+    return None
+
+
+# What Trainer's resume reads; each group is satisfied by any one of its patterns. Trainer itself goes on in silence
+# with a fresh optimizer, schedule or RNG when these are missing.
+_WEIGHTS = r"(model|adapter_model|pytorch_model)[^/]*\.(safetensors|bin)|pytorch_model_fsdp_\d+/.+|global_step\d+/.+"
+_NEEDED = {
+    "weights (model.safetensors)": rf"({_WEIGHTS}|.+/adapter_model\.(safetensors|bin))",
+    "optimizer.pt": r"(optimizer\.(pt|bin)|optimizer_\d+/.+|global_step\d+/.+)",
+    "scheduler.pt": r"scheduler\.pt",
+    "trainer_state.json": r"trainer_state\.json",
+}
+
+
+def missing_for_resume(paths: Iterable[str], world_size: int) -> list[str]:
+    """Names of what a resume needs and ``paths`` lacks; an empty list when the checkpoint is whole.
+
+    Args:
+        paths: relative file names.
+        world_size: number of ranks that trained; each has its own RNG file when there are several.
+    """
+    names = list(paths)
+    needed = dict(_NEEDED)
+    if world_size == 1:
+        needed["rng_state.pth"] = r"rng_state\.pth"
+    else:
+        needed |= {f"rng_state_{rank}.pth": rf"rng_state_{rank}\.pth" for rank in range(world_size)}
+    return [label for label, pattern in needed.items() if not any(re.fullmatch(pattern, name) for name in names)]

@@ -1,0 +1,106 @@
+"""Brings a run's newest usable checkpoint to this machine and clears away local folders that would mislead a resume."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from hf_spot.errors import CorruptCheckpoint, IncompleteCheckpoint, ObjectNotFound
+from hf_spot.run.journal import CheckpointRef
+from hf_spot.run.run import Checkpoint, Run
+from hf_spot.storage.store import Progress
+
+log = logging.getLogger("hf_spot")
+
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+_MARKER = ".hf_spot/run"
+
+
+def restore_newest(
+    run: Run,
+    output_dir: Path,
+    stage: int,
+    *,
+    progress: Callable[[int], Progress | None] = lambda size_bytes: None,
+) -> tuple[Checkpoint, Path] | None:
+    """The newest checkpoint of a stage that is whole, as ``output_dir/checkpoint-<step>``; None when the stage has none.
+
+    A commit whose files are damaged or gone is reported, and the one before it is taken.
+
+    Args:
+        run: to read from.
+        output_dir: the Trainer's.
+        stage: which call of ``trainer.train()``.
+        progress: makes a progress callback for a download of so many bytes.
+
+    Raises:
+        CorruptCheckpoint: there are commits, and none of them is whole. Starting afresh in silence would lose the run.
+        StoreError: the store could not be asked.
+    """
+    refs = [ref for ref in run.state().checkpoints if ref.stage == stage]
+    for ref in reversed(refs):
+        try:
+            return bring(run, ref, output_dir, progress=progress)
+        except (CorruptCheckpoint, IncompleteCheckpoint, ObjectNotFound) as error:
+            log.error("checkpoint-%d of launch %d can't be restored, trying the one before: %s", ref.step, ref.epoch, error)
+    if refs:
+        raise CorruptCheckpoint(
+            f"none of the {len(refs)} checkpoints of {run.url} is whole",
+            hint=f"hf-spot checkpoints verify {run.url}; to start afresh: trainer.train(resume_from_checkpoint=False)",
+        )
+    return None
+
+
+def bring(
+    run: Run,
+    ref: CheckpointRef,
+    output_dir: Path,
+    *,
+    progress: Callable[[int], Progress | None] = lambda size_bytes: None,
+) -> tuple[Checkpoint, Path]:
+    """One commit as a local folder: the one that is there if it is the same to the byte, else downloaded and verified."""
+    checkpoint = run.checkpoint(ref)
+    folder = output_dir / checkpoint.name
+    if folder.exists() and (problems := run.compare(checkpoint, folder)):
+        set_aside(folder, problems[0])
+    return checkpoint, run.fetch(checkpoint, output_dir, progress=progress(ref.size_bytes))
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Renames ``checkpoint-N`` to ``torn-checkpoint-N``: rotation and ``get_last_checkpoint`` take every
+    ``checkpoint-*`` for whole. Only the newest torn folder is kept."""
+    for older in folder.parent.glob("torn-checkpoint-*"):
+        shutil.rmtree(older, ignore_errors=True)
+    target = folder.with_name(f"torn-{folder.name}")
+    folder.rename(target)
+    log.warning("%s was set aside as %s: %s", folder, target.name, why)
+    return target
+
+
+def set_aside_uncommitted(run: Run, output_dir: Path, resume_step: int) -> None:
+    """Sets aside local checkpoints newer than the step that training goes on from: what they hold was never committed.
+
+    In a folder that this run has not used before, with nothing to resume, they are somebody else's and stay.
+
+    Args:
+        run: whose folder it is.
+        output_dir: the Trainer's.
+        resume_step: 0 when nothing is resumed.
+    """
+    marker = output_dir / _MARKER
+    used_before = marker.exists() and marker.read_text() == run.url
+    for folder in output_dir.glob("checkpoint-*"):
+        match = _CHECKPOINT.match(folder.name)
+        if match and int(match[1]) > resume_step and (resume_step or used_before):
+            set_aside(folder, "it was never committed")
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.write_text(run.url)
+
+
+def holds_own_checkpoints(run: Run, output_dir: Path) -> bool:
+    """True when local checkpoints here come from an earlier launch of this run (and were never committed if it has none)."""
+    marker = output_dir / _MARKER
+    return marker.exists() and marker.read_text() == run.url

@@ -1,0 +1,313 @@
+"""Run: a run's journal and its checkpoints, behind one URL."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from hf_spot.errors import ConfigError, CorruptCheckpoint, IncompleteCheckpoint, NoCheckpoint
+from hf_spot.policy.retention import to_prune
+from hf_spot.run import transfer
+from hf_spot.run.journal import CheckpointRef, Entry, Journal, RunState
+from hf_spot.run.manifest import FileEntry, difference, files_in, missing_for_resume
+from hf_spot.storage.open import open_store
+from hf_spot.storage.probe import probe
+from hf_spot.storage.store import ObjectStore, Progress
+
+log = logging.getLogger("hf_spot")
+
+_EPOCH_FOLDER = re.compile(r"^e(\d{4,})/")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint.
+
+    Args:
+        ref: what the journal's state remembers of it.
+        time: when it was committed, by the writer's clock.
+        reason: why it was saved: ``schedule``, ``notice``, ``advisory``, ``end`` or ``push``.
+        files: its manifest.
+        details: everything else that the commit recorded (world size, batch sizes, seconds measured, …).
+    """
+
+    ref: CheckpointRef
+    time: datetime
+    reason: str
+    files: tuple[FileEntry, ...]
+    details: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.ref.step
+
+    @property
+    def name(self) -> str:
+        """The folder's name, as Trainer would write it."""
+        return f"checkpoint-{self.ref.step}"
+
+
+@dataclass(frozen=True)
+class CommitRequest:
+    """What is to be said about a checkpoint when it is committed; `Checkpoint` gives the meanings."""
+
+    step: int
+    stage: int = 1
+    reason: str = "schedule"
+    complete: bool = False
+    best_step: int | None = None
+    world_size: int = 1
+    details: dict[str, Any] | None = None
+
+
+class Run:
+    """A run's journal and checkpoints.
+
+    Reading needs nothing but the URL. Writing needs a claim: `claim` for a new launch, `adopt` for a process of it.
+
+    Args:
+        url: ``s3://bucket/prefix``, a directory, or an `ObjectStore`.
+        allow_unfenced_store: accept a store that can't keep two machines apart.
+        workers: files moved at the same time.
+
+    Raises:
+        ConfigError: the URL can't be used.
+    """
+
+    def __init__(
+        self, url: str | PathLike[str] | ObjectStore, *, allow_unfenced_store: bool = False, workers: int = 4
+    ) -> None:
+        self.store = open_store(url)
+        self.journal = Journal(self.store)
+        self._allow_unfenced_store = allow_unfenced_store
+        self._workers = workers
+
+    @property
+    def url(self) -> str:
+        """Where the run stands."""
+        return self.store.url
+
+    @property
+    def epoch(self) -> int:
+        """The claim under which this object writes; 0 when it only reads."""
+        return self.journal.epoch
+
+    def __repr__(self) -> str:
+        return f"Run({self.url!r})"
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def state(self) -> RunState:
+        """Where the run stands now: three requests."""
+        return self.journal.refresh()
+
+    def events(self) -> Iterator[Entry]:
+        """The whole journal, oldest first."""
+        return self.journal.entries()
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints that exist, oldest commit first."""
+        return [self.checkpoint(ref) for ref in self.state().checkpoints]
+
+    def checkpoint(self, ref: CheckpointRef) -> Checkpoint:
+        """The whole commit behind what the state remembers of it: one request."""
+        return self._from_entry(self.journal.read(ref.entry), ref)
+
+    def latest(self, stage: int | None = None) -> Checkpoint | None:
+        """The newest committed checkpoint, or None."""
+        ref = self.state().latest(stage)
+        return None if ref is None else self.checkpoint(ref)
+
+    def find(self, step: int | None = None) -> Checkpoint:
+        """The newest checkpoint, or the newest commit of ``step``. Raises NoCheckpoint."""
+        refs = [ref for ref in self.state().checkpoints if step is None or ref.step == step]
+        if not refs:
+            what = "no committed checkpoint" if step is None else f"no checkpoint of step {step}"
+            raise NoCheckpoint(f"{self.url} has {what}", hint=f"hf-spot checkpoints ls {self.url}")
+        return self.checkpoint(refs[-1])
+
+    def pull(
+        self, into: str | PathLike[str], step: int | None = None, *, progress: Progress | None = None
+    ) -> Path:
+        """Downloads and verifies a checkpoint into the folder ``into/checkpoint-<step>`` and returns that path.
+
+        A folder that already holds exactly these files is left as it is.
+
+        Raises:
+            NoCheckpoint: there is none (of this step).
+            CorruptCheckpoint: it differs from what was committed, or another folder stands in the way.
+        """
+        return self.fetch(self.find(step), Path(into), progress=progress)
+
+    def fetch(self, checkpoint: Checkpoint, into: Path, *, progress: Progress | None = None) -> Path:
+        """`pull` for a checkpoint in hand."""
+        folder = into / checkpoint.name
+        if folder.exists():
+            problems = self.compare(checkpoint, folder)
+            if not problems:
+                return folder
+            raise CorruptCheckpoint(
+                f"{folder} stands in the way and is not this checkpoint: {problems[0]}",
+                hint=f"mv {folder} {folder.with_name('my-' + folder.name)}",
+            )
+        into.mkdir(parents=True, exist_ok=True)
+        missing = missing_for_resume((file.path for file in checkpoint.files), checkpoint.details.get("world_size", 1))
+        if missing and checkpoint.reason != "push":
+            raise IncompleteCheckpoint(f"{checkpoint.name} of {self.url} lacks {', '.join(missing)}")
+        transfer.download(
+            self.store, checkpoint.ref.prefix, checkpoint.files, folder, workers=self._workers, progress=progress
+        )
+        return folder
+
+    def compare(self, checkpoint: Checkpoint, folder: Path) -> list[str]:
+        """How a local folder differs from a commit, in words; an empty list when its files are the same to the byte."""
+        return [problem for file in checkpoint.files if (problem := difference(folder, file))]
+
+    def verify(self, step: int | None = None, *, progress: Progress | None = None) -> dict[int, list[str]]:
+        """Reads every file of the checkpoints (or of one step's) back: problems by entry number, empty lists when whole."""
+        chosen = [self.find(step)] if step is not None else self.checkpoints()
+        found = {}
+        for checkpoint in chosen:
+            lacking = missing_for_resume((f.path for f in checkpoint.files), checkpoint.details.get("world_size", 1))
+            problems = [f"{name} is missing" for name in lacking if checkpoint.reason != "push"]
+            with tempfile.TemporaryDirectory(prefix="hf_spot-verify-") as scratch:
+                for file in checkpoint.files:
+                    try:
+                        folder = Path(scratch) / "file"
+                        transfer.download(self.store, checkpoint.ref.prefix, [file], folder, progress=progress)
+                        shutil.rmtree(folder)
+                    except CorruptCheckpoint as error:
+                        problems.append(str(error))
+            found[checkpoint.ref.entry] = problems
+        return found
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def claim(self, data: dict[str, Any] | None = None) -> int:
+        """Proves that the store can be used, then takes the run over under a new epoch, which is returned.
+
+        Raises:
+            StoreError: the store can't be used; the message names the permission or the repair.
+        """
+        probe(self.store, allow_unfenced=self._allow_unfenced_store)
+        return self.journal.claim(data or {}).epoch
+
+    def adopt(self, epoch: int) -> None:
+        """Writes on under a claim made by another process of the same launch. Raises Fenced."""
+        self.journal.adopt(epoch)
+
+    def join(self) -> None:
+        """Writes beside the newest launch without fencing it; claims the run when nobody has yet."""
+        probe(self.store, allow_unfenced=self._allow_unfenced_store)
+        epoch = self.state().epoch
+        if epoch:
+            self.adopt(epoch)
+        else:
+            self.claim({"by": "hf-spot checkpoints"})
+
+    def record(self, kind: str, data: dict[str, Any]) -> Entry:
+        """Appends an entry that is no commit. Raises Fenced, StoreUnavailable."""
+        return self.journal.append(kind, data)
+
+    def upload(self, folder: Path, request: CommitRequest, *, progress: Progress | None = None) -> list[FileEntry]:
+        """Puts a checkpoint's files in place; nobody sees them until `commit`.
+
+        Raises:
+            IncompleteCheckpoint: a file that a resume needs is missing.
+        """
+        missing = missing_for_resume(files_in(folder), request.world_size)
+        if missing and request.reason != "push":
+            raise IncompleteCheckpoint(
+                f"{folder} lacks {', '.join(missing)}: it can't be resumed from and is not committed",
+                hint="TrainingArguments(save_only_model=False)",
+            )
+        return transfer.upload(self.store, folder, self._prefix(request), workers=self._workers, progress=progress)
+
+    def commit(self, request: CommitRequest, files: list[FileEntry], *, id: str | None = None) -> Entry:
+        """Makes an uploaded checkpoint exist. ``id``: the same one when repeating after a lost answer. Raises Fenced."""
+        data = {
+            "step": request.step,
+            "stage": request.stage,
+            "reason": request.reason,
+            "complete": request.complete,
+            "best_step": request.best_step,
+            "world_size": request.world_size,
+            "prefix": self._prefix(request),
+            "files": [asdict(file) for file in files],
+            **(request.details or {}),
+        }
+        return self.journal.append("commit", data, id=id)
+
+    def push(
+        self, folder: str | PathLike[str], step: int | None = None, *, progress: Progress | None = None
+    ) -> Checkpoint:
+        """Uploads and commits a local folder, beside whatever launch is running: nobody is fenced.
+
+        Args:
+            folder: such as ``out/checkpoint-500``.
+            step: needed when the folder's name doesn't end in it.
+
+        Raises:
+            ConfigError: no such folder, or no step.
+        """
+        path = Path(folder)
+        if not path.is_dir():
+            raise ConfigError(f"{path} is no folder", hint="hf-spot checkpoints push RUN out/checkpoint-500")
+        match = re.fullmatch(r"checkpoint-(\d+)", path.resolve().name)
+        if step is None and match is None:
+            raise ConfigError(f"{path} does not say which step it is", hint="add --step N")
+        world_size = max(1, sum(bool(re.fullmatch(r"rng_state_\d+\.pth", name)) for name in files_in(path)))
+        number = int(match[1]) if step is None and match else step or 0
+        request = CommitRequest(step=number, reason="push", world_size=world_size)
+        self.join()
+        entry = self.commit(request, self.upload(path, request, progress=progress))
+        return self._from_entry(entry, entry.state.checkpoints[-1])
+
+    def prune(self, save_total_limit: int | None) -> list[CheckpointRef]:
+        """Takes old checkpoints out of the run, then deletes their files; returns what went.
+
+        Args:
+            save_total_limit: newest ones that stay, besides the best; None or 0 keeps all.
+        """
+        gone = to_prune(self.journal.state.checkpoints, save_total_limit)
+        if gone:
+            # First the entry: a reader never sees a checkpoint whose files are going.
+            self.record("prune", {"entries": [ref.entry for ref in gone], "steps": [ref.step for ref in gone]})
+            transfer.delete(self.store, [ref.prefix for ref in gone])
+        return gone
+
+    def collect_garbage(self) -> int:
+        """Deletes files that older launches left without a commit; returns how many objects went.
+
+        Only folders of older epochs: their writers are fenced, so nothing there can be committed any more.
+        """
+        kept = tuple(f"{ref.prefix}/" for ref in self.journal.state.checkpoints)
+        orphans = []
+        for info in self.store.list("e"):
+            match = _EPOCH_FOLDER.match(info.key)
+            if match and int(match[1]) < self.epoch and not info.key.startswith(kept):
+                orphans.append(info.key)
+        self.store.delete(orphans)
+        return len(orphans)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _prefix(self, request: CommitRequest) -> str:
+        stage = "" if request.stage == 1 else f"/stage-{request.stage}"
+        pushed = "/pushed" if request.reason == "push" else ""  # never where the launch of this epoch writes
+        return f"e{self.epoch:04d}{pushed}{stage}/checkpoint-{request.step}"
+
+    def _from_entry(self, entry: Entry, ref: CheckpointRef) -> Checkpoint:
+        details = dict(entry.data)
+        files = tuple(FileEntry(**file) for file in details.pop("files"))
+        return Checkpoint(ref=ref, time=entry.time, reason=details["reason"], files=files, details=details)
+

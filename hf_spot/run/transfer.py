@@ -1,0 +1,130 @@
+"""Moves a checkpoint's files between a folder and the store, several at a time, and binds them to their SHA-256."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from hf_spot.errors import CorruptCheckpoint, ObjectNotFound, SpotError
+from hf_spot.run.manifest import FileEntry, difference, files_in, sha256_of
+from hf_spot.storage.store import ObjectStore, Progress
+
+
+def upload(
+    store: ObjectStore, folder: Path, prefix: str, *, workers: int = 4, progress: Progress | None = None
+) -> list[FileEntry]:
+    """Puts every file of ``folder`` under ``prefix`` and returns the manifest that a commit needs.
+
+    Hashing and sending read the same cached pages at the same time.
+
+    Raises:
+        StoreError: from the store, for the first file that failed.
+        SpotError: a file changed while it was read, so that checksum and upload could disagree.
+    """
+    with ThreadPoolExecutor(2 * workers, thread_name_prefix="hf_spot-upload") as pool:
+        jobs: list[tuple[str, os.stat_result, Future[str], Future[None]]] = []
+        for name in files_in(folder):
+            path = folder / name
+            before = path.stat()
+            sent = pool.submit(store.put_file, f"{prefix}/{name}", path, progress)
+            jobs.append((name, before, pool.submit(sha256_of, path), sent))
+        try:
+            entries = []
+            for name, before, digest, sent in jobs:
+                entries.append(FileEntry(name, before.st_size, digest.result()))
+                sent.result()
+                after = (folder / name).stat()
+                if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                    raise SpotError(f"{folder / name} changed while it was uploaded; this checkpoint is not committed")
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return entries
+
+
+def download(
+    store: ObjectStore,
+    prefix: str,
+    files: Sequence[FileEntry],
+    folder: Path,
+    *,
+    workers: int = 4,
+    progress: Progress | None = None,
+) -> None:
+    """Fetches ``files`` into the new folder ``folder``; it appears whole and verified, or not at all.
+
+    Raises:
+        CorruptCheckpoint: an object is missing, or differs from the manifest.
+        SpotError: the disk has no room.
+        StoreError: from the store.
+    """
+    work = folder.parent / ".hf_spot" / f"restore-{os.getpid()}-{threading.get_ident()}-{folder.name}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        _check_room(work, sum(entry.size for entry in files))
+
+        def fetch(entry: FileEntry) -> None:
+            path = work / entry.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                store.get_file(f"{prefix}/{entry.path}", path, progress)
+            except ObjectNotFound as error:
+                raise CorruptCheckpoint(f"{store.url}/{prefix}/{entry.path} is missing") from error
+            if problem := difference(work, entry):
+                raise CorruptCheckpoint(f"{store.url}/{prefix}: {problem}")
+            _sync(path)
+
+        with ThreadPoolExecutor(workers, thread_name_prefix="hf_spot-restore") as pool:
+            jobs = [pool.submit(fetch, entry) for entry in files]
+            try:
+                for job in jobs:
+                    job.result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        for directory in {path.parent for path in work.rglob("*")}:
+            _sync(directory)
+        os.rename(work, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def pin(folder: Path, into: Path) -> None:
+    """Makes ``into`` hold the files of ``folder`` as they are now, by hard links: milliseconds, no space, and Trainer's
+    rotation can't hurt it. Where the filesystem has no hard links the files are copied."""
+    for name in files_in(folder):
+        target = into / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(folder / name, target)
+        except OSError:
+            shutil.copy2(folder / name, target)
+
+
+def delete(store: ObjectStore, prefixes: Iterable[str]) -> None:
+    """Deletes every object under each of ``prefixes`` (folders)."""
+    for prefix in prefixes:
+        store.delete(info.key for info in store.list(f"{prefix}/"))
+
+
+def _check_room(folder: Path, size_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < size_bytes:
+        raise SpotError(
+            f"{folder.parent.parent} has {free_bytes / 1e9:.1f} GB free, and the checkpoint needs {size_bytes / 1e9:.1f} GB",
+            hint="free some space, or set output_dir to a larger disk",
+        )
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

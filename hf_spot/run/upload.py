@@ -1,0 +1,241 @@
+"""The uploader: one background thread that turns finished checkpoint folders into commits, whatever the network does."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from hf_spot.errors import Fenced, SpotError, StoreError
+from hf_spot.run import transfer
+from hf_spot.run.journal import Entry
+from hf_spot.run.manifest import files_in
+from hf_spot.run.run import CommitRequest, Run
+
+log = logging.getLogger("hf_spot")
+
+_FIRST_RETRY_S = 1.0
+_LONGEST_RETRY_S = 30.0
+
+
+class _Cancelled(Exception):
+    """The transfer gave way to a more urgent one."""
+
+
+@dataclass
+class _Job:
+    folder: Path
+    request: CommitRequest
+    size_bytes: int
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def best(self) -> bool:
+        return self.request.best_step == self.request.step
+
+
+class Uploader:
+    """Takes checkpoint folders from the training thread and never makes it wait.
+
+    At most one upload is under way and one waits: when training saves faster than the network carries, the newest waiting
+    checkpoint replaces an older one, unless that one is the best so far. Trouble with the store is retried for ever, and
+    the next checkpoint takes the place of one that can't get through.
+
+    Args:
+        run: holds a claim.
+        pins: folder for the hard links, on the filesystem of the checkpoints; made when needed, removed by `close`.
+        save_total_limit: given to `Run.prune` after each commit.
+        on_commit: called after each commit, from the uploader's thread.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        pins: Path,
+        *,
+        save_total_limit: int | None = 3,
+        on_commit: Callable[[Entry], None] = lambda entry: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._run = run
+        self._pins = pins
+        self._save_total_limit = save_total_limit
+        self._on_commit = on_commit
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._waiting: list[_Job] = []
+        self._current: _Job | None = None
+        self._moved_bytes = 0
+        self._cancel = False
+        self._closing = False
+        self._bytes_per_s: float | None = None
+        self._trouble: Exception | None = None
+        self._fenced: Fenced | None = None
+        self._thread = threading.Thread(target=self._work, name="hf_spot-uploader", daemon=True)
+        self._thread.start()
+
+    # -- called by the training thread --------------------------------------------------------------------------------
+
+    def submit(self, folder: Path, request: CommitRequest) -> None:
+        """Pins ``folder`` and queues it. Returns at once; what goes wrong later is told by `trouble` and `fenced`."""
+        pinned = self._pins / f"{request.stage}-{request.step}-{uuid.uuid4().hex[:8]}"
+        transfer.pin(folder, pinned)
+        size_bytes = sum((pinned / name).stat().st_size for name in files_in(pinned))
+        with self._changed:
+            for job in [job for job in self._waiting if not job.best]:
+                log.warning(
+                    "checkpoint-%d gives way to checkpoint-%d: saves come faster than uploads",
+                    job.request.step,
+                    request.step,
+                )
+                self._drop(job)
+            self._waiting.append(_Job(pinned, request, size_bytes))
+            self._changed.notify_all()
+
+    def cancel_in_flight(self) -> None:
+        """Ends the upload under way, for good, if something waits behind it."""
+        with self._changed:
+            self._cancel = self._current is not None
+            self._changed.notify_all()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Waits until everything submitted is committed: True; False after ``timeout_s`` seconds, or when fenced."""
+        with self._changed:
+            self._changed.notify_all()  # a retry that sleeps tries at once
+            self._changed.wait_for(lambda: self._idle or self._fenced is not None, timeout_s)
+            return self._idle and self._fenced is None
+
+    def close(self) -> None:
+        """Ends the thread without waiting for uploads, and removes the pins. Call `drain` first."""
+        with self._changed:
+            self._closing = True
+            self._cancel = True
+            self._changed.notify_all()
+        self._thread.join(timeout=5)
+        shutil.rmtree(self._pins, ignore_errors=True)
+
+    # -- what it knows ------------------------------------------------------------------------------------------------
+
+    @property
+    def fenced(self) -> Fenced | None:
+        """Set once a newer launch owns the run: nothing will be committed any more."""
+        return self._fenced
+
+    @property
+    def trouble(self) -> Exception | None:
+        """Why the newest attempt failed, or None since the last commit."""
+        return self._trouble
+
+    def upload_s(self, size_bytes: int) -> float | None:
+        """Seconds that a checkpoint of this size should need, from the last one that went through; None before."""
+        return None if not self._bytes_per_s else size_bytes / self._bytes_per_s
+
+    def in_flight_s(self) -> float | None:
+        """Seconds until what was submitted should be committed; None when nothing is under way or nothing is known."""
+        with self._changed:
+            jobs = ([self._current] if self._current else []) + self._waiting
+            if not jobs:
+                return None
+            return self.upload_s(max(0, sum(job.size_bytes for job in jobs) - self._moved_bytes))
+
+    @property
+    def _idle(self) -> bool:
+        return not self._waiting and self._current is None
+
+    # -- the thread ---------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        self._tidy()
+        retry_s = _FIRST_RETRY_S
+        while (job := self._take()) is not None:
+            failed = self._attempt(job)
+            with self._changed:
+                self._current = None
+                self._trouble = failed
+                if isinstance(failed, Fenced):
+                    self._fenced = failed
+                    self._closing = True
+                if failed is None or not isinstance(failed, (StoreError, OSError)):
+                    self._discard(job)
+                    retry_s = _FIRST_RETRY_S
+                elif self._waiting and not job.best:
+                    self._discard(job)  # the newer one catches up
+                else:
+                    self._waiting.insert(0, job)
+                self._changed.notify_all()
+                if failed is not None and not self._closing and self._waiting:
+                    # A new submission or a drain ends the wait early.
+                    self._changed.wait(retry_s)
+                    retry_s = min(2 * retry_s, _LONGEST_RETRY_S)
+
+    def _take(self) -> _Job | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing)
+            if self._closing:
+                return None
+            self._current = self._waiting.pop(0)
+            self._moved_bytes = 0
+            self._cancel = False
+            return self._current
+
+    def _attempt(self, job: _Job) -> Exception | None:
+        """Uploads and commits one job; the exception instead of raising it, because the thread has to live on."""
+        name = f"checkpoint-{job.request.step}"
+        try:
+            began = self._clock()
+            files = self._run.upload(job.folder, job.request, progress=self._moved)
+            details = {**(job.request.details or {}), "upload_s": round(self._clock() - began, 3)}
+            entry = self._run.commit(replace(job.request, details=details), files, id=job.id)
+            took_s = max(self._clock() - began, 1e-6)
+        except _Cancelled:
+            log.warning("the upload of %s was given up for a more urgent one", name)
+            return SpotError(f"the upload of {name} was cancelled")
+        except Fenced as error:
+            log.error("%s", error)
+            return error
+        except (StoreError, OSError) as error:
+            log.error("%s is not in %s yet; training goes on and the upload is retried. %s", name, self._run.url, error)
+            return error
+        except Exception as error:
+            log.exception("%s can't be committed", name)
+            return error
+        self._bytes_per_s = job.size_bytes / took_s
+        log.info("%s committed to %s: %.1f MB in %.2f s", name, self._run.url, job.size_bytes / 1e6, took_s)
+        self._after_commit(entry)
+        return None
+
+    def _after_commit(self, entry: Entry) -> None:
+        try:
+            self._on_commit(entry)
+            gone = self._run.prune(self._save_total_limit)
+            if gone:
+                log.info("pruned from the run: %s", ", ".join(f"checkpoint-{ref.step}" for ref in gone))
+        except (StoreError, Fenced) as error:
+            log.warning("old checkpoints stay for now: %s", error)
+
+    def _tidy(self) -> None:
+        try:
+            count = self._run.collect_garbage()
+            if count:
+                log.info("deleted %d files that earlier launches left without a commit", count)
+        except SpotError as error:
+            log.warning("files of earlier launches were not tidied up: %s", error)
+
+    def _moved(self, count: int) -> None:
+        with self._changed:
+            self._moved_bytes += count
+            if self._closing or (self._cancel and self._waiting):
+                raise _Cancelled
+
+    def _drop(self, job: _Job) -> None:
+        self._waiting.remove(job)
+        self._discard(job)
+
+    def _discard(self, job: _Job) -> None:
+        shutil.rmtree(job.folder, ignore_errors=True)

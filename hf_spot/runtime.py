@@ -1,0 +1,119 @@
+"""What `hf-spot launch` and the processes it starts tell each other: a few variables, and files in one folder of the node."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_spot.arguments import SpotArguments
+from hf_spot.notices.notice import PreemptionNotice
+
+_STEP = struct.Struct("<q")
+STORE_VARIABLE = "HF_SPOT_STORE"
+_EPOCH_VARIABLE = "HF_SPOT_EPOCH"
+_DIRECTORY_VARIABLE = "HF_SPOT_RUNTIME_DIR"
+_ARGUMENTS_VARIABLE = "HF_SPOT_ARGUMENTS"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Readers see the old text or the new, never a part. No fsync: these files need not survive the machine."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One launch, as its workers see it.
+
+    Args:
+        store: URL of the run.
+        epoch: the number of the claim under which this launch writes.
+        directory: a folder on the node's own disk, shared by the launcher and its workers, gone after the launch.
+        arguments: the settings given to the launcher.
+    """
+
+    store: str
+    epoch: int
+    directory: Path
+    arguments: SpotArguments
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Runtime | None:
+        """The launch that started this process, or None when `hf-spot launch` didn't."""
+        if _DIRECTORY_VARIABLE not in environ:
+            return None
+        return cls(
+            store=environ[STORE_VARIABLE],
+            epoch=int(environ[_EPOCH_VARIABLE]),
+            directory=Path(environ[_DIRECTORY_VARIABLE]),
+            arguments=SpotArguments(**json.loads(environ[_ARGUMENTS_VARIABLE])),
+        )
+
+    def to_environ(self) -> dict[str, str]:
+        """The variables that `from_environ` reads."""
+        return {
+            STORE_VARIABLE: self.store,
+            _EPOCH_VARIABLE: str(self.epoch),
+            _DIRECTORY_VARIABLE: str(self.directory),
+            _ARGUMENTS_VARIABLE: json.dumps(dataclasses.asdict(self.arguments)),
+        }
+
+    @property
+    def notice_path(self) -> Path:
+        """Every rank stats this file once a step; a missing file means that nothing was heard."""
+        return self.directory / "notice.json"
+
+    @property
+    def step_path(self) -> Path:
+        """Eight bytes, the last optimizer step in progress (see `StepCounter`)."""
+        return self.directory / "step"
+
+    @property
+    def training_path(self) -> Path:
+        """Exists while `trainer.train()` is running: only then can a notice still become a checkpoint."""
+        return self.directory / "training"
+
+    def write_notice(self, notice: PreemptionNotice) -> None:
+        """Replaces what was heard before."""
+        write_atomically(self.notice_path, notice.to_json())
+
+    def read_notice(self) -> PreemptionNotice | None:
+        """What was heard last, or None."""
+        try:
+            return PreemptionNotice.from_json(self.notice_path.read_text())
+        except FileNotFoundError:
+            return None
+
+
+class StepCounter:
+    """The last finished optimizer step in a file mapped into memory: telling costs no system call, and what was told
+    survives the death of the process that told it.
+
+    Args:
+        path: made when it does not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("a+b") as file:
+            file.truncate(_STEP.size)
+            self._memory = mmap.mmap(file.fileno(), _STEP.size)
+
+    def tell(self, step: int) -> None:
+        """Replaces what was told before."""
+        _STEP.pack_into(self._memory, 0, step)
+
+    @staticmethod
+    def read(path: Path) -> int | None:
+        """What was told last, or None."""
+        try:
+            step: int = _STEP.unpack(path.read_bytes())[0]
+        except (FileNotFoundError, struct.error):
+            return None
+        return step

@@ -1,0 +1,68 @@
+"""How the ranks of one training learn the same thing at the same step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# Rank 0 may be restoring or draining a large checkpoint while the others wait for its word.
+_PATIENCE = timedelta(hours=2)
+
+
+class Agreement:
+    """A private gloo group on the CPU, so that agreeing neither disturbs the GPUs nor depends on the training's backend.
+
+    With one process everything is answered at once. All ranks must call the same methods in the same order.
+
+    Args:
+        world_size: number of ranks; ``torch.distributed`` must be initialised when there are several.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if world_size > 1 else None
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0."""
+        return self._group is None or dist.get_rank() == 0
+
+    def highest(self, *values: float) -> tuple[float, ...]:
+        """Element by element the largest value that any rank brought."""
+        if self._group is None:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        return tuple(tensor.tolist())
+
+    def from_main(self, act: Callable[[], T]) -> T:
+        """Lets rank 0 act; every rank gets its result, or its exception."""
+        if self._group is None:
+            return act()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = act()
+            except BaseException as error:  # the others wait for this word, whatever it is
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: T = outcome[0]
+        return result
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
+        if self._group is not None:
+            dist.barrier(group=self._group)
+
+    def close(self) -> None:
+        """Gives the group back: gloo sometimes aborts at interpreter exit when it is left to it."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None

@@ -1,0 +1,265 @@
+"""SpotCallback: Trainer's events in, `Session`'s decisions out as ``control.should_*``; no policy of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput
+
+from hf_spot.arguments import SpotArguments
+from hf_spot.errors import ConfigError, TrainingPreempted
+from hf_spot.policy.preemption import Action
+from hf_spot.run.run import CommitRequest
+from hf_spot.runtime import STORE_VARIABLE, Runtime
+from hf_spot.training.session import Session
+
+log = logging.getLogger("hf_spot")
+
+
+class SpotCallback(TrainerCallback):
+    """Makes a Trainer survive preemption: ``Trainer(..., callbacks=[SpotCallback("s3://bucket/runs/my-run")])``.
+
+    ``trainer.train()`` then starts, or goes on from the run's newest committed checkpoint; ``train(resume_from_checkpoint=
+    False)`` starts afresh. Every checkpoint that Trainer saves is uploaded in the background. On a preemption notice the
+    training saves, commits and raises `TrainingPreempted` out of ``train()``.
+
+    Args:
+        store: URL of the run. None: ``$HF_SPOT_STORE`` (set by ``hf-spot launch``), else the Trainer's ``output_dir``
+            itself is the run (EFS, Filestore, NFS).
+        args: settings; None takes those of ``hf-spot launch``, or the defaults.
+
+    Raises:
+        ConfigError: ``store`` is not the store of the ``hf-spot launch`` that started this process.
+    """
+
+    # Not an ExportableState: resuming a checkpoint that was saved without this callback would raise KeyError in the next save.
+
+    def __init__(self, store: str | os.PathLike[str] | None = None, args: SpotArguments | None = None) -> None:
+        self._runtime = Runtime.from_environ(os.environ)
+        self._store = None if store is None else os.fspath(store)
+        if self._runtime is not None:
+            if self._store is not None and self._store.rstrip("/") != self._runtime.store.rstrip("/"):
+                raise ConfigError(
+                    f"the script says SpotCallback({self._store!r}), hf-spot launch says --store {self._runtime.store}",
+                    hint=f"hf-spot launch --store {self._store} …, or SpotCallback() without a store",
+                )
+            self._store = self._runtime.store
+        self.args = args or (self._runtime.arguments if self._runtime else SpotArguments())
+        _show_log()
+        self._session: Session | None = None
+        self._saved_step = -1
+        self._stop_reason: str | None = None
+        self._advisory = False
+        self._evaluation_skipped = False
+        self.resume_from_checkpoint: str | None = None
+        patch(Trainer)
+
+    # -- Trainer's events, in the order of the loop -------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Points Trainer at the best checkpoint where it stands on this machine."""
+        if self._session is not None and self._session.best_folder is not None:
+            state.best_model_checkpoint = str(self._session.best_folder)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Answers what was heard."""
+        if self._session is None:
+            return
+        self._advisory = False
+        decision = self._session.step_ended(state.global_step)
+        if decision is not None and decision.action is Action.SAVE_AND_GO_ON:
+            # At the end of an epoch Trainer may save anyway, after its evaluation: that one is worth more.
+            if not (args.save_strategy == SaveStrategy.EPOCH and _is_epoch_end(state)):
+                self._advisory = control.should_save = True
+        elif decision is not None:
+            self._stop_reason = decision.why
+            self._evaluation_skipped = control.should_evaluate
+            control.should_evaluate = False
+            control.should_log = True
+            control.should_save = decision.action is Action.SAVE_AND_STOP
+            control.should_training_stop = True
+        if control.should_save:
+            self._session.save_begins()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A save after an evaluation begins here."""
+        if self._session is not None and control.should_save:
+            self._session.save_begins()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Hands the checkpoint over."""
+        if self._session is None or state.global_step == self._saved_step:
+            return
+        self._saved_step = state.global_step
+        stopping = self._stop_reason is not None
+        complete = state.global_step >= state.max_steps or (control.should_training_stop and not stopping)
+        reason = "notice" if stopping else "advisory" if self._advisory else "end" if complete else "schedule"
+        request = CommitRequest(
+            step=state.global_step,
+            stage=self._session.stage,
+            reason=reason,
+            complete=complete,
+            best_step=state.best_global_step,
+            world_size=args.world_size,
+            details={
+                "evaluation_pending": self._evaluation_pending(args, state),
+                "max_steps": state.max_steps,
+                "epoch_of_data": state.epoch,
+                "per_device_train_batch_size": args.per_device_train_batch_size,
+                "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            },
+        )
+        self._session.saved(Path(args.output_dir) / f"checkpoint-{state.global_step}", request)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called after the last epoch, and after every early stop, before Trainer logs, evaluates and saves once more."""
+        if self._session is None:
+            return
+        if self._stop_reason is not None:
+            control.should_log = control.should_evaluate = control.should_save = False
+            # _finalize_training would load it, and with save_total_limit=1 delete the checkpoint just written.
+            state.best_model_checkpoint = None
+            return
+        if control.should_save and self._saved_step == state.global_step:
+            control.should_save = False  # the same step twice would rewrite a folder that is being uploaded
+        elif control.should_training_stop and self._saved_step != state.global_step:
+            control.should_save = True  # whatever the strategy: a finished run ends with its last step committed
+        if control.should_save:
+            self._session.save_begins()
+
+    # -- around train() -----------------------------------------------------------------------------------------------
+
+    def run(self, trainer: Trainer, train: Any, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
+        """What ``trainer.train()`` does when this callback is among the trainer's."""
+        url = self._store or os.environ.get(STORE_VARIABLE) or trainer.args.output_dir
+        self._saved_step, self._stop_reason, self._evaluation_skipped = -1, None, False
+        session = Session(trainer, url, self.args, self._runtime)
+        with contextlib.closing(session):
+            folder = session.begin(resume_from_checkpoint)
+            self.resume_from_checkpoint = folder if session.restored else None
+            if session.restored is not None and session.restored.ref.complete:
+                log.info("step %d was the last one: nothing is left to train", session.restored.step)
+                return _load_finished(trainer, str(folder), session)
+            if session.restored is not None:
+                self._saved_step = session.restored.step
+                if session.restored.details.get("evaluation_pending"):
+                    _evaluate_once_rng_is_restored(trainer)
+            self._session = session
+            try:
+                result = train(trainer, folder, *args, **kwargs)
+                session.end(trainer.state.global_step)
+            except TrainingPreempted as preempted:
+                log.warning("%s", preempted)
+                raise
+            except BaseException as error:
+                session.failed(error)
+                raise
+            finally:
+                self._session = None
+            return result
+
+    def _evaluation_pending(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """True when an uninterrupted run evaluates between this save and the next step: a resumed one has to make up for it,
+        because the evaluation draws random numbers, picks the best model and may step the schedule."""
+        at_epoch_end = (
+            args.eval_strategy == IntervalStrategy.EPOCH and _is_epoch_end(state) and args.eval_delay <= (state.epoch or 0)
+        )
+        evaluated = any(
+            line.get("step") == state.global_step and any(key.startswith("eval_") for key in line)
+            for line in state.log_history
+        )
+        return (self._evaluation_skipped or at_epoch_end) and not evaluated
+
+
+def _show_log() -> None:
+    """What happens to a run has to be seen even in a script that never set up logging."""
+    if not log.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("hf-spot: %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
+
+
+def _is_epoch_end(state: TrainerState) -> bool:
+    return state.epoch is not None and float(state.epoch).is_integer()
+
+
+def _evaluate_once_rng_is_restored(trainer: Trainer) -> None:
+    """Makes up for the evaluation that a notice suppressed, at the one moment where it draws the random numbers that it
+    would have drawn: right after Trainer has restored the RNG."""
+    restore_rng = trainer._load_rng_state
+
+    def restore_and_evaluate(checkpoint: str | None) -> None:
+        del trainer._load_rng_state
+        restore_rng(checkpoint)
+        metrics = trainer._evaluate(None, None)
+        trainer._determine_best_metric(metrics=metrics, trial=None)
+        trainer.model.train()
+
+    trainer._load_rng_state = restore_and_evaluate
+
+
+def _load_finished(trainer: Trainer, folder: str, session: Session) -> TrainOutput:
+    """Leaves the trainer as ``train()`` left it when it finished, without training: Trainer itself would do one step more."""
+    trainer._load_from_checkpoint(folder)
+    trainer.state = TrainerState.load_from_json(os.path.join(folder, "trainer_state.json"))
+    trainer._load_rng_state(folder)
+    if session.restored is not None and session.restored.details.get("evaluation_pending"):
+        trainer._determine_best_metric(metrics=trainer.evaluate(), trial=None)
+        if trainer.state.best_global_step == session.restored.step:
+            session.best_folder = Path(folder)
+    if trainer.args.load_best_model_at_end and session.best_folder is not None:
+        trainer.state.best_model_checkpoint = str(session.best_folder)
+        trainer._load_best_model()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return TrainOutput(trainer.state.global_step, sum(losses) / len(losses) if losses else 0.0, {})
+
+
+def patch(trainer_class: type[Trainer], *, always: bool = False) -> None:
+    """Wraps ``Trainer.train`` once: a callback never sees the trainer, and ``on_train_begin`` is too late to resume.
+
+    Args:
+        trainer_class: ``transformers.Trainer``.
+        always: give a SpotCallback to every trainer that has none (under ``hf-spot launch``).
+    """
+    if always:
+        trainer_class._hf_spot_always = True
+    if hasattr(trainer_class.train, "_hf_spot_wraps"):
+        return
+    plain_train = trainer_class.train
+
+    @functools.wraps(plain_train)
+    def train(self: Trainer, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
+        callbacks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, SpotCallback)]
+        if len(callbacks) > 1:
+            raise ConfigError("this Trainer has two SpotCallbacks", hint="keep one of them")
+        if not callbacks and getattr(trainer_class, "_hf_spot_always", False):
+            callbacks = [SpotCallback()]
+            self.add_callback(callbacks[0])
+        if not callbacks or trial is not None or callbacks[0]._session is not None:
+            if callbacks and trial is not None:
+                log.warning("a hyperparameter search is not made preemptible: its trials are not one run")
+            return plain_train(self, resume_from_checkpoint, trial, *args, **kwargs)
+        return callbacks[0].run(self, plain_train, resume_from_checkpoint, trial, *args, **kwargs)
+
+    train._hf_spot_wraps = plain_train  # type: ignore[attr-defined]
+    trainer_class.train = train
+
+
+def install(trainer_module: Any) -> None:
+    """For `hf_spot.training.bootstrap`: from now on every Trainer of this process is preemptible."""
+    patch(trainer_module.Trainer, always=True)

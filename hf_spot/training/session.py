@@ -1,0 +1,369 @@
+"""Session: one call of ``trainer.train()`` and the run that it belongs to, from the claim to the last commit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from hf_spot.arguments import SpotArguments
+from hf_spot.errors import ConfigError, Fenced, SpotError, StoreError, TrainingPreempted
+from hf_spot.notices.detect import sources
+from hf_spot.notices.notice import NoticeKind, PreemptionNotice
+from hf_spot.notices.watcher import Watcher
+from hf_spot.policy.preemption import Action, Decision, Measured, decide
+from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, set_aside_uncommitted
+from hf_spot.run.run import Checkpoint, CommitRequest, Run
+from hf_spot.run.upload import Uploader
+from hf_spot.runtime import Runtime, StepCounter
+from hf_spot.storage.store import Progress
+from hf_spot.training.agreement import Agreement
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+log = logging.getLogger("hf_spot")
+
+_LATE_S = 30.0  # machines have been seen to live a little longer than they said
+
+_calls_of_train: Counter[str] = Counter()
+
+
+def next_stage(url: str) -> int:
+    """Which call of ``trainer.train()`` on this run this is, in this process: from 1.
+
+    A script that trains twice has two stages; after a preemption in the second, the first must end at once with its own
+    last checkpoint, and the second go on from its own.
+    """
+    _calls_of_train[url] += 1
+    return _calls_of_train[url]
+
+
+class Session:
+    """Opens the run, restores, watches for notices, uploads, and ends the training as it should end.
+
+    Args:
+        trainer: the Trainer, before ``train()`` does anything.
+        url: of the run.
+        arguments: settings.
+        runtime: the launch that started this process, if one did.
+        now: the wall clock.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        url: str,
+        arguments: SpotArguments,
+        runtime: Runtime | None,
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        _check(trainer)
+        self._trainer = trainer
+        self._arguments = arguments
+        self._runtime = runtime
+        self._now = now
+        self._clock = clock
+        self.output_dir = Path(trainer.args.output_dir)
+        self.stage = next_stage(url)
+        self.agreement = Agreement(trainer.args.world_size)
+        self.run = Run(url, allow_unfenced_store=arguments.allow_unfenced_store, workers=arguments.upload_workers)
+        self.restored: Checkpoint | None = None
+        self.best_folder: Path | None = None
+        self._uploader: Uploader | None = None
+        self._watcher: Watcher | None = None
+        self._heard: PreemptionNotice | None = None
+        self._notice_mtime_ns = 0
+        self._advisories: set[str] = set()
+        self._steps: StepCounter | None = None
+        self._save_began: float | None = None
+        self._save_s: float | None = None
+        self._last_size_bytes = 0
+        self.preempted: Decision | None = None
+        self._closed = contextlib.ExitStack()
+
+    # -- the start ----------------------------------------------------------------------------------------------------
+
+    def begin(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Takes the run, restores what there is, starts listening; returns the folder to resume from, or None.
+
+        Raises:
+            SpotError: the run can't be used; nothing was trained.
+            TrainingPreempted: the machine is going already.
+        """
+        self._listen()
+        folder = self.agreement.from_main(lambda: self._begin_on_main(resume_from_checkpoint))
+        notice = self._hear()
+        going = notice is not None and notice.kind is NoticeKind.TERMINATE
+        if self.agreement.highest(float(going))[0]:
+            step = self.restored.step if self.restored else 0
+            if self._uploader is not None:
+                self._record("preempted", {"step": step, "committed_step": step, "why": "before the first step"})
+            raise TrainingPreempted("the machine is going; nothing was trained in this launch")
+        return folder
+
+    def _begin_on_main(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        self._claim()
+        own = _is_own(resume_from_checkpoint, self.output_dir)
+        found = None
+        if resume_from_checkpoint is not False:
+            found = restore_newest(self.run, self.output_dir, self.stage, progress=_progress("restore"))
+            if found is None and own and not holds_own_checkpoints(self.run, self.output_dir):
+                own = False  # checkpoints from before hf_spot: Trainer's business
+        set_aside_uncommitted(self.run, self.output_dir, found[0].step if found else 0)
+        if not (found and found[0].ref.complete):
+            self._start_uploader()
+        if found is None:
+            if resume_from_checkpoint is True and not any(self.output_dir.glob("checkpoint-*")):
+                return None
+            return None if own or resume_from_checkpoint in (None, False) else resume_from_checkpoint  # type: ignore[return-value]
+        self.restored, folder = found
+        self._bring_best()
+        log.info("going on from step %d, committed by launch %d", self.restored.step, self.restored.ref.epoch)
+        return str(folder)
+
+    def _claim(self) -> None:
+        if self._runtime is not None:
+            self.run.adopt(self._runtime.epoch)
+            return
+        state = self.run.state()
+        newest = state.latest(self.stage)
+        if newest is not None and newest.complete:
+            return  # nothing to train, so nothing to write
+        epoch = self.run.claim({"by": "SpotCallback", "hostname": os.uname().nodename, "pid": os.getpid(), "stage": self.stage})
+        log.info("launch %d of %s", epoch, self.run.url)
+
+    def _start_uploader(self) -> None:
+        if self.run.epoch == 0:  # a finished run was asked to train again
+            self.run.claim({"by": "SpotCallback", "hostname": os.uname().nodename, "pid": os.getpid(), "stage": self.stage})
+        self._uploader = Uploader(
+            self.run,
+            self.output_dir / ".hf_spot" / f"pins-{self.run.epoch}-{self.stage}",
+            save_total_limit=self._arguments.save_total_limit,
+        )
+        self._closed.callback(self._uploader.close)
+
+    def _bring_best(self) -> None:
+        assert self.restored is not None
+        args = self._trainer.args
+        refs = [ref for ref in self.run.journal.state.checkpoints if ref.stage == self.stage and ref.best]
+        if not args.load_best_model_at_end or not refs:
+            return
+        if refs[0].step == self.restored.step:
+            self.best_folder = self.output_dir / self.restored.name
+            return
+        try:
+            _, self.best_folder = bring(self.run, refs[0], self.output_dir, progress=_progress("restore best"))
+        except SpotError as error:
+            log.error("the best checkpoint so far can't be restored; a later one will be taken for the best: %s", error)
+        else:
+            # Rotation goes by modification time: what is resumed from must count as the newer one.
+            os.utime(self.output_dir / self.restored.name)
+
+    def _listen(self) -> None:
+        if self._runtime is not None:
+            self._runtime.training_path.touch()
+            self._steps = StepCounter(self._runtime.step_path) if self.agreement.is_main else None
+            self._closed.callback(lambda: self._runtime and self._runtime.training_path.unlink(missing_ok=True))
+            return
+
+        def on_notice(notice: PreemptionNotice) -> None:
+            self._heard = None if notice.kind is NoticeKind.CANCELLED else notice
+
+        self._watcher = Watcher(sources(self._arguments, environ=os.environ), on_notice)
+        self._closed.enter_context(self._watcher)
+
+    # -- during training ----------------------------------------------------------------------------------------------
+
+    def step_ended(self, step: int) -> Decision | None:
+        """Called by every rank after every optimizer step: what to do if something was heard by anyone, else None."""
+        if self._steps is not None:
+            self._steps.tell(step)
+        notice = self._hear()
+        terminate = notice is not None and notice.kind is NoticeKind.TERMINATE
+        # The ranks of a node read one file, not at the same instant: an advisory counts once, when rank 0 has seen it.
+        advisory = notice is not None and notice.kind is NoticeKind.ADVISORY and self._is_new_advisory(notice)
+        left = notice.seconds_left(self._now()) if notice else None
+        fenced = self._uploader is not None and self._uploader.fenced is not None
+        any_terminate, any_advisory, any_fenced, soonest = self.agreement.highest(
+            float(terminate), float(advisory), float(fenced), -1e18 if left is None else -left
+        )
+        if any_fenced:
+            return Decision(Action.FINISH_UPLOAD_AND_STOP, "a newer launch owns the run")
+        if not any_terminate and not any_advisory:
+            return None
+        kind = NoticeKind.TERMINATE if any_terminate else NoticeKind.ADVISORY
+        seconds_left = None if soonest == -1e18 else -soonest
+        decision = self.agreement.from_main(lambda: self._decide(kind, seconds_left, notice))
+        if decision.action in (Action.SAVE_AND_STOP, Action.FINISH_UPLOAD_AND_STOP):
+            self.preempted = decision
+        return decision
+
+    def _decide(self, kind: NoticeKind, seconds_left: float | None, notice: PreemptionNotice | None) -> Decision:
+        uploader = self._uploader
+        measured = Measured(
+            save_s=self._save_s,
+            upload_s=uploader.upload_s(self._last_size_bytes) if uploader else None,
+            in_flight_s=uploader.in_flight_s() if uploader else None,
+        )
+        decision = decide(kind, seconds_left, measured)
+        log.warning(
+            "%s from %s: %s (%s)", kind.value, notice.source if notice else "another rank", decision.action.value, decision.why
+        )
+        if self._runtime is None and notice is not None:
+            self._record("notice", {**json.loads(notice.to_json()), "why": decision.why})
+        if decision.cancel_in_flight and uploader:
+            uploader.cancel_in_flight()
+        return decision
+
+    def save_begins(self) -> None:
+        """A save comes next: starts the clock."""
+        self._save_began = self._clock()
+
+    def saved(self, folder: Path, request: CommitRequest) -> None:
+        """Called by every rank when its part of a checkpoint is written; rank 0 hands the folder to the uploader."""
+        self.agreement.barrier()  # Trainer has none at the end of a save
+        if self._save_began is not None:
+            self._save_s = self._clock() - self._save_began
+            self._save_began = None
+        if self._uploader is None:
+            return
+        details = {**(request.details or {}), "save_s": None if self._save_s is None else round(self._save_s, 3)}
+        try:
+            self._uploader.submit(folder, CommitRequest(**{**vars(request), "details": details}))
+            self._last_size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        except OSError as error:
+            log.error("%s can't be queued for upload, training goes on: %s", folder, error)
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def end(self, step: int) -> None:
+        """After ``train()`` returned: waits for the last commit and ends as the run ended.
+
+        Raises:
+            TrainingPreempted: a notice stopped the training.
+            Fenced: a newer launch owns the run.
+            StoreError: the last checkpoint could not be committed in ``drain_timeout_s``.
+        """
+        self.agreement.from_main(lambda: self._end_on_main(step))
+
+    def _end_on_main(self, step: int) -> None:
+        if self._uploader is None:
+            return
+        if self._uploader.fenced is None:
+            notice = self._hear()
+            left = notice.seconds_left(self._now()) if notice and self.preempted else None
+            timeout_s = self._arguments.drain_timeout_s if left is None else max(left, 0.0) + _LATE_S
+            drained = self._uploader.drain(timeout_s)
+        if self._uploader.fenced is not None:
+            raise self._uploader.fenced
+        newest = self.run.journal.state.latest(self.stage)
+        committed = newest.step if newest else 0
+        if self.preempted is not None:
+            data = {"step": step, "committed_step": committed, "stage": self.stage, "why": self.preempted.why}
+            self._record("preempted", data)
+            raise TrainingPreempted(
+                f"preempted at step {step}; step {committed} is committed to {self.run.url}. Start the same command again to go on.",
+                step=committed,
+            )
+        if not drained:
+            raise StoreError(
+                f"training ended at step {step}, but only step {committed} is in {self.run.url} after "
+                f"{timeout_s:.0f} s: {self._uploader.trouble}",
+                hint=f"hf-spot checkpoints push {self.run.url} {self.output_dir}/checkpoint-{step}",
+            )
+        if self._runtime is None:
+            self._record("finished", {"step": step, "stage": self.stage})
+
+    def failed(self, error: BaseException) -> None:
+        """The training raised: commits what is under way, and says so in the journal when no launcher will."""
+        if self._uploader is None or self._uploader.fenced is not None:
+            return
+        if self._uploader.in_flight_s() is not None:
+            log.warning("finishing the upload in flight")
+        self._uploader.drain(min(60.0, self._arguments.drain_timeout_s))
+        if self._runtime is None:
+            self._record("failed", {"error": type(error).__name__, "stage": self.stage})
+
+    def close(self) -> None:
+        """Stops listening and uploading; gives back what was taken."""
+        self._closed.close()
+        self.agreement.close()
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _hear(self) -> PreemptionNotice | None:
+        """What was heard last on this node. Under a launch it costs one stat of a file that is usually absent."""
+        if self._runtime is not None:
+            try:
+                mtime_ns = os.stat(self._runtime.notice_path).st_mtime_ns
+            except FileNotFoundError:
+                return None
+            if mtime_ns != self._notice_mtime_ns:
+                self._notice_mtime_ns = mtime_ns
+                notice = self._runtime.read_notice()
+                self._heard = None if notice is None or notice.kind is NoticeKind.CANCELLED else notice
+        return self._heard
+
+    def _is_new_advisory(self, notice: PreemptionNotice) -> bool:
+        if not self.agreement.is_main or notice.id in self._advisories:
+            return False
+        self._advisories.add(notice.id)
+        return True
+
+    def _record(self, kind: str, data: dict[str, Any]) -> None:
+        try:
+            self.run.record(kind, data)
+        except (StoreError, Fenced) as error:
+            log.error("the journal could not be told %r: %s", kind, error)
+
+
+def _check(trainer: Trainer) -> None:
+    args = trainer.args
+    if args.save_only_model:
+        raise ConfigError(
+            "TrainingArguments(save_only_model=True) leaves nothing to resume from", hint="set save_only_model=False"
+        )
+    if getattr(args, "enable_jit_checkpoint", False):
+        raise ConfigError(
+            "TrainingArguments(enable_jit_checkpoint=True) and SpotCallback would both answer SIGTERM",
+            hint="set enable_jit_checkpoint=False",
+        )
+    if args.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
+        raise ConfigError("training on several machines is not supported yet", hint="use one machine with several GPUs")
+    if args.ignore_data_skip:
+        log.warning("ignore_data_skip=True: a resumed run sees other data than an uninterrupted one; set it to False")
+
+
+def _is_own(resume_from_checkpoint: str | bool | None, output_dir: Path) -> bool:
+    """True for what ``get_last_checkpoint(output_dir)`` may have given the script: the run's own newest commit is better."""
+    if isinstance(resume_from_checkpoint, str):
+        return Path(resume_from_checkpoint).resolve().parent == output_dir.resolve()
+    return resume_from_checkpoint is True
+
+
+def _progress(what: str) -> Callable[[int], Progress | None]:
+    def start(size_bytes: int) -> Progress | None:
+        bar = tqdm(total=size_bytes, unit="B", unit_scale=True, desc=f"hf_spot {what}", disable=None, leave=False)
+
+        def moved(count: int) -> None:
+            bar.update(count)
+            if bar.n >= size_bytes:
+                bar.close()
+
+        return moved
+
+    return start
+

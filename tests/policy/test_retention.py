@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_spot.policy.retention import to_prune
+
+
+@dataclass(frozen=True)
+class Ref:
+    step: int
+    stage: int = 1
+    best: bool = False
+
+
+def test_the_newest_three_and_the_best_stay() -> None:
+    refs = [Ref(10), Ref(20, best=True), Ref(30), Ref(40), Ref(50)]
+    assert to_prune(refs, 3) == [Ref(10)]
+
+
+def test_the_last_checkpoint_of_an_earlier_stage_stays() -> None:
+    refs = [Ref(10), Ref(20), Ref(5, stage=2), Ref(6, stage=2)]
+    assert to_prune(refs, 1) == [Ref(10), Ref(5, stage=2)]
+
+
+def test_no_limit_and_zero_keep_everything() -> None:
+    refs = [Ref(step) for step in range(9)]
+    assert to_prune(refs, None) == to_prune(refs, 0) == []
+
+
+refs = st.lists(st.builds(Ref, st.integers(0, 99), st.integers(1, 3), st.booleans()), unique=True)
+
+
+@given(refs, st.integers(1, 5))
+def test_pruning_never_takes_the_newest_and_pruning_again_takes_nothing(checkpoints: list[Ref], limit: int) -> None:
+    gone = to_prune(checkpoints, limit)
+    left = [ref for ref in checkpoints if ref not in gone]
+    assert left[-limit:] == checkpoints[-limit:]
+    assert to_prune(left, limit) == []
+    assert not any(ref.best for ref in gone)

@@ -1,0 +1,239 @@
+"""The journal's invariants, attacked."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from hf_spot.errors import ConfigError, CorruptCheckpoint, Fenced, StoreUnavailable
+from hf_spot.run.journal import Journal, decode, encode
+from hf_spot.storage.memory import MemoryStore
+from hf_spot.storage.store import ObjectInfo
+
+
+def commit(step: int, **more: object) -> dict[str, object]:
+    return {
+        "step": step,
+        "stage": 1,
+        "complete": False,
+        "prefix": f"e0001/checkpoint-{step}",
+        "files": [{"path": "a", "size": 7, "sha256": "0" * 64}],
+        **more,
+    }
+
+
+class CountingStore(MemoryStore):
+    """A memory store that counts requests and can lose the answers of creates that it carried out."""
+
+    def __init__(self) -> None:
+        super().__init__("memory://counting")
+        self.requests = 0
+        self.lose_answers = 0
+
+    def get(self, key: str) -> bytes:
+        self.requests += 1
+        return super().get(key)
+
+    def list(self, prefix: str = "", start_after: str = ""):  # type: ignore[no-untyped-def]
+        self.requests += 1
+        return super().list(prefix, start_after)
+
+    def create(self, key: str, data: bytes) -> bool:
+        made = super().create(key, data)
+        if self.lose_answers:
+            self.lose_answers -= 1
+            raise StoreUnavailable("the answer was lost")
+        return made
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore("memory://journal")
+
+
+def test_a_new_writer_fences_the_old_one(store: MemoryStore) -> None:
+    old, new = Journal(store), Journal(store)
+    old.claim({})
+    old.append("commit", commit(10))
+    assert new.claim({}).epoch == 2
+    with pytest.raises(Fenced) as caught:
+        old.append("commit", commit(20))
+    assert "launch 2" in str(caught.value)
+    assert [ref.step for ref in Journal(store).refresh().checkpoints] == [10]
+
+
+def test_two_processes_of_one_launch_take_turns(store: MemoryStore) -> None:
+    launcher, worker = Journal(store), Journal(store)
+    epoch = launcher.claim({}).epoch
+    worker.adopt(epoch)
+    worker.append("commit", commit(10))
+    launcher.append("notice", {"kind": "TERMINATE"})
+    worker.append("preempted", {"step": 10})
+    assert [entry.kind for entry in launcher.entries()] == ["claim", "commit", "notice", "preempted"]
+    assert launcher.refresh().ended == "preempted"
+
+
+def test_adopting_an_old_claim_is_refused(store: MemoryStore) -> None:
+    epoch = Journal(store).claim({}).epoch
+    Journal(store).claim({})
+    with pytest.raises(Fenced):
+        Journal(store).adopt(epoch)
+
+
+def test_a_lost_answer_makes_one_entry_and_not_two() -> None:
+    store = CountingStore()
+    journal = Journal(store)
+    journal.claim({})
+    store.lose_answers = 1
+    journal.append("commit", commit(10))
+    assert [entry.kind for entry in Journal(store).entries()] == ["claim", "commit"]
+
+
+def test_repeating_a_draft_whose_entry_stands_adds_nothing(store: MemoryStore) -> None:
+    journal = Journal(store)
+    journal.claim({})
+    first = journal.append("commit", commit(10), id="same")
+    again = Journal(store)
+    again.epoch = 1  # has read nothing yet: it tries number 1 and works its way up
+    with pytest.raises(Fenced):
+        again.append("commit", commit(10), id="other")
+    again.adopt(1)
+    assert first.number == 2
+    assert again.refresh().number == 2
+
+
+def test_the_tip_of_a_long_journal_is_found_in_three_requests() -> None:
+    store = CountingStore()
+    journal = Journal(store)
+    journal.claim({})
+    for step in range(300):
+        journal.append("notice", {"step": step})
+    store.requests = 0
+    assert Journal(store).refresh().number == 301
+    assert store.requests <= 3
+
+
+@pytest.mark.parametrize("hint", [b'{"entry": 999}', b"garbage", b'{"entry": "x"}', b'{"entry": 1}', b"[]"])
+def test_a_wrong_hint_never_hides_the_journal(store: MemoryStore, hint: bytes) -> None:
+    journal = Journal(store)
+    journal.claim({})
+    journal.append("commit", commit(10))
+    store.put("tip.json", hint)
+    assert Journal(store).refresh().number == 2
+
+
+def test_sixteen_claims_at_once_get_sixteen_epochs_and_one_owner(store: MemoryStore) -> None:
+    journals = [Journal(store) for _ in range(16)]
+    gate = threading.Barrier(16)
+
+    def claim(journal: Journal) -> None:
+        gate.wait()
+        journal.claim({})
+
+    threads = [threading.Thread(target=claim, args=(journal,)) for journal in journals]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(journal.epoch for journal in journals) == list(range(1, 17))
+    owners = 0
+    for journal in journals:
+        try:
+            journal.append("commit", commit(1))
+            owners += 1
+        except Fenced:
+            continue
+    assert owners == 1
+
+
+def test_the_best_mark_moves_with_the_best_step(store: MemoryStore) -> None:
+    journal = Journal(store)
+    journal.claim({})
+    journal.append("commit", commit(10, best_step=10))
+    journal.append("commit", commit(20, best_step=10))
+    assert [ref.best for ref in journal.state.checkpoints] == [True, False]
+    journal.append("commit", commit(30, best_step=30))
+    assert [ref.best for ref in journal.state.checkpoints] == [False, False, True]
+
+
+def test_an_entry_of_a_newer_format_asks_for_an_upgrade(store: MemoryStore) -> None:
+    entry = Journal(store).claim({})
+    fields = json.loads(encode(entry)) | {"format": 99}
+    with pytest.raises(ConfigError, match="upgrade"):
+        decode(json.dumps(fields).encode())
+
+
+@pytest.mark.parametrize("data", [b"", b"null", b"{}", b'{"format": 1}', b"\xff\xfe"])
+def test_bytes_that_are_no_entry_are_called_corrupt(data: bytes) -> None:
+    with pytest.raises(CorruptCheckpoint):
+        decode(data)
+
+
+class Interleavings(RuleBasedStateMachine):
+    """Three writers claim, commit, lose answers and wake up stale, in any order."""
+
+    @initialize()
+    def start(self) -> None:
+        self.store = CountingStore()
+        self.store.requests = 0
+        self.writers = [Journal(self.store) for _ in range(3)]
+
+    @rule(who=st.integers(0, 2), lost=st.booleans())
+    def claim(self, who: int, lost: bool) -> None:
+        self.store.lose_answers = int(lost)
+        self.writers[who].claim({"who": who})
+        self.store.lose_answers = 0
+
+    @rule(who=st.integers(0, 2), step=st.integers(1, 50), lost=st.booleans())
+    def commit(self, who: int, step: int, lost: bool) -> None:
+        writer = self.writers[who]
+        owner = Journal(self.store).refresh().epoch
+        self.store.lose_answers = int(lost)
+        try:
+            entry = writer.append("commit", commit(step))
+            assert entry.epoch == writer.epoch == owner
+        except Fenced:
+            assert writer.epoch != owner
+        finally:
+            self.store.lose_answers = 0
+
+    @rule(who=st.integers(0, 2))
+    def prune(self, who: int) -> None:
+        writer = self.writers[who]
+        refs = writer.state.checkpoints
+        if refs:
+            try:
+                writer.append("prune", {"entries": [refs[0].entry]})
+            except Fenced:
+                return
+
+    @invariant()
+    def the_journal_is_whole(self) -> None:
+        entries = list(Journal(self.store).entries())
+        assert [entry.number for entry in entries] == list(range(1, len(entries) + 1))
+        epochs = [entry.epoch for entry in entries]
+        assert epochs == sorted(epochs)
+        assert len({entry.id for entry in entries}) == len(entries)
+        standing: list[int] = []
+        for entry in entries:
+            if entry.kind == "commit":
+                standing.append(entry.number)
+            elif entry.kind == "prune":
+                standing = [number for number in standing if number not in entry.data["entries"]]
+            assert [ref.entry for ref in entry.state.checkpoints] == standing
+
+
+TestInterleavings = Interleavings.TestCase
+TestInterleavings.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+def test_object_info_is_what_the_journal_reads(store: MemoryStore) -> None:
+    Journal(store).claim({})
+    assert [info for info in store.list("journal/")] == [
+        ObjectInfo("journal/00000001.json", len(store.get("journal/00000001.json")))
+    ]

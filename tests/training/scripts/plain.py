@@ -1,0 +1,91 @@
+"""An ordinary fine-tuning script that has never heard of hf_spot: what the end-to-end tests interrupt."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+
+class Bytes(Dataset):
+    """Windows of this file's own text, byte by byte."""
+
+    def __init__(self, count: int, length: int = 32) -> None:
+        text = torch.tensor(list(Path(__file__).read_bytes()))
+        self.windows = [text[(i * 7) % (len(text) - length) :][:length].long() for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+
+
+class Diary(TrainerCallback):
+    """Writes every step's loss and learning rate, and can slow training down so that a test can hit a chosen step."""
+
+    def __init__(self, path: str | None, step_s: float) -> None:
+        self.path, self.step_s = path, step_s
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        time.sleep(self.step_s)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        if self.path and "loss" in logs:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--diary")
+    parser.add_argument("--weights", required=True, help="where the final weights go")
+    parser.add_argument("--step_s", type=float, default=0.0)
+    parser.add_argument("--save_steps", type=int, default=5)
+    parser.add_argument("--evaluate", default="no")
+    parser.add_argument("--best", action="store_true")
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=256, n_positions=32, n_embd=32, n_layer=1, n_head=2)  # dropout 0.1 by default
+    arguments = TrainingArguments(
+        output_dir=options.output_dir,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_train_epochs=2,
+        learning_rate=1e-3,
+        warmup_steps=4,
+        lr_scheduler_type="cosine",
+        logging_steps=1,
+        save_steps=options.save_steps,
+        eval_strategy=options.evaluate,
+        eval_steps=7,
+        save_total_limit=2,
+        load_best_model_at_end=options.best,
+        save_strategy="best" if options.best else "steps",
+        metric_for_best_model="loss" if options.best else None,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=1,
+    )
+    trainer = Trainer(
+        model=GPT2LMHeadModel(config),
+        args=arguments,
+        train_dataset=Bytes(122),  # 122 = 15 steps of 8 and a remainder, twice
+        eval_dataset=Bytes(20),
+        callbacks=[Diary(options.diary, options.step_s)],
+    )
+    trainer.train()
+    # Must never run after a preemption: a half-trained model would be published.
+    trainer.save_model(options.weights)
+
+
+if __name__ == "__main__":
+    main()
