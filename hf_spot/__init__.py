@@ -1,0 +1,81 @@
+"""Fine-tune with the Hugging Face Trainer on machines that can be taken away.
+
+Every public name below is loaded when it is first used: ``import hf_spot`` alone loads neither torch nor boto3.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_spot.arguments import SpotArguments
+    from hf_spot.errors import (
+        AccessDenied,
+        BucketNotFound,
+        ConfigError,
+        CorruptCheckpoint,
+        Fenced,
+        IncompleteCheckpoint,
+        NoCheckpoint,
+        ObjectNotFound,
+        SpotError,
+        StoreError,
+        StoreNotFencing,
+        StoreUnavailable,
+        TrainingPreempted,
+    )
+    from hf_spot.notices.notice import NoticeKind, NoticeSource, PreemptionNotice
+    from hf_spot.run.run import Checkpoint, Run
+    from hf_spot.storage.store import ObjectStore
+    from hf_spot.training.callback import SpotCallback
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccessDenied",
+    "BucketNotFound",
+    "Checkpoint",
+    "ConfigError",
+    "CorruptCheckpoint",
+    "Fenced",
+    "IncompleteCheckpoint",
+    "NoCheckpoint",
+    "NoticeKind",
+    "NoticeSource",
+    "ObjectNotFound",
+    "ObjectStore",
+    "PreemptionNotice",
+    "Run",
+    "SpotArguments",
+    "SpotCallback",
+    "SpotError",
+    "StoreError",
+    "StoreNotFencing",
+    "StoreUnavailable",
+    "TrainingPreempted",
+    "__version__",
+]
+
+_HOMES = {
+    "Checkpoint": "hf_spot.run.run",
+    "NoticeKind": "hf_spot.notices.notice",
+    "NoticeSource": "hf_spot.notices.notice",
+    "ObjectStore": "hf_spot.storage.store",
+    "PreemptionNotice": "hf_spot.notices.notice",
+    "Run": "hf_spot.run.run",
+    "SpotArguments": "hf_spot.arguments",
+    "SpotCallback": "hf_spot.training.callback",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES.get(name, "hf_spot.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

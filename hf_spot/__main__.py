@@ -1,0 +1,8 @@
+"""``python -m hf_spot`` is ``hf-spot``."""
+
+from __future__ import annotations
+
+from hf_spot.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,73 @@
+"""What `hf-spot watch` shows: which sources listen, what they answer now, and every notice as it comes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
+from typing import TextIO
+
+from hf_spot.notices.notice import NoticeSource, PreemptionNotice
+from hf_spot.notices.watcher import Watcher
+
+
+def watch(
+    sources: Iterable[NoticeSource],
+    *,
+    out: TextIO,
+    as_json: bool,
+    duration_s: float | None = None,
+    now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
+) -> bool:
+    """Asks every source once and prints its answer, then prints notices until Ctrl-C or for ``duration_s``.
+
+    Args:
+        sources: what to listen to.
+        out: where to print; lines are flushed one by one.
+        as_json: one JSON object a line, told apart by its ``event``: ``source`` or ``notice``.
+        duration_s: seconds to listen after the first answers; 0 for these only, None for no end.
+        now: the wall clock.
+
+    Returns:
+        True when every source could be asked.
+    """
+    sources = list(sources)
+    all_answered = True
+
+    def say(fields: dict[str, object], text: str) -> None:
+        print(json.dumps(fields) if as_json else text, file=out, flush=True)
+
+    for source in sources:
+        where = getattr(source, "where", "")
+        try:
+            notice, error = source.poll(), ""
+        except Exception as failure:
+            notice, error = None, str(failure) or type(failure).__name__
+            all_answered = False
+        answer = f"error: {error}" if error else _in_words(notice, now())
+        stated = None if notice is None else json.loads(notice.to_json())
+        say(
+            {"event": "source", "name": source.name, "where": where, "notice": stated, "error": error or None},
+            f"{source.name:<8}{where:<32}  {answer}",
+        )
+    if not sources:
+        say({"event": "source", "name": None, "where": None, "notice": None, "error": None}, "nothing listens here")
+
+    def on_notice(notice: PreemptionNotice) -> None:
+        heard_at = now()
+        fields = {"event": "notice", "heard_at": heard_at.isoformat(), **json.loads(notice.to_json())}
+        say(fields, f"{heard_at:%H:%M:%S}Z  {notice.source}  {_in_words(notice, heard_at)}")
+
+    if sources and duration_s != 0:
+        with contextlib.suppress(KeyboardInterrupt), Watcher(sources, on_notice, now=now):
+            threading.Event().wait(duration_s)
+    return all_answered
+
+
+def _in_words(notice: PreemptionNotice | None, now: datetime) -> str:
+    if notice is None:
+        return "no notice"
+    left = notice.seconds_left(now)
+    return f"{notice.kind.value} ({notice.id})" + ("" if left is None else f", {left:.0f} s left")

@@ -1,0 +1,159 @@
+"""FaultyStore: any store, with trouble on demand: for tests, for the demo, and for users who want to see it."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from hf_spot.errors import StoreUnavailable
+from hf_spot.storage.store import ObjectInfo, ObjectStore, Progress
+
+
+def _unavailable() -> Exception:
+    return StoreUnavailable("injected: the store did not answer")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One way in which calls go wrong.
+
+    Args:
+        method: name of an `ObjectStore` method, or ``*``.
+        key: pattern (`fnmatch`) for the key; for `list` its prefix; for `delete` any of its keys.
+        occurrence: only the n-th matching call, from 1; 0 means every one.
+        probability: that such a call is hit; drawn from the store's seed, and the same however threads are timed.
+        answer_lost: the call is carried out first, and fails then.
+        error: makes what is raised; None raises nothing (to wait only).
+        until: the call waits for this event before anything else.
+    """
+
+    method: str = "*"
+    key: str = "*"
+    occurrence: int = 1
+    probability: float = 1.0
+    answer_lost: bool = False
+    error: Callable[[], Exception] | None = _unavailable
+    until: threading.Event | None = field(default=None, repr=False)
+
+
+class FaultyStore:
+    """An `ObjectStore` around another one.
+
+    Set ``outage = True`` and every call fails with `StoreUnavailable`, transfers under way included, until it is False
+    again. ``calls`` lists (method, key) of every call so far.
+
+    Args:
+        inner: the store that does the work.
+        faults: what goes wrong; the first that applies to a call is used.
+        seed: for ``probability``.
+    """
+
+    def __init__(self, inner: ObjectStore, faults: Iterable[Fault] = (), *, seed: int = 0) -> None:
+        self.inner = inner
+        self.faults = list(faults)
+        self.seed = seed
+        self.outage = False
+        self.calls: list[tuple[str, str]] = []
+        self._seen: Counter[object] = Counter()
+        self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        """Of the inner store."""
+        return self.inner.url
+
+    def get(self, key: str) -> bytes:
+        """As the inner store, or a fault."""
+        after = self._enter("get", key)
+        data = self.inner.get(key)
+        after()
+        return data
+
+    def put(self, key: str, data: bytes) -> None:
+        """As the inner store, or a fault."""
+        after = self._enter("put", key)
+        self.inner.put(key, data)
+        after()
+
+    def create(self, key: str, data: bytes) -> bool:
+        """As the inner store, or a fault."""
+        after = self._enter("create", key)
+        made = self.inner.create(key, data)
+        after()
+        return made
+
+    def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        """As the inner store, or a fault."""
+        after = self._enter("put_file", key)
+        self.inner.put_file(key, path, self._watched(progress))
+        after()
+
+    def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        """As the inner store, or a fault."""
+        after = self._enter("get_file", key)
+        self.inner.get_file(key, path, self._watched(progress))
+        after()
+
+    def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
+        """As the inner store, or a fault at the first step."""
+        after = self._enter("list", prefix)
+        for info in self.inner.list(prefix, start_after):
+            self._check_outage()
+            yield info
+        after()
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """As the inner store, or a fault."""
+        gone = [*keys]
+        after = self._enter("delete", *gone)
+        self.inner.delete(gone)
+        after()
+
+    def _enter(self, method: str, *keys: str) -> Callable[[], None]:
+        """Fails now, or returns what must be called once the work is done."""
+        with self._lock:
+            self.calls.extend((method, key) for key in keys)
+            fault = self._fault_for(method, keys)
+        if fault is not None and fault.until is not None:
+            fault.until.wait()
+        self._check_outage()
+        if fault is None or fault.error is None:
+            return self._check_outage
+        error = fault.error()
+        if not fault.answer_lost:
+            raise error
+
+        def lose_answer() -> None:
+            raise error
+
+        return lose_answer
+
+    def _fault_for(self, method: str, keys: tuple[str, ...]) -> Fault | None:
+        chosen = None
+        for index, fault in enumerate(self.faults):
+            hit = [key for key in keys if fnmatchcase(key, fault.key)]
+            if fault.method not in ("*", method) or not hit:
+                continue
+            self._seen[index] += 1
+            self._seen[index, method, hit[0]] += 1
+            draw = random.Random(f"{self.seed} {index} {method} {hit[0]} {self._seen[index, method, hit[0]]}").random()
+            if chosen is None and fault.occurrence in (0, self._seen[index]) and draw < fault.probability:
+                chosen = fault
+        return chosen
+
+    def _watched(self, progress: Progress | None) -> Progress:
+        def report(count: int) -> None:
+            self._check_outage()
+            if progress is not None:
+                progress(count)
+
+        return report
+
+    def _check_outage(self) -> None:
+        if self.outage:
+            raise StoreUnavailable("injected: the store is out")

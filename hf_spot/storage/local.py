@@ -1,0 +1,294 @@
+"""LocalStore: a run in a directory, on this machine's disk or on a network filesystem that several machines mount."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from io import FileIO
+from pathlib import Path
+
+from hf_spot.errors import AccessDenied, BucketNotFound, ObjectNotFound, StoreError, StoreUnavailable
+from hf_spot.storage.keys import TEMPORARY_FOLDER, check_key, check_prefix
+from hf_spot.storage.store import ObjectInfo, Progress
+
+_CHUNK_BYTES = 4 << 20
+_STALE_S = 86400.0  # a half-written file that nobody has touched for a day was left by a machine that died
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_GONE = (errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EAGAIN)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class LocalStore:
+    """An `ObjectStore` in a directory. Objects are ordinary files; half-written ones stay in a hidden folder.
+
+    The directory itself is made by the first write, its parent is not: an unmounted ``/mnt/efs`` must not pass for an
+    empty run.
+
+    Trouble with the store raises children of StoreError; trouble with the caller's own file in `put_file` and
+    `get_file` is the OSError that it is.
+
+    Args:
+        path: the directory, absolute or relative to the working directory of this moment.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._root = Path(os.path.abspath(path))
+        self._swept = False
+
+    @property
+    def url(self) -> str:
+        """The directory's absolute path."""
+        return str(self._root)
+
+    def get(self, key: str) -> bytes:
+        """Reads the file."""
+        path = self._path(key)
+        with self._explained("read", path):
+            return path.read_bytes()
+
+    def put(self, key: str, data: bytes) -> None:
+        """Writes a file beside, syncs it and renames it."""
+        path = self._path(key)
+        with self._half_written("write", path) as (file, temporary), self._explained("write", path):
+            _write(file, data)
+            os.fsync(file.fileno())
+            self._into_place(lambda: os.replace(temporary, path), path)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Links a synced file to its name, which the filesystem allows once."""
+        path = self._path(key)
+        with self._half_written("create", path) as (file, temporary), self._explained("create", path):
+            _write(file, data)
+            os.fsync(file.fileno())
+            try:
+                self._into_place(lambda: os.link(temporary, path), path)
+                return True
+            except FileExistsError:
+                # An NFS client that repeats a request whose answer was lost finds its own link standing there.
+                return os.stat(temporary).st_nlink == 2
+            except OSError as error:
+                if error.errno not in _NO_LINKS or path.parent.stat().st_dev != temporary.stat().st_dev:
+                    raise
+                raise StoreError(
+                    f"{self._root} is on a filesystem without hard links, so two machines can't be kept apart there",
+                    hint="a directory on ext4, xfs, NFS or EFS; for a mounted bucket its own URL: s3://bucket/prefix",
+                ) from error
+
+    def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        """Copies the file, syncs the copy and renames it."""
+        final = self._path(key)
+        with open(path, "rb") as source, self._half_written("write", final) as (file, temporary):
+
+            def write(chunk: bytes) -> None:
+                with self._explained("write", final):
+                    _write(file, chunk)
+
+            _copy(source.read, write, progress)
+            with self._explained("write", final):
+                os.fsync(file.fileno())
+                self._into_place(lambda: os.replace(temporary, final), final)
+
+    def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        """Copies to a hidden file beside ``path``, syncs and renames it."""
+        origin, path = self._path(key), Path(path)
+        with self._explained("read", origin):
+            source = FileIO(origin)
+        temporary = path.with_name(f".hf_spot-{uuid.uuid4().hex}")
+
+        def read(count: int) -> bytes:
+            with self._explained("read", origin):
+                return source.read(count)
+
+        try:
+            with source, FileIO(temporary, "x") as file:
+                _copy(read, lambda chunk: _write(file, chunk), progress)
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
+        """Walks only what ``prefix`` and ``start_after`` leave over, one directory in memory at a time."""
+        # Everything that matches lies under the last whole folder of the prefix: nothing else is walked.
+        folder = check_prefix(prefix).rpartition("/")[0]
+        with self._explained("list", self._root):
+            if not self._root.is_dir() and (self._root.exists() or not self._root.parent.is_dir()):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self._root))
+        yield from self._walk(f"{folder}/" if folder else "", prefix, start_after)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Removes files, and the folders that this leaves empty."""
+        for key in keys:
+            path = self._path(key)
+            missing = contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError)
+            with self._explained("delete", path), missing:
+                path.unlink()
+            self._prune(path.parent)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _walk(self, folder: str, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
+        """Keys under ``folder`` (empty, or ending in a slash) in the order of S3: by the whole key, as if '/' were a
+        letter. Sorting each directory's entries with their slash gives exactly that."""
+        with self._explained("list", self._root / folder):
+            try:
+                with os.scandir(self._root / folder) as found:
+                    entries = [(self._name(folder, entry), entry) for entry in found]
+            except (FileNotFoundError, NotADirectoryError):
+                return
+        for name, entry in sorted(entries, key=lambda pair: pair[0]):
+            if name == f"{TEMPORARY_FOLDER}/":
+                continue
+            if name.endswith("/"):
+                passed = name < start_after and not start_after.startswith(name)
+                if not passed and (name.startswith(prefix) or prefix.startswith(name)):
+                    yield from self._walk(name, prefix, start_after)
+            elif name.startswith(prefix) and name > start_after:
+                with self._explained("list", self._root / name):
+                    try:
+                        info = ObjectInfo(name, entry.stat().st_size) if entry.is_file() else None
+                    except FileNotFoundError:  # deleted since
+                        info = None
+                if info is not None:
+                    yield info
+
+    @staticmethod
+    def _name(folder: str, entry: os.DirEntry[str]) -> str:
+        # A link to a directory is neither an object nor followed: it could lead out, or round in a circle.
+        return f"{folder}{entry.name}/" if entry.is_dir(follow_symlinks=False) else f"{folder}{entry.name}"
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _half_written(self, doing: str, path: Path) -> Iterator[tuple[FileIO, Path]]:
+        """A new file on the store's own filesystem, which vanishes unless it is moved to its place."""
+        folder = self._root / TEMPORARY_FOLDER
+        temporary = folder / f"{os.getpid()}-{uuid.uuid4().hex}"
+        with self._explained(doing, path):
+            with contextlib.suppress(FileExistsError):
+                self._root.mkdir()
+                _sync_folder(self._root.parent)
+            folder.mkdir(exist_ok=True)
+            file = FileIO(temporary, "x")
+        try:
+            with file:
+                self._sweep(folder, temporary)
+                yield file, temporary
+        finally:
+            with contextlib.suppress(OSError):  # moved to its place, or left to the next sweep
+                temporary.unlink()
+
+    def _sweep(self, folder: Path, fresh: Path) -> None:
+        """Once per store: removes what dead machines left. Ages are by the fileserver's clock, read off a new file."""
+        if self._swept:
+            return
+        self._swept = True
+        now_s = fresh.stat().st_mtime
+        for leftover in folder.iterdir():
+            with contextlib.suppress(OSError):  # another machine sweeps too
+                if leftover.stat().st_mtime < now_s - _STALE_S:
+                    leftover.unlink()
+
+    def _into_place(self, move: Callable[[], None], path: Path) -> None:
+        """Runs ``move``, making the folders above ``path``; a `delete` elsewhere may remove them again in between."""
+        for attempt in range(20):
+            self._make_folder(path.parent)
+            try:
+                move()
+                break
+            except FileNotFoundError:
+                if attempt == 19:
+                    raise
+        _sync_folder(path.parent)
+
+    def _make_folder(self, folder: Path) -> None:
+        if folder.is_dir():
+            return
+        with contextlib.suppress(FileNotFoundError):  # its parent has just been removed: `_into_place` tries again
+            if folder != self._root:
+                self._make_folder(folder.parent)
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+            _sync_folder(folder.parent)
+
+    def _prune(self, folder: Path) -> None:
+        """Removes the folders that a deletion has left empty, up to the root, which stays."""
+        while folder != self._root:
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                pass  # another delete was faster; its parent may still be ours to remove
+            except OSError:
+                return  # not empty, or something was put there in this moment
+            folder = folder.parent
+
+    # -- keys and errors ----------------------------------------------------------------------------------------------
+
+    def _path(self, key: str) -> Path:
+        return self._root / check_key(key)
+
+    @contextlib.contextmanager
+    def _explained(self, doing: str, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._explain(doing, path, error) from error
+
+    def _explain(self, doing: str, path: Path, error: OSError) -> StoreError:
+        what = f"can't {doing} {path}: {error.strerror or error}"
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+            if not self._root.parent.is_dir():
+                return BucketNotFound(
+                    f"can't {doing} {path}: the folder {self._root.parent} does not exist",
+                    hint=f"mount it, or: mkdir -p {self._root.parent}",
+                )
+            if self._root.exists() and not self._root.is_dir():
+                return BucketNotFound(f"{self._root} is a file, not a directory", hint="another --store")
+            if doing == "read":
+                return ObjectNotFound(f"{path} does not exist")
+            return StoreError(what, hint="a key can't be a file and a folder at once; give the run a folder of its own")
+        if error.errno in (errno.EACCES, errno.EPERM):
+            return AccessDenied(what, hint=f"ls -ld {self._root}; this process runs as user id {os.geteuid()}")
+        if error.errno == errno.EROFS:
+            return AccessDenied(what, hint=f"the filesystem is mounted read-only: findmnt -T {self._root}")
+        if error.errno in _FULL:
+            return StoreUnavailable(what, hint=f"{_free(self._root)}free some, or lower save_total_limit")
+        if error.errno in _GONE:
+            return StoreUnavailable(what, hint=f"the fileserver does not answer as it should: findmnt -T {self._root}")
+        return StoreError(what)
+
+
+def _free(path: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(path).free / 1e9:.1f} GB are free on {path}: "
+    except OSError:
+        return ""
+
+
+def _copy(read: Callable[[int], bytes], write: Callable[[bytes], None], progress: Progress | None) -> None:
+    while chunk := read(_CHUNK_BYTES):
+        write(chunk)
+        if progress is not None:
+            progress(len(chunk))
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:  # an unbuffered write may take a part only
+        rest = rest[file.write(rest) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network filesystems sync folders by themselves
+            raise
+    finally:
+        os.close(handle)

@@ -1,0 +1,112 @@
+"""probe: proves that a store can do all that a run needs, before anything is trusted to it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import uuid
+from collections.abc import Iterator
+from queue import Empty, SimpleQueue
+
+from hf_spot.errors import ConfigError, SpotError, StoreError, StoreNotFencing, StoreUnavailable
+from hf_spot.storage.store import ObjectStore
+
+log = logging.getLogger("hf_spot")
+
+LIMIT_S = 20.0
+
+
+class _Steps:
+    """The checks, one after the other; ``doing`` says which one is under way."""
+
+    def __init__(self, store: ObjectStore, allow_unfenced: bool) -> None:
+        self._store = store
+        self._allow_unfenced = allow_unfenced
+        self.doing = "reaching it"
+
+    def run(self) -> None:
+        store, key = self._store, f".probe/{uuid.uuid4().hex}"
+        try:
+            with self._step("writing (create)"):
+                first = store.create(key, b"first")
+            with self._step("reading back"):
+                data = store.get(key)
+            if not first or data != b"first":
+                raise StoreError(f"{store.url} does not return what was written to it: {data[:20]!r} for b'first'")
+            with self._step("creating what exists (create-if-absent)"):
+                second = store.create(key, b"second")
+            if second:
+                self._unfenced()
+            with self._step("listing"):
+                listed = [info.key for info in store.list(key)]
+            if listed != [key]:
+                raise StoreError(f"{store.url} does not list what was written to it: {listed} for {[key]}")
+        except BaseException:
+            with contextlib.suppress(SpotError):  # the first error is the one to be told
+                store.delete([key])
+            raise
+        with self._step("deleting"):
+            store.delete([key])
+            left = [info.key for info in store.list(key)]
+        if left:
+            raise StoreError(f"{store.url} still lists {key} after it was deleted")
+
+    def _unfenced(self) -> None:
+        url = self._store.url
+        if not self._allow_unfenced:
+            raise StoreNotFencing(
+                f"{url} ignores create-if-absent: it let a second writer replace what the first had created, so it "
+                "can't keep two machines from damaging one run",
+                hint="another store; or, if only ever one machine at a time uses this run, --allow-unfenced-store, "
+                "SpotArguments(allow_unfenced_store=True)",
+            )
+        log.warning("%s ignores create-if-absent: two machines that use this run at the same time will damage it", url)
+
+    @contextlib.contextmanager
+    def _step(self, doing: str) -> Iterator[None]:
+        self.doing = doing
+        try:
+            yield
+        except (StoreError, ConfigError) as error:
+            raise type(error)(f"checking {self._store.url}, {doing}: {error.args[0]}", hint=error.hint) from error
+
+
+def probe(store: ObjectStore, *, allow_unfenced: bool = False) -> None:
+    """Writes, reads back, creates again, lists and deletes one small object, ``.probe/<uuid>``.
+
+    Six requests where all is well. Ends after 20 seconds at most, also when the network swallows packets or a
+    fileserver hangs.
+
+    Args:
+        store: the store to check.
+        allow_unfenced: accept, with a warning, a store that ignores create-if-absent.
+
+    Raises:
+        StoreNotFencing: the store ignores create-if-absent, and that was not accepted.
+        StoreUnavailable: no answer.
+        StoreError: other trouble, naming the step that failed and what it needs.
+        ConfigError: a setting of the store can't be used.
+    """
+    steps = _Steps(store, allow_unfenced)
+    outcome: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            steps.run()
+            outcome.put(None)
+        except BaseException as error:
+            outcome.put(error)
+
+    # A thread, because nothing else ends a call that hangs in a name server or in a dead mount; a daemon, because it
+    # may then never end.
+    threading.Thread(target=work, name="hf_spot-probe", daemon=True).start()
+    try:
+        error = outcome.get(timeout=LIMIT_S)
+    except Empty:
+        raise StoreUnavailable(
+            f"checking {store.url}, {steps.doing}: no answer within {LIMIT_S:.0f} s",
+            hint="is the address right, and does this machine have a way there (route, VPC endpoint, proxy, mount)?",
+        ) from None
+    if error is not None:
+        raise error

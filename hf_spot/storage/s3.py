@@ -1,0 +1,442 @@
+"""S3Store: a run in a bucket of S3, or of anything that speaks S3's protocol.
+
+Credentials, region, profile and endpoint are boto3's business: every variable and file of the AWS tools works, such as
+``AWS_PROFILE``, ``AWS_ENDPOINT_URL_S3`` or ``addressing_style`` in ``~/.aws/config``. Two variables say what boto3 has
+no setting for:
+
+* ``HF_SPOT_S3_EXPECTED_BUCKET_OWNER``: account id; a bucket of another account is refused (AccessDenied).
+* ``HF_SPOT_S3_SSE_KMS_KEY_ID``: objects are encrypted under this KMS key instead of the bucket's default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+import botocore.session
+from boto3.s3.transfer import TransferConfig, create_transfer_manager
+from botocore import exceptions as aws
+from botocore.config import Config
+from s3transfer.exceptions import RetriesExceededError
+from s3transfer.futures import TransferFuture
+from s3transfer.subscribers import BaseSubscriber
+from urllib3.exceptions import HTTPError
+
+from hf_spot.errors import (
+    AccessDenied,
+    BucketNotFound,
+    ConfigError,
+    ObjectNotFound,
+    SpotError,
+    StoreError,
+    StoreNotFencing,
+    StoreUnavailable,
+)
+from hf_spot.storage.keys import check_key, check_prefix
+from hf_spot.storage.store import ObjectInfo, Progress
+
+OWNER_VARIABLE = "HF_SPOT_S3_EXPECTED_BUCKET_OWNER"
+KMS_KEY_VARIABLE = "HF_SPOT_S3_SSE_KMS_KEY_ID"
+
+_PART_BYTES = 64 << 20
+_CONNECTIONS = 16  # for all transfers of one store together; downloads buffer at most 100 MB
+_DELETE_BATCH = 1000  # S3's limit
+_BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+_CONFLICT_WAITS_S = (0.1, 0.3, 1.0)
+
+_PERMISSIONS = {"read": "s3:GetObject", "write": "s3:PutObject", "list": "s3:ListBucket", "delete": "s3:DeleteObject"}
+
+
+class S3Store:
+    """An `ObjectStore` in a bucket. Nothing is asked before the first call; usable from threads and after a fork.
+
+    Trouble with the store raises children of StoreError, settings that can't be used ConfigError; trouble with the
+    caller's own file in `put_file` and `get_file` is the OSError that it is.
+
+    Args:
+        url: ``s3://bucket/prefix``; the prefix may be empty.
+
+    Raises:
+        ConfigError: the URL is malformed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._bucket, prefix = _parse(url)
+        self._base = f"{prefix}/" if prefix else ""
+        self._owner = _owner()
+        self._encryption = _encryption()
+        self._batched_deletes = True
+        self._connections: dict[int, _Connection] = {}  # by process id: sockets and threads don't survive a fork
+        self._locks: dict[int, threading.Lock] = {}  # likewise: a lock may be held by a thread that was not forked
+
+    @property
+    def url(self) -> str:
+        """Bucket and prefix, without a slash at the end."""
+        return f"s3://{self._bucket}/{self._base}".rstrip("/")
+
+    def get(self, key: str) -> bytes:
+        """GetObject."""
+        target = self._target(key)
+        with self._explained("read", key):
+            body: bytes = self._client.get_object(**target)["Body"].read()
+            return body
+
+    def put(self, key: str, data: bytes) -> None:
+        """PutObject."""
+        target = self._target(key)
+        with self._explained("write", key):
+            self._client.put_object(Body=data, **target, **self._encryption)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """PutObject with ``If-None-Match: *``. Raises StoreNotFencing when the server refuses that header."""
+        target = self._target(key)
+        for wait_s in (*_CONFLICT_WAITS_S, None):
+            with self._explained("write", key):
+                try:
+                    self._client.put_object(Body=data, IfNoneMatch="*", **target, **self._encryption)
+                    return True
+                except aws.ClientError as error:
+                    code = _code(error)
+                    if code in ("PreconditionFailed", "412"):
+                        return False
+                    if code in ("NotImplemented", "501"):
+                        raise StoreNotFencing(
+                            f"{self.url} refuses create-if-absent (If-None-Match), so it can't keep two machines apart",
+                            hint="another store, or a newer version of its server",
+                        ) from error
+                    # Another create of this key is just being decided: S3 asks to try again.
+                    if code != "ConditionalRequestConflict" or wait_s is None:
+                        raise
+            time.sleep(wait_s)
+        raise AssertionError("the last try returns or raises")
+
+    def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        """One PutObject, or parts of 64 MB several at a time; a failed or cancelled upload leaves no parts behind."""
+        target = self._target(key)
+        watch = _Watch(progress)
+        with self._explained("write", key):
+            connection = self._connection
+            extra = {**self._owner, **self._encryption, **connection.checksum}
+            future = connection.transfers.upload(
+                str(path), target["Bucket"], target["Key"], extra_args=extra, subscribers=[watch]
+            )
+            watch.outcome(future)
+
+    def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        """Parts of 64 MB several at a time, into a file beside ``path`` that is renamed when whole."""
+        target = self._target(key)
+        watch = _Watch(progress)
+        with self._explained("read", key):
+            try:
+                future = self._connection.transfers.download(
+                    target["Bucket"], target["Key"], str(path), extra_args=dict(self._owner), subscribers=[watch]
+                )
+                watch.outcome(future)
+            except aws.ClientError as error:
+                # The transfer begins with HEAD, whose errors are a bare status: ask again in a way that has an answer.
+                if _code(error).isdigit():
+                    self._client.get_object(Range="bytes=0-0", **target)["Body"].close()
+                raise
+
+    def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
+        """ListObjectsV2, a page of at most 1000 keys at a time."""
+        begin = {"StartAfter": self._base + start_after} if start_after else {}
+        query = {"Bucket": self._bucket, "Prefix": self._base + check_prefix(prefix), **begin, **self._owner}
+        with self._explained("list", prefix):
+            pages = iter(self._client.get_paginator("list_objects_v2").paginate(**query))
+        while True:
+            with self._explained("list", prefix):
+                page = next(pages, None)
+            if page is None:
+                return
+            for found in page.get("Contents", ()):
+                key = found["Key"][len(self._base) :]
+                if key and not key.endswith("/"):  # consoles make such objects to show a folder
+                    yield ObjectInfo(key, found["Size"])
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """DeleteObjects, 1000 at a time; one by one where the server doesn't know that."""
+        names = (self._base + check_key(key) for key in keys)
+        while batch := [*islice(names, _DELETE_BATCH)]:
+            with self._explained("delete", batch[0][len(self._base) :]):
+                self._delete(batch)
+
+    def _delete(self, names: Sequence[str]) -> None:
+        if self._batched_deletes:
+            request = {"Objects": [{"Key": name} for name in names], "Quiet": True}
+            try:
+                answer = self._client.delete_objects(Bucket=self._bucket, Delete=request, **self._owner)
+            except aws.ClientError as error:
+                if _code(error) not in ("NotImplemented", "MethodNotAllowed", "MissingContentMD5", "405", "501"):
+                    raise
+                self._batched_deletes = False  # Google's S3 interface, for one
+            else:
+                for trouble in answer.get("Errors", ()):
+                    if trouble.get("Code") not in ("NoSuchKey", "404"):
+                        raise aws.ClientError({"Error": trouble}, "DeleteObjects")
+                return
+        for name in names:
+            try:
+                self._client.delete_object(Bucket=self._bucket, Key=name, **self._owner)
+            except aws.ClientError as error:
+                if _code(error) not in ("NoSuchKey", "404"):
+                    raise
+
+    # -- connection ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _connection(self) -> _Connection:
+        process = os.getpid()
+        if process not in self._connections:
+            with self._locks.setdefault(process, threading.Lock()):
+                if process not in self._connections:
+                    self._connections[process] = _Connection()
+        return self._connections[process]
+
+    @property
+    def _client(self) -> Any:
+        return self._connection.client
+
+    def _target(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._base + check_key(key), **self._owner}
+
+    # -- errors -------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _explained(self, doing: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except aws.ClientError as error:
+            raise self._explain_answer(doing, key, error) from error
+        except (aws.BotoCoreError, HTTPError, RetriesExceededError) as error:
+            raise self._explain_silence(doing, key, error) from error
+
+    def _explain_answer(self, doing: str, key: str, error: aws.ClientError) -> SpotError:
+        """What the server said no to; by its code, because texts differ between servers."""
+        code = _code(error)
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        what = f"can't {doing} s3://{self._bucket}/{self._base}{key}: {code}"
+        if doing == "read" and code in ("NoSuchKey", "404"):
+            return ObjectNotFound(f"s3://{self._bucket}/{self._base}{key} does not exist")
+        if code in ("NoSuchBucket", "404"):
+            return BucketNotFound(
+                f"the bucket {self._bucket} does not exist", hint=f"check its name, or: aws s3 mb s3://{self._bucket}"
+            )
+        if code in ("AccessDenied", "403", "AllAccessDisabled", "UnauthorizedAccess"):
+            return AccessDenied(what, hint=self._permission(doing))
+        if code in _CREDENTIALS:
+            return AccessDenied(what, hint=_CREDENTIALS[code])
+        if code in _ELSEWHERE:
+            return ConfigError(what, hint=self._elsewhere(error))
+        if code in _CONFIGURATION:
+            return ConfigError(what, hint=_CONFIGURATION[code])
+        if code.startswith("KMS."):
+            key_name = f"the bucket's KMS key, or ${KMS_KEY_VARIABLE}"
+            return AccessDenied(what, hint=f"{key_name}: is it enabled, in this region, and allowed to you?")
+        if code in _BUSY or (code.isdigit() and int(code) >= 500) or status >= 500 or status == 429:
+            return StoreUnavailable(what, hint="the store is busy or in trouble; the same call should work later")
+        if code == "InvalidObjectState":
+            return StoreError(what, hint="a lifecycle rule has archived the object: aws s3api restore-object")
+        return StoreError(f"{what}: {error.response.get('Error', {}).get('Message', '')}".rstrip(": "))
+
+    def _explain_silence(self, doing: str, key: str, error: Exception) -> SpotError:
+        """Trouble before or instead of an answer: settings, credentials, network."""
+        what = f"can't {doing} s3://{self._bucket}/{self._base}{key}: {error}"
+        if isinstance(error, (aws.NoCredentialsError, aws.PartialCredentialsError)):
+            return AccessDenied(
+                what,
+                hint="aws configure; on EC2 attach an instance profile, and for a container raise the metadata hop "
+                "limit: aws ec2 modify-instance-metadata-options --http-put-response-hop-limit 2 --instance-id ...",
+            )
+        if isinstance(error, (aws.SSOError, aws.TokenRetrievalError)):
+            return AccessDenied(what, hint="aws sso login")
+        if isinstance(error, (aws.CredentialRetrievalError, aws.MetadataRetrievalError)):
+            return StoreUnavailable(what, hint="the source of the credentials fails: aws sts get-caller-identity")
+        if isinstance(error, aws.NoRegionError):
+            return ConfigError(what, hint="export AWS_REGION=us-east-1, the region of the bucket")
+        if isinstance(error, aws.SSLError):
+            return StoreUnavailable(what, hint="for a certificate of your own: export AWS_CA_BUNDLE=/path/to/ca.pem")
+        if isinstance(error, (aws.HTTPClientError, aws.ChecksumError, HTTPError, RetriesExceededError)):
+            where = urlsplit(self._client.meta.endpoint_url).netloc
+            return StoreUnavailable(
+                what,
+                hint=f"does this machine reach {where} (route, VPC endpoint, security group, proxy, AWS_ENDPOINT_URL)?",
+            )
+        return ConfigError(what, hint="aws configure list")
+
+    def _permission(self, doing: str) -> str:
+        bucket = f"arn:{self._client.meta.partition}:s3:::{self._bucket}"
+        resource = bucket if doing == "list" else f"{bucket}/{self._base}*"
+        hint = f"allow {_PERMISSIONS[doing]} on {resource} for the role or user of: aws sts get-caller-identity"
+        if doing == "read":
+            hint += f" (without s3:ListBucket on {bucket}, S3 answers so for objects that don't exist, too)"
+        if self._encryption and doing in ("read", "write"):
+            hint += f"; and kms:GenerateDataKey and kms:Decrypt on the key of ${KMS_KEY_VARIABLE}"
+        if self._owner:
+            hint += f"; or the bucket is not of the account in ${OWNER_VARIABLE}"
+        return hint
+
+    def _elsewhere(self, error: aws.ClientError) -> str:
+        headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        details: Any = error.response.get("Error", {})
+        region = headers.get("x-amz-bucket-region") or details.get("Region")
+        if region:
+            return f"the bucket is in {region}: export AWS_REGION={region}"
+        if endpoint := details.get("Endpoint"):
+            return f"the bucket wants to be reached at {endpoint}: set AWS_REGION or AWS_ENDPOINT_URL_S3 to fit"
+        return f"set AWS_REGION to the bucket's region: aws s3api get-bucket-location --bucket {self._bucket}"
+
+
+_CREDENTIALS = {
+    "InvalidAccessKeyId": "this access key is not known there: aws configure list; is AWS_ENDPOINT_URL the right one?",
+    "SignatureDoesNotMatch": "the secret key does not fit the access key: aws configure",
+    "ExpiredToken": "the session's credentials have expired: aws sso login, or new ones in AWS_SESSION_TOKEN",
+    "ExpiredTokenException": "the session's credentials have expired: aws sso login, or new ones in AWS_SESSION_TOKEN",
+    "TokenRefreshRequired": "the session's credentials have expired: aws sso login, or new ones in AWS_SESSION_TOKEN",
+    "InvalidToken": "AWS_SESSION_TOKEN does not belong to this access key: unset it, or set all three anew",
+    "InvalidSecurity": "these credentials are not valid: aws configure list",
+    "NotSignedUp": "this account is not signed up for S3",
+    "AccountProblem": "AWS has a problem with this account, often an unpaid bill: see the console",
+    "RequestTimeTooSkewed": "this machine's clock is wrong: timedatectl; sudo chronyc makestep",
+    "RequestExpired": "this machine's clock is wrong: timedatectl; sudo chronyc makestep",
+}
+_ELSEWHERE = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301", "307")
+_CONFIGURATION = {
+    "InvalidBucketName": "s3://bucket/prefix, where bucket is an existing bucket's name",
+    "EntityTooLarge": "an object may have 5 TB at most, on some servers less: save sharded",
+    "KeyTooLongError": "a shorter prefix in --store",
+    "InvalidRequest": "is the server's S3 too old? Try: export AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
+    "InvalidStorageClass": "a storage class that this server knows",
+}
+_BUSY = (
+    "SlowDown",
+    "ServiceUnavailable",
+    "InternalError",
+    "RequestLimitExceeded",
+    "RequestTimeout",
+    "ThrottlingException",
+    "Throttling",
+    "TooManyRequestsException",
+    "BadDigest",  # damaged on the way
+    "XAmzContentChecksumMismatch",
+    "IncompleteBody",
+    "OperationAborted",
+    "ConditionalRequestConflict",
+    "NoSuchUpload",  # aborted by a lifecycle rule or another process: a new upload may pass
+    "PreconditionFailed",  # replaced while it was downloaded
+    "412",
+)
+
+
+class _Connection:
+    """What one process holds open: a client, and the threads that move parts of files."""
+
+    def __init__(self) -> None:
+        core = botocore.session.get_session()
+        session = boto3.Session(botocore_session=core)
+        self.client = _client(session, {})
+        host = urlsplit(self.client.meta.endpoint_url).hostname or ""
+        chosen = (core.get_scoped_config().get("s3") or {}).get("addressing_style")
+        if not chosen and not host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws")):
+            # Servers other than Amazon's seldom have a name per bucket in DNS.
+            self.client = _client(session, {"addressing_style": "path"})
+        # Raised before the retries see it: a cancelled upload would otherwise be tried five times.
+        self.client.meta.events.register_first("needs-retry.s3", _end_if_cancelled)
+        config: Any = TransferConfig(
+            multipart_threshold=_PART_BYTES,
+            multipart_chunksize=_PART_BYTES,
+            max_concurrency=_CONNECTIONS,
+            io_chunksize=1 << 20,
+            preferred_transfer_client="classic",  # the other one takes far more memory
+        )
+        self.transfers: Any = create_transfer_manager(self.client, config)
+        wanted = self.client.meta.config.request_checksum_calculation != "when_required"
+        fast = wanted and importlib.util.find_spec("awscrt") is not None
+        self.checksum = {"ChecksumAlgorithm": "CRC64NVME"} if fast else {}
+
+
+def _client(session: boto3.Session, s3: Any) -> Any:
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": 5},
+        connect_timeout=5,
+        read_timeout=30,
+        tcp_keepalive=True,
+        max_pool_connections=2 * _CONNECTIONS,
+        user_agent_extra="hf_spot",
+        s3=s3 or None,
+    )
+    return session.client("s3", config=config)
+
+
+class _Watch(BaseSubscriber):
+    """Passes progress on, and turns its exception into a cancelled transfer."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._error: BaseException | None = None
+
+    def on_progress(self, future: TransferFuture, bytes_transferred: int, **kwargs: Any) -> None:
+        if self._progress is None or self._error is not None:
+            return
+        try:
+            self._progress(bytes_transferred)
+        except BaseException as error:
+            # Out of here it would count as a broken connection, and be retried.
+            self._error = error
+            future.cancel()
+
+    def outcome(self, future: TransferFuture) -> None:
+        """Waits for the end. Raises what `progress` raised, or what went wrong."""
+        try:
+            future.result()
+        finally:
+            if self._error is not None:
+                raise self._error
+
+
+def _end_if_cancelled(caught_exception: Exception | None = None, **kwargs: Any) -> None:
+    if isinstance(caught_exception, aws.HTTPClientError):
+        # Reading the body raised it, because another part has failed or the whole was cancelled: no broken connection.
+        if isinstance(caught_exception.kwargs.get("error"), (CancelledError, aws.ClientError, aws.BotoCoreError)):
+            raise caught_exception
+
+
+def _code(error: aws.ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _parse(url: str) -> tuple[str, str]:
+    """Bucket and prefix."""
+    rest = url.removeprefix("s3://")
+    bucket, _, prefix = rest.partition("/")
+    if "@" in bucket:
+        raise ConfigError("credentials don't belong into the store's URL", hint="aws configure, or AWS_PROFILE")
+    if rest == url or not _BUCKET.match(bucket):
+        raise ConfigError(f"{url!r}: {bucket!r} is no bucket's name", hint="s3://bucket/prefix")
+    if "?" in prefix or "#" in prefix:
+        raise ConfigError(f"{url!r}: no parameters, please", hint="set AWS_ENDPOINT_URL_S3, AWS_PROFILE or AWS_REGION")
+    prefix = prefix.strip("/")
+    return bucket, check_key(prefix) if prefix else ""
+
+
+def _owner() -> dict[str, str]:
+    account = os.environ.get(OWNER_VARIABLE, "")
+    if account and not re.fullmatch(r"\d{12}", account):
+        raise ConfigError(f"{OWNER_VARIABLE}={account!r} is no account id", hint="aws sts get-caller-identity")
+    return {"ExpectedBucketOwner": account} if account else {}
+
+
+def _encryption() -> dict[str, str]:
+    key = os.environ.get(KMS_KEY_VARIABLE, "")
+    return {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}

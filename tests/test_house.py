@@ -1,0 +1,172 @@
+"""The rules of the house that no linter knows."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import importlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "hf_spot"
+
+HEAVY = {"torch", "transformers", "accelerate", "boto3", "botocore", "huggingface_hub", "numpy", "matplotlib"}
+
+HELP = """
+import runpy, sys
+sys.argv = ["hf-spot", "--help"]
+try:
+    {start}
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+LIGHT_STARTS = {
+    "import hf_spot": "import hf_spot",
+    "hf-spot --help": HELP.format(start="from hf_spot.cli import main; sys.exit(main())"),
+    "python -m hf_spot --help": HELP.format(start="runpy.run_module('hf_spot', run_name='__main__', alter_sys=True)"),
+    "public names but SpotCallback": (
+        "import hf_spot\nfor name in hf_spot.__all__:\n    if name != 'SpotCallback': getattr(hf_spot, name)"
+    ),
+}
+
+
+@pytest.mark.parametrize("start", LIGHT_STARTS.values(), ids=LIGHT_STARTS.keys())
+def test_nothing_heavy_is_loaded_before_it_is_needed(start: str) -> None:
+    code = f"{start}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not HEAVY & set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_installed_command_and_python_m_are_the_same_function() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    name, _, target = setup["options.entry_points"]["console_scripts"].strip().partition(" = ")
+    module, _, function = target.partition(":")
+    assert name == "hf-spot"
+    assert getattr(importlib.import_module(module), function) is importlib.import_module("hf_spot.__main__").main
+
+
+def test_every_folder_of_the_package_is_a_package() -> None:
+    # A folder without __init__.py works in a checkout, and is left out of the wheel.
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+# -- policy is pure -----------------------------------------------------------------------------------------------------
+
+CLOCKS_AND_DICE = {"time", "random", "secrets", "uuid"}
+READS_THE_CLOCK = {"now", "utcnow", "today"}
+TOUCHES_THE_WORLD = {"open", "print", "input"}
+
+
+def impurities(source: str) -> Iterator[str]:
+    """Where a module reads a clock, throws dice or touches the world, as ``line: what``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.partition(".")[0] in CLOCKS_AND_DICE:
+                    yield f"{node.lineno}: import {alias.name}"
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in CLOCKS_AND_DICE:
+            yield f"{node.lineno}: from {node.module}"
+        elif isinstance(node, ast.Attribute) and node.attr in READS_THE_CLOCK:
+            yield f"{node.lineno}: .{node.attr}"
+        elif isinstance(node, ast.Name) and node.id in TOUCHES_THE_WORLD:
+            yield f"{node.lineno}: {node.id}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "policy").rglob("*.py")), ids=lambda path: path.name)
+def test_policy_is_handed_its_clock_and_its_randomness(path: Path) -> None:
+    assert list(impurities(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import time",
+        "from time import monotonic as m",
+        "import random",
+        "import numpy.random, uuid",
+        "from datetime import datetime\ndatetime.now()",
+        "import datetime as d\nclock = d.datetime.utcnow",
+        "open('x')",
+    ],
+)
+def test_an_impure_policy_would_be_found(source: str) -> None:
+    assert list(impurities(source))
+
+
+# -- what is in the files -----------------------------------------------------------------------------------------------
+
+TOP_LEVEL = {
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "README.md",
+    "hf_spot",
+    "notebooks",
+    "setup.cfg",
+    "setup.py",
+    "tests",
+}
+BUILT = re.compile(r"build|dist|.*\.egg-info|.*\.png")  # as in .gitignore
+ONE_MACHINE_ONLY = re.compile(
+    # Spelt in parts, so that this file passes its own test.
+    r"(?<![\w.\-])/(?:wo" + r"rk|ro" + r"ot|ho" + r"me/\w+|Use" + r"rs/\w+|opt/whe" + r"els)\b|\.\./sha" + r"red\b"
+)
+
+
+def project_files() -> Iterator[Path]:
+    for entry in sorted(ROOT.iterdir()):
+        if entry.is_file():
+            yield entry
+        elif entry.name in TOP_LEVEL | {".ci"}:
+            yield from (path for path in sorted(entry.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
+
+
+def test_no_file_names_a_place_on_somebodys_machine() -> None:
+    found = []
+    for path in project_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in ONE_MACHINE_ONLY.finditer(text)]
+    assert found == []
+
+
+def test_the_top_level_holds_only_what_belongs_there() -> None:
+    visible = {entry.name for entry in ROOT.iterdir() if not entry.name.startswith(".")}
+    assert sorted(name for name in visible - TOP_LEVEL if not BUILT.fullmatch(name)) == []
+
+
+# -- what the README promises is what CI runs -----------------------------------------------------------------------------
+
+
+def readme_command(name: str) -> str:
+    """The one line in the code block under ``<!-- ci: name -->``."""
+    blocks = re.findall(rf"<!-- ci: {name} -->\n```bash\n(.*?)\n```\n", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1, f"README.md has {len(blocks)} blocks marked ci: {name}"
+    return str(blocks[0])
+
+
+@pytest.mark.parametrize("name", ["demo", "test"])
+def test_ci_runs_the_very_line_that_the_readme_shows(name: str) -> None:
+    shown = subprocess.run(["bash", ".ci/run", "--show", name], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout == readme_command(name) + "\n"
+    assert "\n" not in readme_command(name)
+    assert readme_command(name).startswith("python3 -m venv ")
+
+
+def test_ci_refuses_a_readme_without_the_line() -> None:
+    shown = subprocess.run(["bash", ".ci/run", "--show", "nothing"], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert shown.returncode != 0
+    assert "README.md" in shown.stderr
