@@ -227,12 +227,20 @@ class CannedS3:
         code: S3's error code; empty for an answer without a body.
         headers: further ones.
         details: elements inside ``<Error>``.
+        body: sent instead of an error.
     """
 
     def __init__(
-        self, status: int, code: str = "", *, headers: Mapping[str, str] | None = None, details: str = ""
+        self,
+        status: int,
+        code: str = "",
+        *,
+        headers: Mapping[str, str] | None = None,
+        details: str = "",
+        body: str = "",
     ) -> None:
-        body = f"<Error><Code>{code}</Code><Message>canned</Message>{details}</Error>".encode() if code else b""
+        error = f"<Error><Code>{code}</Code><Message>canned</Message>{details}</Error>" if code else ""
+        sent = (body or error).encode()
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         canned = self
 
@@ -245,10 +253,10 @@ class CannedS3:
                 self.send_response(status)
                 for name, value in (headers or {}).items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Content-Length", str(len(sent)))
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(body)
+                    self.wfile.write(sent)
 
             do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
 

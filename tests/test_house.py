@@ -60,7 +60,7 @@ def test_every_folder_of_the_package_is_a_package() -> None:
     assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
 
 
-# -- policy is pure -----------------------------------------------------------------------------------------------------
+# -- policy is pure ---------------------------------------------------------------------------------------------------
 
 CLOCKS_AND_DICE = {"time", "random", "secrets", "uuid"}
 READS_THE_CLOCK = {"now", "utcnow", "today"}
@@ -103,7 +103,7 @@ def test_an_impure_policy_would_be_found(source: str) -> None:
     assert list(impurities(source))
 
 
-# -- what is in the files -----------------------------------------------------------------------------------------------
+# -- what is in the files ---------------------------------------------------------------------------------------------
 
 TOP_LEVEL = {
     "CHANGELOG.md",
@@ -147,7 +147,7 @@ def test_the_top_level_holds_only_what_belongs_there() -> None:
     assert sorted(name for name in visible - TOP_LEVEL if not BUILT.fullmatch(name)) == []
 
 
-# -- what the README promises is what CI runs -----------------------------------------------------------------------------
+# -- what the README promises is what CI runs -------------------------------------------------------------------------
 
 
 def readme_command(name: str) -> str:
@@ -157,9 +157,13 @@ def readme_command(name: str) -> str:
     return str(blocks[0])
 
 
+def show(name: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", ".ci/run", "--show", name], cwd=ROOT, capture_output=True, text=True, timeout=30)
+
+
 @pytest.mark.parametrize("name", ["demo", "test"])
 def test_ci_runs_the_very_line_that_the_readme_shows(name: str) -> None:
-    shown = subprocess.run(["bash", ".ci/run", "--show", name], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    shown = show(name)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout == readme_command(name) + "\n"
     assert "\n" not in readme_command(name)
@@ -167,6 +171,6 @@ def test_ci_runs_the_very_line_that_the_readme_shows(name: str) -> None:
 
 
 def test_ci_refuses_a_readme_without_the_line() -> None:
-    shown = subprocess.run(["bash", ".ci/run", "--show", "nothing"], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    shown = show("nothing")
     assert shown.returncode != 0
     assert "README.md" in shown.stderr

@@ -44,5 +44,6 @@ def _check_text(text: str) -> None:
         raise ConfigError(f"{text!r} is no key: it is not valid Unicode") from None
     if length_bytes > _LONGEST_BYTES:
         raise ConfigError(f"{text[:60]!r}… is no key: {length_bytes} bytes are more than {_LONGEST_BYTES}")
-    if any(character < " " or character == "\x7f" for character in text):
-        raise ConfigError(f"{text!r} is no key: it holds a control character")
+    # Not every server keeps a backslash: SeaweedFS makes a slash of it.
+    if any(character < " " or character in "\x7f\\" for character in text):
+        raise ConfigError(f"{text!r} is no key: it holds a backslash or a control character")

@@ -44,7 +44,7 @@ def open_store(url: str | os.PathLike[str] | ObjectStore) -> ObjectStore:
             raise ConfigError(f"{_shown(url)!r}: two slashes must follow '{scheme}:'", hint=_HINT)
         return LocalStore(Path(url).expanduser())  # a file name with a colon
     if scheme == "s3":
-        return _open_s3(url)
+        return _open_s3(f"s3:{url[found.end() :]}")
     if scheme == "file":
         return LocalStore(_path_of(url))
     if scheme == "memory":

@@ -169,29 +169,33 @@ class S3Store:
         """DeleteObjects, 1000 at a time; one by one where the server doesn't know that."""
         names = (self._base + check_key(key) for key in keys)
         while batch := [*islice(names, _DELETE_BATCH)]:
-            with self._explained("delete", batch[0][len(self._base) :]):
-                self._delete(batch)
+            self._delete(batch)
 
     def _delete(self, names: Sequence[str]) -> None:
         if self._batched_deletes:
             request = {"Objects": [{"Key": name} for name in names], "Quiet": True}
-            try:
-                answer = self._client.delete_objects(Bucket=self._bucket, Delete=request, **self._owner)
-            except aws.ClientError as error:
-                if _code(error) not in ("NotImplemented", "MethodNotAllowed", "MissingContentMD5", "405", "501"):
-                    raise
-                self._batched_deletes = False  # Google's S3 interface, for one
-            else:
+            with self._explained("delete", names[0][len(self._base) :]):
+                try:
+                    answer = self._client.delete_objects(Bucket=self._bucket, Delete=request, **self._owner)
+                except aws.ClientError as error:
+                    if _code(error) not in ("NotImplemented", "MethodNotAllowed", "MissingContentMD5", "405", "501"):
+                        raise
+                    self._batched_deletes = False  # Google's S3 interface, for one
+            if self._batched_deletes:
                 for trouble in answer.get("Errors", ()):
                     if trouble.get("Code") not in ("NoSuchKey", "404"):
-                        raise aws.ClientError({"Error": trouble}, "DeleteObjects")
+                        failed = trouble.get("Key", names[0])[len(self._base) :]
+                        raise self._explain_answer(
+                            "delete", failed, aws.ClientError({"Error": trouble}, "DeleteObjects")
+                        )
                 return
         for name in names:
-            try:
-                self._client.delete_object(Bucket=self._bucket, Key=name, **self._owner)
-            except aws.ClientError as error:
-                if _code(error) not in ("NoSuchKey", "404"):
-                    raise
+            with self._explained("delete", name[len(self._base) :]):
+                try:
+                    self._client.delete_object(Bucket=self._bucket, Key=name, **self._owner)
+                except aws.ClientError as error:
+                    if _code(error) not in ("NoSuchKey", "404"):
+                        raise
 
     # -- connection ---------------------------------------------------------------------------------------------------
 
@@ -221,6 +225,12 @@ class S3Store:
             raise self._explain_answer(doing, key, error) from error
         except (aws.BotoCoreError, HTTPError, RetriesExceededError) as error:
             raise self._explain_silence(doing, key, error) from error
+        except RecursionError as error:
+            # botocore asks where a redirecting bucket is, is redirected, asks where that is, and so on.
+            raise ConfigError(
+                f"can't {doing} s3://{self._bucket}/{self._base}{key}: the server redirects without saying where to",
+                hint=f"has AWS_ENDPOINT_URL to begin with https://? Otherwise {self._find_region}",
+            ) from error
 
     def _explain_answer(self, doing: str, key: str, error: aws.ClientError) -> SpotError:
         """What the server said no to; by its code, because texts differ between servers."""
@@ -267,13 +277,17 @@ class S3Store:
             return ConfigError(what, hint="export AWS_REGION=us-east-1, the region of the bucket")
         if isinstance(error, aws.SSLError):
             return StoreUnavailable(what, hint="for a certificate of your own: export AWS_CA_BUNDLE=/path/to/ca.pem")
-        if isinstance(error, (aws.HTTPClientError, aws.ChecksumError, HTTPError, RetriesExceededError)):
+        if isinstance(error, _NETWORK):
             where = urlsplit(self._client.meta.endpoint_url).netloc
             return StoreUnavailable(
                 what,
                 hint=f"does this machine reach {where} (route, VPC endpoint, security group, proxy, AWS_ENDPOINT_URL)?",
             )
         return ConfigError(what, hint="aws configure list")
+
+    @property
+    def _find_region(self) -> str:
+        return f"set AWS_REGION to the answer of: aws s3api get-bucket-location --bucket {self._bucket}"
 
     def _permission(self, doing: str) -> str:
         bucket = f"arn:{self._client.meta.partition}:s3:::{self._bucket}"
@@ -293,9 +307,7 @@ class S3Store:
         region = headers.get("x-amz-bucket-region") or details.get("Region")
         if region:
             return f"the bucket is in {region}: export AWS_REGION={region}"
-        if endpoint := details.get("Endpoint"):
-            return f"the bucket wants to be reached at {endpoint}: set AWS_REGION or AWS_ENDPOINT_URL_S3 to fit"
-        return f"set AWS_REGION to the bucket's region: aws s3api get-bucket-location --bucket {self._bucket}"
+        return self._find_region
 
 
 _CREDENTIALS = {
@@ -319,6 +331,15 @@ _CONFIGURATION = {
     "InvalidRequest": "is the server's S3 too old? Try: export AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
     "InvalidStorageClass": "a storage class that this server knows",
 }
+_NETWORK = (
+    aws.ConnectionError,
+    aws.HTTPClientError,
+    aws.IncompleteReadError,
+    aws.ChecksumError,
+    aws.FlexibleChecksumError,
+    RetriesExceededError,
+    HTTPError,
+)
 _BUSY = (
     "SlowDown",
     "ServiceUnavailable",
@@ -376,7 +397,10 @@ def _client(session: boto3.Session, s3: Any) -> Any:
         user_agent_extra="hf_spot",
         s3=s3 or None,
     )
-    return session.client("s3", config=config)
+    try:
+        return session.client("s3", config=config)
+    except ValueError as error:
+        raise ConfigError(str(error), hint="AWS_ENDPOINT_URL=https://host:port, AWS_REGION=us-east-1") from error
 
 
 class _Watch(BaseSubscriber):

@@ -53,11 +53,7 @@ def keys(store: ObjectStore, prefix: str = "", start_after: str = "") -> list[st
 
 def digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file.read())
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def test_it_is_an_object_store(store: ObjectStore, url: str) -> None:
@@ -106,13 +102,13 @@ def test_second_create_of_the_same_key_returns_false_and_changes_nothing(store: 
 
 
 def test_of_sixteen_that_create_one_key_at_the_same_time_exactly_one_wins(url: str) -> None:
-    stores = [open_store(url) for _ in range(16)]
+    stores = [open_store(url) for _ in range(4)]
     for round_number in range(3):
         together = threading.Barrier(16)
 
         def create(number: int, key: str = f"journal/{round_number}", gate: threading.Barrier = together) -> bool:
             gate.wait()
-            return stores[number].create(key, str(number).encode())
+            return stores[number % 4].create(key, str(number).encode())
 
         with ThreadPoolExecutor(16) as pool:
             won = [*pool.map(create, range(16))]
@@ -280,7 +276,6 @@ def test_a_file_that_is_not_there_is_the_callers_trouble(store: ObjectStore, tmp
         "ünï/código/模型.bin",
         "percent%20/a=b&c",
         "quote'\"/(x)[y]{z}~",
-        "back\\slash",
         "colon:x",
     ],
 )
@@ -296,7 +291,21 @@ def test_unusual_keys_are_kept_exactly(store: ObjectStore, tmp_path: Path, key: 
 
 @pytest.mark.parametrize(
     "key",
-    ["", "/etc/passwd", "../outside", "a/../../outside", "a/..", "..", ".", "a/./b", "a//b", "a/", "nul\0", "line\nfeed"]
+    [
+        "",
+        "/etc/passwd",
+        "../outside",
+        "a/../../outside",
+        "a/..",
+        "..",
+        ".",
+        "a/./b",
+        "a//b",
+        "a/",
+        "nul\0",
+        "line\nfeed",
+        "a\\b",
+    ]
     + [".hf_spot-tmp/x", "\udcff", "x" * 1000],
 )
 def test_keys_that_could_lead_out_or_cannot_be_stored_everywhere_are_refused(

@@ -1,0 +1,69 @@
+"""From what the user writes to the store that is meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hf_spot.errors import ConfigError
+from hf_spot.storage.local import LocalStore
+from hf_spot.storage.memory import MemoryStore
+from hf_spot.storage.open import open_store
+from hf_spot.storage.s3 import S3Store
+
+
+def test_each_kind_of_url_opens_its_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for url, kind, expected in (
+        ("s3://bucket/runs/my-run/", S3Store, "s3://bucket/runs/my-run"),
+        ("s3://bucket", S3Store, "s3://bucket"),
+        ("S3://bucket/x", S3Store, "s3://bucket/x"),
+        ("file:///a/b%20c", LocalStore, "/a/b c"),
+        ("file://localhost/a", LocalStore, "/a"),
+        ("/mnt/efs/run/", LocalStore, "/mnt/efs/run"),
+        ("out", LocalStore, str(tmp_path / "out")),
+        (Path("out"), LocalStore, str(tmp_path / "out")),
+        ("~/run", LocalStore, str(tmp_path / "run")),
+        ("name:with-colon", LocalStore, str(tmp_path / "name:with-colon")),
+        ("memory://name", MemoryStore, "memory://name"),
+    ):
+        store = open_store(url)
+        assert (type(store), store.url) == (kind, expected)
+
+
+def test_a_store_passes_through() -> None:
+    store = MemoryStore("memory://passes")
+
+    assert open_store(store) is store
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "  ", "s3:/x", "s3:x", "s3://", "s3:///x", "s3://UPPER_bad/x", "s3://ab/x", "s3://bucket/a/../b"]
+    + ["s3://bucket//a//b", "s3://bucket/x?endpoint=y", "https://bucket.s3.amazonaws.com/x", "ftp://x/y"]
+    + ["file://relative/path", "file://", "file:///", "memory://", "nul\0"],
+)
+def test_what_is_no_store_is_a_config_error_with_a_hint(url: str) -> None:
+    with pytest.raises(ConfigError):
+        open_store(url)
+
+
+@pytest.mark.parametrize("url", ["hf://buckets/me/run", "gs://bucket/run", "az://container/run", "abfs://c/run"])
+def test_what_is_not_supported_yet_is_told_with_what_is(url: str) -> None:
+    with pytest.raises(ConfigError, match="not supported yet") as caught:
+        open_store(url)
+    assert "s3://bucket/prefix" in caught.value.hint
+
+
+def test_a_password_in_the_url_is_refused_and_not_repeated() -> None:
+    for url in ("s3://AKIA:hunter2@bucket/run", "https://me:hunter2@host/x"):
+        with pytest.raises(ConfigError) as caught:
+            open_store(url)
+        assert "hunter2" not in str(caught.value)
+
+
+def test_what_is_no_text_is_refused() -> None:
+    with pytest.raises(ConfigError, match="int"):
+        open_store(5)  # type: ignore[arg-type]
