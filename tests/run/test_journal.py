@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import uuid
 
 import pytest
 from hypothesis import settings
@@ -31,7 +32,7 @@ class CountingStore(MemoryStore):
     """A memory store that counts requests and can lose the answers of creates that it carried out."""
 
     def __init__(self) -> None:
-        super().__init__("memory://counting")
+        super().__init__(f"memory://{uuid.uuid4().hex}")
         self.requests = 0
         self.lose_answers = 0
 
@@ -53,7 +54,7 @@ class CountingStore(MemoryStore):
 
 @pytest.fixture
 def store() -> MemoryStore:
-    return MemoryStore("memory://journal")
+    return MemoryStore(f"memory://{uuid.uuid4().hex}")
 
 
 def test_a_new_writer_fences_the_old_one(store: MemoryStore) -> None:
