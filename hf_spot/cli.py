@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["launch"]:
-            from hf_spot.launch import launch  # its parser is accelerate's: it can't be a sub-parser of ours
+            from hf_spot.launch.supervisor import launch  # its parser is accelerate's: it can't be a sub-parser of ours
 
             return launch(arguments[1:])
         args = parser().parse_args(arguments)

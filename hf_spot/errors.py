@@ -114,5 +114,12 @@ class TrainingPreempted(SystemExit):
         self.message = message
         self.step = step
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_preempted, (self.message, self.step))
+
     def __str__(self) -> str:
         return self.message or "training was preempted"
+
+
+def _rebuild_preempted(message: str, step: int | None) -> TrainingPreempted:
+    return TrainingPreempted(message, step=step)

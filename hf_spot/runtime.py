@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import mmap
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_spot.arguments import SpotArguments
@@ -18,6 +19,7 @@ _STEP = struct.Struct("<q")
 STORE_VARIABLE = "HF_SPOT_STORE"
 _EPOCH_VARIABLE = "HF_SPOT_EPOCH"
 _DIRECTORY_VARIABLE = "HF_SPOT_RUNTIME_DIR"
+_LAUNCHER_VARIABLE = "HF_SPOT_LAUNCHER_PID"
 _ARGUMENTS_VARIABLE = "HF_SPOT_ARGUMENTS"
 
 
@@ -37,12 +39,14 @@ class Runtime:
         epoch: the number of the claim under which this launch writes.
         directory: a folder on the node's own disk, shared by the launcher and its workers, gone after the launch.
         arguments: the settings given to the launcher.
+        launcher: process id of the launcher.
     """
 
     store: str
     epoch: int
     directory: Path
     arguments: SpotArguments
+    launcher: int = field(default_factory=os.getpid)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Runtime | None:
@@ -54,6 +58,7 @@ class Runtime:
             epoch=int(environ[_EPOCH_VARIABLE]),
             directory=Path(environ[_DIRECTORY_VARIABLE]),
             arguments=SpotArguments(**json.loads(environ[_ARGUMENTS_VARIABLE])),
+            launcher=int(environ[_LAUNCHER_VARIABLE]),
         )
 
     def to_environ(self) -> dict[str, str]:
@@ -62,6 +67,7 @@ class Runtime:
             STORE_VARIABLE: self.store,
             _EPOCH_VARIABLE: str(self.epoch),
             _DIRECTORY_VARIABLE: str(self.directory),
+            _LAUNCHER_VARIABLE: str(self.launcher),
             _ARGUMENTS_VARIABLE: json.dumps(dataclasses.asdict(self.arguments)),
         }
 
@@ -79,6 +85,22 @@ class Runtime:
     def training_path(self) -> Path:
         """Exists while `trainer.train()` is running: only then can a notice still become a checkpoint."""
         return self.directory / "training"
+
+    @property
+    def _exit_code_path(self) -> Path:
+        return self.directory / "exit_code"
+
+    def write_exit_code(self, code: int) -> None:
+        """What a worker ends with: torchrun's agent would make 1 of it. The first worker's word stands."""
+        with contextlib.suppress(FileExistsError), self._exit_code_path.open("x") as file:
+            file.write(str(code))
+
+    def read_exit_code(self) -> int | None:
+        """The first code that a worker wrote, or None."""
+        try:
+            return int(self._exit_code_path.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
 
     def write_notice(self, notice: PreemptionNotice) -> None:
         """Replaces what was heard before."""

@@ -63,6 +63,10 @@ class SignalSource:
         """How many signals were heard since the start, or since `reset`."""
         return len(self._heard)
 
+    def count_of(self, name: str) -> int:
+        """How many of them were the signal ``name``."""
+        return sum(heard == name for heard, _ in self._heard.copy())
+
     def install(self) -> None:
         """Starts listening. Outside the main thread Python can't: then this logs a warning and does nothing else."""
         if threading.current_thread() is not threading.main_thread():

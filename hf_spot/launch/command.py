@@ -1,0 +1,146 @@
+"""The command line of ``hf-spot launch``: accelerate's parser with a group of ours, and the command that trains."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.commands.utils import CustomArgumentParser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+from hf_spot.arguments import SpotArguments
+from hf_spot.errors import ConfigError
+from hf_spot.runtime import STORE_VARIABLE
+
+MAX_RESTARTS = 3
+_BOOTSTRAP = "hf_spot.training.bootstrap"
+_EXAMPLE = "hf-spot launch --store s3://bucket/runs/my-run train.py"
+_MAX_RESTARTS_HELP = (
+    "Launches in a row that may crash without committing anything before hf-spot gives up; preemptions don't count, and 0 "
+    f"never restarts (default: {MAX_RESTARTS}). The restarts of torchrun's own agent stay off."
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to run, and how.
+
+    Args:
+        store: URL of the run.
+        arguments: settings.
+        max_restarts: as ``--max-restarts`` says.
+        argv: the command that trains.
+        environ: its environment, as accelerate wants it.
+    """
+
+    store: str
+    arguments: SpotArguments
+    max_restarts: int
+    argv: list[str]
+    environ: dict[str, str]
+
+
+def parser() -> argparse.ArgumentParser:
+    """accelerate's parser, our group in front of its others."""
+    made: argparse.ArgumentParser = launch_command_parser()
+    made.prog = "hf-spot launch"
+    made.description = (
+        "Runs a training script as `accelerate launch` does, hears preemption notices, and goes on from the newest committed "
+        "checkpoint. All options of `accelerate launch` may be given."
+    )
+    # accelerate's own formatter hides every group that it doesn't know.
+    made.formatter_class = argparse.HelpFormatter
+    made.usage = "hf-spot launch --store URL [options of hf-spot and of accelerate launch] SCRIPT [its own arguments]"
+    _add_options(made.add_argument_group("hf-spot"))
+    made._action_groups.insert(0, made._action_groups.pop())
+    for action in made._actions:
+        if action.dest == "max_restarts":
+            action.default, action.help = MAX_RESTARTS, _MAX_RESTARTS_HELP
+    made.error = _fail  # type: ignore[method-assign]
+    return made
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Command:
+    """Checks everything that can be checked before anything starts.
+
+    Args:
+        argv: what stands behind ``hf-spot launch``.
+        environ: the environment.
+
+    Raises:
+        ConfigError: something is missing, can't be used, or is not supported.
+    """
+    args = parser().parse_args(list(argv))
+    arguments = SpotArguments(**{f.name: getattr(args, f.name) for f in dataclasses.fields(SpotArguments)})
+    store = args.store or environ.get(STORE_VARIABLE)
+    if not store:
+        raise ConfigError("hf-spot launch: no store is named", hint=f"{_EXAMPLE}, or export {STORE_VARIABLE}")
+    if args.max_restarts < 0:
+        raise ConfigError(f"--max-restarts {args.max_restarts} must not be negative", hint="0 never restarts")
+    if args.no_python:
+        raise ConfigError("--no_python: hf-spot can only make Python scripts preemptible", hint=_EXAMPLE)
+    if not args.module and not Path(args.training_script).exists():
+        raise ConfigError(f"{args.training_script}: there is no such script", hint=f"ls {Path(args.training_script).parent}")
+    script = [*(["--module"] if args.module else []), args.training_script, *args.training_script_args]
+    options = list(argv[: len(argv) - 1 - len(args.training_script_args)])
+    try:
+        args, config, _ = _validate_launch_command(args)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"accelerate launch: {error}", hint="hf-spot launch --help, or accelerate config") from error
+    _refuse_what_is_not_supported(args, config)
+    if _is_distributed(args):
+        command = [sys.executable, "-m", "accelerate.commands.launch", *_of_accelerate(options), "-m", _BOOTSTRAP, *script]
+        env = dict(environ)
+    else:
+        command = [sys.executable, "-m", _BOOTSTRAP, *script]
+        env = prepare_simple_launcher_cmd_env(args)[1]
+    return Command(store, arguments, args.max_restarts, command, env)
+
+
+def _add_options(group: Any) -> None:
+    group.add_argument("--store", metavar="URL", help=f"the run: s3://bucket/prefix, or a directory (default: ${STORE_VARIABLE})")
+    types = typing.get_type_hints(SpotArguments)
+    for field in dataclasses.fields(SpotArguments):
+        flag, text = f"--{field.name.replace('_', '-')}", str(field.metadata["help"])
+        if types[field.name] is bool:
+            group.add_argument(flag, action="store_true", default=field.default, help=text)
+            continue
+        shown = "" if field.default is None else f" (default: {field.default})"
+        kind = next(one for one in (*typing.get_args(types[field.name]), types[field.name]) if one is not type(None))
+        group.add_argument(flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=text + shown)
+
+
+def _of_accelerate(options: list[str]) -> list[str]:
+    """The options without those that hf-spot answers itself."""
+    ours = CustomArgumentParser(add_help=False, allow_abbrev=False)
+    _add_options(ours.add_argument_group("hf-spot"))
+    ours.add_argument("--max_restarts")
+    ours.add_argument("-m", "--module", action="store_true")
+    rest: list[str] = ours.parse_known_args(options)[1]
+    return rest
+
+
+def _is_distributed(args: argparse.Namespace) -> bool:
+    return not args.cpu and any((args.use_deepspeed, args.use_fsdp, args.use_megatron_lm, args.multi_gpu))
+
+
+def _refuse_what_is_not_supported(args: argparse.Namespace, config: Any) -> None:
+    sagemaker = config is not None and "SAGEMAKER" in str(config.compute_environment)
+    if args.tpu or sagemaker:
+        raise ConfigError("hf-spot launch does not know TPUs and SageMaker", hint="accelerate launch, and SpotCallback in the script")
+    if (args.num_machines or 1) > 1:
+        raise ConfigError(f"--num_machines {args.num_machines}: training on several machines is not supported yet", hint="--num_machines 1")
+    if args.mpirun_hostfile:
+        raise ConfigError("--mpirun_hostfile is not supported", hint="--multi_gpu --num_processes N")
+
+
+def _fail(message: str) -> NoReturn:
+    raise ConfigError(f"hf-spot launch: {message}", hint=f"{_EXAMPLE}; all options: hf-spot launch --help")

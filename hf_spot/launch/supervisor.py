@@ -1,0 +1,256 @@
+"""``hf-spot launch``: one watcher, one launch at a time, and a word in the journal about how each of them ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hf_spot.errors import EXIT_FENCED, EXIT_FINISHED, EXIT_PREEMPTED, Fenced, SpotError, StoreError, StoreUnavailable
+from hf_spot.launch.command import Command, parse
+from hf_spot.launch.process import ProcessTree
+from hf_spot.notices.detect import sources
+from hf_spot.notices.notice import NoticeKind, PreemptionNotice
+from hf_spot.notices.signals import SignalSource
+from hf_spot.notices.watcher import Watcher
+from hf_spot.policy.restarts import Verdict, judge, may_restart, patience_s, pause_s
+from hf_spot.run.journal import RunState
+from hf_spot.run.run import Run
+from hf_spot.runtime import Runtime, StepCounter
+
+log = logging.getLogger("hf_spot")
+
+EXIT_INTERRUPTED = 130
+_TICK_S = 0.1
+_LAST_WORD_S = 5.0
+
+
+def launch(argv: Sequence[str]) -> int:
+    """Runs ``hf-spot launch`` and returns its exit code.
+
+    Args:
+        argv: what stands behind ``hf-spot launch``.
+
+    Raises:
+        SpotError: the command line or the store can't be used; nothing was started.
+    """
+    command = parse(argv)
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("hf-spot: %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+    run = Run(
+        command.store,
+        allow_unfenced_store=command.arguments.allow_unfenced_store,
+        workers=command.arguments.upload_workers,
+    )
+    state = run.state()
+    if state.ended == "finished":
+        newest = state.latest()
+        log.info("%s is finished at step %d: nothing to do", run.url, newest.step if newest else 0)
+        return EXIT_FINISHED
+    return Supervisor(run, command).supervise()
+
+
+class Supervisor:
+    """Starts launches until one finishes, is preempted, or is given up.
+
+    Args:
+        run: that is trained.
+        command: what to start.
+        now: the wall clock.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        command: Command,
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._run = run
+        self._command = command
+        self._now = now
+        self._clock = clock
+        made = sources(command.arguments, environ=command.environ)
+        listed = [one for one in made if isinstance(one, SignalSource)]
+        # Whatever --notice says: a launcher that is told to end must not leave its children behind.
+        names = dict.fromkeys([*(listed[0].where.split(",") if listed else []), "SIGTERM", "SIGINT"])
+        self._signals = SignalSource(names, command.arguments.grace_s)
+        others = [one for one in made if one not in listed]
+        self._watcher = Watcher([self._signals, *others], self._on_notice)
+        self._heard = threading.Event()  # a TERMINATE
+        self._heard_at = 0.0
+        self._notice: PreemptionNotice | None = None
+        self._runtime: Runtime | None = None
+        self._telling: list[threading.Thread] = []
+
+    def supervise(self) -> int:
+        """Until the end; the exit code of ``hf-spot launch``."""
+        fruitless = 0
+        with self._watcher:
+            while True:
+                before = self._run.journal.state.latest()
+                try:
+                    verdict, code = self._launch_once()
+                except StoreUnavailable as error:
+                    if not fruitless:
+                        raise
+                    log.error("%s", error)
+                    verdict, code = Verdict.FAILED, error.exit_code + 1
+                if verdict is Verdict.FINISHED:
+                    return EXIT_FINISHED
+                if verdict is Verdict.PREEMPTED:
+                    return EXIT_INTERRUPTED if self._impatient else EXIT_PREEMPTED
+                if verdict is Verdict.FENCED:
+                    return EXIT_FENCED
+                fruitless = fruitless + 1 if self._run.journal.state.latest() == before else 0
+                if not may_restart(code, fruitless, self._command.max_restarts):
+                    log.error("the training process ended with %d; not started again", code)
+                    return code
+                pause = pause_s(fruitless)
+                log.error("the training process ended with %d; starting again in %.0f s", code, pause)
+                if self._heard.wait(pause):
+                    return EXIT_PREEMPTED
+
+    # -- one launch ---------------------------------------------------------------------------------------------------
+
+    def _launch_once(self) -> tuple[Verdict, int]:
+        epoch = self._run.claim(_about_this_machine())
+        log.info("launch %d of %s", epoch, self._run.url)
+        directory = Path(tempfile.mkdtemp(prefix="hf_spot-"))
+        runtime = Runtime(self._run.url, epoch, directory, self._command.arguments)
+        try:
+            self._runtime = runtime
+            if self._heard.is_set() and self._notice is not None:
+                runtime.write_notice(self._notice)
+            tree = ProcessTree(self._command.argv, {**self._command.environ, **runtime.to_environ()})
+            try:
+                code = self._wait(tree, runtime)
+            finally:
+                tree.end()
+            return self._conclude(runtime, runtime.read_exit_code() or code)
+        finally:
+            self._runtime = None
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _wait(self, tree: ProcessTree, runtime: Runtime) -> int:
+        while (code := tree.wait(_TICK_S)) is None:
+            if self._impatient:
+                log.warning("interrupted twice: killing the training process")
+                return EXIT_INTERRUPTED
+            if self._heard.is_set() and self._clock() - self._heard_at > self._patience_s(runtime):
+                log.error("the training process did not end in time: killing it")
+                return EXIT_PREEMPTED
+        return code
+
+    def _patience_s(self, runtime: Runtime) -> float:
+        notice = self._notice
+        left = notice.seconds_left(self._now()) if notice else None
+        since_heard_s = self._clock() - self._heard_at
+        return patience_s(
+            None if left is None else left + since_heard_s,
+            training=runtime.training_path.exists(),
+            drain_timeout_s=self._command.arguments.drain_timeout_s,
+        )
+
+    @property
+    def _impatient(self) -> bool:
+        return self._signals.count_of("SIGINT") > 1
+
+    # -- how it ended -------------------------------------------------------------------------------------------------
+
+    def _conclude(self, runtime: Runtime, code: int) -> tuple[Verdict, int]:
+        for thread in self._telling:
+            thread.join(_LAST_WORD_S)
+        try:
+            state: RunState | None = self._run.state()
+        except StoreError as error:
+            log.error("%s can't be read after the training: %s", self._run.url, error)
+            state = None
+        fenced = state is not None and state.epoch > runtime.epoch
+        verdict = judge(code, state.ended if state else None, fenced=fenced, noticed=self._heard.is_set())
+        if state is not None and not fenced:
+            self._write_ending(verdict, state, code, StepCounter.read(runtime.step_path))
+        if verdict is Verdict.FENCED:
+            log.error("a newer launch owns %s; this one has ended", self._run.url)
+        elif verdict is Verdict.PREEMPTED:
+            log.warning("preempted; start the same command again to go on")
+        return verdict, code
+
+    def _write_ending(self, verdict: Verdict, state: RunState, code: int, step: int | None) -> None:
+        newest = state.latest()
+        data: dict[str, Any] = {"exit_code": code, "step": step, "committed_step": newest.step if newest else 0}
+        if verdict is Verdict.FINISHED:
+            if newest is None or not newest.complete:
+                log.warning("the script ended well, but no training of it was committed to its end: not marked as finished")
+                return
+            data["step"] = newest.step
+            log.info("%s is finished at step %d", self._run.url, newest.step)
+        elif state.ended is not None:
+            return
+        elif verdict is Verdict.FENCED:
+            return
+        try:
+            self._run.record(verdict.value, data)
+        except (StoreError, Fenced) as error:
+            log.error("the journal could not be told %r: %s", verdict.value, error)
+
+    # -- notices ------------------------------------------------------------------------------------------------------
+
+    def _on_notice(self, notice: PreemptionNotice) -> None:
+        left = notice.seconds_left(self._now())
+        log.warning("%s from %s%s", notice.kind.value, notice.source, "" if left is None else f", {left:.0f} s left")
+        runtime, self._notice = self._runtime, notice
+        if runtime is not None:
+            try:
+                runtime.write_notice(notice)
+            except FileNotFoundError:
+                log.info("the launch had ended already")
+        if notice.kind is NoticeKind.TERMINATE:
+            if not self._heard.is_set():
+                self._heard_at = self._clock()
+            self._heard.set()
+        elif notice.kind is NoticeKind.CANCELLED:
+            self._heard.clear()
+        if runtime is not None:
+            # The journal may be slow to answer, and neither the other sources nor the training shall wait for it.
+            thread = threading.Thread(target=self._tell_journal, args=(notice,), name="hf_spot-tell", daemon=True)
+            self._telling.append(thread)
+            thread.start()
+
+    def _tell_journal(self, notice: PreemptionNotice) -> None:
+        try:
+            self._run.record("notice", json.loads(notice.to_json()))
+        except SpotError as error:
+            log.warning("the journal could not be told of the notice: %s", error)
+
+
+def _about_this_machine() -> dict[str, Any]:
+    versions = {}
+    for package in ("hf_spot", "transformers", "accelerate", "torch"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "by": "hf-spot launch",
+        "hostname": platform.node(),
+        "pid": os.getpid(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }

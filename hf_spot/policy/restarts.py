@@ -1,0 +1,70 @@
+"""What a launch came to, whether to start another, and when to stop waiting for one. Pure."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from hf_spot.errors import EXIT_FENCED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE
+
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 60.0
+IDLE_GRACE_S = 10.0  # for a script that is not training and names no deadline: it may be about to begin, or about to end
+LATE_S = 30.0  # machines have been seen to live a little longer than they said
+
+
+class Verdict(str, Enum):
+    """How a launch ended."""
+
+    FINISHED = "finished"
+    PREEMPTED = "preempted"
+    FENCED = "fenced"
+    FAILED = "failed"
+
+
+def judge(exit_code: int, ended: str | None, *, fenced: bool, noticed: bool) -> Verdict:
+    """How a launch ended.
+
+    The journal counts more than the exit code: torchrun turns every code into 1, and a script may catch `SystemExit`.
+
+    Args:
+        exit_code: of the training process.
+        ended: what the launch's own workers wrote into the journal, if anything.
+        fenced: a newer launch owns the run.
+        noticed: a TERMINATE was heard.
+    """
+    if fenced or exit_code == EXIT_FENCED:
+        return Verdict.FENCED
+    if ended == "preempted" or exit_code == EXIT_PREEMPTED:
+        return Verdict.PREEMPTED
+    if exit_code == EXIT_FINISHED:
+        return Verdict.FINISHED
+    return Verdict.PREEMPTED if noticed else Verdict.FAILED
+
+
+def may_restart(exit_code: int, fruitless: int, max_restarts: int) -> bool:
+    """Whether to start again after a failed launch.
+
+    Args:
+        exit_code: of the launch; 2 is a wrong command line or setting, which the next launch would meet again.
+        fruitless: launches in a row, this one included, that committed nothing.
+        max_restarts: how many of them may be followed by another.
+    """
+    return exit_code != EXIT_USAGE and max_restarts > 0 and fruitless <= max_restarts
+
+
+def pause_s(fruitless: int) -> float:
+    """Seconds before the next launch: twice as long after each fruitless one."""
+    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** max(0, fruitless - 1))
+
+
+def patience_s(seconds_left: float | None, *, training: bool, drain_timeout_s: float) -> float:
+    """How many seconds after a TERMINATE the training process may still run before it is killed.
+
+    Args:
+        seconds_left: until the deadline when the notice came; None when it names none.
+        training: ``trainer.train()`` is running: there is something to save.
+        drain_timeout_s: the patience for the last upload without a deadline.
+    """
+    if seconds_left is None:
+        return drain_timeout_s if training else IDLE_GRACE_S
+    return max(0.0, seconds_left) + (LATE_S if training else 0.0)

@@ -1,0 +1,112 @@
+"""``python -m hf_spot.training.bootstrap [--module] SCRIPT [ARGS…]``: runs a script as ``python SCRIPT`` would, with every
+`Trainer` in it made preemptible. `hf-spot launch` starts each rank this way."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType, ModuleType
+from typing import Any
+
+from hf_spot import leash
+from hf_spot.errors import SpotError, StoreUnavailable
+from hf_spot.runtime import Runtime
+
+_TRAINER = "transformers.trainer"
+
+
+class TrainerHook(importlib.abc.MetaPathFinder):
+    """Calls `hf_spot.training.callback.install` when ``transformers.trainer`` has been imported, by whomever.
+
+    A script that never imports it pays nothing.
+    """
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The spec that the others find, with a loader that does one thing more."""
+        if name != _TRAINER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            exec_module = loader.exec_module
+
+            def exec_and_install(module: ModuleType) -> None:
+                exec_module(module)
+                from hf_spot.training.callback import install
+
+                install(module)
+
+            loader.exec_module = exec_and_install
+        return spec
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the script. What it raises goes on as it would without us, but for hf_spot's own errors, which are told in words."""
+    runtime = Runtime.from_environ(os.environ)
+    leash.tie(runtime.launcher if runtime else None)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _leave_signals_to_the_launcher()
+    sys.meta_path.insert(0, TrainerHook())
+    try:
+        _run(argv)
+    except SpotError as error:
+        print(f"hf-spot: error: {error}", file=sys.stderr, flush=True)
+        # The store may be back in a minute; what is wrong with a setting is wrong again.
+        _exit(runtime, 1 if isinstance(error, StoreUnavailable) else error.exit_code)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if runtime is not None and code:
+            runtime.write_exit_code(code)
+        raise
+    except BaseException:
+        if runtime is not None:
+            runtime.write_exit_code(1)
+        raise
+
+
+def _run(argv: Sequence[str]) -> None:
+    if argv[0] == "--module":
+        sys.argv = list(argv[1:])
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        return
+    sys.argv = list(argv)
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = os.path.dirname(os.path.realpath(argv[0]))
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def _exit(runtime: Runtime | None, code: int) -> None:
+    if runtime is not None:
+        runtime.write_exit_code(code)
+    sys.exit(code)
+
+
+def _leave_signals_to_the_launcher() -> None:
+    """Some schedulers signal every process of a job. The launcher has heard it too; dying here would lose the save.
+
+    A handler and not SIG_IGN, which children would inherit: they would no longer die when they are told to.
+    With several ranks torchrun's agent must be able to end them, and they stay as they are.
+    """
+    owner = os.getpid()
+
+    def ignore(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # forked from us
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for one in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        with contextlib.suppress(OSError):
+            signal.signal(one, ignore)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
