@@ -70,7 +70,7 @@ def plot_losses(
             axes.axvspan(one.committed_step, one.step, color=colour, alpha=0.15, linewidth=0)
         axes.text(one.step, top, f" {one.label}\n {lost} steps lost", color=colour, fontsize=8, verticalalignment="top")
     axes.set(xlabel="optimizer step", ylabel="training loss", title=title)
-    axes.legend(loc="lower left", fontsize=8)
+    axes.legend(loc="upper right", fontsize=8)
     try:
         figure.savefig(path, dpi=120)
     except (ValueError, OSError) as error:

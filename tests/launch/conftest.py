@@ -1,0 +1,156 @@
+"""Launches as users make them: ``hf-spot launch`` in processes of its own, and the twin that nobody interrupts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "training" / "scripts"
+PLAIN = SCRIPTS / "plain.py"
+PATIENCE_S = 120.0
+Lines = list[dict[str, Any]]
+
+
+def wait_for(condition: Callable[[], Any], what: str = "") -> Any:
+    """Polls until the condition holds; its value."""
+    give_up_at = time.monotonic() + PATIENCE_S
+    while not (value := condition()):
+        assert time.monotonic() < give_up_at, f"waited in vain {what}"
+        time.sleep(0.005)
+    return value
+
+
+def read_diary(path: Path) -> Lines:
+    """The whole lines of a diary."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+@dataclass
+class Launch:
+    """A running ``hf-spot launch``; its output goes to ``log``."""
+
+    process: psutil.Popen
+    log: Path
+    diary: Path
+
+    def lines(self) -> Lines:
+        return [line for line in read_diary(self.diary) if "loss" in line]
+
+    def step(self) -> int:
+        return max((line["step"] for line in self.lines()), default=0)
+
+    def wait_for_step(self, step: int) -> None:
+        wait_for(lambda: self.step() >= step or self.process.poll() is not None, f"for step {step}: {self.text()}")
+        assert self.step() >= step, self.text()
+
+    def wait(self) -> int:
+        return int(self.process.wait(PATIENCE_S))
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def tree(self) -> list[psutil.Process]:
+        try:
+            return [self.process, *self.process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def kill_tree(self) -> None:
+        """kill -9 of the launcher and of everything below it, and nothing is left."""
+        tree = self.tree()
+        for one in tree:
+            try:
+                one.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait(PATIENCE_S)
+        assert psutil.wait_procs(tree, timeout=PATIENCE_S)[1] == []
+
+
+@dataclass
+class Launcher:
+    """Starts launches, each in a fresh folder as on a fresh machine, and ends them all when the test ends."""
+
+    tmp_path: Path
+    launches: list[Launch] = field(default_factory=list)
+
+    def start(
+        self,
+        store: str,
+        script: list[str | Path],
+        *,
+        options: list[str] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> Launch:
+        number = len(self.launches) + 1
+        log, diary = self.tmp_path / f"log-{number}", self.tmp_path / f"diary-{number}"
+        command = [sys.executable, "-m", "hf_spot", "launch", "--store", store, "--num_processes", "1", *(options or [])]
+        with open(log, "wb") as out:
+            process = psutil.Popen(
+                [*command, *map(str, script)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=self.tmp_path,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})},
+            )
+        self.launches.append(Launch(process, log, diary))
+        return self.launches[-1]
+
+    def plain(
+        self, store: str, *more: str, options: list[str] | None = None, env: dict[str, str] | None = None
+    ) -> Launch:
+        """Launches plain.py with a fresh empty output_dir and a diary of its own."""
+        number = len(self.launches) + 1
+        script = [PLAIN, "--output_dir", f"out-{number}", "--diary", f"diary-{number}", "--weights", f"weights-{number}"]
+        return self.start(store, [*script, *more], options=options, env=env)
+
+    def weights(self) -> bytes:
+        """What the newest launch saved at its end."""
+        return (self.tmp_path / f"weights-{len(self.launches)}" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Iterator[Launcher]:
+    made = Launcher(tmp_path)
+    yield made
+    for launch in made.launches:
+        if launch.process.poll() is None:
+            launch.kill_tree()
+
+
+@dataclass(frozen=True)
+class Twin:
+    """What plain.py gives when nobody interrupts it, under plain ``python``."""
+
+    weights: bytes
+    lines: dict[int, dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Twin:
+    folder = tmp_path_factory.mktemp("twin")
+    subprocess.run(
+        [sys.executable, PLAIN, "--output_dir", "out", "--diary", "diary", "--weights", "weights"],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        check=True,
+        capture_output=True,
+        timeout=PATIENCE_S,
+    )
+    lines = {line["step"]: line for line in read_diary(folder / "diary") if "loss" in line}
+    assert sorted(lines) == list(range(1, 33))
+    return Twin((folder / "weights" / "model.safetensors").read_bytes(), lines)

@@ -1,0 +1,180 @@
+"""A script that knows nothing of hf_spot, interrupted on a real S3 server, ends with the model of its twin."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from hf_spot.run.run import Run
+from hf_spot.testing import FakeIMDS
+from tests.gate import Gate
+from tests.launch.conftest import Launch, Launcher, Twin, wait_for
+from tests.servers import SeaweedFS
+
+STEPS = 32
+
+
+def committed_step(run: Run) -> int:
+    newest = run.state().latest()
+    return newest.step if newest else 0
+
+
+def check_against(twin: Twin, launch: Launch, resumed_step: int) -> None:
+    """The launch did the steps behind the one it resumed, and each as the twin did it."""
+    lines = launch.lines()
+    assert [line["step"] for line in lines] == list(range(resumed_step + 1, resumed_step + 1 + len(lines)))
+    assert all(line == twin.lines[line["step"]] for line in lines)
+
+
+def test_notices_lose_no_step_and_change_no_bit(s3_url: str, launcher: Launcher, twin: Twin, tmp_path: Path) -> None:
+    run = Run(s3_url)
+    slow = ("--step_s", "0.1")
+
+    with FakeIMDS() as imds:
+        first = launcher.plain(s3_url, *slow, options=["--notice", "imds"], env=imds.env())
+        first.wait_for_step(3)
+        imds.interrupt(in_s=120)
+        assert first.wait() == 75, first.text()
+    second = launcher.plain(s3_url, *slow)
+    second.wait_for_step(committed_step(run) + 2)
+    second.process.send_signal(signal.SIGTERM)
+    assert second.wait() == 75, second.text()
+    notice = tmp_path / "notice"
+    third = launcher.plain(s3_url, *slow, options=["--notice", f"file:{notice}"])
+    third.wait_for_step(committed_step(run) + 1)
+    notice.touch()
+    assert third.wait() == 75, third.text()
+    last = launcher.plain(s3_url)
+    assert last.wait() == 0, last.text()
+
+    resumed = 0
+    for launch in (first, second, third):
+        check_against(twin, launch, resumed)
+        resumed = launch.step()  # nothing that was trained is trained again
+        assert not (tmp_path / f"weights-{launcher.launches.index(launch) + 1}").exists()
+    check_against(twin, last, resumed)
+    assert last.step() == STEPS
+    assert launcher.weights() == twin.weights
+
+    kinds = [entry.kind for entry in run.events()]
+    assert (kinds.count("claim"), kinds.count("notice"), kinds.count("preempted")) == (4, 3, 3)
+    assert kinds[-1] == "finished"
+    again = launcher.plain(s3_url)
+    assert again.wait() == 0
+    assert again.lines() == []
+    assert [entry.kind for entry in run.events()] == kinds
+
+
+FILE = r"/e\d+/checkpoint-\d+/"
+ENTRY = r"PUT .*/journal/\d+\.json"
+MOMENTS = (
+    ("the claim stands, its answer does not come", ENTRY, {"body": '"kind":"claim"', "after": True}),
+    ("before the first file of a checkpoint", rf"PUT .*{FILE}", {}),
+    ("in the middle of an upload", rf"PUT .*{FILE}", {"skip": 2, "after": True}),
+    ("before the commit", ENTRY, {"body": '"kind":"commit"'}),
+    ("the commit stands, its answer does not come", ENTRY, {"body": '"kind":"commit"', "after": True}),
+    ("before the first file of a restore", rf"GET .*{FILE}", {}),
+    ("in the middle of a restore", rf"GET .*{FILE}", {"skip": 2, "after": True}),
+    ("a checkpoint is taken out, its files are not", ENTRY, {"body": '"kind":"prune"', "after": True}),
+    ("its files are half gone", r"(POST .*delete|DELETE .*checkpoint)", {"after": True}),
+)
+
+
+def kill_in_a_save(launch: Launch, output_dir: Path) -> None:
+    """Stops everything at a moment when a checkpoint folder has weights and no trainer_state.json yet, and kills it."""
+
+    def torn() -> bool:
+        return any(
+            any(folder.iterdir()) and not (folder / "trainer_state.json").exists()
+            for folder in output_dir.glob("checkpoint-*")
+        )
+
+    while True:
+        wait_for(lambda: torn() or launch.process.poll() is not None, launch.text())
+        tree = launch.tree()
+        for one in tree:
+            one.suspend()
+        if torn():
+            launch.kill_tree()
+            assert torn()
+            return
+        assert launch.process.poll() is None, launch.text()
+        for one in tree:
+            one.resume()
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_repeats_only_what_was_not_committed(
+    seaweedfs: SeaweedFS, s3_url: str, launcher: Launcher, twin: Twin, tmp_path: Path
+) -> None:
+    run = Run(s3_url)
+    options = ["--save-total-limit", "1", "--notice", "none"]
+    resumed = []
+    with Gate(seaweedfs.endpoint) as gate:
+        env = {"AWS_ENDPOINT_URL": gate.endpoint}
+
+        def start(*more: str) -> Launch:
+            resumed.append(committed_step(run))
+            return launcher.plain(s3_url, "--save_steps", "2", *more, options=options, env=env)
+
+        for moment, request, how in MOMENTS:
+            gate.close_at(request, **how)  # type: ignore[arg-type]
+            launch = start()
+            wait_for(lambda launch=launch: gate.reached.is_set() or launch.process.poll() is not None, moment)
+            assert gate.reached.is_set(), (moment, launch.text())
+            launch.kill_tree()
+            gate.open()
+            assert all(problems == [] for problems in run.verify().values()), moment
+
+        launch = start()
+        kill_in_a_save(launch, tmp_path / f"out-{len(launcher.launches)}")
+
+        launch = start("--step_s", "0.1")
+        wait_for(lambda: launch.step() % 2 == 1 and launch.step() > resumed[-1] + 2, "for a step between two saves")
+        launch.kill_tree()
+
+        gate.close_at(ENTRY, body='"kind":"finished"')
+        launch = start()
+        wait_for(lambda: gate.reached.is_set() or launch.process.poll() is not None)
+        assert gate.reached.is_set(), launch.text()
+        launch.kill_tree()
+        gate.open()
+        assert launcher.weights() == twin.weights
+        assert run.state().ended is None
+
+        launch = start()
+        assert launch.wait() == 0, launch.text()
+
+    assert launcher.weights() == twin.weights
+    assert run.state().ended == "finished"
+    assert resumed[0] == 0
+    assert 0 < resumed[5] < resumed[-2] < resumed[-1] == STEPS
+    for launch, step in zip(launcher.launches, resumed, strict=True):
+        check_against(twin, launch, step)
+
+
+def test_a_bucket_that_vanishes_and_comes_back_costs_nothing(launcher: Launcher, twin: Twin) -> None:
+    with SeaweedFS() as server:
+        server.make_bucket("tests")
+        os_env = server.env()
+        url = "s3://tests/outage"
+        launch = launcher.plain(url, "--step_s", "0.1", options=["--notice", "none"], env=os_env)
+        launch.wait_for_step(7)
+        server.stop()
+        launch.wait_for_step(17)  # through two saves
+        assert launch.process.poll() is None
+        server.start()
+        assert launch.wait() == 0, launch.text()
+        assert "training goes on" in launch.text()
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in os_env.items():
+                patch.setenv(name, value)
+            state = Run(url).state()
+    assert state.ended == "finished"
+    assert state.checkpoints[-1].step == STEPS
+    check_against(twin, launch, 0)
+    assert launcher.weights() == twin.weights
+    assert os.environ.get("AWS_ENDPOINT_URL") != os_env["AWS_ENDPOINT_URL"]
