@@ -61,9 +61,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"hf-spot {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    commands.add_parser(
-        "launch", help="accelerate launch, made preemptible (hf-spot launch --help)", add_help=False
-    )
+    commands.add_parser("launch", help="accelerate launch, made preemptible (hf-spot launch --help)", add_help=False)
 
     demo = _add(commands, "demo", _demo, "the whole story on this machine in about a minute")
     demo.add_argument("--store", help="run against this URL; default: a directory that is deleted afterwards")
@@ -92,7 +90,9 @@ def parser() -> argparse.ArgumentParser:
     _json(push)
     prune = _add(actions, "prune", _prune, "takes old checkpoints out of a run and deletes their files")
     _run(prune)
-    prune.add_argument("--save-total-limit", type=int, required=True, metavar="N", help="newest ones that stay, besides the best")
+    prune.add_argument(
+        "--save-total-limit", type=int, required=True, metavar="N", help="newest ones that stay, besides the best"
+    )
     _json(prune)
 
     report = _add(commands, "report", _report, "launches, interruptions and lost steps of a run")

@@ -98,9 +98,7 @@ class FakeIMDS:
     def __enter__(self) -> FakeIMDS:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.stop()
 
     def env(self) -> dict[str, str]:
@@ -205,9 +203,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # a thread may be stalled on purpose
 
-    def __init__(
-        self, host: str, respond: Callable[[str, str, Mapping[str, str]], tuple[int, str, dict[str, str]]]
-    ) -> None:
+    def __init__(self, host: str, respond: Callable[[str, str, Mapping[str, str]], tuple[int, str, dict[str, str]]]) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.respond = respond
         super().__init__((host, 0), _Handler)

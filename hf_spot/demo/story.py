@@ -123,7 +123,9 @@ class _Story:
             self._launch_to_the_end(killed + 1)
             _expect(_wait(twin), EXIT_FINISHED, "the twin", self.folder / "twin.log")
         self.twin_losses = _read(self.folder / "twin.jsonl")
-        sha256, sha256_twin = (_sha256(self._output(name) / "final" / "model.safetensors") for name in (f"launch-{killed + 1}", "twin"))
+        sha256, sha256_twin = (
+            _sha256(self._output(name) / "final" / "model.safetensors") for name in (f"launch-{killed + 1}", "twin")
+        )
         union = {step: line for losses in self.losses for step, line in losses.items()}
         equal = union == self.twin_losses and all(
             line == self.twin_losses.get(step) for losses in self.losses for step, line in losses.items()
@@ -213,7 +215,9 @@ class _Story:
             if process.poll() is not None:
                 break
             time.sleep(0.02)
-        raise SpotError(f"launch {number} did not come as far as it should:\n{_tail(self._log(number))}", hint="hf-spot demo --keep DIR")
+        raise SpotError(
+            f"launch {number} did not come as far as it should:\n{_tail(self._log(number))}", hint="hf-spot demo --keep DIR"
+        )
 
 
 def _tell(outcome: Outcome) -> None:
@@ -240,7 +244,9 @@ def _checked_plot(plot: Path | None, say: Say) -> Path | None:
         return None
     chosen = plot or DEFAULT_PLOT
     if not chosen.absolute().parent.is_dir():
-        raise ConfigError(f"--plot {chosen}: there is no folder {chosen.absolute().parent}", hint=f"mkdir -p {chosen.absolute().parent}")
+        raise ConfigError(
+            f"--plot {chosen}: there is no folder {chosen.absolute().parent}", hint=f"mkdir -p {chosen.absolute().parent}"
+        )
     return chosen
 
 

@@ -51,15 +51,11 @@ class LossFile(TrainerCallback):
         self.min_step_s = min_step_s
         self.began = 0.0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Starts the step's clock."""
         self.began = time.monotonic()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Waits out the rest of ``min_step_s``."""
         time.sleep(max(0.0, self.began + self.min_step_s - time.monotonic()))
 

@@ -127,5 +127,8 @@ def render(report: Report, url: str) -> str:
             f"  {answered:>13}  {lost:>5}  {launch.ended}"
         )
     unknown = sum(launch.steps_lost is None and launch is not report.launches[-1] for launch in report.launches)
-    lines.append(f"{report.interruptions} interruptions, {report.steps_lost} steps lost" + (f" and {unknown} launches that ended without a word" if unknown else ""))
+    lines.append(
+        f"{report.interruptions} interruptions, {report.steps_lost} steps lost"
+        + (f" and {unknown} launches that ended without a word" if unknown else "")
+    )
     return "\n".join(lines)

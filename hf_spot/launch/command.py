@@ -106,10 +106,12 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
 
 
 def _add_options(group: Any) -> None:
-    group.add_argument("--store", metavar="URL", help=f"the run: s3://bucket/prefix, or a directory (default: ${STORE_VARIABLE})")
+    group.add_argument(
+        "--store", metavar="URL", help=f"the run: s3://bucket/prefix, or a directory (default: ${STORE_VARIABLE})"
+    )
     types = typing.get_type_hints(SpotArguments)
     for field in dataclasses.fields(SpotArguments):
-        flag, text = f"--{field.name.replace('_', '-')}", str(field.metadata["help"])
+        flag, text = f"--{field.name}", str(field.metadata["help"])  # accelerate's groups add the spelling with hyphens
         if types[field.name] is bool:
             group.add_argument(flag, action="store_true", default=field.default, help=text)
             continue
@@ -135,9 +137,13 @@ def _is_distributed(args: argparse.Namespace) -> bool:
 def _refuse_what_is_not_supported(args: argparse.Namespace, config: Any) -> None:
     sagemaker = config is not None and "SAGEMAKER" in str(config.compute_environment)
     if args.tpu or sagemaker:
-        raise ConfigError("hf-spot launch does not know TPUs and SageMaker", hint="accelerate launch, and SpotCallback in the script")
+        raise ConfigError(
+            "hf-spot launch does not know TPUs and SageMaker", hint="accelerate launch, and SpotCallback in the script"
+        )
     if (args.num_machines or 1) > 1:
-        raise ConfigError(f"--num_machines {args.num_machines}: training on several machines is not supported yet", hint="--num_machines 1")
+        raise ConfigError(
+            f"--num_machines {args.num_machines}: training on several machines is not supported yet", hint="--num_machines 1"
+        )
     if args.mpirun_hostfile:
         raise ConfigError("--mpirun_hostfile is not supported", hint="--multi_gpu --num_processes N")
 

@@ -201,9 +201,7 @@ class Supervisor:
                 return
             data["step"] = newest.step
             log.info("%s is finished at step %d", self._run.url, newest.step)
-        elif state.ended is not None:
-            return
-        elif verdict is Verdict.FENCED:
+        elif state.ended is not None or verdict is Verdict.FENCED:
             return
         try:
             self._run.record(verdict.value, data)

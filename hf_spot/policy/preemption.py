@@ -71,9 +71,7 @@ def decide(kind: NoticeKind, seconds_left: float | None, measured: Measured) -> 
     if needed + SAFETY * max(0.0, in_flight - measured.save_s) <= seconds_left:
         return Decision(Action.SAVE_AND_STOP, f"{seconds_left:.0f} s left: time for the upload in flight and a new save")
     if needed <= seconds_left:
-        return Decision(
-            Action.SAVE_AND_STOP, f"{seconds_left:.0f} s left: time for a new save only", cancel_in_flight=True
-        )
+        return Decision(Action.SAVE_AND_STOP, f"{seconds_left:.0f} s left: time for a new save only", cancel_in_flight=True)
     return Decision(
         Action.FINISH_UPLOAD_AND_STOP,
         f"{seconds_left:.0f} s left, about {needed:.0f} s needed for a new save: the upload in flight is what can be committed",

@@ -83,9 +83,7 @@ class Run:
         ConfigError: the URL can't be used.
     """
 
-    def __init__(
-        self, url: str | PathLike[str] | ObjectStore, *, allow_unfenced_store: bool = False, workers: int = 4
-    ) -> None:
+    def __init__(self, url: str | PathLike[str] | ObjectStore, *, allow_unfenced_store: bool = False, workers: int = 4) -> None:
         self.store = open_store(url)
         self.journal = Journal(self.store)
         self._allow_unfenced_store = allow_unfenced_store
@@ -135,9 +133,7 @@ class Run:
             raise NoCheckpoint(f"{self.url} has {what}", hint=f"hf-spot checkpoints ls {self.url}")
         return self.checkpoint(refs[-1])
 
-    def pull(
-        self, into: str | PathLike[str], step: int | None = None, *, progress: Progress | None = None
-    ) -> Path:
+    def pull(self, into: str | PathLike[str], step: int | None = None, *, progress: Progress | None = None) -> Path:
         """Downloads and verifies a checkpoint into the folder ``into/checkpoint-<step>`` and returns that path.
 
         A folder that already holds exactly these files is left as it is.
@@ -163,9 +159,7 @@ class Run:
         missing = missing_for_resume((file.path for file in checkpoint.files), checkpoint.details.get("world_size", 1))
         if missing and checkpoint.reason != "push":
             raise IncompleteCheckpoint(f"{checkpoint.name} of {self.url} lacks {', '.join(missing)}")
-        transfer.download(
-            self.store, checkpoint.ref.prefix, checkpoint.files, folder, workers=self._workers, progress=progress
-        )
+        transfer.download(self.store, checkpoint.ref.prefix, checkpoint.files, folder, workers=self._workers, progress=progress)
         return folder
 
     def compare(self, checkpoint: Checkpoint, folder: Path) -> list[str]:
@@ -247,9 +241,7 @@ class Run:
         }
         return self.journal.append("commit", data, id=id)
 
-    def push(
-        self, folder: str | PathLike[str], step: int | None = None, *, progress: Progress | None = None
-    ) -> Checkpoint:
+    def push(self, folder: str | PathLike[str], step: int | None = None, *, progress: Progress | None = None) -> Checkpoint:
         """Uploads and commits a local folder, beside whatever launch is running: nobody is fenced.
 
         Args:
@@ -310,4 +302,3 @@ class Run:
         details = dict(entry.data)
         files = tuple(FileEntry(**file) for file in details.pop("files"))
         return Checkpoint(ref=ref, time=entry.time, reason=details["reason"], files=files, details=details)
-

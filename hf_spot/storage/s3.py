@@ -185,9 +185,7 @@ class S3Store:
                 for trouble in answer.get("Errors", ()):
                     if trouble.get("Code") not in ("NoSuchKey", "404"):
                         failed = trouble.get("Key", names[0])[len(self._base) :]
-                        raise self._explain_answer(
-                            "delete", failed, aws.ClientError({"Error": trouble}, "DeleteObjects")
-                        )
+                        raise self._explain_answer("delete", failed, aws.ClientError({"Error": trouble}, "DeleteObjects"))
                 return
         for name in names:
             with self._explained("delete", name[len(self._base) :]):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.abc
 import importlib.machinery
 import os
@@ -97,15 +96,21 @@ def _leave_signals_to_the_launcher() -> None:
     With several ranks torchrun's agent must be able to end them, and they stay as they are.
     """
     owner = os.getpid()
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def ignore(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # forked from us
+        if os.getpid() != owner:  # it came before `let_go`
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    for one in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        with contextlib.suppress(OSError):
-            signal.signal(one, ignore)
+    def let_go() -> None:
+        for one in signals:
+            if signal.getsignal(one) is ignore:
+                signal.signal(one, signal.SIG_DFL)
+
+    for one in signals:
+        signal.signal(one, ignore)
+    os.register_at_fork(after_in_child=let_go)
 
 
 if __name__ == "__main__":

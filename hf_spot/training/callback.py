@@ -62,16 +62,12 @@ class SpotCallback(TrainerCallback):
 
     # -- Trainer's events, in the order of the loop -------------------------------------------------------------------
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Points Trainer at the best checkpoint where it stands on this machine."""
         if self._session is not None and self._session.best_folder is not None:
             state.best_model_checkpoint = str(self._session.best_folder)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Answers what was heard."""
         if self._session is None:
             return
@@ -91,9 +87,7 @@ class SpotCallback(TrainerCallback):
         if control.should_save:
             self._session.save_begins()
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A save after an evaluation begins here."""
         if self._session is not None and control.should_save:
             self._session.save_begins()
@@ -121,11 +115,9 @@ class SpotCallback(TrainerCallback):
                 "gradient_accumulation_steps": args.gradient_accumulation_steps,
             },
         )
-        self._session.saved(Path(args.output_dir) / f"checkpoint-{state.global_step}", request)
+        self._session.saved(self._session.output_dir / f"checkpoint-{state.global_step}", request)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called after the last epoch, and after every early stop, before Trainer logs, evaluates and saves once more."""
         if self._session is None:
             return
@@ -145,7 +137,7 @@ class SpotCallback(TrainerCallback):
 
     def run(self, trainer: Trainer, train: Any, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         """What ``trainer.train()`` does when this callback is among the trainer's."""
-        url = self._store or os.environ.get(STORE_VARIABLE) or trainer.args.output_dir
+        url = self._store or os.environ.get(STORE_VARIABLE) or str(trainer.args.output_dir)
         self._saved_step, self._stop_reason, self._evaluation_skipped = -1, None, False
         session = Session(trainer, url, self.args, self._runtime)
         with contextlib.closing(session):
@@ -179,8 +171,7 @@ class SpotCallback(TrainerCallback):
             args.eval_strategy == IntervalStrategy.EPOCH and _is_epoch_end(state) and args.eval_delay <= (state.epoch or 0)
         )
         evaluated = any(
-            line.get("step") == state.global_step and any(key.startswith("eval_") for key in line)
-            for line in state.log_history
+            line.get("step") == state.global_step and any(key.startswith("eval_") for key in line) for line in state.log_history
         )
         return (self._evaluation_skipped or at_epoch_end) and not evaluated
 
@@ -208,7 +199,7 @@ def _evaluate_once_rng_is_restored(trainer: Trainer) -> None:
         restore_rng(checkpoint)
         metrics = trainer._evaluate(None, None)
         trainer._determine_best_metric(metrics=metrics, trial=None)
-        trainer.model.train()
+        trainer.model.train()  # type: ignore[union-attr]
 
     trainer._load_rng_state = restore_and_evaluate
 

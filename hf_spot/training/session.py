@@ -76,7 +76,7 @@ class Session:
         self._runtime = runtime
         self._now = now
         self._clock = clock
-        self.output_dir = Path(trainer.args.output_dir)
+        self.output_dir = Path(trainer.args.output_dir or ".")
         self.stage = next_stage(url)
         self.agreement = Agreement(trainer.args.world_size)
         self.run = Run(url, allow_unfenced_store=arguments.allow_unfenced_store, workers=arguments.upload_workers)
@@ -176,7 +176,7 @@ class Session:
         if self._runtime is not None:
             self._runtime.training_path.touch()
             self._steps = StepCounter(self._runtime.step_path) if self.agreement.is_main else None
-            self._closed.callback(lambda: self._runtime and self._runtime.training_path.unlink(missing_ok=True))
+            self._closed.callback(self._runtime.training_path.unlink, missing_ok=True)
             return
 
         def on_notice(notice: PreemptionNotice) -> None:
@@ -366,4 +366,3 @@ def _progress(what: str) -> Callable[[int], Progress | None]:
         return moved
 
     return start
-

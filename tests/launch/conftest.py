@@ -110,9 +110,7 @@ class Launcher:
         self.launches.append(Launch(process, log, diary))
         return self.launches[-1]
 
-    def plain(
-        self, store: str, *more: str, options: list[str] | None = None, env: dict[str, str] | None = None
-    ) -> Launch:
+    def plain(self, store: str, *more: str, options: list[str] | None = None, env: dict[str, str] | None = None) -> Launch:
         """Launches plain.py with a fresh empty output_dir and a diary of its own."""
         number = len(self.launches) + 1
         script = [PLAIN, "--output_dir", f"out-{number}", "--diary", f"diary-{number}", "--weights", f"weights-{number}"]

@@ -88,8 +88,7 @@ def kill_in_a_save(launch: Launch, output_dir: Path) -> None:
 
     def torn() -> bool:
         return any(
-            any(folder.iterdir()) and not (folder / "trainer_state.json").exists()
-            for folder in output_dir.glob("checkpoint-*")
+            any(folder.iterdir()) and not (folder / "trainer_state.json").exists() for folder in output_dir.glob("checkpoint-*")
         )
 
     while True:

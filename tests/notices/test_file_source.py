@@ -43,9 +43,7 @@ def test_a_missing_folder_is_no_notice_either(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "the node is drained\n", "120", "[]", '{"kind": "ADVI'])
-def test_a_file_without_a_json_object_is_a_termination_without_deadline(
-    source: FileSource, path: Path, text: str
-) -> None:
+def test_a_file_without_a_json_object_is_a_termination_without_deadline(source: FileSource, path: Path, text: str) -> None:
     write(path, text)
     notice = heard(source)
     assert (notice.kind, notice.source, notice.deadline) == (NoticeKind.TERMINATE, "file", None)
@@ -134,9 +132,7 @@ def test_a_file_that_is_still_being_written_is_not_read_as_an_empty_one(path: Pa
         '{"deadline": "tomorrow"}',
     ],
 )
-def test_a_statement_that_can_not_be_used_is_an_error_with_an_example(
-    source: FileSource, path: Path, text: str
-) -> None:
+def test_a_statement_that_can_not_be_used_is_an_error_with_an_example(source: FileSource, path: Path, text: str) -> None:
     write(path, text)
     with pytest.raises(SpotError) as caught:
         source.poll()

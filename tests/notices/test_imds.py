@@ -50,9 +50,7 @@ def test_404_is_no_notice(imds: FakeIMDS, source: IMDSSource) -> None:
 
 
 @pytest.mark.parametrize("action", ["terminate", "stop", "hibernate"])
-def test_every_action_is_a_termination_at_the_time_that_ec2_names(
-    imds: FakeIMDS, source: IMDSSource, action: str
-) -> None:
+def test_every_action_is_a_termination_at_the_time_that_ec2_names(imds: FakeIMDS, source: IMDSSource, action: str) -> None:
     deadline = imds.interrupt(in_s=108, action=action)
     notice = heard(source)
     assert (notice.kind, notice.source, notice.deadline) == (NoticeKind.TERMINATE, "imds", deadline)

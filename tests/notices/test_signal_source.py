@@ -33,9 +33,7 @@ def installed(source: SignalSource) -> Iterator[SignalSource]:
 @contextmanager
 def process(code: str) -> Iterator[subprocess.Popen[str]]:
     """A Python process that has printed ``ready``."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"

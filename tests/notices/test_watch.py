@@ -77,9 +77,7 @@ print("ended", flush=True)
 
 def test_notices_are_shown_as_they_come_until_ctrl_c() -> None:
     with FakeIMDS() as imds:
-        child = subprocess.Popen(
-            [sys.executable, "-c", WATCH], cwd=ROOT, env=imds.env(), stdout=subprocess.PIPE, text=True
-        )
+        child = subprocess.Popen([sys.executable, "-c", WATCH], cwd=ROOT, env=imds.env(), stdout=subprocess.PIPE, text=True)
         try:
             assert child.stdout is not None
             assert json.loads(child.stdout.readline())["notice"] is None

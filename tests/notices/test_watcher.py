@@ -199,9 +199,7 @@ def test_whatever_is_said_the_listener_believes_in_a_termination_exactly_while_o
 # -- trouble -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_failing_source_is_logged_at_once_and_then_once_a_minute(
-    desk: Desk, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failing_source_is_logged_at_once_and_then_once_a_minute(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(5):
         desk.say(OSError("no route"))
     assert [record.levelno for record in caplog.records] == [logging.WARNING]

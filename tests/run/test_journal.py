@@ -235,6 +235,4 @@ TestInterleavings.settings = settings(max_examples=60, stateful_step_count=25, d
 
 def test_object_info_is_what_the_journal_reads(store: MemoryStore) -> None:
     Journal(store).claim({})
-    assert [info for info in store.list("journal/")] == [
-        ObjectInfo("journal/00000001.json", len(store.get("journal/00000001.json")))
-    ]
+    assert list(store.list("journal/")) == [ObjectInfo("journal/00000001.json", len(store.get("journal/00000001.json")))]

@@ -111,9 +111,7 @@ def test_a_local_folder_that_is_the_same_is_used_and_one_that_differs_is_set_asi
     assert (tmp_path / "out" / "torn-checkpoint-5" / "optimizer.pt").read_bytes() == b"torn"
 
 
-def test_newer_local_folders_that_were_never_committed_are_set_aside(
-    run: Run, make_checkpoint: Make, tmp_path: Path
-) -> None:
+def test_newer_local_folders_that_were_never_committed_are_set_aside(run: Run, make_checkpoint: Make, tmp_path: Path) -> None:
     for step in (5, 10, 15):
         make_checkpoint(step)
     set_aside_uncommitted(run, tmp_path / "out", resume_step=10)

@@ -207,9 +207,7 @@ def test_a_file_comes_back_as_it_was(store: ObjectStore, tmp_path: Path, size: i
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["source", "target"]
 
 
-def test_a_big_file_comes_back_and_progress_sums_to_its_size(
-    store: ObjectStore, tmp_path: Path, big_file: Path
-) -> None:
+def test_a_big_file_comes_back_and_progress_sums_to_its_size(store: ObjectStore, tmp_path: Path, big_file: Path) -> None:
     sent: list[int] = []
     received: list[int] = []
 
@@ -302,11 +300,13 @@ def test_unusual_keys_are_kept_exactly(store: ObjectStore, tmp_path: Path, key: 
         "a/./b",
         "a//b",
         "a/",
-        "nul\0",
+        "nul\x00",
         "line\nfeed",
         "a\\b",
-    ]
-    + [".hf_spot-tmp/x", "\udcff", "x" * 1000],
+        ".hf_spot-tmp/x",
+        "�",
+        "x" * 1000,
+    ],
 )
 def test_keys_that_could_lead_out_or_cannot_be_stored_everywhere_are_refused(
     store: ObjectStore, tmp_path: Path, key: str

@@ -38,9 +38,7 @@ def test_objects_are_plain_files_that_others_may_read_as_the_umask_says(store: L
     assert [(tmp_path / "run" / name).stat().st_mode & 0o777 for name in "ab"] == [0o644, 0o644]
 
 
-def test_listing_a_prefix_reads_no_other_folders(
-    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_listing_a_prefix_reads_no_other_folders(store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("journal/1", "journal/2", "e0001/checkpoint-5/a", "e0002/checkpoint-9/deep/b"):
         store.put(key, b"")
     read: list[str] = []
@@ -80,9 +78,7 @@ def test_writing_beside_one_who_deletes_the_same_folder_loses_nothing(store: Loc
     assert [*store.list()] == []
 
 
-def test_what_a_dead_machine_left_half_written_is_swept_after_a_day_and_never_listed(
-    store: LocalStore, tmp_path: Path
-) -> None:
+def test_what_a_dead_machine_left_half_written_is_swept_after_a_day_and_never_listed(store: LocalStore, tmp_path: Path) -> None:
     folder = tmp_path / "run" / TEMPORARY_FOLDER
     folder.mkdir(parents=True)
     for name, age_s in (("old", 90_000), ("young", 3_000)):
@@ -128,9 +124,7 @@ def test_links_to_folders_are_not_followed(store: LocalStore, tmp_path: Path) ->
     assert [info.key for info in store.list()] == ["e0001/a"]
 
 
-def test_an_own_link_whose_answer_was_lost_counts_as_created(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_own_link_whose_answer_was_lost_counts_as_created(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     link = os.link
 
     def link_twice(source: Path, target: Path) -> None:
@@ -248,9 +242,7 @@ def test_a_read_only_filesystem_is_access_denied(small_disk: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ENOTCONN])
-def test_a_fileserver_in_trouble_is_unavailable(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_a_fileserver_in_trouble_is_unavailable(store: LocalStore, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     store.put("a", b"")
 
     def fail(handle: int) -> None:

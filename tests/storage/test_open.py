@@ -41,9 +41,26 @@ def test_a_store_passes_through() -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "  ", "s3:/x", "s3:x", "s3://", "s3:///x", "s3://UPPER_bad/x", "s3://ab/x", "s3://bucket/a/../b"]
-    + ["s3://bucket//a//b", "s3://bucket/x?endpoint=y", "https://bucket.s3.amazonaws.com/x", "ftp://x/y"]
-    + ["file://relative/path", "file://", "file:///", "memory://", "nul\0"],
+    [
+        "",
+        "  ",
+        "s3:/x",
+        "s3:x",
+        "s3://",
+        "s3:///x",
+        "s3://UPPER_bad/x",
+        "s3://ab/x",
+        "s3://bucket/a/../b",
+        "s3://bucket//a//b",
+        "s3://bucket/x?endpoint=y",
+        "https://bucket.s3.amazonaws.com/x",
+        "ftp://x/y",
+        "file://relative/path",
+        "file://",
+        "file:///",
+        "memory://",
+        "nul\x00",
+    ],
 )
 def test_what_is_no_store_is_a_config_error_with_a_hint(url: str) -> None:
     with pytest.raises(ConfigError):

@@ -35,8 +35,13 @@ def test_a_good_store_needs_six_requests(memory: MemoryStore) -> None:
 
 @pytest.mark.parametrize(
     ("method", "occurrence", "step"),
-    [("create", 1, "writing"), ("get", 1, "reading back"), ("create", 2, "create-if-absent"), ("list", 1, "listing")]
-    + [("delete", 1, "deleting")],
+    [
+        ("create", 1, "writing"),
+        ("get", 1, "reading back"),
+        ("create", 2, "create-if-absent"),
+        ("list", 1, "listing"),
+        ("delete", 1, "deleting"),
+    ],
 )
 def test_a_failure_names_its_step_keeps_its_hint_and_cleans_up(
     memory: MemoryStore, method: str, occurrence: int, step: str

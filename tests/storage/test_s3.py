@@ -34,7 +34,7 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         monkeypatch.delenv(name, raising=False)
     # How long to wait between tries is botocore's business; only that it tries matters here.
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0.0)
-    yield monkeypatch
+    return monkeypatch
 
 
 def use(environ: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
@@ -126,9 +126,7 @@ def test_a_key_and_an_owner_are_sent_with_every_request_for_which_they_make_sens
         assert any("uploads" in path for _, path, _ in server.requests)
 
 
-def test_uploads_carry_a_checksum_unless_the_user_has_switched_that_off(
-    environ: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_uploads_carry_a_checksum_unless_the_user_has_switched_that_off(environ: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"x")
     with CannedS3(200) as server:

@@ -1,0 +1,128 @@
+"""The command line of ``hf-spot launch``: what it makes of its options, and one clear error before anything starts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_spot.cli import main
+from hf_spot.errors import ConfigError
+from hf_spot.launch.command import parse
+from tests.servers import CannedS3, Rclone, SeaweedFS
+
+BOOTSTRAP = [sys.executable, "-m", "hf_spot.training.bootstrap"]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "train.py"
+    path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    return str(path)
+
+
+def test_one_process_runs_under_the_bootstrap_alone(script: str) -> None:
+    command = parse(["--store", "s3://b/r", "--num_processes", "1", "--mixed-precision", "bf16", script, "--store", "x"], {})
+    assert command.argv == [*BOOTSTRAP, script, "--store", "x"]
+    assert command.store == "s3://b/r"
+    assert command.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+
+
+def test_several_processes_run_under_accelerate_with_its_own_options_only(script: str) -> None:
+    options = ["--notice", "imds", "--multi_gpu", "--max_restarts=5", "--num-processes", "4", "--save_total_limit", "7"]
+    command = parse(["--store", "s3://b/r", *options, script, "-m"], {})
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num-processes", "4"]
+    assert command.argv == [*launcher, *BOOTSTRAP[1:], script, "-m"]
+    assert (command.max_restarts, command.arguments.save_total_limit, command.arguments.notice) == (5, 7, "imds")
+
+
+def test_the_store_may_come_from_the_environment(script: str) -> None:
+    assert parse([script], {"HF_SPOT_STORE": "s3://b/r"}).store == "s3://b/r"
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (["SCRIPT"], "--store"),
+        (["--store", "s3://b/r"], "training_script"),
+        (["--store", "s3://b/r", "no/such.py"], "no/such.py"),
+        (["--store", "s3://b/r", "--no-such-option", "SCRIPT"], "--no-such-option"),
+        (["--store", "s3://b/r", "--max-restarts", "-1", "SCRIPT"], "-1"),
+        (["--store", "s3://b/r", "--notice", "smoke", "SCRIPT"], "smoke"),
+        (["--store", "s3://b/r", "--grace-s", "soon", "SCRIPT"], "soon"),
+        (["--store", "s3://b/r", "--no_python", "SCRIPT"], "--no_python"),
+        (["--store", "s3://b/r", "--num_machines", "2", "SCRIPT"], "--num_machines 2"),
+        (["--store", "s3://b/r", "--tpu", "SCRIPT"], "TPU"),
+        (["--store", "s3://b/r", "--config_file", "/no/such.yaml", "SCRIPT"], "/no/such.yaml"),
+        (["--store", "s3://b/r", "--multi_gpu", "--num_processes", "1", "SCRIPT"], "multi_gpu"),
+    ],
+)
+def test_what_can_not_be_used_is_named(argv: list[str], word: str, script: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse([script if one == "SCRIPT" else one for one in argv], {})
+    assert word in str(caught.value)
+    assert caught.value.hint
+
+
+def refused(capsys: pytest.CaptureFixture[str], script: str, store: str) -> str:
+    """What is printed when this store is refused: one error, and the script has not begun."""
+    assert main(["launch", "--store", store, "--num_processes", "1", script]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("hf-spot: error:") == 1
+    assert "\n  Try: " in printed
+    assert "Traceback" not in printed
+    assert not (Path(script).parent / "ran").exists()
+    return printed
+
+
+def test_a_wrong_bucket_is_refused_before_training(s3_url: str, script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no-such-bucket" in refused(capsys, script, "s3://no-such-bucket/run")
+
+
+def test_a_denied_put_is_refused_before_training(
+    seaweedfs: SeaweedFS, s3_url: str, script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in seaweedfs.env_of("reader").items():
+        monkeypatch.setenv(name, value)
+    assert "s3:PutObject" in refused(capsys, script, s3_url)
+
+
+def test_a_denied_list_is_refused_before_training(
+    seaweedfs: SeaweedFS, s3_url: str, script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in seaweedfs.env_of("writer").items():
+        monkeypatch.setenv(name, value)
+    assert "s3:ListBucket" in refused(capsys, script, s3_url)
+
+
+def test_an_expired_token_is_refused_before_training(
+    script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with CannedS3(400, "ExpiredToken") as server:
+        for name, value in server.env().items():
+            monkeypatch.setenv(name, value)
+        assert "expired" in refused(capsys, script, "s3://tests/run").lower()
+
+
+def test_a_store_that_does_not_fence_is_refused_before_training(
+    script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Rclone() as server:
+        server.make_bucket("tests")
+        for name, value in server.env().items():
+            monkeypatch.setenv(name, value)
+        assert "create-if-absent" in refused(capsys, script, "s3://tests/run")
+
+
+@pytest.mark.parametrize("store", ["http://example.com/run", "s3://", "s3:/b/r", "gs://b/r", "/proc/nobody/can/write"])
+def test_a_bad_url_is_refused_before_training(store: str, script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, script, store)
+
+
+def test_the_help_shows_our_options_before_those_of_accelerate(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["launch", "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert 0 < text.index("--store") < text.index("--mixed_precision")
