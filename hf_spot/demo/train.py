@@ -26,7 +26,7 @@ from transformers import (
 )
 
 LENGTH = 64  # bytes the model sees at once
-WINDOWS = 1757  # an epoch: 110 optimizer steps of 2 × 8 windows, the last of them with fewer
+WINDOWS = 1757  # an epoch: 110 optimizer steps of 2 times 8 windows, the last of them with fewer
 
 
 class Text(Dataset[dict[str, torch.Tensor]]):

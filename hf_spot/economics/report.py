@@ -115,7 +115,8 @@ def render(report: Report, url: str) -> str:
     """A table for people."""
     if not report.launches:
         return f"{url}: nobody has launched this run yet"
-    head = f"{'launch':>6}  {'began (UTC)':19}  {'minutes':>7}  {'steps':>13}  {'commits':>7}  {'notice→commit':>13}  {'lost':>5}  ended"
+    head = f"{'launch':>6}  {'began (UTC)':19}  {'minutes':>7}  {'steps':>13}  {'commits':>7}"
+    head += f"  {'notice→commit':>13}  {'lost':>5}  ended"
     lines = [f"{url}: {'finished' if report.finished else 'not finished'}, step {report.committed_step} committed", head]
     for launch in report.launches:
         minutes = ((launch.last_heard or launch.began) - launch.began).total_seconds() / 60

@@ -10,9 +10,12 @@ class Kept(Protocol):
     """What retention needs to know of a checkpoint."""
 
     @property
-    def stage(self) -> int: ...
+    def stage(self) -> int:
+        """Which training of the script it belongs to."""
+
     @property
-    def best(self) -> bool: ...
+    def best(self) -> bool:
+        """Trainer holds it for the best of its stage."""
 
 
 T = TypeVar("T", bound=Kept)

@@ -117,7 +117,8 @@ class LocalStore:
         # Everything that matches lies under the last whole folder of the prefix: nothing else is walked.
         folder = check_prefix(prefix).rpartition("/")[0]
         with self._explained("list", self._root):
-            if not self._root.is_dir() and (self._root.exists() or not self._root.parent.is_dir()):
+            # In this order, because somebody may be making it at this moment.
+            if (self._root.exists() and not self._root.is_dir()) or not self._root.parent.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self._root))
         yield from self._walk(f"{folder}/" if folder else "", prefix, start_after)
 

@@ -428,10 +428,11 @@ class _Watch(BaseSubscriber):
 
 
 def _end_if_cancelled(caught_exception: Exception | None = None, **kwargs: Any) -> None:
-    if isinstance(caught_exception, aws.HTTPClientError):
-        # Reading the body raised it, because another part has failed or the whole was cancelled: no broken connection.
-        if isinstance(caught_exception.kwargs.get("error"), (CancelledError, aws.ClientError, aws.BotoCoreError)):
-            raise caught_exception
+    if not isinstance(caught_exception, aws.HTTPClientError):
+        return
+    # Reading the body raised it, because another part has failed or the whole was cancelled: no broken connection.
+    if isinstance(caught_exception.kwargs.get("error"), (CancelledError, aws.ClientError, aws.BotoCoreError)):
+        raise caught_exception
 
 
 def _code(error: aws.ClientError) -> str:

@@ -275,7 +275,8 @@ class Session:
             data = {"step": step, "committed_step": committed, "stage": self.stage, "why": self.preempted.why}
             self._record("preempted", data)
             raise TrainingPreempted(
-                f"preempted at step {step}; step {committed} is committed to {self.run.url}. Start the same command again to go on.",
+                f"preempted at step {step}; step {committed} is committed to {self.run.url}. "
+                "Start the same command again to go on.",
                 step=committed,
             )
         if not drained:
