@@ -166,7 +166,8 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         run = _open(args.run)
         run.find(args.step)
-        found = {f"entry {entry}": problems for entry, problems in run.verify(args.step).items()}
+        names = {ref.entry: ref.prefix for ref in run.journal.state.checkpoints}
+        found = {names[entry]: problems for entry, problems in run.verify(args.step).items()}
     if args.json:
         _print_json(found)
     else:

@@ -1,0 +1,47 @@
+"""The README does what it says: its scripts are saved, and its commands run one after the other, against a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from botocore.exceptions import ClientError
+
+from tests.servers import SeaweedFS
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCK = re.compile(r"^(<!-- ci: \w+ -->\n)?```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def test_every_command_in_the_readme_works(seaweedfs: SeaweedFS, tmp_path: Path) -> None:
+    try:
+        seaweedfs.make_bucket("bucket")
+    except ClientError as error:
+        assert error.response["Error"]["Code"] == "BucketAlreadyExists"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, **seaweedfs.env(), "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    ran = []
+    for for_ci, language, text in BLOCK.findall(README.read_text()):
+        if language == "python":
+            (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)
+        elif not for_ci:  # those two `.ci/run` runs
+            done = subprocess.run(
+                ["bash", "-euc", text], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False
+            )
+            assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+            ran.append(done.stdout)
+    assert "checkpoint-30" in ran[3]
+    assert "checkpoint-20 pruned" in ran[3]
+    assert "finished, step 30 committed" in ran[3]
+    assert (tmp_path / "elsewhere" / "checkpoint-30" / "model.safetensors").exists()
+    assert (tmp_path / "pulled" / "checkpoint-20" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["demo", "test"])
+def test_ci_runs_the_readmes_own_line(name: str) -> None:
+    line = subprocess.run([README.parent / ".ci" / "run", "--show", name], capture_output=True, text=True, check=True).stdout
+    assert f"<!-- ci: {name} -->\n```bash\n{line}```" in README.read_text()
