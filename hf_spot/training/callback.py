@@ -145,6 +145,7 @@ class SpotCallback(TrainerCallback):
             self.resume_from_checkpoint = folder if session.restored else None
             if session.restored is not None and session.restored.ref.complete:
                 log.info("step %d was the last one: nothing is left to train", session.restored.step)
+                session.stage_finished()
                 return _load_finished(trainer, str(folder), session)
             if session.restored is not None:
                 self._saved_step = session.restored.step

@@ -35,17 +35,9 @@ log = logging.getLogger("hf_spot")
 
 _LATE_S = 30.0  # machines have been seen to live a little longer than they said
 
-_calls_of_train: Counter[str] = Counter()
-
-
-def next_stage(url: str) -> int:
-    """Which call of ``trainer.train()`` on this run this is, in this process: from 1.
-
-    A script that trains twice has two stages; after a preemption in the second, the first must end at once with its own
-    last checkpoint, and the second go on from its own.
-    """
-    _calls_of_train[url] += 1
-    return _calls_of_train[url]
+# Trainings that this process has finished, by run. A script that trains twice has two stages: after a preemption in the
+# second, the first must end at once with its own last checkpoint, and the second go on from its own.
+_finished_stages: Counter[str] = Counter()
 
 
 class Session:
@@ -77,7 +69,8 @@ class Session:
         self._now = now
         self._clock = clock
         self.output_dir = Path(trainer.args.output_dir or ".")
-        self.stage = next_stage(url)
+        self._url = url
+        self.stage = _finished_stages[url] + 1
         self.agreement = Agreement(trainer.args.world_size)
         self.run = Run(url, allow_unfenced_store=arguments.allow_unfenced_store, workers=arguments.upload_workers)
         self.restored: Checkpoint | None = None
@@ -258,6 +251,11 @@ class Session:
             StoreError: the last checkpoint could not be committed in ``drain_timeout_s``.
         """
         self.agreement.from_main(lambda: self._end_on_main(step))
+        self.stage_finished()
+
+    def stage_finished(self) -> None:
+        """The next ``train()`` of this process is another training, and doesn't resume this one."""
+        _finished_stages[self._url] = self.stage
 
     def _end_on_main(self, step: int) -> None:
         if self._uploader is None:

@@ -1,0 +1,85 @@
+"""Small real trainings inside the test's own process, with the network taken out."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from transformers import (  # noqa: E402
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+STEPS = 12
+
+
+class Recorder(TrainerCallback):
+    """Steps done and losses, evaluations, and something to do after a chosen step."""
+
+    def __init__(self, at_step: int = 0, act: Callable[[], None] = lambda: None) -> None:
+        self.losses: dict[int, float] = {}
+        self.evaluated: list[int] = []
+        self._at_step = at_step
+        self._act = act
+
+    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if self._at_step and state.global_step == self._at_step - 1:
+            self._act()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        if "loss" in logs:
+            self.losses[state.global_step] = logs["loss"]
+
+    def on_evaluate(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.evaluated.append(state.global_step)
+
+
+def make_trainer(output_dir: Path, *callbacks: TrainerCallback, **settings: Any) -> Trainer:
+    """A tiny GPT-2 with dropout: 12 steps, a save after every third."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    data = [{"input_ids": part, "labels": part} for part in torch.randint(64, (24, 16))]
+    defaults = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-2,
+        "warmup_steps": 3,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    arguments = TrainingArguments(**(defaults | settings))
+    return Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:4], callbacks=list(callbacks))
+
+
+def weights(trainer: Trainer) -> dict[str, Any]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def store() -> str:
+    return f"memory://{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def peace(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[int, float]]:
+    """Weights and losses of a training without hf_spot."""
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path_factory.mktemp("peace"), recorder)
+    trainer.train()
+    return weights(trainer), recorder.losses
