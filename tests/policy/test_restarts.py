@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_spot.policy.restarts import LONGEST_PAUSE_S, Verdict, judge, may_restart, patience_s, pause_s
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "ended", "fenced", "noticed", "verdict"),
+    [
+        (0, None, False, False, Verdict.FINISHED),
+        (0, None, False, True, Verdict.FINISHED),  # it was faster than the notice
+        (1, "preempted", False, True, Verdict.PREEMPTED),  # torchrun makes 1 of 75
+        (0, "preempted", False, True, Verdict.PREEMPTED),  # a script that catches SystemExit
+        (75, None, False, False, Verdict.PREEMPTED),
+        (137, None, False, True, Verdict.PREEMPTED),
+        (1, None, False, False, Verdict.FAILED),
+        (1, None, True, False, Verdict.FENCED),
+        (76, None, False, True, Verdict.FENCED),
+    ],
+)
+def test_the_journal_counts_more_than_the_exit_code(
+    exit_code: int, ended: str | None, fenced: bool, noticed: bool, verdict: Verdict
+) -> None:
+    assert judge(exit_code, ended, fenced=fenced, noticed=noticed) is verdict
+
+
+def test_the_budget_counts_launches_without_progress() -> None:
+    assert may_restart(1, 0, 1)  # it crashed, but committed something
+    assert may_restart(1, 1, 1)
+    assert not may_restart(1, 2, 1)
+    assert not may_restart(1, 0, 0)
+    assert not may_restart(2, 0, 5)
+
+
+@given(st.integers(0, 200))
+def test_pauses_grow_and_have_an_end(fruitless: int) -> None:
+    assert pause_s(0) == pause_s(1) == 1.0
+    assert pause_s(fruitless) <= pause_s(fruitless + 1) <= LONGEST_PAUSE_S
+
+
+def test_patience_follows_the_deadline_and_not_a_constant() -> None:
+    assert patience_s(120.0, training=True, drain_timeout_s=600) == 150.0
+    assert patience_s(120.0, training=False, drain_timeout_s=600) == 120.0
+    assert patience_s(-5.0, training=False, drain_timeout_s=600) == 0.0
+    assert patience_s(None, training=True, drain_timeout_s=600) == 600
+    assert patience_s(None, training=False, drain_timeout_s=600) == 10.0

@@ -1,0 +1,137 @@
+"""The uploader: training never waits, nothing is lost that could be kept, and the newest wins."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hf_spot.errors import Fenced
+from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.upload import Uploader
+from hf_spot.storage.faulty import Fault, FaultyStore
+from hf_spot.storage.memory import MemoryStore
+
+Make = Callable[..., Path]
+PATIENCE_S = 20
+
+
+@pytest.fixture
+def store() -> FaultyStore:
+    return FaultyStore(MemoryStore(f"memory://{uuid.uuid4().hex}"))
+
+
+@pytest.fixture
+def run(store: FaultyStore) -> Run:
+    run = Run(store)
+    run.claim()
+    return run
+
+
+@pytest.fixture
+def uploader(run: Run, tmp_path: Path) -> Iterator[Uploader]:
+    made = Uploader(run, tmp_path / "pins", save_total_limit=None)
+    yield made
+    made.close()
+    assert not (tmp_path / "pins").exists()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    give_up_at = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.002)
+
+
+def steps(store: FaultyStore) -> list[int]:
+    return [ref.step for ref in Run(store.inner).state().checkpoints]
+
+
+def test_what_is_submitted_is_committed(store: FaultyStore, uploader: Uploader, make_checkpoint: Make) -> None:
+    assert uploader.upload_s(1000) is None
+    uploader.submit(make_checkpoint(5), CommitRequest(step=5))
+    assert uploader.drain(PATIENCE_S)
+    assert steps(store) == [5]
+    assert (uploader.upload_s(1000) or 0) > 0
+    assert uploader.in_flight_s() is None
+
+
+def test_trainer_may_delete_the_folder_while_it_is_uploaded(store: FaultyStore, uploader: Uploader, make_checkpoint: Make) -> None:
+    gate = threading.Event()
+    store.faults.append(Fault("put_file", "*", error=None, until=gate))
+    folder = make_checkpoint(5)
+    uploader.submit(folder, CommitRequest(step=5))
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.unlink()
+    gate.set()
+    assert uploader.drain(PATIENCE_S)
+    assert all(not problems for problems in Run(store.inner).verify().values())
+
+
+def test_saves_that_come_too_fast_give_way_to_the_newest_and_the_best_stays(
+    store: FaultyStore, uploader: Uploader, make_checkpoint: Make
+) -> None:
+    gate = threading.Event()
+    store.faults.append(Fault("put_file", "*", error=None, until=gate))
+    for step in (1, 2, 3, 4, 5):
+        uploader.submit(make_checkpoint(step), CommitRequest(step=step, best_step=3))
+        wait_until(lambda: step > 1 or any(call[0] == "put_file" for call in store.calls))
+    gate.set()
+    assert uploader.drain(PATIENCE_S)
+    assert steps(store) == [1, 3, 5]
+
+
+def test_an_outage_ends_in_a_commit(store: FaultyStore, uploader: Uploader, make_checkpoint: Make) -> None:
+    store.outage = True
+    uploader.submit(make_checkpoint(1), CommitRequest(step=1))
+    wait_until(lambda: uploader.trouble)
+    uploader.submit(make_checkpoint(2), CommitRequest(step=2))
+    assert not uploader.drain(0.05)
+    store.outage = False
+    assert uploader.drain(PATIENCE_S)
+    assert steps(store) == [2]  # the newer one caught up
+    assert uploader.trouble is None
+
+
+def test_a_commit_whose_answer_is_lost_is_one_commit(store: FaultyStore, uploader: Uploader, make_checkpoint: Make) -> None:
+    store.faults.append(Fault("create", "journal/*", answer_lost=True))
+    store.faults.append(Fault("get", "journal/*"))
+    uploader.submit(make_checkpoint(1), CommitRequest(step=1))
+    assert uploader.drain(PATIENCE_S)
+    assert steps(store) == [1]
+    assert [entry.kind for entry in Run(store.inner).events()] == ["claim", "commit"]
+
+
+def test_an_upload_can_give_way_to_a_more_urgent_one(store: FaultyStore, uploader: Uploader, make_checkpoint: Make) -> None:
+    gate = threading.Event()
+    store.faults.append(Fault("put_file", "*checkpoint-1/*", error=None, until=gate))
+    uploader.submit(make_checkpoint(1), CommitRequest(step=1))
+    wait_until(lambda: any(call[0] == "put_file" for call in store.calls))
+    uploader.submit(make_checkpoint(2), CommitRequest(step=2, reason="notice"))
+    uploader.cancel_in_flight()
+    gate.set()
+    assert uploader.drain(PATIENCE_S)
+    assert steps(store) == [2]
+
+
+def test_a_fenced_uploader_stops_and_says_so(store: FaultyStore, uploader: Uploader, make_checkpoint: Make) -> None:
+    Run(store.inner).claim()
+    uploader.submit(make_checkpoint(1), CommitRequest(step=1))
+    assert not uploader.drain(PATIENCE_S)
+    assert isinstance(uploader.fenced, Fenced)
+    assert steps(store) == []
+
+
+def test_one_bad_checkpoint_does_not_end_the_uploader(store: FaultyStore, uploader: Uploader, make_checkpoint: Make) -> None:
+    folder = make_checkpoint(1)
+    (folder / "optimizer.pt").unlink()
+    uploader.submit(folder, CommitRequest(step=1))
+    wait_until(lambda: uploader.trouble)
+    uploader.submit(make_checkpoint(2), CommitRequest(step=2))
+    assert uploader.drain(PATIENCE_S)
+    assert steps(store) == [2]

@@ -1,0 +1,60 @@
+"""What a launch and its workers tell each other."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+
+from hf_spot.arguments import SpotArguments
+from hf_spot.errors import ConfigError
+from hf_spot.notices.notice import NoticeKind, PreemptionNotice
+from hf_spot.runtime import Runtime, StepCounter
+
+
+def test_a_worker_sees_the_launch_that_started_it(tmp_path: Path) -> None:
+    runtime = Runtime("s3://b/r", 3, tmp_path, SpotArguments(notice="imds", grace_s=30.0))
+    assert Runtime.from_environ(runtime.to_environ()) == runtime
+    assert Runtime.from_environ({"HF_SPOT_STORE": "s3://b/r"}) is None
+
+
+def test_a_notice_replaces_the_one_before(tmp_path: Path) -> None:
+    runtime = Runtime("s3://b/r", 1, tmp_path, SpotArguments())
+    assert runtime.read_notice() is None
+    for number in range(2):
+        notice = PreemptionNotice(NoticeKind.TERMINATE, "imds", str(number), datetime.now(timezone.utc))
+        runtime.write_notice(notice)
+        assert runtime.read_notice() == notice
+
+
+def test_the_first_exit_code_stands(tmp_path: Path) -> None:
+    runtime = Runtime("s3://b/r", 1, tmp_path, SpotArguments())
+    assert runtime.read_exit_code() is None
+    runtime.write_exit_code(75)
+    runtime.write_exit_code(1)
+    assert runtime.read_exit_code() == 75
+
+
+def test_the_step_outlives_its_teller(tmp_path: Path) -> None:
+    assert StepCounter.read(tmp_path / "step") is None
+    StepCounter(tmp_path / "step").tell(2**40)
+    assert StepCounter.read(tmp_path / "step") == 2**40
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"notice": "smoke"},
+        {"notice": "auto,imds"},
+        {"notice": ""},
+        {"notice": "imds:/a/path"},
+        {"grace_s": 0},
+        {"save_total_limit": -1},
+        {"drain_timeout_s": 0},
+        {"upload_workers": 0},
+    ],
+)
+def test_settings_are_checked_where_they_are_made(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        SpotArguments(**settings)  # type: ignore[arg-type]
