@@ -116,12 +116,20 @@ def test_what_a_script_leaves_behind_is_gone_with_the_launch(launcher, store, wr
     assert not any(psutil.pid_exists(int(pid)) for pid in (launcher.tmp_path / "pids").read_text().split())
 
 
-def test_the_script_dies_with_a_launcher_that_is_killed(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
+def test_everything_dies_with_a_launcher_that_is_killed(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
     launch = launcher.start(store, [write(HANGS)])
-    script, daemon = pids(launcher)
+    left = [*pids(launcher), *launch.process.children(recursive=True)]
     launch.process.kill()
-    assert psutil.wait_procs([script], timeout=10)[1] == []
-    daemon.kill()
+    assert psutil.wait_procs(left, timeout=10)[1] == []
+
+
+def test_everything_dies_with_a_guard_that_is_killed(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
+    launch = launcher.start(store, [write(HANGS)], options=["--max-restarts", "0"])
+    left = pids(launcher)
+    (guard,) = launch.process.children()
+    guard.kill()
+    assert launch.wait() == 128 + signal.SIGKILL, launch.text()
+    assert psutil.wait_procs(left, timeout=10)[1] == []
 
 
 def test_signals_to_the_whole_group_do_not_end_the_script_before_the_launcher_does(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
