@@ -160,14 +160,17 @@ def _ls(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from hf_spot.run.inspect import is_checkpoint_folder, problems_in
+    from hf_spot.run.progress import bar
 
     if is_checkpoint_folder(Path(args.run)):
         found = {args.run: problems_in(Path(args.run))}
     else:
         run = _open(args.run)
         run.find(args.step)
+        chosen = [ref for ref in run.journal.state.checkpoints if args.step in (None, ref.step)]
         names = {ref.entry: ref.prefix for ref in run.journal.state.checkpoints}
-        found = {names[entry]: problems for entry, problems in run.verify(args.step).items()}
+        progress = bar("verify", sum(ref.size_bytes for ref in chosen))
+        found = {names[entry]: problems for entry, problems in run.verify(args.step, progress=progress).items()}
     if args.json:
         _print_json(found)
     else:
@@ -179,7 +182,11 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _pull(args: argparse.Namespace) -> int:
-    folder = _open(args.run).pull(args.into, args.step)
+    from hf_spot.run.progress import bar
+
+    run = _open(args.run)
+    checkpoint = run.find(args.step)
+    folder = run.fetch(checkpoint, args.into, progress=bar("pull", checkpoint.ref.size_bytes))
     if args.json:
         _print_json({"folder": str(folder)})
     else:
@@ -188,7 +195,10 @@ def _pull(args: argparse.Namespace) -> int:
 
 
 def _push(args: argparse.Namespace) -> int:
-    checkpoint = _open(args.run).push(args.folder, args.step)
+    from hf_spot.run.progress import bar
+
+    size_bytes = sum(path.stat().st_size for path in args.folder.rglob("*") if path.is_file())
+    checkpoint = _open(args.run).push(args.folder, args.step, progress=bar("push", size_bytes))
     if args.json:
         _print_json(dataclasses.asdict(checkpoint.ref))
     else:

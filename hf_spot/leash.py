@@ -52,7 +52,7 @@ def guard(launcher: int, command: Sequence[str]) -> int:
     child = os.fork()
     if child == 0:
         tie(guarding)
-        for one, handler in zip(others, before):
+        for one, handler in zip(others, before, strict=True):
             signal.signal(one, handler)
         signal.signal(_LAUNCHER_DIED, signal.SIG_DFL)
         os.execvp(command[0], list(command))

@@ -10,10 +10,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tqdm.auto import tqdm
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, Fenced, SpotError, StoreError, TrainingPreempted
@@ -21,11 +20,11 @@ from hf_spot.notices.detect import sources
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.watcher import Watcher
 from hf_spot.policy.preemption import Action, Decision, Measured, decide
+from hf_spot.run.progress import bar
 from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, set_aside_uncommitted
 from hf_spot.run.run import Checkpoint, CommitRequest, Run
 from hf_spot.run.upload import Uploader
 from hf_spot.runtime import Runtime, StepCounter
-from hf_spot.storage.store import Progress
 from hf_spot.training.agreement import Agreement
 
 if TYPE_CHECKING:
@@ -112,7 +111,7 @@ class Session:
         own = _is_own(resume_from_checkpoint, self.output_dir)
         found = None
         if resume_from_checkpoint is not False:
-            found = restore_newest(self.run, self.output_dir, self.stage, progress=_progress("restore"))
+            found = restore_newest(self.run, self.output_dir, self.stage, progress=partial(bar, "restore"))
             if found is None and own and not holds_own_checkpoints(self.run, self.output_dir):
                 own = False  # checkpoints from before hf_spot: Trainer's business
         set_aside_uncommitted(self.run, self.output_dir, found[0].step if found else 0)
@@ -158,7 +157,7 @@ class Session:
             self.best_folder = self.output_dir / self.restored.name
             return
         try:
-            _, self.best_folder = bring(self.run, refs[0], self.output_dir, progress=_progress("restore best"))
+            _, self.best_folder = bring(self.run, refs[0], self.output_dir, progress=partial(bar, "restore best"))
         except SpotError as error:
             log.error("the best checkpoint so far can't be restored; a later one will be taken for the best: %s", error)
         else:
@@ -351,17 +350,3 @@ def _is_own(resume_from_checkpoint: str | bool | None, output_dir: Path) -> bool
     if isinstance(resume_from_checkpoint, str):
         return Path(resume_from_checkpoint).resolve().parent == output_dir.resolve()
     return resume_from_checkpoint is True
-
-
-def _progress(what: str) -> Callable[[int], Progress | None]:
-    def start(size_bytes: int) -> Progress | None:
-        bar = tqdm(total=size_bytes, unit="B", unit_scale=True, desc=f"hf_spot {what}", disable=None, leave=False)
-
-        def moved(count: int) -> None:
-            bar.update(count)
-            if bar.n >= size_bytes:
-                bar.close()
-
-        return moved
-
-    return start

@@ -60,7 +60,9 @@ def test_what_is_submitted_is_committed(store: FaultyStore, uploader: Uploader, 
     assert uploader.in_flight_s() is None
 
 
-def test_trainer_may_delete_the_folder_while_it_is_uploaded(store: FaultyStore, uploader: Uploader, make_checkpoint: Make) -> None:
+def test_trainer_may_delete_the_folder_while_it_is_uploaded(
+    store: FaultyStore, uploader: Uploader, make_checkpoint: Make
+) -> None:
     gate = threading.Event()
     store.faults.append(Fault("put_file", "*", error=None, until=gate))
     folder = make_checkpoint(5)
@@ -80,7 +82,7 @@ def test_saves_that_come_too_fast_give_way_to_the_newest_and_the_best_stays(
     store.faults.append(Fault("put_file", "*", error=None, until=gate))
     for step in (1, 2, 3, 4, 5):
         uploader.submit(make_checkpoint(step), CommitRequest(step=step, best_step=3))
-        wait_until(lambda: step > 1 or any(call[0] == "put_file" for call in store.calls))
+        wait_until(lambda step=step: step > 1 or any(call[0] == "put_file" for call in store.calls))
     gate.set()
     assert uploader.drain(PATIENCE_S)
     assert steps(store) == [1, 3, 5]
