@@ -80,6 +80,14 @@ def set_aside(folder: Path, why: str) -> Path:
     return target
 
 
+def sweep(output_dir: Path) -> None:
+    """Removes what killed launches left in ``output_dir/.hf_spot``: halves of downloads, and the hard links of uploads,
+    which would hold the space of checkpoints long rotated away. Only for the holder of the claim."""
+    for pattern in ("restore-*", "pins-*"):
+        for leftover in (output_dir / ".hf_spot").glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def set_aside_uncommitted(run: Run, output_dir: Path, resume_step: int) -> None:
     """Sets aside local checkpoints newer than the step that training goes on from: what they hold was never committed.
 

@@ -21,7 +21,7 @@ from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.watcher import Watcher
 from hf_spot.policy.preemption import Action, Decision, Measured, decide
 from hf_spot.run.progress import bar
-from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, set_aside_uncommitted
+from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, set_aside_uncommitted, sweep
 from hf_spot.run.run import Checkpoint, CommitRequest, Run
 from hf_spot.run.upload import Uploader
 from hf_spot.runtime import Runtime, StepCounter
@@ -108,6 +108,7 @@ class Session:
 
     def _begin_on_main(self, resume_from_checkpoint: str | bool | None) -> str | None:
         self._claim()
+        sweep(self.output_dir)
         own = _is_own(resume_from_checkpoint, self.output_dir)
         found = None
         if resume_from_checkpoint is not False:

@@ -103,6 +103,19 @@ def test_nobody_evaluates_or_reloads_the_best_after_a_notice(store: str, tmp_pat
     assert trainer.state.best_metric == undisturbed.state.best_metric
 
 
+def test_the_best_is_not_reloaded_over_what_was_preempted(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Trainer
+
+    reloaded = []
+    monkeypatch.setattr(Trainer, "_load_best_model", lambda self: reloaded.append(self.state.global_step))
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+    train_until_preempted(store, tmp_path / "one", 5, **settings, save_total_limit=1)
+    assert reloaded == []
+    assert (tmp_path / "one" / "checkpoint-5").exists()
+    make_trainer(tmp_path / "two", SpotCallback(store, QUIET), **settings).train()
+    assert reloaded == [STEPS]
+
+
 def test_starting_afresh_is_one_word_and_keeps_what_is_in_the_run(store: str, tmp_path: Path) -> None:
     train_until_preempted(store, tmp_path / "one", 4)
     recorder = Recorder()
@@ -208,10 +221,13 @@ def test_a_torn_local_folder_is_set_aside(store: str, tmp_path: Path, peace) -> 
     torn = tmp_path / "out" / "checkpoint-9"
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
+    for leftover in ("pins-1-1/1-4-abc", "restore-17-42-checkpoint-4"):
+        (tmp_path / "out" / ".hf_spot" / leftover).mkdir(parents=True)
     trainer = make_trainer(tmp_path / "out", SpotCallback(store, QUIET))
     trainer.train()
     assert same(weights(trainer), peace[0])
     assert (tmp_path / "out" / "torn-checkpoint-9" / "model.safetensors").read_bytes() == b"half"
+    assert [path.name for path in (tmp_path / "out" / ".hf_spot").iterdir()] == ["run"]
 
 
 def test_an_advisory_saves_and_goes_on(store: str, tmp_path: Path, peace) -> None:  # type: ignore[no-untyped-def]
