@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.servers import SeaweedFS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -35,9 +33,3 @@ def test_every_command_in_the_readme_works(seaweedfs: SeaweedFS, tmp_path: Path)
     assert "finished, step 30 committed" in ran[3]
     assert (tmp_path / "elsewhere" / "checkpoint-30" / "model.safetensors").exists()
     assert (tmp_path / "pulled" / "checkpoint-20" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("name", ["demo", "test"])
-def test_ci_runs_the_readmes_own_line(name: str) -> None:
-    line = subprocess.run([README.parent / ".ci" / "run", "--show", name], capture_output=True, text=True, check=True).stdout
-    assert f"<!-- ci: {name} -->\n```bash\n{line}```" in README.read_text()
