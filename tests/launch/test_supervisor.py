@@ -49,6 +49,12 @@ def test_a_death_by_signal_counts_as_128_and_its_number(launcher, store, write) 
     assert launch.wait() == 128 + signal.SIGSEGV, launch.text()
 
 
+def test_of_several_ranks_the_first_code_is_passed_on_and_not_torchruns(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
+    script = write("import os, sys; sys.exit(7 if os.environ['RANK'] == '1' else 0)")
+    launch = launcher.start(store, [script], options=["--max-restarts", "0", "--multi_gpu", "--num_processes", "2"])
+    assert launch.wait() == 7, launch.text()
+
+
 def test_a_wrong_argument_of_the_script_is_not_tried_again(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
     script = write("import argparse; argparse.ArgumentParser().parse_args()")
     launch = launcher.start(store, [script, "--no-such-option"])
