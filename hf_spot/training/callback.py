@@ -17,6 +17,7 @@ from hf_spot.errors import ConfigError, TrainingPreempted
 from hf_spot.policy.preemption import Action
 from hf_spot.run.run import CommitRequest
 from hf_spot.runtime import STORE_VARIABLE, Runtime
+from hf_spot.training.exactness import carry_callback_states, set_epoch
 from hf_spot.training.session import Session
 
 log = logging.getLogger("hf_spot")
@@ -57,15 +58,32 @@ class SpotCallback(TrainerCallback):
         self._stop_reason: str | None = None
         self._advisory = False
         self._evaluation_skipped = False
+        self._resumed_epoch_is_ahead = False
         self.resume_from_checkpoint: str | None = None
         patch(Trainer)
 
     # -- Trainer's events, in the order of the loop -------------------------------------------------------------------
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Points Trainer at the best checkpoint where it stands on this machine."""
-        if self._session is not None and self._session.best_folder is not None:
+        """Points Trainer at the best checkpoint where it stands on this machine, and callbacks at what they knew."""
+        if self._session is None:
+            return
+        if self._session.best_folder is not None:
             state.best_model_checkpoint = str(self._session.best_folder)
+        if self._session.restored is not None:
+            carry_callback_states(self._session.trainer)
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Makes sure that a resumed epoch has the order that it began with."""
+        if self._session is None:
+            return
+        resumed = None
+        if self._resumed_epoch_is_ahead:
+            self._resumed_epoch_is_ahead = False
+            if not _is_epoch_end(state) and not args.ignore_data_skip:
+                resumed = Path(str(self.resume_from_checkpoint))
+            set_epoch(kwargs.get("train_dataloader"), int(state.epoch or 0))
+        self._session.epoch_start.begin(resumed)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Answers what was heard."""
@@ -152,6 +170,7 @@ class SpotCallback(TrainerCallback):
                 if session.restored.details.get("evaluation_pending"):
                     _evaluate_once_rng_is_restored(trainer)
             self._session = session
+            self._resumed_epoch_is_ahead = session.restored is not None
             try:
                 result = train(trainer, folder, *args, **kwargs)
                 session.end(trainer.state.global_step)

@@ -26,6 +26,7 @@ from hf_spot.run.run import Checkpoint, CommitRequest, Run
 from hf_spot.run.upload import Uploader
 from hf_spot.runtime import Runtime, StepCounter
 from hf_spot.training.agreement import Agreement
+from hf_spot.training.exactness import EpochStart
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -62,7 +63,7 @@ class Session:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         _check(trainer)
-        self._trainer = trainer
+        self.trainer = trainer
         self._arguments = arguments
         self._runtime = runtime
         self._now = now
@@ -85,6 +86,8 @@ class Session:
         self._last_size_bytes = 0
         self.preempted: Decision | None = None
         self._closed = contextlib.ExitStack()
+        self.epoch_start = EpochStart(trainer, self.output_dir / ".hf_spot" / f"epoch-start-{trainer.args.process_index}")
+        self._closed.callback(self.epoch_start.close)
 
     # -- the start ----------------------------------------------------------------------------------------------------
 
@@ -150,7 +153,7 @@ class Session:
 
     def _bring_best(self) -> None:
         assert self.restored is not None
-        args = self._trainer.args
+        args = self.trainer.args
         refs = [ref for ref in self.run.journal.state.checkpoints if ref.stage == self.stage and ref.best]
         if not args.load_best_model_at_end or not refs:
             return
@@ -227,6 +230,7 @@ class Session:
 
     def saved(self, folder: Path, request: CommitRequest) -> None:
         """Called by every rank when its part of a checkpoint is written; rank 0 hands the folder to the uploader."""
+        self.epoch_start.save(folder)
         self.agreement.barrier()  # Trainer has none at the end of a save
         if self._save_began is not None:
             self._save_s = self._clock() - self._save_began
