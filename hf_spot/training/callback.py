@@ -83,7 +83,7 @@ class SpotCallback(TrainerCallback):
             if not _is_epoch_end(state) and not args.ignore_data_skip:
                 resumed = Path(str(self.resume_from_checkpoint))
             set_epoch(kwargs.get("train_dataloader"), int(state.epoch or 0))
-        self._session.epoch_start.begin(resumed)
+        self._session.random_states.begin_epoch(kwargs.get("train_dataloader"), resumed)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Answers what was heard."""
@@ -167,8 +167,8 @@ class SpotCallback(TrainerCallback):
                 return _load_finished(trainer, str(folder), session)
             if session.restored is not None:
                 self._saved_step = session.restored.step
-                if session.restored.details.get("evaluation_pending"):
-                    _evaluate_once_rng_is_restored(trainer)
+                pending = session.restored.details.get("evaluation_pending")
+                session.random_states.resume(functools.partial(_evaluate_now, trainer) if pending else lambda: None)
             self._session = session
             self._resumed_epoch_is_ahead = session.restored is not None
             try:
@@ -209,19 +209,12 @@ def _is_epoch_end(state: TrainerState) -> bool:
     return state.epoch is not None and float(state.epoch).is_integer()
 
 
-def _evaluate_once_rng_is_restored(trainer: Trainer) -> None:
+def _evaluate_now(trainer: Trainer) -> None:
     """Makes up for the evaluation that a notice suppressed, at the one moment where it draws the random numbers that it
     would have drawn: right after Trainer has restored the RNG."""
-    restore_rng = trainer._load_rng_state
-
-    def restore_and_evaluate(checkpoint: str | None) -> None:
-        del trainer._load_rng_state
-        restore_rng(checkpoint)
-        metrics = trainer._evaluate(None, None)
-        trainer._determine_best_metric(metrics=metrics, trial=None)
-        trainer.model.train()  # type: ignore[union-attr]
-
-    trainer._load_rng_state = restore_and_evaluate
+    metrics = trainer._evaluate(None, None)
+    trainer._determine_best_metric(metrics=metrics, trial=None)
+    trainer.model.train()  # type: ignore[union-attr]
 
 
 def _load_finished(trainer: Trainer, folder: str, session: Session) -> TrainOutput:

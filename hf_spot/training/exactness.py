@@ -1,4 +1,4 @@
-"""What Trainer leaves out of a checkpoint, or does otherwise when it resumes, and what an interrupted run needs to end the same.
+"""What Trainer leaves out of a checkpoint, or does otherwise when it resumes, and an interrupted run needs to end the same.
 
 Each repair is applied from outside, to a resumed training only: an uninterrupted one stays as Trainer makes it. Seen with
 transformers 5.23 and accelerate 1.15.
@@ -6,24 +6,38 @@ transformers 5.23 and accelerate 1.15.
 
 from __future__ import annotations
 
+import base64
+import json
 import logging
+import random
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
+from accelerate.data_loader import DataLoaderDispatcher
+from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import ExportableState
 
 log = logging.getLogger("hf_spot")
 
-_FOLDER = "epoch_start"  # inside a checkpoint; a rank's file has the name that Trainer gives to `rng_state`
+_FOLDER = "random_states"  # inside a checkpoint; a rank's file has the name that Trainer gives to `rng_state`
 
 
-class EpochStart:
-    """Remembers the random state at the start of an epoch, which every checkpoint of that epoch carries.
+class RandomStates:
+    """Adds to each checkpoint the random states of two earlier moments, and returns to them when it is resumed.
 
-    A sampler that draws its order from the global generators (``group_by_length``, ``use_seedable_sampler=False``) draws
-    it at the start of the epoch. Trainer saves the state of the middle alone, and would resume with another order.
+    *The start of the epoch.* A sampler that draws its order from the global generators (``group_by_length``,
+    ``use_seedable_sampler=False``) draws it there. Trainer saves the state of the middle alone.
+
+    *The draw of the next batch.* accelerate fetches a batch before it hands out the one before: at a save in the middle of
+    an epoch the next batch has been made already. A collator or a dataset that draws random numbers (masked language
+    modelling, augmentation) must draw those of that moment for it again, and those after the save for the batches behind
+    it; Trainer makes all of them first and restores the generators afterwards. With workers (``dataloader_num_workers``)
+    batches are made elsewhere, and this is not repaired.
 
     Args:
         trainer: whose generators are saved and restored, by its own methods.
@@ -33,27 +47,119 @@ class EpochStart:
     def __init__(self, trainer: Trainer, folder: Path) -> None:
         self._trainer = trainer
         self._folder = folder
+        self._draws = 0
+        self._before_draw: dict[str, Any] | None = None
+        self._resumed: Path | None = None
+        self._resumed_draw: dict[str, Any] | None = None
+        self._restored = False
+        self._then: Callable[[], None] = lambda: None
 
-    def begin(self, resumed: Path | None) -> None:
-        """An epoch begins: remembers its random state, or returns to it when the epoch is resumed in its middle.
+    def resume(self, then: Callable[[], None]) -> None:
+        """Takes over the moment at which Trainer returns to the state of the checkpoint.
 
         Args:
+            then: called once, right after it.
+        """
+        self._then = then
+        self._trainer._load_rng_state = self._return_to_checkpoint
+
+    def begin_epoch(self, dataloader: Any, resumed: Path | None) -> None:
+        """An epoch begins.
+
+        Args:
+            dataloader: of the epoch.
             resumed: the checkpoint, if this epoch is resumed in its middle.
         """
+        self._draws, self._resumed, self._resumed_draw = 0, resumed, None
         if resumed is not None and (resumed / _FOLDER).is_dir():
-            # Not through the instance: a method put there is meant for the middle of the epoch.
             type(self._trainer)._load_rng_state(self._trainer, str(resumed / _FOLDER))
+            if (resumed / _FOLDER / self._draw_name).exists():
+                self._resumed_draw = json.loads((resumed / _FOLDER / self._draw_name).read_bytes())
         self._folder.mkdir(parents=True, exist_ok=True)
         self._trainer._save_rng_state(str(self._folder))
+        self._watch(dataloader)
 
     def save(self, checkpoint: Path) -> None:
-        """Adds this rank's state to a checkpoint."""
+        """Adds this rank's states to a checkpoint."""
         if self._folder.is_dir():
             shutil.copytree(self._folder, checkpoint / _FOLDER, dirs_exist_ok=True)
+            if self._before_draw is not None:
+                (checkpoint / _FOLDER / self._draw_name).write_text(json.dumps(_encode(self._before_draw, self._draws)))
 
     def close(self) -> None:
-        """Removes the folder."""
+        """Gives the trainer its method back, and removes the folder."""
+        self._trainer.__dict__.pop("_load_rng_state", None)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def _draw_name(self) -> str:
+        return f"next_batch_{self._trainer.args.process_index}.json"
+
+    def _watch(self, dataloader: Any) -> None:
+        sampler = getattr(dataloader, "batch_sampler", None)
+        # A dispatcher draws on one rank only, and an evaluation there would wait for the others for ever.
+        if sampler is None or dataloader.num_workers > 0 or isinstance(dataloader, DataLoaderDispatcher):
+            self._before_draw = None
+            return
+        if isinstance(sampler, _Watched):
+            sampler.states = self
+            return
+        # A DataLoader refuses such a change, for fear of one that has begun to iterate; accelerate's keep theirs inside.
+        object.__setattr__(getattr(dataloader, "base_dataloader", dataloader), "batch_sampler", _Watched(sampler, self))
+
+    def drawn(self) -> None:
+        """The indices of a batch have been drawn, and the batch is made next."""
+        self._draws += 1
+        if self._resumed_draw is not None:
+            if self._draws == self._resumed_draw["draws"]:
+                _restore(self._resumed_draw)
+            elif self._draws > self._resumed_draw["draws"]:
+                self._return_to_checkpoint(str(self._resumed))
+                self._resumed_draw = None
+        self._before_draw = _capture()
+
+    def _return_to_checkpoint(self, checkpoint: str | None) -> None:
+        if not self._restored:
+            self._restored = True
+            type(self._trainer)._load_rng_state(self._trainer, checkpoint)
+            self._then()
+
+
+class _Watched(BatchSampler):
+    """A batch sampler that tells `RandomStates` of each draw, and is the one inside in everything else."""
+
+    def __init__(self, inner: Any, states: RandomStates) -> None:
+        self._inner = inner
+        self.states = states
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self._inner:
+            self.states.drawn()
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_inner"], name)
+
+
+def _capture() -> dict[str, Any]:
+    return {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
+
+
+def _encode(state: dict[str, Any], draws: int) -> dict[str, Any]:
+    name, keys, *rest = state["numpy"]
+    torch_state = base64.b64encode(state["torch"].numpy().tobytes()).decode()
+    return {"draws": draws, "python": state["python"], "numpy": [name, keys.tolist(), *rest], "torch": torch_state}
+
+
+def _restore(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
+    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["torch"])), dtype=torch.uint8))
 
 
 def set_epoch(dataloader: Any, epoch: int) -> None:
@@ -61,7 +167,7 @@ def set_epoch(dataloader: Any, epoch: int) -> None:
     the sampler that skips, Trainer's own call does not reach them."""
     batch_sampler = getattr(dataloader, "batch_sampler", None)
     for one in (dataloader, getattr(batch_sampler, "batch_sampler", None)):
-        if hasattr(one, "set_epoch"):
+        if one is not None and hasattr(one, "set_epoch"):
             one.set_epoch(epoch)
 
 
@@ -72,7 +178,8 @@ def carry_callback_states(trainer: Trainer) -> None:
     """
     if trainer.args.restore_callback_states_from_checkpoint:
         return
-    for name, states in trainer.state.stateful_callbacks.items():
+    carried: Any = trainer.state.stateful_callbacks  # a dict, whatever its annotation says
+    for name, states in carried.items():
         named = [one for one in trainer.callback_handler.callbacks if type(one).__name__ == name]
         for callback, state in zip(named, states if isinstance(states, list) else [states], strict=False):
             if isinstance(callback, ExportableState) and not isinstance(callback, TrainerControl):

@@ -26,7 +26,7 @@ from hf_spot.run.run import Checkpoint, CommitRequest, Run
 from hf_spot.run.upload import Uploader
 from hf_spot.runtime import Runtime, StepCounter
 from hf_spot.training.agreement import Agreement
-from hf_spot.training.exactness import EpochStart
+from hf_spot.training.exactness import RandomStates
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -86,8 +86,8 @@ class Session:
         self._last_size_bytes = 0
         self.preempted: Decision | None = None
         self._closed = contextlib.ExitStack()
-        self.epoch_start = EpochStart(trainer, self.output_dir / ".hf_spot" / f"epoch-start-{trainer.args.process_index}")
-        self._closed.callback(self.epoch_start.close)
+        self.random_states = RandomStates(trainer, self.output_dir / ".hf_spot" / f"random-states-{trainer.args.process_index}")
+        self._closed.callback(self.random_states.close)
 
     # -- the start ----------------------------------------------------------------------------------------------------
 
@@ -230,7 +230,7 @@ class Session:
 
     def saved(self, folder: Path, request: CommitRequest) -> None:
         """Called by every rank when its part of a checkpoint is written; rank 0 hands the folder to the uploader."""
-        self.epoch_start.save(folder)
+        self.random_states.save(folder)
         self.agreement.barrier()  # Trainer has none at the end of a save
         if self._save_began is not None:
             self._save_s = self._clock() - self._save_began

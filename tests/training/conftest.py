@@ -59,8 +59,15 @@ def make_trainer(output_dir: Path, *callbacks: TrainerCallback, **settings: Any)
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    arguments = TrainingArguments(**(defaults | settings))
-    return Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:4], callbacks=list(callbacks))
+    collator = settings.pop("data_collator", None)
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**(defaults | settings)),
+        data_collator=collator,
+        train_dataset=data,
+        eval_dataset=data[:4],
+        callbacks=list(callbacks),
+    )
 
 
 def weights(trainer: Trainer) -> dict[str, Any]:

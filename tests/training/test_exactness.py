@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import torch
 from transformers import EarlyStoppingCallback
 
 from hf_spot import SpotArguments, SpotCallback
 from tests.training.conftest import Recorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, train_until_preempted
+
+
+def mask(batch: list[dict[str, Any]]) -> dict[str, Any]:
+    """A collator with every kind of chance in it."""
+    ids = torch.stack([one["input_ids"] for one in batch])
+    hidden = torch.rand(ids.shape) < 0.3
+    hidden[0, random.randrange(16)] = hidden[0, numpy.random.randint(16)] = True
+    return {"input_ids": ids.masked_fill(hidden, 1), "labels": ids}
+
 
 CASES: dict[str, dict[str, Any]] = {
     "group_by_length": {"train_sampling_strategy": "group_by_length"},
@@ -22,6 +34,14 @@ CASES: dict[str, dict[str, Any]] = {
     "a last batch that is dropped": {"per_device_train_batch_size": 5, "dataloader_drop_last": True},
     "another seed for the data": {"data_seed": 5},
     "noise in the embeddings": {"neftune_noise_alpha": 5.0},
+    "masked tokens": {"data_collator": mask},
+    "masked tokens, accumulated": {"data_collator": mask, "gradient_accumulation_steps": 2},
+    "masked tokens in random order": {
+        "data_collator": mask,
+        "accelerator_config": {"use_seedable_sampler": False},
+        "gradient_accumulation_steps": 3,
+    },
+    "masked tokens and evaluations": {"data_collator": mask, "eval_strategy": "steps", "eval_steps": 1},
     "an epoch's checkpoints": {"save_strategy": "epoch"},
 }
 
@@ -60,9 +80,8 @@ def test_early_stopping_goes_on_counting(store: str, tmp_path: Path) -> None:
     stopped_at = undisturbed.train().global_step
     assert stopped_at < undisturbed.state.max_steps
 
-    from tests.training.test_callback import preempt
-
     from hf_spot import TrainingPreempted
+    from tests.training.test_callback import preempt
 
     callback = SpotCallback(store, SpotArguments(notice="signal"))
     with pytest.raises(TrainingPreempted):
