@@ -44,6 +44,13 @@ class SpotArguments:
         metadata={"help": "At the end of training, how many seconds the last upload may take before giving up."},
     )
     upload_workers: int = field(default=4, metadata={"help": "Files uploaded or downloaded at the same time."})
+    allow_batch_change: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on although an optimizer step has another number of samples than before: steps, learning rate and "
+            "data then differ from those of an uninterrupted run."
+        },
+    )
     allow_unfenced_store: bool = field(
         default=False,
         metadata={

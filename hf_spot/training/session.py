@@ -20,6 +20,7 @@ from hf_spot.notices.detect import sources
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.watcher import Watcher
 from hf_spot.policy.preemption import Action, Decision, Measured, decide
+from hf_spot.policy.resize import Batches, Fit, fit, repair
 from hf_spot.run.progress import bar
 from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, set_aside_uncommitted, sweep
 from hf_spot.run.run import Checkpoint, CommitRequest, Run
@@ -29,7 +30,7 @@ from hf_spot.training.agreement import Agreement
 from hf_spot.training.exactness import RandomStates
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 log = logging.getLogger("hf_spot")
 
@@ -99,7 +100,7 @@ class Session:
             TrainingPreempted: the machine is going already.
         """
         self._listen()
-        folder = self.agreement.from_main(lambda: self._begin_on_main(resume_from_checkpoint))
+        folder, self.restored = self.agreement.from_main(lambda: (self._begin_on_main(resume_from_checkpoint), self.restored))
         notice = self._hear()
         going = notice is not None and notice.kind is NoticeKind.TERMINATE
         if self.agreement.highest(float(going))[0]:
@@ -126,6 +127,7 @@ class Session:
                 return None
             return None if own or resume_from_checkpoint in (None, False) else resume_from_checkpoint  # type: ignore[return-value]
         self.restored, folder = found
+        self._check_batches()
         self._bring_best()
         log.info("going on from step %d, committed by launch %d", self.restored.step, self.restored.ref.epoch)
         return str(folder)
@@ -150,6 +152,24 @@ class Session:
             save_total_limit=self._arguments.save_total_limit,
         )
         self._closed.callback(self._uploader.close)
+
+    def _check_batches(self) -> None:
+        assert self.restored is not None
+        details = self.restored.details
+        if self.restored.ref.complete or "per_device_train_batch_size" not in details:
+            return  # nothing is left to train, or it was pushed by hand
+        before = Batches(details["per_device_train_batch_size"], details["gradient_accumulation_steps"], details["world_size"])
+        now = batches(self.trainer.args)
+        found = fit(before, now)
+        if found is Fit.REGROUPED:
+            log.warning("a step was %s, and is %s: the same samples, but not the same bits", before, now)
+        elif found is Fit.OTHER and self._arguments.allow_batch_change:
+            log.warning("a step was %s, and is %s: steps, learning rate and data change", before, now)
+        elif found is Fit.OTHER:
+            raise ConfigError(
+                f"an optimizer step of this run is {before} samples; this launch would make it {now}",
+                hint=f"{repair(before, now) or 'another number of ranks'}; to change it all the same: --allow-batch-change",
+            )
 
     def _bring_best(self) -> None:
         assert self.restored is not None
@@ -331,6 +351,11 @@ class Session:
             self.run.record(kind, data)
         except (StoreError, Fenced) as error:
             log.error("the journal could not be told %r: %s", kind, error)
+
+
+def batches(args: TrainingArguments) -> Batches:
+    """How this training puts a step together."""
+    return Batches(args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
 
 
 def _check(trainer: Trainer) -> None:

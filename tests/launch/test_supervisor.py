@@ -7,12 +7,13 @@ import os
 import signal
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from hf_spot.run.run import Run
-from tests.launch.conftest import Launcher, wait_for
+from tests.launch.conftest import Launcher, Lines, wait_for
 
 
 @pytest.fixture
@@ -197,20 +198,27 @@ def test_a_crash_in_training_goes_on_from_the_last_commit(launcher, store, twin,
 @pytest.mark.slow
 def test_two_ranks_are_preempted_together_and_end_with_the_model_of_two_ranks_left_in_peace(launcher, tmp_path) -> None:  # type: ignore[no-untyped-def]
     ranks = ["--multi_gpu", "--num_processes", "2"]
-    peace = launcher.plain(str(tmp_path / "peace"), options=ranks)
+    # An evaluation after every step: whichever step the notice stops, the resumed launch has one to make up for.
+    script = ("--evaluate", "steps", "--eval_steps", "1", "--best")
+    peace = launcher.plain(str(tmp_path / "peace"), *script, options=ranks)
     assert peace.wait() == 0, peace.text()
     undisturbed = launcher.weights()
     run = str(tmp_path / "run")
-    first = launcher.plain(run, "--step_s", "0.2", options=ranks)
+    first = launcher.plain(run, *script, "--step_s", "0.2", options=ranks)
     first.wait_for_step(3)
     first.process.send_signal(signal.SIGTERM)
     assert first.wait() == 75, first.text()
     assert kinds(run)[-1] == "preempted"
     stopped_at = first.step()
-    second = launcher.plain(run, options=ranks)
+    second = launcher.plain(run, *script, options=ranks)
     assert second.wait() == 0, second.text()
     assert min(line["step"] for line in second.lines()) == stopped_at + 1
     assert launcher.weights() == undisturbed
+
+    def by_step(lines: Lines) -> dict[int, Any]:  # both ranks write
+        return {line["step"]: line for line in lines}
+
+    assert by_step(first.lines()) | by_step(second.lines()) == by_step(peace.lines())
 
 
 def test_the_journal_knows_the_machine_and_no_secret(launcher, store, write) -> None:  # type: ignore[no-untyped-def]

@@ -286,6 +286,25 @@ def test_what_can_not_be_resumed_is_refused_before_training(store: str, tmp_path
     assert Run(store).state().number == 0
 
 
+def test_another_batch_is_refused_with_the_setting_that_brings_it_back(store: str, tmp_path: Path) -> None:
+    train_until_preempted(store, tmp_path / "one", 5)
+    recorder = Recorder()
+    smaller = {"per_device_train_batch_size": 1}
+    with pytest.raises(ConfigError, match="2 a device x 1 accumulated x 1 ranks = 2") as caught:
+        make_trainer(tmp_path / "two", SpotCallback(store, QUIET), recorder, **smaller).train()
+    assert "--gradient_accumulation_steps 2" in caught.value.hint
+    assert recorder.losses == {}
+    make_trainer(tmp_path / "three", SpotCallback(store, QUIET), recorder, gradient_accumulation_steps=2, **smaller).train()
+    assert list(recorder.losses) == list(range(6, STEPS + 1))
+
+
+def test_another_batch_can_be_accepted(store: str, tmp_path: Path) -> None:
+    train_until_preempted(store, tmp_path / "one", 5)
+    callback = SpotCallback(store, Settings(notice="none", allow_batch_change=True))
+    trainer = make_trainer(tmp_path / "two", callback, per_device_train_batch_size=1)
+    assert trainer.train().global_step == 2 * STEPS
+
+
 def test_two_callbacks_are_one_too_many(store: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="two SpotCallbacks"):
         make_trainer(tmp_path, SpotCallback(store, QUIET), SpotCallback(store, QUIET)).train()

@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--step_s", type=float, default=0.0)
     parser.add_argument("--save_steps", type=int, default=5)
     parser.add_argument("--evaluate", default="no")
+    parser.add_argument("--eval_steps", type=int, default=7)
     parser.add_argument("--best", action="store_true")
     options = parser.parse_args()
 
@@ -65,7 +66,7 @@ def main() -> None:
         logging_steps=1,
         save_steps=options.save_steps,
         eval_strategy=options.evaluate,
-        eval_steps=7,
+        eval_steps=options.eval_steps,
         save_total_limit=2,
         load_best_model_at_end=options.best,
         save_strategy="best" if options.best else "steps",

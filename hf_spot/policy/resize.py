@@ -1,0 +1,59 @@
+"""May a run go on with other batches than it began with? Pure.
+
+What must not change is the number of samples in one optimizer step: with it would change, in silence, how many steps there
+are, the learning rate of each, and which samples it sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Fit(str, Enum):
+    """How the batches of a launch fit those of the checkpoint that it resumes."""
+
+    SAME = "same"
+    REGROUPED = "regrouped"  # the same samples in each step, added up in another order
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How an optimizer step is put together.
+
+    Args:
+        per_device: samples in one micro-batch of one rank.
+        accumulation: micro-batches in a step.
+        world_size: ranks.
+    """
+
+    per_device: int
+    accumulation: int
+    world_size: int
+
+    @property
+    def total(self) -> int:
+        """Samples in one optimizer step."""
+        return self.per_device * self.accumulation * self.world_size
+
+    def __str__(self) -> str:
+        return f"{self.per_device} a device x {self.accumulation} accumulated x {self.world_size} ranks = {self.total}"
+
+
+def fit(before: Batches, now: Batches) -> Fit:
+    """Compares."""
+    if before == now:
+        return Fit.SAME
+    return Fit.REGROUPED if before.total == now.total else Fit.OTHER
+
+
+def repair(before: Batches, now: Batches) -> str:
+    """Which setting would bring the total back, as it is written on a command line; empty when no whole number does."""
+    micro_batch = now.per_device * now.world_size
+    if before.total % micro_batch == 0:
+        return f"--gradient_accumulation_steps {before.total // micro_batch}"
+    ranks = now.world_size * now.accumulation
+    if before.total % ranks == 0:
+        return f"--per_device_train_batch_size {before.total // ranks}"
+    return ""
