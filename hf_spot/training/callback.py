@@ -14,9 +14,10 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutp
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, TrainingPreempted
-from hf_spot.policy.preemption import Action
+from hf_spot.policy.preemption import Action, Decision
 from hf_spot.run.run import CommitRequest
 from hf_spot.runtime import STORE_VARIABLE, Runtime
+from hf_spot.training.evaluation import Evaluations
 from hf_spot.training.exactness import carry_callback_states, set_epoch
 from hf_spot.training.session import Session
 
@@ -54,6 +55,7 @@ class SpotCallback(TrainerCallback):
         self.args = args or (self._runtime.arguments if self._runtime else SpotArguments())
         _show_log()
         self._session: Session | None = None
+        self._evaluations: Evaluations | None = None
         self._saved_step = -1
         self._stop_reason: str | None = None
         self._advisory = False
@@ -96,14 +98,22 @@ class SpotCallback(TrainerCallback):
             if not (args.save_strategy == SaveStrategy.EPOCH and _is_epoch_end(state)):
                 self._advisory = control.should_save = True
         elif decision is not None:
-            self._stop_reason = decision.why
             self._evaluation_skipped = control.should_evaluate
             control.should_evaluate = False
             control.should_log = True
-            control.should_save = decision.action is Action.SAVE_AND_STOP
-            control.should_training_stop = True
+            self._stop(decision, control)
         if control.should_save:
             self._session.save_begins()
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A notice ends an evaluation, which may take longer than the machine lives."""
+        if (
+            self._evaluations is not None
+            and self._evaluations.running
+            and self._session is not None
+            and self._session.is_going()
+        ):
+            self._evaluations.cut()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A save after an evaluation begins here."""
@@ -134,6 +144,8 @@ class SpotCallback(TrainerCallback):
             },
         )
         self._session.saved(self._session.output_dir / f"checkpoint-{state.global_step}", request)
+        if stopping:
+            state.best_model_checkpoint = None  # as in `on_epoch_end`, which may have passed already
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called after the last epoch, and after every early stop, before Trainer logs, evaluates and saves once more."""
@@ -168,8 +180,11 @@ class SpotCallback(TrainerCallback):
             if session.restored is not None:
                 self._saved_step = session.restored.step
                 pending = session.restored.details.get("evaluation_pending")
-                session.random_states.resume(functools.partial(_evaluate_now, trainer) if pending else lambda: None)
+                session.random_states.resume(self._make_up_for_evaluation if pending else lambda: None)
             self._session = session
+            self._evaluations = Evaluations(
+                trainer, session.random_states, functools.partial(self._evaluation_was_cut, trainer)
+            )
             self._resumed_epoch_is_ahead = session.restored is not None
             try:
                 result = train(trainer, folder, *args, **kwargs)
@@ -181,8 +196,33 @@ class SpotCallback(TrainerCallback):
                 session.failed(error)
                 raise
             finally:
-                self._session = None
+                self._evaluations.close()
+                self._session = self._evaluations = None
             return result
+
+    def _stop(self, decision: Decision, control: TrainerControl) -> None:
+        self._stop_reason = decision.why
+        control.should_save = decision.action is Action.SAVE_AND_STOP
+        control.should_training_stop = True
+
+    def _evaluation_was_cut(self, trainer: Trainer) -> None:
+        assert self._session is not None
+        self._evaluation_skipped = True
+        decision = self._session.step_ended(trainer.state.global_step)
+        assert decision is not None, "a notice that ended an evaluation still stands"
+        self._stop(decision, trainer.control)
+        if self._saved_step == trainer.state.global_step:
+            trainer.control.should_save = False  # it is committed with the evaluation pending
+        if trainer.control.should_save:
+            self._session.save_begins()
+
+    def _make_up_for_evaluation(self) -> None:
+        """At the one moment where it draws the random numbers that it would have drawn: right after Trainer has restored
+        the RNG."""
+        assert self._session is not None and self._evaluations is not None
+        self._evaluations.make_up()
+        if self._stop_reason is not None:
+            self._session.leave()
 
     def _evaluation_pending(self, args: TrainingArguments, state: TrainerState) -> bool:
         """True when an uninterrupted run evaluates between this save and the next step: a resumed one has to make up for it,
@@ -193,7 +233,7 @@ class SpotCallback(TrainerCallback):
         evaluated = any(
             line.get("step") == state.global_step and any(key.startswith("eval_") for key in line) for line in state.log_history
         )
-        return (self._evaluation_skipped or at_epoch_end) and not evaluated
+        return self._evaluation_skipped or (at_epoch_end and not evaluated)
 
 
 def _show_log() -> None:
@@ -207,14 +247,6 @@ def _show_log() -> None:
 
 def _is_epoch_end(state: TrainerState) -> bool:
     return state.epoch is not None and float(state.epoch).is_integer()
-
-
-def _evaluate_now(trainer: Trainer) -> None:
-    """Makes up for the evaluation that a notice suppressed, at the one moment where it draws the random numbers that it
-    would have drawn: right after Trainer has restored the RNG."""
-    metrics = trainer._evaluate(None, None)
-    trainer._determine_best_metric(metrics=metrics, trial=None)
-    trainer.model.train()  # type: ignore[union-attr]
 
 
 def _load_finished(trainer: Trainer, folder: str, session: Session) -> TrainOutput:

@@ -47,6 +47,7 @@ class RandomStates:
     def __init__(self, trainer: Trainer, folder: Path) -> None:
         self._trainer = trainer
         self._folder = folder
+        self._remembered = folder.with_name(f"{folder.name}-remembered")
         self._draws = 0
         self._before_draw: dict[str, Any] | None = None
         self._resumed: Path | None = None
@@ -86,10 +87,20 @@ class RandomStates:
             if self._before_draw is not None:
                 (checkpoint / _FOLDER / self._draw_name).write_text(json.dumps(_encode(self._before_draw, self._draws)))
 
+    def remember(self) -> None:
+        """Keeps the random state of this moment for `return_to_remembered`."""
+        self._remembered.mkdir(parents=True, exist_ok=True)
+        self._trainer._save_rng_state(str(self._remembered))
+
+    def return_to_remembered(self) -> None:
+        """Returns to it."""
+        type(self._trainer)._load_rng_state(self._trainer, str(self._remembered))
+
     def close(self) -> None:
         """Gives the trainer its method back, and removes the folder."""
         self._trainer.__dict__.pop("_load_rng_state", None)
         shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._remembered, ignore_errors=True)
 
     @property
     def _draw_name(self) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, Fenced, SpotError, StoreError, TrainingPreempted
@@ -101,14 +101,22 @@ class Session:
         """
         self._listen()
         folder, self.restored = self.agreement.from_main(lambda: (self._begin_on_main(resume_from_checkpoint), self.restored))
+        if self.is_going():
+            self.leave()
+        return folder
+
+    def is_going(self) -> bool:
+        """Whether any rank has heard that its machine goes; all ranks must ask, and get the same answer."""
         notice = self._hear()
         going = notice is not None and notice.kind is NoticeKind.TERMINATE
-        if self.agreement.highest(float(going))[0]:
-            step = self.restored.step if self.restored else 0
-            if self._uploader is not None:
-                self._record("preempted", {"step": step, "committed_step": step, "why": "before the first step"})
-            raise TrainingPreempted("the machine is going; nothing was trained in this launch")
-        return folder
+        return bool(self.agreement.highest(float(going))[0])
+
+    def leave(self) -> NoReturn:
+        """Ends the launch before its first step. Raises TrainingPreempted."""
+        step = self.restored.step if self.restored else 0
+        if self._uploader is not None:
+            self._record("preempted", {"step": step, "committed_step": step, "why": "before the first step"})
+        raise TrainingPreempted("the machine is going; nothing was trained in this launch", step=step or None)
 
     def _begin_on_main(self, resume_from_checkpoint: str | bool | None) -> str | None:
         self._claim()

@@ -204,7 +204,7 @@ def test_two_ranks_are_preempted_together_and_end_with_the_model_of_two_ranks_le
     assert peace.wait() == 0, peace.text()
     undisturbed = launcher.weights()
     run = str(tmp_path / "run")
-    first = launcher.plain(run, *script, "--step_s", "0.2", options=ranks)
+    first = launcher.plain(run, *script, "--eval_batch_s", "0.3", options=ranks)  # most likely it comes in one
     first.wait_for_step(3)
     first.process.send_signal(signal.SIGTERM)
     assert first.wait() == 75, first.text()

@@ -9,11 +9,11 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
-from hf_spot import SpotArguments, SpotCallback
+from hf_spot import SpotArguments, SpotCallback, TrainingPreempted
 from tests.training.conftest import Recorder, make_trainer, same, weights
-from tests.training.test_callback import QUIET, train_until_preempted
+from tests.training.test_callback import QUIET, preempt, train_until_preempted
 
 
 def mask(batch: list[dict[str, Any]]) -> dict[str, Any]:
@@ -80,12 +80,69 @@ def test_early_stopping_goes_on_counting(store: str, tmp_path: Path) -> None:
     stopped_at = undisturbed.train().global_step
     assert stopped_at < undisturbed.state.max_steps
 
-    from hf_spot import TrainingPreempted
-    from tests.training.test_callback import preempt
-
     callback = SpotCallback(store, SpotArguments(notice="signal"))
     with pytest.raises(TrainingPreempted):
         make_trainer(tmp_path / "one", callback, stopping(), Recorder(stopped_at - 3, preempt(callback)), **settings).train()
     trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), stopping(), **settings)
     assert trainer.train().global_step == stopped_at
+    assert same(weights(trainer), weights(undisturbed))
+
+
+class PreemptEvaluation(TrainerCallback):
+    """A notice in the middle of the n-th evaluation."""
+
+    def __init__(self, callback: SpotCallback, number: int) -> None:
+        self.act, self.number, self.batches, self.losses = preempt(callback), number, 0, Recorder()
+
+    def on_prediction_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.batches += 1
+        if self.batches == 2 * self.number - 1:  # two batches each, on CPU
+            self.act()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 100},
+        {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "load_best_model_at_end": True, "save_total_limit": 1},
+        {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "num_train_epochs": 3},
+        {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "best", "metric_for_best_model": "loss"},
+        {"eval_strategy": "epoch", "save_steps": 12, "num_train_epochs": 3, "lr_scheduler_type": "reduce_lr_on_plateau"},
+    ],
+    ids=["steps", "best reloaded", "epochs", "best saved", "plateau, saved before the evaluation"],
+)
+def test_a_notice_ends_an_evaluation_and_the_next_launch_makes_up_for_it(
+    store: str, tmp_path: Path, settings: dict[str, Any], number: int
+) -> None:
+    settings = {"per_device_eval_batch_size": 2, **settings}
+    in_peace = Recorder()
+    undisturbed = make_trainer(tmp_path / "peace", in_peace, **settings)
+    undisturbed.train()
+    callback, first, second = SpotCallback(store, SpotArguments(notice="signal")), Recorder(), Recorder()
+    with pytest.raises(TrainingPreempted) as caught:
+        make_trainer(tmp_path / "one", first, PreemptEvaluation(callback, number), callback, **settings).train()
+    assert caught.value.step == in_peace.evaluated[number - 1] == max(first.losses)
+    assert first.evaluated == in_peace.evaluated[: number - 1]
+    trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), second, **settings)
+    trainer.train()
+    assert first.losses | second.losses == in_peace.losses
+    assert first.evaluated + second.evaluated == in_peace.evaluated
+    assert same(weights(trainer), weights(undisturbed))
+    assert trainer.state.best_metric == undisturbed.state.best_metric
+
+
+def test_a_notice_in_an_evaluation_that_is_made_up_for_loses_nothing(store: str, tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 100, "per_device_eval_batch_size": 2}
+    undisturbed = make_trainer(tmp_path / "peace", **settings)
+    undisturbed.train()
+    for launch in ("one", "two"):
+        callback = SpotCallback(store, SpotArguments(notice="signal"))
+        with pytest.raises(TrainingPreempted) as caught:
+            make_trainer(tmp_path / launch, PreemptEvaluation(callback, 1), callback, **settings).train()
+        assert caught.value.step == 4
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path / "three", SpotCallback(store, QUIET), recorder, **settings)
+    trainer.train()
+    assert recorder.evaluated == [4, 8, 12]
     assert same(weights(trainer), weights(undisturbed))

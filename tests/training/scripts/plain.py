@@ -29,11 +29,14 @@ class Bytes(Dataset):
 class Diary(TrainerCallback):
     """Writes every step's loss and learning rate, and can slow training down so that a test can hit a chosen step."""
 
-    def __init__(self, path: str | None, step_s: float) -> None:
-        self.path, self.step_s = path, step_s
+    def __init__(self, path: str | None, step_s: float, eval_batch_s: float) -> None:
+        self.path, self.step_s, self.eval_batch_s = path, step_s, eval_batch_s
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         time.sleep(self.step_s)
+
+    def on_prediction_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        time.sleep(self.eval_batch_s)
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
         if self.path and "loss" in logs:
@@ -47,6 +50,7 @@ def main() -> None:
     parser.add_argument("--diary")
     parser.add_argument("--weights", required=True, help="where the final weights go")
     parser.add_argument("--step_s", type=float, default=0.0)
+    parser.add_argument("--eval_batch_s", type=float, default=0.0)
     parser.add_argument("--save_steps", type=int, default=5)
     parser.add_argument("--evaluate", default="no")
     parser.add_argument("--eval_steps", type=int, default=7)
@@ -81,7 +85,7 @@ def main() -> None:
         args=arguments,
         train_dataset=Bytes(122),  # 122 = 15 steps of 8 and a remainder, twice
         eval_dataset=Bytes(20),
-        callbacks=[Diary(options.diary, options.step_s)],
+        callbacks=[Diary(options.diary, options.step_s, options.eval_batch_s)],
     )
     trainer.train()
     # Must never run after a preemption: a half-trained model would be published.

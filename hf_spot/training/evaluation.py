@@ -1,0 +1,83 @@
+"""Evaluations that a notice can end: nobody evaluates through the last two minutes of a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import Trainer
+
+from hf_spot.training.exactness import RandomStates
+
+
+class _Cut(Exception):
+    """Ends an evaluation from inside."""
+
+
+class Evaluations:
+    """Takes over a trainer's evaluations until `close`.
+
+    One that is cut leaves the training as it was before: random state, log, mode of the model. The launch after it makes up
+    for it, from that same state.
+
+    Args:
+        trainer: whose evaluations are meant.
+        random_states: of this training.
+        when_cut: called after a cut; it decides whether to save.
+    """
+
+    def __init__(self, trainer: Trainer, random_states: RandomStates, when_cut: Callable[[], None]) -> None:
+        self._trainer = trainer
+        self._random_states = random_states
+        self._when_cut = when_cut
+        self.was_cut = False
+        self.running = False  # on every rank at once, so that they can agree: not so in what callbacks evaluate themselves
+        self._on_evaluate = trainer.callback_handler.on_evaluate
+        trainer.callback_handler.on_evaluate = self._evaluated
+        trainer._evaluate = self._evaluate
+        trainer._determine_best_metric = self._determine_best_metric
+
+    def cut(self) -> None:
+        """Called from an event of the evaluation: does not return."""
+        raise _Cut
+
+    def make_up(self) -> None:
+        """The evaluation that a notice suppressed or cut in the launch before."""
+        metrics = self._trainer._evaluate(None, None)
+        self._trainer._determine_best_metric(metrics=metrics, trial=None)
+        self._trainer.model.train()  # type: ignore[union-attr]
+
+    def close(self) -> None:
+        """Gives the trainer its methods back."""
+        for name in ("_evaluate", "_determine_best_metric"):
+            self._trainer.__dict__.pop(name, None)
+        self._trainer.callback_handler.__dict__.pop("on_evaluate", None)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        logged = len(self._trainer.state.log_history)
+        self._random_states.remember()
+        self.running = True
+        try:
+            return type(self._trainer)._evaluate(self._trainer, *args, **kwargs)
+        except _Cut:
+            self._random_states.return_to_remembered()
+            del self._trainer.state.log_history[logged:]  # several evaluation sets log one by one
+            self._trainer.model.train()  # type: ignore[union-attr]
+            self.was_cut = True
+            self._when_cut()
+            return {}
+        finally:
+            self.running = False
+
+    def _evaluated(self, *args: Any, **kwargs: Any) -> Any:
+        self.running = False
+        try:
+            return self._on_evaluate(*args, **kwargs)
+        finally:
+            self.running = True  # there may be several evaluation sets
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if self.was_cut:
+            # With save_strategy="best" Trainer saves if this is true.
+            return bool(self._trainer.control.should_save)
+        return bool(type(self._trainer)._determine_best_metric(self._trainer, metrics=metrics, trial=trial))
