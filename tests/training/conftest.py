@@ -27,6 +27,7 @@ class Recorder(TrainerCallback):
     def __init__(self, at_step: int = 0, act: Callable[[], None] = lambda: None) -> None:
         self.losses: dict[int, float] = {}
         self.evaluated: list[int] = []
+        self.saved: list[int] = []
         self._at_step = at_step
         self._act = act
 
@@ -37,6 +38,9 @@ class Recorder(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
         if "loss" in logs:
             self.losses[state.global_step] = logs["loss"]
+
+    def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.saved.append(state.global_step)
 
     def on_evaluate(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         self.evaluated.append(state.global_step)

@@ -124,6 +124,7 @@ def test_a_notice_ends_an_evaluation_and_the_next_launch_makes_up_for_it(
         make_trainer(tmp_path / "one", first, PreemptEvaluation(callback, number), callback, **settings).train()
     assert caught.value.step == in_peace.evaluated[number - 1] == max(first.losses)
     assert first.evaluated == in_peace.evaluated[: number - 1]
+    assert len(set(first.saved)) == len(first.saved)  # a folder that is being uploaded is not written again
     trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), second, **settings)
     trainer.train()
     assert first.losses | second.losses == in_peace.losses
