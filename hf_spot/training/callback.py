@@ -20,6 +20,7 @@ from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.training.evaluation import Evaluations
 from hf_spot.training.exactness import carry_callback_states, set_epoch
 from hf_spot.training.session import Session
+from hf_spot.training.workers import shield
 
 log = logging.getLogger("hf_spot")
 
@@ -181,6 +182,7 @@ class SpotCallback(TrainerCallback):
                 self._saved_step = session.restored.step
                 pending = session.restored.details.get("evaluation_pending")
                 session.random_states.resume(self._make_up_for_evaluation if pending else lambda: None)
+            shield()
             self._session = session
             self._evaluations = Evaluations(
                 trainer, session.random_states, functools.partial(self._evaluation_was_cut, trainer)

@@ -160,6 +160,19 @@ def test_signals_to_the_whole_group_do_not_end_the_script_before_the_launcher_do
     assert "alive, and the child ended with -15" in launch.text()
 
 
+def test_a_signal_to_every_process_of_the_job_is_one_notice(launcher, store, twin) -> None:  # type: ignore[no-untyped-def]
+    first = launcher.plain(store, "--step_s", "0.2", "--workers", "2")
+    first.wait_for_step(3)
+    for one in reversed(first.tree()):
+        one.send_signal(signal.SIGTERM)
+    assert first.wait() == 75, first.text()
+    second = launcher.plain(store, "--workers", "2")
+    assert second.wait() == 0, second.text()
+    assert {line["step"]: line for line in [*first.lines(), *second.lines()]} == twin.lines
+    assert second.lines()[0]["step"] == first.step() + 1, first.text()
+    assert launcher.weights() == twin.weights
+
+
 def test_a_newer_launch_on_another_machine_stops_this_one(launcher, store) -> None:  # type: ignore[no-untyped-def]
     launch = launcher.plain(store, "--step_s", "0.2", "--save_steps", "2")
     launch.wait_for_step(3)

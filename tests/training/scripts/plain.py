@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--diary")
     parser.add_argument("--weights", required=True, help="where the final weights go")
     parser.add_argument("--step_s", type=float, default=0.0)
+    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--eval_batch_s", type=float, default=0.0)
     parser.add_argument("--save_steps", type=int, default=5)
     parser.add_argument("--evaluate", default="no")
@@ -75,6 +76,7 @@ def main() -> None:
         load_best_model_at_end=options.best,
         save_strategy="best" if options.best else "steps",
         metric_for_best_model="loss" if options.best else None,
+        dataloader_num_workers=options.workers,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
