@@ -211,7 +211,10 @@ class SpotCallback(TrainerCallback):
         assert self._session is not None
         self._evaluation_skipped = True
         decision = self._session.step_ended(trainer.state.global_step)
-        assert decision is not None, "a notice that ended an evaluation still stands"
+        if decision is None or decision.action is Action.SAVE_AND_GO_ON:
+            # The notice was taken back in this moment, but the evaluation is gone: the next launch makes up for it.
+            decision = Decision(Action.SAVE_AND_STOP, "a notice that has been taken back ended an evaluation")
+            self._session.preempted = decision
         self._stop(decision, trainer.control)
         if self._saved_step == trainer.state.global_step:
             trainer.control.should_save = False  # it is committed with the evaluation pending

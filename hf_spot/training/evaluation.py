@@ -70,11 +70,11 @@ class Evaluations:
             self.running = False
 
     def _evaluated(self, *args: Any, **kwargs: Any) -> Any:
-        self.running = False
+        before, self.running = self.running, False
         try:
             return self._on_evaluate(*args, **kwargs)
         finally:
-            self.running = True  # there may be several evaluation sets
+            self.running = before  # there may be several evaluation sets
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if self.was_cut:

@@ -12,6 +12,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_spot import SpotArguments, SpotCallback, TrainingPreempted
+from hf_spot.training.session import Session
 from tests.training.conftest import Recorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, preempt, train_until_preempted
 
@@ -147,3 +148,45 @@ def test_a_notice_in_an_evaluation_that_is_made_up_for_loses_nothing(store: str,
     trainer.train()
     assert recorder.evaluated == [4, 8, 12]
     assert same(weights(trainer), weights(undisturbed))
+
+
+def test_a_notice_that_is_taken_back_while_it_ends_an_evaluation_loses_nothing(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 100, "per_device_eval_batch_size": 2}
+    undisturbed = make_trainer(tmp_path / "peace", **settings)
+    undisturbed.train()
+    callback = SpotCallback(store, SpotArguments(notice="signal"))
+    plain = Session.step_ended
+
+    def step_ended(self: Session, step: int) -> Any:
+        self._heard = None
+        return plain(self, step)
+
+    monkeypatch.setattr(Session, "step_ended", step_ended)
+    with pytest.raises(TrainingPreempted):
+        make_trainer(tmp_path / "one", PreemptEvaluation(callback, 1), callback, **settings).train()
+    monkeypatch.undo()
+    trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), **settings)
+    trainer.train()
+    assert same(weights(trainer), weights(undisturbed))
+
+
+def test_what_a_callback_evaluates_by_itself_is_left_alone(store: str, tmp_path: Path) -> None:
+    """Perhaps it does so on one rank only: asking the others would wait for ever."""
+    callback = SpotCallback(store, SpotArguments(notice="signal"))
+    asked = []
+
+    class Own(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+            if state.global_step in (4, 5):
+                session = callback._session
+                assert session is not None
+                is_going = session.is_going
+                session.is_going = lambda: asked.append(1) or is_going()  # type: ignore[method-assign, func-returns-value]
+                trainer.evaluate()
+                session.is_going = is_going  # type: ignore[method-assign]
+
+    trainer = make_trainer(tmp_path, callback, Own(), eval_strategy="steps", eval_steps=4)
+    trainer.train()
+    assert asked == []
