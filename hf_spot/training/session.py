@@ -21,6 +21,7 @@ from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.watcher import Watcher
 from hf_spot.policy.preemption import Action, Decision, Measured, decide
 from hf_spot.policy.resize import Batches, Fit, fit, repair
+from hf_spot.policy.restarts import patience_s
 from hf_spot.run.progress import bar
 from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, set_aside_uncommitted, sweep
 from hf_spot.run.run import Checkpoint, CommitRequest, Run
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 log = logging.getLogger("hf_spot")
-
-_LATE_S = 30.0  # machines have been seen to live a little longer than they said
 
 # Trainings that this process has finished, by run. A script that trains twice has two stages: after a preemption in the
 # second, the first must end at once with its own last checkpoint, and the second go on from its own.
@@ -148,12 +147,15 @@ class Session:
         newest = state.latest(self.stage)
         if newest is not None and newest.complete:
             return  # nothing to train, so nothing to write
-        epoch = self.run.claim({"by": "SpotCallback", "hostname": os.uname().nodename, "pid": os.getpid(), "stage": self.stage})
-        log.info("launch %d of %s", epoch, self.run.url)
+        self._claim_anew()
+
+    def _claim_anew(self) -> None:
+        about = {"by": "SpotCallback", "hostname": os.uname().nodename, "pid": os.getpid(), "stage": self.stage}
+        log.info("launch %d of %s", self.run.claim(about), self.run.url)
 
     def _start_uploader(self) -> None:
         if self.run.epoch == 0:  # a finished run was asked to train again
-            self.run.claim({"by": "SpotCallback", "hostname": os.uname().nodename, "pid": os.getpid(), "stage": self.stage})
+            self._claim_anew()
         self._uploader = Uploader(
             self.run,
             self.output_dir / ".hf_spot" / f"pins-{self.run.epoch}-{self.stage}",
@@ -295,7 +297,7 @@ class Session:
         if self._uploader.fenced is None:
             notice = self._hear()
             left = notice.seconds_left(self._now()) if notice and self.preempted else None
-            timeout_s = self._arguments.drain_timeout_s if left is None else max(left, 0.0) + _LATE_S
+            timeout_s = patience_s(left, training=True, drain_timeout_s=self._arguments.drain_timeout_s)
             drained = self._uploader.drain(timeout_s)
         if self._uploader.fenced is not None:
             raise self._uploader.fenced

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,11 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.waiting import PATIENCE_S, wait_for
+
 SCRIPTS = Path(__file__).parent.parent / "training" / "scripts"
 PLAIN = SCRIPTS / "plain.py"
-PATIENCE_S = 120.0
 Lines = list[dict[str, Any]]
-
-
-def wait_for(condition: Callable[[], Any], what: str = "") -> Any:
-    """Polls until the condition holds; its value."""
-    give_up_at = time.monotonic() + PATIENCE_S
-    while not (value := condition()):
-        assert time.monotonic() < give_up_at, f"waited in vain {what}"
-        time.sleep(0.005)
-    return value
 
 
 def read_diary(path: Path) -> Lines:

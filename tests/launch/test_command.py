@@ -80,20 +80,19 @@ def test_a_wrong_bucket_is_refused_before_training(s3_url: str, script: str, cap
     assert "no-such-bucket" in refused(capsys, script, "s3://no-such-bucket/run")
 
 
-def test_a_denied_put_is_refused_before_training(
-    seaweedfs: SeaweedFS, s3_url: str, script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("identity", "permission"), [("reader", "s3:PutObject"), ("writer", "s3:ListBucket")])
+def test_a_denied_permission_is_named_before_training(
+    seaweedfs: SeaweedFS,
+    s3_url: str,
+    script: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    identity: str,
+    permission: str,
 ) -> None:
-    for name, value in seaweedfs.env_of("reader").items():
+    for name, value in seaweedfs.env_of(identity).items():
         monkeypatch.setenv(name, value)
-    assert "s3:PutObject" in refused(capsys, script, s3_url)
-
-
-def test_a_denied_list_is_refused_before_training(
-    seaweedfs: SeaweedFS, s3_url: str, script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in seaweedfs.env_of("writer").items():
-        monkeypatch.setenv(name, value)
-    assert "s3:ListBucket" in refused(capsys, script, s3_url)
+    assert permission in refused(capsys, script, s3_url)
 
 
 def test_an_expired_token_is_refused_before_training(

@@ -11,8 +11,9 @@ import pytest
 from hf_spot.run.run import Run
 from hf_spot.testing import FakeIMDS
 from tests.gate import Gate
-from tests.launch.conftest import Launch, Launcher, Twin, wait_for
+from tests.launch.conftest import Launch, Launcher, Twin
 from tests.servers import SeaweedFS
+from tests.waiting import wait_for
 
 STEPS = 32
 

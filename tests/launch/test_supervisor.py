@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from hf_spot.run.run import Run
-from tests.launch.conftest import Launcher, Lines, wait_for
+from tests.launch.conftest import Launcher, Lines
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -80,13 +81,13 @@ def test_a_module_runs_as_under_python_m(launcher, store, write) -> None:  # typ
 
 
 HANGS = """
-    import os, signal, subprocess, sys, time
-    daemon = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
+    import os, signal, subprocess, sys
+    daemon = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], start_new_session=True)
     with open("pids.tmp", "w") as file:
         file.write(f"{os.getpid()} {daemon.pid}")
     os.rename("pids.tmp", "pids")
     while True:
-        time.sleep(0.1)
+        signal.pause()
 """
 
 
@@ -142,14 +143,14 @@ def test_everything_dies_with_a_guard_that_is_killed(launcher, store, write) -> 
 def test_signals_to_the_whole_group_do_not_end_the_script_before_the_launcher_does(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
     script = write(
         """
-        import os, signal, time
+        import os, signal
         for one in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(os.getpid(), one)
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             os.write(writer, b"x")
-            time.sleep(100)
+            signal.pause()
         os.read(reader, 1)
         os.kill(child, signal.SIGTERM)
         print("alive, and the child ended with", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -3,7 +3,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -14,6 +13,7 @@ from hf_spot.notices.aws import IMDSSource
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.watcher import Belief, Watcher
 from hf_spot.testing import FakeIMDS
+from tests.waiting import wait_for
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
@@ -65,13 +65,6 @@ class Desk:
 @pytest.fixture
 def desk() -> Desk:
     return Desk()
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 10) -> None:
-    give_up_at = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < give_up_at, "waited in vain"
-        time.sleep(0.005)
 
 
 # -- what the listener is told -----------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +14,9 @@ from hf_spot.run.run import CommitRequest, Run
 from hf_spot.run.upload import Uploader
 from hf_spot.storage.faulty import Fault, FaultyStore
 from hf_spot.storage.memory import MemoryStore
+from tests.waiting import PATIENCE_S, wait_for
 
 Make = Callable[..., Path]
-PATIENCE_S = 20
 
 
 @pytest.fixture
@@ -38,13 +37,6 @@ def uploader(run: Run, tmp_path: Path) -> Iterator[Uploader]:
     yield made
     made.close()
     assert not (tmp_path / "pins").exists()
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    give_up_at = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < give_up_at
-        time.sleep(0.002)
 
 
 def steps(store: FaultyStore) -> list[int]:
@@ -82,7 +74,7 @@ def test_saves_that_come_too_fast_give_way_to_the_newest_and_the_best_stays(
     store.faults.append(Fault("put_file", "*", error=None, until=gate))
     for step in (1, 2, 3, 4, 5):
         uploader.submit(make_checkpoint(step), CommitRequest(step=step, best_step=3))
-        wait_until(lambda step=step: step > 1 or any(call[0] == "put_file" for call in store.calls))
+        wait_for(lambda step=step: step > 1 or any(call[0] == "put_file" for call in store.calls))
     gate.set()
     assert uploader.drain(PATIENCE_S)
     assert steps(store) == [1, 3, 5]
@@ -91,7 +83,7 @@ def test_saves_that_come_too_fast_give_way_to_the_newest_and_the_best_stays(
 def test_an_outage_ends_in_a_commit(store: FaultyStore, uploader: Uploader, make_checkpoint: Make) -> None:
     store.outage = True
     uploader.submit(make_checkpoint(1), CommitRequest(step=1))
-    wait_until(lambda: uploader.trouble)
+    wait_for(lambda: uploader.trouble)
     uploader.submit(make_checkpoint(2), CommitRequest(step=2))
     assert not uploader.drain(0.05)
     store.outage = False
@@ -113,7 +105,7 @@ def test_an_upload_can_give_way_to_a_more_urgent_one(store: FaultyStore, uploade
     gate = threading.Event()
     store.faults.append(Fault("put_file", "*checkpoint-1/*", error=None, until=gate))
     uploader.submit(make_checkpoint(1), CommitRequest(step=1))
-    wait_until(lambda: any(call[0] == "put_file" for call in store.calls))
+    wait_for(lambda: any(call[0] == "put_file" for call in store.calls))
     uploader.submit(make_checkpoint(2), CommitRequest(step=2, reason="notice"))
     uploader.cancel_in_flight()
     gate.set()
@@ -133,7 +125,7 @@ def test_one_bad_checkpoint_does_not_end_the_uploader(store: FaultyStore, upload
     folder = make_checkpoint(1)
     (folder / "optimizer.pt").unlink()
     uploader.submit(folder, CommitRequest(step=1))
-    wait_until(lambda: uploader.trouble)
+    wait_for(lambda: uploader.trouble)
     uploader.submit(make_checkpoint(2), CommitRequest(step=2))
     assert uploader.drain(PATIENCE_S)
     assert steps(store) == [2]

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,15 +16,9 @@ from hf_spot.arguments import SpotArguments as Settings
 from hf_spot.errors import Fenced
 from hf_spot.storage.open import open_store
 from tests.training.conftest import STEPS, Recorder, make_trainer, same, weights
+from tests.waiting import wait_for
 
 QUIET = Settings(notice="none")
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    give_up_at = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < give_up_at
-        time.sleep(0.005)
 
 
 def preempt(callback: SpotCallback) -> Callable[[], None]:
@@ -35,7 +28,7 @@ def preempt(callback: SpotCallback) -> Callable[[], None]:
         os.kill(os.getpid(), signal.SIGTERM)
         session = callback._session
         assert session is not None
-        wait_until(lambda: session._heard is not None)
+        wait_for(lambda: session._heard is not None)
 
     return act
 
@@ -238,7 +231,7 @@ def test_an_advisory_saves_and_goes_on(store: str, tmp_path: Path, peace) -> Non
         notice.write_text(json.dumps({"kind": "ADVISORY", "id": "one"}))
         session = callback._session
         assert session is not None
-        wait_until(lambda: session._heard is not None)
+        wait_for(lambda: session._heard is not None)
 
     trainer = make_trainer(tmp_path / "out", callback, Recorder(5, act))
     trainer.train()
@@ -317,4 +310,4 @@ def test_handlers_and_threads_are_given_back(store: str, tmp_path: Path) -> None
     handler = signal.getsignal(signal.SIGTERM)
     make_trainer(tmp_path, SpotCallback(store, SpotArguments(notice="signal"))).train()
     assert signal.getsignal(signal.SIGTERM) is handler
-    wait_until(lambda: {thread.name for thread in threading.enumerate()} <= before)
+    wait_for(lambda: {thread.name for thread in threading.enumerate()} <= before)
