@@ -97,7 +97,7 @@ class _Server:
         return name
 
     def start(self) -> None:
-        """Returns once the server answers."""
+        """Returns once the server answers, and reads what it kept: names are back before the data behind them."""
         assert self._process is None, "it runs already"
         with open(self.folder / "log", "ab") as log:
             self._process = subprocess.Popen(
@@ -113,7 +113,9 @@ class _Server:
         asking = self.client()
         while True:
             try:
-                asking.list_buckets()
+                for bucket in asking.list_buckets()["Buckets"]:
+                    for found in asking.list_objects_v2(Bucket=bucket["Name"], MaxKeys=1).get("Contents", ()):
+                        asking.get_object(Bucket=bucket["Name"], Key=found["Key"])["Body"].read()
                 return
             except (BotoCoreError, ClientError) as error:
                 if self._process.poll() is not None or time.monotonic() > deadline:
