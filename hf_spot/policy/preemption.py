@@ -8,6 +8,7 @@ from enum import Enum
 from hf_spot.notices.notice import NoticeKind
 
 SAFETY = 1.25  # a save under pressure has been slower than the mean of those before it
+HASTE_S = 5.0  # what a step may still take after a notice that names no deadline; Kubernetes on spot nodes gives 15 s in all
 
 
 class Action(str, Enum):
@@ -76,3 +77,20 @@ def decide(kind: NoticeKind, seconds_left: float | None, measured: Measured) -> 
         Action.FINISH_UPLOAD_AND_STOP,
         f"{seconds_left:.0f} s left, about {needed:.0f} s needed for a new save: the upload in flight is what can be committed",
     )
+
+
+def leaves_step(seconds_left: float | None, rest_of_step_s: float, measured: Measured) -> bool:
+    """Whether to stop between two micro-batches: the gradients so far are given up, and the next launch computes them again.
+
+    A step that can be finished in time is finished, because it is work done.
+
+    Args:
+        seconds_left: until the deadline; None when the notice names none.
+        rest_of_step_s: what the step should still need.
+        measured: times of this run; where they are not known, half of the time left is kept for the save.
+    """
+    if seconds_left is None:
+        return rest_of_step_s > HASTE_S
+    if measured.save_s is None or measured.upload_s is None:
+        return rest_of_step_s > seconds_left / 2
+    return SAFETY * (rest_of_step_s + measured.save_s + measured.upload_s) > seconds_left

@@ -26,18 +26,41 @@ class Agreement:
 
     def __init__(self, world_size: int) -> None:
         self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if world_size > 1 else None
+        self._asked: tuple[Any, torch.Tensor] | None = None
 
     @property
     def is_main(self) -> bool:
         """True on rank 0."""
         return self._group is None or dist.get_rank() == 0
 
-    def highest(self, *values: float) -> tuple[float, ...]:
-        """Element by element the largest value that any rank brought."""
-        if self._group is None:
-            return values
+    @property
+    def alone(self) -> bool:
+        """True when there is one rank: nothing need be asked ahead of time."""
+        return self._group is None
+
+    @property
+    def asked(self) -> bool:
+        """True between `ask` and `answer`; on all ranks or on none."""
+        return self._asked is not None
+
+    def ask(self, *values: float) -> None:
+        """Brings this rank's values and returns at once: what comes next hides the time that the ranks need to agree.
+
+        An answer that nobody has taken is given up.
+        """
+        self.answer()
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        work = None if self._group is None else dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group, async_op=True)
+        self._asked = (work, tensor)
+
+    def answer(self) -> tuple[float, ...]:
+        """Element by element the largest value that any rank brought with its last `ask`; empty when nothing was asked."""
+        if self._asked is None:
+            return ()
+        work, tensor = self._asked
+        self._asked = None
+        if work is not None:
+            work.wait()
         return tuple(tensor.tolist())
 
     def from_main(self, act: Callable[[], T]) -> T:
@@ -64,5 +87,6 @@ class Agreement:
     def close(self) -> None:
         """Gives the group back: gloo sometimes aborts at interpreter exit when it is left to it."""
         if self._group is not None:
+            self._asked = None
             dist.destroy_process_group(self._group)
             self._group = None

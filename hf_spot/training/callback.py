@@ -17,6 +17,7 @@ from hf_spot.errors import ConfigError, TrainingPreempted
 from hf_spot.policy.preemption import Action, Decision
 from hf_spot.run.run import CommitRequest
 from hf_spot.runtime import STORE_VARIABLE, Runtime
+from hf_spot.training.accumulation import Accumulation
 from hf_spot.training.evaluation import Evaluations
 from hf_spot.training.exactness import carry_callback_states, set_epoch
 from hf_spot.training.session import Session
@@ -61,6 +62,8 @@ class SpotCallback(TrainerCallback):
         self._stop_reason: str | None = None
         self._advisory = False
         self._evaluation_skipped = False
+        self._accumulation: Accumulation | None = None
+        self._save_at_epoch_end = False
         self._resumed_epoch_is_ahead = False
         self.resume_from_checkpoint: str | None = None
         patch(Trainer)
@@ -88,6 +91,31 @@ class SpotCallback(TrainerCallback):
             set_epoch(kwargs.get("train_dataloader"), int(state.epoch or 0))
         self._session.random_states.begin_epoch(kwargs.get("train_dataloader"), resumed)
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A step of several micro-batches may be left in its middle: remembers what it would have to return to."""
+        if self._accumulation is not None and args.gradient_accumulation_steps > 1:
+            self._accumulation.begin()
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Answers what was heard, when the rest of the step would take too long."""
+        if self._session is None or self._accumulation is None:
+            return
+        rest_s = self._accumulation.micro_batch_ended()
+        decision = self._session.micro_batch_ended(rest_s, rewindable=self._accumulation.rewindable)
+        if decision is None:
+            return
+        log.warning("step %d is left in its middle; the next launch does it again", state.global_step + 1)
+        self._stop(decision, control)
+        # Trainer leaves its loop, and saves behind `on_epoch_end`. A step that has been saved is not saved twice.
+        self._save_at_epoch_end = control.should_save and state.global_step not in (0, self._saved_step)
+        if self._save_at_epoch_end:
+            self._accumulation.rewind()
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The ranks agree while the optimizer works."""
+        if self._session is not None and not self._session.agreement.alone:
+            self._session.ask()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Answers what was heard."""
         if self._session is None:
@@ -112,7 +140,7 @@ class SpotCallback(TrainerCallback):
             self._evaluations is not None
             and self._evaluations.running
             and self._session is not None
-            and self._session.is_going()
+            and self._session.was_going()
         ):
             self._evaluations.cut()
 
@@ -153,7 +181,10 @@ class SpotCallback(TrainerCallback):
         if self._session is None:
             return
         if self._stop_reason is not None:
-            control.should_log = control.should_evaluate = control.should_save = False
+            control.should_log = control.should_evaluate = False
+            control.should_save, self._save_at_epoch_end = self._save_at_epoch_end, False
+            if control.should_save:
+                self._session.save_begins()
             # _finalize_training would load it, and with save_total_limit=1 delete the checkpoint just written.
             state.best_model_checkpoint = None
             return
@@ -184,6 +215,7 @@ class SpotCallback(TrainerCallback):
                 session.random_states.resume(self._make_up_for_evaluation if pending else lambda: None)
             shield()
             self._session = session
+            self._accumulation = Accumulation(trainer, session.random_states)
             self._evaluations = Evaluations(
                 trainer, session.random_states, functools.partial(self._evaluation_was_cut, trainer)
             )
@@ -199,7 +231,7 @@ class SpotCallback(TrainerCallback):
                 raise
             finally:
                 self._evaluations.close()
-                self._session = self._evaluations = None
+                self._session = self._evaluations = self._accumulation = None
             return result
 
     def _stop(self, decision: Decision, control: TrainerControl) -> None:

@@ -50,6 +50,8 @@ class RandomStates:
         self._remembered = folder.with_name(f"{folder.name}-remembered")
         self._draws = 0
         self._before_draw: dict[str, Any] | None = None
+        self._step_ended = False
+        self._between_steps: tuple[dict[str, Any], dict[str, Any] | None, int] | None = None
         self._resumed: Path | None = None
         self._resumed_draw: dict[str, Any] | None = None
         self._restored = False
@@ -79,6 +81,25 @@ class RandomStates:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._trainer._save_rng_state(str(self._folder))
         self._watch(dataloader)
+        self._step_ended = True
+        self._mark()
+
+    def step_ended(self) -> None:
+        """An optimizer step is done. What follows it (an evaluation, a save) still belongs to it."""
+        self._step_ended = True
+
+    def step_begins(self) -> None:
+        """The micro-batches of the next step have been made."""
+        self._mark()
+
+    def rewind(self) -> None:
+        """Returns to the moment between the last step and the one under way, as if that had not begun.
+
+        A checkpoint that is saved now is one of the last finished step.
+        """
+        assert self._between_steps is not None
+        state, self._before_draw, self._draws = self._between_steps
+        _set(state)
 
     def save(self, checkpoint: Path) -> None:
         """Adds this rank's states to a checkpoint."""
@@ -120,6 +141,7 @@ class RandomStates:
 
     def drawn(self) -> None:
         """The indices of a batch have been drawn, and the batch is made next."""
+        self._mark()
         self._draws += 1
         if self._resumed_draw is not None:
             if self._draws == self._resumed_draw["draws"]:
@@ -128,6 +150,11 @@ class RandomStates:
                 self._return_to_checkpoint(str(self._resumed))
                 self._resumed_draw = None
         self._before_draw = _capture()
+
+    def _mark(self) -> None:
+        if self._step_ended:
+            self._step_ended = False
+            self._between_steps = (_capture() | _capture_gpus(), self._before_draw, self._draws)
 
     def _return_to_checkpoint(self, checkpoint: str | None) -> None:
         if not self._restored:
@@ -159,6 +186,18 @@ def _capture() -> dict[str, Any]:
     return {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
 
 
+def _capture_gpus() -> dict[str, Any]:
+    return {"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else {}
+
+
+def _set(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
 def _encode(state: dict[str, Any], draws: int) -> dict[str, Any]:
     name, keys, *rest = state["numpy"]
     torch_state = base64.b64encode(state["torch"].numpy().tobytes()).decode()
@@ -167,10 +206,14 @@ def _encode(state: dict[str, Any], draws: int) -> dict[str, Any]:
 
 def _restore(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
-    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
-    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["torch"])), dtype=torch.uint8))
+    _set(
+        {
+            "python": (version, tuple(internal), gauss),
+            "numpy": (name, numpy.array(keys, dtype=numpy.uint32), *rest),
+            "torch": torch.frombuffer(bytearray(base64.b64decode(state["torch"])), dtype=torch.uint8),
+        }
+    )
 
 
 def set_epoch(dataloader: Any, epoch: int) -> None:

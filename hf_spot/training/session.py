@@ -19,7 +19,7 @@ from hf_spot.errors import ConfigError, Fenced, SpotError, StoreError, TrainingP
 from hf_spot.notices.detect import sources
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.watcher import Watcher
-from hf_spot.policy.preemption import Action, Decision, Measured, decide
+from hf_spot.policy.preemption import Action, Decision, Measured, decide, leaves_step
 from hf_spot.policy.resize import Batches, Fit, fit, repair
 from hf_spot.policy.restarts import patience_s
 from hf_spot.run.progress import bar
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 log = logging.getLogger("hf_spot")
+
+_NEVER = 1e18  # seconds, for a notice that names no deadline
 
 # Trainings that this process has finished, by run. A script that trains twice has two stages: after a preemption in the
 # second, the first must end at once with its own last checkpoint, and the second go on from its own.
@@ -80,6 +82,7 @@ class Session:
         self._heard: PreemptionNotice | None = None
         self._notice_mtime_ns = 0
         self._advisories: set[str] = set()
+        self._asked_advisory: str | None = None
         self._steps: StepCounter | None = None
         self._save_began: float | None = None
         self._save_s: float | None = None
@@ -106,9 +109,14 @@ class Session:
 
     def is_going(self) -> bool:
         """Whether any rank has heard that its machine goes; all ranks must ask, and get the same answer."""
-        notice = self._hear()
-        going = notice is not None and notice.kind is NoticeKind.TERMINATE
-        return bool(self.agreement.highest(float(going))[0])
+        self.ask()
+        return self._is_going(self.agreement.answer())
+
+    def was_going(self) -> bool:
+        """`is_going` as of the call before: the ranks agree while they do something else in between."""
+        going = self._is_going(self.agreement.answer())
+        self.ask()
+        return going or (self.agreement.alone and self._is_going(self.agreement.answer()))
 
     def leave(self) -> NoReturn:
         """Ends the launch before its first step. Raises TrainingPreempted."""
@@ -213,45 +221,81 @@ class Session:
 
     # -- during training ----------------------------------------------------------------------------------------------
 
+    def ask(self) -> None:
+        """Tells the other ranks what was heard here; `step_ended` and `micro_batch_ended` take the answer."""
+        notice = self._hear()
+        terminate = notice is not None and notice.kind is NoticeKind.TERMINATE
+        # The ranks of a node read one file, not at the same instant: an advisory counts once, when rank 0 has seen it.
+        advisory = self.agreement.is_main and notice is not None and notice.kind is NoticeKind.ADVISORY
+        self._asked_advisory = notice.id if advisory and notice and notice.id not in self._advisories else None
+        left = notice.seconds_left(self._now()) if notice else None
+        fenced = self._uploader is not None and self._uploader.fenced is not None
+        self.agreement.ask(
+            float(terminate), float(self._asked_advisory is not None), float(fenced), -_NEVER if left is None else -left
+        )
+
+    def micro_batch_ended(self, rest_of_step_s: float, *, rewindable: Callable[[], bool]) -> Decision | None:
+        """Called by every rank between two micro-batches of a step: a decision if the step is to be left, else None.
+
+        Args:
+            rest_of_step_s: what the rest of the step should need.
+            rewindable: whether all can be made as it was before the step.
+        """
+        answer = self.agreement.answer()
+        self.ask()
+        if self.agreement.alone:
+            answer = self.agreement.answer()
+        if not self._is_going(answer):
+            return None
+        seconds_left = None if answer[3] == -_NEVER else -answer[3]
+
+        def decide_on_main() -> Decision | None:
+            if leaves_step(seconds_left, rest_of_step_s, self._measured()) and rewindable():
+                return self._decide(NoticeKind.TERMINATE, seconds_left, self._hear())
+            return None
+
+        decision = self.agreement.from_main(decide_on_main)
+        self.preempted = decision or self.preempted
+        return decision
+
     def step_ended(self, step: int) -> Decision | None:
         """Called by every rank after every optimizer step: what to do if something was heard by anyone, else None."""
         if self._steps is not None:
             self._steps.tell(step)
-        notice = self._hear()
-        terminate = notice is not None and notice.kind is NoticeKind.TERMINATE
-        # The ranks of a node read one file, not at the same instant: an advisory counts once, when rank 0 has seen it.
-        advisory = notice is not None and notice.kind is NoticeKind.ADVISORY and self._is_new_advisory(notice)
-        left = notice.seconds_left(self._now()) if notice else None
-        fenced = self._uploader is not None and self._uploader.fenced is not None
-        any_terminate, any_advisory, any_fenced, soonest = self.agreement.highest(
-            float(terminate), float(advisory), float(fenced), -1e18 if left is None else -left
-        )
-        if any_fenced:
+        self.random_states.step_ended()
+        if self.agreement.alone or not self.agreement.asked:
+            self.ask()
+        terminate, advisory, fenced, soonest = self.agreement.answer()
+        if fenced:
             return Decision(Action.FINISH_UPLOAD_AND_STOP, "a newer launch owns the run")
-        if not any_terminate and not any_advisory:
+        if not terminate and not advisory:
             return None
-        kind = NoticeKind.TERMINATE if any_terminate else NoticeKind.ADVISORY
-        seconds_left = None if soonest == -1e18 else -soonest
-        decision = self.agreement.from_main(lambda: self._decide(kind, seconds_left, notice))
+        if self._asked_advisory is not None:
+            self._advisories.add(self._asked_advisory)
+        kind = NoticeKind.TERMINATE if terminate else NoticeKind.ADVISORY
+        seconds_left = None if soonest == -_NEVER else -soonest
+        decision = self.agreement.from_main(lambda: self._decide(kind, seconds_left, self._hear()))
         if decision.action in (Action.SAVE_AND_STOP, Action.FINISH_UPLOAD_AND_STOP):
             self.preempted = decision
         return decision
 
-    def _decide(self, kind: NoticeKind, seconds_left: float | None, notice: PreemptionNotice | None) -> Decision:
+    def _measured(self) -> Measured:
         uploader = self._uploader
-        measured = Measured(
+        return Measured(
             save_s=self._save_s,
             upload_s=uploader.upload_s(self._last_size_bytes) if uploader else None,
             in_flight_s=uploader.in_flight_s() if uploader else None,
         )
-        decision = decide(kind, seconds_left, measured)
+
+    def _decide(self, kind: NoticeKind, seconds_left: float | None, notice: PreemptionNotice | None) -> Decision:
+        decision = decide(kind, seconds_left, self._measured())
         log.warning(
             "%s from %s: %s (%s)", kind.value, notice.source if notice else "another rank", decision.action.value, decision.why
         )
         if self._runtime is None and notice is not None:
             self._record("notice", {**json.loads(notice.to_json()), "why": decision.why})
-        if decision.cancel_in_flight and uploader:
-            uploader.cancel_in_flight()
+        if decision.cancel_in_flight and self._uploader:
+            self._uploader.cancel_in_flight()
         return decision
 
     def save_begins(self) -> None:
@@ -350,11 +394,9 @@ class Session:
                 self._heard = None if notice is None or notice.kind is NoticeKind.CANCELLED else notice
         return self._heard
 
-    def _is_new_advisory(self, notice: PreemptionNotice) -> bool:
-        if not self.agreement.is_main or notice.id in self._advisories:
-            return False
-        self._advisories.add(notice.id)
-        return True
+    @staticmethod
+    def _is_going(answer: tuple[float, ...]) -> bool:
+        return bool(answer and answer[0])
 
     def _record(self, kind: str, data: dict[str, Any]) -> None:
         try:

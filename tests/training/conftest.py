@@ -49,7 +49,9 @@ class Recorder(TrainerCallback):
 def make_trainer(output_dir: Path, *callbacks: TrainerCallback, **settings: Any) -> Trainer:
     """A tiny GPT-2 with dropout: 12 steps, a save after every third."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    make_model = settings.pop("model", None)
+    small = GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    model = make_model() if make_model else GPT2LMHeadModel(small)
     data = [{"input_ids": part, "labels": part} for part in torch.randint(64, (24, 16))]
     defaults = {
         "output_dir": str(output_dir),

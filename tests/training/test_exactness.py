@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_spot import SpotArguments, SpotCallback, TrainingPreempted
+from hf_spot.training.accumulation import Accumulation
 from hf_spot.training.session import Session
 from tests.training.conftest import Recorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, preempt, train_until_preempted
@@ -190,3 +192,69 @@ def test_what_a_callback_evaluates_by_itself_is_left_alone(store: str, tmp_path:
     trainer = make_trainer(tmp_path, callback, Own(), eval_strategy="steps", eval_steps=4)
     trainer.train()
     assert asked == []
+
+
+class Slow(TrainerCallback):
+    """The clock of the accumulation, so slow that a step takes minutes; and a notice after a chosen micro-batch."""
+
+    def __init__(self, callback: SpotCallback, step: int, micro_batch: int) -> None:
+        self.act, self.at, self.done, self.now_s = preempt(callback), (step, micro_batch), 0, 0.0
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.done = 0
+
+    def on_substep_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.now_s += 20.0
+        self.done += 1
+        if self.at == (state.global_step + 1, self.done):
+            self.act()
+
+
+class Normed(torch.nn.Module):
+    """A model whose forward pass moves buffers and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(64, 8)
+        self.norm = torch.nn.BatchNorm1d(8)
+        self.head = torch.nn.Linear(8, 64)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = self.norm(self.embed(input_ids).transpose(1, 2)).transpose(1, 2)
+        logits = self.head(torch.nn.functional.dropout(found, 0.2, self.training))
+        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 6], ids=["first", "middle", "saved before", "first of an epoch", "after it"])
+@pytest.mark.parametrize("case", ["plain", "masked tokens", "batch norm", "evaluated"])
+def test_a_notice_in_the_middle_of_a_step_does_not_wait_for_its_end(
+    store: str, tmp_path: Path, case: str, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more: dict[str, Any] = {
+        "plain": {},
+        "masked tokens": {"data_collator": mask, "include_num_input_tokens_seen": "all"},
+        "batch norm": {"model": Normed},
+        "evaluated": {"eval_strategy": "steps", "eval_steps": 1},
+    }[case]
+    settings = {"num_train_epochs": 2, "gradient_accumulation_steps": 3, "save_steps": 3, **more}
+    in_peace = Recorder()
+    undisturbed = make_trainer(tmp_path / "peace", in_peace, **settings)
+    undisturbed.train()
+    assert undisturbed.state.max_steps == 8
+    callback, first, second = SpotCallback(store, SpotArguments(notice="signal")), Recorder(), Recorder()
+    slow = Slow(callback, step, 1)
+    monkeypatch.setattr("hf_spot.training.callback.Accumulation", functools.partial(Accumulation, clock=slow.clock))
+    with pytest.raises(TrainingPreempted) as caught:
+        make_trainer(tmp_path / "one", first, slow, callback, **settings).train()
+    assert max(first.losses, default=0) == step - 1
+    assert (caught.value.step or 0) == step - 1
+    assert len(set(first.saved)) == len(first.saved)
+    trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), second, **settings)
+    trainer.train()
+    assert first.losses | second.losses == in_peace.losses
+    assert first.evaluated + second.evaluated == in_peace.evaluated
+    assert same(weights(trainer), weights(undisturbed))
+    assert trainer.state.num_input_tokens_seen == undisturbed.state.num_input_tokens_seen
