@@ -48,6 +48,19 @@ def fit(before: Batches, now: Batches) -> Fit:
     return Fit.REGROUPED if before.total == now.total else Fit.OTHER
 
 
+def keep_total(before: Batches, now: Batches) -> Batches | None:
+    """The batches nearest to those of this launch that keep the samples of a step; None when no whole number does, or when
+    nothing but the accumulation differs, which can only be meant.
+
+    Micro-batches never grow: it is not known whether more would fit into memory.
+    """
+    if (before.per_device, before.world_size) == (now.per_device, now.world_size) or before.total % now.world_size:
+        return None
+    a_rank = before.total // now.world_size
+    per_device = next(size for size in range(min(now.per_device, a_rank), 0, -1) if a_rank % size == 0)
+    return Batches(per_device, a_rank // per_device, now.world_size)
+
+
 def repair(before: Batches, now: Batches) -> str:
     """Which setting would bring the total back, as it is written on a command line; empty when no whole number does."""
     micro_batch = now.per_device * now.world_size

@@ -18,6 +18,7 @@ from hf_spot.policy.preemption import Action, Decision
 from hf_spot.run.run import CommitRequest
 from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.training.accumulation import Accumulation
+from hf_spot.training.batches import batches, to_details
 from hf_spot.training.evaluation import Evaluations
 from hf_spot.training.exactness import carry_callback_states, set_epoch
 from hf_spot.training.session import Session
@@ -111,7 +112,9 @@ class SpotCallback(TrainerCallback):
         if self._save_at_epoch_end:
             self._accumulation.rewind()
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """The ranks agree while the optimizer works."""
         if self._session is not None and not self._session.agreement.alone:
             self._session.ask()
@@ -168,8 +171,7 @@ class SpotCallback(TrainerCallback):
                 "evaluation_pending": self._evaluation_pending(args, state),
                 "max_steps": state.max_steps,
                 "epoch_of_data": state.epoch,
-                "per_device_train_batch_size": args.per_device_train_batch_size,
-                "gradient_accumulation_steps": args.gradient_accumulation_steps,
+                **to_details(batches(self._session.trainer)),
             },
         )
         self._session.saved(self._session.output_dir / f"checkpoint-{state.global_step}", request)

@@ -75,7 +75,7 @@ class RandomStates:
         """
         self._draws, self._resumed, self._resumed_draw = 0, resumed, None
         if resumed is not None and (resumed / _FOLDER).is_dir():
-            type(self._trainer)._load_rng_state(self._trainer, str(resumed / _FOLDER))
+            self._load_start_of_epoch(resumed / _FOLDER)
             if (resumed / _FOLDER / self._draw_name).exists():
                 self._resumed_draw = json.loads((resumed / _FOLDER / self._draw_name).read_bytes())
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -150,6 +150,15 @@ class RandomStates:
                 self._return_to_checkpoint(str(self._resumed))
                 self._resumed_draw = None
         self._before_draw = _capture()
+
+    def _load_start_of_epoch(self, states: Path) -> None:
+        args = self._trainer.args
+        name = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+        if not (states / name).exists():  # other ranks than before: the order of the data is that of rank 0
+            found = next((path for path in (states / "rng_state_0.pth", states / "rng_state.pth") if path.exists()), None)
+            if found is not None:
+                shutil.copy(found, states / name)
+        type(self._trainer)._load_rng_state(self._trainer, str(states))
 
     def _mark(self) -> None:
         if self._step_ended:

@@ -20,7 +20,6 @@ from hf_spot.notices.detect import sources
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.watcher import Watcher
 from hf_spot.policy.preemption import Action, Decision, Measured, decide, leaves_step
-from hf_spot.policy.resize import Batches, Fit, fit, repair
 from hf_spot.policy.restarts import patience_s
 from hf_spot.run.progress import bar
 from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, set_aside_uncommitted, sweep
@@ -28,10 +27,11 @@ from hf_spot.run.run import Checkpoint, CommitRequest, Run
 from hf_spot.run.upload import Uploader
 from hf_spot.runtime import Runtime, StepCounter
 from hf_spot.training.agreement import Agreement
+from hf_spot.training.batches import keep_samples
 from hf_spot.training.exactness import RandomStates
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
 log = logging.getLogger("hf_spot")
 
@@ -103,6 +103,8 @@ class Session:
         """
         self._listen()
         folder, self.restored = self.agreement.from_main(lambda: (self._begin_on_main(resume_from_checkpoint), self.restored))
+        if self.restored is not None and not self.restored.ref.complete:
+            keep_samples(self.trainer, self.restored.details, allow_change=self._arguments.allow_batch_change)
         if self.is_going():
             self.leave()
         return folder
@@ -142,7 +144,6 @@ class Session:
                 return None
             return None if own or resume_from_checkpoint in (None, False) else resume_from_checkpoint  # type: ignore[return-value]
         self.restored, folder = found
-        self._check_batches()
         self._bring_best()
         log.info("going on from step %d, committed by launch %d", self.restored.step, self.restored.ref.epoch)
         return str(folder)
@@ -170,24 +171,6 @@ class Session:
             save_total_limit=self._arguments.save_total_limit,
         )
         self._closed.callback(self._uploader.close)
-
-    def _check_batches(self) -> None:
-        assert self.restored is not None
-        details = self.restored.details
-        if self.restored.ref.complete or "per_device_train_batch_size" not in details:
-            return  # nothing is left to train, or it was pushed by hand
-        before = Batches(details["per_device_train_batch_size"], details["gradient_accumulation_steps"], details["world_size"])
-        now = batches(self.trainer.args)
-        found = fit(before, now)
-        if found is Fit.REGROUPED:
-            log.warning("a step was %s, and is %s: the same samples, but not the same bits", before, now)
-        elif found is Fit.OTHER and self._arguments.allow_batch_change:
-            log.warning("a step was %s, and is %s: steps, learning rate and data change", before, now)
-        elif found is Fit.OTHER:
-            raise ConfigError(
-                f"an optimizer step of this run is {before} samples; this launch would make it {now}",
-                hint=f"{repair(before, now) or 'another number of ranks'}; to change it all the same: --allow-batch-change",
-            )
 
     def _bring_best(self) -> None:
         assert self.restored is not None
@@ -403,11 +386,6 @@ class Session:
             self.run.record(kind, data)
         except (StoreError, Fenced) as error:
             log.error("the journal could not be told %r: %s", kind, error)
-
-
-def batches(args: TrainingArguments) -> Batches:
-    """How this training puts a step together."""
-    return Batches(args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
 
 
 def _check(trainer: Trainer) -> None:

@@ -235,6 +235,36 @@ def test_two_ranks_are_preempted_together_and_end_with_the_model_of_two_ranks_le
     assert by_step(first.lines()) | by_step(second.lines()) == by_step(peace.lines())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_on_another_number_of_ranks_each_step_keeps_its_samples_and_learning_rate(
+    launcher,  # type: ignore[no-untyped-def]
+    store: str,
+    tmp_path: Path,
+    before: int,
+    after: int,
+) -> None:
+    def ranks(count: int) -> list[str]:
+        return ["--multi_gpu", "--num_processes", "2"] if count == 2 else []
+
+    peace = launcher.plain(str(tmp_path / "peace"), "--dropout", "0", options=ranks(before))
+    assert peace.wait() == 0, peace.text()
+    first = launcher.plain(store, "--dropout", "0", options=ranks(before))
+    first.wait_for_step(3)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait() == 75, first.text()
+    second = launcher.plain(store, "--dropout", "0", options=ranks(after))
+    assert second.wait() == 0, second.text()
+    assert "The same samples, but not the same bits" in second.text()
+    undisturbed = {line["step"]: line for line in peace.lines()}
+    assert max(undisturbed) == second.step()
+    for line in second.lines():
+        assert line["learning_rate"] == undisturbed[line["step"]]["learning_rate"]
+        # Several ranks fill up the last step of an epoch with samples from its start; one rank doesn't.
+        exact = line["epoch"] < 1
+        assert float(line["loss"]) == pytest.approx(float(undisturbed[line["step"]]["loss"]), rel=1e-6 if exact else 1e-2)
+
+
 def test_the_journal_knows_the_machine_and_no_secret(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
     launch = launcher.start(store, [write("pass"), "--token", "hf_secret"], env={"AWS_SECRET_ACCESS_KEY": "very-secret"})
     assert launch.wait() == 0

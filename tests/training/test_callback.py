@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_spot import ConfigError, CorruptCheckpoint, Run, SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.arguments import SpotArguments as Settings
@@ -279,16 +280,30 @@ def test_what_can_not_be_resumed_is_refused_before_training(store: str, tmp_path
     assert Run(store).state().number == 0
 
 
-def test_another_batch_is_refused_with_the_setting_that_brings_it_back(store: str, tmp_path: Path) -> None:
+def test_another_accumulation_is_refused_with_the_setting_that_brings_it_back(store: str, tmp_path: Path) -> None:
     train_until_preempted(store, tmp_path / "one", 5)
     recorder = Recorder()
-    smaller = {"per_device_train_batch_size": 1}
     with pytest.raises(ConfigError, match="2 a device x 1 accumulated x 1 ranks = 2") as caught:
-        make_trainer(tmp_path / "two", SpotCallback(store, QUIET), recorder, **smaller).train()
-    assert "--gradient_accumulation_steps 2" in caught.value.hint
+        make_trainer(tmp_path / "two", SpotCallback(store, QUIET), recorder, gradient_accumulation_steps=2).train()
+    assert "--gradient_accumulation_steps 1" in caught.value.hint
     assert recorder.losses == {}
-    make_trainer(tmp_path / "three", SpotCallback(store, QUIET), recorder, gradient_accumulation_steps=2, **smaller).train()
-    assert list(recorder.losses) == list(range(6, STEPS + 1))
+
+
+def without_dropout() -> GPT2LMHeadModel:
+    none = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2, **none))
+
+
+def test_a_smaller_batch_is_accumulated_so_that_each_step_keeps_its_samples(store: str, tmp_path: Path) -> None:
+    settings = {"model": without_dropout, "num_train_epochs": 2}
+    undisturbed = make_trainer(tmp_path / "peace", **settings)
+    undisturbed.train()
+    train_until_preempted(store, tmp_path / "one", 17, **settings)
+    trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), per_device_train_batch_size=1, **settings)
+    assert trainer.train().global_step == undisturbed.state.global_step
+    assert (trainer.args.gradient_accumulation_steps, trainer.args.per_device_train_batch_size) == (2, 1)
+    for line, other in zip(trainer.state.log_history[:-1], undisturbed.state.log_history[:-1], strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
 
 
 def test_another_batch_can_be_accepted(store: str, tmp_path: Path) -> None:

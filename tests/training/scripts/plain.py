@@ -56,10 +56,12 @@ def main() -> None:
     parser.add_argument("--evaluate", default="no")
     parser.add_argument("--eval_steps", type=int, default=7)
     parser.add_argument("--best", action="store_true")
+    parser.add_argument("--dropout", type=float, default=0.1)
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=256, n_positions=32, n_embd=32, n_layer=1, n_head=2)  # dropout 0.1 by default
+    dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), options.dropout)
+    config = GPT2Config(vocab_size=256, n_positions=32, n_embd=32, n_layer=1, n_head=2, **dropout)
     arguments = TrainingArguments(
         output_dir=options.output_dir,
         per_device_train_batch_size=4,

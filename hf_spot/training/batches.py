@@ -1,0 +1,82 @@
+"""A run that goes on with another number of GPUs, or with smaller ones: each optimizer step keeps its samples."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import Trainer
+
+from hf_spot.errors import ConfigError
+from hf_spot.policy.resize import Batches, Fit, fit, keep_total, repair
+
+log = logging.getLogger("hf_spot")
+
+
+def batches(trainer: Trainer) -> Batches:
+    """How this training puts a step together, as Trainer counts it (``auto_find_batch_size`` and all)."""
+    args = trainer.args
+    micro_batch = trainer._train_batch_size
+    ranks = trainer.get_total_train_batch_size(args) // (micro_batch * args.gradient_accumulation_steps)
+    if args.accelerator_config.split_batches:
+        return Batches(micro_batch // ranks, args.gradient_accumulation_steps, ranks)
+    gpus = max(1, args.n_gpu)
+    return Batches(micro_batch // gpus, args.gradient_accumulation_steps, ranks * gpus)
+
+
+def to_details(made: Batches) -> dict[str, int]:
+    """What a commit records of them."""
+    return {
+        "per_device_train_batch_size": made.per_device,
+        "gradient_accumulation_steps": made.accumulation,
+        "data_parallel_size": made.world_size,
+    }
+
+
+def keep_samples(trainer: Trainer, details: dict[str, Any], *, allow_change: bool) -> None:
+    """Makes the steps of this launch hold the samples of those before: sets the accumulation, or the batch of a device.
+
+    Must be called on every rank, before ``train()`` does anything.
+
+    Args:
+        trainer: about to resume.
+        details: of the commit that it resumes from.
+        allow_change: go on with other samples.
+
+    Raises:
+        ConfigError: the samples of a step can't be kept.
+    """
+    args = trainer.args
+    if "per_device_train_batch_size" not in details:
+        return  # pushed by hand
+    ranks = details.get("data_parallel_size", details["world_size"])
+    before = Batches(details["per_device_train_batch_size"], details["gradient_accumulation_steps"], ranks)
+    now = batches(trainer)
+    if args.auto_find_batch_size and ranks == now.world_size:
+        now = Batches(before.per_device, now.accumulation, now.world_size)  # Trainer itself goes on with what it found
+    found = fit(before, now)
+    if found is Fit.REGROUPED:
+        log.warning("a step was %s, and is %s: the same samples, but not the same bits", before, now)
+    elif found is Fit.OTHER and allow_change:
+        log.warning("a step was %s, and is %s: steps, learning rate and data change", before, now)
+    elif found is Fit.OTHER:
+        kept = keep_total(before, now) if _may_change(trainer) else None
+        if kept is None:
+            raise ConfigError(
+                f"an optimizer step of this run is {before} samples; this launch would make it {now}",
+                hint=f"{repair(before, now) or 'another number of ranks'}; to change it all the same: --allow-batch-change",
+            )
+        _apply(trainer, kept)
+        log.warning("a step was %s, and would be %s: made %s. The same samples, but not the same bits", before, now, kept)
+
+
+def _may_change(trainer: Trainer) -> bool:
+    # Trainers with data loaders of their own (GRPO, sentence-transformers) and DeepSpeed have used the numbers already.
+    own_loader = type(trainer).get_train_dataloader is not Trainer.get_train_dataloader
+    return not own_loader and not trainer.is_deepspeed_enabled and not trainer.args.accelerator_config.split_batches
+
+
+def _apply(trainer: Trainer, made: Batches) -> None:
+    trainer.args.gradient_accumulation_steps = made.accumulation
+    trainer.args.per_device_train_batch_size = made.per_device
+    trainer._train_batch_size = trainer.args.train_batch_size
