@@ -43,6 +43,13 @@ class SpotArguments:
         default=600.0,
         metadata={"help": "At the end of training, how many seconds the last upload may take before giving up."},
     )
+    peer_timeout_s: float = field(
+        default=30.0,
+        metadata={
+            "help": "With several machines: seconds without a word after which one is taken for dead, and the others end "
+            "with 75."
+        },
+    )
     upload_workers: int = field(default=4, metadata={"help": "Files uploaded or downloaded at the same time."})
     allow_batch_change: bool = field(
         default=False,
@@ -79,5 +86,10 @@ class SpotArguments:
             raise ConfigError(f"save_total_limit={self.save_total_limit} must not be negative", hint="0 keeps all")
         if not self.drain_timeout_s > 0:
             raise ConfigError(f"drain_timeout_s={self.drain_timeout_s} must be positive")
+        if not self.peer_timeout_s >= 5:
+            raise ConfigError(
+                f"peer_timeout_s={self.peer_timeout_s} is less than 5: machines say each second that they live",
+                hint="--peer-timeout-s 30",
+            )
         if self.upload_workers < 1:
             raise ConfigError(f"upload_workers={self.upload_workers} must be at least 1")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
+import signal
 import socket
 import socketserver
 import threading
@@ -245,12 +246,13 @@ def _stamp(moment: datetime) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a FakeIMDS until Ctrl-C."""
+    """Runs a FakeIMDS until Ctrl-C. SIGUSR1 makes it announce an interruption at once."""
     parser = argparse.ArgumentParser(prog="python -m hf_spot.testing", description="EC2's metadata service, faked.")
     parser.add_argument("--interrupt-after", type=float, metavar="S", help="announce an interruption after S seconds")
     parser.add_argument("--in", dest="in_s", type=float, default=120, metavar="S", help="its notice in seconds (120)")
     arguments = parser.parse_args(argv)
     with FakeIMDS() as imds:
+        signal.signal(signal.SIGUSR1, lambda number, frame: imds.interrupt(arguments.in_s))
         print("\n".join(f"export {name}={value}" for name, value in imds.env().items()), flush=True)
         try:
             if arguments.interrupt_after is not None:

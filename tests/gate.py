@@ -17,9 +17,10 @@ class Gate:
 
     Args:
         endpoint: of the real server.
+        host: address to listen on.
     """
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, host: str = "127.0.0.1") -> None:
         self._upstream = urlsplit(endpoint).netloc
         self._pattern: re.Pattern[str] | None = None
         self._body = ""
@@ -48,8 +49,8 @@ class Gate:
             def handle_error(self, request: object, client_address: object) -> None:
                 """Clients are killed here: that they hang up is the point."""
 
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self._server = Server((host, 0), Handler)
+        self.endpoint = f"http://{host}:{self._server.server_port}"
 
     def close_at(self, request: str, *, body: str = "", after: bool = False, skip: int = 0) -> None:
         """Arms the gate.

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import socket
 import sys
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.commands.utils import CustomArgumentParser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
@@ -30,6 +32,15 @@ _MAX_RESTARTS_HELP = (
 
 
 @dataclass(frozen=True)
+class Machines:
+    """The machines of a launch: how many, which of them this is, and where machine 0 is."""
+
+    count: int = 1
+    rank: int = 0
+    main_ip: str = ""
+
+
+@dataclass(frozen=True)
 class Command:
     """What to run, and how.
 
@@ -39,6 +50,7 @@ class Command:
         max_restarts: as ``--max-restarts`` says.
         argv: the command that trains.
         environ: its environment, as accelerate wants it.
+        machines: that train together.
     """
 
     store: str
@@ -46,6 +58,7 @@ class Command:
     max_restarts: int
     argv: list[str]
     environ: dict[str, str]
+    machines: Machines = field(default_factory=lambda: Machines())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,7 +115,47 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
     else:
         command = [sys.executable, "-m", _BOOTSTRAP, *script]
         env = prepare_simple_launcher_cmd_env(args)[1]
-    return Command(store, arguments, args.max_restarts, command, env)
+    machines = _machines(args)
+    if machines.count > 1 and (interface := interface_to(machines.main_ip)):
+        # Where a machine's name stands for 127.0.1.1, as Debian has it, gloo would listen where nobody can reach it.
+        env.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return Command(store, arguments, args.max_restarts, command, env, machines)
+
+
+def interface_to(address: str) -> str | None:
+    """The network interface by which this machine reaches another one, or None."""
+    try:
+        family, *_, where = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(where)  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    found = [name for name, parts in psutil.net_if_addrs().items() if any(part.address == own for part in parts)]
+    return found[0] if found else None
+
+
+def _machines(args: argparse.Namespace) -> Machines:
+    count = args.num_machines or 1
+    if count == 1:
+        return Machines()
+    example = "--num_machines 2 --machine_rank 0 --main_process_ip 10.0.0.1 --main_process_port 29500"
+    if args.machine_rank is None or not args.main_process_ip:
+        raise ConfigError(
+            f"--num_machines {count}: --machine_rank and --main_process_ip must be named on every machine", hint=example
+        )
+    if not 0 <= args.machine_rank < count:
+        raise ConfigError(f"--machine_rank {args.machine_rank} is none of 0 to {count - 1}", hint=example)
+    if not _is_distributed(args):
+        raise ConfigError(
+            f"--num_machines {count} needs --multi_gpu, --use_fsdp or --use_deepspeed", hint=f"--multi_gpu {example}"
+        )
+    if args.num_processes % count:
+        raise ConfigError(
+            f"--num_processes {args.num_processes} counts the processes of all {count} machines, and must be a multiple of {count}",
+            hint=f"--num_processes {count}",
+        )
+    return Machines(count, int(args.machine_rank), args.main_process_ip)
 
 
 def _add_options(group: Any) -> None:
@@ -139,10 +192,6 @@ def _refuse_what_is_not_supported(args: argparse.Namespace, config: Any) -> None
     if args.tpu or sagemaker:
         raise ConfigError(
             "hf-spot launch does not know TPUs and SageMaker", hint="accelerate launch, and SpotCallback in the script"
-        )
-    if (args.num_machines or 1) > 1:
-        raise ConfigError(
-            f"--num_machines {args.num_machines}: training on several machines is not supported yet", hint="--num_machines 1"
         )
     if args.mpirun_hostfile:
         raise ConfigError("--mpirun_hostfile is not supported", hint="--multi_gpu --num_processes N")

@@ -16,14 +16,33 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hf_spot.errors import EXIT_FENCED, EXIT_FINISHED, EXIT_PREEMPTED, Fenced, SpotError, StoreError, StoreUnavailable
+from hf_spot.errors import (
+    EXIT_FENCED,
+    EXIT_FINISHED,
+    EXIT_PREEMPTED,
+    ConfigError,
+    Fenced,
+    SpotError,
+    StoreError,
+    StoreUnavailable,
+)
 from hf_spot.launch.command import Command, parse
+from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.process import ProcessTree
 from hf_spot.notices.detect import sources
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import SignalSource
 from hf_spot.notices.watcher import Watcher
-from hf_spot.policy.restarts import Verdict, judge, may_restart, patience_s, pause_s
+from hf_spot.policy.restarts import (
+    LAST_WORD_S,
+    MEETING_S,
+    Verdict,
+    judge,
+    may_restart,
+    outlives_s,
+    patience_s,
+    pause_s,
+)
 from hf_spot.run.journal import RunState
 from hf_spot.run.run import Run
 from hf_spot.runtime import Runtime, StepCounter
@@ -98,6 +117,8 @@ class Supervisor:
         self._notice: PreemptionNotice | None = None
         self._runtime: Runtime | None = None
         self._telling: list[threading.Thread] = []
+        self._machines = command.machines
+        self._peers: Peers | None = None
 
     def supervise(self) -> int:
         """Until the end; the exit code of ``hf-spot launch``."""
@@ -130,7 +151,53 @@ class Supervisor:
     # -- one launch ---------------------------------------------------------------------------------------------------
 
     def _launch_once(self) -> tuple[Verdict, int]:
-        epoch = self._run.claim(_about_this_machine())
+        met = self._meet()
+        if met is None:
+            return Verdict.PREEMPTED, EXIT_PREEMPTED
+        epoch, self._peers = met
+        try:
+            verdict, code = self._train(epoch)
+            if self._peers is not None:
+                self._peers.tell(self._machines.rank, verdict, code)
+            return verdict, code
+        finally:
+            if self._peers is not None:
+                self._peers.close()
+
+    def _meet(self) -> tuple[int, Peers | None] | None:
+        """Takes the run, together with the other machines if there are any: the epoch; None when a notice came first."""
+        machines, arguments = self._machines, self._command.arguments
+        about = _about_this_machine()
+        if machines.count == 1:
+            return self._run.claim(about), None
+        try:
+            if machines.rank == 0:
+                host = Host(machines.count)
+                epoch = self._run.claim({**about, "machines": machines.count})
+                self._run.invite(host.invitation)
+                peers = host.meet(self._heard.wait, arguments.peer_timeout_s, MEETING_S)
+                return None if peers is None else (epoch, peers)
+            found = join(
+                machines.rank,
+                machines.count,
+                machines.main_ip,
+                self._run.invitation,
+                self._heard.wait,
+                arguments.peer_timeout_s,
+                MEETING_S,
+            )
+            if found is not None:
+                self._run.adopt(found[0])
+            return found
+        except TimeoutError as error:
+            log.error("%s", error)
+            return None
+        except Refused as error:
+            raise ConfigError(
+                f"machine 0 does not take this one: {error}", hint="the same --num_machines everywhere"
+            ) from error
+
+    def _train(self, epoch: int) -> tuple[Verdict, int]:
         log.info("launch %d of %s", epoch, self._run.url)
         directory = Path(tempfile.mkdtemp(prefix="hf_spot-"))
         runtime = Runtime(self._run.url, epoch, directory, self._command.arguments)
@@ -149,6 +216,7 @@ class Supervisor:
             shutil.rmtree(directory, ignore_errors=True)
 
     def _wait(self, tree: ProcessTree, runtime: Runtime) -> int:
+        alone_since: float | None = None
         while (code := tree.wait(_TICK_S)) is None:
             if self._impatient:
                 log.warning("interrupted twice: killing the training process")
@@ -156,6 +224,13 @@ class Supervisor:
             if self._heard.is_set() and self._clock() - self._heard_at > self._patience_s(runtime):
                 log.error("the training process did not end in time: killing it")
                 return EXIT_PREEMPTED
+            if self._peers is not None and (ended := self._peers.ended()) is not None:
+                if alone_since is None:
+                    alone_since = self._clock()
+                    log.warning("machine %d: %s", ended.machine, ended.verdict.value)
+                if self._clock() - alone_since > outlives_s(ended.verdict, self._command.arguments.drain_timeout_s):
+                    log.error("the training can't go on without machine %d: killing it", ended.machine)
+                    return ended.code or EXIT_PREEMPTED
         return code
 
     def _patience_s(self, runtime: Runtime) -> float:
@@ -182,9 +257,17 @@ class Supervisor:
         except StoreError as error:
             log.error("%s can't be read after the training: %s", self._run.url, error)
             state = None
-        fenced = state is not None and state.epoch > runtime.epoch
-        verdict = judge(code, state.ended if state else None, fenced=fenced, noticed=self._heard.is_set())
-        if state is not None and not fenced:
+        newer = state is not None and state.epoch > runtime.epoch
+        fenced = newer and self._machines.rank == 0  # on the others it may be machine 0's next launch, which they join
+        other = None
+        if self._peers is not None:
+            spoken = code in (EXIT_FINISHED, EXIT_PREEMPTED, EXIT_FENCED)
+            other = self._peers.ended(0.0 if spoken else LAST_WORD_S)
+        lost = other is not None and other.verdict in (Verdict.LOST, Verdict.PREEMPTED)
+        ended = state.ended if state is not None and not newer else None
+        verdict = judge(code, ended, fenced=fenced, noticed=self._heard.is_set(), lost=lost)
+        main_lost = other is not None and other.machine == 0 and other.verdict is Verdict.LOST
+        if state is not None and not newer and (self._machines.rank == 0 or main_lost):
             self._write_ending(verdict, state, code, StepCounter.read(runtime.step_path))
         if verdict is Verdict.FENCED:
             log.error("a newer launch owns %s; this one has ended", self._run.url)

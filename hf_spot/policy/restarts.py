@@ -19,9 +19,15 @@ class Verdict(str, Enum):
     PREEMPTED = "preempted"
     FENCED = "fenced"
     FAILED = "failed"
+    LOST = "lost"  # of another machine only: it went without a word
 
 
-def judge(exit_code: int, ended: str | None, *, fenced: bool, noticed: bool) -> Verdict:
+MEETING_S = 1800.0  # a machine that is replaced may take its time
+LAST_WORD_S = 3.0  # a training that failed because of another machine may end before that one's launcher says so
+_NEIGHBOUR_FAILED_S = 5.0
+
+
+def judge(exit_code: int, ended: str | None, *, fenced: bool, noticed: bool, lost: bool = False) -> Verdict:
     """How a launch ended.
 
     The journal counts more than the exit code: torchrun turns every code into 1, and a script may catch `SystemExit`.
@@ -31,6 +37,7 @@ def judge(exit_code: int, ended: str | None, *, fenced: bool, noticed: bool) -> 
         ended: what the launch's own workers wrote into the journal, if anything.
         fenced: a newer launch owns the run.
         noticed: a TERMINATE was heard.
+        lost: another machine of this launch went without a word.
     """
     if fenced or exit_code == EXIT_FENCED:
         return Verdict.FENCED
@@ -38,7 +45,19 @@ def judge(exit_code: int, ended: str | None, *, fenced: bool, noticed: bool) -> 
         return Verdict.PREEMPTED
     if exit_code == EXIT_FINISHED:
         return Verdict.FINISHED
-    return Verdict.PREEMPTED if noticed else Verdict.FAILED
+    return Verdict.PREEMPTED if noticed or lost else Verdict.FAILED
+
+
+def outlives_s(other: Verdict, drain_timeout_s: float) -> float:
+    """How many seconds the training of this machine may run on when that of another machine has ended.
+
+    Args:
+        other: how it ended there.
+        drain_timeout_s: the patience for the last upload.
+    """
+    if other is Verdict.LOST:
+        return 0.0
+    return _NEIGHBOUR_FAILED_S if other in (Verdict.FAILED, Verdict.FENCED) else drain_timeout_s + LATE_S
 
 
 def may_restart(exit_code: int, fruitless: int, max_restarts: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -93,3 +93,19 @@ def missing_for_resume(paths: Iterable[str], world_size: int) -> list[str]:
     else:
         needed |= {f"rng_state_{rank}.pth": rf"rng_state_{rank}\.pth" for rank in range(world_size)}
     return [label for label, pattern in needed.items() if not any(re.fullmatch(pattern, name) for name in names)]
+
+
+# What one rank alone reads: Trainer's random states, what hf_spot adds to them, and DeepSpeed's shards.
+_OF_ONE_RANK = re.compile(
+    r"(?:.*/)?(?:rng_state_(\d+)\.pth|random_states/[^/]*_(\d+)\.[a-z]+|[a-z0-9_]*zero_pp_rank_(\d+)_[^/]*)"
+)
+
+
+def needed_by(files: Iterable[FileEntry], ranks: Collection[int]) -> tuple[FileEntry, ...]:
+    """The files that a machine with these ranks reads when it resumes: all but those of other ranks alone."""
+
+    def needed(path: str) -> bool:
+        match = _OF_ONE_RANK.fullmatch(path)
+        return match is None or int(next(group for group in match.groups() if group is not None)) in ranks
+
+    return tuple(file for file in files if needed(file.path))

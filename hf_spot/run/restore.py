@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from hf_spot.errors import CorruptCheckpoint, IncompleteCheckpoint, ObjectNotFound
@@ -20,36 +20,30 @@ _MARKER = ".hf_spot/run"
 
 
 def restore_newest(
-    run: Run,
-    output_dir: Path,
-    stage: int,
-    *,
-    progress: Callable[[int], Progress | None] = lambda size_bytes: None,
+    refs: Sequence[CheckpointRef], bring_one: Callable[[CheckpointRef], tuple[Checkpoint, Path]], url: str
 ) -> tuple[Checkpoint, Path] | None:
-    """The newest checkpoint of a stage that is whole, as ``output_dir/checkpoint-<step>``; None when the stage has none.
+    """The newest of these checkpoints that is whole, as a local folder; None when there are none.
 
     A commit whose files are damaged or gone is reported, and the one before it is taken.
 
     Args:
-        run: to read from.
-        output_dir: the Trainer's.
-        stage: which call of ``trainer.train()``.
-        progress: makes a progress callback for a download of so many bytes.
+        refs: oldest commit first.
+        bring_one: brings one to this machine (see `bring`), or to all that train together.
+        url: of the run, for what is said.
 
     Raises:
         CorruptCheckpoint: there are commits, and none of them is whole. Starting afresh in silence would lose the run.
         StoreError: the store could not be asked.
     """
-    refs = [ref for ref in run.state().checkpoints if ref.stage == stage]
     for ref in reversed(refs):
         try:
-            return bring(run, ref, output_dir, progress=progress)
+            return bring_one(ref)
         except (CorruptCheckpoint, IncompleteCheckpoint, ObjectNotFound) as error:
             log.error("checkpoint-%d of launch %d can't be restored, trying the one before: %s", ref.step, ref.epoch, error)
     if refs:
         raise CorruptCheckpoint(
-            f"none of the {len(refs)} checkpoints of {run.url} is whole",
-            hint=f"hf-spot checkpoints verify {run.url}; to start afresh: trainer.train(resume_from_checkpoint=False)",
+            f"none of the {len(refs)} checkpoints of {url} is whole",
+            hint=f"hf-spot checkpoints verify {url}; to start afresh: trainer.train(resume_from_checkpoint=False)",
         )
     return None
 
@@ -59,14 +53,28 @@ def bring(
     ref: CheckpointRef,
     output_dir: Path,
     *,
+    ranks: Collection[int] | None = None,
+    world_size: int = 1,
     progress: Callable[[int], Progress | None] = lambda size_bytes: None,
 ) -> tuple[Checkpoint, Path]:
-    """One commit as a local folder: the one that is there if it is the same to the byte, else downloaded and verified."""
+    """One commit as the folder ``output_dir/checkpoint-<step>``: the one that is there if it is the same to the byte, else
+    downloaded and verified.
+
+    Args:
+        run: to read from.
+        ref: the commit.
+        output_dir: the Trainer's.
+        ranks: that read this disk, when not all do: only what they need is fetched.
+        world_size: ranks in all. If there were others when it was saved, everything is fetched.
+        progress: makes a progress callback for a download of so many bytes.
+    """
     checkpoint = run.checkpoint(ref)
     folder = output_dir / checkpoint.name
-    if folder.exists() and (problems := run.compare(checkpoint, folder)):
+    if checkpoint.details.get("world_size") != world_size:
+        ranks = None
+    if folder.exists() and (problems := run.compare(checkpoint, folder, ranks=ranks)):
         set_aside(folder, problems[0])
-    return checkpoint, run.fetch(checkpoint, output_dir, progress=progress(ref.size_bytes))
+    return checkpoint, run.fetch(checkpoint, output_dir, ranks=ranks, progress=progress(ref.size_bytes))
 
 
 def set_aside(folder: Path, why: str) -> Path:

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from hf_spot.errors import ConfigError, CorruptCheckpoint, IncompleteCheckpoint, NoCheckpoint
+from hf_spot.errors import ConfigError, CorruptCheckpoint, IncompleteCheckpoint, NoCheckpoint, ObjectNotFound
 from hf_spot.policy.retention import to_prune
 from hf_spot.run import transfer
 from hf_spot.run.journal import CheckpointRef, Entry, Journal, RunState
-from hf_spot.run.manifest import FileEntry, difference, files_in, missing_for_resume
+from hf_spot.run.manifest import FileEntry, difference, files_in, missing_for_resume, needed_by
 from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import probe
 from hf_spot.storage.store import ObjectStore, Progress
 
 log = logging.getLogger("hf_spot")
 
+_PARTS = ".parts"
 _EPOCH_FOLDER = re.compile(r"^e(\d{4,})/")
 
 
@@ -58,7 +60,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class CommitRequest:
-    """What is to be said about a checkpoint when it is committed; `Checkpoint` gives the meanings."""
+    """What is to be said about a checkpoint when it is committed; `Checkpoint` gives the meanings.
+
+    ``part`` of ``parts``: which disk's files these are, when a training's machines each write to their own.
+    """
 
     step: int
     stage: int = 1
@@ -67,6 +72,8 @@ class CommitRequest:
     best_step: int | None = None
     world_size: int = 1
     details: dict[str, Any] | None = None
+    part: int = 0
+    parts: int = 1
 
 
 class Run:
@@ -144,11 +151,14 @@ class Run:
         """
         return self.fetch(self.find(step), Path(into), progress=progress)
 
-    def fetch(self, checkpoint: Checkpoint, into: Path, *, progress: Progress | None = None) -> Path:
-        """`pull` for a checkpoint in hand."""
+    def fetch(
+        self, checkpoint: Checkpoint, into: Path, *, ranks: Collection[int] | None = None, progress: Progress | None = None
+    ) -> Path:
+        """`pull` for a checkpoint in hand; with ``ranks`` only what these ranks need to resume."""
         folder = into / checkpoint.name
+        files = checkpoint.files if ranks is None else needed_by(checkpoint.files, ranks)
         if folder.exists():
-            problems = self.compare(checkpoint, folder)
+            problems = self.compare(checkpoint, folder, ranks=ranks)
             if not problems:
                 return folder
             raise CorruptCheckpoint(
@@ -159,12 +169,14 @@ class Run:
         missing = missing_for_resume((file.path for file in checkpoint.files), checkpoint.details.get("world_size", 1))
         if missing and checkpoint.reason != "push":
             raise IncompleteCheckpoint(f"{checkpoint.name} of {self.url} lacks {', '.join(missing)}")
-        transfer.download(self.store, checkpoint.ref.prefix, checkpoint.files, folder, workers=self._workers, progress=progress)
+        transfer.download(self.store, checkpoint.ref.prefix, files, folder, workers=self._workers, progress=progress)
         return folder
 
-    def compare(self, checkpoint: Checkpoint, folder: Path) -> list[str]:
-        """How a local folder differs from a commit, in words; an empty list when its files are the same to the byte."""
-        return [problem for file in checkpoint.files if (problem := difference(folder, file))]
+    def compare(self, checkpoint: Checkpoint, folder: Path, *, ranks: Collection[int] | None = None) -> list[str]:
+        """How a local folder differs from a commit (for ``ranks``, from what they need), in words; an empty list when its
+        files are the same to the byte."""
+        files = checkpoint.files if ranks is None else needed_by(checkpoint.files, ranks)
+        return [problem for file in files if (problem := difference(folder, file))]
 
     def verify(self, step: int | None = None, *, progress: Progress | None = None) -> dict[int, list[str]]:
         """Reads every file of the checkpoints (or of one step's) back: problems by entry number, empty lists when whole."""
@@ -218,16 +230,54 @@ class Run:
         Raises:
             IncompleteCheckpoint: a file that a resume needs is missing.
         """
-        missing = missing_for_resume(files_in(folder), request.world_size)
-        if missing and request.reason != "push":
-            raise IncompleteCheckpoint(
-                f"{folder} lacks {', '.join(missing)}: it can't be resumed from and is not committed",
-                hint="TrainingArguments(save_only_model=False)",
-            )
+        if request.parts == 1:
+            _check_whole(request, files_in(folder), folder)
         return transfer.upload(self.store, folder, self._prefix(request), workers=self._workers, progress=progress)
 
+    def hand_in(self, request: CommitRequest, files: list[FileEntry] | None) -> None:
+        """Tells machine 0 that a part of a checkpoint is in place, or with None that it never will be."""
+        told = {"files": None if files is None else [asdict(file) for file in files]}
+        self.store.put(f"{self._prefix(request)}/{_PARTS}/{request.part}.json", json.dumps(told).encode())
+
+    def other_parts(self, request: CommitRequest) -> list[FileEntry] | None:
+        """The files that all other machines have handed in; None while somebody's are not there yet.
+
+        Raises:
+            IncompleteCheckpoint: a machine has given its part up.
+        """
+        found: list[FileEntry] = []
+        for part in range(1, request.parts):
+            try:
+                told = json.loads(self.store.get(f"{self._prefix(request)}/{_PARTS}/{part}.json"))
+            except ObjectNotFound:
+                return None
+            if told["files"] is None:
+                raise IncompleteCheckpoint(f"checkpoint-{request.step}: machine {part} went on to a newer one")
+            found += [FileEntry(**file) for file in told["files"]]
+        return found
+
+    def invite(self, invitation: dict[str, Any]) -> None:
+        """Puts down where the other machines of this launch find machine 0."""
+        self.store.put(_invitation_key(self.epoch), json.dumps(invitation).encode())
+
+    def invitation(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest epoch and the invitation of its machine 0, if there is one."""
+        epoch = self.state().epoch
+        try:
+            found = json.loads(self.store.get(_invitation_key(epoch)))
+        except (ObjectNotFound, ValueError):
+            return None
+        return (epoch, found) if isinstance(found, dict) else None
+
     def commit(self, request: CommitRequest, files: list[FileEntry], *, id: str | None = None) -> Entry:
-        """Makes an uploaded checkpoint exist. ``id``: the same one when repeating after a lost answer. Raises Fenced."""
+        """Makes an uploaded checkpoint exist. ``id``: the same one when repeating after a lost answer.
+
+        Raises:
+            Fenced: a newer launch owns the run.
+            IncompleteCheckpoint: a file that a resume needs is missing.
+        """
+        if request.parts > 1:
+            _check_whole(request, [file.path for file in files], self._prefix(request))
         data = {
             "step": request.step,
             "stage": request.stage,
@@ -302,3 +352,16 @@ class Run:
         details = dict(entry.data)
         files = tuple(FileEntry(**file) for file in details.pop("files"))
         return Checkpoint(ref=ref, time=entry.time, reason=details["reason"], files=files, details=details)
+
+
+def _invitation_key(epoch: int) -> str:
+    return f"e{epoch:04d}/meeting.json"
+
+
+def _check_whole(request: CommitRequest, paths: Iterable[str], where: object) -> None:
+    missing = missing_for_resume(paths, request.world_size)
+    if missing and request.reason != "push":
+        raise IncompleteCheckpoint(
+            f"{where} lacks {', '.join(missing)}: it can't be resumed from and is not committed",
+            hint="TrainingArguments(save_only_model=False)",
+        )

@@ -14,13 +14,14 @@ from pathlib import Path
 from hf_spot.errors import Fenced, SpotError, StoreError
 from hf_spot.run import transfer
 from hf_spot.run.journal import Entry
-from hf_spot.run.manifest import files_in
+from hf_spot.run.manifest import FileEntry, files_in
 from hf_spot.run.run import CommitRequest, Run
 
 log = logging.getLogger("hf_spot")
 
 _FIRST_RETRY_S = 1.0
 _LONGEST_RETRY_S = 30.0
+_PART_POLL_S = 0.5
 
 
 class _Cancelled(Exception):
@@ -51,6 +52,7 @@ class Uploader:
         pins: folder for the hard links, on the filesystem of the checkpoints; made when needed, removed by `close`.
         save_total_limit: given to `Run.prune` after each commit.
         on_commit: called after each commit, from the uploader's thread.
+        keeps_house: deletes what earlier launches left; one uploader of a launch does.
         clock: seconds, monotonic.
     """
 
@@ -61,15 +63,18 @@ class Uploader:
         *,
         save_total_limit: int | None = 3,
         on_commit: Callable[[Entry], None] = lambda entry: None,
+        keeps_house: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run = run
         self._pins = pins
         self._save_total_limit = save_total_limit
         self._on_commit = on_commit
+        self._keeps_house = keeps_house
         self._clock = clock
         self._changed = threading.Condition()
         self._waiting: list[_Job] = []
+        self._given_up: list[CommitRequest] = []
         self._current: _Job | None = None
         self._moved_bytes = 0
         self._cancel = False
@@ -151,7 +156,8 @@ class Uploader:
     # -- the thread ---------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        self._tidy()
+        if self._keeps_house:
+            self._tidy()
         retry_s = _FIRST_RETRY_S
         while (job := self._take()) is not None:
             failed = self._attempt(job)
@@ -168,6 +174,8 @@ class Uploader:
                     self._discard(job)  # the newer one catches up
                 else:
                     self._waiting.insert(0, job)
+                if failed is not None and job not in self._waiting:
+                    self._note_given_up(job)
                 self._changed.notify_all()
                 if failed is not None and not self._closing and self._waiting:
                     # A new submission or a drain ends the wait early.
@@ -189,9 +197,15 @@ class Uploader:
         name = f"checkpoint-{job.request.step}"
         try:
             began = self._clock()
+            while self._given_up:
+                self._run.hand_in(self._given_up[0], None)
+                self._given_up.pop(0)
             files = self._run.upload(job.folder, job.request, progress=self._moved)
-            details = {**(job.request.details or {}), "upload_s": round(self._clock() - began, 3)}
-            entry = self._run.commit(replace(job.request, details=details), files, id=job.id)
+            if job.request.part:
+                self._run.hand_in(job.request, files)
+                entry = None
+            else:
+                entry = self._commit(job, files, self._clock() - began)
             took_s = max(self._clock() - began, 1e-6)
         except _Cancelled:
             log.warning("the upload of %s was given up for a more urgent one", name)
@@ -206,9 +220,18 @@ class Uploader:
             log.exception("%s can't be committed", name)
             return error
         self._bytes_per_s = job.size_bytes / took_s
-        log.info("%s committed to %s: %.1f MB in %.2f s", name, self._run.url, job.size_bytes / 1e6, took_s)
-        self._after_commit(entry)
+        if entry is not None:
+            log.info("%s committed to %s: %.1f MB in %.2f s", name, self._run.url, job.size_bytes / 1e6, took_s)
+            self._after_commit(entry)
         return None
+
+    def _commit(self, job: _Job, files: list[FileEntry], upload_s: float) -> Entry:
+        while (others := self._run.other_parts(job.request)) is None:
+            self._moved(0)  # may end the wait
+            with self._changed:
+                self._changed.wait(_PART_POLL_S)
+        details = {**(job.request.details or {}), "upload_s": round(upload_s, 3)}
+        return self._run.commit(replace(job.request, details=details), files + others, id=job.id)
 
     def _after_commit(self, entry: Entry) -> None:
         try:
@@ -236,6 +259,11 @@ class Uploader:
     def _drop(self, job: _Job) -> None:
         self._waiting.remove(job)
         self._discard(job)
+        self._note_given_up(job)
+
+    def _note_given_up(self, job: _Job) -> None:
+        if job.request.part:
+            self._given_up.append(job.request)  # machine 0 waits for it
 
     def _discard(self, job: _Job) -> None:
         shutil.rmtree(job.folder, ignore_errors=True)

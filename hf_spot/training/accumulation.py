@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import Trainer
@@ -33,7 +34,7 @@ class Accumulation:
         self._clock = clock
         self._buffers: list[torch.Tensor] | None = None
         self._before: list[torch.Tensor] = []
-        self._counted = (0.0, 0)
+        self._counted: tuple[Any, Any] = (0.0, 0)
         self._began = 0.0
         self._done = 0
 

@@ -79,6 +79,27 @@ class Agreement:
         result: T = outcome[0]
         return result
 
+    def gather(self, value: T) -> list[T]:
+        """What every rank brings, in the order of ranks."""
+        if self._group is None:
+            return [value]
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def together(self, act: Callable[[], T]) -> T:
+        """Every rank acts; when one fails all do, with its own error or the first rank's that has one."""
+        outcome: list[Any] = [None, None]
+        try:
+            outcome[0] = act()
+        except BaseException as error:  # the others wait for this word, whatever it is
+            outcome[1] = error
+        errors = [error for error in self.gather(outcome[1]) if error is not None]
+        if errors:
+            raise outcome[1] or errors[0]
+        result: T = outcome[0]
+        return result
+
     def barrier(self) -> None:
         """Returns when every rank has called it."""
         if self._group is not None:

@@ -18,7 +18,7 @@ def batches(trainer: Trainer) -> Batches:
     args = trainer.args
     micro_batch = trainer._train_batch_size
     ranks = trainer.get_total_train_batch_size(args) // (micro_batch * args.gradient_accumulation_steps)
-    if args.accelerator_config.split_batches:
+    if _splits(trainer):
         return Batches(micro_batch // ranks, args.gradient_accumulation_steps, ranks)
     gpus = max(1, args.n_gpu)
     return Batches(micro_batch // gpus, args.gradient_accumulation_steps, ranks * gpus)
@@ -73,7 +73,12 @@ def keep_samples(trainer: Trainer, details: dict[str, Any], *, allow_change: boo
 def _may_change(trainer: Trainer) -> bool:
     # Trainers with data loaders of their own (GRPO, sentence-transformers) and DeepSpeed have used the numbers already.
     own_loader = type(trainer).get_train_dataloader is not Trainer.get_train_dataloader
-    return not own_loader and not trainer.is_deepspeed_enabled and not trainer.args.accelerator_config.split_batches
+    return not own_loader and not trainer.is_deepspeed_enabled and not _splits(trainer)
+
+
+def _splits(trainer: Trainer) -> bool:
+    config: Any = trainer.args.accelerator_config
+    return bool(config.split_batches)
 
 
 def _apply(trainer: Trainer, made: Batches) -> None:

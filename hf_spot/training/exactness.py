@@ -196,7 +196,7 @@ def _capture() -> dict[str, Any]:
 
 
 def _capture_gpus() -> dict[str, Any]:
-    return {"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else {}
+    return {"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {}
 
 
 def _set(state: dict[str, Any]) -> None:

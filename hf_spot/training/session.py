@@ -6,13 +6,15 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, Fenced, SpotError, StoreError, TrainingPreempted
@@ -21,6 +23,7 @@ from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.watcher import Watcher
 from hf_spot.policy.preemption import Action, Decision, Measured, decide, leaves_step
 from hf_spot.policy.restarts import patience_s
+from hf_spot.run.journal import CheckpointRef
 from hf_spot.run.progress import bar
 from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, set_aside_uncommitted, sweep
 from hf_spot.run.run import Checkpoint, CommitRequest, Run
@@ -28,12 +31,15 @@ from hf_spot.run.upload import Uploader
 from hf_spot.runtime import Runtime, StepCounter
 from hf_spot.training.agreement import Agreement
 from hf_spot.training.batches import keep_samples
+from hf_spot.training.disks import find_disk
 from hf_spot.training.exactness import RandomStates
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 log = logging.getLogger("hf_spot")
+
+T = TypeVar("T")
 
 _NEVER = 1e18  # seconds, for a notice that names no deadline
 
@@ -74,6 +80,7 @@ class Session:
         self._url = url
         self.stage = _finished_stages[url] + 1
         self.agreement = Agreement(trainer.args.world_size)
+        self.disk = find_disk(self.agreement, trainer.args.process_index, trainer.args.local_process_index, self.output_dir)
         self.run = Run(url, allow_unfenced_store=arguments.allow_unfenced_store, workers=arguments.upload_workers)
         self.restored: Checkpoint | None = None
         self.best_folder: Path | None = None
@@ -102,12 +109,25 @@ class Session:
             TrainingPreempted: the machine is going already.
         """
         self._listen()
-        folder, self.restored = self.agreement.from_main(lambda: (self._begin_on_main(resume_from_checkpoint), self.restored))
-        if self.restored is not None and not self.restored.ref.complete:
-            keep_samples(self.trainer, self.restored.details, allow_change=self._arguments.allow_batch_change)
+        self._follow(self.agreement.from_main(self._claim))
+        found = self._restore(resume_from_checkpoint)
+        if found is not None:
+            self.restored = found[0]
+        self._clear_away(found)
+        if self.restored is None or not self.restored.ref.complete:
+            self._follow(self.agreement.from_main(self._claim_if_finished))
+            self._start_uploader()
+        if self.restored is not None:
+            self._bring_best()
+            log.info("going on from step %d, committed by launch %d", self.restored.step, self.restored.ref.epoch)
+            if not self.restored.ref.complete:
+                keep_samples(self.trainer, self.restored.details, allow_change=self._arguments.allow_batch_change)
         if self.is_going():
             self.leave()
-        return folder
+        if found is not None:
+            return str(found[1])
+        foreign: str | None = self.agreement.from_main(lambda: self._foreign(resume_from_checkpoint))
+        return foreign
 
     def is_going(self) -> bool:
         """Whether any rank has heard that its machine goes; all ranks must ask, and get the same answer."""
@@ -127,67 +147,98 @@ class Session:
             self._record("preempted", {"step": step, "committed_step": step, "why": "before the first step"})
         raise TrainingPreempted("the machine is going; nothing was trained in this launch", step=step or None)
 
-    def _begin_on_main(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        self._claim()
-        sweep(self.output_dir)
-        own = _is_own(resume_from_checkpoint, self.output_dir)
-        found = None
-        if resume_from_checkpoint is not False:
-            found = restore_newest(self.run, self.output_dir, self.stage, progress=partial(bar, "restore"))
-            if found is None and own and not holds_own_checkpoints(self.run, self.output_dir):
-                own = False  # checkpoints from before hf_spot: Trainer's business
-        set_aside_uncommitted(self.run, self.output_dir, found[0].step if found else 0)
-        if not (found and found[0].ref.complete):
-            self._start_uploader()
-        if found is None:
-            if resume_from_checkpoint is True and not any(self.output_dir.glob("checkpoint-*")):
-                return None
-            return None if own or resume_from_checkpoint in (None, False) else resume_from_checkpoint  # type: ignore[return-value]
-        self.restored, folder = found
-        self._bring_best()
-        log.info("going on from step %d, committed by launch %d", self.restored.step, self.restored.ref.epoch)
-        return str(folder)
-
-    def _claim(self) -> None:
+    def _claim(self) -> int:
         if self._runtime is not None:
             self.run.adopt(self._runtime.epoch)
-            return
-        state = self.run.state()
-        newest = state.latest(self.stage)
-        if newest is not None and newest.complete:
-            return  # nothing to train, so nothing to write
-        self._claim_anew()
+        else:
+            newest = self.run.state().latest(self.stage)
+            if newest is None or not newest.complete:  # else there is nothing to train, so nothing to write
+                self._claim_anew()
+        return self.run.epoch
+
+    def _claim_if_finished(self) -> int:
+        if self.run.epoch == 0:  # a finished run was asked to train again
+            self._claim_anew()
+        return self.run.epoch
 
     def _claim_anew(self) -> None:
         about = {"by": "SpotCallback", "hostname": os.uname().nodename, "pid": os.getpid(), "stage": self.stage}
         log.info("launch %d of %s", self.run.claim(about), self.run.url)
 
+    def _follow(self, epoch: int) -> None:
+        """The leaders of other disks write under the claim of rank 0."""
+
+        def adopt() -> None:
+            if self.disk.leads and epoch and self.run.epoch != epoch:
+                if self.run.state().epoch < epoch:
+                    raise ConfigError(
+                        f"{os.uname().nodename} does not see launch {epoch} in {self.run.url}: the machines need one store",
+                        hint="--store s3://bucket/prefix, or a directory on a file system that all machines share",
+                    )
+                self.run.adopt(epoch)
+
+        self.agreement.together(adopt)
+
+    def _on_each_disk(self, act: Callable[[], T]) -> T:
+        """The leader of each disk acts; every rank gets what rank 0's act gave."""
+        result = self.agreement.together(lambda: act() if self.disk.leads else None)
+        return self.agreement.from_main(lambda: cast(T, result))
+
+    def _restore(self, resume_from_checkpoint: str | bool | None) -> tuple[Checkpoint, Path] | None:
+        self._on_each_disk(lambda: sweep(self.output_dir))
+        if resume_from_checkpoint is False:
+            return None
+        refs = self.agreement.from_main(lambda: [ref for ref in self.run.state().checkpoints if ref.stage == self.stage])
+        return restore_newest(refs, lambda ref: self._bring(ref, "restore"), self.run.url)
+
+    def _bring(self, ref: CheckpointRef, label: str) -> tuple[Checkpoint, Path]:
+        args = self.trainer.args
+        ranks = None if self.disk.count == 1 else self.disk.ranks
+        return self._on_each_disk(
+            lambda: bring(self.run, ref, self.output_dir, ranks=ranks, world_size=args.world_size, progress=partial(bar, label))
+        )
+
+    def _clear_away(self, found: tuple[Checkpoint, Path] | None) -> None:
+        self._had_own = self.agreement.from_main(lambda: holds_own_checkpoints(self.run, self.output_dir))
+        step = found[0].step if found else 0
+        self._on_each_disk(lambda: set_aside_uncommitted(self.run, self.output_dir, step))
+
+    def _foreign(self, resume_from_checkpoint: Any) -> Any:
+        """What Trainer shall resume from when the run has nothing: a checkpoint from before hf_spot is Trainer's business."""
+        if resume_from_checkpoint is True and not any(self.output_dir.glob("checkpoint-*")):
+            return None
+        own = _is_own(resume_from_checkpoint, self.output_dir) and self._had_own
+        return None if own or resume_from_checkpoint in (None, False) else resume_from_checkpoint
+
     def _start_uploader(self) -> None:
-        if self.run.epoch == 0:  # a finished run was asked to train again
-            self._claim_anew()
+        if not self.disk.leads:
+            return
         self._uploader = Uploader(
             self.run,
             self.output_dir / ".hf_spot" / f"pins-{self.run.epoch}-{self.stage}",
             save_total_limit=self._arguments.save_total_limit,
+            keeps_house=self.agreement.is_main,
         )
         self._closed.callback(self._uploader.close)
 
     def _bring_best(self) -> None:
         assert self.restored is not None
         args = self.trainer.args
-        refs = [ref for ref in self.run.journal.state.checkpoints if ref.stage == self.stage and ref.best]
-        if not args.load_best_model_at_end or not refs:
+        bests = [ref for ref in self.run.journal.state.checkpoints if ref.stage == self.stage and ref.best]
+        best = self.agreement.from_main(lambda: bests[0] if bests else None)
+        if not args.load_best_model_at_end or best is None:
             return
-        if refs[0].step == self.restored.step:
+        if best.step == self.restored.step:
             self.best_folder = self.output_dir / self.restored.name
             return
         try:
-            _, self.best_folder = bring(self.run, refs[0], self.output_dir, progress=partial(bar, "restore best"))
+            _, self.best_folder = self._bring(best, "restore best")
         except SpotError as error:
             log.error("the best checkpoint so far can't be restored; a later one will be taken for the best: %s", error)
         else:
             # Rotation goes by modification time: what is resumed from must count as the newer one.
-            os.utime(self.output_dir / self.restored.name)
+            resumed = self.output_dir / self.restored.name
+            self._on_each_disk(lambda: os.utime(resumed))
 
     def _listen(self) -> None:
         if self._runtime is not None:
@@ -289,17 +340,28 @@ class Session:
         """Called by every rank when its part of a checkpoint is written; rank 0 hands the folder to the uploader."""
         self.random_states.save(folder)
         self.agreement.barrier()  # Trainer has none at the end of a save
+        if self.disk.count > 1:
+            self._rotate_as_on_main()
         if self._save_began is not None:
             self._save_s = self._clock() - self._save_began
             self._save_began = None
         if self._uploader is None:
             return
         details = {**(request.details or {}), "save_s": None if self._save_s is None else round(self._save_s, 3)}
+        request = replace(request, details=details, part=self.disk.index, parts=self.disk.count)
         try:
-            self._uploader.submit(folder, CommitRequest(**{**vars(request), "details": details}))
+            self._uploader.submit(folder, request)
             self._last_size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         except OSError as error:
             log.error("%s can't be queued for upload, training goes on: %s", folder, error)
+
+    def _rotate_as_on_main(self) -> None:
+        """Trainer rotates on rank 0's disk alone; the others would fill up with shards."""
+        kept = self.agreement.from_main(lambda: {path.name for path in self.output_dir.glob("checkpoint-*")})
+        if self.disk.leads:
+            for path in self.output_dir.glob("checkpoint-*"):
+                if path.name not in kept:
+                    shutil.rmtree(path, ignore_errors=True)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -382,6 +444,8 @@ class Session:
         return bool(answer and answer[0])
 
     def _record(self, kind: str, data: dict[str, Any]) -> None:
+        if not self.agreement.is_main:
+            return
         try:
             self.run.record(kind, data)
         except (StoreError, Fenced) as error:
@@ -399,8 +463,6 @@ def _check(trainer: Trainer) -> None:
             "TrainingArguments(enable_jit_checkpoint=True) and SpotCallback would both answer SIGTERM",
             hint="set enable_jit_checkpoint=False",
         )
-    if args.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
-        raise ConfigError("training on several machines is not supported yet", hint="use one machine with several GPUs")
     if args.ignore_data_skip:
         log.warning("ignore_data_skip=True: a resumed run sees other data than an uninterrupted one; set it to False")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from hf_spot.errors import ConfigError, CorruptCheckpoint, Fenced, IncompleteCheckpoint, NoCheckpoint
-from hf_spot.run.restore import restore_newest, set_aside_uncommitted
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.restore import bring, restore_newest, set_aside_uncommitted
+from hf_spot.run.run import Checkpoint, CommitRequest, Run
 from hf_spot.storage.memory import MemoryStore
 
 Make = Callable[..., Path]
@@ -30,6 +30,11 @@ def run(store: MemoryStore) -> Run:
 def commit(run: Run, folder: Path, **more: object) -> None:
     request = CommitRequest(step=int(folder.name.split("-")[1]), **more)  # type: ignore[arg-type]
     run.commit(request, run.upload(folder, request))
+
+
+def restore(store: MemoryStore, into: Path) -> tuple[Checkpoint, Path] | None:
+    run = Run(store)
+    return restore_newest(run.state().checkpoints, lambda ref: bring(run, ref, into), run.url)
 
 
 def same(a: Path, b: Path) -> bool:
@@ -62,7 +67,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_taken(
     commit(run, good)
     commit(run, make_checkpoint(10))
     store.put("e0001/checkpoint-10/optimizer.pt", b"flipped")
-    found = restore_newest(Run(store), tmp_path / "new", stage=1)
+    found = restore(store, tmp_path / "new")
     assert found is not None
     assert found[0].step == 5
     assert same(found[1], good)
@@ -76,7 +81,7 @@ def test_a_checkpoint_whose_object_is_gone_is_passed_over(
     commit(run, make_checkpoint(5))
     commit(run, make_checkpoint(10))
     store.delete(["e0001/checkpoint-10/scheduler.pt"])
-    found = restore_newest(Run(store), tmp_path / "new", stage=1)
+    found = restore(store, tmp_path / "new")
     assert found is not None and found[0].step == 5
 
 
@@ -86,7 +91,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_never_starts_afresh_in_silence(
     commit(run, make_checkpoint(5))
     store.put("e0001/checkpoint-5/model.safetensors", b"")
     with pytest.raises(CorruptCheckpoint, match="none of the 1 checkpoints"):
-        restore_newest(Run(store), tmp_path / "new", stage=1)
+        restore(store, tmp_path / "new")
 
 
 @pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
@@ -103,10 +108,10 @@ def test_a_local_folder_that_is_the_same_is_used_and_one_that_differs_is_set_asi
     folder = make_checkpoint(5)
     commit(run, folder)
     inode = (folder / "optimizer.pt").stat().st_ino
-    restore_newest(Run(store), tmp_path / "out", stage=1)
+    restore(store, tmp_path / "out")
     assert (folder / "optimizer.pt").stat().st_ino == inode
     (folder / "optimizer.pt").write_bytes(b"torn")
-    restore_newest(Run(store), tmp_path / "out", stage=1)
+    restore(store, tmp_path / "out")
     assert (folder / "optimizer.pt").stat().st_ino != inode
     assert (tmp_path / "out" / "torn-checkpoint-5" / "optimizer.pt").read_bytes() == b"torn"
 

@@ -1,0 +1,348 @@
+"""The launchers of one training on several machines: they meet, hear each other's heart beat, and learn how the others end.
+
+torchrun's agents bring the ranks together, but start too early (a machine comes back before the others know that it was
+gone) and notice too late: a machine that dies without a word leaves the others in a collective for half an hour. So:
+
+* Machine 0 claims the run, listens on a port, and puts it into the store under its new epoch, with a nonce. The others read
+  it and connect. When all are there it says go. A connection is proof of life, so a meeting left behind by a dead launch
+  misleads nobody.
+* From then on everybody sends a line each second. Silence for ``timeout_s``, or a connection that closes without a last
+  word, means that the machine is lost; machine 0 passes it on to the others.
+
+Lines are JSON, one message each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import selectors
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hf_spot.policy.restarts import Verdict
+
+log = logging.getLogger("hf_spot")
+
+BEAT_S = 1.0
+_GREETING_S = 5.0
+_SAY_EVERY_S = 30.0
+_TICK_S = 0.2
+_LONGEST_LINE_BYTES = 4096
+
+Wait = Callable[[float], bool]  # waits so many seconds; True when there is no point in waiting any longer
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the launch ended on another machine. ``verdict`` is LOST when it went without a word."""
+
+    machine: int
+    verdict: Verdict
+    code: int
+
+
+class Peers:
+    """The connections of a launch that has begun.
+
+    Args:
+        connections: to each other machine on machine 0; to machine 0 on the others.
+        timeout_s: silence that means death.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, connections: dict[int, socket.socket], timeout_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._connections = dict(connections)
+        self._heard_at = dict.fromkeys(connections, clock())
+        self._buffers = dict.fromkeys(connections, b"")
+        self._changed = threading.Condition()
+        self._ended: dict[int, Ended] = {}
+        self._closing = False
+        self._selector = selectors.DefaultSelector()
+        for machine, connection in connections.items():
+            connection.settimeout(_GREETING_S)
+            self._selector.register(connection, selectors.EVENT_READ, machine)
+        self._thread = threading.Thread(target=self._work, name="hf_spot-peers", daemon=True)
+        self._thread.start()
+
+    def ended(self, wait_s: float = 0.0) -> Ended | None:
+        """The first machine that ended, one that did not end well before the others; None when all are there.
+
+        Args:
+            wait_s: how long to wait for a first word.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended, wait_s)
+            found = sorted(self._ended.values(), key=lambda one: one.verdict in (Verdict.FINISHED, Verdict.PREEMPTED))
+            return found[0] if found else None
+
+    def tell(self, machine: int, verdict: Verdict, code: int) -> None:
+        """The last word of this machine."""
+        self._send_to_all(_ended_message(Ended(machine, verdict, code)))
+
+    def close(self) -> None:
+        """Closes the connections; the others take it for a death if `tell` did not come before."""
+        with self._changed:
+            self._closing = True
+        self._thread.join()
+        for connection in self._connections.values():
+            connection.close()
+        self._selector.close()
+
+    # -- the thread ---------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        beat_at = self._clock()
+        while not self._closing:
+            for key, _ in self._selector.select(_TICK_S):
+                self._read(key.data)
+            if self._clock() >= beat_at:
+                beat_at = self._clock() + BEAT_S
+                self._send_to_all({"beat": True})
+            for machine in list(self._heard_at):
+                if self._clock() - self._heard_at[machine] > self._timeout_s:
+                    self._gone(machine)
+
+    def _read(self, machine: int) -> None:
+        try:
+            data = self._connections[machine].recv(_LONGEST_LINE_BYTES)
+        except OSError:
+            data = b""
+        if not data:
+            self._gone(machine)
+            return
+        self._heard_at[machine] = self._clock()
+        *lines, self._buffers[machine] = (self._buffers[machine] + data)[-_LONGEST_LINE_BYTES:].split(b"\n")
+        try:
+            for message in map(_decode, lines):
+                if "ended" in message:
+                    self._note(Ended(message["ended"], Verdict(message["verdict"]), message["code"]))
+        except (ValueError, KeyError):
+            self._gone(machine)
+
+    def _gone(self, machine: int) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(self._connections[machine])
+        self._heard_at.pop(machine, None)
+        self._note(Ended(machine, Verdict.LOST, 1))
+
+    def _note(self, ended: Ended) -> None:
+        with self._changed:
+            if self._closing or ended.machine in self._ended:
+                return
+            self._ended[ended.machine] = ended
+            self._changed.notify_all()
+        if len(self._connections) > 1:  # machine 0 of three or more: the others know each other only through it
+            self._send_to_all(_ended_message(ended), besides=ended.machine)
+
+    def _send_to_all(self, message: dict[str, Any], besides: int | None = None) -> None:
+        alive = {machine: self._connections[machine] for machine in list(self._heard_at) if machine != besides}
+        _tell_all(alive, message)
+
+
+class Host:
+    """Machine 0 of a meeting.
+
+    Args:
+        machines: how many there are, this one included.
+    """
+
+    def __init__(self, machines: int) -> None:
+        self._machines = machines
+        self._nonce = uuid.uuid4().hex
+        dual = socket.has_dualstack_ipv6()
+        self._listener = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
+        self._listener.settimeout(_TICK_S)
+
+    @property
+    def invitation(self) -> dict[str, Any]:
+        """What the others have to know."""
+        return {"port": self._listener.getsockname()[1], "nonce": self._nonce}
+
+    def meet(self, wait: Wait, timeout_s: float, patience_s: float) -> Peers | None:
+        """Waits for the others; None when ``wait`` says that there is no point.
+
+        Args:
+            wait: see `Wait`.
+            timeout_s: of the `Peers`.
+            patience_s: how long to wait.
+
+        Raises:
+            TimeoutError: somebody did not come.
+        """
+        guests: dict[int, socket.socket] = {}
+        began = said = beat = time.monotonic()
+        with self._listener:
+            while True:
+                if time.monotonic() - beat > BEAT_S:
+                    beat = time.monotonic()
+                    _tell_all(guests, {"wait": True})
+                with contextlib.suppress(OSError):
+                    self._greet(self._listener.accept()[0], guests)
+                for machine in [one for one, connection in guests.items() if not _lives(connection)]:
+                    guests.pop(machine).close()
+                if len(guests) == self._machines - 1:
+                    break
+                missing = sorted(set(range(1, self._machines)) - guests.keys())
+                if time.monotonic() - said > _SAY_EVERY_S:
+                    said = time.monotonic()
+                    log.info("waiting for the machines %s", ", ".join(map(str, missing)))
+                if wait(_TICK_S) or time.monotonic() - began > patience_s:
+                    for connection in guests.values():
+                        connection.close()
+                    if time.monotonic() - began > patience_s:
+                        raise TimeoutError(f"machines {missing} did not come in {patience_s:.0f} s")
+                    return None
+        _tell_all(guests, {"go": True})
+        return Peers(guests, timeout_s)
+
+    def _greet(self, connection: socket.socket, guests: dict[int, socket.socket]) -> None:
+        connection.settimeout(_GREETING_S)
+        try:
+            hello = _decode(_read_line(connection))
+            if hello.get("nonce") != self._nonce:
+                raise ValueError("a stranger")
+            why = None
+            if hello.get("machines") != self._machines:
+                why = f"machine 0 was started with --num_machines {self._machines}"
+            elif hello.get("machine") not in range(1, self._machines):
+                why = f"there is no machine {hello.get('machine')} of {self._machines}"
+            elif hello["machine"] in guests and _lives(guests[hello["machine"]]):
+                why = f"machine {hello['machine']} is there already"
+            if why is not None:
+                _send(connection, {"refused": why})
+                raise ValueError(why)
+            guests[hello["machine"]] = connection
+        except (OSError, ValueError) as error:
+            log.warning("somebody who connected was sent away: %s", error)
+            connection.close()
+
+
+class Refused(Exception):
+    """Machine 0 sent this one away, and would again."""
+
+
+def join(
+    machine: int,
+    machines: int,
+    address: str,
+    read_invitation: Callable[[], tuple[int, dict[str, Any]] | None],
+    wait: Wait,
+    timeout_s: float,
+    patience_s: float,
+) -> tuple[int, Peers] | None:
+    """What the other machines do: finds machine 0 and waits until all are there.
+
+    Args:
+        machine: rank of this machine.
+        machines: how many there are.
+        address: of machine 0.
+        read_invitation: the newest epoch and what machine 0 put into the store under it, or None.
+        wait: see `Wait`.
+        timeout_s: of the `Peers`, and of machine 0, which says each second that it waits.
+        patience_s: how long to look.
+
+    Returns:
+        The epoch of the launch, and the connections; None when ``wait`` said that there is no point.
+
+    Raises:
+        Refused: the machines were started with numbers that don't fit together.
+        TimeoutError: no meeting in ``patience_s``.
+    """
+    began = said = time.monotonic()
+    while True:
+        invitation = read_invitation()
+        if invitation is not None:
+            epoch, found = invitation
+            connection = _knock(machine, machines, address, found, wait, timeout_s)
+            if connection is not None:
+                return epoch, Peers({0: connection}, timeout_s)
+        if time.monotonic() - said > _SAY_EVERY_S:
+            said = time.monotonic()
+            log.info("waiting for machine 0 at %s", address)
+        if time.monotonic() - began > patience_s:
+            raise TimeoutError(f"machine 0 at {address} did not come in {patience_s:.0f} s")
+        if wait(BEAT_S):
+            return None
+
+
+def _knock(
+    machine: int, machines: int, address: str, invitation: dict[str, Any], wait: Wait, timeout_s: float
+) -> socket.socket | None:
+    """The connection, once machine 0 has said go; None when it is not there, or goes."""
+    try:
+        connection = socket.create_connection((address, invitation["port"]), _GREETING_S)
+    except (OSError, KeyError, TypeError, OverflowError):
+        return None
+    try:
+        _send(connection, {"nonce": invitation.get("nonce"), "machine": machine, "machines": machines})
+        connection.settimeout(timeout_s)
+        while not wait(0.0):
+            message = _decode(_read_line(connection))
+            if "refused" in message:
+                raise Refused(message["refused"])
+            if "go" in message:
+                return connection
+    except (OSError, ValueError):
+        pass
+    except Refused:
+        connection.close()
+        raise
+    connection.close()
+    return None
+
+
+def _tell_all(connections: dict[int, socket.socket], message: dict[str, Any]) -> None:
+    for connection in connections.values():
+        with contextlib.suppress(OSError):  # a broken connection is found by reading
+            _send(connection, message)
+
+
+def _ended_message(ended: Ended) -> dict[str, Any]:
+    return {"ended": ended.machine, "verdict": ended.verdict.value, "code": ended.code}
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _decode(line: bytes) -> dict[str, Any]:
+    """Raises ValueError for what is no message."""
+    message = json.loads(line)
+    if not isinstance(message, dict):
+        raise ValueError(f"no message: {line!r}")
+    return message
+
+
+def _read_line(connection: socket.socket) -> bytes:
+    """Byte by byte, so that what follows stays in the socket. Raises OSError, also at the end of the connection."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) < _LONGEST_LINE_BYTES:
+        byte = connection.recv(1)
+        if not byte:
+            raise ConnectionError("closed")
+        line += byte
+    return line
+
+
+def _lives(connection: socket.socket) -> bool:
+    before = connection.gettimeout()
+    connection.setblocking(False)
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        connection.settimeout(before)

@@ -1,0 +1,64 @@
+"""Which ranks write to the same disk: each disk's files are uploaded and restored once, by its leader."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_spot.training.agreement import Agreement
+
+
+@dataclass(frozen=True)
+class Disk:
+    """The disk under a rank's ``output_dir``.
+
+    Args:
+        index: 0 is rank 0's.
+        count: disks of this training.
+        ranks: that write to it.
+        leads: this rank looks after it.
+    """
+
+    index: int
+    count: int
+    ranks: tuple[int, ...]
+    leads: bool
+
+
+def find_disk(agreement: Agreement, rank: int, local_rank: int, output_dir: Path) -> Disk:
+    """Asks all ranks; every rank must call it.
+
+    Machines either have disks of their own, or share rank 0's (NFS, FSx): that is found out by looking.
+
+    Args:
+        agreement: of the ranks.
+        rank: of this process.
+        local_rank: its number on its machine.
+        output_dir: the Trainer's; made on rank 0's disk.
+    """
+    if agreement.alone:
+        return Disk(0, 1, (0,), True)
+
+    def mark() -> str:
+        folder = output_dir / ".hf_spot"
+        folder.mkdir(parents=True, exist_ok=True)
+        made = folder / f"rank-0-{uuid.uuid4().hex}"
+        made.touch()
+        return made.name
+
+    name = agreement.from_main(mark)
+    seen = (output_dir / ".hf_spot" / name).exists()
+    answers = agreement.gather((local_rank, seen))
+    if rank == 0:
+        (output_dir / ".hf_spot" / name).unlink()
+    disks: list[list[int]] = [[]]
+    current = disks[0]
+    for number, (local, sees) in enumerate(answers):
+        if local == 0:  # ranks of a machine follow each other, and its first one answers for it
+            current = disks[0] if sees else []
+            if not sees:
+                disks.append(current)
+        current.append(number)
+    index = next(at for at, ranks in enumerate(disks) if rank in ranks)
+    return Disk(index, len(disks), tuple(disks[index]), disks[index][0] == rank)

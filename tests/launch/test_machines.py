@@ -1,0 +1,178 @@
+"""Several machines: network namespaces, each with a disk and a metadata service of its own, and a real S3 server outside."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hf_spot.run.run import Run
+from tests.gate import Gate
+from tests.hosts import Hosts, kill, why_not
+from tests.launch.conftest import PLAIN, Launcher, Lines, read_diary
+from tests.servers import SeaweedFS
+from tests.waiting import PATIENCE_S, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+
+PEER_TIMEOUT_S = 5
+
+
+@dataclass
+class Cluster:
+    """Starts the same launch on every host."""
+
+    hosts: Hosts
+    url: str
+    env: dict[str, str]
+    launches: int = 0
+    running: list[psutil.Popen] = field(default_factory=list)
+
+    def launch(self, *script: str, only: list[int] | None = None) -> None:
+        if only is None:
+            self.launches += 1
+            self.running = []
+        for host in range(self.hosts.count) if only is None else only:
+            self.running.append(self._start(host, *script))
+
+    def _start(self, host: int, *script: str) -> psutil.Popen:
+        count, number = self.hosts.count, self.launches
+        options = ["--num_machines", count, "--machine_rank", host, "--num_processes", count, "--multi_gpu"]
+        options += ["--main_process_ip", self.hosts.address(0), "--main_process_port", 29500]
+        options += ["--peer-timeout-s", PEER_TIMEOUT_S, "--store", self.url]
+        files = ["--output_dir", f"out-{number}", "--diary", f"diary-{number}", "--weights", f"weights-{number}"]
+        command = [sys.executable, "-m", "hf_spot", "launch", *map(str, options), PLAIN, *files, *script]
+        with open(self.hosts.folder(host) / f"log-{number}", "wb") as out:
+            return self.hosts.start(host, command, self.env, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+
+    def wait(self) -> list[int]:
+        return [process.wait(PATIENCE_S) for process in self.running]
+
+    def text(self) -> str:
+        return "\n".join(
+            f"--- host {host}\n{(self.hosts.folder(host) / f'log-{self.launches}').read_text(errors='replace')}"
+            for host in range(self.hosts.count)
+        )
+
+    def lines(self, host: int = 0) -> Lines:
+        return [line for line in read_diary(self.hosts.folder(host) / f"diary-{self.launches}") if "loss" in line]
+
+    def wait_for_step(self, step: int) -> None:
+        def there() -> bool:
+            ended = any(process.poll() is not None for process in self.running)
+            return ended or max((line["step"] for line in self.lines()), default=0) >= step
+
+        wait_for(there, f"for step {step}: {self.text()}")
+        assert all(process.poll() is None for process in self.running), self.text()
+
+    def weights(self) -> bytes:
+        return (self.hosts.folder(0) / f"weights-{self.launches}" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def cluster(request: pytest.FixtureRequest, seaweedfs: SeaweedFS, tmp_path: Path) -> Iterator[Cluster]:
+    with Hosts(getattr(request, "param", 2), tmp_path) as hosts, Gate(seaweedfs.endpoint, hosts.outside) as gate:
+        bucket = seaweedfs.make_bucket(f"machines-{os.getpid()}-{time.monotonic_ns()}")
+        env = {**os.environ, **seaweedfs.env(), "AWS_ENDPOINT_URL": gate.endpoint}
+        env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        yield Cluster(hosts, f"s3://{bucket}/run", env)
+
+
+def in_peace(launcher: Launcher, ranks: int) -> tuple[bytes, dict[int, object]]:
+    """The same ranks on one machine, with nobody to disturb them."""
+    launch = launcher.plain(str(launcher.tmp_path / "peace"), options=["--multi_gpu", "--num_processes", str(ranks)])
+    assert launch.wait() == 0, launch.text()
+    return launcher.weights(), {line["step"]: line for line in launch.lines()}
+
+
+def test_a_notice_on_one_machine_stops_both_and_each_disk_is_committed_and_restored(
+    cluster: Cluster, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, steps = in_peace(launcher, 2)
+    with open(cluster.hosts.folder(1) / "imds", "wb") as out:
+        cluster.hosts.start(1, [sys.executable, "-m", "hf_spot.testing"], cluster.env, stdout=out)
+    told = cluster.hosts.folder(1) / "imds"
+    wait_for(lambda: "export" in told.read_text(), "for the metadata service")
+    metadata_service = cluster.hosts.processes[-1]
+    address = dict(line.removeprefix("export ").split("=", 1) for line in told.read_text().split())
+    run = run_of(cluster, monkeypatch)
+    cluster.env |= address  # machine 0 finds nobody there
+    cluster.launch("--step_s", "0.2")
+    cluster.wait_for_step(7)
+    [child] = metadata_service.children() or [metadata_service]
+    child.send_signal(signal.SIGUSR1)
+    assert cluster.wait() == [75, 75], cluster.text()
+    newest = run.latest()
+    assert newest is not None and newest.reason == "notice"
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {file.path for file in newest.files}
+    first = {line["step"]: line for line in cluster.lines()}
+    assert max(first) == newest.step
+    metadata_service.kill()
+
+    cluster.launch()
+    assert cluster.wait() == [0, 0], cluster.text()
+    second = {line["step"]: line for line in cluster.lines()}
+    assert min(second) == newest.step + 1
+    assert first | second == steps
+    assert cluster.weights() == undisturbed
+    # Each machine fetched what its own ranks read.
+    restored = cluster.hosts.folder(1) / "out-2" / newest.name
+    assert not (restored / "rng_state_0.pth").exists()
+    assert [entry.kind for entry in run.events()][-1] == "finished"
+
+
+@pytest.mark.parametrize("cluster", [3], indirect=True)
+@pytest.mark.parametrize("dead", [2, 0])
+def test_when_a_machine_dies_without_a_word_the_others_end_soon_and_all_go_on_together(
+    cluster: Cluster, launcher: Launcher, monkeypatch: pytest.MonkeyPatch, dead: int
+) -> None:
+    undisturbed, steps = in_peace(launcher, 3)
+    run = run_of(cluster, monkeypatch)
+    cluster.launch("--step_s", "0.2")
+    cluster.wait_for_step(6)
+    wait_for(lambda: run.state().latest() is not None, "for a commit")
+    cluster.hosts.unplug(dead)
+    began = time.monotonic()
+    others = [process for host, process in enumerate(cluster.running) if host != dead]
+    assert [process.wait(PATIENCE_S) for process in others] == [75, 75], cluster.text()
+    assert time.monotonic() - began < PEER_TIMEOUT_S + 20
+    kill(cluster.running[dead])
+    cluster.hosts.plug_in(dead)
+    newest = run.latest()
+    assert newest is not None
+    cluster.launch()
+    assert cluster.wait() == [0, 0, 0], cluster.text()
+    second = {line["step"]: line for line in cluster.lines()}
+    assert min(second) == newest.step + 1
+    assert all(line == steps[step] for step, line in second.items())
+    assert cluster.weights() == undisturbed
+
+
+def test_a_training_that_fails_on_one_machine_starts_again_on_all(
+    cluster: Cluster, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, _ = in_peace(launcher, 2)
+    run = run_of(cluster, monkeypatch)
+    cluster.launch("--step_s", "0.2")
+    cluster.wait_for_step(6)
+    wait_for(lambda: run.state().latest() is not None, "for a commit")
+    ranks = [one for one in cluster.running[1].children(recursive=True) if "RANK" in one.environ()]
+    ranks[-1].kill()
+    assert cluster.wait() == [0, 0], cluster.text()
+    assert [entry.kind for entry in run.events()].count("claim") == 2
+    assert cluster.weights() == undisturbed
+
+
+def run_of(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Run:
+    for name, value in cluster.env.items():
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, value)
+    return Run(cluster.url)
