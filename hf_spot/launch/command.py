@@ -152,7 +152,7 @@ def _machines(args: argparse.Namespace) -> Machines:
         )
     if args.num_processes % count:
         raise ConfigError(
-            f"--num_processes {args.num_processes} counts the processes of all {count} machines, and must be a multiple of {count}",
+            f"--num_processes {args.num_processes} counts those of all {count} machines, and must be a multiple of {count}",
             hint=f"--num_processes {count}",
         )
     return Machines(count, int(args.machine_rank), args.main_process_ip)
@@ -163,14 +163,14 @@ def _add_options(group: Any) -> None:
         "--store", metavar="URL", help=f"the run: s3://bucket/prefix, or a directory (default: ${STORE_VARIABLE})"
     )
     types = typing.get_type_hints(SpotArguments)
-    for field in dataclasses.fields(SpotArguments):
-        flag, text = f"--{field.name}", str(field.metadata["help"])  # accelerate's groups add the spelling with hyphens
-        if types[field.name] is bool:
-            group.add_argument(flag, action="store_true", default=field.default, help=text)
+    for setting in dataclasses.fields(SpotArguments):
+        flag, text = f"--{setting.name}", str(setting.metadata["help"])  # accelerate's groups add the spelling with hyphens
+        if types[setting.name] is bool:
+            group.add_argument(flag, action="store_true", default=setting.default, help=text)
             continue
-        shown = "" if field.default is None else f" (default: {field.default})"
-        kind = next(one for one in (*typing.get_args(types[field.name]), types[field.name]) if one is not type(None))
-        group.add_argument(flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=text + shown)
+        shown = "" if setting.default is None else f" (default: {setting.default})"
+        kind = next(one for one in (*typing.get_args(types[setting.name]), types[setting.name]) if one is not type(None))
+        group.add_argument(flag, type=kind, default=setting.default, metavar=kind.__name__.upper(), help=text + shown)
 
 
 def _of_accelerate(options: list[str]) -> list[str]:

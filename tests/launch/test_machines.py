@@ -102,7 +102,7 @@ def test_a_notice_on_one_machine_stops_both_and_each_disk_is_committed_and_resto
     told = cluster.hosts.folder(1) / "imds"
     wait_for(lambda: "export" in told.read_text(), "for the metadata service")
     metadata_service = cluster.hosts.processes[-1]
-    address = dict(line.removeprefix("export ").split("=", 1) for line in told.read_text().split())
+    address = dict(line.removeprefix("export ").split("=", 1) for line in told.read_text().splitlines())
     run = run_of(cluster, monkeypatch)
     cluster.env |= address  # machine 0 finds nobody there
     cluster.launch("--step_s", "0.2")
