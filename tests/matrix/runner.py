@@ -1,0 +1,144 @@
+"""Runs a case twice, in peace and with interruptions, and compares the two to the bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.matrix.cases import CASES, Case
+
+SCRIPT = Path(__file__).parent / "train.py"
+TIMEOUT_S = 240.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of a case. ``identical`` is None when it was skipped or refused; ``why`` says more about that."""
+
+    case: str
+    ranks: int
+    interruption: str
+    identical: bool | None
+    max_weight_difference: float
+    learning_rates_differ: int
+    losses_differ: int
+    same_data: bool
+    seconds: float
+    as_expected: bool
+    why: str = ""
+
+    def __str__(self) -> str:
+        found = {True: "yes", False: "no", None: "-"}[self.identical]
+        numbers = f"{self.max_weight_difference:9.2e} {self.learning_rates_differ:3d} {self.losses_differ:4d}"
+        data = "yes" if self.same_data else "no"
+        line = f"{self.case:46} {self.ranks:5d} {self.interruption:26} {found:9} {numbers} {data:5} {self.seconds:5.0f}"
+        return line + ("" if self.as_expected else "  UNEXPECTED") + (f"  {self.why}" if self.why else "")
+
+
+HEADER = f"{'case':46} ranks {'interruption':26} identical {'weights':>9}  LR loss data  seconds"
+
+
+def run(name: str, folder: Path) -> Row:
+    """Trains the case in ``folder``, which is made."""
+    case = CASES[name]
+    began = time.monotonic()
+
+    def row(identical: bool | None, expected: bool, why: str, *numbers: Any) -> Row:
+        numbers = numbers or (0.0, 0, 0, identical is not False)
+        seconds = time.monotonic() - began
+        return Row(name, case.ranks, " ".join(case.stops), identical, *numbers, seconds, expected, why)
+
+    missing = [package for package in case.needs if importlib.util.find_spec(package) is None]
+    if missing:
+        return row(None, True, f"skipped: needs {', '.join(missing)}")
+    folder.mkdir(parents=True)
+    if not case.refused:
+        code, said = _python(case, name, folder / "peace")
+        if code:
+            return row(None, False, f"the undisturbed training ended with {code}: {said}")
+    for number, stop in enumerate([*case.stops, ""], 1):
+        code, said = _launch(case, name, folder, number, stop)
+        wanted = 2 if case.refused else 0 if not stop else -9 if stop.startswith("kill") else 75
+        if code != wanted:
+            return row(None, False, f"launch {number} ended with {code}, not {wanted}: {said}")
+        if case.refused:
+            refused = case.refused in (folder / f"launch-{number}.log").read_text()
+            return row(None, refused, f"refused: {case.refused}")
+    numbers = _compare(case, folder, len(case.stops) + 1)
+    identical = numbers[0] == 0 and numbers[1:3] == (0, 0) and numbers[3]
+    return row(identical, identical != bool(case.impossible), case.impossible, *numbers)
+
+
+def _python(case: Case, name: str, folder: Path) -> tuple[int, str]:
+    command = [sys.executable, SCRIPT, name, folder]
+    if case.ranks > 1:
+        port = ["--main_process_port", "0"]
+        multi = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(case.ranks), *port]
+        command = [sys.executable, *multi, SCRIPT, name, folder]
+    return _run(command, folder, {})
+
+
+def _launch(case: Case, name: str, folder: Path, number: int, stop: str) -> tuple[int, str]:
+    notice = folder / f"notice-{number}"
+    ranks = ["--multi_gpu", "--num_processes", str(case.ranks), "--main_process_port", "0"]
+    options = ["--store", folder / "run", "--notice", f"file:{notice}", "--max-restarts", "0"]
+    options += ranks if case.ranks > 1 else ["--num_processes", "1"]
+    fresh = folder / f"launch-{number}"
+    command = [sys.executable, "-m", "hf_spot", "launch", *options, SCRIPT, name, fresh]
+    return _run(command, fresh, {"MATRIX_STOP": stop, "MATRIX_NOTICE": str(notice)})
+
+
+def _run(command: list[Any], folder: Path, env: dict[str, str]) -> tuple[int, str]:
+    folder.mkdir()
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    log = folder.with_suffix(".log")
+    with log.open("wb") as out:
+        done = subprocess.run(
+            list(map(str, command)), stdout=out, stderr=out, env={**os.environ, **quiet, **env}, timeout=TIMEOUT_S
+        )
+    lines = log.read_text(errors="replace").splitlines() or [""]
+    errors = [line for line in lines if "Error" in line] or lines
+    return done.returncode, f"{errors[-1]} ({log})"
+
+
+def _compare(case: Case, folder: Path, launches: int) -> tuple[float, int, int, bool]:
+    """Greatest difference of a weight; steps whose learning rate, and whose loss, differs; whether all saw the same data."""
+    one, other = (torch.load(folder / which / "final.pt") for which in ("peace", f"launch-{launches}"))
+    difference = float("inf") if one.keys() != other.keys() else max(_difference(one[key], other[key]) for key in one)
+    rates = losses = 0
+    same_data = True
+    for rank in range(case.ranks):
+        peace = {line["step"]: line for line in _diary(folder / "peace" / f"diary-{rank}")}
+        done: set[int] = set()
+        for number in range(1, launches + 1):
+            for line in _diary(folder / f"launch-{number}" / f"diary-{rank}"):
+                twin = peace.get(line["step"], {})
+                done.add(line["step"])
+                rates += line["learning_rate"] != twin.get("learning_rate")
+                losses += line["loss"] != twin.get("loss")
+                same_data = same_data and line["batches"] == twin.get("batches")
+        same_data = same_data and done == peace.keys() != set()
+    return difference, rates, losses, same_data
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return float("inf")
+    return 0.0 if torch.equal(one, other) else float((one.double() - other.double()).abs().max())
+
+
+def _diary(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def to_json(rows: list[Row]) -> str:
+    return json.dumps([asdict(row) for row in rows], indent=1)

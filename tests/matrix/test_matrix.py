@@ -1,0 +1,18 @@
+"""The cases of the matrix that CI has time for; ``python -m tests.matrix`` runs them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.matrix.cases import CASES
+from tests.matrix.runner import run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.quick])
+def test_an_interrupted_training_ends_with_the_bits_of_one_left_in_peace(name: str, tmp_path: Path) -> None:
+    row = run(name, tmp_path / "case")
+    assert row.identical, row
+    assert row.as_expected, row
