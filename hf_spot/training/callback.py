@@ -84,13 +84,12 @@ class SpotCallback(TrainerCallback):
         """Makes sure that a resumed epoch has the order that it began with."""
         if self._session is None:
             return
-        resumed = None
-        if self._resumed_epoch_is_ahead:
-            self._resumed_epoch_is_ahead = False
-            if not _is_epoch_end(state) and not args.ignore_data_skip:
-                resumed = Path(str(self.resume_from_checkpoint))
-            set_epoch(kwargs.get("train_dataloader"), int(state.epoch or 0))
-        self._session.random_states.begin_epoch(kwargs.get("train_dataloader"), resumed)
+        loader = kwargs.get("train_dataloader")
+        resumed, self._resumed_epoch_is_ahead = self._resumed_epoch_is_ahead, False
+        if resumed:
+            set_epoch(loader, int(state.epoch or 0))
+        checkpoint = Path(str(self.resume_from_checkpoint)) if resumed and not args.ignore_data_skip else None
+        self._session.random_states.begin_epoch(loader, checkpoint, middle=not _is_epoch_end(state))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A step of several micro-batches may be left in its middle: remembers what it would have to return to."""
@@ -101,6 +100,7 @@ class SpotCallback(TrainerCallback):
         """Answers what was heard, when the rest of the step would take too long."""
         if self._session is None or self._accumulation is None:
             return
+        self._session.random_states.micro_batch_ended()
         rest_s = self._accumulation.micro_batch_ended()
         decision = self._session.micro_batch_ended(rest_s, rewindable=self._accumulation.rewindable)
         if decision is None:
@@ -124,6 +124,8 @@ class SpotCallback(TrainerCallback):
         if self._session is None:
             return
         self._advisory = False
+        self._session.random_states.micro_batch_ended()
+        self._session.random_states.step_ended()
         decision = self._session.step_ended(state.global_step)
         if decision is not None and decision.action is Action.SAVE_AND_GO_ON:
             # At the end of an epoch Trainer may save anyway, after its evaluation: that one is worth more.
@@ -215,7 +217,7 @@ class SpotCallback(TrainerCallback):
                 self._saved_step = session.restored.step
                 pending = session.restored.details.get("evaluation_pending")
                 session.random_states.resume(self._make_up_for_evaluation if pending else lambda: None)
-            shield()
+            shield(evaluated_before=session.restored is not None and _has_evaluated(session.output_dir / session.restored.name))
             self._session = session
             self._accumulation = Accumulation(trainer, session.random_states)
             self._evaluations = Evaluations(
@@ -282,6 +284,11 @@ def _show_log() -> None:
         handler.setFormatter(logging.Formatter("hf-spot: %(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
+
+
+def _has_evaluated(checkpoint: Path) -> bool:
+    history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
+    return any(key.startswith("eval_") for line in history for key in line)
 
 
 def _is_epoch_end(state: TrainerState) -> bool:

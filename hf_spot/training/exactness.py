@@ -9,18 +9,18 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
 from accelerate.data_loader import DataLoaderDispatcher
 from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import ExportableState
+
+from hf_spot.training.generators import capture, capture_gpus, pack, restore, unpack
+from hf_spot.training.worker_states import WorkerStates
 
 log = logging.getLogger("hf_spot")
 
@@ -50,6 +50,8 @@ class RandomStates:
         self._remembered = folder.with_name(f"{folder.name}-remembered")
         self._draws = 0
         self._before_draw: dict[str, Any] | None = None
+        self._workers = WorkerStates(folder.with_name(f"{folder.name}-workers"), trainer.args.gradient_accumulation_steps)
+        self._micro_batches = self._handed_out = 0
         self._step_ended = False
         self._between_steps: tuple[dict[str, Any], dict[str, Any] | None, int] | None = None
         self._resumed: Path | None = None
@@ -66,13 +68,24 @@ class RandomStates:
         self._then = then
         self._trainer._load_rng_state = self._return_to_checkpoint
 
-    def begin_epoch(self, dataloader: Any, resumed: Path | None) -> None:
+    def begin_epoch(self, dataloader: Any, resumed: Path | None, *, middle: bool = True) -> None:
         """An epoch begins.
 
         Args:
             dataloader: of the epoch.
-            resumed: the checkpoint, if this epoch is resumed in its middle.
+            resumed: the checkpoint, if this is the first epoch after a resume.
+            middle: that checkpoint is not one of the end of an epoch.
         """
+        if getattr(dataloader, "persistent_workers", False):
+            self._workers.seeded_before = int(self._trainer.state.epoch or 0) > 0
+            if resumed is None and self._resumed is not None:
+                self._workers.go_on(self._micro_batches)
+            elif resumed is not None:
+                self._workers.resume(resumed / _FOLDER / self._workers_name, middle=middle)
+        elif resumed is not None and middle:
+            self._workers.resume(resumed / _FOLDER / self._workers_name, middle=True)
+        self._micro_batches = self._handed_out = 0
+        resumed = resumed if middle else None
         self._draws, self._resumed, self._resumed_draw = 0, resumed, None
         if resumed is not None and (resumed / _FOLDER).is_dir():
             self._load_start_of_epoch(resumed / _FOLDER)
@@ -84,8 +97,13 @@ class RandomStates:
         self._step_ended = True
         self._mark()
 
+    def micro_batch_ended(self) -> None:
+        """A batch has been trained; called before `step_ended`."""
+        self._micro_batches += 1
+
     def step_ended(self) -> None:
         """An optimizer step is done. What follows it (an evaluation, a save) still belongs to it."""
+        self._handed_out = self._micro_batches
         self._step_ended = True
 
     def step_begins(self) -> None:
@@ -99,14 +117,16 @@ class RandomStates:
         """
         assert self._between_steps is not None
         state, self._before_draw, self._draws = self._between_steps
-        _set(state)
+        restore(state)
 
     def save(self, checkpoint: Path) -> None:
         """Adds this rank's states to a checkpoint."""
         if self._folder.is_dir():
             shutil.copytree(self._folder, checkpoint / _FOLDER, dirs_exist_ok=True)
             if self._before_draw is not None:
-                (checkpoint / _FOLDER / self._draw_name).write_text(json.dumps(_encode(self._before_draw, self._draws)))
+                state = base64.b64encode(pack(self._before_draw)).decode()
+                (checkpoint / _FOLDER / self._draw_name).write_text(json.dumps({"draws": self._draws, "state": state}))
+            self._workers.save(checkpoint / _FOLDER / self._workers_name, self._handed_out)
 
     def remember(self) -> None:
         """Keeps the random state of this moment for `return_to_remembered`."""
@@ -122,34 +142,42 @@ class RandomStates:
         self._trainer.__dict__.pop("_load_rng_state", None)
         shutil.rmtree(self._folder, ignore_errors=True)
         shutil.rmtree(self._remembered, ignore_errors=True)
+        self._workers.close()
 
     @property
     def _draw_name(self) -> str:
         return f"next_batch_{self._trainer.args.process_index}.json"
 
+    @property
+    def _workers_name(self) -> str:
+        return f"workers_{self._trainer.args.process_index}.json"
+
     def _watch(self, dataloader: Any) -> None:
         sampler = getattr(dataloader, "batch_sampler", None)
         # A dispatcher draws on one rank only, and an evaluation there would wait for the others for ever.
-        if sampler is None or dataloader.num_workers > 0 or isinstance(dataloader, DataLoaderDispatcher):
+        if sampler is None or isinstance(dataloader, DataLoaderDispatcher):
             self._before_draw = None
             return
         if isinstance(sampler, _Watched):
-            sampler.states = self
             return
         # A DataLoader refuses such a change, for fear of one that has begun to iterate; accelerate's keep theirs inside.
-        object.__setattr__(getattr(dataloader, "base_dataloader", dataloader), "batch_sampler", _Watched(sampler, self))
+        object.__setattr__(
+            getattr(dataloader, "base_dataloader", dataloader),
+            "batch_sampler",
+            _Watched(sampler, self, self._workers if dataloader.num_workers else None),
+        )
 
     def drawn(self) -> None:
-        """The indices of a batch have been drawn, and the batch is made next."""
+        """The indices of a batch have been drawn, and the batch is made next, in this process."""
         self._mark()
         self._draws += 1
         if self._resumed_draw is not None:
             if self._draws == self._resumed_draw["draws"]:
-                _restore(self._resumed_draw)
+                restore(unpack(base64.b64decode(self._resumed_draw["state"])))
             elif self._draws > self._resumed_draw["draws"]:
                 self._return_to_checkpoint(str(self._resumed))
                 self._resumed_draw = None
-        self._before_draw = _capture()
+        self._before_draw = capture()
 
     def _load_start_of_epoch(self, states: Path) -> None:
         args = self._trainer.args
@@ -163,7 +191,7 @@ class RandomStates:
     def _mark(self) -> None:
         if self._step_ended:
             self._step_ended = False
-            self._between_steps = (_capture() | _capture_gpus(), self._before_draw, self._draws)
+            self._between_steps = (capture() | capture_gpus(), self._before_draw, self._draws)
 
     def _return_to_checkpoint(self, checkpoint: str | None) -> None:
         if not self._restored:
@@ -175,13 +203,15 @@ class RandomStates:
 class _Watched(BatchSampler):
     """A batch sampler that tells `RandomStates` of each draw, and is the one inside in everything else."""
 
-    def __init__(self, inner: Any, states: RandomStates) -> None:
+    def __init__(self, inner: Any, states: RandomStates, worker_states: WorkerStates | None) -> None:
         self._inner = inner
-        self.states = states
+        self._states = states
+        self.worker_states = worker_states
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self._inner:
-            self.states.drawn()
+            if self.worker_states is None:
+                self._states.drawn()
             yield batch
 
     def __len__(self) -> int:
@@ -189,40 +219,6 @@ class _Watched(BatchSampler):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_inner"], name)
-
-
-def _capture() -> dict[str, Any]:
-    return {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
-
-
-def _capture_gpus() -> dict[str, Any]:
-    return {"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {}
-
-
-def _set(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    numpy.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _encode(state: dict[str, Any], draws: int) -> dict[str, Any]:
-    name, keys, *rest = state["numpy"]
-    torch_state = base64.b64encode(state["torch"].numpy().tobytes()).decode()
-    return {"draws": draws, "python": state["python"], "numpy": [name, keys.tolist(), *rest], "torch": torch_state}
-
-
-def _restore(state: dict[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    name, keys, *rest = state["numpy"]
-    _set(
-        {
-            "python": (version, tuple(internal), gauss),
-            "numpy": (name, numpy.array(keys, dtype=numpy.uint32), *rest),
-            "torch": torch.frombuffer(bytearray(base64.b64decode(state["torch"])), dtype=torch.uint8),
-        }
-    )
 
 
 def set_epoch(dataloader: Any, epoch: int) -> None:

@@ -296,7 +296,6 @@ class Session:
         """Called by every rank after every optimizer step: what to do if something was heard by anyone, else None."""
         if self._steps is not None:
             self._steps.tell(step)
-        self.random_states.step_ended()
         if self.agreement.alone or not self.agreement.asked:
             self.ask()
         terminate, advisory, fenced, soonest = self.agreement.answer()

@@ -13,21 +13,57 @@ import threading
 from multiprocessing import resource_tracker
 from typing import Any
 
+import torch
 from torch.utils.data import dataloader
-from torch.utils.data._utils import worker
+from torch.utils.data._utils import worker as torch_worker
+
+from hf_spot.training.worker_states import Asked, Made, Worker, WorkerStates
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_plain_loop = worker._worker_loop
+_plain_loop = torch_worker._worker_loop
 _plain_start = dataloader._MultiProcessingDataLoaderIter.__init__
 
 
-def shield() -> None:
-    """From now on the workers of every DataLoader end only when the process that started them says so."""
+_evaluated_before = False
+
+
+def shield(*, evaluated_before: bool) -> None:
+    """From now on the workers of every DataLoader end only when the process that started them says so.
+
+    Args:
+        evaluated_before: the training is resumed, and evaluated before that: workers that persist would be there already.
+    """
+    global _evaluated_before
+    _evaluated_before = evaluated_before
     dataloader._MultiProcessingDataLoaderIter.__init__ = _start
-    worker._worker_loop = shielded_loop
+    torch_worker._worker_loop = shielded_loop
 
 
 def _start(self: Any, loader: Any) -> None:
+    states = _states_of(loader)
+    init, generator = loader.worker_init_fn, loader.generator
+    if states is not None:
+        loader.worker_init_fn = states.to_worker(loader)
+    persisted = states.seeded_before if states is not None else _evaluated_before and loader.persistent_workers
+    if persisted:  # their seed must not be drawn from the training's random numbers a second time
+        loader.generator = torch.Generator()
+    try:
+        _start_shielded(self, loader)
+    finally:
+        loader.worker_init_fn, loader.generator = init, generator
+
+
+def _states_of(loader: Any) -> WorkerStates | None:
+    """Set on the batch sampler of the training's loader; in a resumed epoch behind the sampler that skips."""
+    sampler = getattr(loader, "batch_sampler", None)
+    for one in (sampler, getattr(sampler, "batch_sampler", None)):
+        states = getattr(one, "worker_states", None)
+        if isinstance(states, WorkerStates):
+            return states
+    return None
+
+
+def _start_shielded(self: Any, loader: Any) -> None:
     # The workers inherit it with their first instruction: blocked by themselves, it would miss the threads that the import
     # of numpy has made by then.
     if (loader.multiprocessing_context or multiprocessing).get_start_method() == "spawn":
@@ -42,6 +78,10 @@ def _start(self: Any, loader: Any) -> None:
 def shielded_loop(*args: Any, **kwargs: Any) -> None:
     """What a worker runs. Public for pickle's sake: with ``spawn`` it travels by name."""
     threading.Thread(target=_obey_the_parent, args=(os.getppid(),), name="hf_spot-shield", daemon=True).start()
+    # dataset_kind, dataset, index_queue, data_queue, …, init_fn (9), worker_id (10), … as torch 2.6 to 2.13 pass them
+    worker = args[9] if len(args) > 10 else None
+    if isinstance(worker, Worker):
+        args = (*args[:2], Asked(args[2], worker, args[10]), Made(args[3], worker), *args[4:])
     _plain_loop(*args, **kwargs)
 
 

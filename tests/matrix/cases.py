@@ -178,7 +178,7 @@ def _(output_dir: Path) -> Trainer:
 
 @case("model_init")
 def _(output_dir: Path) -> Trainer:
-    return Trainer(model_init=gpt2, args=settings(output_dir), train_dataset=texts())
+    return Trainer(model_init=lambda trial: gpt2(), args=settings(output_dir), train_dataset=texts())
 
 
 @case("EarlyStopping", stops=("notice@6", "kill@9"))
@@ -243,7 +243,7 @@ def _(output_dir: Path) -> Trainer:
     return plain(output_dir, model=ViTForImageClassification(config), data=Augmented())
 
 
-@case("BatchNorm (ResNet)")
+@case("BatchNorm (ResNet), accumulated", stops=("notice@4", "kill@9"))
 def _(output_dir: Path) -> Trainer:
     from transformers import ResNetConfig, ResNetForImageClassification
 

@@ -46,6 +46,21 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "masked tokens and evaluations": {"data_collator": mask, "eval_strategy": "steps", "eval_steps": 1},
     "an epoch's checkpoints": {"save_strategy": "epoch"},
+    "masked tokens in workers": {"data_collator": mask, "dataloader_num_workers": 2},
+    "masked tokens in workers, accumulated": {
+        "data_collator": mask,
+        "dataloader_num_workers": 2,
+        "gradient_accumulation_steps": 2,
+        "dataloader_prefetch_factor": 1,
+    },
+    "masked tokens in workers that persist, and evaluations": {
+        "data_collator": mask,
+        "dataloader_num_workers": 2,
+        "dataloader_persistent_workers": True,
+        "accelerator_config": {"use_seedable_sampler": False},
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    },
 }
 
 
