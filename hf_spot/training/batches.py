@@ -33,6 +33,14 @@ def to_details(made: Batches) -> dict[str, int]:
     }
 
 
+def from_details(details: dict[str, Any]) -> Batches | None:
+    """What `to_details` recorded; None in a commit that was pushed by hand."""
+    if "per_device_train_batch_size" not in details:
+        return None
+    ranks = details.get("data_parallel_size", details["world_size"])
+    return Batches(details["per_device_train_batch_size"], details["gradient_accumulation_steps"], ranks)
+
+
 def keep_samples(trainer: Trainer, details: dict[str, Any], *, allow_change: bool) -> None:
     """Makes the steps of this launch hold the samples of those before: sets the accumulation, or the batch of a device.
 
@@ -47,12 +55,11 @@ def keep_samples(trainer: Trainer, details: dict[str, Any], *, allow_change: boo
         ConfigError: the samples of a step can't be kept.
     """
     args = trainer.args
-    if "per_device_train_batch_size" not in details:
-        return  # pushed by hand
-    ranks = details.get("data_parallel_size", details["world_size"])
-    before = Batches(details["per_device_train_batch_size"], details["gradient_accumulation_steps"], ranks)
+    before = from_details(details)
+    if before is None:
+        return
     now = batches(trainer)
-    if args.auto_find_batch_size and ranks == now.world_size:
+    if args.auto_find_batch_size and before.world_size == now.world_size:
         now = Batches(before.per_device, now.accumulation, now.world_size)  # Trainer itself goes on with what it found
     found = fit(before, now)
     if found is Fit.REGROUPED:

@@ -18,10 +18,12 @@ from hf_spot.policy.preemption import Action, Decision
 from hf_spot.run.run import CommitRequest
 from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.training.accumulation import Accumulation
-from hf_spot.training.batches import batches, to_details
+from hf_spot.training.batches import batches, from_details, to_details
 from hf_spot.training.evaluation import Evaluations
 from hf_spot.training.exactness import carry_callback_states, set_epoch
 from hf_spot.training.session import Session
+from hf_spot.training.streams import resumed_in_its_pass
+from hf_spot.training.weights import loaded_whole
 from hf_spot.training.workers import shield
 
 log = logging.getLogger("hf_spot")
@@ -225,7 +227,8 @@ class SpotCallback(TrainerCallback):
             )
             self._resumed_epoch_is_ahead = session.restored is not None
             try:
-                result = train(trainer, folder, *args, **kwargs)
+                with loaded_whole(trainer), self._stream_resumed(trainer, session):
+                    result = train(trainer, folder, *args, **kwargs)
                 session.end(trainer.state.global_step)
             except TrainingPreempted as preempted:
                 log.warning("%s", preempted)
@@ -237,6 +240,13 @@ class SpotCallback(TrainerCallback):
                 self._evaluations.close()
                 self._session = self._evaluations = self._accumulation = None
             return result
+
+    def _stream_resumed(self, trainer: Trainer, session: Session) -> contextlib.AbstractContextManager[None]:
+        details = session.restored.details if session.restored else {}
+        before = from_details(details)
+        if before is None or "epoch_of_data" not in details or trainer.args.ignore_data_skip:
+            return contextlib.nullcontext()
+        return resumed_in_its_pass(trainer, details, before, batches(trainer))
 
     def _stop(self, decision: Decision, control: TrainerControl) -> None:
         self._stop_reason = decision.why
@@ -297,7 +307,8 @@ def _is_epoch_end(state: TrainerState) -> bool:
 
 def _load_finished(trainer: Trainer, folder: str, session: Session) -> TrainOutput:
     """Leaves the trainer as ``train()`` left it when it finished, without training: Trainer itself would do one step more."""
-    trainer._load_from_checkpoint(folder)
+    with loaded_whole(trainer):
+        trainer._load_from_checkpoint(folder)
     trainer.state = TrainerState.load_from_json(os.path.join(folder, "trainer_state.json"))
     trainer._load_rng_state(folder)
     if session.restored is not None and session.restored.details.get("evaluation_pending"):

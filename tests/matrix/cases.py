@@ -338,7 +338,7 @@ def _(output_dir: Path) -> Trainer:
     def reward(completions: list[str], **more: Any) -> list[float]:
         return [float(len(set(text.split()))) for text in completions]
 
-    args = settings(output_dir, GRPOConfig, num_generations=2, max_completion_length=6, max_steps=12, beta=0.1)
+    args = settings(output_dir, GRPOConfig, num_generations=2, max_completion_length=6, max_steps=12)
     data = Dataset.from_dict({"prompt": sentences()})
     return GRPOTrainer(llama(), reward_funcs=reward, args=args, train_dataset=data, processing_class=tokenizer())
 

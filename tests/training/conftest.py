@@ -66,11 +66,12 @@ def make_trainer(output_dir: Path, *callbacks: TrainerCallback, **settings: Any)
         "disable_tqdm": True,
     }
     collator = settings.pop("data_collator", None)
+    make_data = settings.pop("train_dataset", lambda: data)
     return Trainer(
         model=model,
         args=TrainingArguments(**(defaults | settings)),
         data_collator=collator,
-        train_dataset=data,
+        train_dataset=make_data(),
         eval_dataset=data[:4],
         callbacks=list(callbacks),
     )

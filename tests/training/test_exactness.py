@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
 from hf_spot import SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.training.accumulation import Accumulation
@@ -27,7 +28,32 @@ def mask(batch: list[dict[str, Any]]) -> dict[str, Any]:
     return {"input_ids": ids.masked_fill(hidden, 1), "labels": ids}
 
 
+def experts() -> Qwen3MoeForCausalLM:
+    """Its checkpoints name each expert, and the model holds them in one tensor."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=64, attention_dropout=0.1, **sizes, **heads))
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Ten batches of two, in another order in each pass, and nobody knows how many."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        parts = torch.randint(64, (20, 16), generator=torch.Generator().manual_seed(1))
+        order = torch.randperm(20, generator=torch.Generator().manual_seed(self.epoch))
+        info = torch.utils.data.get_worker_info()
+        for part in parts[order][info.id if info else 0 :: info.num_workers if info else 1]:
+            yield {"input_ids": part, "labels": part}
+
+
 CASES: dict[str, dict[str, Any]] = {
+    "a mixture of experts": {"model": experts},
     "group_by_length": {"train_sampling_strategy": "group_by_length"},
     "a sampler without a seed": {"accelerator_config": {"use_seedable_sampler": False}},
     "dispatched batches": {"accelerator_config": {"dispatch_batches": True}},
@@ -78,6 +104,25 @@ def test_a_resumed_training_ends_the_same(store: str, tmp_path: Path, case: str,
     trainer.train()
     assert first.losses | second.losses == in_peace.losses
     assert same(weights(trainer), weights(undisturbed))
+
+
+@pytest.mark.parametrize("at_step", [3, 5, 6, 13], ids=["first pass", "its end", "second pass", "third pass"])
+@pytest.mark.parametrize(
+    "case",
+    [{}, {"gradient_accumulation_steps": 3}, {"dataloader_num_workers": 2, "data_collator": mask}],
+    ids=["plain", "accumulated over the end of a pass", "random in workers"],
+)
+def test_a_stream_goes_on_in_its_pass(store: str, tmp_path: Path, case: dict[str, Any], at_step: int) -> None:
+    settings = {"max_steps": 16, "per_device_train_batch_size": 4, "save_steps": 100, "train_dataset": Stream, **case}
+    in_peace, second = Recorder(), Recorder()
+    undisturbed = make_trainer(tmp_path / "peace", in_peace, **settings)
+    undisturbed.train()
+    first = train_until_preempted(store, tmp_path / "one", at_step, **settings)
+    trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), second, **settings)
+    trainer.train()
+    assert first.losses | second.losses == in_peace.losses
+    assert same(weights(trainer), weights(undisturbed))
+    assert trainer.state.epoch == undisturbed.state.epoch
 
 
 def test_early_stopping_goes_on_counting(store: str, tmp_path: Path) -> None:
