@@ -20,7 +20,7 @@ from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.training.accumulation import Accumulation
 from hf_spot.training.batches import batches, from_details, to_details
 from hf_spot.training.evaluation import Evaluations
-from hf_spot.training.exactness import carry_callback_states, set_epoch
+from hf_spot.training.exactness import carry_callback_states, dispatched_batches_skipped, set_epoch
 from hf_spot.training.session import Session
 from hf_spot.training.streams import resumed_in_its_pass
 from hf_spot.training.weights import loaded_whole
@@ -227,7 +227,7 @@ class SpotCallback(TrainerCallback):
             )
             self._resumed_epoch_is_ahead = session.restored is not None
             try:
-                with loaded_whole(trainer), self._stream_resumed(trainer, session):
+                with loaded_whole(trainer), dispatched_batches_skipped(), self._stream_resumed(trainer, session):
                     result = train(trainer, folder, *args, **kwargs)
                 session.end(trainer.state.global_step)
             except TrainingPreempted as preempted:

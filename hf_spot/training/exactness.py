@@ -11,11 +11,13 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers.trainer
 from accelerate.data_loader import DataLoaderDispatcher
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, IterableDataset
 from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import ExportableState
 
@@ -228,6 +230,28 @@ def set_epoch(dataloader: Any, epoch: int) -> None:
     for one in (dataloader, getattr(batch_sampler, "batch_sampler", None)):
         if one is not None and hasattr(one, "set_epoch"):
             one.set_epoch(epoch)
+
+
+@contextmanager
+def dispatched_batches_skipped() -> Iterator[None]:
+    """Within it, a resume skips what all ranks have trained of batches that rank 0 hands out (``dispatch_batches``).
+
+    Each of them is made of one batch of the sampler for every rank; ``accelerate.skip_first_batches`` skips the sampler's
+    batches as if there were one rank. Seen with accelerate 1.15.
+    """
+    plain_skip = transformers.trainer.skip_first_batches
+
+    def skip(dataloader: Any, num_batches: int = 0) -> Any:
+        dispatched = isinstance(dataloader, DataLoaderDispatcher) and not dataloader.split_batches
+        if dispatched and not isinstance(dataloader.dataset, IterableDataset):
+            num_batches *= dataloader.state.num_processes
+        return plain_skip(dataloader, num_batches)
+
+    transformers.trainer.skip_first_batches = skip
+    try:
+        yield
+    finally:
+        transformers.trainer.skip_first_batches = plain_skip
 
 
 def carry_callback_states(trainer: Trainer) -> None:
