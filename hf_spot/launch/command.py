@@ -109,13 +109,13 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
     except (ValueError, OSError) as error:
         raise ConfigError(f"accelerate launch: {error}", hint="hf-spot launch --help, or accelerate config") from error
     _refuse_what_is_not_supported(args, config)
+    machines = _machines(args)
     if _is_distributed(args):
         command = [sys.executable, "-m", "accelerate.commands.launch", *_of_accelerate(options), "-m", _BOOTSTRAP, *script]
         env = dict(environ)
     else:
         command = [sys.executable, "-m", _BOOTSTRAP, *script]
         env = prepare_simple_launcher_cmd_env(args)[1]
-    machines = _machines(args)
     if machines.count > 1 and (interface := interface_to(machines.main_ip)):
         # Where a machine's name stands for 127.0.1.1, as Debian has it, gloo would listen where nobody can reach it.
         env.setdefault("GLOO_SOCKET_IFNAME", interface)

@@ -9,7 +9,7 @@ import pytest
 
 from hf_spot.cli import main
 from hf_spot.errors import ConfigError
-from hf_spot.launch.command import parse
+from hf_spot.launch.command import Machines, parse
 from tests.servers import CannedS3, Rclone, SeaweedFS
 
 BOOTSTRAP = [sys.executable, "-m", "hf_spot.training.bootstrap"]
@@ -37,6 +37,19 @@ def test_several_processes_run_under_accelerate_with_its_own_options_only(script
     assert (command.max_restarts, command.arguments.save_total_limit, command.arguments.notice) == (5, 7, "imds")
 
 
+TWO = ["--store", "s3://b/r", "--num_machines", "2"]
+AT = ["--main_process_ip", "127.0.0.1", "--main_process_port", "29500"]
+
+
+def test_the_machines_are_known_and_gloo_listens_where_they_reach_it(script: str) -> None:
+    command = parse([*TWO, *AT, "--machine_rank", "1", "--multi_gpu", "--num_processes", "4", script], {})
+    assert command.machines == Machines(2, 1, "127.0.0.1")
+    assert command.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    chosen = {"GLOO_SOCKET_IFNAME": "ib0"}
+    kept = parse([*TWO, *AT, "--machine_rank", "1", "--multi_gpu", "--num_processes", "4", script], chosen)
+    assert kept.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
 def test_the_store_may_come_from_the_environment(script: str) -> None:
     assert parse([script], {"HF_SPOT_STORE": "s3://b/r"}).store == "s3://b/r"
 
@@ -53,6 +66,11 @@ def test_the_store_may_come_from_the_environment(script: str) -> None:
         (["--store", "s3://b/r", "--grace-s", "soon", "SCRIPT"], "soon"),
         (["--store", "s3://b/r", "--no_python", "SCRIPT"], "--no_python"),
         (["--store", "s3://b/r", "--num_machines", "2", "SCRIPT"], "--num_machines 2"),
+        ([*TWO, "--machine_rank", "0", "--multi_gpu", "SCRIPT"], "--main_process_ip"),
+        ([*TWO, *AT, "--machine_rank", "2", "--multi_gpu", "SCRIPT"], "--machine_rank 2"),
+        ([*TWO, *AT, "--machine_rank", "1", "--num_processes", "4", "SCRIPT"], "--multi_gpu"),
+        ([*TWO, *AT, "--machine_rank", "1", "--multi_gpu", "--num_processes", "3", "SCRIPT"], "--num_processes 3"),
+        (["--store", "s3://b/r", "--peer-timeout-s", "1", "SCRIPT"], "peer_timeout_s=1"),
         (["--store", "s3://b/r", "--tpu", "SCRIPT"], "TPU"),
         (["--store", "s3://b/r", "--config_file", "/no/such.yaml", "SCRIPT"], "/no/such.yaml"),
         (["--store", "s3://b/r", "--multi_gpu", "--num_processes", "1", "SCRIPT"], "multi_gpu"),

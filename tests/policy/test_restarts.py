@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_spot.policy.restarts import LONGEST_PAUSE_S, Verdict, judge, may_restart, patience_s, pause_s
+from hf_spot.policy.restarts import LONGEST_PAUSE_S, Verdict, judge, may_restart, outlives_s, patience_s, pause_s
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,14 @@ def test_patience_follows_the_deadline_and_not_a_constant() -> None:
     assert patience_s(-5.0, training=False, drain_timeout_s=600) == 0.0
     assert patience_s(None, training=True, drain_timeout_s=600) == 600
     assert patience_s(None, training=False, drain_timeout_s=600) == 10.0
+
+
+def test_a_training_that_fails_because_another_machine_went_is_preempted() -> None:
+    assert judge(1, None, fenced=False, noticed=False, lost=True) is Verdict.PREEMPTED
+    assert judge(0, None, fenced=False, noticed=False, lost=True) is Verdict.FINISHED
+
+
+def test_a_training_waits_for_a_machine_that_ended_well_and_not_for_one_that_is_lost() -> None:
+    assert outlives_s(Verdict.LOST, 600) == 0
+    assert 0 < outlives_s(Verdict.FAILED, 600) < 60
+    assert outlives_s(Verdict.PREEMPTED, 600) > 600

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hf_spot.errors import CorruptCheckpoint
-from hf_spot.run.manifest import FileEntry, difference, files_in, missing_for_resume, sha256_of
+from hf_spot.run.manifest import FileEntry, difference, files_in, missing_for_resume, needed_by, sha256_of
 
 WHOLE = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json"]
 
@@ -61,3 +61,16 @@ def test_a_missing_short_or_changed_file_is_told_apart(tmp_path: Path) -> None:
     assert "4 bytes, not 5" in (difference(tmp_path, entry) or "")
     path.unlink()
     assert "missing" in (difference(tmp_path, entry) or "")
+
+
+def test_a_machine_needs_what_its_ranks_read_and_what_all_do() -> None:
+    of_one = [
+        "rng_state_{}.pth",
+        "random_states/rng_state_{}.pth",
+        "random_states/workers_{}.json",
+        "global_step5/bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt",
+    ]
+    of_all = ["model.safetensors", "optimizer.pt", "pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__1_0.distcp"]
+    names = [*of_all, *(name.format(rank) for name in of_one for rank in (0, 1, 12))]
+    needed = needed_by([FileEntry(name, 1, "0" * 64) for name in names], (1, 2))
+    assert [file.path for file in needed] == [*of_all, *(name.format(1) for name in of_one)]

@@ -129,3 +129,69 @@ def test_one_bad_checkpoint_does_not_end_the_uploader(store: FaultyStore, upload
     uploader.submit(make_checkpoint(2), CommitRequest(step=2))
     assert uploader.drain(PATIENCE_S)
     assert steps(store) == [2]
+
+
+# -- several machines -------------------------------------------------------------------------------------------------
+
+
+def halves(make_checkpoint: Make, step: int, tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint of two ranks, as two disks hold it."""
+    folder = make_checkpoint(step)
+    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+    other = tmp_path / "other" / folder.name
+    other.mkdir(parents=True)
+    (other / "rng_state_1.pth").write_bytes(b"of rank 1")
+    return folder, other
+
+
+@pytest.fixture
+def other_uploader(run: Run, store: FaultyStore, tmp_path: Path) -> Iterator[Uploader]:
+    its_run = Run(store)
+    its_run.adopt(run.epoch)
+    made = Uploader(its_run, tmp_path / "other-pins", save_total_limit=None, keeps_house=False)
+    yield made
+    made.close()
+
+
+def test_the_commit_stands_only_when_every_machine_has_handed_in_its_part(
+    store: FaultyStore, uploader: Uploader, other_uploader: Uploader, make_checkpoint: Make, tmp_path: Path
+) -> None:
+    mine, theirs = halves(make_checkpoint, 5, tmp_path)
+    uploader.submit(mine, CommitRequest(step=5, world_size=2, part=0, parts=2))
+    assert not uploader.drain(0.7)
+    assert steps(store) == []
+    other_uploader.submit(theirs, CommitRequest(step=5, world_size=2, part=1, parts=2))
+    assert uploader.drain(PATIENCE_S)
+    found = Run(store.inner).find()
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {file.path for file in found.files}
+    assert Run(store.inner).pull(tmp_path / "pulled").joinpath("rng_state_1.pth").read_bytes() == b"of rank 1"
+
+
+def test_a_part_that_is_given_up_is_not_waited_for(
+    store: FaultyStore, uploader: Uploader, other_uploader: Uploader, make_checkpoint: Make, tmp_path: Path
+) -> None:
+    gate = threading.Event()
+    store.faults.append(Fault("put_file", "*checkpoint-1/rng_state_1.pth", error=None, until=gate))
+    parts = {step: halves(make_checkpoint, step, tmp_path) for step in (1, 2, 3)}
+    for step, (mine, theirs) in parts.items():
+        other_uploader.submit(theirs, CommitRequest(step=step, world_size=2, part=1, parts=2))
+        if step == 1:
+            wait_for(lambda: other_uploader.in_flight_s() is not None or not other_uploader._waiting)
+        if step == 2:
+            uploader.submit(mine, CommitRequest(step=2, world_size=2, part=0, parts=2))
+    gate.set()  # step 2 gave way to step 3 on the other machine
+    assert uploader.drain(PATIENCE_S)
+    uploader.submit(parts[3][0], CommitRequest(step=3, world_size=2, part=0, parts=2))
+    assert uploader.drain(PATIENCE_S)
+    assert steps(store) == [3]
+
+
+def test_a_checkpoint_that_lacks_a_rank_of_another_machine_is_not_committed(
+    store: FaultyStore, uploader: Uploader, other_uploader: Uploader, make_checkpoint: Make, tmp_path: Path
+) -> None:
+    mine, theirs = halves(make_checkpoint, 5, tmp_path)
+    other_uploader.submit(theirs, CommitRequest(step=5, world_size=3, part=1, parts=2))
+    uploader.submit(mine, CommitRequest(step=5, world_size=3, part=0, parts=2))
+    assert uploader.drain(PATIENCE_S)
+    assert "rng_state_2.pth" in str(uploader.trouble)
+    assert steps(store) == []
