@@ -19,7 +19,7 @@ from hf_spot.run.run import CommitRequest
 from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.training.accumulation import Accumulation
 from hf_spot.training.batches import batches, from_details, to_details
-from hf_spot.training.evaluation import Evaluations
+from hf_spot.training.evaluation import Evaluations, Stopped
 from hf_spot.training.exactness import carry_callback_states, dispatched_batches_skipped, set_epoch
 from hf_spot.training.session import Session
 from hf_spot.training.streams import resumed_in_its_pass
@@ -219,11 +219,12 @@ class SpotCallback(TrainerCallback):
                 self._saved_step = session.restored.step
                 pending = session.restored.details.get("evaluation_pending")
                 session.random_states.resume(self._make_up_for_evaluation if pending else lambda: None)
-            shield(evaluated_before=session.restored is not None and _has_evaluated(session.output_dir / session.restored.name))
+            shield()
+            evaluated_before = session.restored is not None and _has_evaluated(session.output_dir / session.restored.name)
             self._session = session
             self._accumulation = Accumulation(trainer, session.random_states)
             self._evaluations = Evaluations(
-                trainer, session.random_states, functools.partial(self._evaluation_was_cut, trainer)
+                trainer, session.random_states, functools.partial(self._evaluation_was_cut, trainer), evaluated_before
             )
             self._resumed_epoch_is_ahead = session.restored is not None
             try:
@@ -271,7 +272,11 @@ class SpotCallback(TrainerCallback):
         """At the one moment where it draws the random numbers that it would have drawn: right after Trainer has restored
         the RNG."""
         assert self._session is not None and self._evaluations is not None
-        self._evaluations.make_up()
+        try:
+            self._evaluations.make_up()
+        except Stopped:
+            self._saved_step = -1  # the checkpoint that was resumed is the last one: it is saved again to say so
+            raise
         if self._stop_reason is not None:
             self._session.leave()
 

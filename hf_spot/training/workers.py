@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -24,19 +26,28 @@ _plain_loop = torch_worker._worker_loop
 _plain_start = dataloader._MultiProcessingDataLoaderIter.__init__
 
 
-_evaluated_before = False
+_would_be_there = False
 
 
-def shield(*, evaluated_before: bool) -> None:
-    """From now on the workers of every DataLoader end only when the process that started them says so.
-
-    Args:
-        evaluated_before: the training is resumed, and evaluated before that: workers that persist would be there already.
-    """
-    global _evaluated_before
-    _evaluated_before = evaluated_before
+def shield() -> None:
+    """From now on the workers of every DataLoader end only when the process that started them says so."""
     dataloader._MultiProcessingDataLoaderIter.__init__ = _start
     torch_worker._worker_loop = shielded_loop
+
+
+@contextmanager
+def seeded_before(would_be_there: bool) -> Iterator[None]:
+    """Within it, workers that persist draw no seed when they start: without an interruption they would be there already.
+
+    Args:
+        would_be_there: False changes nothing.
+    """
+    global _would_be_there
+    before, _would_be_there = _would_be_there, would_be_there
+    try:
+        yield
+    finally:
+        _would_be_there = before
 
 
 def _start(self: Any, loader: Any) -> None:
@@ -44,7 +55,7 @@ def _start(self: Any, loader: Any) -> None:
     init, generator = loader.worker_init_fn, loader.generator
     if states is not None:
         loader.worker_init_fn = states.to_worker(loader)
-    persisted = states.seeded_before if states is not None else _evaluated_before and loader.persistent_workers
+    persisted = states.seeded_before if states is not None else _would_be_there and loader.persistent_workers
     if persisted:  # their seed must not be drawn from the training's random numbers a second time
         loader.generator = torch.Generator()
     try:

@@ -149,5 +149,5 @@ def test_patience_ends() -> None:
     never = threading.Event()
     with pytest.raises(TimeoutError, match=r"machines \[1\] did not come"):
         Host(2).meet(never.wait, TIMEOUT_S, 0.1)
-    with pytest.raises(TimeoutError, match="machine 0 at .* did not come"):
+    with pytest.raises(TimeoutError, match=r"machine 0 at .* did not come"):
         join(1, 2, "127.0.0.1", lambda: None, never.wait, TIMEOUT_S, 0.0)

@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
-from hf_spot import SpotArguments, SpotCallback, TrainingPreempted
+from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.training.accumulation import Accumulation
 from hf_spot.training.session import Session
 from tests.training.conftest import Recorder, make_trainer, same, weights
-from tests.training.test_callback import QUIET, preempt, train_until_preempted
+from tests.training.test_callback import QUIET, kinds, preempt, train_until_preempted
 
 
 def mask(batch: list[dict[str, Any]]) -> dict[str, Any]:
@@ -149,6 +149,30 @@ def test_early_stopping_goes_on_counting(store: str, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), stopping(), **settings)
     assert trainer.train().global_step == stopped_at
     assert same(weights(trainer), weights(undisturbed))
+
+
+@pytest.mark.parametrize(
+    "when", [{"eval_strategy": "steps", "eval_steps": 2}, {"eval_strategy": "epoch"}], ids=["in an epoch", "at its end"]
+)
+def test_early_stopping_whose_last_evaluation_was_put_off_stops_at_the_same_step(
+    store: str, tmp_path: Path, when: dict[str, Any]
+) -> None:
+    settings = {"num_train_epochs": 9, "save_steps": 100, "metric_for_best_model": "loss", "learning_rate": 0.5, **when}
+    undisturbed = make_trainer(tmp_path / "peace", EarlyStoppingCallback(2), **settings)
+    stopped_at = undisturbed.train().global_step
+    assert stopped_at < undisturbed.state.max_steps
+    callback, first, second = SpotCallback(store, SpotArguments(notice="signal")), Recorder(), Recorder()
+    stop_there = Recorder(stopped_at, preempt(callback))
+    with pytest.raises(TrainingPreempted):
+        make_trainer(tmp_path / "one", callback, EarlyStoppingCallback(2), stop_there, first, **settings).train()
+    trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), EarlyStoppingCallback(2), second, **settings)
+    assert trainer.train().global_step == stopped_at
+    assert (second.losses, second.evaluated) == ({}, [stopped_at])
+    assert same(weights(trainer), weights(undisturbed))
+    assert kinds(store)[-1] == "finished"
+    newest = Run(store).latest()
+    assert newest is not None
+    assert (newest.step, newest.ref.complete) == (stopped_at, True)
 
 
 class PreemptEvaluation(TrainerCallback):

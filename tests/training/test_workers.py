@@ -20,7 +20,7 @@ def test_a_worker_outlives_a_stranger_and_obeys_its_parent(context: str, monkeyp
     monkeypatch.setattr(worker, "_worker_loop", worker._worker_loop)
     iterator = dataloader._MultiProcessingDataLoaderIter
     monkeypatch.setattr(iterator, "__init__", iterator.__init__)
-    shield(evaluated_before=False)
+    shield()
     loader = DataLoader(range(100), num_workers=1, persistent_workers=True, multiprocessing_context=context)
     batches = iter(loader)
     next(batches)
