@@ -54,6 +54,7 @@ class RandomStates:
         self._before_draw: dict[str, Any] | None = None
         self._workers = WorkerStates(folder.with_name(f"{folder.name}-workers"), trainer.args.gradient_accumulation_steps)
         self._micro_batches = self._handed_out = 0
+        self._watched: list[_Watched] = []
         self._step_ended = False
         self._between_steps: tuple[dict[str, Any], dict[str, Any] | None, int] | None = None
         self._resumed: Path | None = None
@@ -145,6 +146,9 @@ class RandomStates:
         shutil.rmtree(self._folder, ignore_errors=True)
         shutil.rmtree(self._remembered, ignore_errors=True)
         self._workers.close()
+        # They would tie trainer and loaders into a cycle; torch is slow to end workers that the garbage collector finds.
+        for watched in self._watched:
+            watched.release()
 
     @property
     def _draw_name(self) -> str:
@@ -207,12 +211,16 @@ class _Watched(BatchSampler):
 
     def __init__(self, inner: Any, states: RandomStates, worker_states: WorkerStates | None) -> None:
         self._inner = inner
-        self._states = states
+        self._states: RandomStates | None = states
         self.worker_states = worker_states
+
+    def release(self) -> None:
+        """From now on it tells nobody."""
+        self._states = self.worker_states = None
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self._inner:
-            if self.worker_states is None:
+            if self._states is not None and self.worker_states is None:
                 self._states.drawn()
             yield batch
 

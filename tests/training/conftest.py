@@ -18,6 +18,10 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
+# The loaders of a training that a test has interrupted are found by the garbage collector, and torch then waits so many
+# seconds for each of their workers.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
+
 STEPS = 12
 
 
