@@ -36,6 +36,7 @@ class Launch:
     process: psutil.Popen
     log: Path
     diary: Path
+    output_dir: Path
 
     def lines(self) -> Lines:
         return [line for line in read_diary(self.diary) if "loss" in line]
@@ -46,6 +47,11 @@ class Launch:
     def wait_for_step(self, step: int) -> None:
         wait_for(lambda: self.step() >= step or self.process.poll() is not None, f"for step {step}: {self.text()}")
         assert self.step() >= step, self.text()
+
+    def go_on_when_it_says(self, text: str) -> None:
+        """Ends the hold of ``--hold_at`` as soon as ``text`` is in the output."""
+        wait_for(lambda: text in self.text() or self.process.poll() is not None, f"for {text!r}: {self.text()}")
+        (self.output_dir / "go-on").touch()
 
     def wait(self) -> int:
         return int(self.process.wait(PATIENCE_S))
@@ -98,7 +104,7 @@ class Launcher:
                 cwd=self.tmp_path,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})},
             )
-        self.launches.append(Launch(process, log, diary))
+        self.launches.append(Launch(process, log, diary, self.tmp_path / f"out-{number}"))
         return self.launches[-1]
 
     def plain(self, store: str, *more: str, options: list[str] | None = None, env: dict[str, str] | None = None) -> Launch:

@@ -32,21 +32,23 @@ def check_against(twin: Twin, launch: Launch, resumed_step: int) -> None:
 
 def test_notices_lose_no_step_and_change_no_bit(s3_url: str, launcher: Launcher, twin: Twin, tmp_path: Path) -> None:
     run = Run(s3_url)
-    slow = ("--step_s", "0.1")
 
     with FakeIMDS() as imds:
-        first = launcher.plain(s3_url, *slow, options=["--notice", "imds"], env=imds.env())
+        first = launcher.plain(s3_url, "--hold_at", "3", options=["--notice", "imds"], env=imds.env())
         first.wait_for_step(3)
         imds.interrupt(in_s=120)
+        first.go_on_when_it_says("TERMINATE from imds")
         assert first.wait() == 75, first.text()
-    second = launcher.plain(s3_url, *slow)
-    second.wait_for_step(committed_step(run) + 2)
+    second = launcher.plain(s3_url, "--hold_at", "12")
+    second.wait_for_step(12)
     second.process.send_signal(signal.SIGTERM)
+    second.go_on_when_it_says("TERMINATE from")
     assert second.wait() == 75, second.text()
     notice = tmp_path / "notice"
-    third = launcher.plain(s3_url, *slow, options=["--notice", f"file:{notice}"])
-    third.wait_for_step(committed_step(run) + 1)
+    third = launcher.plain(s3_url, "--hold_at", "23", options=["--notice", f"file:{notice}"])
+    third.wait_for_step(23)
     notice.touch()
+    third.go_on_when_it_says("TERMINATE from file")
     assert third.wait() == 75, third.text()
     last = launcher.plain(s3_url)
     assert last.wait() == 0, last.text()

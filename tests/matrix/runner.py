@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from tests.matrix.cases import CASES, Case
 
 SCRIPT = Path(__file__).parent / "train.py"
 TIMEOUT_S = 240.0
+ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt|Exit)\b")
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,9 @@ def _run(command: list[Any], folder: Path, env: dict[str, str]) -> tuple[int, st
             list(map(str, command)), stdout=out, stderr=out, env={**os.environ, **quiet, **env}, timeout=TIMEOUT_S
         )
     lines = log.read_text(errors="replace").splitlines() or [""]
-    errors = [line for line in lines if "Error" in line] or lines
-    return done.returncode, f"{errors[-1]} ({log})"
+    # The first: what a rank died of comes before what its launcher says of that.
+    errors = [line for line in lines if ERROR.match(line)] or lines[-1:]
+    return done.returncode, f"{errors[0]} ({log})"
 
 
 def _compare(case: Case, folder: Path, launches: int) -> tuple[float, int, int, bool]:

@@ -27,13 +27,18 @@ class Bytes(Dataset):
 
 
 class Diary(TrainerCallback):
-    """Writes every step's loss and learning rate, and can slow training down so that a test can hit a chosen step."""
+    """Writes every step's loss and learning rate, and slows or holds training so that a test can hit a chosen step."""
 
-    def __init__(self, path: str | None, step_s: float, eval_batch_s: float) -> None:
-        self.path, self.step_s, self.eval_batch_s = path, step_s, eval_batch_s
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.path, self.step_s, self.eval_batch_s = options.diary, options.step_s, options.eval_batch_s
+        self.hold_at, self.go_on = options.hold_at, Path(options.output_dir, "go-on")
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         time.sleep(self.step_s)
+
+    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        while state.global_step == self.hold_at and not self.go_on.exists():
+            time.sleep(0.02)
 
     def on_prediction_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         time.sleep(self.eval_batch_s)
@@ -50,6 +55,7 @@ def main() -> None:
     parser.add_argument("--diary")
     parser.add_argument("--weights", required=True, help="where the final weights go")
     parser.add_argument("--step_s", type=float, default=0.0)
+    parser.add_argument("--hold_at", type=int, help="after this step, wait for a file go-on in output_dir")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--eval_batch_s", type=float, default=0.0)
     parser.add_argument("--save_steps", type=int, default=5)
@@ -89,7 +95,7 @@ def main() -> None:
         args=arguments,
         train_dataset=Bytes(122),  # 122 = 15 steps of 8 and a remainder, twice
         eval_dataset=Bytes(20),
-        callbacks=[Diary(options.diary, options.step_s, options.eval_batch_s)],
+        callbacks=[Diary(options)],
     )
     trainer.train()
     # Must never run after a preemption: a half-trained model would be published.
