@@ -190,6 +190,7 @@ class Journal:
         self._new_id = new_id
         self._lock = threading.RLock()
         self._state = RunState()
+        self._doubtful: dict[str, int] = {}  # drafts that may stand: the first number that each may stand under
         self.epoch = 0  # the claim held by this writer; 0 when it holds none
 
     @property
@@ -254,17 +255,32 @@ class Journal:
         return self.epoch
 
     def _append(self, kind: str, data: dict[str, Any], id: str, epoch_for: Callable[[RunState], int]) -> Entry:
+        if (standing := self._find_doubtful(id)) is not None:
+            return standing
         while True:
             epoch = epoch_for(self._state)
             number = self._state.number + 1
             state = fold(self._state, number, kind, epoch, data)
             draft = Entry(number, kind, epoch, id, self._now(), data, state)
-            standing = self._create(draft)
+            try:
+                standing = self._create(draft)
+            except StoreUnavailable:
+                self._doubtful.setdefault(id, number)
+                raise
             self._state = standing.state
             if standing.id == id:
+                self._doubtful.pop(id, None)
                 self._store_hint(number)
                 return standing
             self.refresh()
+
+    def _find_doubtful(self, id: str) -> Entry | None:
+        """Where a draft stands whose answer was lost: others may have written behind it since, so its number can be passed."""
+        for number in range(self._doubtful.get(id, self._state.number + 1), self._state.number + 1):
+            if (entry := self.read(number)).id == id:
+                del self._doubtful[id]
+                return entry
+        return None
 
     def _create(self, draft: Entry) -> Entry:
         """The entry that stands under the draft's number afterwards: the draft, or whoever came first."""

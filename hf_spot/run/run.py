@@ -324,7 +324,8 @@ class Run:
         if gone:
             # First the entry: a reader never sees a checkpoint whose files are going.
             self.record("prune", {"entries": [ref.entry for ref in gone], "steps": [ref.step for ref in gone]})
-            transfer.delete(self.store, [ref.prefix for ref in gone])
+            kept = {ref.prefix for ref in self.journal.state.checkpoints}
+            transfer.delete(self.store, [ref.prefix for ref in gone if ref.prefix not in kept])
         return gone
 
     def collect_garbage(self) -> int:
