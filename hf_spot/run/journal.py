@@ -10,8 +10,9 @@ Protocol (invariants in capitals are what the tests attack):
   id means success: ONE DRAFT BECOMES AT MOST ONE ENTRY.
 * Entries are never deleted: a stalled writer could otherwise recreate a number that everybody has passed.
 
-``tip.json`` remembers a number near the newest one, so that finding the tip costs three requests however long the journal
-is. It is a hint and never believed further than to start listing from there.
+``tip.json`` remembers a number near the newest one, so that finding the tip costs four requests however long the journal
+is: the hint, a listing from there, the last that it shows, and the one behind that, because listings lag on some stores.
+It is a hint and never believed further than to start listing from there.
 """
 
 from __future__ import annotations
@@ -199,17 +200,24 @@ class Journal:
         return self._state
 
     def refresh(self) -> RunState:
-        """Finds the newest entry: at most three requests while the hint is fresh."""
+        """Finds the newest entry: at most four requests while the hint is fresh."""
         with self._lock:
-            near = self._state.number or self._read_hint()
-            number = self._last_number(near)
-            if number != self._state.number:
+            number = self._last_number(self._state.number or self._read_hint())
+            if number > self._state.number:
                 self._state = self.read(number).state
+            while (entry := self._read_if_there(self._state.number + 1)) is not None:  # a listing may lag behind
+                self._state = entry.state
             return self._state
 
     def read(self, number: int) -> Entry:
         """One entry. Raises ObjectNotFound."""
         return decode(self._store.get(_key(number)))
+
+    def _read_if_there(self, number: int) -> Entry | None:
+        try:
+            return self.read(number)
+        except ObjectNotFound:
+            return None
 
     def entries(self) -> Iterator[Entry]:
         """All entries, oldest first."""

@@ -112,7 +112,7 @@ class Run:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def state(self) -> RunState:
-        """Where the run stands now: three requests."""
+        """Where the run stands now: four requests."""
         return self.journal.refresh()
 
     def events(self) -> Iterator[Entry]:
