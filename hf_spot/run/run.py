@@ -329,18 +329,19 @@ class Run:
         return gone
 
     def collect_garbage(self) -> int:
-        """Deletes files that older launches left without a commit; returns how many objects went.
+        """Deletes files that older launches left without a commit, and aborts their uploads; returns how many went.
 
-        Only folders of older epochs: their writers are fenced, so nothing there can be committed any more.
+        Only what older epochs wrote: those writers are fenced, so nothing of theirs can be committed any more.
         """
+
+        def stale(key: str) -> bool:
+            match = _EPOCH_FOLDER.match(key)
+            return match is not None and int(match[1]) < self.epoch
+
         kept = tuple(f"{ref.prefix}/" for ref in self.journal.state.checkpoints)
-        orphans = []
-        for info in self.store.list("e"):
-            match = _EPOCH_FOLDER.match(info.key)
-            if match and int(match[1]) < self.epoch and not info.key.startswith(kept):
-                orphans.append(info.key)
+        orphans = [info.key for info in self.store.list("e") if stale(info.key) and not info.key.startswith(kept)]
         self.store.delete(orphans)
-        return len(orphans)
+        return len(orphans) + self.store.abort(stale)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -114,6 +114,13 @@ class FaultyStore:
         self.inner.delete(gone)
         after()
 
+    def abort(self, stale: Callable[[str], bool]) -> int:
+        """As the inner store, or a fault."""
+        after = self._enter("abort", "")
+        count = self.inner.abort(stale)
+        after()
+        return count
+
     def _enter(self, method: str, *keys: str) -> Callable[[], None]:
         """Fails now, or returns what must be called once the work is done."""
         with self._lock:

@@ -131,6 +131,16 @@ class LocalStore:
                 path.unlink()
             self._prune(path.parent)
 
+    def abort(self, stale: Callable[[str], bool]) -> int:
+        """Removes half-written files."""
+        count = 0
+        with self._explained("list", self._root / TEMPORARY_FOLDER), contextlib.suppress(FileNotFoundError):
+            for leftover in (self._root / TEMPORARY_FOLDER).iterdir():
+                if stale(f"{leftover.name.rpartition('.')[0]}/"):
+                    leftover.unlink(missing_ok=True)
+                    count += 1
+        return count
+
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def _walk(self, folder: str, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
@@ -169,7 +179,8 @@ class LocalStore:
     def _half_written(self, doing: str, path: Path) -> Iterator[tuple[FileIO, Path]]:
         """A new file on the store's own filesystem, which vanishes unless it is moved to its place."""
         folder = self._root / TEMPORARY_FOLDER
-        temporary = folder / f"{os.getpid()}-{uuid.uuid4().hex}"
+        # It names the first folder of the key, so that `abort` can tell whose it was.
+        temporary = folder / f"{path.relative_to(self._root).parts[0]}.{os.getpid()}-{uuid.uuid4().hex}"
         with self._explained(doing, path):
             with contextlib.suppress(FileExistsError):
                 self._root.mkdir()

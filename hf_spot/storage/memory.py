@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from hf_spot.errors import ConfigError, ObjectNotFound
@@ -92,3 +92,7 @@ class MemoryStore:
         """Forgets objects."""
         for key in keys:
             self._objects.pop(check_key(key), None)
+
+    def abort(self, stale: Callable[[str], bool]) -> int:
+        """Nothing outlives this process."""
+        return 0

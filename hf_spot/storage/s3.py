@@ -16,7 +16,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from itertools import islice
 from pathlib import Path
@@ -55,7 +55,14 @@ _DELETE_BATCH = 1000  # S3's limit
 _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
 _CONFLICT_WAITS_S = (0.1, 0.3, 1.0)
 
-_PERMISSIONS = {"read": "s3:GetObject", "write": "s3:PutObject", "list": "s3:ListBucket", "delete": "s3:DeleteObject"}
+_PERMISSIONS = {
+    "read": "s3:GetObject",
+    "write": "s3:PutObject",
+    "list": "s3:ListBucket",
+    "delete": "s3:DeleteObject",
+    "list unfinished uploads of": "s3:ListBucketMultipartUploads",
+    "abort an upload of": "s3:AbortMultipartUpload",
+}
 
 
 class S3Store:
@@ -170,6 +177,34 @@ class S3Store:
         names = (self._base + check_key(key) for key in keys)
         while batch := [*islice(names, _DELETE_BATCH)]:
             self._delete(batch)
+
+    def abort(self, stale: Callable[[str], bool]) -> int:
+        """AbortMultipartUpload for each of ListMultipartUploads; none where the server can't list them."""
+        found = []
+        with self._explained("list unfinished uploads of", ""):
+            try:
+                for page in self._client.get_paginator("list_multipart_uploads").paginate(
+                    Bucket=self._bucket, Prefix=self._base, **self._owner
+                ):
+                    found += page.get("Uploads", ())
+            except aws.ClientError as error:
+                if _code(error) not in ("NotImplemented", "MethodNotAllowed", "405", "501"):
+                    raise
+        count = 0
+        for upload in found:
+            key = upload["Key"][len(self._base) :]
+            if stale(key):
+                with self._explained("abort an upload of", key):
+                    self._abort(upload["Key"], upload["UploadId"])
+                count += 1
+        return count
+
+    def _abort(self, name: str, upload_id: str) -> None:
+        try:
+            self._client.abort_multipart_upload(Bucket=self._bucket, Key=name, UploadId=upload_id, **self._owner)
+        except aws.ClientError as error:
+            if _code(error) not in ("NoSuchUpload", "404"):  # its writer has aborted it
+                raise
 
     def _delete(self, names: Sequence[str]) -> None:
         if self._batched_deletes:
@@ -289,7 +324,7 @@ class S3Store:
 
     def _permission(self, doing: str) -> str:
         bucket = f"arn:{self._client.meta.partition}:s3:::{self._bucket}"
-        resource = bucket if doing == "list" else f"{bucket}/{self._base}*"
+        resource = bucket if doing.startswith("list") else f"{bucket}/{self._base}*"
         hint = f"allow {_PERMISSIONS[doing]} on {resource} for the role or user of: aws sts get-caller-identity"
         if doing == "read":
             hint += f" (without s3:ListBucket on {bucket}, S3 answers so for objects that don't exist, too)"

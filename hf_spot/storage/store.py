@@ -1,4 +1,4 @@
-"""ObjectStore: what a run needs of a place that keeps files. The seven methods are the whole surface."""
+"""ObjectStore: what a run needs of a place that keeps files. The eight methods are the whole surface."""
 
 from __future__ import annotations
 
@@ -57,3 +57,11 @@ class ObjectStore(Protocol):
 
     def delete(self, keys: Iterable[str]) -> None:
         """Deletes objects; a key that does not exist is no error."""
+
+    def abort(self, stale: Callable[[str], bool]) -> int:
+        """Removes what uploads left that never came to their end, such as the parts of a process that was killed; returns
+        how many uploads these were.
+
+        Args:
+            stale: says of a key, or of the first folder of one (``e0007/``), that nobody writes there any more.
+        """

@@ -27,14 +27,14 @@ def loaded_whole(trainer: Trainer) -> Iterator[None]:
     """Within it, resuming a checkpoint loads all of its weights."""
     plain_load = trainer._load_from_checkpoint
 
-    def load(resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+    def load(resume_from_checkpoint: str, *model: torch.nn.Module) -> None:  # sentence-transformers' takes no model
         results: list[Any] = []
         trainer.__dict__["_issue_warnings_after_load"] = results.append
         try:
-            plain_load(resume_from_checkpoint, model)
+            plain_load(resume_from_checkpoint, *model)
         finally:
             del trainer._issue_warnings_after_load
-        target = trainer.model if model is None else model
+        target = model[0] if model else trainer.model
         for result in results:
             if result.missing_keys and result.unexpected_keys and isinstance(target, PreTrainedModel):
                 _load_translated(target, resume_from_checkpoint)

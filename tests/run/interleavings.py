@@ -140,6 +140,9 @@ class Stepped:
         names = [*keys]
         self._do(lambda: self._inner.delete(names), "delete", *names)
 
+    def abort(self, stale: Callable[[str], bool]) -> int:
+        return 0
+
     def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
         self._do(lambda: self._inner.put_file(key, path, progress), "put_file", key)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -115,6 +117,23 @@ def test_of_sixteen_that_create_one_key_at_the_same_time_exactly_one_wins(url: s
 
         assert won.count(True) == 1
         assert stores[0].get(f"journal/{round_number}") == str(won.index(True)).encode()
+
+
+def test_what_a_killed_upload_left_is_found_and_removed(store: ObjectStore, url: str, big_file: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from hf_spot.storage.open import open_store
+open_store(sys.argv[1]).put_file("e0001/checkpoint-5/model.safetensors", Path(sys.argv[2]), lambda count: os.kill(os.getpid(), 9))
+"""
+    assert subprocess.run([sys.executable, "-c", code, url, str(big_file)]).returncode == -9
+    store.put("e0001/checkpoint-4/model.safetensors", b"whole")
+    left = 0 if url.startswith("memory:") else 1
+
+    assert store.abort(lambda key: key.startswith("e0002/")) == 0
+    assert store.abort(lambda key: key.startswith("e0001/")) == left
+    assert store.abort(lambda key: True) == 0
+    assert keys(store) == ["e0001/checkpoint-4/model.safetensors"]
 
 
 def test_list_gives_keys_in_order_with_their_sizes(store: ObjectStore) -> None:
