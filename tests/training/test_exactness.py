@@ -11,7 +11,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback, Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainerCallback
 
 from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.training.accumulation import Accumulation
@@ -104,6 +105,23 @@ def test_a_resumed_training_ends_the_same(store: str, tmp_path: Path, case: str,
     trainer.train()
     assert first.losses | second.losses == in_peace.losses
     assert same(weights(trainer), weights(undisturbed))
+
+
+def test_a_trainer_that_loads_in_its_own_way_is_resumed_in_that_way(
+    store: str, tmp_path: Path, peace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def load(self: Trainer, checkpoint_path: str) -> None:  # as in sentence-transformers: no model
+        loaded.append(checkpoint_path)
+        self.model.load_state_dict(load_file(Path(checkpoint_path, "model.safetensors")), strict=False)
+
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", load)
+    train_until_preempted(store, tmp_path / "one", 5)
+    trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET))
+    trainer.train()
+    assert loaded == [str(tmp_path / "two" / "checkpoint-5")]
+    assert same(weights(trainer), peace[0])
 
 
 @pytest.mark.parametrize("at_step", [3, 5, 6, 13], ids=["first pass", "its end", "second pass", "third pass"])
