@@ -115,6 +115,11 @@ def main() -> None:
         torch.save(state, options.folder / "final.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
+        # Gloo's threads sometimes want the GIL of an interpreter that is ending, and abort the process: seen in one of 60
+        # trainings with FSDP2, without hf_spot (https://github.com/pytorch/pytorch/pull/179291).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

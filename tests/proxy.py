@@ -1,0 +1,147 @@
+"""A proxy in front of a real S3 server: what does something to a request, or to its answer, is a subclass."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import struct
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+_HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server said."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+
+class Exchange:
+    """One request, and what becomes of it."""
+
+    def __init__(self, handler: BaseHTTPRequestHandler, upstream: str) -> None:
+        self._handler = handler
+        self._upstream = upstream
+        self.method, self.path = handler.command, handler.path
+        self.body = _body(handler)
+
+    def forward(self) -> Answer:
+        """Has the server carry it out."""
+        connection = http.client.HTTPConnection(self._upstream)
+        try:
+            connection.putrequest(self.method, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self._handler.headers.items():
+                if name.lower() not in {"transfer-encoding", "content-length", "connection", "expect"}:
+                    connection.putheader(name, value)
+            connection.putheader("Content-Length", str(len(self.body)))
+            connection.endheaders(self.body)
+            response = connection.getresponse()
+            return Answer(response.status, response.headers, response.read())
+        finally:
+            connection.close()
+
+    def answer(self, answer: Answer) -> None:
+        """Gives the client an answer."""
+        self._begin(answer)
+        if self.method != "HEAD":
+            self._handler.wfile.write(answer.content)
+
+    def answer_in_part(self, answer: Answer) -> None:
+        """The first half of an answer, and then nothing more."""
+        self._begin(answer)
+        self._handler.wfile.write(answer.content[: len(answer.content) // 2])
+        self._handler.wfile.flush()
+        self.reset()
+
+    def refuse(self, status: int, code: str) -> None:
+        """One of S3's errors."""
+        content = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
+        self.answer(Answer(status, {"Content-Type": "application/xml"}, content))
+
+    def reset(self) -> None:
+        """The connection breaks."""
+        self._handler.close_connection = True
+        with contextlib.suppress(OSError):
+            self._handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._handler.connection.shutdown(socket.SHUT_RDWR)
+
+    def _begin(self, answer: Answer) -> None:
+        self._handler.send_response(answer.status)
+        for name, value in answer.headers.items():
+            if name.lower() not in _HOP_BY_HOP:
+                self._handler.send_header(name, value)
+        length = answer.headers["Content-Length"] if self.method == "HEAD" and "Content-Length" in answer.headers else None
+        self._handler.send_header("Content-Length", length or str(len(answer.content)))
+        self._handler.end_headers()
+
+
+class Proxy:
+    """Forwards everything. ``with`` starts and stops it.
+
+    Args:
+        endpoint: of the real server.
+        host: address to listen on.
+    """
+
+    def __init__(self, endpoint: str, host: str = "127.0.0.1") -> None:
+        upstream = urlsplit(endpoint).netloc
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def exchange(self) -> None:
+                proxy.carry(Exchange(self, upstream))
+
+            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = exchange
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Tests have better things to print."""
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            block_on_close = False
+
+            def handle_error(self, request: object, client_address: object) -> None:
+                """Clients are killed here: that they hang up is the point."""
+
+        self._server = Server((host, 0), Handler)
+        self.endpoint = f"http://{host}:{self._server.server_port}"
+
+    def carry(self, exchange: Exchange) -> None:
+        """What is done with a request."""
+        exchange.answer(exchange.forward())
+
+    def __enter__(self) -> Any:
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _body(handler: BaseHTTPRequestHandler) -> bytes:
+    """As it came over the wire: signed chunks stay what they are."""
+    if handler.headers.get("Expect", "").lower() == "100-continue":
+        handler.close_connection = False
+    if handler.headers.get("Transfer-Encoding", "").lower() != "chunked":
+        return handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+    parts = []
+    while True:
+        size = int(handler.rfile.readline().split(b";")[0], 16)
+        if size == 0:
+            while handler.rfile.readline().strip():
+                continue
+            return b"".join(parts)
+        parts.append(handler.rfile.read(size))
+        handler.rfile.readline()
