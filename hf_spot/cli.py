@@ -103,6 +103,11 @@ def parser() -> argparse.ArgumentParser:
     watch.add_argument("--notice", default="auto", help=_help("notice"))
     watch.add_argument("--once", action="store_true", help="ask every source once and end")
     _json(watch)
+
+    doctor = commands.add_parser("doctor", help="what a run needs", allow_abbrev=False)
+    checks = doctor.add_subparsers(title="checks", metavar="CHECK", required=True)
+    iam = _add(checks, "iam", _doctor_iam, "prints the least that a role must be allowed, as an IAM policy (JSON)")
+    iam.add_argument("--store", metavar="URL", required=True, help="s3://bucket/prefix of the run")
     return top
 
 
@@ -239,6 +244,13 @@ def _watch(args: argparse.Namespace) -> int:
         as_json=args.json,
         duration_s=0 if args.once else None,
     )
+    return 0
+
+
+def _doctor_iam(args: argparse.Namespace) -> int:
+    from hf_spot.storage.iam import policy
+
+    _print_json(policy(args.store))
     return 0
 
 

@@ -13,6 +13,7 @@
     ├── NoCheckpoint               the run has no commit to restore
     ├── CorruptCheckpoint          files differ from what the journal says was committed
     ├── IncompleteCheckpoint       a file without which a resume would silently reset something is missing
+    ├── Untrusted                  the journal was not signed with this machine's key
     └── Fenced                     a newer launch owns the run (exit_code 76)
 
     TrainingPreempted              a SystemExit with code 75, so that no line behind ``train()`` runs
@@ -91,6 +92,10 @@ class CorruptCheckpoint(SpotError):
 
 class IncompleteCheckpoint(SpotError):
     """A file is missing without which resuming would silently reset the optimizer, the schedule or the RNG."""
+
+
+class Untrusted(SpotError):
+    """A journal entry is not signed with the key of this machine: it may have been planted."""
 
 
 class Fenced(SpotError):

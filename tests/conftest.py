@@ -10,7 +10,6 @@ import pytest
 
 from tests.servers import SeaweedFS
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell does this to what it runs in the background; the processes that tests start would never hear a Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)

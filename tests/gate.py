@@ -9,7 +9,7 @@ from tests.proxy import Exchange, Proxy
 
 
 class Gate(Proxy):
-    """Forwards everything, until a request matches `close_at`: that one is held for ever, and `reached` is set."""
+    """Forwards everything, until a request matches `close_at`: that one is held until `let_go`, and `reached` is set."""
 
     def __init__(self, endpoint: str, host: str = "127.0.0.1") -> None:
         super().__init__(endpoint, host)
@@ -18,7 +18,8 @@ class Gate(Proxy):
         self._after = False
         self._skip = 0
         self.reached = threading.Event()
-        self._stopped = threading.Event()
+        self._go_on = threading.Event()
+        self._stopped = False
         self._lock = threading.Lock()
 
     def close_at(self, request: str, *, body: str = "", after: bool = False, skip: int = 0) -> None:
@@ -31,6 +32,7 @@ class Gate(Proxy):
             skip: so many matching requests pass first.
         """
         self.reached.clear()
+        self._go_on.clear()
         with self._lock:
             self._pattern, self._body, self._after, self._skip = re.compile(request), body, after, skip
 
@@ -38,6 +40,11 @@ class Gate(Proxy):
         """Lets everything pass that comes from now on."""
         with self._lock:
             self._pattern = None
+
+    def let_go(self) -> None:
+        """Opens, and what is held goes on its way."""
+        self.open()
+        self._go_on.set()
 
     def _holds(self, request: str, body: bytes) -> bool:
         with self._lock:
@@ -54,10 +61,12 @@ class Gate(Proxy):
         answer = None if held and not self._after else exchange.forward()
         if held:
             self.reached.set()
-            self._stopped.wait()
-        elif answer is not None:
-            exchange.answer(answer)
+            self._go_on.wait()
+            if self._stopped:
+                return
+        exchange.answer(answer or exchange.forward())
 
     def __exit__(self, *error: object) -> None:
-        self._stopped.set()
+        self._stopped = True
+        self._go_on.set()
         super().__exit__(*error)

@@ -23,11 +23,12 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, TypeVar
 
-from hf_spot.errors import ConfigError, CorruptCheckpoint, Fenced, ObjectNotFound, StoreUnavailable
+from hf_spot.errors import ConfigError, CorruptCheckpoint, Fenced, ObjectNotFound, StoreUnavailable, Untrusted
+from hf_spot.run.seal import seal, unseal
 from hf_spot.storage.store import ObjectStore
 
 FORMAT = 1
@@ -126,9 +127,9 @@ def fold(state: RunState, number: int, kind: str, epoch: int, data: dict[str, An
     return after
 
 
-def encode(entry: Entry) -> bytes:
-    """The bytes that are put."""
-    fields = {
+def encode(entry: Entry, key: bytes | None = None) -> bytes:
+    """The bytes that are put, sealed (see `hf_spot.run.seal`)."""
+    written = {
         "format": FORMAT,
         "number": entry.number,
         "kind": entry.kind,
@@ -138,36 +139,53 @@ def encode(entry: Entry) -> bytes:
         "data": entry.data,
         "state": asdict(entry.state),
     }
-    return json.dumps(fields, separators=(",", ":")).encode()
+    return seal(written, key)
 
 
-def decode(data: bytes) -> Entry:
+def decode(data: bytes, key: bytes | None = None) -> Entry:
     """Reads `encode`'s bytes back.
 
     Raises:
         ConfigError: the entry was written by a newer hf_spot.
         CorruptCheckpoint: these bytes are no journal entry.
+        Untrusted: they were not signed with this key.
     """
+    written = unseal(data, key)
     try:
-        fields = json.loads(data)
-        if fields["format"] > FORMAT:
+        if written["format"] > FORMAT:
             raise ConfigError(
-                f"this run was written by a newer hf_spot (journal format {fields['format']}, this one reads {FORMAT})",
+                f"this run was written by a newer hf_spot (journal format {written['format']}, this one reads {FORMAT})",
                 hint="pip install --upgrade hf_spot",
             )
-        state = fields["state"]
-        refs = tuple(CheckpointRef(**ref) for ref in state.pop("checkpoints"))
-        return Entry(
-            number=fields["number"],
-            kind=fields["kind"],
-            epoch=fields["epoch"],
-            id=fields["id"],
-            time=datetime.fromisoformat(fields["time"]),
-            data=fields["data"],
-            state=RunState(checkpoints=refs, **state),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        state = written["state"]
+        refs = tuple(_typed(CheckpointRef(**ref)) for ref in state.pop("checkpoints"))
+        time = datetime.fromisoformat(written["time"])
+        number, kind, epoch, id, told = (written[name] for name in ("number", "kind", "epoch", "id", "data"))
+        return _typed(Entry(number, kind, epoch, id, time, told, _typed(RunState(checkpoints=refs, **state))))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpoint(f"not a journal entry: {data[:80]!r} ({error})") from error
+
+
+T = TypeVar("T", CheckpointRef, RunState, Entry)
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "str": (str,),
+    "bool": (bool,),
+    "str | None": (str, type(None)),
+    "datetime": (datetime,),
+    "dict[str, Any]": (dict,),
+    "tuple[CheckpointRef, ...]": (tuple,),
+    "RunState": (RunState,),
+}
+
+
+def _typed(found: T) -> T:
+    """What was read, if every field is of its declared type. Raises TypeError."""
+    for one in fields(found):
+        value = getattr(found, one.name)
+        if not isinstance(value, _TYPES[str(one.type)]) or (one.type == "int" and isinstance(value, bool)):
+            raise TypeError(f"{one.name} is {value!r}")
+    return found
 
 
 class Journal:
@@ -175,6 +193,7 @@ class Journal:
 
     Args:
         store: where the run stands.
+        key: signs entries, and refuses those that it has not signed.
         now: the clock that stamps entries.
         new_id: makes the ids of drafts.
     """
@@ -183,10 +202,12 @@ class Journal:
         self,
         store: ObjectStore,
         *,
+        key: bytes | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
         new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     ) -> None:
         self._store = store
+        self._key = key
         self._now = now
         self._new_id = new_id
         self._lock = threading.RLock()
@@ -210,8 +231,11 @@ class Journal:
             return self._state
 
     def read(self, number: int) -> Entry:
-        """One entry. Raises ObjectNotFound."""
-        return decode(self._store.get(_key(number)))
+        """One entry. Raises ObjectNotFound, CorruptCheckpoint, Untrusted."""
+        try:
+            return decode(self._store.get(_name(number)), self._key)
+        except (CorruptCheckpoint, Untrusted):  # damaged on the way, or where it stands?
+            return decode(self._store.get(_name(number)), self._key)
 
     def _read_if_there(self, number: int) -> Entry | None:
         try:
@@ -293,7 +317,7 @@ class Journal:
     def _create(self, draft: Entry) -> Entry:
         """The entry that stands under the draft's number afterwards: the draft, or whoever came first."""
         try:
-            if self._store.create(_key(draft.number), encode(draft)):
+            if self._store.create(_name(draft.number), encode(draft, self._key)):
                 return draft
         except StoreUnavailable as trouble:
             try:
@@ -304,7 +328,7 @@ class Journal:
 
     def _last_number(self, near: int) -> int:
         last, first_seen = 0, 0
-        for info in self._store.list(_PREFIX, start_after=_key(near - 1) if near > 1 else ""):
+        for info in self._store.list(_PREFIX, start_after=_name(near - 1) if near > 1 else ""):
             match = _NAME.match(info.key)
             if match:
                 last = int(match[1])
@@ -326,5 +350,5 @@ class Journal:
             return  # the entry stands; the next one writes a fresher hint
 
 
-def _key(number: int) -> str:
+def _name(number: int) -> str:
     return f"{_PREFIX}{number:08d}.json"

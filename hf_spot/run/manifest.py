@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -27,13 +28,23 @@ class FileEntry:
 
     def __post_init__(self) -> None:
         check_path(self.path)
+        if type(self.size) is not int or self.size < 0 or not re.fullmatch("[0-9a-f]{64}", str(self.sha256)):
+            raise CorruptCheckpoint(f"a manifest has no size or SHA-256 for {self.path!r}")
 
 
 def check_path(path: str) -> None:
     """Refuses a name that could leave the checkpoint's folder. Raises CorruptCheckpoint."""
-    parts = PurePosixPath(path).parts
+    parts = PurePosixPath(path).parts if isinstance(path, str) else ()
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path or str(PurePosixPath(path)) != path:
         raise CorruptCheckpoint(f"a manifest names the file {path!r}, which could lie outside the checkpoint's folder")
+
+
+def check_names(files: Iterable[FileEntry]) -> None:
+    """Refuses names that would be one file on some filesystem, or a file and a folder. Raises CorruptCheckpoint."""
+    names = Counter(file.path.casefold() for file in files)
+    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    if twins := sorted(name for name, count in names.items() if count > 1 or name in folders):
+        raise CorruptCheckpoint(f"a manifest names {twins[0]!r} twice")
 
 
 def files_in(folder: Path) -> list[str]:

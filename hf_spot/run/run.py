@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hf_spot.errors import ConfigError, CorruptCheckpoint, IncompleteCheckpoint, NoCheckpoint, ObjectNotFound
 from hf_spot.policy.retention import to_prune
 from hf_spot.run import transfer
 from hf_spot.run.journal import CheckpointRef, Entry, Journal, RunState
 from hf_spot.run.manifest import FileEntry, difference, files_in, missing_for_resume, needed_by
+from hf_spot.run.seal import key_from, seal, unseal
 from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import probe
 from hf_spot.storage.store import ObjectStore, Progress
@@ -86,13 +87,16 @@ class Run:
         allow_unfenced_store: accept a store that can't keep two machines apart.
         workers: files moved at the same time.
 
+    ``$HF_SPOT_JOURNAL_KEY`` signs the journal (`hf_spot.run.seal`).
+
     Raises:
-        ConfigError: the URL can't be used.
+        ConfigError: the URL or the key can't be used.
     """
 
     def __init__(self, url: str | PathLike[str] | ObjectStore, *, allow_unfenced_store: bool = False, workers: int = 4) -> None:
         self.store = open_store(url)
-        self.journal = Journal(self.store)
+        self._sealing = key_from(os.environ)
+        self.journal = Journal(self.store, key=self._sealing)
         self._allow_unfenced_store = allow_unfenced_store
         self._workers = workers
 
@@ -236,8 +240,8 @@ class Run:
 
     def hand_in(self, request: CommitRequest, files: list[FileEntry] | None) -> None:
         """Tells machine 0 that a part of a checkpoint is in place, or with None that it never will be."""
-        told = {"files": None if files is None else [asdict(file) for file in files]}
-        self.store.put(f"{self._prefix(request)}/{_PARTS}/{request.part}.json", json.dumps(told).encode())
+        key = self._part_key(request, request.part)
+        self._say(key, {"files": None if files is None else [asdict(file) for file in files]})
 
     def other_parts(self, request: CommitRequest) -> list[FileEntry] | None:
         """The files that all other machines have handed in; None while somebody's are not there yet.
@@ -247,9 +251,8 @@ class Run:
         """
         found: list[FileEntry] = []
         for part in range(1, request.parts):
-            try:
-                told = json.loads(self.store.get(f"{self._prefix(request)}/{_PARTS}/{part}.json"))
-            except ObjectNotFound:
+            told = self._heard(self._part_key(request, part))
+            if told is None:
                 return None
             if told["files"] is None:
                 raise IncompleteCheckpoint(f"checkpoint-{request.step}: machine {part} went on to a newer one")
@@ -258,16 +261,13 @@ class Run:
 
     def invite(self, invitation: dict[str, Any]) -> None:
         """Puts down where the other machines of this launch find machine 0."""
-        self.store.put(_invitation_key(self.epoch), json.dumps(invitation).encode())
+        self._say(_invitation_key(self.epoch), invitation)
 
     def invitation(self) -> tuple[int, dict[str, Any]] | None:
         """The newest epoch and the invitation of its machine 0, if there is one."""
         epoch = self.state().epoch
-        try:
-            found = json.loads(self.store.get(_invitation_key(epoch)))
-        except (ObjectNotFound, ValueError):
-            return None
-        return (epoch, found) if isinstance(found, dict) else None
+        found = self._heard(_invitation_key(epoch))
+        return None if found is None else (epoch, found)
 
     def commit(self, request: CommitRequest, files: list[FileEntry], *, id: str | None = None) -> Entry:
         """Makes an uploaded checkpoint exist. ``id``: the same one when repeating after a lost answer.
@@ -343,6 +343,20 @@ class Run:
         self.store.delete(orphans)
         return len(orphans) + self.store.abort(stale)
 
+    # What the machines of a launch tell each other is sealed like an entry, with the place that it was meant for.
+
+    def _say(self, key: str, told: dict[str, Any]) -> None:
+        self.store.put(key, seal({"key": key, "told": told}, self._sealing))
+
+    def _heard(self, key: str) -> dict[str, Any] | None:
+        try:
+            said = unseal(self.store.get(key), self._sealing)
+        except ObjectNotFound:
+            return None
+        if not isinstance(said, dict) or said.get("key") != key or not isinstance(said.get("told"), dict):
+            raise CorruptCheckpoint(f"{self.url}/{key} does not say what it should")
+        return cast(dict[str, Any], said["told"])
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _prefix(self, request: CommitRequest) -> str:
@@ -350,10 +364,16 @@ class Run:
         pushed = "/pushed" if request.reason == "push" else ""  # never where the launch of this epoch writes
         return f"e{self.epoch:04d}{pushed}{stage}/checkpoint-{request.step}"
 
+    def _part_key(self, request: CommitRequest, part: int) -> str:
+        return f"{self._prefix(request)}/{_PARTS}/{part}.json"
+
     def _from_entry(self, entry: Entry, ref: CheckpointRef) -> Checkpoint:
         details = dict(entry.data)
-        files = tuple(FileEntry(**file) for file in details.pop("files"))
-        return Checkpoint(ref=ref, time=entry.time, reason=details["reason"], files=files, details=details)
+        try:
+            files = tuple(FileEntry(**file) for file in details.pop("files"))
+            return Checkpoint(ref=ref, time=entry.time, reason=details["reason"], files=files, details=details)
+        except (KeyError, TypeError) as error:
+            raise CorruptCheckpoint(f"entry {entry.number} of {self.url} is no commit ({error})") from error
 
 
 def _invitation_key(epoch: int) -> str:

@@ -10,8 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from hf_spot.errors import CorruptCheckpoint, ObjectNotFound, SpotError
-from hf_spot.run.manifest import FileEntry, difference, files_in, sha256_of
+from hf_spot.run.manifest import FileEntry, check_names, difference, files_in, sha256_of
 from hf_spot.storage.store import ObjectStore, Progress
+
+_TRIES = 3
 
 
 def upload(
@@ -62,6 +64,7 @@ def download(
         SpotError: the disk has no room.
         StoreError: from the store.
     """
+    check_names(files)
     work = folder.parent / ".hf_spot" / f"restore-{os.getpid()}-{threading.get_ident()}-{folder.name}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -71,13 +74,16 @@ def download(
         def fetch(entry: FileEntry) -> None:
             path = work / entry.path
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                store.get_file(f"{prefix}/{entry.path}", path, progress)
-            except ObjectNotFound as error:
-                raise CorruptCheckpoint(f"{store.url}/{prefix}/{entry.path} is missing") from error
-            if problem := difference(work, entry):
-                raise CorruptCheckpoint(f"{store.url}/{prefix}: {problem}")
-            _sync(path)
+            problem: str | None = None
+            for _ in range(_TRIES):  # damaged on the way, or where it stands?
+                try:
+                    store.get_file(f"{prefix}/{entry.path}", path, progress)
+                except ObjectNotFound as error:
+                    raise CorruptCheckpoint(f"{store.url}/{prefix}/{entry.path} is missing") from error
+                if (problem := difference(work, entry)) is None:
+                    _sync(path)
+                    return
+            raise CorruptCheckpoint(f"{store.url}/{prefix}: {problem}")
 
         with ThreadPoolExecutor(workers, thread_name_prefix="hf_spot-restore") as pool:
             jobs = [pool.submit(fetch, entry) for entry in files]

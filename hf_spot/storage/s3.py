@@ -279,6 +279,7 @@ class S3Store:
         if code in ("AccessDenied", "403", "AllAccessDisabled", "UnauthorizedAccess"):
             return AccessDenied(what, hint=self._permission(doing))
         if code in _CREDENTIALS:
+            self._ask_for_credentials_again()
             return AccessDenied(what, hint=_CREDENTIALS[code])
         if code in _ELSEWHERE:
             return ConfigError(what, hint=self._elsewhere(error))
@@ -296,6 +297,8 @@ class S3Store:
     def _explain_silence(self, doing: str, key: str, error: Exception) -> SpotError:
         """Trouble before or instead of an answer: settings, credentials, network."""
         what = f"can't {doing} s3://{self._bucket}/{self._base}{key}: {error}"
+        if isinstance(error, _LACKING):
+            self._ask_for_credentials_again()
         if isinstance(error, (aws.NoCredentialsError, aws.PartialCredentialsError)):
             return AccessDenied(
                 what,
@@ -317,6 +320,10 @@ class S3Store:
                 hint=f"does this machine reach {where} (route, VPC endpoint, security group, proxy, AWS_ENDPOINT_URL)?",
             )
         return ConfigError(what, hint="aws configure list")
+
+    def _ask_for_credentials_again(self) -> None:
+        """The next call reads files and asks processes anew: somebody may log in while a training goes on."""
+        self._connections.pop(os.getpid(), None)
 
     @property
     def _find_region(self) -> str:
@@ -356,6 +363,7 @@ _CREDENTIALS = {
     "RequestTimeTooSkewed": "this machine's clock is wrong: timedatectl; sudo chronyc makestep",
     "RequestExpired": "this machine's clock is wrong: timedatectl; sudo chronyc makestep",
 }
+_LACKING = (aws.NoCredentialsError, aws.PartialCredentialsError, aws.SSOError, aws.TokenRetrievalError)
 _ELSEWHERE = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301", "307")
 _CONFIGURATION = {
     "InvalidBucketName": "s3://bucket/prefix, where bucket is an existing bucket's name",

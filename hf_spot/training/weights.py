@@ -41,7 +41,7 @@ def loaded_whole(trainer: Trainer) -> Iterator[None]:
             else:
                 trainer._issue_warnings_after_load(result)
 
-    trainer._load_from_checkpoint = load
+    trainer.__dict__["_load_from_checkpoint"] = load
     try:
         yield
     finally:

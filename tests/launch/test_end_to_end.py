@@ -180,3 +180,42 @@ def test_a_bucket_that_vanishes_and_comes_back_costs_nothing(launcher: Launcher,
     check_against(twin, launch, 0)
     assert launcher.weights() == twin.weights
     assert os.environ.get("AWS_ENDPOINT_URL") != os_env["AWS_ENDPOINT_URL"]
+
+
+def test_a_machine_that_wakes_up_after_its_successor_has_changed_nothing(
+    seaweedfs: SeaweedFS, s3_url: str, launcher: Launcher, twin: Twin
+) -> None:
+    with Gate(seaweedfs.endpoint) as gate:
+        gate.close_at(ENTRY, body='"kind":"commit"')
+        env = {"AWS_ENDPOINT_URL": gate.endpoint}
+        zombie = launcher.plain(s3_url, "--save_steps", "2", "--hold_at", "3", options=["--notice", "none"], env=env)
+        wait_for(lambda: gate.reached.is_set() or zombie.process.poll() is not None)
+        assert gate.reached.is_set(), zombie.text()
+        for one in zombie.tree():
+            one.suspend()
+        successor = launcher.plain(s3_url)
+        assert successor.wait() == 0, successor.text()
+        assert launcher.weights() == twin.weights
+        run = Run(s3_url)
+        before = {info.key: run.store.get(info.key) for info in run.store.list()}
+        for one in zombie.tree():
+            one.resume()
+        gate.let_go()  # the commit that it had sent reaches the store only now
+        (zombie.output_dir / "go-on").touch()
+        assert zombie.wait() == 76, zombie.text()
+    assert {info.key: run.store.get(info.key) for info in run.store.list()} == before
+    assert "Traceback" not in zombie.text()
+
+
+def test_of_two_launches_at_the_same_instant_exactly_one_owns_the_run(s3_url: str, launcher: Launcher, twin: Twin) -> None:
+    both = [launcher.plain(s3_url, "--hold_at", "1", "--save_steps", "2", options=["--notice", "none"]) for _ in range(2)]
+    wait_for(lambda: Run(s3_url).state().epoch == 2, "for both claims")
+    for launch in both:
+        launch.output_dir.mkdir(exist_ok=True)
+        (launch.output_dir / "go-on").touch()
+    codes = [launch.wait() for launch in both]
+    assert sorted(codes) == [0, 76], [launch.text() for launch in both]
+    weights = launcher.tmp_path / f"weights-{codes.index(0) + 1}" / "model.safetensors"
+    assert weights.read_bytes() == twin.weights
+    assert not (launcher.tmp_path / f"weights-{codes.index(76) + 1}").exists()
+    assert Run(s3_url).state().ended == "finished"

@@ -15,11 +15,10 @@ states) take minutes and have shown nothing more.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from datetime import datetime, timezone
-
-import pytest
 
 from hf_spot.errors import Fenced, StoreUnavailable
 from hf_spot.run.journal import Journal, RunState, decode, fold
@@ -65,17 +64,13 @@ class Writer:
         self.told.standing.append((entry.number, entry.id, self.name))
 
     def record(self, kind: str) -> None:
-        try:
+        with contextlib.suppress(StoreUnavailable):
             entry = self.run.record(kind, {})
             self.told.standing.append((entry.number, entry.id, self.name))
-        except StoreUnavailable:
-            pass
 
     def prune(self, save_total_limit: int) -> None:
-        try:
+        with contextlib.suppress(StoreUnavailable):
             self.run.prune(save_total_limit)
-        except StoreUnavailable:
-            pass
 
 
 def working(writer: Writer, work: Callable[[Writer], None]) -> Callable[[], None]:

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from hf_spot.errors import ConfigError, CorruptCheckpoint, Fenced, StoreUnavailable
 from hf_spot.run.journal import Journal, decode, encode
+from hf_spot.run.seal import seal
 from hf_spot.storage.memory import MemoryStore
 from hf_spot.storage.store import ObjectInfo
 
@@ -78,7 +79,7 @@ class LaggingStore(MemoryStore):
         return (info for info in super().list(prefix, start_after) if info.key not in fresh)
 
     def newest(self) -> int:
-        return sum(1 for _ in super(LaggingStore, self).list("journal/"))
+        return sum(1 for _ in super().list("journal/"))
 
 
 def test_listings_that_lag_behind_hide_no_entry_and_fence_nobody() -> None:
@@ -192,9 +193,10 @@ def test_the_best_mark_moves_with_the_best_step(store: MemoryStore) -> None:
 
 def test_an_entry_of_a_newer_format_asks_for_an_upgrade(store: MemoryStore) -> None:
     entry = Journal(store).claim({})
-    fields = json.loads(encode(entry)) | {"format": 99}
+    written = json.loads(encode(entry)) | {"format": 99}
+    written.pop("seal")
     with pytest.raises(ConfigError, match="upgrade"):
-        decode(json.dumps(fields).encode())
+        decode(seal(written, None))
 
 
 @pytest.mark.parametrize("data", [b"", b"null", b"{}", b'{"format": 1}', b"\xff\xfe"])

@@ -124,7 +124,8 @@ def test_what_a_killed_upload_left_is_found_and_removed(store: ObjectStore, url:
 import os, sys
 from pathlib import Path
 from hf_spot.storage.open import open_store
-open_store(sys.argv[1]).put_file("e0001/checkpoint-5/model.safetensors", Path(sys.argv[2]), lambda count: os.kill(os.getpid(), 9))
+store, kill = open_store(sys.argv[1]), lambda count: os.kill(os.getpid(), 9)
+store.put_file("e0001/checkpoint-5/model.safetensors", Path(sys.argv[2]), kill)
 """
     assert subprocess.run([sys.executable, "-c", code, url, str(big_file)]).returncode == -9
     store.put("e0001/checkpoint-4/model.safetensors", b"whole")

@@ -414,3 +414,27 @@ def test_an_endpoint_that_never_answers_is_given_up_by_the_probe(environ: pytest
             use(environ, server.env() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"})
         with pytest.raises(StoreUnavailable, match="writing"):
             probe(S3Store("s3://bucket/run"))
+
+
+def test_who_logs_in_again_while_a_training_goes_on_is_heard(
+    seaweedfs: SeaweedFS, s3_url: str, environ: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    good = seaweedfs.env()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        environ.delenv(name)
+    environ.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    environ.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+    def log_in(secret: str) -> None:
+        lines = ["[default]", f"aws_access_key_id = {good['AWS_ACCESS_KEY_ID']}", f"aws_secret_access_key = {secret}"]
+        (tmp_path / "credentials").write_text("\n".join(lines))
+
+    store = S3Store(s3_url)
+    with pytest.raises(AccessDenied, match="credentials"):
+        store.put("a", b"1")
+    log_in("expired")
+    with pytest.raises(AccessDenied, match="SignatureDoesNotMatch"):
+        store.put("a", b"1")
+    log_in(good["AWS_SECRET_ACCESS_KEY"])
+    store.put("a", b"1")
+    assert store.get("a") == b"1"
