@@ -7,17 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from hf_spot.run.run import Run
 from tests.gate import Gate
 from tests.hosts import Hosts, kill, why_not
 from tests.launch.conftest import PLAIN, Launcher, Lines, read_diary
+from tests.matrix.runner import SCRIPT as TRAIN
 from tests.servers import SeaweedFS
 from tests.waiting import PATIENCE_S, wait_for
 
@@ -36,21 +38,26 @@ class Cluster:
     launches: int = 0
     running: list[psutil.Popen] = field(default_factory=list)
 
-    def launch(self, *script: str, only: list[int] | None = None) -> None:
+    def launch(self, *more: str, only: list[int] | None = None) -> None:
+        """plain.py, with files of its own for each launch."""
+        number = self.launches + (only is None)
+        files = ["--output_dir", f"out-{number}", "--diary", f"diary-{number}", "--weights", f"weights-{number}"]
+        self.start([PLAIN, *files, *more], only=only)
+
+    def start(self, script: Sequence[str | Path], *options: str, only: list[int] | None = None) -> None:
         if only is None:
             self.launches += 1
             self.running = []
         for host in range(self.hosts.count) if only is None else only:
-            self.running.append(self._start(host, *script))
+            self.running.append(self._start(host, script, options))
 
-    def _start(self, host: int, *script: str) -> psutil.Popen:
-        count, number = self.hosts.count, self.launches
+    def _start(self, host: int, script: Sequence[str | Path], more: Sequence[str]) -> psutil.Popen:
+        count = self.hosts.count
         options = ["--num_machines", count, "--machine_rank", host, "--num_processes", count, "--multi_gpu"]
         options += ["--main_process_ip", self.hosts.address(0), "--main_process_port", 29500]
-        options += ["--peer-timeout-s", PEER_TIMEOUT_S, "--store", self.url]
-        files = ["--output_dir", f"out-{number}", "--diary", f"diary-{number}", "--weights", f"weights-{number}"]
-        command = [sys.executable, "-m", "hf_spot", "launch", *map(str, options), PLAIN, *files, *script]
-        with open(self.hosts.folder(host) / f"log-{number}", "wb") as out:
+        options += ["--peer-timeout-s", PEER_TIMEOUT_S, "--store", self.url, *more]
+        command = [sys.executable, "-m", "hf_spot", "launch", *map(str, [*options, *script])]
+        with open(self.hosts.folder(host) / f"log-{self.launches}", "wb") as out:
             return self.hosts.start(host, command, self.env, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
     def wait(self) -> list[int]:
@@ -169,6 +176,36 @@ def test_a_training_that_fails_on_one_machine_starts_again_on_all(
     assert cluster.wait() == [0, 0], cluster.text()
     assert [entry.kind for entry in run.events()].count("claim") == 2
     assert cluster.weights() == undisturbed
+
+
+def test_the_shards_of_two_machines_are_one_checkpoint(
+    cluster: Cluster, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = "FSDP2, sharded state"
+    (launcher.tmp_path / "peace").mkdir()
+    peace = launcher.start(
+        str(launcher.tmp_path / "peace-run"), [TRAIN, case, "peace"], options=["--multi_gpu", "--num_processes", "2"]
+    )
+    assert peace.wait() == 0, peace.text()
+    run = run_of(cluster, monkeypatch)
+    cluster.env |= {"MATRIX_STOP": "notice@3", "MATRIX_NOTICE": str(cluster.hosts.folder(0) / "notice")}
+    for number, codes in ((1, [75, 75]), (2, [0, 0])):
+        for host in range(2):
+            (cluster.hosts.folder(host) / f"launch-{number}").mkdir()
+        cluster.start([TRAIN, case, f"launch-{number}"], "--notice", "file:notice")
+        assert cluster.wait() == codes, cluster.text()
+        (cluster.hosts.folder(0) / "notice").unlink(missing_ok=True)
+        cluster.env.pop("MATRIX_STOP", None)
+        if number == 1:
+            newest = run.latest()
+            assert newest is not None and newest.reason == "notice"
+            shards = {file.path for file in newest.files if file.path.endswith(".distcp")}
+            assert {Path(path).name for path in shards} == {"__0_0.distcp", "__1_0.distcp"}
+    ended, undisturbed = (
+        torch.load(path) for path in (cluster.hosts.folder(0) / "launch-2/final.pt", launcher.tmp_path / "peace/final.pt")
+    )
+    assert ended.keys() == undisturbed.keys()
+    assert all(torch.equal(ended[name], undisturbed[name]) for name in ended)
 
 
 def run_of(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Run:
