@@ -21,7 +21,7 @@ from hf_spot.run.journal import CheckpointRef, Entry, Journal, RunState
 from hf_spot.run.manifest import FileEntry, difference, files_in, missing_for_resume, needed_by
 from hf_spot.run.seal import key_from, seal, unseal
 from hf_spot.storage.open import open_store
-from hf_spot.storage.probe import probe
+from hf_spot.storage.probe import leftovers, probe
 from hf_spot.storage.store import ObjectStore, Progress
 
 log = logging.getLogger("hf_spot")
@@ -340,6 +340,7 @@ class Run:
 
         kept = tuple(f"{ref.prefix}/" for ref in self.journal.state.checkpoints)
         orphans = [info.key for info in self.store.list("e") if stale(info.key) and not info.key.startswith(kept)]
+        orphans += leftovers(self.store)
         self.store.delete(orphans)
         return len(orphans) + self.store.abort(stale)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from queue import Empty, SimpleQueue
@@ -15,6 +16,8 @@ from hf_spot.storage.store import ObjectStore
 log = logging.getLogger("hf_spot")
 
 LIMIT_S = 20.0
+FOLDER = ".probe/"
+_STALE_S = 86400.0
 
 
 class _Steps:
@@ -26,7 +29,7 @@ class _Steps:
         self.doing = "reaching it"
 
     def run(self) -> None:
-        store, key = self._store, f".probe/{uuid.uuid4().hex}"
+        store, key = self._store, f"{FOLDER}{time.time():.0f}-{uuid.uuid4().hex}"
         try:
             with self._step("writing (create)"):
                 store.create(key, b"first")  # False can be our own success, when its answer was lost and it was sent again
@@ -72,8 +75,14 @@ class _Steps:
             raise type(error)(f"checking {self._store.url}, {doing}: {error.args[0]}", hint=error.hint) from error
 
 
+def leftovers(store: ObjectStore) -> list[str]:
+    """Keys of probes that were killed a day ago or earlier."""
+    times = ((info.key, info.key.removeprefix(FOLDER).partition("-")[0]) for info in store.list(FOLDER))
+    return [key for key, began in times if not began.isdigit() or time.time() - int(began) > _STALE_S]
+
+
 def probe(store: ObjectStore, *, allow_unfenced: bool = False) -> None:
-    """Writes, reads back, creates again, lists and deletes one small object, ``.probe/<uuid>``.
+    """Writes, reads back, creates again, lists and deletes one small object, ``.probe/<time>-<uuid>``.
 
     Six requests where all is well. Ends after 20 seconds at most, also when the network swallows packets or a
     fileserver hangs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,3 +197,12 @@ def test_a_manifest_that_points_outside_is_refused_before_anything_is_fetched(ru
     run.journal.append("commit", data)
     with pytest.raises(CorruptCheckpoint, match="outside"):
         Run(run.store).pull(tmp_path)
+
+
+def test_what_killed_probes_left_goes_after_a_day(store: MemoryStore) -> None:
+    for began_s in (time.time() - 90_000, time.time() - 80_000):
+        store.put(f".probe/{began_s:.0f}-abc", b"first")
+    run = Run(store)
+    run.claim()
+    assert run.collect_garbage() == 1
+    assert [int(info.key[7:].split("-")[0]) > time.time() - 86_400 for info in store.list(".probe/")] == [True]

@@ -1,0 +1,182 @@
+"""Launches are killed at one operation after the other, and each goes on from the newest commit by itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hf_spot.run.manifest import files_in
+from hf_spot.run.restore import bring, restore_newest, set_aside_uncommitted, sweep
+from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.upload import Uploader
+from hf_spot.storage.open import open_store
+from hf_spot.storage.store import ObjectInfo, ObjectStore, Progress
+from tests.run.crashes import Crash, PowerCut, kill
+
+NAMES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+SAVES, PATIENCE_S = 2, 60.0
+
+
+class Watched:
+    """A store whose every request, and every answer, is a point to crash at."""
+
+    def __init__(self, inner: ObjectStore, crash: Crash) -> None:
+        self._inner, self._crash, self.url = inner, crash, inner.url
+
+    def get(self, key: str) -> bytes:
+        return self._at(lambda: self._inner.get(key))
+
+    def put(self, key: str, data: bytes) -> None:
+        self._at(lambda: self._inner.put(key, data))
+
+    def create(self, key: str, data: bytes) -> bool:
+        return self._at(lambda: self._inner.create(key, data))
+
+    def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        self._at(lambda: self._inner.put_file(key, path, progress))
+
+    def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        self._at(lambda: self._inner.get_file(key, path, progress))
+
+    def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
+        return iter(self._at(lambda: [*self._inner.list(prefix, start_after)]))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        names = [*keys]
+        self._at(lambda: self._inner.delete(names))
+
+    def abort(self, stale: Callable[[str], bool]) -> int:
+        return self._at(lambda: self._inner.abort(stale))
+
+    def _at(self, act):  # type: ignore[no-untyped-def]
+        self._crash.point()
+        answer = act()
+        self._crash.point()
+        return answer
+
+
+def contents(step: int) -> dict[str, bytes]:
+    return {name: f"{name} of step {step}".encode() * 50 for name in NAMES}
+
+
+def save(folder: Path, step: int) -> Path:
+    """As Trainer does: file by file, trainer_state.json at the end, nothing synced."""
+    folder.mkdir()
+    for name, data in contents(step).items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def launch(store: ObjectStore, output_dir: Path, acknowledge: Callable[[int], None]) -> None:
+    """What a launch does with its files, without a model: claim, restore, save, upload, commit, prune."""
+    output_dir.mkdir(exist_ok=True)
+    run = Run(store)
+    run.claim()
+    sweep(output_dir)
+    found = restore_newest(run.state().checkpoints, lambda ref: bring(run, ref, output_dir), run.url)
+    step = found[0].step if found else 0
+    if found:
+        assert {name: (found[1] / name).read_bytes() for name in files_in(found[1])} == contents(step), "a wrong resume"
+    set_aside_uncommitted(run, output_dir, step)
+    uploader = Uploader(run, output_dir / ".hf_spot" / f"pins-{run.epoch}", save_total_limit=2)
+    for _ in range(SAVES):
+        step += 5
+        uploader.submit(save(output_dir / f"checkpoint-{step}", step), CommitRequest(step=step))
+        assert uploader.drain(PATIENCE_S), uploader.trouble
+        acknowledge(step)
+        for old in sorted(output_dir.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)[:-2]:
+            shutil.rmtree(old)
+    uploader.close()
+
+
+class Machine:
+    """Starts launches in processes of their own, and remembers what they were told to be committed."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url, self.folder = url, folder
+        self.disk = folder / "disk"
+        self.disk.mkdir()
+        self.committed = 0
+        self.tried = 0
+
+    def start(self, crash_at: int, make_end: Callable[[], Callable[[], None]] = lambda: kill) -> bool:
+        """One launch that ends at its operation ``crash_at``; True when it came to its end before."""
+        told = self.folder / "told"
+        child = os.fork()
+        if child == 0:
+            try:
+                with Crash(crash_at, make_end(), self.folder) as crash:
+                    launch(Watched(open_store(self.url), crash), self.disk / "out", lambda step: tell(told, step))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert ended in (0, -9), f"the launch that was to crash at {crash_at} ended with {ended}"
+        self.tried += 1
+        return ended == 0
+
+    def check(self) -> None:
+        """Nothing that was committed is lost, and everything that is in the run is whole."""
+        run = Run(self.url)
+        told = self.folder / "told"
+        self.committed = max(self.committed, *map(int, told.read_text().split())) if told.exists() else self.committed
+        newest = run.latest()
+        assert (newest.step if newest else 0) >= self.committed
+        if newest is not None:
+            assert run.verify(newest.step) == {newest.ref.entry: []}
+
+
+def tell(path: Path, step: int) -> None:
+    with path.open("a") as file:
+        file.write(f"{step}\n")
+
+
+@pytest.mark.parametrize(("where", "stride"), [("directory", 1), ("s3", 2)])
+def test_killed_at_any_operation(where: str, stride: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    url = request.getfixturevalue("s3_url") if where == "s3" else str(tmp_path / "disk" / "run")
+    machine = Machine(url, tmp_path)
+    at = 1
+    while not machine.start(at):
+        machine.check()
+        at += stride
+    machine.check()
+    nothing_grows(machine)
+    assert at > 100  # each was the last operation of a launch
+
+
+def test_the_power_is_cut_at_any_operation(tmp_path: Path) -> None:
+    machine = Machine(str(tmp_path / "disk" / "run"), tmp_path)
+    at, after = 1, tmp_path / "after"
+    while not machine.start(at, lambda: PowerCut(machine.disk, after)):
+        shutil.rmtree(machine.disk)
+        after.rename(machine.disk)
+        machine.check()
+        at += 7  # to follow what the disk holds takes long; each of these launches does other things than the one before
+    machine.check()
+    nothing_grows(machine)
+    assert at > 100
+
+
+def nothing_grows(machine: Machine) -> None:
+    """After a launch that came to its end there is nothing but what the journal names.
+
+    Halves of journal entries and the objects of probes are small, and are swept after a day: see test_local and test_run.
+    """
+    assert machine.start(10**9)
+    run = Run(machine.url)
+    wanted = {f"{c.ref.prefix}/{file.path}" for c in run.checkpoints() for file in c.files}
+    assert {info.key for info in run.store.list("e")} == wanted
+    assert run.store.abort(lambda key: key.startswith("e")) == 0
+    left = {path.name for path in (machine.disk / "out").iterdir()}
+    newest = run.latest()
+    assert newest is not None
+    torn = [name for name in left if name.startswith("torn-")]
+    assert len(torn) <= 1
+    assert left - {*torn, ".hf_spot"} == {f"checkpoint-{newest.step}", f"checkpoint-{newest.step - 5}"}
+    assert [path.name for path in (machine.disk / "out" / ".hf_spot").iterdir()] == ["run"]
