@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         StoreNotFencing,
         StoreUnavailable,
         TrainingPreempted,
+        Untrusted,
     )
     from hf_spot.notices.notice import NoticeKind, NoticeSource, PreemptionNotice
     from hf_spot.run.run import Checkpoint, Run
@@ -54,6 +55,7 @@ __all__ = [
     "StoreNotFencing",
     "StoreUnavailable",
     "TrainingPreempted",
+    "Untrusted",
     "__version__",
 ]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +32,21 @@ def s3_url(seaweedfs: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> str:
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
     return f"s3://tests/{uuid.uuid4().hex}"
+
+
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "sub/.metadata")
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[[int], Path]:
+    """Writes a folder that has everything a resume reads, with contents that depend on the step."""
+
+    def make(step: int, parent: Path | None = None) -> Path:
+        folder = (parent or tmp_path / "out") / f"checkpoint-{step}"
+        for name in CHECKPOINT_FILES:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(f"{name} of step {step}".encode() * 100)
+        return folder
+
+    return make

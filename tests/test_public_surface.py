@@ -35,6 +35,7 @@ ERROR_TREE = {
     "NoCheckpoint": "SpotError",
     "CorruptCheckpoint": "SpotError",
     "IncompleteCheckpoint": "SpotError",
+    "Untrusted": "SpotError",
     "Fenced": "SpotError",
     "TrainingPreempted": "SystemExit",
 }
