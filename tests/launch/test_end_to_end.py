@@ -36,6 +36,8 @@ def test_notices_lose_no_step_and_change_no_bit(s3_url: str, launcher: Launcher,
     with FakeIMDS() as imds:
         first = launcher.plain(s3_url, "--hold_at", "3", options=["--notice", "imds"], env=imds.env())
         first.wait_for_step(3)
+        [private] = {one.environ()["HF_SPOT_RUNTIME_DIR"] for one in first.tree() if "HF_SPOT_RUNTIME_DIR" in one.environ()}
+        assert os.stat(private).st_mode & 0o077 == 0  # where the notice file is
         imds.interrupt(in_s=120)
         first.go_on_when_it_says("TERMINATE from imds")
         assert first.wait() == 75, first.text()
@@ -69,6 +71,10 @@ def test_notices_lose_no_step_and_change_no_bit(s3_url: str, launcher: Launcher,
     assert again.wait() == 0
     assert again.lines() == []
     assert [entry.kind for entry in run.events()] == kinds
+
+    texts = [*(launch.text().encode() for launch in launcher.launches), *(run.store.get(info.key) for info in run.store.list())]
+    secrets = [os.environ[name].encode() for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
+    assert not any(secret in text for secret in secrets for text in texts)
 
 
 FILE = r"/e\d+/checkpoint-\d+/"

@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--eval_steps", type=int, default=7)
     parser.add_argument("--best", action="store_true")
     parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--epochs", type=int, default=2)
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -72,7 +73,7 @@ def main() -> None:
         output_dir=options.output_dir,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
-        num_train_epochs=2,
+        num_train_epochs=options.epochs,
         learning_rate=1e-3,
         warmup_steps=4,
         lr_scheduler_type="cosine",
