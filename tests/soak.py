@@ -142,7 +142,7 @@ def ranks(launch: Launch) -> list[psutil.Process]:
 def soak(folder: Path, interruptions: int, seed: int) -> dict[str, object]:
     """Runs it; the counts."""
     began = time.monotonic()
-    steps = ["--epochs", str(max(4, interruptions // 3)), "--step_s", "0.03", "--save_steps", "5"]
+    steps = ["--epochs", str(max(4, interruptions)), "--step_s", "0.1", "--save_steps", "5"]
     with SeaweedFS() as server, Hostile(server.endpoint, seed, FAILING) as store, pytest.MonkeyPatch.context() as patch:
         server.make_bucket("tests")
         for name, value in server.env().items():
