@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
@@ -51,9 +51,12 @@ KMS_KEY_VARIABLE = "HF_SPOT_S3_SSE_KMS_KEY_ID"
 
 _PART_BYTES = 64 << 20
 _CONNECTIONS = 16  # for all transfers of one store together; downloads buffer at most 100 MB
+_READS = 3  # of an answer that breaks
 _DELETE_BATCH = 1000  # S3's limit
 _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
 _CONFLICT_WAITS_S = (0.1, 0.3, 1.0)
+
+T = TypeVar("T")
 
 _PERMISSIONS = {
     "read": "s3:GetObject",
@@ -96,7 +99,7 @@ class S3Store:
         """GetObject."""
         target = self._target(key)
         with self._explained("read", key):
-            body: bytes = self._client.get_object(**target)["Body"].read()
+            body: bytes = _again_if_broken(lambda: self._client.get_object(**target)["Body"].read())
             return body
 
     def put(self, key: str, data: bytes) -> None:
@@ -145,11 +148,15 @@ class S3Store:
         target = self._target(key)
         watch = _Watch(progress)
         with self._explained("read", key):
-            try:
+
+            def fetch() -> None:
                 future = self._connection.transfers.download(
                     target["Bucket"], target["Key"], str(path), extra_args=dict(self._owner), subscribers=[watch]
                 )
                 watch.outcome(future)
+
+            try:
+                _again_if_broken(fetch)
             except aws.ClientError as error:
                 # The transfer begins with HEAD, whose errors are a bare status: ask again in a way that has an answer.
                 if _code(error).isdigit():
@@ -381,6 +388,7 @@ _NETWORK = (
     RetriesExceededError,
     HTTPError,
 )
+_BROKEN = (aws.IncompleteReadError, aws.FlexibleChecksumError, aws.ResponseStreamingError, aws.ReadTimeoutError, HTTPError)
 _BUSY = (
     "SlowDown",
     "ServiceUnavailable",
@@ -476,6 +484,14 @@ def _end_if_cancelled(caught_exception: Exception | None = None, **kwargs: Any) 
     # Reading the body raised it, because another part has failed or the whole was cancelled: no broken connection.
     if isinstance(caught_exception.kwargs.get("error"), (CancelledError, aws.ClientError, aws.BotoCoreError)):
         raise caught_exception
+
+
+def _again_if_broken(read: Callable[[], T]) -> T:
+    """botocore repeats a request, but not the reading of an answer that breaks off or was damaged on the way."""
+    for _ in range(_READS - 1):
+        with contextlib.suppress(*_BROKEN):
+            return read()
+    return read()
 
 
 def _code(error: aws.ClientError) -> str:
