@@ -6,9 +6,9 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from hf_spot.errors import ConfigError
+from hf_spot.storage.s3_settings import KMS_KEY_VARIABLE, parse
 
 OBJECTS = ("s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload")
 BUCKET = ("s3:ListBucket", "s3:ListBucketMultipartUploads")
@@ -28,11 +28,9 @@ def policy(url: str, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     Raises:
         ConfigError: no S3 URL, or a KMS key that is not named by its ARN.
     """
-    parts = urlsplit(url)
-    prefix = re.sub(r"[*?$]", r"${\g<0>}", parts.path.strip("/"))
-    if parts.scheme != "s3" or not parts.netloc:
-        raise ConfigError(f"{url!r} is not in S3", hint="hf-spot doctor iam --store s3://bucket/prefix")
-    bucket = f"arn:{environ.get('AWS_PARTITION', 'aws')}:s3:::{parts.netloc}"
+    name, prefix = parse(url)
+    prefix = re.sub(r"[*?$]", r"${\g<0>}", prefix)
+    bucket = f"arn:{environ.get('AWS_PARTITION', 'aws')}:s3:::{name}"
     listing: dict[str, Any] = {"Sid": "List", "Effect": "Allow", "Action": [BUCKET[0]], "Resource": bucket}
     if prefix:
         listing["Condition"] = {"StringLikeIfExists": {"s3:prefix": [f"{prefix}/*"]}}
@@ -42,10 +40,10 @@ def policy(url: str, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         listing,
         {"Sid": "FindUnfinishedUploads", "Effect": "Allow", "Action": [BUCKET[1]], "Resource": bucket},
     ]
-    if key := environ.get("HF_SPOT_S3_SSE_KMS_KEY_ID"):
+    if key := environ.get(KMS_KEY_VARIABLE):
         if not key.startswith("arn:"):
             raise ConfigError(
-                f"$HF_SPOT_S3_SSE_KMS_KEY_ID={key!r}: a policy names a key by its ARN",
+                f"${KMS_KEY_VARIABLE}={key!r}: a policy names a key by its ARN",
                 hint=f"aws kms describe-key --key-id {key} --query KeyMetadata.Arn",
             )
         statements.append({"Sid": "Key", "Effect": "Allow", "Action": [*KEY], "Resource": key})

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,16 +43,13 @@ from hf_spot.errors import (
     StoreUnavailable,
 )
 from hf_spot.storage.keys import check_key, check_prefix
+from hf_spot.storage.s3_settings import KMS_KEY_VARIABLE, OWNER_VARIABLE, encryption, owner, parse
 from hf_spot.storage.store import ObjectInfo, Progress
-
-OWNER_VARIABLE = "HF_SPOT_S3_EXPECTED_BUCKET_OWNER"
-KMS_KEY_VARIABLE = "HF_SPOT_S3_SSE_KMS_KEY_ID"
 
 _PART_BYTES = 64 << 20
 _CONNECTIONS = 16  # for all transfers of one store together; downloads buffer at most 100 MB
 _READS = 3  # of an answer that breaks
 _DELETE_BATCH = 1000  # S3's limit
-_BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
 _CONFLICT_WAITS_S = (0.1, 0.3, 1.0)
 
 T = TypeVar("T")
@@ -82,10 +78,10 @@ class S3Store:
     """
 
     def __init__(self, url: str) -> None:
-        self._bucket, prefix = _parse(url)
+        self._bucket, prefix = parse(url)
         self._base = f"{prefix}/" if prefix else ""
-        self._owner = _owner()
-        self._encryption = _encryption()
+        self._owner = owner()
+        self._encryption = encryption()
         self._batched_deletes = True
         self._connections: dict[int, _Connection] = {}  # by process id: sockets and threads don't survive a fork
         self._locks: dict[int, threading.Lock] = {}  # likewise: a lock may be held by a thread that was not forked
@@ -496,29 +492,3 @@ def _again_if_broken(read: Callable[[], T]) -> T:
 
 def _code(error: aws.ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _parse(url: str) -> tuple[str, str]:
-    """Bucket and prefix."""
-    rest = url.removeprefix("s3://")
-    bucket, _, prefix = rest.partition("/")
-    if "@" in bucket:
-        raise ConfigError("credentials don't belong into the store's URL", hint="aws configure, or AWS_PROFILE")
-    if rest == url or not _BUCKET.match(bucket):
-        raise ConfigError(f"{url!r}: {bucket!r} is no bucket's name", hint="s3://bucket/prefix")
-    if "?" in prefix or "#" in prefix:
-        raise ConfigError(f"{url!r}: no parameters, please", hint="set AWS_ENDPOINT_URL_S3, AWS_PROFILE or AWS_REGION")
-    prefix = prefix.strip("/")
-    return bucket, check_key(prefix) if prefix else ""
-
-
-def _owner() -> dict[str, str]:
-    account = os.environ.get(OWNER_VARIABLE, "")
-    if account and not re.fullmatch(r"\d{12}", account):
-        raise ConfigError(f"{OWNER_VARIABLE}={account!r} is no account id", hint="aws sts get-caller-identity")
-    return {"ExpectedBucketOwner": account} if account else {}
-
-
-def _encryption() -> dict[str, str]:
-    key = os.environ.get(KMS_KEY_VARIABLE, "")
-    return {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}
