@@ -233,9 +233,15 @@ class Journal:
     def read(self, number: int) -> Entry:
         """One entry. Raises ObjectNotFound, CorruptCheckpoint, Untrusted."""
         try:
-            return decode(self._store.get(_name(number)), self._key)
+            return self._read(number)
         except (CorruptCheckpoint, Untrusted):  # damaged on the way, or where it stands?
-            return decode(self._store.get(_name(number)), self._key)
+            return self._read(number)
+
+    def _read(self, number: int) -> Entry:
+        entry = decode(self._store.get(_name(number)), self._key)
+        if not entry.number == entry.state.number == number:  # a signature says who wrote it, and not where it was put
+            raise CorruptCheckpoint(f"entry {entry.number} of {self._store.url} stands under the number {number}")
+        return entry
 
     def _read_if_there(self, number: int) -> Entry | None:
         try:

@@ -384,7 +384,8 @@ _NETWORK = (
     RetriesExceededError,
     HTTPError,
 )
-_BROKEN = (aws.IncompleteReadError, aws.FlexibleChecksumError, aws.ResponseStreamingError, aws.ReadTimeoutError, HTTPError)
+# No timeouts: botocore has waited for those often enough.
+_BROKEN = (aws.IncompleteReadError, aws.FlexibleChecksumError, aws.ResponseStreamingError)
 _BUSY = (
     "SlowDown",
     "ServiceUnavailable",

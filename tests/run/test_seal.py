@@ -151,6 +151,17 @@ def test_what_a_machine_says_is_bound_to_the_place_it_was_meant_for(
         run.other_parts(new)
 
 
+@pytest.mark.parametrize("key", [None, KEY])
+def test_an_entry_that_is_copied_to_another_number_is_refused(store: MemoryStore, key: bytes | None) -> None:
+    journal = Journal(store, key=key)
+    for _ in range(3):
+        journal.claim({})
+    store.put("journal/00000004.json", store.get("journal/00000002.json"))
+    for reader in (journal, Journal(store, key=key)):
+        with pytest.raises(CorruptCheckpoint, match=r"entry 2 .* under the number 4"):
+            reader.refresh()
+
+
 def test_a_key_that_can_be_guessed_is_refused(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "secret")
     with pytest.raises(ConfigError) as caught:
