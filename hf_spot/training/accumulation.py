@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from hf_spot.training.exactness import RandomStates
+from hf_spot.training.exactness import RandomStates, carry_counters, counters
 
 _MOST_BUFFER_BYTES = 64_000_000  # copied once a step
 _DEVICES = ("cpu", "cuda")  # those whose random state `RandomStates` can return to in the middle of a training
@@ -34,7 +34,7 @@ class Accumulation:
         self._clock = clock
         self._buffers: list[torch.Tensor] | None = None
         self._before: list[torch.Tensor] = []
-        self._counted: tuple[Any, Any] = (0.0, 0)
+        self._counted: tuple[Any, Any, dict[str, int]] = (0.0, 0, {})
         self._began = 0.0
         self._done = 0
 
@@ -46,7 +46,7 @@ class Accumulation:
             self._before = [torch.empty_like(buffer) for buffer in self._buffers] if self._can_rewind() else []
         if self._before:
             torch._foreach_copy_(self._before, self._buffers)
-        self._counted = (self._trainer.current_flos, self._trainer.state.num_input_tokens_seen)
+        self._counted = (self._trainer.current_flos, self._trainer.state.num_input_tokens_seen, counters(self._trainer))
         self._began, self._done = self._clock(), 0
 
     def micro_batch_ended(self) -> float:
@@ -71,7 +71,8 @@ class Accumulation:
         self._random_states.rewind()
         if self._before and self._buffers:
             torch._foreach_copy_(self._buffers, self._before)
-        self._trainer.current_flos, self._trainer.state.num_input_tokens_seen = self._counted
+        self._trainer.current_flos, self._trainer.state.num_input_tokens_seen, counted = self._counted
+        carry_counters(self._trainer, counted)
 
     def _find_buffers(self) -> list[torch.Tensor]:
         return list(self._trainer.model.buffers())  # type: ignore[union-attr]

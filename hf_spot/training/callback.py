@@ -20,7 +20,13 @@ from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.training.accumulation import Accumulation
 from hf_spot.training.batches import batches, from_details, to_details
 from hf_spot.training.evaluation import Evaluations, Stopped
-from hf_spot.training.exactness import carry_callback_states, dispatched_batches_skipped, set_epoch
+from hf_spot.training.exactness import (
+    carry_callback_states,
+    carry_counters,
+    counters,
+    dispatched_batches_skipped,
+    set_epoch,
+)
 from hf_spot.training.session import Session
 from hf_spot.training.streams import resumed_in_its_pass
 from hf_spot.training.weights import loaded_whole
@@ -81,6 +87,7 @@ class SpotCallback(TrainerCallback):
             state.best_model_checkpoint = str(self._session.best_folder)
         if self._session.restored is not None:
             carry_callback_states(self._session.trainer)
+            carry_counters(self._session.trainer, self._session.restored.details.get("counters", {}))
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Makes sure that a resumed epoch has the order that it began with."""
@@ -175,6 +182,7 @@ class SpotCallback(TrainerCallback):
                 "evaluation_pending": self._evaluation_pending(args, state),
                 "max_steps": state.max_steps,
                 "epoch_of_data": state.epoch,
+                "counters": counters(self._session.trainer),
                 **to_details(batches(self._session.trainer)),
             },
         )

@@ -262,6 +262,17 @@ def dispatched_batches_skipped() -> Iterator[None]:
         transformers.trainer.skip_first_batches = plain_skip
 
 
+def counters(trainer: Trainer) -> dict[str, int]:
+    """What a trainer counts for its log and does not save: TRL's tokens (``num_tokens``). Seen with TRL 1.16."""
+    return {name: getattr(trainer, name) for name in ("_total_train_tokens",) if hasattr(trainer, name)}
+
+
+def carry_counters(trainer: Trainer, counted: dict[str, int]) -> None:
+    """Goes on counting from what `counters` told."""
+    for name in counters(trainer).keys() & counted.keys():
+        setattr(trainer, name, counted[name])
+
+
 def carry_callback_states(trainer: Trainer) -> None:
     """Gives stateful callbacks (`EarlyStoppingCallback`) back what they knew at the checkpoint.
 

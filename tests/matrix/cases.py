@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,17 +39,20 @@ class Case:
     """One row of the matrix.
 
     Args:
-        make: gives the trainer that writes to a folder.
+        make: gives the trainer that writes to a folder; None for a command that is not ours.
+        command: for such a one, what stands behind ``python`` (or ``hf-spot launch``) to train into a folder.
         ranks: processes; several of them under gloo.
         stops: where it is interrupted, one launch each: ``notice@5`` while step 5 is under way, ``term`` (SIGTERM to the
-            launcher), ``kill`` (kill -9 of everything).
+            launcher), ``kill`` (kill -9 of everything). A command that is not ours is interrupted as soon as that step is
+            committed.
         needs: packages beyond the test extra.
         impossible: why the row can't be identical; empty when it must be.
         refused: the launch must end with 2, and say this.
         quick: part of CI.
     """
 
-    make: Callable[[Path], Trainer]
+    make: Callable[[Path], Trainer] | None = None
+    command: Callable[[Path], list[str]] | None = None
     ranks: int = 1
     stops: tuple[str, ...] = ("notice@4", "kill@15")
     needs: tuple[str, ...] = ()
@@ -357,6 +361,23 @@ def _(output_dir: Path) -> Trainer:
     args = settings(output_dir, RewardConfig, max_length=32)
     model = LlamaForSequenceClassification(config)
     return RewardTrainer(model, args=args, train_dataset=data, processing_class=tokenizer())
+
+
+def trl_sft(output_dir: Path) -> list[str]:
+    base = output_dir.with_name(f"{output_dir.name}-base")
+    llama().save_pretrained(base / "model")
+    tokenizer().save_pretrained(base / "model")
+    (base / "data").mkdir()
+    lines = [json.dumps({"text": sentence}) for sentence in sentences()]
+    (base / "data" / "train.jsonl").write_text("\n".join(lines))
+    options = ["--model_name_or_path", base / "model", "--dataset_name", base / "data", "--output_dir", output_dir]
+    options += ["--per_device_train_batch_size", 2, "--num_train_epochs", 12, "--max_length", 32, "--dtype", "float32"]
+    options += ["--save_steps", 6, "--save_total_limit", 2, "--logging_steps", 1, "--use_cpu", "--bf16", "False"]
+    options += ["--report_to", "none", "--disable_tqdm", "True", "--lr_scheduler_type", "cosine"]
+    return ["-m", "trl.scripts.sft", *map(str, options)]
+
+
+CASES["TRL's own command (trl.scripts.sft)"] = Case(command=trl_sft, stops=("notice@12", "kill@60"), **TRL)
 
 
 @case("sentence-transformers", needs=("sentence_transformers", "datasets"))

@@ -6,15 +6,20 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from hf_spot.run.run import Run
 from tests.matrix.cases import CASES, Case
 
 SCRIPT = Path(__file__).parent / "train.py"
@@ -81,6 +86,10 @@ def run(name: str, folder: Path) -> Row:
 
 
 def _python(case: Case, name: str, folder: Path) -> tuple[int, str]:
+    if case.command is not None:
+        ended = _run([sys.executable, *case.command(folder / "out")], folder, {})
+        _keep_diary(folder)
+        return ended
     command = [sys.executable, SCRIPT, name, folder]
     if case.ranks > 1:
         port = ["--main_process_port", "0"]
@@ -95,22 +104,59 @@ def _launch(case: Case, name: str, folder: Path, number: int, stop: str) -> tupl
     options = ["--store", folder / "run", "--notice", f"file:{notice}", "--max-restarts", "0"]
     options += ranks if case.ranks > 1 else ["--num_processes", "1"]
     fresh = folder / f"launch-{number}"
-    command = [sys.executable, "-m", "hf_spot", "launch", *options, SCRIPT, name, fresh]
-    return _run(command, fresh, {"MATRIX_STOP": stop, "MATRIX_NOTICE": str(notice)})
+    launch = [sys.executable, "-m", "hf_spot", "launch", *options]
+    if case.command is not None:
+        interrupt = partial(_interrupt, stop, Run(folder / "run"), notice)
+        ended = _run([*launch, *case.command(fresh / "out")], fresh, {}, interrupt)
+        _keep_diary(fresh)
+        return ended
+    return _run([*launch, SCRIPT, name, fresh], fresh, {"MATRIX_STOP": stop, "MATRIX_NOTICE": str(notice)})
 
 
-def _run(command: list[Any], folder: Path, env: dict[str, str]) -> tuple[int, str]:
-    folder.mkdir()
+def _interrupt(stop: str, run: Run, notice: Path, launch: subprocess.Popen[bytes]) -> None:
+    """From outside, as soon as the step is committed: for commands that are left as they are."""
+    kind, _, step = stop.partition("@")
+    while stop and launch.poll() is None:
+        newest = run.state().latest()
+        if newest is not None and newest.step >= int(step):
+            if kind == "notice":
+                notice.touch()
+            else:
+                launch.send_signal(signal.SIGKILL if kind == "kill" else signal.SIGTERM)
+            return
+        time.sleep(0.01)
+
+
+def _keep_diary(folder: Path) -> None:
+    """What `train.py` writes, from what Trainer itself keeps; the model's, if the training came to its end."""
+    history = sorted(folder.glob("out/checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
+    lines = json.loads(history[-1].read_text())["log_history"] if history else []
+    with (folder / "diary-0").open("w") as diary:
+        for line in lines:
+            if "loss" in line:
+                counted = [line.get(name) for name in ("num_tokens", "mean_token_accuracy", "entropy")]
+                diary.write(json.dumps({**line, "batches": counted}) + "\n")
+    if (folder / "out" / "model.safetensors").exists():
+        torch.save(load_file(folder / "out" / "model.safetensors"), folder / "final.pt")
+
+
+def _run(
+    command: list[Any], folder: Path, env: dict[str, str], meanwhile: Callable[[subprocess.Popen[bytes]], None] = lambda _: None
+) -> tuple[int, str]:
+    folder.mkdir(exist_ok=True)
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
     log = folder.with_suffix(".log")
     with log.open("wb") as out:
-        done = subprocess.run(
-            list(map(str, command)), stdout=out, stderr=out, env={**os.environ, **quiet, **env}, timeout=TIMEOUT_S
-        )
+        training = subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, env={**os.environ, **quiet, **env})
+        try:
+            meanwhile(training)
+            code = training.wait(TIMEOUT_S)
+        finally:
+            training.kill()
     lines = log.read_text(errors="replace").splitlines() or [""]
     # The first: what a rank died of comes before what its launcher says of that.
     errors = [line for line in lines if ERROR.match(line)] or lines[-1:]
-    return done.returncode, f"{errors[0]} ({log})"
+    return code, f"{errors[0]} ({log})"
 
 
 def _compare(case: Case, folder: Path, launches: int) -> tuple[float, int, int, bool]:

@@ -102,7 +102,9 @@ def main() -> None:
     parser.add_argument("case", choices=CASES)
     parser.add_argument("folder", type=Path, help="for everything that is written; a fresh one for each launch")
     options = parser.parse_args()
-    trainer = CASES[options.case].make(options.folder / "out")
+    make = CASES[options.case].make
+    assert make is not None, "a command that is not ours runs by itself"
+    trainer = make(options.folder / "out")
     rank = trainer.args.process_index
     diary = Diary(options.folder / f"diary-{rank}")
     diary.watch(trainer)
