@@ -80,6 +80,16 @@ class Cluster:
         wait_for(there, f"for step {step}: {self.text()}")
         assert all(process.poll() is None for process in self.running), self.text()
 
+    def hold_at(self, step: int) -> None:
+        """All ranks wait behind this step, until `go_on`: whatever a test does then comes in the middle of the training."""
+        self.launch("--hold_at", str(step))
+        self.wait_for_step(step)
+
+    def go_on(self, when: str = "") -> None:
+        wait_for(lambda: when in self.text(), f"for {when!r}: {self.text()}")
+        for host in range(self.hosts.count):
+            (self.hosts.folder(host) / f"out-{self.launches}" / "go-on").touch()
+
     def weights(self) -> bytes:
         return (self.hosts.folder(0) / f"weights-{self.launches}" / "model.safetensors").read_bytes()
 
@@ -112,10 +122,10 @@ def test_a_notice_on_one_machine_stops_both_and_each_disk_is_committed_and_resto
     address = dict(line.removeprefix("export ").split("=", 1) for line in told.read_text().splitlines())
     run = run_of(cluster, monkeypatch)
     cluster.env |= address  # machine 0 finds nobody there
-    cluster.launch("--step_s", "0.2")
-    cluster.wait_for_step(7)
+    cluster.hold_at(7)
     [child] = metadata_service.children() or [metadata_service]
     child.send_signal(signal.SIGUSR1)
+    cluster.go_on(when="TERMINATE from imds")
     assert cluster.wait() == [75, 75], cluster.text()
     newest = run.latest()
     assert newest is not None and newest.reason == "notice"
@@ -143,11 +153,11 @@ def test_when_a_machine_dies_without_a_word_the_others_end_soon_and_all_go_on_to
 ) -> None:
     undisturbed, steps = in_peace(launcher, 3)
     run = run_of(cluster, monkeypatch)
-    cluster.launch("--step_s", "0.2")
-    cluster.wait_for_step(6)
+    cluster.hold_at(6)
     wait_for(lambda: run.state().latest() is not None, "for a commit")
     cluster.hosts.unplug(dead)
     began = time.monotonic()
+    cluster.go_on()
     others = [process for host, process in enumerate(cluster.running) if host != dead]
     assert [process.wait(PATIENCE_S) for process in others] == [75, 75], cluster.text()
     assert time.monotonic() - began < PEER_TIMEOUT_S + 20
@@ -168,11 +178,11 @@ def test_a_training_that_fails_on_one_machine_starts_again_on_all(
 ) -> None:
     undisturbed, _ = in_peace(launcher, 2)
     run = run_of(cluster, monkeypatch)
-    cluster.launch("--step_s", "0.2")
-    cluster.wait_for_step(6)
+    cluster.hold_at(6)
     wait_for(lambda: run.state().latest() is not None, "for a commit")
     ranks = [one for one in cluster.running[1].children(recursive=True) if "RANK" in one.environ()]
     ranks[-1].kill()
+    cluster.go_on()
     assert cluster.wait() == [0, 0], cluster.text()
     assert [entry.kind for entry in run.events()].count("claim") == 2
     assert cluster.weights() == undisturbed
