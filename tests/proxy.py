@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import re
 import socket
 import struct
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
 _HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
+_BLOCK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,11 @@ class Answer:
 class Exchange:
     """One request, and what becomes of it."""
 
-    def __init__(self, handler: BaseHTTPRequestHandler, upstream: str) -> None:
+    def __init__(self, handler: BaseHTTPRequestHandler, upstream: str, arrived: Callable[[int], None]) -> None:
         self._handler = handler
         self._upstream = upstream
-        self.method, self.path = handler.command, handler.path
-        self.body = _body(handler)
+        self.method, self.path, self.headers = handler.command, handler.path, handler.headers
+        self.body = _body(handler, arrived)
 
     def forward(self) -> Answer:
         """Has the server carry it out."""
@@ -62,10 +65,25 @@ class Exchange:
         self._handler.wfile.flush()
         self.reset()
 
-    def refuse(self, status: int, code: str) -> None:
+    def answer_with_a_pause(self, answer: Answer, pause_s: float) -> None:
+        """The first half of an answer, silence, and the rest."""
+        self._begin(answer)
+        half = len(answer.content) // 2
+        self._handler.wfile.write(answer.content[:half])
+        self._handler.wfile.flush()
+        time.sleep(pause_s)
+        self._handler.wfile.write(answer.content[half:])
+
+    def refuse(self, status: int, code: str, *, details: str = "", headers: Mapping[str, str] | None = None) -> None:
         """One of S3's errors."""
-        content = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
-        self.answer(Answer(status, {"Content-Type": "application/xml"}, content))
+        content = f"<Error><Code>{code}</Code><Message>injected</Message>{details}</Error>".encode()
+        self.answer(Answer(status, {"Content-Type": "application/xml", **(headers or {})}, content))
+
+    @property
+    def access_key(self) -> str:
+        """The id of the key that signed it."""
+        signed = re.search(r"Credential=([^/]+)/", self.headers.get("Authorization", ""))
+        return signed[1] if signed else ""
 
     def reset(self) -> None:
         """The connection breaks."""
@@ -100,7 +118,7 @@ class Proxy:
             protocol_version = "HTTP/1.1"
 
             def exchange(self) -> None:
-                proxy.carry(Exchange(self, upstream))
+                proxy.carry(Exchange(self, upstream, proxy.arrived))
 
             do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = exchange
 
@@ -117,6 +135,9 @@ class Proxy:
         self._server = Server((host, 0), Handler)
         self.endpoint = f"http://{host}:{self._server.server_port}"
 
+    def arrived(self, count: int) -> None:
+        """Called when so many more bytes of a request have arrived; the rest waits until it returns."""
+
     def carry(self, exchange: Exchange) -> None:
         """What is done with a request."""
         exchange.answer(exchange.forward())
@@ -130,12 +151,21 @@ class Proxy:
         self._server.server_close()
 
 
-def _body(handler: BaseHTTPRequestHandler) -> bytes:
+def _body(handler: BaseHTTPRequestHandler, arrived: Callable[[int], None]) -> bytes:
     """As it came over the wire: signed chunks stay what they are."""
+
+    def read(size: int) -> bytes:
+        blocks = []
+        while size and (block := handler.rfile.read(min(size, _BLOCK_BYTES))):
+            arrived(len(block))
+            blocks.append(block)
+            size -= len(block)
+        return b"".join(blocks)
+
     if handler.headers.get("Expect", "").lower() == "100-continue":
         handler.close_connection = False
     if handler.headers.get("Transfer-Encoding", "").lower() != "chunked":
-        return handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        return read(int(handler.headers.get("Content-Length") or 0))
     parts = []
     while True:
         size = int(handler.rfile.readline().split(b";")[0], 16)
@@ -143,5 +173,5 @@ def _body(handler: BaseHTTPRequestHandler) -> bytes:
             while handler.rfile.readline().strip():
                 continue
             return b"".join(parts)
-        parts.append(handler.rfile.read(size))
+        parts.append(read(size))
         handler.rfile.readline()

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ class SeaweedFS(_Server):
 
     ``with SeaweedFS() as server:`` starts it (about a second) and removes everything at the end. Three identities:
     ``env()`` may do everything, ``env_of("reader")`` may read and list, ``env_of("writer")`` may read and write but not
-    list.
+    list. Each has a second key, ``ADMINKEY2``, with the same secret.
     """
 
     IDENTITIES: Mapping[str, Sequence[str]] = {
@@ -159,7 +160,9 @@ class SeaweedFS(_Server):
         identities = [
             {
                 "name": name,
-                "credentials": [{"accessKey": f"{name.upper()}KEY", "secretKey": f"{name}secret"}],
+                "credentials": [
+                    {"accessKey": f"{name.upper()}KEY{generation}", "secretKey": f"{name}secret"} for generation in ("", "2")
+                ],
                 "actions": list(actions),
             }
             for name, actions in self.IDENTITIES.items()
@@ -290,3 +293,46 @@ def _program(name: str, package: str) -> str:
 def _die_with_parent() -> None:
     if _libc is not None:
         _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also when pytest itself is killed
+
+
+class KeyServer:
+    """Gives credentials as the agent in a container does, under ``env()``: those of an access key that a test may replace.
+
+    Args:
+        access_key: that is given, for another hour each time.
+        secret_key: that belongs to it.
+    """
+
+    def __init__(self, access_key: str, secret_key: str) -> None:
+        self.access_key = access_key
+        keys = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                expires = datetime.now(timezone.utc) + timedelta(hours=1)
+                given = {
+                    "AccessKeyId": keys.access_key,
+                    "SecretAccessKey": secret_key,
+                    "Token": None,
+                    "Expiration": expires.strftime("%Y-%m-%dT%H:%M:%SZ"),
+                }
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps(given).encode())
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Tests have better things to print."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+
+    def env(self) -> dict[str, str]:
+        return {"AWS_CONTAINER_CREDENTIALS_FULL_URI": f"http://127.0.0.1:{self._server.server_port}/"}
+
+    def __enter__(self) -> KeyServer:
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()

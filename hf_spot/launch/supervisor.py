@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +47,7 @@ from hf_spot.policy.restarts import (
 from hf_spot.run.journal import RunState
 from hf_spot.run.run import Run
 from hf_spot.runtime import Runtime, StepCounter
+from hf_spot.storage.threads import Workers
 
 log = logging.getLogger("hf_spot")
 
@@ -116,7 +118,7 @@ class Supervisor:
         self._heard_at = 0.0
         self._notice: PreemptionNotice | None = None
         self._runtime: Runtime | None = None
-        self._telling: list[threading.Thread] = []
+        self._journalist = Workers(1, "hf_spot-journalist")  # what is asked at the end comes behind what was told
         self._machines = command.machines
         self._peers: Peers | None = None
 
@@ -199,9 +201,16 @@ class Supervisor:
 
     def _train(self, epoch: int) -> tuple[Verdict, int]:
         log.info("launch %d of %s", epoch, self._run.url)
-        directory = Path(tempfile.mkdtemp(prefix="hf_spot-"))
+        try:
+            directory = Path(tempfile.mkdtemp(prefix="hf_spot-"))
+        except OSError as error:
+            raise _no_room(error) from error
         runtime = Runtime(self._run.url, epoch, directory, self._command.arguments)
         try:
+            try:
+                runtime.reserve()
+            except OSError as error:
+                raise _no_room(error) from error
             self._runtime = runtime
             if self._heard.is_set() and self._notice is not None:
                 runtime.write_notice(self._notice)
@@ -250,13 +259,7 @@ class Supervisor:
     # -- how it ended -------------------------------------------------------------------------------------------------
 
     def _conclude(self, runtime: Runtime, code: int) -> tuple[Verdict, int]:
-        for thread in self._telling:
-            thread.join(_LAST_WORD_S)
-        try:
-            state: RunState | None = self._run.state()
-        except StoreError as error:
-            log.error("%s can't be read after the training: %s", self._run.url, error)
-            state = None
+        state = self._read_at_the_end()
         newer = state is not None and state.epoch > runtime.epoch
         fenced = newer and self._machines.rank == 0  # on the others it may be machine 0's next launch, which they join
         other = None
@@ -275,6 +278,24 @@ class Supervisor:
             log.warning("preempted; start the same command again to go on")
         return verdict, code
 
+    def _read_at_the_end(self) -> RunState | None:
+        asked = self._journalist.submit(self._run.state)
+        if not wait([asked], self._left_for_words_s).done:
+            log.error("%s can't be read after the training: no answer", self._run.url)
+            return None
+        try:
+            return asked.result()
+        except StoreError as error:
+            log.error("%s can't be read after the training: %s", self._run.url, error)
+            return None
+
+    @property
+    def _left_for_words_s(self) -> float | None:
+        if not self._heard.is_set():
+            return None
+        left = self._notice.seconds_left(self._now()) if self._notice else None
+        return max(_LAST_WORD_S, left or 0.0)
+
     def _write_ending(self, verdict: Verdict, state: RunState, code: int, step: int | None) -> None:
         newest = state.latest()
         data: dict[str, Any] = {"exit_code": code, "step": step, "committed_step": newest.step if newest else 0}
@@ -286,8 +307,12 @@ class Supervisor:
             log.info("%s is finished at step %d", self._run.url, newest.step)
         elif state.ended is not None or verdict is Verdict.FENCED:
             return
+        told = self._journalist.submit(self._run.record, verdict.value, data)
         try:
-            self._run.record(verdict.value, data)
+            if not wait([told], self._left_for_words_s).done:
+                log.error("the journal could not be told %r: %s does not answer", verdict.value, self._run.url)
+                return
+            told.result()
         except (StoreError, Fenced) as error:
             log.error("the journal could not be told %r: %s", verdict.value, error)
 
@@ -302,6 +327,8 @@ class Supervisor:
                 runtime.write_notice(notice)
             except FileNotFoundError:
                 log.info("the launch had ended already")
+            except OSError as error:
+                log.error("the training can't be told of it, and will be killed in the end: %s", error)
         if notice.kind is NoticeKind.TERMINATE:
             if not self._heard.is_set():
                 self._heard_at = self._clock()
@@ -310,15 +337,20 @@ class Supervisor:
             self._heard.clear()
         if runtime is not None:
             # The journal may be slow to answer, and neither the other sources nor the training shall wait for it.
-            thread = threading.Thread(target=self._tell_journal, args=(notice,), name="hf_spot-tell", daemon=True)
-            self._telling.append(thread)
-            thread.start()
+            self._journalist.submit(self._tell_journal, notice)
 
     def _tell_journal(self, notice: PreemptionNotice) -> None:
         try:
             self._run.record("notice", json.loads(notice.to_json()))
         except SpotError as error:
             log.warning("the journal could not be told of the notice: %s", error)
+
+
+def _no_room(error: OSError) -> SpotError:
+    folder = tempfile.gettempdir()
+    return SpotError(
+        f"{folder} can't be written to: {error.strerror or error}", hint=f"df -h {folder}; or export TMPDIR=/another/disk"
+    )
 
 
 def _about_this_machine() -> dict[str, Any]:

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 
 from hf_spot.errors import ConfigError, SpotError, StoreError, StoreNotFencing, StoreUnavailable
@@ -18,6 +18,8 @@ log = logging.getLogger("hf_spot")
 LIMIT_S = 20.0
 FOLDER = ".probe/"
 _STALE_S = 86400.0
+_LAG_S = 5.0
+_LAG_POLL_S = 0.1
 
 
 class _Steps:
@@ -42,7 +44,7 @@ class _Steps:
             if second:
                 self._unfenced()
             with self._step("listing"):
-                listed = [info.key for info in store.list(key)]
+                listed = self._listed(key, [key], lambda: None)
             if listed != [key]:
                 raise StoreError(f"{store.url} does not list what was written to it: {listed} for {[key]}")
         except BaseException:
@@ -51,9 +53,18 @@ class _Steps:
             raise
         with self._step("deleting"):
             store.delete([key])
-            left = [info.key for info in store.list(key)]
+            # A request that was given up, and repeated, may still be carried out: that is then deleted, too.
+            left = self._listed(key, [], lambda: store.delete([key]))
         if left:
             raise StoreError(f"{store.url} still lists {key} after it was deleted")
+
+    def _listed(self, key: str, wanted: list[str], again: Callable[[], None]) -> list[str]:
+        """What is listed, after some patience with a store whose listings lag behind: nothing here relies on them."""
+        give_up_at = time.monotonic() + _LAG_S
+        while (listed := [info.key for info in self._store.list(key)]) != wanted and time.monotonic() < give_up_at:
+            time.sleep(_LAG_POLL_S)
+            again()
+        return listed
 
     def _unfenced(self) -> None:
         url = self._store.url

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,6 +14,13 @@ from hf_spot.storage import probe as probe_module
 from hf_spot.storage.faulty import Fault, FaultyStore
 from hf_spot.storage.memory import MemoryStore
 from hf_spot.storage.probe import probe
+from hf_spot.storage.store import ObjectInfo
+
+
+@pytest.fixture(autouse=True)
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For listings that lag."""
+    monkeypatch.setattr(probe_module, "_LAG_S", 0.5)
 
 
 @pytest.fixture
@@ -53,6 +61,30 @@ def test_a_failure_names_its_step_keeps_its_hint_and_cleans_up(
 
     assert caught.value.hint == "allow it"
     assert step == "deleting" or [*memory.list()] == []
+
+
+class Lagging(MemoryStore):
+    """Its listings come late: what is new, or gone, shows in the third one after it."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._shown: list[list[ObjectInfo]] = [[], []]
+
+    def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
+        self._shown.append([*super().list(prefix, start_after)])
+        return iter(self._shown.pop(0))
+
+
+def test_a_store_whose_listings_lag_is_given_time(memory: MemoryStore) -> None:
+    probe(Lagging(memory.url))
+    assert [*memory.list()] == []
+
+
+def test_a_store_that_never_lists_what_was_written_is_refused(memory: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lagging, "list", lambda *args: iter(()))
+    with pytest.raises(StoreError, match="does not list what was written to it"):
+        probe(Lagging(memory.url))
+    assert [*memory.list()] == []
 
 
 class Overwriting(MemoryStore):

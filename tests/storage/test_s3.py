@@ -5,10 +5,14 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
+import botocore.compat
 import pytest
 
 from hf_spot.errors import (
@@ -25,7 +29,8 @@ from hf_spot.storage import s3
 from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import probe
 from hf_spot.storage.s3 import S3Store
-from tests.servers import CannedS3, Rclone, SeaweedFS
+from tests.proxy import Exchange, Proxy
+from tests.servers import CannedS3, KeyServer, Rclone, SeaweedFS
 
 
 @pytest.fixture
@@ -438,3 +443,182 @@ def test_who_logs_in_again_while_a_training_goes_on_is_heard(
     log_in(good["AWS_SECRET_ACCESS_KEY"])
     store.put("a", b"1")
     assert store.get("a") == b"1"
+
+
+class Revoking(Proxy):
+    """Refuses what was signed with a revoked key. Calls ``at_part`` when the second part of a file arrives."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(endpoint)
+        self.revoked = ""
+        self.at_part: Callable[[], None] = lambda: None
+        self.seen: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def carry(self, exchange: Exchange) -> None:
+        """Refuses it, or forwards it."""
+        with self._lock:
+            if "partNumber=2" in exchange.path and not self.revoked:
+                self.at_part()
+            refused = exchange.access_key == self.revoked
+            upload_begins = exchange.method == "POST" and exchange.path.endswith("?uploads")
+            self.seen["refused" if refused else "uploads begun" if upload_begins else "carried out"] += 1
+        if refused:
+            exchange.refuse(400, "ExpiredToken")
+        else:
+            exchange.answer(exchange.forward())
+
+
+@pytest.fixture
+def three_parts(environ: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file that travels in three parts, of the smallest size that S3 allows."""
+    environ.setattr(s3, "_PART_BYTES", 5 << 20)
+    path = tmp_path / "three-parts"
+    path.write_bytes(bytes(11 << 20))
+    return path
+
+
+@pytest.mark.parametrize("source", ["an agent", "a process", "a file"])
+def test_credentials_that_are_refused_in_the_middle_of_an_upload_are_renewed_and_the_upload_goes_on(
+    seaweedfs: SeaweedFS, s3_url: str, environ: pytest.MonkeyPatch, three_parts: Path, tmp_path: Path, source: str
+) -> None:
+    """They had an hour to live, as far as anybody knew: nothing but the refusal says that they are worth nothing."""
+    config, secret = tmp_path / "config", seaweedfs.secret_key
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        environ.delenv(name)
+
+    def give(key: str) -> None:
+        keys.access_key = key
+        lines = ["[default]", f"aws_access_key_id = {key}", f"aws_secret_access_key = {secret}"]
+        if source == "a process":
+            answer = f'{{"Version": 1, "AccessKeyId": "{key}", "SecretAccessKey": "{secret}"}}'
+            lines = ["[default]", f"credential_process = echo '{answer}'"]
+        config.write_text("\n".join(lines) if source != "an agent" else "")
+
+    with Revoking(seaweedfs.endpoint) as proxy, KeyServer("ADMINKEY", secret) as keys:
+        environ.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        environ.setenv("AWS_CONFIG_FILE", str(config))
+        if source == "an agent":
+            use(environ, keys.env())
+
+        def revoke(old: str, new: str) -> None:
+            give(new)
+            proxy.revoked = old
+
+        give("ADMINKEY")
+        proxy.at_part = lambda: revoke("ADMINKEY", "ADMINKEY2")
+        store = S3Store(s3_url)
+        store.put_file("model", three_parts)
+        assert proxy.seen["uploads begun"] == 1, "the parts that had arrived were not thrown away"
+        assert 1 <= proxy.seen["refused"] <= 3
+
+        for step in (  # a download begins with HEAD, whose refusal has no words
+            lambda: store.get_file("model", tmp_path / "back"),
+            lambda: store.put("small", b"1"),
+            lambda: store.delete(["small"]),
+            lambda: [*store.list()],
+        ):
+            revoke(keys.access_key, "ADMINKEY" if keys.access_key == "ADMINKEY2" else "ADMINKEY2")
+            step()
+        assert (tmp_path / "back").stat().st_size == three_parts.stat().st_size
+
+        revoke(keys.access_key, keys.access_key)
+        with pytest.raises(AccessDenied, match="ExpiredToken") as caught:
+            store.put("small", b"1")
+        assert secret not in str(caught.value)
+
+
+def test_a_wrong_clock_is_named_and_the_store_works_again_when_it_is_right(
+    s3_url: str, environ: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The server minds the time of a signature, as Amazon does. A quarter of an hour is forgiven."""
+    clock, wrong = botocore.compat.get_current_datetime, timedelta(hours=1)
+    for signer in ("botocore.auth", "botocore.crt.auth"):
+        environ.setattr(f"{signer}.get_current_datetime", lambda *args, **kwargs: clock(*args, **kwargs) + wrong)
+    store = S3Store(s3_url)
+    for attempt in (
+        lambda: store.create("a", b""),
+        lambda: store.put_file("a", Path(__file__)),
+        lambda: store.get_file("a", tmp_path / "a"),
+        lambda: [*store.list()],
+    ):
+        with pytest.raises(AccessDenied, match="RequestTimeTooSkewed") as caught:
+            attempt()
+        assert "clock is wrong" in caught.value.hint
+    wrong = timedelta(minutes=-10)
+    store.put_file("a", Path(__file__))
+    store.get_file("a", tmp_path / "a")
+
+
+class Elsewhere(Proxy):
+    """A bucket in eu-west-3: requests that are signed for another region are sent there, in one of Amazon's ways."""
+
+    def __init__(self, endpoint: str, way: str) -> None:
+        super().__init__(endpoint)
+        self.way = way
+        self.sent_away = 0
+
+    def carry(self, exchange: Exchange) -> None:
+        """Forwards it, or sends it away."""
+        if "/eu-west-3/s3/" in exchange.headers["Authorization"]:
+            exchange.answer(exchange.forward())
+            return
+        self.sent_away += 1
+        if self.way == "301":
+            exchange.refuse(301, "PermanentRedirect", headers={"x-amz-bucket-region": "eu-west-3"})
+        else:
+            exchange.refuse(400, "AuthorizationHeaderMalformed", details="<Region>eu-west-3</Region>")
+
+
+@pytest.mark.parametrize("way", ["301", "400"])
+def test_a_bucket_in_another_region_is_found_and_used(
+    seaweedfs: SeaweedFS, s3_url: str, environ: pytest.MonkeyPatch, three_parts: Path, tmp_path: Path, way: str
+) -> None:
+    with Elsewhere(seaweedfs.endpoint, way) as proxy:
+        environ.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        store = S3Store(s3_url)
+        probe(store)
+        assert proxy.sent_away == 1, "it has to be found only once"
+        store = S3Store(s3_url)
+        store.put_file("model", three_parts)
+        S3Store(s3_url).get_file("model", tmp_path / "back")
+    assert (tmp_path / "back").stat().st_size == three_parts.stat().st_size
+
+
+class Silent(Proxy):
+    """Says nothing to the first of each kind of request for a second, and then carries it out."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(endpoint)
+        self.asked: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def carry(self, exchange: Exchange) -> None:
+        """Forwards it, now or later."""
+        kind = f"{exchange.method} {exchange.path.partition('?')[0].rpartition('/')[2]}"
+        with self._lock:
+            self.asked[kind] += 1
+            first = self.asked[kind] == 1
+        if first:
+            time.sleep(1.0)
+        exchange.answer(exchange.forward())
+
+
+def test_a_small_request_that_meets_silence_is_soon_sent_again_and_a_large_one_is_given_time(
+    seaweedfs: SeaweedFS, s3_url: str, environ: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    large = tmp_path / "large"
+    large.write_bytes(bytes(1 << 20))
+    environ.setattr(s3, "_FIRST_SILENCES_S", (0.3, 5.0))
+    with Silent(seaweedfs.endpoint) as proxy:
+        environ.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        store = S3Store(s3_url)
+        began = time.monotonic()
+        store.create("entry", b"1")
+        assert time.monotonic() - began < 1.0
+        assert store.get("entry") == b"1"
+        store.put_file("large", large)
+        store.get_file("large", tmp_path / "back")
+        counts = proxy.asked
+        assert (counts["PUT entry"], counts["GET entry"], counts["PUT large"], counts["GET large"]) == (2, 2, 1, 1)
+        assert counts["HEAD large"] == 2

@@ -1,0 +1,80 @@
+"""Workers: threads for calls that may hang in a network or in a dead mount, and must not keep a process from ending."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_Job = tuple["Future[Any]", Callable[[], Any]]
+
+
+class Workers(Executor):
+    """A ``ThreadPoolExecutor`` with daemon threads: Python waits for those of its own at the end of a process, and a request
+    that a store has swallowed would then hold a machine whose minutes are counted.
+
+    Args:
+        max_workers: threads at most; each is started when it is first needed.
+        thread_name_prefix: of their names.
+    """
+
+    def __init__(self, max_workers: int, thread_name_prefix: str = "hf_spot") -> None:
+        self._max_workers = max_workers
+        self._name = thread_name_prefix
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._closed = False
+        # The threads know the queue and not this object: they end when nobody can submit any more.
+        weakref.finalize(self, self._jobs.put, None).atexit = False
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Has a thread call ``fn``. Raises RuntimeError after `shutdown`."""
+        future: Future[T] = Future()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("these workers have been shut down")
+            self._jobs.put((future, partial(fn, *args, **kwargs)))
+            if not self._idle.acquire(blocking=False) and len(self._threads) < self._max_workers:
+                name = f"{self._name}_{len(self._threads)}"
+                thread = threading.Thread(target=_work, args=(self._jobs, self._idle), name=name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Takes no more; with ``wait`` until all that was submitted is done, or cancelled with ``cancel_futures``."""
+        with self._lock:
+            self._closed = True
+            while cancel_futures:
+                try:
+                    job = self._jobs.get_nowait()
+                except Empty:
+                    break
+                if job is not None:
+                    job[0].cancel()
+            self._jobs.put(None)
+        if wait:
+            for thread in self._threads:
+                thread.join()
+
+
+def _work(jobs: SimpleQueue[_Job | None], idle: threading.Semaphore) -> None:
+    while (job := jobs.get()) is not None:
+        future, act = job
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(act())
+            except BaseException as error:
+                future.set_exception(error)
+        del job, future, act  # what they hold on to may be large
+        idle.release()
+    jobs.put(None)  # the next thread ends, too

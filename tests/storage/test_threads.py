@@ -1,0 +1,54 @@
+"""Workers: a pool like any other, but for the end of the process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from concurrent.futures import wait
+
+import pytest
+
+from hf_spot.storage.threads import Workers
+from tests.waiting import wait_for
+
+
+def test_so_many_work_at_the_same_time_and_no_more() -> None:
+    together = threading.Barrier(3)
+    with Workers(3) as workers:
+        assert sorted(job.result() for job in [workers.submit(together.wait, 30) for _ in range(6)]) == [0, 0, 1, 1, 2, 2]
+        names = {workers.submit(lambda: threading.current_thread().name).result() for _ in range(20)}
+    assert len(names) <= 3
+
+
+def test_what_is_raised_reaches_who_asks() -> None:
+    with Workers(1) as workers, pytest.raises(KeyError, match="why"):
+        workers.submit({}.__getitem__, "why").result()
+
+
+def test_what_has_not_begun_can_be_cancelled_and_nothing_more_is_taken() -> None:
+    go_on = threading.Event()
+    workers = Workers(1)
+    under_way = workers.submit(go_on.wait)
+    wait_for(under_way.running)
+    waiting = [workers.submit(int) for _ in range(3)]
+    workers.shutdown(wait=False, cancel_futures=True)
+    assert all(job.cancelled() for job in waiting)
+    with pytest.raises(RuntimeError, match="shut down"):
+        workers.submit(int)
+    go_on.set()
+    assert under_way.result() is True
+
+
+def test_threads_end_when_nobody_can_ask_them_any_more() -> None:
+    before = threading.active_count()
+    workers = Workers(4)
+    wait([workers.submit(int) for _ in range(8)])
+    assert threading.active_count() > before
+    del workers
+    wait_for(lambda: threading.active_count() == before)
+
+
+def test_a_call_that_never_returns_keeps_no_process_alive() -> None:
+    code = "import threading; from hf_spot.storage.threads import Workers; Workers(1).submit(threading.Event().wait)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
