@@ -92,7 +92,8 @@ def summarise(entries: Iterable[Entry]) -> Report:
             now = replace(now, notices=now.notices + 1)
             heard_at = heard_at or entry.time
         elif entry.kind == "commit":
-            step = entry.data["step"]
+            newest = entry.state.latest()
+            step = newest.step if newest else 0
             now = replace(now, commits=now.commits + 1, committed_step=step)
             if heard_at is not None and entry.data["reason"] in ("notice", "advisory") and now.notice_to_commit_s is None:
                 now = replace(now, notice_to_commit_s=round((entry.time - heard_at).total_seconds(), 3))

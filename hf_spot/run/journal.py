@@ -71,7 +71,7 @@ class RunState:
     Args:
         number: of the newest entry.
         epoch: of the newest claim.
-        checkpoints: those that exist, oldest commit first.
+        checkpoints: those that exist, oldest first: in the order of their commits, but those of one launch by their steps.
         ended: how the newest launch ended (one of `ENDINGS`), or None while it runs or when it died unheard.
     """
 
@@ -119,12 +119,23 @@ def fold(state: RunState, number: int, kind: str, epoch: int, data: dict[str, An
             prefix=data["prefix"],
             complete=data["complete"],
         )
-        refs = [*state.checkpoints, new]
+        refs = [*state.checkpoints]
+        place = len(refs)
+        # Before a deadline the newest goes first, and an older one of the same launch that comes after it stays an older one.
+        while place and data.get("reason") != "push" and _follows(refs[place - 1], new):
+            place -= 1
+        refs.insert(place, new)
         # Which one is best changes with every evaluation, and a step can be committed again after a fallback.
         best = max((ref.entry for ref in refs if (ref.stage, ref.step) == (new.stage, data.get("best_step"))), default=None)
         marked = (replace(ref, best=ref.entry == best) if ref.stage == new.stage else ref for ref in refs)
         return replace(after, checkpoints=tuple(marked))
     return after
+
+
+def _follows(one: CheckpointRef, other: CheckpointRef) -> bool:
+    """Whether the same training of the same launch wrote ``one`` after ``other``: side by side, with more steps."""
+    beside = one.prefix.rpartition("/")[0] == other.prefix.rpartition("/")[0]
+    return one.epoch == other.epoch and beside and one.step > other.step
 
 
 def encode(entry: Entry, key: bytes | None = None) -> bytes:

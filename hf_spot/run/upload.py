@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hf_spot.errors import Fenced, SpotError, StoreError
+from hf_spot.policy.preemption import Measured
 from hf_spot.run import transfer
 from hf_spot.run.journal import Entry
 from hf_spot.run.manifest import FileEntry, files_in
@@ -22,10 +23,13 @@ log = logging.getLogger("hf_spot")
 _FIRST_RETRY_S = 1.0
 _LONGEST_RETRY_S = 30.0
 _PART_POLL_S = 0.5
+_ASK_S = 0.2
+_CLOSE_S = 2.0
+_TELLING_S = 2.0  # an upload that has run for so long tells what the network is like today
 
 
-class _Cancelled(Exception):
-    """The transfer gave way to a more urgent one."""
+class _Cancelled(SpotError):
+    """The transfer gave way to a newer one, or to the end."""
 
 
 @dataclass
@@ -39,13 +43,21 @@ class _Job:
     def best(self) -> bool:
         return self.request.best_step == self.request.step
 
+    @property
+    def is_whole(self) -> bool:
+        """False when somebody has deleted files of it: pins stand in output_dir, and go with it."""
+        try:
+            return _size_bytes(self.folder) == self.size_bytes
+        except OSError:  # it is being deleted
+            return False
+
 
 class Uploader:
     """Takes checkpoint folders from the training thread and never makes it wait.
 
     At most one upload is under way and one waits: when training saves faster than the network carries, the newest waiting
-    checkpoint replaces an older one, unless that one is the best so far. Trouble with the store is retried for ever, and
-    the next checkpoint takes the place of one that can't get through.
+    checkpoint replaces an older one, unless that one is the best so far: then both wait. Trouble with the store is retried
+    for ever, and the next checkpoint takes the place of one that can't get through.
 
     Args:
         run: holds a claim.
@@ -76,10 +88,14 @@ class Uploader:
         self._waiting: list[_Job] = []
         self._given_up: list[CommitRequest] = []
         self._current: _Job | None = None
+        self._began = 0.0
         self._moved_bytes = 0
-        self._cancel = False
+        self._hurried = False
+        self._give_way = False
         self._closing = False
+        self._awaited = 0  # drains that wait
         self._bytes_per_s: float | None = None
+        self._commit_s = 0.0
         self._trouble: Exception | None = None
         self._fenced: Fenced | None = None
         self._thread = threading.Thread(target=self._work, name="hf_spot-uploader", daemon=True)
@@ -91,9 +107,9 @@ class Uploader:
         """Pins ``folder`` and queues it. Returns at once; what goes wrong later is told by `trouble` and `fenced`."""
         pinned = self._pins / f"{request.stage}-{request.step}-{uuid.uuid4().hex[:8]}"
         transfer.pin(folder, pinned)
-        size_bytes = sum((pinned / name).stat().st_size for name in files_in(pinned))
+        size_bytes = _size_bytes(pinned)
         with self._changed:
-            for job in [job for job in self._waiting if not job.best]:
+            for job in [job for job in self._waiting if job.request.step != request.best_step]:
                 log.warning(
                     "checkpoint-%d gives way to checkpoint-%d: saves come faster than uploads",
                     job.request.step,
@@ -103,26 +119,42 @@ class Uploader:
             self._waiting.append(_Job(pinned, request, size_bytes))
             self._changed.notify_all()
 
-    def cancel_in_flight(self) -> None:
-        """Ends the upload under way, for good, if something waits behind it."""
+    def hurry(self, *, give_way: bool) -> None:
+        """The machine is going: from now on the newest checkpoint goes first.
+
+        Args:
+            give_way: the upload under way ends for one that is newer; if it is that of the best so far, it is tried again.
+        """
         with self._changed:
-            self._cancel = self._current is not None
+            self._hurried = True
+            self._give_way = give_way
             self._changed.notify_all()
 
-    def drain(self, timeout_s: float) -> bool:
-        """Waits until everything submitted is committed: True; False after ``timeout_s`` seconds, or when fenced."""
+    def drain(self, timeout_s: float, interrupted: Callable[[], bool] = lambda: False) -> bool:
+        """Waits until everything submitted is committed: True; False after ``timeout_s`` seconds, or when fenced.
+
+        Args:
+            timeout_s: how long to wait.
+            interrupted: asked again and again, from this thread; True ends the wait.
+        """
+        give_up_at = time.monotonic() + timeout_s
         with self._changed:
+            self._awaited += 1
             self._changed.notify_all()  # a retry that sleeps tries at once
-            self._changed.wait_for(lambda: self._idle or self._fenced is not None, timeout_s)
-            return self._idle and self._fenced is None
+            while not self.idle and self._fenced is None and not interrupted():
+                left_s = give_up_at - time.monotonic()
+                if left_s <= 0:
+                    break
+                self._changed.wait(min(left_s, _ASK_S))
+            self._awaited -= 1
+            return self.idle and self._fenced is None
 
     def close(self) -> None:
         """Ends the thread without waiting for uploads, and removes the pins. Call `drain` first."""
         with self._changed:
             self._closing = True
-            self._cancel = True
             self._changed.notify_all()
-        self._thread.join(timeout=5)
+        self._thread.join(_CLOSE_S)
         shutil.rmtree(self._pins, ignore_errors=True)
 
     # -- what it knows ------------------------------------------------------------------------------------------------
@@ -137,20 +169,29 @@ class Uploader:
         """Why the newest attempt failed, or None since the last commit."""
         return self._trouble
 
-    def upload_s(self, size_bytes: int) -> float | None:
-        """Seconds that a checkpoint of this size should need, from the last one that went through; None before."""
-        return None if not self._bytes_per_s else size_bytes / self._bytes_per_s
-
-    def in_flight_s(self) -> float | None:
-        """Seconds until what was submitted should be committed; None when nothing is under way or nothing is known."""
+    def measured(self) -> Measured:
+        """What is known of the network, and what is on its way."""
         with self._changed:
-            jobs = ([self._current] if self._current else []) + self._waiting
-            if not jobs:
-                return None
-            return self.upload_s(max(0, sum(job.size_bytes for job in jobs) - self._moved_bytes))
+            now = ([self._current] if self._current else []) + self._waiting
+            moved = self._moved_bytes if self._current else 0
+            newer = [job for job in now[1:] if job.request.step > now[0].request.step]
+            return Measured(
+                bytes_per_s=self._rate(),
+                commit_s=self._commit_s,
+                in_flight_bytes=max(0, now[0].size_bytes - moved) if now else None,
+                waiting_bytes=newer[-1].size_bytes if newer else None,
+            )
+
+    def _rate(self) -> float | None:
+        """Bytes per second; None when nothing was sent yet."""
+        took_s = self._clock() - self._began
+        if self._current and 0 < self._moved_bytes < self._current.size_bytes and took_s >= _TELLING_S:
+            return self._moved_bytes / took_s
+        return self._bytes_per_s
 
     @property
-    def _idle(self) -> bool:
+    def idle(self) -> bool:
+        """True when everything submitted is committed, or given up."""
         return not self._waiting and self._current is None
 
     # -- the thread ---------------------------------------------------------------------------------------------------
@@ -167,19 +208,20 @@ class Uploader:
                 if isinstance(failed, Fenced):
                     self._fenced = failed
                     self._closing = True
-                if failed is None or not isinstance(failed, (StoreError, OSError)):
+                overtaken = isinstance(failed, _Cancelled)
+                if failed is None or not (overtaken or isinstance(failed, (StoreError, OSError))):
                     self._discard(job)
                     retry_s = _FIRST_RETRY_S
-                elif self._waiting and not job.best:
+                elif self._waiting and not self._is_best(job):
                     self._discard(job)  # the newer one catches up
                 else:
                     self._waiting.insert(0, job)
                 if failed is not None and job not in self._waiting:
                     self._note_given_up(job)
                 self._changed.notify_all()
-                if failed is not None and not self._closing and self._waiting:
+                if failed is not None and not overtaken and not self._closing and self._waiting:
                     # A new submission or a drain ends the wait early.
-                    self._changed.wait(retry_s)
+                    self._changed.wait(_FIRST_RETRY_S if self._awaited else retry_s)
                     retry_s = min(2 * retry_s, _LONGEST_RETRY_S)
 
     def _take(self) -> _Job | None:
@@ -187,39 +229,55 @@ class Uploader:
             self._changed.wait_for(lambda: self._waiting or self._closing)
             if self._closing:
                 return None
-            self._current = self._waiting.pop(0)
+            self._current = max(self._waiting, key=lambda job: job.request.step) if self._hurried else self._waiting[0]
+            self._waiting.remove(self._current)
             self._moved_bytes = 0
-            self._cancel = False
+            self._began = self._clock()
             return self._current
+
+    def _is_best(self, job: _Job) -> bool:
+        return job.best and all(newer.request.best_step == job.request.step for newer in self._waiting)
 
     def _attempt(self, job: _Job) -> Exception | None:
         """Uploads and commits one job; the exception instead of raising it, because the thread has to live on."""
         name = f"checkpoint-{job.request.step}"
         try:
-            began = self._clock()
             while self._given_up:
                 self._run.hand_in(self._given_up[0], None)
                 self._given_up.pop(0)
             files = self._run.upload(job.folder, job.request, progress=self._moved)
+            upload_s = max(self._clock() - self._began, 1e-6)
             if job.request.part:
                 self._run.hand_in(job.request, files)
                 entry = None
             else:
-                entry = self._commit(job, files, self._clock() - began)
-            took_s = max(self._clock() - began, 1e-6)
-        except _Cancelled:
-            log.warning("the upload of %s was given up for a more urgent one", name)
-            return SpotError(f"the upload of {name} was cancelled")
+                entry = self._commit(job, files, upload_s)
+            took_s = max(self._clock() - self._began, upload_s)
+        except _Cancelled as cancelled:
+            if not self._closing:
+                log.warning("the upload of %s gives way to a newer one", name)
+            return cancelled
         except Fenced as error:
             log.error("%s", error)
             return error
-        except (StoreError, OSError) as error:
+        except (SpotError, OSError) as error:
+            if not job.is_whole:
+                log.error(
+                    "%s is gone from this disk, and not in %s (was output_dir deleted?); training goes on, and the next "
+                    "checkpoint catches up",
+                    name,
+                    self._run.url,
+                )
+                return SpotError(f"{name} was deleted from this disk before it was uploaded")
+            if not isinstance(error, (StoreError, OSError)):
+                log.error("%s can't be committed: %s", name, error)
+                return error
             log.error("%s is not in %s yet; training goes on and the upload is retried. %s", name, self._run.url, error)
             return error
         except Exception as error:
             log.exception("%s can't be committed", name)
             return error
-        self._bytes_per_s = job.size_bytes / took_s
+        self._bytes_per_s, self._commit_s = job.size_bytes / upload_s, took_s - upload_s
         if entry is not None:
             log.info("%s committed to %s: %.1f MB in %.2f s", name, self._run.url, job.size_bytes / 1e6, took_s)
             self._after_commit(entry)
@@ -253,8 +311,9 @@ class Uploader:
     def _moved(self, count: int) -> None:
         with self._changed:
             self._moved_bytes += count
-            if self._closing or (self._cancel and self._waiting):
-                raise _Cancelled
+            step = self._current.request.step if self._current else 0
+            if self._closing or (self._give_way and any(job.request.step > step for job in self._waiting)):
+                raise _Cancelled("the upload gave way")
 
     def _drop(self, job: _Job) -> None:
         self._waiting.remove(job)
@@ -267,3 +326,7 @@ class Uploader:
 
     def _discard(self, job: _Job) -> None:
         shutil.rmtree(job.folder, ignore_errors=True)
+
+
+def _size_bytes(folder: Path) -> int:
+    return sum((folder / name).stat().st_size for name in files_in(folder))

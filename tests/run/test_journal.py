@@ -191,6 +191,21 @@ def test_the_best_mark_moves_with_the_best_step(store: MemoryStore) -> None:
     assert [ref.best for ref in journal.state.checkpoints] == [False, False, True]
 
 
+def test_an_older_checkpoint_that_is_committed_after_a_newer_one_stays_the_older_one(store: MemoryStore) -> None:
+    journal = Journal(store)
+    journal.claim({})
+    for step in (10, 30, 20):
+        journal.append("commit", commit(step, best_step=20))
+    assert [(ref.step, ref.best) for ref in journal.state.checkpoints] == [(10, False), (20, True), (30, False)]
+    journal.claim({})
+    journal.append("commit", {**commit(5), "prefix": "e0002/checkpoint-5"})  # it could not restore the others
+    assert [ref.step for ref in journal.state.checkpoints] == [10, 20, 30, 5]
+    for step in (40, 4):
+        journal.append("commit", {**commit(step), "prefix": f"e0002/pushed/checkpoint-{step}", "reason": "push"})
+    journal.append("commit", {**commit(6), "prefix": "e0002/checkpoint-6"})
+    assert [ref.step for ref in Journal(store).refresh().checkpoints] == [10, 20, 30, 5, 40, 4, 6]
+
+
 def test_an_entry_of_a_newer_format_asks_for_an_upgrade(store: MemoryStore) -> None:
     entry = Journal(store).claim({})
     written = json.loads(encode(entry)) | {"format": 99}
@@ -250,13 +265,13 @@ class Interleavings(RuleBasedStateMachine):
         epochs = [entry.epoch for entry in entries]
         assert epochs == sorted(epochs)
         assert len({entry.id for entry in entries}) == len(entries)
-        standing: list[int] = []
+        standing: list[tuple[int, int, int]] = []
         for entry in entries:
             if entry.kind == "commit":
-                standing.append(entry.number)
+                standing.append((entry.epoch, entry.data["step"], entry.number))
             elif entry.kind == "prune":
-                standing = [number for number in standing if number not in entry.data["entries"]]
-            assert [ref.entry for ref in entry.state.checkpoints] == standing
+                standing = [one for one in standing if one[-1] not in entry.data["entries"]]
+            assert [ref.entry for ref in entry.state.checkpoints] == [number for *_, number in sorted(standing)]
 
 
 TestInterleavings = Interleavings.TestCase

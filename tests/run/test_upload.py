@@ -39,17 +39,27 @@ def uploader(run: Run, tmp_path: Path) -> Iterator[Uploader]:
     assert not (tmp_path / "pins").exists()
 
 
+def committed(store: FaultyStore) -> list[int]:
+    """In the order of the commits."""
+    return [entry.data["step"] for entry in Run(store.inner).events() if entry.kind == "commit"]
+
+
 def steps(store: FaultyStore) -> list[int]:
     return [ref.step for ref in Run(store.inner).state().checkpoints]
 
 
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def test_what_is_submitted_is_committed(store: FaultyStore, uploader: Uploader, make_checkpoint: Make) -> None:
-    assert uploader.upload_s(1000) is None
+    assert uploader.measured().upload_s(1000) is None
     uploader.submit(make_checkpoint(5), CommitRequest(step=5))
     assert uploader.drain(PATIENCE_S)
     assert steps(store) == [5]
-    assert (uploader.upload_s(1000) or 0) > 0
-    assert uploader.in_flight_s() is None
+    assert (uploader.measured().upload_s(1000) or 0) > 0
+    assert uploader.idle
+    assert uploader.measured().in_flight_bytes is None
 
 
 def test_trainer_may_delete_the_folder_while_it_is_uploaded(
@@ -92,6 +102,22 @@ def test_an_outage_ends_in_a_commit(store: FaultyStore, uploader: Uploader, make
     assert uploader.trouble is None
 
 
+def test_who_waits_under_a_deadline_does_not_wait_for_the_pause_after_a_long_outage(
+    store: FaultyStore, uploader: Uploader, make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_spot.run.upload._FIRST_RETRY_S", 2 * PATIENCE_S)
+    monkeypatch.setattr("hf_spot.run.upload._LONGEST_RETRY_S", 2 * PATIENCE_S)
+    uploader.submit(make_checkpoint(1), CommitRequest(step=1))
+    assert uploader.drain(PATIENCE_S)
+    store.outage = True
+    uploader.submit(make_checkpoint(2), CommitRequest(step=2))
+    wait_for(lambda: uploader.trouble)
+    monkeypatch.setattr("hf_spot.run.upload._FIRST_RETRY_S", 0.05)
+    assert not uploader.drain(0.2)  # tries, and fails
+    threading.Timer(0.2, lambda: setattr(store, "outage", False)).start()
+    assert uploader.drain(PATIENCE_S / 2)
+
+
 def test_a_commit_whose_answer_is_lost_is_one_commit(store: FaultyStore, uploader: Uploader, make_checkpoint: Make) -> None:
     store.faults.append(Fault("create", "journal/*", answer_lost=True))
     store.faults.append(Fault("get", "journal/*"))
@@ -101,13 +127,94 @@ def test_a_commit_whose_answer_is_lost_is_one_commit(store: FaultyStore, uploade
     assert [entry.kind for entry in Run(store.inner).events()] == ["claim", "commit"]
 
 
+def test_of_several_best_checkpoints_only_the_newest_waits(
+    store: FaultyStore, uploader: Uploader, make_checkpoint: Make
+) -> None:
+    gate = threading.Event()
+    store.faults.append(Fault("put_file", "*", error=None, until=gate))
+    for step in (1, 2, 3, 4, 5):
+        uploader.submit(make_checkpoint(step), CommitRequest(step=step, best_step=min(step, 4)))
+        wait_for(lambda step=step: step > 1 or any(call[0] == "put_file" for call in store.calls))
+    gate.set()
+    assert uploader.drain(PATIENCE_S)
+    assert steps(store) == [1, 4, 5]
+
+
+def test_in_a_hurry_the_newest_goes_before_the_best_that_waits(
+    store: FaultyStore, uploader: Uploader, make_checkpoint: Make
+) -> None:
+    gate = threading.Event()
+    store.faults.append(Fault("put_file", "*checkpoint-1/*", error=None, until=gate))
+    for step in (1, 2, 3):
+        uploader.submit(make_checkpoint(step), CommitRequest(step=step, best_step=2))
+        wait_for(lambda step=step: step > 1 or any(call[0] == "put_file" for call in store.calls))
+    uploader.hurry(give_way=False)
+    gate.set()
+    assert uploader.drain(PATIENCE_S)
+    assert committed(store) == [1, 3, 2]
+    assert steps(store) == [1, 2, 3]
+
+
+def test_the_best_that_gave_way_is_uploaded_behind_the_newer_one(
+    store: FaultyStore, uploader: Uploader, make_checkpoint: Make
+) -> None:
+    gate = threading.Event()
+    store.faults.append(Fault("put_file", "*checkpoint-1/*", error=None, until=gate))
+    uploader.submit(make_checkpoint(1), CommitRequest(step=1, best_step=1))
+    wait_for(lambda: any(call[0] == "put_file" for call in store.calls))
+    uploader.submit(make_checkpoint(2), CommitRequest(step=2, best_step=1))
+    uploader.hurry(give_way=True)
+    gate.set()
+    assert uploader.drain(PATIENCE_S)
+    assert committed(store) == [2, 1]
+    assert steps(store) == [1, 2]
+    assert list(Run(store.inner).verify().values()) == [[], []]
+
+
+def test_what_is_alone_gives_way_to_nothing(store: FaultyStore, uploader: Uploader, make_checkpoint: Make) -> None:
+    gate = threading.Event()
+    store.faults.append(Fault("put_file", "*checkpoint-2/*", error=None, until=gate))
+    uploader.submit(make_checkpoint(2), CommitRequest(step=2, best_step=1))
+    wait_for(lambda: any(call[0] == "put_file" for call in store.calls))
+    uploader.hurry(give_way=True)
+    gate.set()
+    assert uploader.drain(PATIENCE_S)
+    assert steps(store) == [2]
+
+
+def test_what_is_measured_are_the_bytes_on_their_way_and_the_throughput_of_now(
+    store: FaultyStore, run: Run, tmp_path: Path, make_checkpoint: Make
+) -> None:
+    now, gate = [0.0], threading.Event()
+    uploader = Uploader(run, tmp_path / "pins", clock=lambda: now[0])
+    store.faults.append(Fault("put_file", "*checkpoint-1/trainer_state.json", error=None, until=gate))
+    uploader.submit(folder := make_checkpoint(1), CommitRequest(step=1))
+    all_bytes, last_bytes = (
+        sum(path.stat().st_size for path in folder.rglob(name) if path.is_file()) for name in ("*", "trainer*")
+    )
+    wait_for(lambda: uploader.measured().in_flight_bytes == last_bytes)
+    assert uploader.measured().bytes_per_s is None  # an instant tells nothing
+    now[0] = 10.0
+    assert uploader.measured().bytes_per_s == (all_bytes - last_bytes) / 10
+    assert uploader.measured().waiting_bytes is None
+    uploader.submit(newer := make_checkpoint(2), CommitRequest(step=2))
+    assert uploader.measured().waiting_bytes == size_of(newer)
+    now[0] = 20.0
+    gate.set()
+    wait_for(lambda: steps(store) == [1, 2])
+    uploader.drain(PATIENCE_S)
+    measured = uploader.measured()
+    assert (measured.in_flight_bytes, measured.waiting_bytes) == (None, None)
+    uploader.close()
+
+
 def test_an_upload_can_give_way_to_a_more_urgent_one(store: FaultyStore, uploader: Uploader, make_checkpoint: Make) -> None:
     gate = threading.Event()
     store.faults.append(Fault("put_file", "*checkpoint-1/*", error=None, until=gate))
     uploader.submit(make_checkpoint(1), CommitRequest(step=1))
     wait_for(lambda: any(call[0] == "put_file" for call in store.calls))
     uploader.submit(make_checkpoint(2), CommitRequest(step=2, reason="notice"))
-    uploader.cancel_in_flight()
+    uploader.hurry(give_way=True)
     gate.set()
     assert uploader.drain(PATIENCE_S)
     assert steps(store) == [2]
@@ -176,7 +283,7 @@ def test_a_part_that_is_given_up_is_not_waited_for(
     for step, (mine, theirs) in parts.items():
         other_uploader.submit(theirs, CommitRequest(step=step, world_size=2, part=1, parts=2))
         if step == 1:
-            wait_for(lambda: other_uploader.in_flight_s() is not None or not other_uploader._waiting)
+            wait_for(lambda: not other_uploader._waiting)
         if step == 2:
             uploader.submit(mine, CommitRequest(step=2, world_size=2, part=0, parts=2))
     gate.set()  # step 2 gave way to step 3 on the other machine
