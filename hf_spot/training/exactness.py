@@ -175,7 +175,7 @@ class RandomStates:
 
     def drawn(self) -> None:
         """The indices of a batch have been drawn, and the batch is made next, in this process."""
-        self._mark()
+        now = self._mark()
         self._draws += 1
         if self._resumed_draw is not None:
             if self._draws == self._resumed_draw["draws"]:
@@ -183,7 +183,8 @@ class RandomStates:
             elif self._draws > self._resumed_draw["draws"]:
                 self._return_to_checkpoint(str(self._resumed))
                 self._resumed_draw = None
-        self._before_draw = capture()
+            now = None
+        self._before_draw = now or capture()
 
     def _load_start_of_epoch(self, states: Path) -> None:
         args = self._trainer.args
@@ -194,10 +195,16 @@ class RandomStates:
                 shutil.copy(found, states / name)
         type(self._trainer)._load_rng_state(self._trainer, str(states))
 
-    def _mark(self) -> None:
-        if self._step_ended:
-            self._step_ended = False
-            self._between_steps = (capture() | capture_gpus(), self._before_draw, self._draws)
+    def _mark(self) -> dict[str, Any] | None:
+        """The state of now, if it had to be taken."""
+        if not self._step_ended:
+            return None
+        self._step_ended = False
+        now = capture()
+        if self._trainer.args.gradient_accumulation_steps > 1:  # a step of one micro-batch is never left in its middle
+            now |= capture_gpus()
+        self._between_steps = (now, self._before_draw, self._draws)
+        return now
 
     def _return_to_checkpoint(self, checkpoint: str | None) -> None:
         if not self._restored:

@@ -1,0 +1,301 @@
+"""A save that training hardly feels: the state is copied in memory, and the files are written while training goes on.
+
+What takes the time of a Trainer's save is checksums and files, not the state: a copy of it takes a tenth of that. So within
+`WriteBehind.capturing` Trainer, PEFT and TRL save as ever, in their own order and formats, and whatever they hand to
+``torch.save`` or safetensors is copied at the last moment: when the bytes of a tensor would go to the file. The same code of
+torch and safetensors then writes the same bytes from the copies, in a thread; both give up the GIL for it.
+
+Only the training thread is captured, and only files that are named by a path: ``torch.distributed.checkpoint`` (sharded FSDP)
+writes to streams, and so writes at once. Seen with torch 2.13 and safetensors 0.8; where these look different, files are
+written at once, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import safetensors.torch
+import torch
+import torch.serialization
+
+log = logging.getLogger("hf_spot")
+
+_ALIGNMENT = 64
+_SHARE = 0.5  # of the memory that is free at the first save
+_TENSOR_SPEC = getattr(safetensors.torch, "TensorSpec", None)
+_DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in getattr(safetensors.torch, "_TYPES", {}).items()}
+_plain_open = getattr(torch.serialization, "_open_zipfile_writer", None)
+_plain_serialize = safetensors.torch.serialize_file
+
+
+def free_bytes() -> int:
+    """Memory that this process may still take: what the machine has, or what the container's limit leaves."""
+    left = [psutil.virtual_memory().available]
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
+        left.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, min(left))
+
+
+class Arena:
+    """Memory that holds the copies of one checkpoint, and is used again for the next.
+
+    Address space for ``limit_bytes`` is reserved once; memory is taken where it is written, and given back by `close`.
+
+    Args:
+        limit_bytes: that the copies may take together.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._memory: mmap.mmap | None = None
+        self._used = 0
+
+    def clear(self) -> None:
+        """Forgets the copies. Nobody may be reading them any more."""
+        self._used = 0
+
+    def copy(self, source: torch.Tensor) -> torch.Tensor | None:
+        """A copy of these bytes, or None when there is no room for it.
+
+        Args:
+            source: one-dimensional, uint8, in CPU memory.
+        """
+        count = source.numel()
+        if count == 0:
+            return source.clone()
+        begin = -(-self._used // _ALIGNMENT) * _ALIGNMENT
+        if begin + count > self.limit_bytes or not self._reserved():
+            return None
+        self._used = begin + count
+        target = torch.frombuffer(self._memory, dtype=torch.uint8, offset=begin, count=count)
+        return target.copy_(source)
+
+    def _reserved(self) -> bool:
+        if self._memory is None:
+            try:
+                self._memory = mmap.mmap(-1, self.limit_bytes)
+            except (OSError, ValueError, OverflowError):
+                self.limit_bytes = 0
+                return False
+            # The first copy meets fewer pages, and processes forked for DataLoaders don't share (and so copy) these.
+            for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+                if hasattr(mmap, advice):
+                    self._memory.madvise(getattr(mmap, advice))
+        return True
+
+    def close(self) -> None:
+        """Gives the memory back, as soon as the last copy is gone."""
+        self._memory = None
+        self.limit_bytes = 0
+
+
+class WriteBehind:
+    """Writes the files of one save after the other, in a thread.
+
+    Args:
+        limit_bytes: of memory for copies; None takes half of what is free at the first save. A file that does not fit is
+            written at once, as Trainer does it.
+    """
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        self._limit_bytes = limit_bytes
+        self._arena: Arena | None = None
+        self._owner = 0
+        self._pending: list[Callable[[], None]] = []
+        self._jobs: queue.Queue[Callable[[], Any] | None] = queue.Queue()
+        self._error: BaseException | None = None
+        self._said = False
+        self._process = os.getpid()
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Within it, what this thread saves is copied, and written after its end.
+
+        Waits for the files of the save before, because the memory is the same.
+        """
+        self.wait()
+        if self._arena is None:
+            self._arena = Arena(int(free_bytes() * _SHARE) if self._limit_bytes is None else self._limit_bytes)
+        self._arena.clear()
+        self._owner = threading.get_ident()
+        if _plain_open is not None:
+            torch.serialization._open_zipfile_writer = self._open  # type: ignore[assignment]
+        safetensors.torch.serialize_file = self._serialize  # type: ignore[assignment]
+        self._pending = []
+        try:
+            yield
+        finally:
+            if _plain_open is not None:
+                torch.serialization._open_zipfile_writer = _plain_open
+            safetensors.torch.serialize_file = _plain_serialize
+            self._owner = 0
+        for write in self._pending:
+            self._submit(write)
+
+    def then(self, act: Callable[[], None]) -> None:
+        """Calls ``act`` when all that was captured so far is written, or at once if it is; not if the writing failed."""
+        if self._jobs.unfinished_tasks:
+            self._submit(act)
+        elif self._error is None:
+            act()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits until everything is written; False when it is not after ``timeout_s`` seconds. A forked child, in which the
+        thread is not, waits for nothing."""
+        if os.getpid() != self._process:
+            return True
+        with self._jobs.all_tasks_done:
+            return self._jobs.all_tasks_done.wait_for(lambda: not self._jobs.unfinished_tasks, timeout_s)
+
+    def take_error(self) -> BaseException | None:
+        """What the writing of the newest save failed with, once."""
+        error, self._error = self._error, None
+        return error
+
+    def close(self) -> None:
+        """Waits for the files, ends the thread and gives the memory back."""
+        if os.getpid() != self._process:
+            return
+        if self._thread is not None:
+            self.wait()
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread, self._jobs = None, queue.Queue()
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+
+    # -- in place of what writes ----------------------------------------------------------------------------------------
+
+    def _open(self, file: Any) -> Any:
+        assert _plain_open is not None
+        if threading.get_ident() != self._owner or not isinstance(file, str):
+            return _plain_open(file)
+        return _Captured(self, file)
+
+    def _serialize(self, tensors: Any, filename: Any, metadata: Any = None) -> None:
+        kept = self._keep_all(tensors) if threading.get_ident() == self._owner else None
+        if kept is None:
+            _plain_serialize(tensors, filename, metadata=metadata)
+            return
+        specs, copies = kept
+        filename = os.fspath(filename)
+
+        def write() -> None:
+            _plain_serialize(specs, filename, metadata=metadata)
+            copies.clear()  # they had to live until here
+
+        self._pending.append(write)
+
+    def _keep_all(self, tensors: Any) -> tuple[dict[str, Any], list[torch.Tensor]] | None:
+        specs, copies = {}, []
+        for name, spec in tensors.items():
+            if _TENSOR_SPEC is None or not isinstance(spec, _TENSOR_SPEC) or spec.dtype not in _DTYPES:
+                return None
+            memory = (ctypes.c_char * spec.data_len).from_address(spec.data_ptr) if spec.data_len else b""
+            source = torch.frombuffer(memory, dtype=torch.uint8) if spec.data_len else torch.empty(0, dtype=torch.uint8)
+            copy = self.keep(source)
+            if copy is None:
+                return None
+            copies.append(copy)
+            specs[name] = _TENSOR_SPEC(
+                dtype=_DTYPES[spec.dtype], shape=spec.shape, data_ptr=copy.data_ptr(), data_len=spec.data_len
+            )
+        return specs, copies
+
+    def keep(self, source: torch.Tensor) -> torch.Tensor | None:
+        """A copy of these bytes until they are written; None when there is no room, which is said once."""
+        assert self._arena is not None
+        copy = self._arena.copy(source)
+        if copy is None and not self._said:
+            self._said = True
+            log.warning(
+                "a checkpoint does not fit into the %.1f GB of memory that saves may take: the rest of it is written while "
+                "training waits",
+                self._arena.limit_bytes / 1e9,
+            )
+        return copy
+
+    # -- the thread -----------------------------------------------------------------------------------------------------
+
+    def _submit(self, act: Callable[[], Any]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="hf_spot-writer", daemon=True)
+            self._thread.start()
+        self._jobs.put(act)
+
+    def _work(self) -> None:
+        while (act := self._jobs.get()) is not None:
+            if self._error is None:
+                try:
+                    act()
+                except BaseException as error:  # told to the training thread: see `take_error`
+                    self._error = error
+            del act  # and with it the copies
+            self._jobs.task_done()
+
+
+class _Captured:
+    """Takes the place of ``torch._C.PyTorchFileWriter`` in ``torch.save``: remembers the records, and replays them later."""
+
+    def __init__(self, behind: WriteBehind, path: str) -> None:
+        self._behind = behind
+        self._path = path
+        self._records: list[tuple[str, Any, int]] = []
+        self._at_once: Any = None
+
+    def __enter__(self) -> _Captured:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self._at_once is not None:
+            self._at_once.__exit__(kind, error, trace)
+        elif kind is None:
+            self._behind._pending.append(self._write)
+
+    def write_record(self, name: str, data: Any, size: int) -> None:
+        """As the real one's."""
+        if self._at_once is None and isinstance(data, torch.UntypedStorage):
+            source = torch.empty(0, dtype=torch.uint8).set_(data)[:size]  # type: ignore[call-overload]
+            kept = self._behind.keep(source)
+            if kept is None:
+                self._write_at_once()
+            else:
+                data = kept.untyped_storage() if size else b""
+        if self._at_once is None:
+            self._records.append((name, data, size))
+        else:
+            self._at_once.file_like.write_record(name, data, size)
+
+    def __getattr__(self, name: str) -> Any:
+        self._write_at_once()
+        return getattr(self._at_once.file_like, name)
+
+    def _write_at_once(self) -> None:
+        if self._at_once is None:
+            self._at_once = self._open_and_replay()
+
+    def _open_and_replay(self) -> Any:
+        assert _plain_open is not None
+        opened = _plain_open(self._path)
+        opened.__enter__()
+        for record in self._records:
+            opened.file_like.write_record(*record)
+        self._records.clear()
+        return opened
+
+    def _write(self) -> None:
+        self._open_and_replay().__exit__(None, None, None)

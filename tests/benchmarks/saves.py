@@ -1,0 +1,147 @@
+"""How long training stands still for a save, and how fast its steps are meanwhile: ``python tests/benchmarks/saves.py``.
+
+Three trainings of the same model on the CPU, each in a process of its own: one that never saves, Trainer's own with its saves,
+and one with a `SpotCallback` whose run is a directory. The peers are Trainer's own save, and one copy of the state into memory
+that is there already (weights, and AdamW's two moments).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+STEPS, SAVE_STEPS, WIDTH = 30, 10, 768
+
+
+class Stopwatch:
+    """Seconds of each save, with all that follows it before the next step; and of each step without that."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.saves_s: list[float] = []
+        self.steps_s: list[float] = []
+        plain_after, plain_step = trainer._maybe_log_save_evaluate, trainer.training_step
+        self._step_began: float | None = None
+
+        def after(*args: Any, **kwargs: Any) -> None:
+            began = time.perf_counter()
+            if self._step_began is not None:
+                self.steps_s.append(began - self._step_began)
+            saves = trainer.control.should_save
+            plain_after(*args, **kwargs)
+            if saves:
+                self.saves_s.append(time.perf_counter() - began)
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self._step_began = time.perf_counter()
+            return plain_step(*args, **kwargs)
+
+        trainer._maybe_log_save_evaluate, trainer.training_step = after, step
+
+
+def train(kind: str, layers: int, threads: int, folder: Path) -> dict[str, Any]:
+    """One training; what it took."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+    from hf_spot import SpotArguments, SpotCallback
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20_000, n_positions=64, n_embd=WIDTH, n_layer=layers))
+    data = [{"input_ids": row, "labels": row} for row in torch.randint(0, 20_000, (64, 16))]
+    arguments = TrainingArguments(
+        str(folder / "out"),
+        max_steps=STEPS,
+        per_device_train_batch_size=1,
+        save_strategy="no" if kind == "none" else "steps",
+        save_steps=SAVE_STEPS,
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    callbacks = [SpotCallback(str(folder / "run"), SpotArguments(notice="none"))] if kind == "spot" else []
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)  # type: ignore[arg-type]
+    watch = Stopwatch(trainer)
+    trainer.train()
+    state = [value.data for value in model.parameters()]
+    state += [one for kept in trainer.optimizer.state.values() for one in kept.values() if one.numel() > 1]
+    targets = [torch.empty_like(one) for one in state]
+    copies_s = []
+    for _ in range(4):
+        began = time.perf_counter()
+        for target, one in zip(targets, state, strict=True):
+            target.copy_(one)
+        copies_s.append(time.perf_counter() - began)
+    return {
+        "state_bytes": sum(one.nbytes for one in state),
+        "saves_s": watch.saves_s,
+        "steps_s": watch.steps_s,
+        "copy_s": min(copies_s),
+        "peak_mb": psutil.Process().memory_info().rss / 1e6,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=12, help="of GPT-2, 7 million parameters each, beside 15 million (12)")
+    parser.add_argument("--threads", type=int, default=1, help="that train; one core is then free on a machine of two (1)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--only", choices=("none", "trainer", "spot"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="hf_spot-saves-") as scratch:
+        if options.only:
+            found = train(options.only, options.layers, options.threads, Path(scratch))
+            options.json.write_text(json.dumps(found))
+            return
+        each = {}
+        for kind in ("none", "trainer", "spot"):
+            out = Path(scratch) / f"{kind}.json"
+            sizes = ["--layers", str(options.layers), "--threads", str(options.threads)]
+            command = [sys.executable, __file__, "--only", kind, "--json", str(out), *sizes]
+            subprocess.run(command, check=True, capture_output=True)
+            each[kind] = json.loads(out.read_text())
+    copy_s = min(one["copy_s"] for one in each.values())
+    # The first save meets fresh memory and cold caches in both, the last one also waits for its end.
+    first, later = ({kind: pick(each[kind]["saves_s"]) for kind in ("trainer", "spot")} for pick in (_first, _middle))
+    steps_s = {kind: statistics.median(each[kind]["steps_s"][SAVE_STEPS : 2 * SAVE_STEPS]) for kind in each}
+    found = {
+        "state_gb": each["spot"]["state_bytes"] / 1e9,
+        "threads": options.threads,
+        "copy_s": copy_s,
+        "save_s": later,
+        "first_save_s": first,
+        "step_s": steps_s,
+        "peak_mb": {kind: one["peak_mb"] for kind, one in each.items()},
+    }
+    print(f"{found['state_gb']:.2f} GB of state, {options.threads} of {psutil.cpu_count()} cores train")
+    print(f"a copy of the state           {copy_s:6.3f} s")
+    for kind, name in (("trainer", "Trainer's own save"), ("spot", "with SpotCallback")):
+        against = f"{later[kind] / later['trainer']:.2f} of Trainer's, {later[kind] / copy_s:.2f} copies"
+        print(f"{name:29} {later[kind]:6.3f} s ({against}); the first {first[kind]:.3f} s")
+    for kind, name in (("none", "a step without saves"), ("trainer", "... behind Trainer's save"), ("spot", "... behind ours")):
+        print(f"{name:29} {steps_s[kind]:6.3f} s ({steps_s[kind] / steps_s['none']:.2f} of it)")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+def _first(seconds: list[float]) -> float:
+    return seconds[0]
+
+
+def _middle(seconds: list[float]) -> float:
+    return statistics.median(seconds[1:])
+
+
+if __name__ == "__main__":
+    main()
