@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from hf_spot.errors import ConfigError
 
 NOTICE_NAMES = ("auto", "imds", "signal", "file", "none")
+SAVE_ERROR_ANSWERS = ("stop", "go-on")
 
 
 @dataclass
@@ -50,6 +51,23 @@ class SpotArguments:
             "with 75."
         },
     )
+    # A full disk seldom empties by itself, and days of paid steps that nobody can save are worse than an error now: Trainer
+    # alone stops, too.
+    on_save_error: str = field(
+        default="stop",
+        metadata={
+            "help": "When a checkpoint can't be written to the local disk (full, read-only): 'stop' ends the training with an "
+            "error once the uploads under way are committed; 'go-on' trains on, and the next save tries again."
+        },
+    )
+    save_memory_gb: float | None = field(
+        default=None,
+        metadata={
+            "help": "Host memory, in 10^9 bytes, that copies of a checkpoint may take so that its files are written while "
+            "training goes on; what does not fit is written while it waits, and 0 saves as Trainer does (default: half of "
+            "what is free)."
+        },
+    )
     upload_workers: int = field(default=4, metadata={"help": "Files uploaded or downloaded at the same time."})
     allow_batch_change: bool = field(
         default=False,
@@ -91,5 +109,12 @@ class SpotArguments:
                 f"peer_timeout_s={self.peer_timeout_s} is less than 5: machines say each second that they live",
                 hint="--peer-timeout-s 30",
             )
+        if self.on_save_error not in SAVE_ERROR_ANSWERS:
+            raise ConfigError(
+                f"on_save_error={self.on_save_error!r} must be one of {', '.join(SAVE_ERROR_ANSWERS)}",
+                hint="--on-save-error go-on",
+            )
+        if self.save_memory_gb is not None and not self.save_memory_gb >= 0:
+            raise ConfigError(f"save_memory_gb={self.save_memory_gb} must not be negative", hint="0 saves as Trainer does")
         if self.upload_workers < 1:
             raise ConfigError(f"upload_workers={self.upload_workers} must be at least 1")

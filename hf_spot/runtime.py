@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hf_spot.arguments import SpotArguments
 from hf_spot.notices.notice import PreemptionNotice
 
 _STEP = struct.Struct("<q")
+_RESERVE_BYTES = 64 << 10
 STORE_VARIABLE = "HF_SPOT_STORE"
 _EPOCH_VARIABLE = "HF_SPOT_EPOCH"
 _DIRECTORY_VARIABLE = "HF_SPOT_RUNTIME_DIR"
@@ -86,14 +88,42 @@ class Runtime:
         """Exists while `trainer.train()` is running: only then can a notice still become a checkpoint."""
         return self.directory / "training"
 
+    def _with_room(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self._reserve_path.unlink(missing_ok=True)
+            write()
+            with contextlib.suppress(OSError):  # for the next word
+                self.reserve()
+
+    @property
+    def _reserve_path(self) -> Path:
+        return self.directory / "reserve"
+
     @property
     def _exit_code_path(self) -> Path:
         return self.directory / "exit_code"
 
+    def reserve(self) -> None:
+        """Takes a little space, which is given back when the disk has become full: what was heard must reach the workers, and
+        their word the launcher. Raises OSError when there is no room already."""
+        self._reserve_path.write_bytes(bytes(_RESERVE_BYTES))
+
     def write_exit_code(self, code: int) -> None:
         """What a worker ends with: torchrun's agent would make 1 of it. The first worker's word stands."""
-        with contextlib.suppress(FileExistsError), self._exit_code_path.open("x") as file:
-            file.write(str(code))
+
+        def write() -> None:
+            with contextlib.suppress(FileExistsError), self._exit_code_path.open("xb", buffering=0) as file:
+                try:
+                    file.write(str(code).encode())
+                except OSError:
+                    self._exit_code_path.unlink()
+                    raise
+
+        self._with_room(write)
 
     def read_exit_code(self) -> int | None:
         """The first code that a worker wrote, or None."""
@@ -104,7 +134,7 @@ class Runtime:
 
     def write_notice(self, notice: PreemptionNotice) -> None:
         """Replaces what was heard before."""
-        write_atomically(self.notice_path, notice.to_json())
+        self._with_room(lambda: write_atomically(self.notice_path, notice.to_json()))
 
     def read_notice(self) -> PreemptionNotice | None:
         """What was heard last, or None."""
@@ -124,7 +154,8 @@ class StepCounter:
 
     def __init__(self, path: Path) -> None:
         with path.open("a+b") as file:
-            file.truncate(_STEP.size)
+            # Memory over a hole of a file on a full disk is a bus error when it is written to.
+            os.posix_fallocate(file.fileno(), 0, _STEP.size)
             self._memory = mmap.mmap(file.fileno(), _STEP.size)
 
     def tell(self, step: int) -> None:

@@ -11,6 +11,7 @@ from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.runtime import Runtime, StepCounter
+from tests.small_disk import SmallDisk, why_not
 
 
 def test_a_worker_sees_the_launch_that_started_it(tmp_path: Path) -> None:
@@ -42,6 +43,28 @@ def test_the_step_outlives_its_teller(tmp_path: Path) -> None:
     assert StepCounter.read(tmp_path / "step") == 2**40
 
 
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_notices_and_exit_codes_get_through_on_a_full_disk(tmp_path: Path) -> None:
+    with SmallDisk(tmp_path / "disk", size_kb=1024) as disk:
+        runtime = Runtime("s3://b/r", 1, disk.path, SpotArguments())
+        runtime.reserve()
+        disk.fill()
+        for kind in (NoticeKind.ADVISORY, NoticeKind.TERMINATE):
+            notice = PreemptionNotice(kind, "imds", kind.value, datetime.now(timezone.utc))
+            runtime.write_notice(notice)
+            assert runtime.read_notice() == notice
+            disk.fill()
+        with pytest.raises(OSError, match="No space left"):  # an error, and no bus error later
+            StepCounter(runtime.step_path)
+        disk.empty()
+        runtime.reserve()
+        disk.fill()
+        runtime.write_exit_code(75)
+        assert runtime.read_exit_code() == 75
+        with pytest.raises(OSError, match="No space left"):
+            runtime.reserve()
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -53,6 +76,7 @@ def test_the_step_outlives_its_teller(tmp_path: Path) -> None:
         {"save_total_limit": -1},
         {"drain_timeout_s": 0},
         {"upload_workers": 0},
+        {"on_save_error": "panic"},
     ],
 )
 def test_settings_are_checked_where_they_are_made(settings: dict[str, object]) -> None:

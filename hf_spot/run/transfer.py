@@ -12,8 +12,10 @@ from pathlib import Path
 from hf_spot.errors import CorruptCheckpoint, ObjectNotFound, SpotError
 from hf_spot.run.manifest import FileEntry, check_names, difference, files_in, sha256_of
 from hf_spot.storage.store import ObjectStore, Progress
+from hf_spot.storage.threads import Workers
 
 _TRIES = 3
+_SMALL_BYTES = 1 << 20  # up to here one plain read is cheaper than a transfer, which first asks for the size
 
 
 def upload(
@@ -21,13 +23,15 @@ def upload(
 ) -> list[FileEntry]:
     """Puts every file of ``folder`` under ``prefix`` and returns the manifest that a commit needs.
 
-    Hashing and sending read the same cached pages at the same time.
+    Hashing and sending read the same cached pages at the same time. Memory does not grow with the files: at most
+    2 x ``workers`` x 4 MB (a block of each file that is hashed or copied), and for S3 16 connections x 1 MB (a piece of each
+    part that is being sent), because parts are read from the file as they go out.
 
     Raises:
         StoreError: from the store, for the first file that failed.
         SpotError: a file changed while it was read, so that checksum and upload could disagree.
     """
-    with ThreadPoolExecutor(2 * workers, thread_name_prefix="hf_spot-upload") as pool:
+    with Workers(2 * workers, thread_name_prefix="hf_spot-upload") as pool:
         jobs: list[tuple[str, os.stat_result, Future[str], Future[None]]] = []
         for name in files_in(folder):
             path = folder / name
@@ -67,8 +71,8 @@ def download(
     check_names(files)
     work = folder.parent / ".hf_spot" / f"restore-{os.getpid()}-{threading.get_ident()}-{folder.name}"
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
     try:
+        work.mkdir(parents=True)
         _check_room(work, sum(entry.size for entry in files))
 
         def fetch(entry: FileEntry) -> None:
@@ -77,7 +81,7 @@ def download(
             problem: str | None = None
             for _ in range(_TRIES):  # damaged on the way, or where it stands?
                 try:
-                    store.get_file(f"{prefix}/{entry.path}", path, progress)
+                    _get(store, f"{prefix}/{entry.path}", path, entry.size, progress)
                 except ObjectNotFound as error:
                     raise CorruptCheckpoint(f"{store.url}/{prefix}/{entry.path} is missing") from error
                 if (problem := difference(work, entry)) is None:
@@ -97,20 +101,38 @@ def download(
             _sync(directory)
         os.rename(work, folder)
         _sync(folder.parent)
+    except OSError as error:
+        raise SpotError(
+            f"{folder} can't be written: {error.strerror or error}",
+            hint=f"df -h {folder.parent}; findmnt -T {folder.parent}; or set output_dir to another disk",
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _get(store: ObjectStore, key: str, path: Path, size_bytes: int, progress: Progress | None) -> None:
+    if size_bytes > _SMALL_BYTES:
+        store.get_file(key, path, progress)
+        return
+    path.write_bytes(store.get(key))
+    if progress is not None:
+        progress(size_bytes)
 
 
 def pin(folder: Path, into: Path) -> None:
     """Makes ``into`` hold the files of ``folder`` as they are now, by hard links: milliseconds, no space, and Trainer's
     rotation can't hurt it. Where the filesystem has no hard links the files are copied."""
-    for name in files_in(folder):
-        target = into / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(folder / name, target)
-        except OSError:
-            shutil.copy2(folder / name, target)
+    try:
+        for name in files_in(folder):
+            target = into / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(folder / name, target)
+            except OSError:
+                shutil.copy2(folder / name, target)
+    except BaseException:
+        shutil.rmtree(into, ignore_errors=True)  # what has been copied may be what fills the disk
+        raise
 
 
 def delete(store: ObjectStore, prefixes: Iterable[str]) -> None:

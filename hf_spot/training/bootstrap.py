@@ -50,26 +50,31 @@ class TrainerHook(importlib.abc.MetaPathFinder):
 
 def main(argv: Sequence[str]) -> None:
     """Runs the script. What it raises goes on as it would without us, but for hf_spot's own errors, which are told in words."""
-    runtime = Runtime.from_environ(os.environ)
+    runtime, process = Runtime.from_environ(os.environ), os.getpid()
     leash.tie(runtime.launcher if runtime else None)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         _leave_signals_to_the_launcher()
     sys.meta_path.insert(0, TrainerHook())
     try:
         _run(argv)
-    except SpotError as error:
+    except BaseException as error:
+        if os.getpid() == process:  # and not a child that the script has forked: its end is not the training's
+            _tell_end(runtime, error)
+        raise
+
+
+def _tell_end(runtime: Runtime | None, error: BaseException) -> None:
+    """Tells the launcher the exit code, and the user in words what is no accident. Raises SystemExit then."""
+    code = 1
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif isinstance(error, SpotError) and not isinstance(error, StoreUnavailable):
+        code = error.exit_code  # the store may be back in a minute; what is wrong with a setting is wrong again
+    if runtime is not None and code:
+        runtime.write_exit_code(code)
+    if isinstance(error, SpotError):
         print(f"hf-spot: error: {error}", file=sys.stderr, flush=True)
-        # The store may be back in a minute; what is wrong with a setting is wrong again.
-        _exit(runtime, 1 if isinstance(error, StoreUnavailable) else error.exit_code)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if runtime is not None and code:
-            runtime.write_exit_code(code)
-        raise
-    except BaseException:
-        if runtime is not None:
-            runtime.write_exit_code(1)
-        raise
+        sys.exit(code)
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -81,12 +86,6 @@ def _run(argv: Sequence[str]) -> None:
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = os.path.dirname(os.path.realpath(argv[0]))
     runpy.run_path(argv[0], run_name="__main__")
-
-
-def _exit(runtime: Runtime | None, code: int) -> None:
-    if runtime is not None:
-        runtime.write_exit_code(code)
-    sys.exit(code)
 
 
 def _leave_signals_to_the_launcher() -> None:

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError, TrainingPreempted
+from hf_spot.errors import ConfigError, SpotError, TrainingPreempted
 from hf_spot.policy.preemption import Action, Decision
 from hf_spot.run.run import CommitRequest
 from hf_spot.runtime import STORE_VARIABLE, Runtime
@@ -27,6 +27,7 @@ from hf_spot.training.exactness import (
     dispatched_batches_skipped,
     set_epoch,
 )
+from hf_spot.training.saves import Saves
 from hf_spot.training.session import Session
 from hf_spot.training.streams import resumed_in_its_pass
 from hf_spot.training.weights import loaded_whole
@@ -67,6 +68,7 @@ class SpotCallback(TrainerCallback):
         _show_log()
         self._session: Session | None = None
         self._evaluations: Evaluations | None = None
+        self._saves: Saves | None = None
         self._saved_step = -1
         self._stop_reason: str | None = None
         self._advisory = False
@@ -81,10 +83,11 @@ class SpotCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Points Trainer at the best checkpoint where it stands on this machine, and callbacks at what they knew."""
-        if self._session is None:
+        if self._session is None or self._saves is None:
             return
         if self._session.best_folder is not None:
             state.best_model_checkpoint = str(self._session.best_folder)
+        self._saves.watch()
         if self._session.restored is not None:
             carry_callback_states(self._session.trainer)
             carry_counters(self._session.trainer, self._session.restored.details.get("counters", {}))
@@ -194,6 +197,8 @@ class SpotCallback(TrainerCallback):
         """Called after the last epoch, and after every early stop, before Trainer logs, evaluates and saves once more."""
         if self._session is None:
             return
+        if control.should_training_stop and self._saves is not None:
+            self._saves.settle()  # the best model may be loaded from a file
         if self._stop_reason is not None:
             control.should_log = control.should_evaluate = False
             control.should_save, self._save_at_epoch_end = self._save_at_epoch_end, False
@@ -234,6 +239,14 @@ class SpotCallback(TrainerCallback):
             self._evaluations = Evaluations(
                 trainer, session.random_states, functools.partial(self._evaluation_was_cut, trainer), evaluated_before
             )
+            self._saves = Saves(
+                trainer,
+                session.agreement,
+                session.disk,
+                session.behind,
+                session.random_states.save,
+                functools.partial(self._save_failed, trainer),
+            )
             self._resumed_epoch_is_ahead = session.restored is not None
             try:
                 with loaded_whole(trainer), dispatched_batches_skipped(), self._stream_resumed(trainer, session):
@@ -243,11 +256,13 @@ class SpotCallback(TrainerCallback):
                 log.warning("%s", preempted)
                 raise
             except BaseException as error:
+                self._saves.settle()
                 session.failed(error)
                 raise
             finally:
                 self._evaluations.close()
-                self._session = self._evaluations = self._accumulation = None
+                self._saves.close()
+                self._session = self._evaluations = self._accumulation = self._saves = None
             return result
 
     def _stream_resumed(self, trainer: Trainer, session: Session) -> contextlib.AbstractContextManager[None]:
@@ -261,6 +276,13 @@ class SpotCallback(TrainerCallback):
         self._stop_reason = decision.why
         control.should_save = decision.action is Action.SAVE_AND_STOP
         control.should_training_stop = True
+
+    def _save_failed(self, trainer: Trainer, why: SpotError) -> None:
+        assert self._session is not None
+        stopping = self._stop_reason is not None
+        if stopping:
+            trainer.state.best_model_checkpoint = None  # as in `on_save`, which is not called
+        self._session.save_failed(why, stops=not stopping and self.args.on_save_error == "stop")
 
     def _evaluation_was_cut(self, trainer: Trainer) -> None:
         assert self._session is not None
@@ -286,7 +308,7 @@ class SpotCallback(TrainerCallback):
             self._saved_step = -1  # the checkpoint that was resumed is the last one: it is saved again to say so
             raise
         if self._stop_reason is not None:
-            self._session.leave()
+            self._session.leave(self._session.restored.step if self._session.restored else 0)
 
     def _evaluation_pending(self, args: TrainingArguments, state: TrainerState) -> bool:
         """True when an uninterrupted run evaluates between this save and the next step: a resumed one has to make up for it,

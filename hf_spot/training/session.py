@@ -7,9 +7,11 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -17,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError, Fenced, SpotError, StoreError, TrainingPreempted
+from hf_spot.errors import ConfigError, SpotError, StoreError, TrainingPreempted
 from hf_spot.notices.detect import sources
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.watcher import Watcher
-from hf_spot.policy.preemption import Action, Decision, Measured, decide, leaves_step
+from hf_spot.policy.preemption import Action, Decision, Measured, decide, gives_way, leaves_step
 from hf_spot.policy.restarts import patience_s
 from hf_spot.run.journal import CheckpointRef
 from hf_spot.run.progress import bar
@@ -29,10 +31,14 @@ from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, se
 from hf_spot.run.run import Checkpoint, CommitRequest, Run
 from hf_spot.run.upload import Uploader
 from hf_spot.runtime import Runtime, StepCounter
+from hf_spot.storage.store import Progress
+from hf_spot.storage.threads import Workers
 from hf_spot.training.agreement import Agreement
 from hf_spot.training.batches import keep_samples
 from hf_spot.training.disks import find_disk
 from hf_spot.training.exactness import RandomStates
+from hf_spot.training.saves import check_output_dir
+from hf_spot.training.snapshot import WriteBehind
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -41,7 +47,13 @@ log = logging.getLogger("hf_spot")
 
 T = TypeVar("T")
 
+
+class _Going(Exception):
+    """Ends a start that leads to no training."""
+
+
 _NEVER = 1e18  # seconds, for a notice that names no deadline
+_LAST_WORD_S = 5.0
 
 # Trainings that this process has finished, by run. A script that trains twice has two stages: after a preemption in the
 # second, the first must end at once with its own last checkpoint, and the second go on from its own.
@@ -79,7 +91,9 @@ class Session:
         self.output_dir = Path(trainer.args.output_dir or ".")
         self._url = url
         self.stage = _finished_stages[url] + 1
+        self._process = os.getpid()
         self.agreement = Agreement(trainer.args.world_size)
+        self.agreement.together(lambda: check_output_dir(self.output_dir))
         self.disk = find_disk(self.agreement, trainer.args.process_index, trainer.args.local_process_index, self.output_dir)
         self.run = Run(url, allow_unfenced_store=arguments.allow_unfenced_store, workers=arguments.upload_workers)
         self.restored: Checkpoint | None = None
@@ -93,11 +107,20 @@ class Session:
         self._steps: StepCounter | None = None
         self._save_began: float | None = None
         self._save_s: float | None = None
-        self._last_size_bytes = 0
+        self._size_bytes: int | None = None
         self.preempted: Decision | None = None
+        self._gone_at: float | None = None  # by this process's clock
         self._closed = contextlib.ExitStack()
-        self.random_states = RandomStates(trainer, self.output_dir / ".hf_spot" / f"random-states-{trainer.args.process_index}")
+        self._journalist = Workers(1, "hf_spot-journalist")
+        self._closed.callback(self._journalist.shutdown, wait=False)
+        # Not in output_dir, which may be full when the next epoch begins, or be deleted in its middle.
+        scratch = Path(tempfile.mkdtemp(prefix="hf_spot-", dir=runtime.directory if runtime else None))
+        self._closed.callback(shutil.rmtree, scratch, ignore_errors=True)
+        self.random_states = RandomStates(trainer, scratch / f"random-states-{trainer.args.process_index}")
         self._closed.callback(self.random_states.close)
+        memory_gb = arguments.save_memory_gb
+        self.behind = WriteBehind(None if memory_gb is None else int(memory_gb * 1e9))
+        self._closed.callback(self.behind.close)
 
     # -- the start ----------------------------------------------------------------------------------------------------
 
@@ -110,6 +133,14 @@ class Session:
         """
         self._listen()
         self._follow(self.agreement.from_main(self._claim))
+        try:
+            return self._begin(resume_from_checkpoint)
+        except _Going:
+            log.warning("the machine is going: it begins no training any more")
+            newest = self.agreement.from_main(lambda: self.run.journal.state.latest(self.stage))
+            self.leave(self.restored.step if self.restored else newest.step if newest else 0)
+
+    def _begin(self, resume_from_checkpoint: str | bool | None) -> str | None:
         found = self._restore(resume_from_checkpoint)
         if found is not None:
             self.restored = found[0]
@@ -123,7 +154,7 @@ class Session:
             if not self.restored.ref.complete:
                 keep_samples(self.trainer, self.restored.details, allow_change=self._arguments.allow_batch_change)
         if self.is_going():
-            self.leave()
+            raise _Going
         if found is not None:
             return str(found[1])
         foreign: str | None = self.agreement.from_main(lambda: self._foreign(resume_from_checkpoint))
@@ -140,11 +171,15 @@ class Session:
         self.ask()
         return going or (self.agreement.alone and self._is_going(self.agreement.answer()))
 
-    def leave(self) -> NoReturn:
-        """Ends the launch before its first step. Raises TrainingPreempted."""
-        step = self.restored.step if self.restored else 0
-        if self._uploader is not None:
-            self._record("preempted", {"step": step, "committed_step": step, "why": "before the first step"})
+    def leave(self, step: int) -> NoReturn:
+        """Ends the launch before its first step. Raises TrainingPreempted.
+
+        Args:
+            step: that is committed; 0 for none.
+        """
+        if self.run.epoch:
+            data = {"step": step, "committed_step": step, "why": "before the first step"}
+            self._record("preempted", data, patience_s=_LAST_WORD_S)
         raise TrainingPreempted("the machine is going; nothing was trained in this launch", step=step or None)
 
     def _claim(self) -> int:
@@ -194,9 +229,21 @@ class Session:
     def _bring(self, ref: CheckpointRef, label: str) -> tuple[Checkpoint, Path]:
         args = self.trainer.args
         ranks = None if self.disk.count == 1 else self.disk.ranks
+        progress = partial(self._watched_bar, label)
         return self._on_each_disk(
-            lambda: bring(self.run, ref, self.output_dir, ranks=ranks, world_size=args.world_size, progress=partial(bar, label))
+            lambda: bring(self.run, ref, self.output_dir, ranks=ranks, world_size=args.world_size, progress=progress)
         )
+
+    def _watched_bar(self, label: str, size_bytes: int) -> Progress:
+        """A bar for a restore that ends when the machine goes: nobody would train with it."""
+        shown = bar(label, size_bytes)
+
+        def moved(count: int) -> None:
+            if self._hear_end() is not None:
+                raise _Going
+            shown(count)
+
+        return moved
 
     def _clear_away(self, found: tuple[Checkpoint, Path] | None) -> None:
         self._had_own = self.agreement.from_main(lambda: holds_own_checkpoints(self.run, self.output_dir))
@@ -289,7 +336,8 @@ class Session:
             return None
 
         decision = self.agreement.from_main(decide_on_main)
-        self.preempted = decision or self.preempted
+        if decision is not None:
+            self._stop(decision, seconds_left)
         return decision
 
     def step_ended(self, step: int) -> Decision | None:
@@ -309,16 +357,25 @@ class Session:
         seconds_left = None if soonest == -_NEVER else -soonest
         decision = self.agreement.from_main(lambda: self._decide(kind, seconds_left, self._hear()))
         if decision.action in (Action.SAVE_AND_STOP, Action.FINISH_UPLOAD_AND_STOP):
-            self.preempted = decision
+            self._stop(decision, seconds_left)
         return decision
 
+    def _stop(self, decision: Decision, seconds_left: float | None) -> None:
+        self.preempted = decision
+        self._gone_at = None if seconds_left is None else self._clock() + seconds_left
+
     def _measured(self) -> Measured:
-        uploader = self._uploader
-        return Measured(
-            save_s=self._save_s,
-            upload_s=uploader.upload_s(self._last_size_bytes) if uploader else None,
-            in_flight_s=uploader.in_flight_s() if uploader else None,
-        )
+        measured = self._uploader.measured() if self._uploader else Measured()
+        return replace(measured, save_s=self._save_s, size_bytes=self._size_bytes)
+
+    def _order_uploads(self) -> None:
+        """After a notice: the newest checkpoint goes first, and what is in flight may have to give way to it."""
+        if self.preempted is None:
+            return
+        left_s = None if self._gone_at is None else self._gone_at - self._clock()
+        give_way = self.agreement.from_main(lambda: gives_way(left_s, self._measured()))
+        if self._uploader is not None:
+            self._uploader.hurry(give_way=give_way)
 
     def _decide(self, kind: NoticeKind, seconds_left: float | None, notice: PreemptionNotice | None) -> Decision:
         decision = decide(kind, seconds_left, self._measured())
@@ -326,31 +383,57 @@ class Session:
             "%s from %s: %s (%s)", kind.value, notice.source if notice else "another rank", decision.action.value, decision.why
         )
         if self._runtime is None and notice is not None:
-            self._record("notice", {**json.loads(notice.to_json()), "why": decision.why})
-        if decision.cancel_in_flight and self._uploader:
-            self._uploader.cancel_in_flight()
+            # The journal may be slow to answer, and the training shall not wait for it.
+            self._record("notice", {**json.loads(notice.to_json()), "why": decision.why}, patience_s=0.0)
         return decision
 
     def save_begins(self) -> None:
         """A save comes next: starts the clock."""
         self._save_began = self._clock()
 
+    def save_failed(self, why: SpotError, *, stops: bool) -> None:
+        """Called by every rank when a checkpoint could not be written by one of them.
+
+        Args:
+            why: it could not.
+            stops: ends the training with this error, after what is under way has been committed.
+        """
+        self._save_began = None
+        if stops:
+            self.agreement.together(self._drain_before_the_end)
+            raise why
+        next_is = "the last commit stands" if self.preempted else "training goes on, and the next save tries again"
+        if self.agreement.is_main:
+            log.error("%s; %s", why.args[0], next_is)
+
+    def _drain_before_the_end(self) -> None:
+        if self._uploader is not None and not self._uploader.idle:
+            log.warning("finishing the upload in flight")
+        if self._uploader is not None and not self._uploader.drain(self._arguments.drain_timeout_s):
+            log.error("the upload in flight did not end: %s", self._uploader.trouble)
+
     def saved(self, folder: Path, request: CommitRequest) -> None:
-        """Called by every rank when its part of a checkpoint is written; rank 0 hands the folder to the uploader."""
-        self.random_states.save(folder)
-        self.agreement.barrier()  # Trainer has none at the end of a save
+        """Called by every rank when all parts of a checkpoint are written; rank 0 hands the folder to the uploader."""
         if self.disk.count > 1:
             self._rotate_as_on_main()
-        if self._save_began is not None:
-            self._save_s = self._clock() - self._save_began
-            self._save_began = None
-        if self._uploader is None:
-            return
-        details = {**(request.details or {}), "save_s": None if self._save_s is None else round(self._save_s, 3)}
+        began, self._save_began = self._save_began, None
+        stall_s = None if began is None else self._clock() - began
+        if self._uploader is not None:
+            self.behind.then(partial(self._submit, self._uploader, folder, request, began, stall_s))
+        self._order_uploads()
+
+    def _submit(
+        self, uploader: Uploader, folder: Path, request: CommitRequest, began: float | None, stall_s: float | None
+    ) -> None:
+        """Called when all files are written, by whoever wrote them."""
+        if began is not None:
+            self._save_s = self._clock() - began
+        seconds = {"save_s": self._save_s, "stall_s": stall_s}
+        details = {**(request.details or {}), **{name: took and round(took, 3) for name, took in seconds.items()}}
         request = replace(request, details=details, part=self.disk.index, parts=self.disk.count)
         try:
-            self._uploader.submit(folder, request)
-            self._last_size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            uploader.submit(folder, request)
+            self._size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         except OSError as error:
             log.error("%s can't be queued for upload, training goes on: %s", folder, error)
 
@@ -368,10 +451,13 @@ class Session:
         """After ``train()`` returned: waits for the last commit and ends as the run ended.
 
         Raises:
-            TrainingPreempted: a notice stopped the training.
+            TrainingPreempted: a notice stopped the training, or came so late that its last checkpoint isn't committed.
             Fenced: a newer launch owns the run.
             StoreError: the last checkpoint could not be committed in ``drain_timeout_s``.
         """
+        if self._forked:
+            return
+        self._order_uploads()
         self.agreement.from_main(lambda: self._end_on_main(step))
         self.stage_finished()
 
@@ -383,36 +469,59 @@ class Session:
         if self._uploader is None:
             return
         if self._uploader.fenced is None:
-            notice = self._hear()
-            left = notice.seconds_left(self._now()) if notice and self.preempted else None
-            timeout_s = patience_s(left, training=True, drain_timeout_s=self._arguments.drain_timeout_s)
-            drained = self._uploader.drain(timeout_s)
+            drained = self._drain(self._uploader)
         if self._uploader.fenced is not None:
             raise self._uploader.fenced
         newest = self.run.journal.state.latest(self.stage)
         committed = newest.step if newest else 0
         if self.preempted is not None:
             data = {"step": step, "committed_step": committed, "stage": self.stage, "why": self.preempted.why}
-            self._record("preempted", data)
+            self._record("preempted", data, patience_s=_LAST_WORD_S)
             raise TrainingPreempted(
                 f"preempted at step {step}; step {committed} is committed to {self.run.url}. "
                 "Start the same command again to go on.",
                 step=committed,
             )
-        if not drained:
+        if not drained or committed < step:
+            folder, timeout_s = self.output_dir / f"checkpoint-{step}", self._arguments.drain_timeout_s
+            why = f"after {timeout_s:.0f} s: {self._uploader.trouble}" if not drained else "(the log says why)"
             raise StoreError(
-                f"training ended at step {step}, but only step {committed} is in {self.run.url} after "
-                f"{timeout_s:.0f} s: {self._uploader.trouble}",
-                hint=f"hf-spot checkpoints push {self.run.url} {self.output_dir}/checkpoint-{step}",
+                f"training ended at step {step}, but only step {committed} is in {self.run.url} {why}",
+                hint=f"hf-spot checkpoints push {self.run.url} {folder}"
+                if folder.is_dir()
+                else "start the same command again: it goes on from there",
             )
         if self._runtime is None:
             self._record("finished", {"step": step, "stage": self.stage})
 
+    def _drain(self, uploader: Uploader) -> bool:
+        """Waits for the last commit, as long as the machine lives, if a notice says how long; whether it came."""
+
+        def patience() -> float:
+            notice = self._hear_end()
+            left = notice.seconds_left(self._now()) if notice else None
+            return patience_s(left, training=True, drain_timeout_s=self._arguments.drain_timeout_s)
+
+        if self.preempted is not None:
+            return uploader.drain(patience())
+        if uploader.drain(patience(), lambda: self._hear_end() is not None):
+            return True
+        notice = self._hear_end()
+        if notice is None:
+            return False
+        # It came after the last step: nothing is left to stop, and nobody else waits for it.
+        log.warning("%s from %s: the last upload is finished", notice.kind.value, notice.source)
+        uploader.hurry(give_way=gives_way(notice.seconds_left(self._now()), self._measured()))
+        drained = uploader.drain(patience())
+        if not drained and uploader.fenced is None:
+            self.preempted = Decision(Action.FINISH_UPLOAD_AND_STOP, "after the last step; its upload did not end in time")
+        return drained
+
     def failed(self, error: BaseException) -> None:
         """The training raised: commits what is under way, and says so in the journal when no launcher will."""
-        if self._uploader is None or self._uploader.fenced is not None:
+        if self._forked or self._uploader is None or self._uploader.fenced is not None:
             return
-        if self._uploader.in_flight_s() is not None:
+        if not self._uploader.idle:
             log.warning("finishing the upload in flight")
         self._uploader.drain(min(60.0, self._arguments.drain_timeout_s))
         if self._runtime is None:
@@ -420,6 +529,8 @@ class Session:
 
     def close(self) -> None:
         """Stops listening and uploading; gives back what was taken."""
+        if self._forked:
+            return
         self._closed.close()
         self.agreement.close()
 
@@ -438,17 +549,36 @@ class Session:
                 self._heard = None if notice is None or notice.kind is NoticeKind.CANCELLED else notice
         return self._heard
 
+    @property
+    def _forked(self) -> bool:
+        """True in a child that the script forked during the training, and that leaves it by an error or an exit: the run, the
+        pins and the runtime's files are its parent's, and the threads that it would wait for are not in it."""
+        return os.getpid() != self._process
+
+    def _hear_end(self) -> PreemptionNotice | None:
+        """The termination that was heard on this node and still holds."""
+        notice = self._hear()
+        return notice if notice is not None and notice.kind is NoticeKind.TERMINATE else None
+
     @staticmethod
     def _is_going(answer: tuple[float, ...]) -> bool:
         return bool(answer and answer[0])
 
-    def _record(self, kind: str, data: dict[str, Any]) -> None:
+    def _record(self, kind: str, data: dict[str, Any], *, patience_s: float | None = None) -> None:
+        """Tells the journal, one thing after the other, and waits ``patience_s`` for it; None waits as long as it takes."""
         if not self.agreement.is_main:
             return
+        told = self._journalist.submit(self._tell, kind, data)
+        if not wait([told], patience_s).done and patience_s:
+            log.error("the journal could not be told %r: %s does not answer", kind, self.run.url)
+
+    def _tell(self, kind: str, data: dict[str, Any]) -> None:
         try:
             self.run.record(kind, data)
-        except (StoreError, Fenced) as error:
+        except SpotError as error:
             log.error("the journal could not be told %r: %s", kind, error)
+        except Exception:
+            log.exception("the journal could not be told %r", kind)
 
 
 def _check(trainer: Trainer) -> None:

@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import mmap
+import os
 import struct
 import uuid
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class Ring:
         self._workers, self._depth = workers, depth
         size_bytes = workers * depth * _SLOT_BYTES
         with path.open("a+b") as file:
-            file.truncate(size_bytes)
+            os.posix_fallocate(file.fileno(), 0, size_bytes)  # or writing to it on a full disk would be a bus error
             self._memory = mmap.mmap(file.fileno(), size_bytes)
 
     def write(self, batch: int) -> None:

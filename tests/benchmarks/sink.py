@@ -1,0 +1,121 @@
+"""An S3 server that throws away what it is given, so that a store's speed and disk limit nothing: ``python sink.py``.
+
+It keeps objects of up to a megabyte, which a journal needs, and of larger ones the size. It prints its endpoint and serves
+until its standard input ends.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+from xml.sax.saxutils import escape, unescape
+
+_KEPT_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 20
+
+
+class Sink(ThreadingHTTPServer):
+    """Objects by path, and how many bytes have come in."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock = threading.Lock()
+        self.objects: dict[str, bytes] = {}
+        self.came_in_bytes = 0
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The requests that an upload with its commit makes."""
+
+    protocol_version = "HTTP/1.1"
+    server: Sink
+
+    def setup(self) -> None:
+        super().setup()
+        self.block = memoryview(bytearray(_BLOCK_BYTES))
+
+    def do_PUT(self) -> None:
+        path, query = self._asked()
+        body = self._swallow()
+        with self.server.lock:
+            refused = self.headers.get("If-None-Match") and path in self.server.objects
+            if not refused and "uploadId" not in query:
+                self.server.objects[path] = body
+        if refused:
+            self._answer(412, "<Error><Code>PreconditionFailed</Code></Error>")
+        else:
+            self._answer(200)
+
+    def do_POST(self) -> None:
+        path, query = self._asked()
+        body = self._swallow()
+        if "uploads" in query:
+            return self._answer(200, "<InitiateMultipartUploadResult><UploadId>1</UploadId></InitiateMultipartUploadResult>")
+        if "uploadId" in query:
+            with self.server.lock:
+                self.server.objects[path] = b""
+            return self._answer(200, '<CompleteMultipartUploadResult><ETag>"1"</ETag></CompleteMultipartUploadResult>')
+        with self.server.lock:
+            for name in re.findall(r"<Key>(.*?)</Key>", body.decode()):
+                self.server.objects.pop(f"{path.rstrip('/')}/{unescape(name)}", None)
+        return self._answer(200, "<DeleteResult/>")
+
+    def do_DELETE(self) -> None:
+        path, _ = self._asked()
+        with self.server.lock:
+            self.server.objects.pop(path, None)
+        self._answer(204)
+
+    def do_GET(self) -> None:
+        path, query = self._asked()
+        with self.server.lock:
+            if "list-type" in query:
+                bucket, prefix, after = path.rstrip("/"), query.get("prefix", [""])[0], query.get("start-after", [""])[0]
+                names = sorted(name.removeprefix(f"{bucket}/") for name in self.server.objects)
+                found = [name for name in names if name.startswith(prefix) and name > after]
+                listed = "".join(f"<Contents><Key>{escape(name)}</Key><Size>0</Size></Contents>" for name in found)
+                return self._answer(200, f"<ListBucketResult>{listed}</ListBucketResult>")
+            if "uploads" in query:
+                return self._answer(200, "<ListMultipartUploadsResult/>")
+            body = self.server.objects.get(path)
+        if body is None:
+            return self._answer(404, "<Error><Code>NoSuchKey</Code></Error>")
+        return self._answer(200, body)
+
+    def _asked(self) -> tuple[str, dict[str, list[str]]]:
+        split = urlsplit(self.path)
+        return split.path, parse_qs(split.query, keep_blank_values=True)
+
+    def _swallow(self) -> bytes:
+        left = int(self.headers.get("Content-Length") or 0)
+        with self.server.lock:
+            self.server.came_in_bytes += left
+        if left <= _KEPT_BYTES:
+            return self.rfile.read(left)
+        while left:
+            left -= self.rfile.readinto(self.block[:left])  # type: ignore[attr-defined]
+        return b""
+
+    def _answer(self, status: int, content: str | bytes = b"") -> None:
+        data = content.encode() if isinstance(content, str) else content
+        self.send_response(status)
+        self.send_header("ETag", '"1"')
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """There are too many of them."""
+
+
+if __name__ == "__main__":
+    sink = Sink()
+    threading.Thread(target=sink.serve_forever, daemon=True).start()
+    print(f"http://127.0.0.1:{sink.server_port}", flush=True)
+    sys.stdin.read()
+    print(sink.came_in_bytes)

@@ -1,0 +1,60 @@
+"""A real filesystem of a few megabytes that a test can fill, empty and make read-only: a tmpfs, mounted by root."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+_FILLER = "filler"
+
+
+def why_not() -> str | None:
+    """Why there can't be one here, or None."""
+    if os.geteuid() != 0:
+        return "no small disks: mounting needs root"
+    with tempfile.TemporaryDirectory(prefix="hf_spot-probe-") as folder:
+        tried = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True, text=True)
+        if tried.returncode:
+            return f"no small disks: {tried.stderr.strip()}"
+        subprocess.run(["umount", folder], check=True)
+    return None
+
+
+class SmallDisk:
+    """``with SmallDisk(folder, size_kb=4096) as disk:`` mounts it on the new folder, and takes it away at the end.
+
+    Args:
+        path: where it is mounted.
+        size_kb: how much it holds, in kilobytes.
+    """
+
+    def __init__(self, path: Path, size_kb: int) -> None:
+        self.path = path
+        self._size_kb = size_kb
+
+    def __enter__(self) -> SmallDisk:
+        self.path.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self._size_kb}k", "none", self.path], check=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        subprocess.run(["umount", "--lazy", self.path], check=True)
+
+    @property
+    def free_kb(self) -> int:
+        found = os.statvfs(self.path)
+        return found.f_bavail * found.f_frsize // 1024
+
+    def fill(self, leave_kb: int = 0) -> None:
+        """Takes all the space but ``leave_kb``."""
+        with (self.path / _FILLER).open("ab", buffering=0) as file:
+            os.posix_fallocate(file.fileno(), 0, file.tell() + (self.free_kb - leave_kb) * 1024)
+
+    def empty(self) -> None:
+        """Gives it back."""
+        (self.path / _FILLER).unlink()
+
+    def make_read_only(self) -> None:
+        subprocess.run(["mount", "-o", "remount,ro", self.path], check=True)
