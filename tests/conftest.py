@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,27 @@ from tests.servers import SeaweedFS
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell does this to what it runs in the background; the processes that tests start would never hear a Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    # Tests take from milliseconds to a minute: with xdist's own choice one worker has long nothing to do at the end.
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
+
+
+@pytest.fixture
+def counted(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Takes a line that tells how much a suite has tried; they are printed together at the end."""
+    return partial(record_property, "counted")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [one for one in terminalreporter.stats.get("passed", []) if one.when == "call"]
+    lines = [str(value) for report in reports for name, value in report.user_properties if name == "counted"]
+    if lines:
+        terminalreporter.section("counted")
+        terminalreporter.write_line("\n".join(sorted(lines)))
 
 
 @pytest.fixture(scope="session")

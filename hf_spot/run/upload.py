@@ -17,6 +17,7 @@ from hf_spot.run import transfer
 from hf_spot.run.journal import Entry
 from hf_spot.run.manifest import FileEntry, files_in
 from hf_spot.run.run import CommitRequest, Run
+from hf_spot.storage.threads import stand_back
 
 log = logging.getLogger("hf_spot")
 
@@ -197,6 +198,7 @@ class Uploader:
     # -- the thread ---------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        stand_back()
         if self._keeps_house:
             self._tidy()
         retry_s = _FIRST_RETRY_S

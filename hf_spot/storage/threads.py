@@ -1,7 +1,9 @@
-"""Workers: threads for calls that may hang in a network or in a dead mount, and must not keep a process from ending."""
+"""Threads of the background: they keep no process from ending, however they hang, and no training from its processor."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -16,9 +18,19 @@ T = TypeVar("T")
 _Job = tuple["Future[Any]", Callable[[], Any]]
 
 
+_NICE = 10  # a tenth of a processor, where training wants it; all of it, where nobody does
+
+
+def stand_back() -> None:
+    """Gives the calling thread a low priority: training and its DataLoader workers come first. Linux counts threads alone."""
+    if hasattr(os, "setpriority"):
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
 class Workers(Executor):
-    """A ``ThreadPoolExecutor`` with daemon threads: Python waits for those of its own at the end of a process, and a request
-    that a store has swallowed would then hold a machine whose minutes are counted.
+    """A ``ThreadPoolExecutor`` with daemon threads of low priority: Python waits for those of its own at the end of a process,
+    and a request that a store has swallowed would then hold a machine whose minutes are counted.
 
     Args:
         max_workers: threads at most; each is started when it is first needed.
@@ -68,6 +80,7 @@ class Workers(Executor):
 
 
 def _work(jobs: SimpleQueue[_Job | None], idle: threading.Semaphore) -> None:
+    stand_back()
     while (job := jobs.get()) is not None:
         future, act = job
         if future.set_running_or_notify_cancel():

@@ -29,7 +29,7 @@ from hf_spot.training.exactness import (
 )
 from hf_spot.training.saves import Saves
 from hf_spot.training.session import Session
-from hf_spot.training.streams import resumed_in_its_pass
+from hf_spot.training.streams import chance_is_named, resumed_in_its_pass
 from hf_spot.training.weights import loaded_whole
 from hf_spot.training.workers import shield
 
@@ -249,7 +249,12 @@ class SpotCallback(TrainerCallback):
             )
             self._resumed_epoch_is_ahead = session.restored is not None
             try:
-                with loaded_whole(trainer), dispatched_batches_skipped(), self._stream_resumed(trainer, session):
+                with (
+                    loaded_whole(trainer),
+                    dispatched_batches_skipped(),
+                    chance_is_named(trainer),
+                    self._stream_resumed(trainer, session),
+                ):
                     result = train(trainer, folder, *args, **kwargs)
                 session.end(trainer.state.global_step)
             except TrainingPreempted as preempted:

@@ -27,6 +27,9 @@ log = logging.getLogger("hf_spot")
 # torch and safetensors write files outside Python, and their errors are no OSErrors.
 _OF_A_DISK = ("os error", "inline_container", "iostream error", "PytorchStreamWriter", "file write failed", "Parent directory")
 
+_OF_A_SAVE = ("_save_checkpoint", "save_model", "_save", "_save_optimizer_and_scheduler")
+_ONLY_WRITE = ("transformers", "trl", "sentence_transformers", "peft")
+
 
 class Saves:
     """Takes the place of ``trainer._save_checkpoint`` from `watch` to `close`.
@@ -69,6 +72,10 @@ class Saves:
     def watch(self) -> None:
         """Called when the training has its state: from now on."""
         self._best = self._best_now()
+        if self._may_go_on():
+            weights = list(self._trainer.model.parameters())  # type: ignore[union-attr]
+            moments = [one for one in weights if one.requires_grad]  # AdamW has two for each
+            self._behind.expect(sum(one.nbytes for one in weights + 2 * moments))
         plain_save = self._trainer._save_checkpoint
 
         def save(*args: Any, **kwargs: Any) -> None:
@@ -96,12 +103,13 @@ class Saves:
         return False
 
     def _may_go_on(self) -> bool:
-        """Whether training goes on while the files of this save are written. Not when it ends anyway, or when somebody reads
-        them right after the save; and on rank 0 only, which writes almost everything."""
+        """Whether training goes on while the files of this save are written. Not when it ends anyway, or when somebody may read
+        them in the save or right after it; and on rank 0 only, which writes almost everything."""
         trainer = self._trainer
         ends = trainer.control.should_training_stop or trainer.state.global_step >= trainer.state.max_steps
         read = trainer.args.push_to_hub or any(map(_reads_checkpoints, trainer.callback_handler.callbacks))
-        return self._agreement.is_main and not (ends or read or trainer.is_deepspeed_enabled)
+        known = all(map(_is_known, [(trainer, name) for name in _OF_A_SAVE] + [(trainer.model, "save_pretrained")]))
+        return self._agreement.is_main and known and not (ends or read or trainer.is_deepspeed_enabled)
 
     def close(self) -> None:
         """Gives the trainer its method back, when all is written."""
@@ -202,9 +210,17 @@ class Saves:
         )
 
 
+def _is_known(method: tuple[Any, str]) -> bool:
+    """Whether it is as a library has it that only writes; a script's own may read what it has written."""
+    owner, name = method
+    definer = next((kind for kind in type(owner).__mro__ if name in vars(kind)), None)
+    return definer is None or definer.__module__.partition(".")[0] in _ONLY_WRITE
+
+
 def _reads_checkpoints(callback: TrainerCallback) -> bool:
     kind = type(callback)
-    if kind.on_save is TrainerCallback.on_save or kind.__module__.startswith(("hf_spot.", "transformers.trainer_callback")):
+    hears = getattr(callback.on_save, "__func__", None) is not TrainerCallback.on_save
+    if not hears or kind.__module__.startswith(("hf_spot.", "transformers.trainer_callback")):
         return False
     if kind.__name__ == "WandbCallback":
         return str(getattr(callback._log_model, "value", "checkpoint")) == "checkpoint"

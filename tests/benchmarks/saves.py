@@ -19,15 +19,17 @@ from typing import Any
 
 import psutil
 
-STEPS, SAVE_STEPS, WIDTH = 30, 10, 768
+STEPS, SAVE_STEPS, WIDTH = 50, 10, 768
 
 
 class Stopwatch:
-    """Seconds of each save, with all that follows it before the next step; and of each step without that."""
+    """Seconds of each save, with all that follows it before the next step; of each step without that; and when they ended."""
 
     def __init__(self, trainer: Any) -> None:
         self.saves_s: list[float] = []
         self.steps_s: list[float] = []
+        self.saved_at: list[float] = []
+        self.step_ended_at: list[float] = []
         plain_after, plain_step = trainer._maybe_log_save_evaluate, trainer.training_step
         self._step_began: float | None = None
 
@@ -35,10 +37,12 @@ class Stopwatch:
             began = time.perf_counter()
             if self._step_began is not None:
                 self.steps_s.append(began - self._step_began)
+                self.step_ended_at.append(time.time())
             saves = trainer.control.should_save
             plain_after(*args, **kwargs)
             if saves:
                 self.saves_s.append(time.perf_counter() - began)
+                self.saved_at.append(time.time())
 
         def step(*args: Any, **kwargs: Any) -> Any:
             self._step_began = time.perf_counter()
@@ -52,7 +56,7 @@ def train(kind: str, layers: int, threads: int, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-    from hf_spot import SpotArguments, SpotCallback
+    from hf_spot import Run, SpotArguments, SpotCallback
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -70,7 +74,7 @@ def train(kind: str, layers: int, threads: int, folder: Path) -> dict[str, Any]:
         use_cpu=True,
         disable_tqdm=True,
     )
-    callbacks = [SpotCallback(str(folder / "run"), SpotArguments(notice="none"))] if kind == "spot" else []
+    callbacks = [SpotCallback(str(folder / "run"), SpotArguments(notice="none", save_total_limit=0))] if kind == "spot" else []
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)  # type: ignore[arg-type]
     watch = Stopwatch(trainer)
     trainer.train()
@@ -83,13 +87,21 @@ def train(kind: str, layers: int, threads: int, folder: Path) -> dict[str, Any]:
         for target, one in zip(targets, state, strict=True):
             target.copy_(one)
         copies_s.append(time.perf_counter() - began)
+    commits = [one.time.timestamp() for one in Run(str(folder / "run")).events() if one.kind == "commit"] if callbacks else []
     return {
+        "busy_s": _during(watch, commits),
         "state_bytes": sum(one.nbytes for one in state),
         "saves_s": watch.saves_s,
         "steps_s": watch.steps_s,
         "copy_s": min(copies_s),
         "peak_mb": psutil.Process().memory_info().rss / 1e6,
     }
+
+
+def _during(watch: Stopwatch, commits: list[float]) -> list[float]:
+    """The steps that ended while a checkpoint was written or uploaded."""
+    spans = list(zip(watch.saved_at, commits, strict=False))
+    return [took for took, at in zip(watch.steps_s, watch.step_ended_at, strict=True) if any(a < at < b for a, b in spans)]
 
 
 def main() -> None:
@@ -112,9 +124,9 @@ def main() -> None:
             subprocess.run(command, check=True, capture_output=True)
             each[kind] = json.loads(out.read_text())
     copy_s = min(one["copy_s"] for one in each.values())
-    # The first save meets fresh memory and cold caches in both, the last one also waits for its end.
+    # The first save meets fresh memory; the last one ends the training, and nothing goes on meanwhile.
     first, later = ({kind: pick(each[kind]["saves_s"]) for kind in ("trainer", "spot")} for pick in (_first, _middle))
-    steps_s = {kind: statistics.median(each[kind]["steps_s"][SAVE_STEPS : 2 * SAVE_STEPS]) for kind in each}
+    steps_s, busy_s = statistics.mean(each["none"]["steps_s"][SAVE_STEPS:]), statistics.mean(each["spot"]["busy_s"])
     found = {
         "state_gb": each["spot"]["state_bytes"] / 1e9,
         "threads": options.threads,
@@ -122,6 +134,7 @@ def main() -> None:
         "save_s": later,
         "first_save_s": first,
         "step_s": steps_s,
+        "busy_step_s": busy_s,
         "peak_mb": {kind: one["peak_mb"] for kind, one in each.items()},
     }
     print(f"{found['state_gb']:.2f} GB of state, {options.threads} of {psutil.cpu_count()} cores train")
@@ -129,8 +142,8 @@ def main() -> None:
     for kind, name in (("trainer", "Trainer's own save"), ("spot", "with SpotCallback")):
         against = f"{later[kind] / later['trainer']:.2f} of Trainer's, {later[kind] / copy_s:.2f} copies"
         print(f"{name:29} {later[kind]:6.3f} s ({against}); the first {first[kind]:.3f} s")
-    for kind, name in (("none", "a step without saves"), ("trainer", "... behind Trainer's save"), ("spot", "... behind ours")):
-        print(f"{name:29} {steps_s[kind]:6.3f} s ({steps_s[kind] / steps_s['none']:.2f} of it)")
+    print(f"a step without saves          {steps_s:6.3f} s")
+    print(f"... while one is under way    {busy_s:6.3f} s ({busy_s / steps_s:.2f} of it)")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 
@@ -140,7 +153,7 @@ def _first(seconds: list[float]) -> float:
 
 
 def _middle(seconds: list[float]) -> float:
-    return statistics.median(seconds[1:])
+    return statistics.median(seconds[1:-1])
 
 
 if __name__ == "__main__":

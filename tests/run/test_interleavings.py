@@ -144,12 +144,17 @@ def one_commit(writer: Writer) -> None:
     writer.commit(10)
 
 
-def test_two_launches_that_commit_prune_and_tidy_up() -> None:
+def told_of(found: Found, what: str) -> str:
+    return f"orders of requests, {what}: {found.runs} orders, {found.states} states, nothing wrong in any"
+
+
+def test_two_launches_that_commit_prune_and_tidy_up(counted: Callable[[str], None]) -> None:
     found = search(launch(10, 20), launch())
     assert found.wrong is None, found
+    counted(told_of(found, "two launches that commit prune and tidy up"))
 
 
-def test_a_push_beside_a_launch_that_tidies_up() -> None:
+def test_a_push_beside_a_launch_that_tidies_up(counted: Callable[[str], None]) -> None:
     def push(writer: Writer) -> None:
         if epoch := writer.run.state().epoch:
             writer.run.adopt(epoch)
@@ -157,19 +162,22 @@ def test_a_push_beside_a_launch_that_tidies_up() -> None:
 
     found = search(launch(20), push)
     assert found.wrong is None, found
+    counted(told_of(found, "a push beside a launch that tidies up"))
 
 
-def test_two_launches_whose_answers_are_lost() -> None:
+def test_two_launches_whose_answers_are_lost(counted: Callable[[str], None]) -> None:
     found = search(one_commit, one_commit, max_faults=1)
     assert found.wrong is None, found
+    counted(told_of(found, "two launches whose answers are lost"))
 
 
-def test_three_claims_at_once() -> None:
+def test_three_claims_at_once(counted: Callable[[str], None]) -> None:
     found = search(only_claims, only_claims, only_claims)
     assert found.wrong is None, found
+    counted(told_of(found, "three claims at once"))
 
 
-def test_two_threads_of_one_process_share_a_journal() -> None:
+def test_two_threads_of_one_process_share_a_journal(counted: Callable[[str], None]) -> None:
     """The uploader commits and prunes while the training thread tells the journal of notices, and asks how it stands."""
     told = Told()
 
@@ -195,3 +203,4 @@ def test_two_threads_of_one_process_share_a_journal() -> None:
 
     found = explore(begin, lambda world: wrong(world, told), max_faults=1)
     assert found.wrong is None, found
+    counted(told_of(found, "two threads of one process share a journal"))

@@ -31,7 +31,6 @@ class Recorder(TrainerCallback):
     def __init__(self, at_step: int = 0, act: Callable[[], None] = lambda: None) -> None:
         self.losses: dict[int, float] = {}
         self.evaluated: list[int] = []
-        self.saved: list[int] = []
         self._at_step = at_step
         self._act = act
 
@@ -43,11 +42,19 @@ class Recorder(TrainerCallback):
         if "loss" in logs:
             self.losses[state.global_step] = logs["loss"]
 
-    def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self.saved.append(state.global_step)
-
     def on_evaluate(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         self.evaluated.append(state.global_step)
+
+
+class SaveRecorder(Recorder):
+    """Saves, too. Since it hears of them, and could read the files, they are written while training waits."""
+
+    def __init__(self, at_step: int = 0, act: Callable[[], None] = lambda: None) -> None:
+        super().__init__(at_step, act)
+        self.saved: list[int] = []
+
+    def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.saved.append(state.global_step)
 
 
 def make_trainer(output_dir: Path, *callbacks: TrainerCallback, **settings: Any) -> Trainer:

@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, Qwen3MoeConfig, Qwen3MoeForCausa
 from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.training.accumulation import Accumulation
 from hf_spot.training.session import Session
-from tests.training.conftest import Recorder, make_trainer, same, weights
+from tests.training.conftest import Recorder, SaveRecorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, kinds, preempt, train_until_preempted
 
 
@@ -143,6 +143,22 @@ def test_a_stream_goes_on_in_its_pass(store: str, tmp_path: Path, case: dict[str
     assert trainer.state.epoch == undisturbed.state.epoch
 
 
+@pytest.mark.parametrize(
+    ("draws", "settings"),
+    [(True, {"data_collator": mask}), (False, {}), (False, {"data_collator": mask, "dataloader_num_workers": 1})],
+    ids=["random", "fixed", "random in a worker"],
+)
+def test_a_stream_that_can_not_be_exact_is_named(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, draws: bool, settings: dict[str, Any]
+) -> None:
+    # Four steps and a new pass: what a DataLoader draws at its start is no reason.
+    settings = {"max_steps": 9, "per_device_train_batch_size": 8, "train_dataset": Stream, **settings}
+    make_trainer(tmp_path / "out", SpotCallback(store, QUIET), **settings).train()
+    named = [record.getMessage() for record in caplog.records if "global generators" in record.getMessage()]
+    assert len(named) == draws
+    assert all("dataloader_num_workers=1" in message for message in named)
+
+
 def test_early_stopping_goes_on_counting(store: str, tmp_path: Path) -> None:
     settings = {
         "num_train_epochs": 4,
@@ -224,7 +240,7 @@ def test_a_notice_ends_an_evaluation_and_the_next_launch_makes_up_for_it(
     in_peace = Recorder()
     undisturbed = make_trainer(tmp_path / "peace", in_peace, **settings)
     undisturbed.train()
-    callback, first, second = SpotCallback(store, SpotArguments(notice="signal")), Recorder(), Recorder()
+    callback, first, second = SpotCallback(store, SpotArguments(notice="signal")), SaveRecorder(), Recorder()
     with pytest.raises(TrainingPreempted) as caught:
         make_trainer(tmp_path / "one", first, PreemptEvaluation(callback, number), callback, **settings).train()
     assert caught.value.step == in_peace.evaluated[number - 1] == max(first.losses)
@@ -346,7 +362,7 @@ def test_a_notice_in_the_middle_of_a_step_does_not_wait_for_its_end(
     undisturbed = make_trainer(tmp_path / "peace", in_peace, **settings)
     undisturbed.train()
     assert undisturbed.state.max_steps == 8
-    callback, first, second = SpotCallback(store, SpotArguments(notice="signal")), Recorder(), Recorder()
+    callback, first, second = SpotCallback(store, SpotArguments(notice="signal")), SaveRecorder(), Recorder()
     slow = Slow(callback, step, 1)
     monkeypatch.setattr("hf_spot.training.callback.Accumulation", functools.partial(Accumulation, clock=slow.clock))
     with pytest.raises(TrainingPreempted) as caught:

@@ -18,7 +18,7 @@ from hf_spot.storage.faulty import Fault, FaultyStore
 from hf_spot.storage.memory import MemoryStore
 from hf_spot.training.worker_states import Ring
 from tests.small_disk import SmallDisk, why_not
-from tests.training.conftest import STEPS, Recorder, make_trainer, same, weights
+from tests.training.conftest import STEPS, Recorder, SaveRecorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, kinds, preempt, steps
 from tests.waiting import PATIENCE_S, wait_for
 
@@ -65,7 +65,7 @@ def test_a_training_goes_on_wherever_in_a_save_the_disk_gets_full(disk: SmallDis
     leave_kb: dict[int, int] = {}
     left: dict[int, int] = {}
 
-    class Fill(Recorder):
+    class Fill(SaveRecorder):
         def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
             if state.global_step in failing:
                 assert not (out / f"checkpoint-{state.global_step}").exists()

@@ -21,7 +21,7 @@ from hf_spot.errors import StoreUnavailable
 from hf_spot.policy.preemption import Measured
 from hf_spot.storage.memory import MemoryStore
 from hf_spot.training.session import Session
-from tests.training.conftest import STEPS, Recorder, make_trainer, same, weights
+from tests.training.conftest import STEPS, Recorder, SaveRecorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, kinds, preempt, steps, train_until_preempted
 from tests.waiting import wait_for
 
@@ -357,7 +357,7 @@ def test_a_save_that_can_not_be_committed_is_skipped_for_the_upload_in_flight(
 ) -> None:
     huge = Measured(save_s=60.0, size_bytes=10**9, bytes_per_s=1e6, in_flight_bytes=10**7)
     monkeypatch.setattr(Session, "_measured", lambda self: huge)
-    callback, recorder = listening(tmp_path / "notice"), Recorder()
+    callback, recorder = listening(tmp_path / "notice"), SaveRecorder()
 
     def act() -> None:
         terminate_in(tmp_path / "notice", 60)

@@ -13,8 +13,12 @@ import safetensors.torch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
+from hf_spot import Run, SpotArguments, SpotCallback, SpotError
 from hf_spot.training.snapshot import WriteBehind, free_bytes
-from tests.waiting import PATIENCE_S
+from tests.small_disk import SmallDisk, why_not
+from tests.training.conftest import STEPS, Recorder, SaveRecorder, make_trainer, same, weights
+from tests.training.test_callback import QUIET, kinds, steps
+from tests.waiting import PATIENCE_S, wait_for
 
 
 @pytest.fixture
@@ -172,3 +176,122 @@ def test_the_memory_of_one_save_is_that_of_the_next(behind: WriteBehind, tmp_pat
 
 def test_a_container_that_has_less_memory_than_its_machine_counts() -> None:
     assert 0 < free_bytes() < 1 << 50
+
+
+# -- in a training ----------------------------------------------------------------------------------------------------
+
+
+class Slow:
+    """Takes the place of safetensors: what is behind a training's back waits until it may be written."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_write = threading.Event()
+        self.threads: list[str] = []
+        plain = safetensors.torch.serialize_file
+
+        def serialize(*args: Any, **kwargs: Any) -> None:
+            self.threads.append(threading.current_thread().name)
+            assert threading.current_thread() is threading.main_thread() or self.may_write.wait(PATIENCE_S)
+            plain(*args, **kwargs)
+
+        monkeypatch.setattr("hf_spot.training.snapshot._plain_serialize", serialize)
+
+    @property
+    def behind(self) -> int:
+        return sum("writer" in name for name in self.threads)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_commits_what_it_was(
+    store: str, tmp_path: Path, peace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, during = Slow(monkeypatch), []
+
+    def act() -> None:  # before step 6, behind the save of step 3, and before the next
+        during.extend([(tmp_path / "out/checkpoint-3/model.safetensors").exists(), kinds(store)])
+        slow.may_write.set()
+
+    trainer = make_trainer(
+        tmp_path / "out", SpotCallback(store, SpotArguments(notice="none", save_total_limit=0)), Recorder(6, act)
+    )
+    trainer.train()
+    assert during == [False, ["claim"]]
+    assert slow.behind == 3  # the last of the four ends the training
+    assert steps(store) == [3, 6, 9, 12]
+    assert same(weights(trainer), peace[0])
+    assert all(problems == [] for problems in Run(store).verify().values())
+    elsewhere = make_trainer(tmp_path / "plain", save_total_limit=4)
+    elsewhere.train()
+    for step in (3, 6, 9, 12):
+        model, optimizer = (tmp_path / "plain" / f"checkpoint-{step}" / name for name in ("model.safetensors", "optimizer.pt"))
+        pulled = Run(store).pull(tmp_path / "pulled", step)
+        assert (pulled / "model.safetensors").read_bytes() == model.read_bytes()
+        assert (pulled / "optimizer.pt").read_bytes() == optimizer.read_bytes()
+
+
+class Reads(Trainer):
+    """A script's own trainer, which does something with each checkpoint."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        assert Path(self.args.output_dir, f"checkpoint-{self.state.global_step}", "model.safetensors").exists()
+
+
+class OwnModel(GPT2LMHeadModel):
+    """One that may do something with the files, too."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(*args, **kwargs)
+
+
+@pytest.mark.parametrize("reader", ["a callback", "a trainer of its own", "a model of its own", "no memory"])
+def test_whoever_may_read_a_checkpoint_finds_it_whole(
+    reader: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(monkeypatch)
+    settings = SpotArguments(notice="none", save_memory_gb=0 if reader == "no memory" else None)
+    trainer = make_trainer(tmp_path, SpotCallback(store, settings), *[SaveRecorder()] * (reader == "a callback"))
+    if reader == "a trainer of its own":
+        trainer.__class__ = Reads
+    if reader == "a model of its own":
+        kind = type(trainer.model)
+        trainer.model.__class__ = type(
+            "Own", (kind,), {"save_pretrained": lambda self, *a, **k: kind.save_pretrained(self, *a, **k)}
+        )
+    trainer.train()
+    assert slow.behind == 0
+    assert steps(store) == [6, 9, 12]
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize("answer", ["stop", "go-on"])
+def test_a_disk_that_is_full_behind_a_training_is_met_again_by_the_next_save(
+    answer: str, store: str, tmp_path: Path, peace: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with SmallDisk(tmp_path / "disk", size_kb=16 << 10) as disk:
+        out = disk.path / "out"
+        callback = SpotCallback(store, SpotArguments(notice="none", on_save_error=answer))
+        trainer = make_trainer(out, callback, Recorder(5, lambda: disk.fill(44)), Recorder(10, disk.empty))
+        if answer == "stop":
+            with pytest.raises(SpotError, match=r"checkpoint-9 can't be saved.*No space left"):
+                trainer.train()
+        else:
+            trainer.train()
+            assert same(weights(trainer), peace[0])
+        assert not (out / "checkpoint-6").exists()
+    assert "checkpoint-6 can't be saved" in caplog.text
+    assert steps(store) == ([3] if answer == "stop" else [3, STEPS])
+    assert all(problems == [] for problems in Run(store).verify().values())
+
+
+def test_a_crash_behind_a_save_commits_it_first(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow(monkeypatch)
+
+    def crash() -> None:
+        wait_for(lambda: slow.behind == 1, "for the writer")
+        threading.Timer(0.1, slow.may_write.set).start()
+        raise ValueError("a bug in the script")
+
+    with pytest.raises(ValueError, match="a bug in the script"):
+        make_trainer(tmp_path, SpotCallback(store, QUIET), Recorder(5, crash)).train()
+    assert kinds(store) == ["claim", "commit", "failed"]
+    assert steps(store) == [3]
