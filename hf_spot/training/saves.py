@@ -84,7 +84,7 @@ class Saves:
             self._trouble = None
             self._at_the_end = []
             # What could not be written last time is met where it happens.
-            behind = self._behind.capturing() if not recovers and self._may_go_on() else contextlib.nullcontext()
+            behind = self._behind.capturing(self._give_up) if not recovers and self._may_go_on() else contextlib.nullcontext()
             with self._forgiving(), behind:
                 plain_save(*args, **kwargs)
                 self._attempt(self._finish)(self._folder)
@@ -93,14 +93,14 @@ class Saves:
         self._trainer._save_checkpoint = save
 
     def settle(self) -> bool:
-        """Waits for the files of the newest save; False when they could not be written: they are removed then."""
+        """Waits for the files of the newest save; False when they could not be written, and are gone."""
         self._behind.wait()
-        error = self._behind.take_error()
-        if error is None:
-            return True
-        log.error("%s", self._explain(error).args[0])
+        return self._behind.take_error() is None
+
+    def _give_up(self, error: BaseException) -> None:
+        """Called by the thread that writes behind the training."""
+        log.error("%s; training goes on, and the next save tries again", self._explain(error).args[0])
         shutil.rmtree(self._folder, ignore_errors=True)
-        return False
 
     def _may_go_on(self) -> bool:
         """Whether training goes on while the files of this save are written. Not when it ends anyway, or when somebody may read
@@ -121,7 +121,10 @@ class Saves:
         failure = next((one for one in self._agreement.gather(self._trouble) if one is not None), None)
         if failure is None:
             for act in self._at_the_end:
-                act()
+                if self._disk.count == 1:
+                    self._behind.then(act)  # an older checkpoint goes when the new one is there
+                else:
+                    act()  # the other disks rotate next, as this one has
             self._best = self._best_now()
             return
         self._agreement.together(lambda: shutil.rmtree(self._folder, ignore_errors=True) if self._disk.leads else None)

@@ -120,7 +120,8 @@ class WriteBehind:
         self._owner = 0
         self._pending: list[Callable[[], None]] = []
         self._jobs: queue.Queue[Callable[[], Any] | None] = queue.Queue()
-        self._error: BaseException | None = None
+        self._error: str | None = None
+        self._on_error: Callable[[BaseException], None] = lambda error: None
         self._said = False
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
@@ -136,12 +137,16 @@ class WriteBehind:
         return self._arena
 
     @contextmanager
-    def capturing(self) -> Iterator[None]:
+    def capturing(self, on_error: Callable[[BaseException], None] = lambda error: None) -> Iterator[None]:
         """Within it, what this thread saves is copied, and written after its end.
 
         Waits for the files of the save before, because the memory is the same.
+
+        Args:
+            on_error: called when a file can't be written, from the thread that writes.
         """
         self.wait()
+        self._on_error = on_error
         self._make_arena().clear()
         self._owner = threading.get_ident()
         if _plain_open is not None:
@@ -173,8 +178,9 @@ class WriteBehind:
         with self._jobs.all_tasks_done:
             return self._jobs.all_tasks_done.wait_for(lambda: not self._jobs.unfinished_tasks, timeout_s)
 
-    def take_error(self) -> BaseException | None:
-        """What the writing of the newest save failed with, once."""
+    def take_error(self) -> str | None:
+        """What the writing of the newest save failed with, once. In words only: the error itself holds half-written files
+        open, whose space must become free."""
         error, self._error = self._error, None
         return error
 
@@ -257,8 +263,8 @@ class WriteBehind:
                 try:
                     act()
                 except BaseException as error:  # told to the training thread: see `take_error`
-                    log.error("a checkpoint can't be written: %s", error)
-                    self._error = error
+                    self._error = str(error) or repr(error)
+                    self._on_error(error)
             del act  # and with it the copies
             self._jobs.task_done()
 

@@ -259,7 +259,7 @@ def test_whoever_may_read_a_checkpoint_finds_it_whole(
         )
     trainer.train()
     assert slow.behind == 0
-    assert steps(store) == [6, 9, 12]
+    assert steps(store)[-1] == STEPS
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
