@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -30,19 +29,13 @@ def add_files(folder: Path, count: int) -> Path:
     return folder
 
 
-def test_a_folder_of_10_000_files_keeps_training_waiting_for_a_moment_and_makes_a_small_entry(
-    make_checkpoint: Make, tmp_path: Path
-) -> None:
+def test_a_folder_of_10_000_files_comes_back_whole_and_makes_a_small_entry(make_checkpoint: Make, tmp_path: Path) -> None:
     store = MemoryStore(f"memory://{uuid.uuid4().hex}")
     run = Run(store)
     run.claim()
     uploader = Uploader(run, tmp_path / "pins", save_total_limit=1)
-    folder = add_files(make_checkpoint(1), 10_000)
-    began = time.monotonic()
-    uploader.submit(folder, CommitRequest(step=1))
-    took_s = time.monotonic() - began
+    uploader.submit(add_files(make_checkpoint(1), 10_000), CommitRequest(step=1))
     assert uploader.drain(PATIENCE_S)
-    assert took_s < 10, "half a second on an idle machine"
     entry = next(info for info in store.list("journal/") if info.key.endswith("2.json"))
     assert entry.size < 10_100 * 150
     pulled = run.pull(tmp_path / "pulled")

@@ -151,7 +151,7 @@ def test_killed_at_any_operation(
     machine.check()
     nothing_grows(machine)
     assert at > 100  # each was the last operation of a launch
-    counted(f"launches killed, run in a {where}: {machine.tried} points, {NOTHING_WRONG}")
+    counted(f"launches killed ({where}): {machine.tried} points, {NOTHING_WRONG}")
 
 
 def test_the_power_is_cut_at_any_operation(tmp_path: Path, counted: Callable[[str], None]) -> None:
