@@ -100,6 +100,7 @@ def test_an_outage_ends_in_a_commit(store: FaultyStore, uploader: Uploader, make
     assert uploader.drain(PATIENCE_S)
     assert steps(store) == [2]  # the newer one caught up
     assert uploader.trouble is None
+    assert list(uploader._pins.iterdir()) == [], "links hold the space of what nobody needs any more"
 
 
 def test_who_waits_under_a_deadline_does_not_wait_for_the_pause_after_a_long_outage(
