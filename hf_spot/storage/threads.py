@@ -18,7 +18,7 @@ T = TypeVar("T")
 _Job = tuple["Future[Any]", Callable[[], Any]]
 
 
-_NICE = 10  # a tenth of a processor, where training wants it; all of it, where nobody does
+_NICE = 5  # a quarter of a processor, where training wants it; all of it, where nobody does
 
 
 def stand_back() -> None:

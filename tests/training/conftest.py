@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 torch = pytest.importorskip("torch")
 from transformers import (  # noqa: E402
     GPT2Config,
@@ -55,6 +57,20 @@ class SaveRecorder(Recorder):
 
     def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         self.saved.append(state.global_step)
+
+
+class Patient(TrainerCallback):
+    """Waits before each step until all saves so far are committed: these trainings save faster than anybody could upload."""
+
+    def __init__(self, callback: Any, after_step: int = 0) -> None:
+        self._callback = callback
+        self._after_step = after_step
+
+    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        session = self._callback._session
+        if state.global_step < self._after_step or session._uploader.fenced:
+            return
+        assert session.behind.wait(PATIENCE_S) and session._uploader.drain(PATIENCE_S)
 
 
 def make_trainer(output_dir: Path, *callbacks: TrainerCallback, **settings: Any) -> Trainer:

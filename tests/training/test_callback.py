@@ -16,7 +16,7 @@ from hf_spot import ConfigError, CorruptCheckpoint, Run, SpotArguments, SpotCall
 from hf_spot.arguments import SpotArguments as Settings
 from hf_spot.errors import Fenced
 from hf_spot.storage.open import open_store
-from tests.training.conftest import STEPS, Recorder, make_trainer, same, weights
+from tests.training.conftest import STEPS, Patient, Recorder, make_trainer, same, weights
 from tests.waiting import wait_for
 
 QUIET = Settings(notice="none")
@@ -46,7 +46,7 @@ def train_until_preempted(store: str, output_dir: Path, at_step: int, **settings
     callback = SpotCallback(store, SpotArguments(notice="signal"))
     recorder = Recorder(at_step, preempt(callback))
     with pytest.raises(TrainingPreempted) as caught:
-        make_trainer(output_dir, callback, recorder, **settings).train()
+        make_trainer(output_dir, callback, Patient(callback), recorder, **settings).train()
     assert caught.value.code == 75
     assert caught.value.step == at_step
     assert str(at_step) in str(caught.value)
@@ -54,8 +54,8 @@ def train_until_preempted(store: str, output_dir: Path, at_step: int, **settings
 
 
 def test_a_callback_alone_changes_nothing(store: str, tmp_path: Path, peace) -> None:  # type: ignore[no-untyped-def]
-    recorder = Recorder()
-    trainer = make_trainer(tmp_path, SpotCallback(store, QUIET), recorder)
+    recorder, callback = Recorder(), SpotCallback(store, QUIET)
+    trainer = make_trainer(tmp_path, callback, Patient(callback), recorder)
     assert trainer.train().global_step == STEPS
     assert same(weights(trainer), peace[0])
     assert recorder.losses == peace[1]
@@ -158,14 +158,16 @@ def test_a_finished_run_is_loaded_and_not_trained(store: str, tmp_path: Path, pe
 
 def test_without_a_store_the_output_dir_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_SPOT_STORE", raising=False)
-    make_trainer(tmp_path / "out", SpotCallback(args=QUIET)).train()
+    callback = SpotCallback(args=QUIET)
+    make_trainer(tmp_path / "out", callback, Patient(callback)).train()
     assert steps(str(tmp_path / "out")) == [6, 9, 12]
     assert (tmp_path / "out" / "checkpoint-12" / "model.safetensors").exists()
 
 
 def test_the_store_may_come_from_the_environment(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_SPOT_STORE", store)
-    make_trainer(tmp_path / "out", SpotCallback(args=QUIET)).train()
+    callback = SpotCallback(args=QUIET)
+    make_trainer(tmp_path / "out", callback, Patient(callback)).train()
     assert steps(store) == [6, 9, 12]
 
 
@@ -234,7 +236,7 @@ def test_an_advisory_saves_and_goes_on(store: str, tmp_path: Path, peace) -> Non
         assert session is not None
         wait_for(lambda: session._heard is not None)
 
-    trainer = make_trainer(tmp_path / "out", callback, Recorder(5, act))
+    trainer = make_trainer(tmp_path / "out", callback, Patient(callback), Recorder(5, act))
     trainer.train()
     assert same(weights(trainer), peace[0])
     assert [(one.step, one.reason) for one in Run(store).checkpoints()] == [
@@ -321,8 +323,11 @@ def test_two_callbacks_are_one_too_many(store: str, tmp_path: Path) -> None:
 def test_handlers_and_threads_are_given_back(store: str, tmp_path: Path) -> None:
     import threading
 
-    before = {thread.name for thread in threading.enumerate()}
+    def ours() -> set[str]:
+        return {thread.name for thread in threading.enumerate() if thread.name.startswith("hf_spot")}
+
+    before = ours()
     handler = signal.getsignal(signal.SIGTERM)
     make_trainer(tmp_path, SpotCallback(store, SpotArguments(notice="signal"))).train()
     assert signal.getsignal(signal.SIGTERM) is handler
-    wait_for(lambda: {thread.name for thread in threading.enumerate()} <= before)
+    wait_for(lambda: ours() <= before)

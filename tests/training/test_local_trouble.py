@@ -18,7 +18,7 @@ from hf_spot.storage.faulty import Fault, FaultyStore
 from hf_spot.storage.memory import MemoryStore
 from hf_spot.training.worker_states import Ring
 from tests.small_disk import SmallDisk, why_not
-from tests.training.conftest import STEPS, Recorder, SaveRecorder, make_trainer, same, weights
+from tests.training.conftest import STEPS, Patient, Recorder, SaveRecorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, kinds, preempt, steps
 from tests.waiting import PATIENCE_S, wait_for
 
@@ -135,7 +135,8 @@ def test_a_best_checkpoint_that_could_not_be_saved_is_not_the_best(disk: SmallDi
 def test_an_epoch_begins_on_a_full_disk(disk: SmallDisk, store: str, peace) -> None:  # type: ignore[no-untyped-def]
     settings = {"num_train_epochs": 2, "save_steps": 4, "dataloader_num_workers": 1}
     acts = at(step_11=disk.fill, step_14=disk.empty)
-    trainer = make_trainer(disk.path / "out", SpotCallback(store, GO_ON), *acts, **settings)
+    callback = SpotCallback(store, GO_ON)
+    trainer = make_trainer(disk.path / "out", callback, Patient(callback), *acts, **settings)
     trainer.train()
     assert steps(store) == [4, 8, 16, 20, 24]
     files = {file.path for file in Run(store).find(20).files}

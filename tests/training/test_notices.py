@@ -21,7 +21,7 @@ from hf_spot.errors import StoreUnavailable
 from hf_spot.policy.preemption import Measured
 from hf_spot.storage.memory import MemoryStore
 from hf_spot.training.session import Session
-from tests.training.conftest import STEPS, Recorder, SaveRecorder, make_trainer, same, weights
+from tests.training.conftest import STEPS, Patient, Recorder, SaveRecorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, kinds, preempt, steps, train_until_preempted
 from tests.waiting import wait_for
 
@@ -112,7 +112,7 @@ def test_a_notice_that_is_taken_back_before_the_step_ends_changes_nothing(from_s
         notice.unlink()
         wait_for(lambda: not heard(callback))
 
-    trainer = make_trainer(tmp_path / "one", callback, Recorder(5, act))
+    trainer = make_trainer(tmp_path / "one", callback, Patient(callback), Recorder(5, act))
     assert trainer.train().global_step == STEPS
     assert same(weights(trainer), peace[0])
     assert steps(from_store) == [6, 9, 12]

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from hf_spot import Run, SpotArguments, SpotCallback, SpotError
 from hf_spot.training.snapshot import WriteBehind, free_bytes
 from tests.small_disk import SmallDisk, why_not
-from tests.training.conftest import STEPS, Recorder, SaveRecorder, make_trainer, same, weights
+from tests.training.conftest import STEPS, Patient, Recorder, SaveRecorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, kinds, steps
 from tests.waiting import PATIENCE_S, wait_for
 
@@ -210,9 +210,8 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_commits_what_it_was(
         during.extend([(tmp_path / "out/checkpoint-3/model.safetensors").exists(), kinds(store)])
         slow.may_write.set()
 
-    trainer = make_trainer(
-        tmp_path / "out", SpotCallback(store, SpotArguments(notice="none", save_total_limit=0)), Recorder(6, act)
-    )
+    callback = SpotCallback(store, SpotArguments(notice="none", save_total_limit=0))
+    trainer = make_trainer(tmp_path / "out", callback, Recorder(6, act), Patient(callback, after_step=6))
     trainer.train()
     assert during == [False, ["claim"]]
     assert slow.behind == 3  # the last of the four ends the training
@@ -270,7 +269,7 @@ def test_a_disk_that_is_full_behind_a_training_is_met_again_by_the_next_save(
     with SmallDisk(tmp_path / "disk", size_kb=16 << 10) as disk:
         out = disk.path / "out"
         callback = SpotCallback(store, SpotArguments(notice="none", on_save_error=answer))
-        trainer = make_trainer(out, callback, Recorder(5, lambda: disk.fill(44)), Recorder(10, disk.empty))
+        trainer = make_trainer(out, callback, Patient(callback), Recorder(5, lambda: disk.fill(44)), Recorder(10, disk.empty))
         if answer == "stop":
             with pytest.raises(SpotError, match=r"checkpoint-9 can't be saved.*No space left"):
                 trainer.train()
