@@ -72,10 +72,8 @@ class Saves:
     def watch(self) -> None:
         """Called when the training has its state: from now on."""
         self._best = self._best_now()
-        if self._may_go_on():
-            weights = list(self._trainer.model.parameters())  # type: ignore[union-attr]
-            moments = [one for one in weights if one.requires_grad]  # AdamW has two for each
-            self._behind.expect(sum(one.nbytes for one in weights + 2 * moments))
+        if self._may_go_on() and not self._trainer.is_fsdp_enabled:  # of which rank 0 may write little
+            self._behind.expect(_size_bytes(self._trainer.model))
         plain_save = self._trainer._save_checkpoint
 
         def save(*args: Any, **kwargs: Any) -> None:
@@ -211,6 +209,14 @@ class Saves:
             hint=f"df -h {self._output_dir}; free some space, or lower TrainingArguments(save_total_limit=…), and start the "
             "same command again: it goes on from the newest commit. To train on without it: --on-save-error go-on",
         )
+
+
+def _size_bytes(model: Any) -> int:
+    """Of a checkpoint: what is saved of the weights, and AdamW's two moments of each that is trained."""
+    weights = list(model.parameters())
+    trained = [one for one in weights if one.requires_grad]
+    saved = trained if hasattr(model, "peft_config") else weights
+    return sum(one.nbytes for one in saved + 2 * trained)
 
 
 def _is_known(method: tuple[Any, str]) -> bool:
