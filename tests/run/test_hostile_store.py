@@ -42,7 +42,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch, s3_url: str) -> None:
     """How long to wait between tries is botocore's business and ours; only that there are tries matters here."""
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0.0)
     monkeypatch.setattr("hf_spot.run.upload._FIRST_RETRY_S", 0.01)
-    monkeypatch.setattr("hf_spot.storage.s3._FIRST_SILENCES_S", (0.5, 1.0, 2.0))
+    monkeypatch.setattr("hf_spot.storage.s3_connection._FIRST_SILENCES_S", (0.5, 1.0, 2.0))
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from hf_spot.errors import (
     StoreNotFencing,
     StoreUnavailable,
 )
-from hf_spot.storage import s3
+from hf_spot.storage import s3_connection
 from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import probe
 from hf_spot.storage.s3 import S3Store
@@ -472,7 +472,7 @@ class Revoking(Proxy):
 @pytest.fixture
 def three_parts(environ: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A file that travels in three parts, of the smallest size that S3 allows."""
-    environ.setattr(s3, "_PART_BYTES", 5 << 20)
+    environ.setattr(s3_connection, "_PART_BYTES", 5 << 20)
     path = tmp_path / "three-parts"
     path.write_bytes(bytes(11 << 20))
     return path
@@ -609,7 +609,7 @@ def test_a_small_request_that_meets_silence_is_soon_sent_again_and_a_large_one_i
 ) -> None:
     large = tmp_path / "large"
     large.write_bytes(bytes(1 << 20))
-    environ.setattr(s3, "_FIRST_SILENCES_S", (0.3, 5.0))
+    environ.setattr(s3_connection, "_FIRST_SILENCES_S", (0.3, 5.0))
     with Silent(seaweedfs.endpoint) as proxy:
         environ.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         store = S3Store(s3_url)

@@ -1,0 +1,174 @@
+"""What one process holds open to talk to S3: a boto3 client, its credentials, and the threads that move parts of files."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import threading
+from concurrent.futures import CancelledError
+from contextvars import ContextVar
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+import botocore.session
+from boto3.s3.transfer import TransferConfig
+from botocore import exceptions as aws
+from botocore.config import Config
+from botocore.utils import determine_content_length
+from s3transfer.futures import TransferFuture
+from s3transfer.manager import TransferManager
+from s3transfer.subscribers import BaseSubscriber
+
+from hf_spot.errors import ConfigError
+from hf_spot.storage.store import Progress
+from hf_spot.storage.threads import Workers
+
+_PART_BYTES = 64 << 20
+_CONNECTIONS = 16  # for all transfers of one store together; downloads buffer at most 100 MB
+_TRIES = 5
+_SILENCE_S = 30.0  # without a byte: then a connection counts as dead
+# The first tries of a small request end sooner: most silences are one dead connection, and a commit has a deadline. Later
+# ones are patient, because a server may be slow.
+_FIRST_SILENCES_S = (5.0, 10.0, 20.0)
+_QUICK_REQUESTS = ("PutObject", "HeadObject", "ListObjectsV2", "DeleteObject", "CreateMultipartUpload")
+_QUICK_BYTES = 128 << 10  # more may lie in a slow line's buffer for a while after it was sent
+_SIGNED_BY = "hf_spot_signed_by"  # in the context of a request: an access key's id
+_REFUSALS = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "InvalidAccessKeyId")
+
+reads_small = ContextVar("reads_small", default=False)  # set by `S3Store.get`: a file's download is a GetObject, too
+
+
+class Connection:
+    """What one process holds open: a client, and the threads that move parts of files."""
+
+    def __init__(self) -> None:
+        core = botocore.session.get_session()
+        credentials = _Credentials(core)
+        core.register_component("credential_provider", credentials)
+        session = boto3.Session(botocore_session=core)
+        self.client = _client(session, {})
+        host = urlsplit(self.client.meta.endpoint_url).hostname or ""
+        chosen = (core.get_scoped_config().get("s3") or {}).get("addressing_style")
+        if not chosen and not host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws")):
+            # Servers other than Amazon's seldom have a name per bucket in DNS.
+            self.client = _client(session, {"addressing_style": "path"})
+        # Raised before the retries see it: a cancelled upload would otherwise be tried five times.
+        self.client.meta.events.register_first("needs-retry.s3", _end_if_cancelled)
+        self.client.meta.events.register_first("needs-retry.s3", credentials.renew_if_refused)
+        self.client.meta.events.register("request-created.s3", _limit_silence)
+        self.client.meta.events.register_last("request-created.s3", credentials.note_signer)
+        config: Any = TransferConfig(
+            multipart_threshold=_PART_BYTES,
+            multipart_chunksize=_PART_BYTES,
+            max_concurrency=_CONNECTIONS,
+            io_chunksize=1 << 20,
+        )
+        # boto3 may choose another manager, which takes far more memory and keeps a process from ending.
+        threads: Any = Workers
+        self.transfers: Any = TransferManager(self.client, config, executor_cls=threads)
+        wanted = self.client.meta.config.request_checksum_calculation != "when_required"
+        fast = wanted and importlib.util.find_spec("awscrt") is not None
+        self.checksum = {"ChecksumAlgorithm": "CRC64NVME"} if fast else {}
+
+
+def _client(session: boto3.Session, s3: Any) -> Any:
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": _TRIES},
+        connect_timeout=5,
+        read_timeout=_SILENCE_S,
+        tcp_keepalive=True,
+        max_pool_connections=2 * _CONNECTIONS,
+        user_agent_extra="hf_spot",
+        s3=s3 or None,
+    )
+    try:
+        return session.client("s3", config=config)
+    except ValueError as error:
+        raise ConfigError(str(error), hint="AWS_ENDPOINT_URL=https://host:port, AWS_REGION=us-east-1") from error
+
+
+class _Credentials:
+    """What boto3 finds, and asks for anew when a server refuses it: a session may be revoked before its time, and somebody
+    may write new keys into a file. An upload under way then goes on with the part that was refused.
+
+    Args:
+        session: knows where to look.
+    """
+
+    def __init__(self, session: Any) -> None:
+        self._first: Any = session.get_component("credential_provider")
+        self._held: Any = None
+        self._lock = threading.Lock()
+
+    def load_credentials(self) -> _Credentials | None:
+        """Called by botocore, which signs each request with what `get_frozen_credentials` gives then."""
+        self._held = self._first.load_credentials()
+        return None if self._held is None else self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._held, name)
+
+    def note_signer(self, request: Any, **kwargs: Any) -> None:
+        """Called by botocore when it has signed a request."""
+        signed = re.search(r"Credential=([^/]+)/", str(request.headers.get("Authorization", "")))
+        request.context[_SIGNED_BY] = signed[1] if signed else ""
+
+    def renew_if_refused(self, request_dict: Any, response: Any = None, attempts: int = 1, **kwargs: Any) -> float | None:
+        """Called by botocore after each request: seconds until it is sent again, or None."""
+        code = "" if response is None else response[1].get("Error", {}).get("Code", "")
+        refused = request_dict["context"].get(_SIGNED_BY)
+        return 0.0 if code in _REFUSALS and attempts < _TRIES and refused and self._has_others(refused) else None
+
+    def _has_others(self, refused: str) -> bool:
+        with self._lock:
+            if self._held.get_frozen_credentials().access_key == refused:  # else another thread has asked already
+                found = botocore.session.get_session().get_credentials()
+                if found is None or found.get_frozen_credentials().access_key == refused:
+                    return False
+                self._held = found
+            return True
+
+
+class Watch(BaseSubscriber):
+    """Passes progress on, and turns its exception into a cancelled transfer."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._error: BaseException | None = None
+
+    def on_progress(self, future: TransferFuture, bytes_transferred: int, **kwargs: Any) -> None:
+        """Called by s3transfer, from its threads."""
+        if self._progress is None or self._error is not None:
+            return
+        try:
+            self._progress(bytes_transferred)
+        except BaseException as error:
+            # Out of here it would count as a broken connection, and be retried.
+            self._error = error
+            future.cancel()
+
+    def outcome(self, future: TransferFuture) -> None:
+        """Waits for the end. Raises what `progress` raised, or what went wrong."""
+        try:
+            future.result()
+        finally:
+            if self._error is not None:
+                raise self._error
+
+
+def _end_if_cancelled(caught_exception: Exception | None = None, **kwargs: Any) -> None:
+    if not isinstance(caught_exception, aws.HTTPClientError):
+        return
+    # Reading the body raised it, because another part has failed or the whole was cancelled: no broken connection.
+    if isinstance(caught_exception.kwargs.get("error"), (CancelledError, aws.ClientError, aws.BotoCoreError)):
+        raise caught_exception
+
+
+def _limit_silence(request: Any, operation_name: str, **kwargs: Any) -> None:
+    """Called by botocore before each try. An older one doesn't know the setting, and waits for `_SILENCE_S`."""
+    attempt = request.context.get("retries", {}).get("attempt", 1)
+    size = request.headers.get("X-Amz-Decoded-Content-Length") or determine_content_length(request.data or b"")
+    small = size is not None and int(size) <= _QUICK_BYTES and (operation_name in _QUICK_REQUESTS or reads_small.get())
+    quick = small and attempt <= len(_FIRST_SILENCES_S)
+    request.context["read_timeout"] = _FIRST_SILENCES_S[attempt - 1] if quick else _SILENCE_S
