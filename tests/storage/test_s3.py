@@ -29,6 +29,7 @@ from hf_spot.storage import s3_connection
 from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import probe
 from hf_spot.storage.s3 import S3Store
+from hf_spot.storage.s3_settings import KMS_KEY_VARIABLE, OWNER_VARIABLE
 from tests.proxy import Exchange, Proxy
 from tests.servers import CannedS3, KeyServer, Rclone, SeaweedFS
 
@@ -105,8 +106,8 @@ def test_a_key_and_an_owner_are_sent_with_every_request_for_which_they_make_sens
 ) -> None:
     small = tmp_path / "small"
     small.write_bytes(b"x")
-    environ.setenv(s3.OWNER_VARIABLE, "123456789012")
-    environ.setenv(s3.KMS_KEY_VARIABLE, "alias/runs")
+    environ.setenv(OWNER_VARIABLE, "123456789012")
+    environ.setenv(KMS_KEY_VARIABLE, "alias/runs")
     with CannedS3(403, "AccessDenied") as server:
         use(environ, server.env())
         store = S3Store("s3://bucket/run")
@@ -120,7 +121,7 @@ def test_a_key_and_an_owner_are_sent_with_every_request_for_which_they_make_sens
             lambda: [*store.list()],
             lambda: store.delete(["k"]),
         ):
-            with pytest.raises(AccessDenied, match=s3.OWNER_VARIABLE):
+            with pytest.raises(AccessDenied, match=OWNER_VARIABLE):
                 attempt()
 
         assert server.requests
@@ -393,7 +394,7 @@ def test_settings_that_cannot_be_used_are_config_errors(environ: pytest.MonkeyPa
 
 
 def test_an_owner_that_is_no_account_id_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(s3.OWNER_VARIABLE, "me")
+    monkeypatch.setenv(OWNER_VARIABLE, "me")
 
     with pytest.raises(ConfigError, match="account id"):
         S3Store("s3://bucket/run")
