@@ -58,12 +58,15 @@ class Exchange:
         if self.method != "HEAD":
             self._handler.wfile.write(answer.content)
 
-    def answer_in_part(self, answer: Answer) -> None:
-        """The first half of an answer, and then nothing more."""
+    def answer_in_part(self, answer: Answer, *, arrives: bool = False) -> None:
+        """The first half of an answer, and then nothing more. What a reset overtakes is lost, too, unless it ``arrives``."""
         self._begin(answer)
         self._handler.wfile.write(answer.content[: len(answer.content) // 2])
         self._handler.wfile.flush()
-        self.reset()
+        if arrives:
+            self._handler.close_connection = True
+        else:
+            self.reset()
 
     def answer_with_a_pause(self, answer: Answer, pause_s: float) -> None:
         """The first half of an answer, silence, and the rest."""

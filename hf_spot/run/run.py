@@ -20,6 +20,7 @@ from hf_spot.run import transfer
 from hf_spot.run.journal import CheckpointRef, Entry, Journal, RunState
 from hf_spot.run.manifest import FileEntry, difference, files_in, missing_for_resume, needed_by
 from hf_spot.run.seal import key_from, seal, unseal
+from hf_spot.run.unchanged import Unchanged
 from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import leftovers, probe
 from hf_spot.storage.store import ObjectStore, Progress
@@ -99,6 +100,7 @@ class Run:
         self.journal = Journal(self.store, key=self._sealing)
         self._allow_unfenced_store = allow_unfenced_store
         self._workers = workers
+        self._unchanged = Unchanged()
 
     @property
     def url(self) -> str:
@@ -164,6 +166,7 @@ class Run:
         if folder.exists():
             problems = self.compare(checkpoint, folder, ranks=ranks)
             if not problems:
+                self._unchanged.note(checkpoint.ref.prefix, files)
                 return folder
             raise CorruptCheckpoint(
                 f"{folder} stands in the way and is not this checkpoint: {problems[0]}",
@@ -174,6 +177,7 @@ class Run:
         if missing and checkpoint.reason != "push":
             raise IncompleteCheckpoint(f"{checkpoint.name} of {self.url} lacks {', '.join(missing)}")
         transfer.download(self.store, checkpoint.ref.prefix, files, folder, workers=self._workers, progress=progress)
+        self._unchanged.note(checkpoint.ref.prefix, files)
         return folder
 
     def compare(self, checkpoint: Checkpoint, folder: Path, *, ranks: Collection[int] | None = None) -> list[str]:
@@ -236,7 +240,10 @@ class Run:
         """
         if request.parts == 1:
             _check_whole(request, files_in(folder), folder)
-        return transfer.upload(self.store, folder, self._prefix(request), workers=self._workers, progress=progress)
+        prefix = self._prefix(request)
+        files = transfer.upload(self.store, folder, prefix, unchanged=self._unchanged, workers=self._workers, progress=progress)
+        self._unchanged.note(prefix, files)
+        return files
 
     def hand_in(self, request: CommitRequest, files: list[FileEntry] | None) -> None:
         """Tells machine 0 that a part of a checkpoint is in place, or with None that it never will be."""
@@ -256,7 +263,7 @@ class Run:
                 return None
             if told["files"] is None:
                 raise IncompleteCheckpoint(f"checkpoint-{request.step}: machine {part} went on to a newer one")
-            found += [FileEntry(**file) for file in told["files"]]
+            found += [FileEntry.of(file) for file in told["files"]]
         return found
 
     def invite(self, invitation: dict[str, Any]) -> None:
@@ -371,7 +378,7 @@ class Run:
     def _from_entry(self, entry: Entry, ref: CheckpointRef) -> Checkpoint:
         details = dict(entry.data)
         try:
-            files = tuple(FileEntry(**file) for file in details.pop("files"))
+            files = tuple(FileEntry.of(file) for file in details.pop("files"))
             return Checkpoint(ref=ref, time=entry.time, reason=details["reason"], files=files, details=details)
         except (KeyError, TypeError) as error:
             raise CorruptCheckpoint(f"entry {entry.number} of {self.url} is no commit ({error})") from error

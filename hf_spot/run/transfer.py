@@ -1,7 +1,8 @@
-"""Moves a checkpoint's files between a folder and the store, several at a time, and binds them to their SHA-256."""
+"""Moves a checkpoint's files between a folder and the store, several at a time, and binds them to their digests."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -10,7 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from hf_spot.errors import CorruptCheckpoint, ObjectNotFound, SpotError
-from hf_spot.run.manifest import FileEntry, check_names, difference, files_in, sha256_of
+from hf_spot.run.manifest import FileEntry, check_names, difference, digest_of, files_in
+from hf_spot.run.unchanged import Standing, Unchanged
 from hf_spot.storage.store import ObjectStore, Progress
 from hf_spot.storage.threads import Workers
 
@@ -19,30 +21,57 @@ _SMALL_BYTES = 1 << 20  # up to here one plain read is cheaper than a transfer, 
 
 
 def upload(
-    store: ObjectStore, folder: Path, prefix: str, *, workers: int = 4, progress: Progress | None = None
+    store: ObjectStore,
+    folder: Path,
+    prefix: str,
+    *,
+    unchanged: Unchanged | None = None,
+    workers: int = 4,
+    progress: Progress | None = None,
 ) -> list[FileEntry]:
     """Puts every file of ``folder`` under ``prefix`` and returns the manifest that a commit needs.
 
-    Hashing and sending read the same cached pages at the same time. Memory does not grow with the files: at most
-    2 x ``workers`` x 4 MB (a block of each file that is hashed or copied), and for S3 16 connections x 1 MB (a piece of each
-    part that is being sent), because parts are read from the file as they go out.
+    A file that stands in the store already is copied there. Of others, hashing and sending read the same cached pages at the
+    same time. Memory does not grow with the files: at most 2 x ``workers`` x 4 MB (a block of each file that is hashed or
+    copied), and for S3 1 MB for each connection, because parts are read from the file as they go out.
 
     Raises:
         StoreError: from the store, for the first file that failed.
         SpotError: a file changed while it was read, so that checksum and upload could disagree.
     """
+    known = unchanged or Unchanged()
+
+    def put(name: str, path: Path) -> None:
+        store.put_file(f"{prefix}/{name}", path, progress)
+
+    def put_or_copy(name: str, path: Path, standing: Standing) -> str:
+        digest = digest_of(path)
+        with contextlib.suppress(ObjectNotFound):  # somebody has pruned it
+            if digest == standing.digest:
+                store.copy(standing.key, f"{prefix}/{name}")
+                if progress is not None:
+                    progress(path.stat().st_size)
+                return digest
+        put(name, path)
+        return digest
+
     with Workers(2 * workers, thread_name_prefix="hf_spot-upload") as pool:
-        jobs: list[tuple[str, os.stat_result, Future[str], Future[None]]] = []
+        jobs: list[tuple[str, os.stat_result, Future[str], Future[None] | None]] = []
         for name in files_in(folder):
             path = folder / name
             before = path.stat()
-            sent = pool.submit(store.put_file, f"{prefix}/{name}", path, progress)
-            jobs.append((name, before, pool.submit(sha256_of, path), sent))
+            standing = known.candidate(name, before.st_size)
+            if standing and standing.key != f"{prefix}/{name}":  # else a try before this one failed after it
+                jobs.append((name, before, pool.submit(put_or_copy, name, path, standing), None))
+            else:
+                sent = pool.submit(put, name, path)
+                jobs.append((name, before, pool.submit(digest_of, path), sent))
         try:
             entries = []
-            for name, before, digest, sent in jobs:
+            for name, before, digest, sending in jobs:
                 entries.append(FileEntry(name, before.st_size, digest.result()))
-                sent.result()
+                if sending is not None:
+                    sending.result()
                 after = (folder / name).stat()
                 if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                     raise SpotError(f"{folder / name} changed while it was uploaded; this checkpoint is not committed")

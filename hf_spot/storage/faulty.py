@@ -99,6 +99,12 @@ class FaultyStore:
         self.inner.get_file(key, path, self._watched(progress))
         after()
 
+    def copy(self, source: str, key: str) -> None:
+        """As the inner store, or a fault that names ``key``."""
+        after = self._enter("copy", key)
+        self.inner.copy(source, key)
+        after()
+
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
         """As the inner store, or a fault at the first step."""
         after = self._enter("list", prefix)

@@ -112,6 +112,22 @@ class LocalStore:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def copy(self, source: str, key: str) -> None:
+        """A second name for the same file, which takes no space: objects are replaced and deleted, never written into. A copy
+        where the filesystem has no hard links."""
+        origin, final = self._path(source), self._path(key)
+        with self._explained("read", origin):
+            os.stat(origin)
+        try:
+            with self._half_written("write", final) as (_, temporary), self._explained("write", final):
+                temporary.unlink()
+                os.link(origin, temporary)
+                self._into_place(lambda: os.replace(temporary, final), final)
+        except StoreError as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in (*_NO_LINKS, errno.EMLINK):
+                raise
+            self.put_file(key, origin)
+
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
         """Walks only what ``prefix`` and ``start_after`` leave over, one directory in memory at a time."""
         # Everything that matches lies under the last whole folder of the prefix: nothing else is walked.

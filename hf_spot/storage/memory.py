@@ -81,6 +81,10 @@ class MemoryStore:
                 if progress is not None:
                     progress(len(chunk))
 
+    def copy(self, source: str, key: str) -> None:
+        """Both keys hold the same bytes."""
+        self.put(key, self.get(source))
+
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
         """The keys of this moment, sorted."""
         check_prefix(prefix)

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from botocore import exceptions as aws
-from s3transfer.exceptions import RetriesExceededError
 from urllib3.exceptions import HTTPError
 
 from hf_spot.errors import (
@@ -35,7 +34,7 @@ from hf_spot.errors import (
     StoreUnavailable,
 )
 from hf_spot.storage.keys import check_key, check_prefix
-from hf_spot.storage.s3_connection import Connection, Watch, reads_small
+from hf_spot.storage.s3_connection import Connection, reads_small
 from hf_spot.storage.s3_settings import KMS_KEY_VARIABLE, OWNER_VARIABLE, encryption, owner, parse
 from hf_spot.storage.store import ObjectInfo, Progress
 
@@ -125,35 +124,20 @@ class S3Store:
     def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
         """One PutObject, or parts of 64 MB several at a time; a failed or cancelled upload leaves no parts behind."""
         target = self._target(key)
-        watch = Watch(progress)
         with self._explained("write", key):
-            connection = self._connection
-            extra = {**self._owner, **self._encryption, **connection.checksum}
-            future = connection.transfers.upload(
-                str(path), target["Bucket"], target["Key"], extra_args=extra, subscribers=[watch]
-            )
-            watch.outcome(future)
+            self._connection.transfers.upload(target, self._encryption, path, progress)
 
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
         """Parts of 64 MB several at a time, into a file beside ``path`` that is renamed when whole."""
         target = self._target(key)
-        watch = Watch(progress)
         with self._explained("read", key):
+            self._connection.transfers.download(target, path, progress)
 
-            def fetch() -> None:
-                future = self._connection.transfers.download(
-                    target["Bucket"], target["Key"], str(path), extra_args=dict(self._owner), subscribers=[watch]
-                )
-                watch.outcome(future)
-
-            try:
-                _again_if_broken(fetch)
-            except aws.ClientError as error:
-                if not _code(error).isdigit():
-                    raise
-                # The transfer begins with HEAD, whose errors are a bare status: ask again in a way that has an answer.
-                self._client.get_object(Range="bytes=0-0", **target)["Body"].close()
-                fetch()  # the answer may have been that the credentials had to be renewed
+    def copy(self, source: str, key: str) -> None:
+        """CopyObject, or UploadPartCopy for what is larger than that allows."""
+        origin, target = self._target(source), self._target(key)
+        with self._explained("read", source):
+            self._connection.transfers.copy(origin, target, self._encryption)
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
         """ListObjectsV2, a page of at most 1000 keys at a time."""
@@ -255,7 +239,7 @@ class S3Store:
             yield
         except aws.ClientError as error:
             raise self._explain_answer(doing, key, error) from error
-        except (aws.BotoCoreError, HTTPError, RetriesExceededError) as error:
+        except (aws.BotoCoreError, HTTPError) as error:
             raise self._explain_silence(doing, key, error) from error
         except RecursionError as error:
             # botocore asks where a redirecting bucket is, is redirected, asks where that is, and so on.
@@ -377,7 +361,6 @@ _NETWORK = (
     aws.IncompleteReadError,
     aws.ChecksumError,
     aws.FlexibleChecksumError,
-    RetriesExceededError,
     HTTPError,
 )
 # No timeouts: botocore has waited for those often enough.

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import re
 import threading
-from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
 import botocore.session
-from boto3.s3.transfer import TransferConfig
-from botocore import exceptions as aws
 from botocore.config import Config
 from botocore.utils import determine_content_length
-from s3transfer.futures import TransferFuture
-from s3transfer.manager import TransferManager
-from s3transfer.subscribers import BaseSubscriber
 
 from hf_spot.errors import ConfigError
-from hf_spot.storage.store import Progress
-from hf_spot.storage.threads import Workers
+from hf_spot.storage.s3_parts import Transfers
 
-_PART_BYTES = 64 << 20
-_CONNECTIONS = 16  # for all transfers of one store together; downloads buffer at most 100 MB
+# For all transfers of one store together. One connection to S3 carries less than 100 MB/s, and large machines have wide links.
+_CONNECTIONS = min(64, max(16, os.cpu_count() or 1))
 _TRIES = 5
 _SILENCE_S = 30.0  # without a byte: then a connection counts as dead
 # The first tries of a small request end sooner: most silences are one dead connection, and a commit has a deadline. Later
@@ -50,26 +43,17 @@ class Connection:
         self.client = _client(session, {})
         host = urlsplit(self.client.meta.endpoint_url).hostname or ""
         chosen = (core.get_scoped_config().get("s3") or {}).get("addressing_style")
-        if not chosen and not host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws")):
-            # Servers other than Amazon's seldom have a name per bucket in DNS.
-            self.client = _client(session, {"addressing_style": "path"})
-        # Raised before the retries see it: a cancelled upload would otherwise be tried five times.
-        self.client.meta.events.register_first("needs-retry.s3", _end_if_cancelled)
-        self.client.meta.events.register_first("needs-retry.s3", credentials.renew_if_refused)
-        self.client.meta.events.register("request-created.s3", _limit_silence)
-        self.client.meta.events.register_last("request-created.s3", credentials.note_signer)
-        config: Any = TransferConfig(
-            multipart_threshold=_PART_BYTES,
-            multipart_chunksize=_PART_BYTES,
-            max_concurrency=_CONNECTIONS,
-            io_chunksize=1 << 20,
-        )
-        # boto3 may choose another manager, which takes far more memory and keeps a process from ending.
-        threads: Any = Workers
-        self.transfers: Any = TransferManager(self.client, config, executor_cls=threads)
-        wanted = self.client.meta.config.request_checksum_calculation != "when_required"
-        fast = wanted and importlib.util.find_spec("awscrt") is not None
-        self.checksum = {"ChecksumAlgorithm": "CRC64NVME"} if fast else {}
+        # Servers other than Amazon's seldom have a name per bucket in DNS.
+        named = host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
+        style = {} if chosen or named else {"addressing_style": "path"}
+        if style:
+            self.client = _client(session, style)
+        bulk = _client(session, {**style, "payload_signing_enabled": False})
+        for client in (self.client, bulk):
+            client.meta.events.register_first("needs-retry.s3", credentials.renew_if_refused)
+            client.meta.events.register("request-created.s3", _limit_silence)
+            client.meta.events.register_last("request-created.s3", credentials.note_signer)
+        self.transfers = Transfers(self.client, bulk, connections=_CONNECTIONS)
 
 
 def _client(session: boto3.Session, s3: Any) -> Any:
@@ -128,41 +112,6 @@ class _Credentials:
                     return False
                 self._held = found
             return True
-
-
-class Watch(BaseSubscriber):
-    """Passes progress on, and turns its exception into a cancelled transfer."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self._error: BaseException | None = None
-
-    def on_progress(self, future: TransferFuture, bytes_transferred: int, **kwargs: Any) -> None:
-        """Called by s3transfer, from its threads."""
-        if self._progress is None or self._error is not None:
-            return
-        try:
-            self._progress(bytes_transferred)
-        except BaseException as error:
-            # Out of here it would count as a broken connection, and be retried.
-            self._error = error
-            future.cancel()
-
-    def outcome(self, future: TransferFuture) -> None:
-        """Waits for the end. Raises what `progress` raised, or what went wrong."""
-        try:
-            future.result()
-        finally:
-            if self._error is not None:
-                raise self._error
-
-
-def _end_if_cancelled(caught_exception: Exception | None = None, **kwargs: Any) -> None:
-    if not isinstance(caught_exception, aws.HTTPClientError):
-        return
-    # Reading the body raised it, because another part has failed or the whole was cancelled: no broken connection.
-    if isinstance(caught_exception.kwargs.get("error"), (CancelledError, aws.ClientError, aws.BotoCoreError)):
-        raise caught_exception
 
 
 def _limit_silence(request: Any, operation_name: str, **kwargs: Any) -> None:

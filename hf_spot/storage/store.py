@@ -1,4 +1,4 @@
-"""ObjectStore: what a run needs of a place that keeps files. The eight methods are the whole surface."""
+"""ObjectStore: what a run needs of a place that keeps files. The nine methods are the whole surface."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ObjectStore(Protocol):
 
     Every method may be called from several threads. Methods raise children of `hf_spot.errors.StoreError` and nothing
     else for trouble with the store: `StoreUnavailable` when the same call may work later, `ObjectNotFound`,
-    `AccessDenied`, `BucketNotFound`. `put`, `put_file`, `delete` are idempotent; `create` is not, and its answer can be
+    `AccessDenied`, `BucketNotFound`. `put`, `put_file`, `copy`, `delete` are idempotent; `create` is not, and its answer can be
     lost: callers read back.
     """
 
@@ -51,6 +51,10 @@ class ObjectStore(Protocol):
 
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
         """Downloads to ``path`` (its folder exists; an existing file is replaced). On error ``path`` may hold a part."""
+
+    def copy(self, source: str, key: str) -> None:
+        """Makes ``key`` hold what ``source`` holds, without moving it through this machine where the store can do that; durable
+        and whole when it returns. Raises ObjectNotFound."""
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
         """Objects whose key starts with ``prefix`` and sorts after ``start_after``, ascending by key, lazily paged."""

@@ -1,16 +1,20 @@
-"""An S3 server that throws away what it is given, so that a store's speed and disk limit nothing: ``python sink.py``.
+"""An S3 server that throws away what it is given, so that a store's speed and disk limit nothing: ``python sink.py [FOLDER]``.
 
-It keeps objects of up to a megabyte, which a journal needs, and of larger ones the size. It prints its endpoint and serves
-until its standard input ends.
+It keeps objects of up to a megabyte, which a journal needs. Larger ones it drops in the kernel, and sends back the file of
+their name in FOLDER, from the kernel too: what a client reaches against it is the client's own limit. It prints its endpoint
+and serves until its standard input ends.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlsplit
+from pathlib import Path, PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape, unescape
 
 _KEPT_BYTES = 1 << 20
@@ -22,8 +26,9 @@ class Sink(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
         self.lock = threading.Lock()
         self.objects: dict[str, bytes] = {}
         self.came_in_bytes = 0
@@ -85,11 +90,31 @@ class Handler(BaseHTTPRequestHandler):
             body = self.server.objects.get(path)
         if body is None:
             return self._answer(404, "<Error><Code>NoSuchKey</Code></Error>")
-        return self._answer(200, body)
+        if body or self.server.folder is None:
+            return self._answer(200, body)
+        return self._send_file(self.server.folder / PurePosixPath(path).name)
+
+    do_HEAD = do_GET
+
+    def _send_file(self, path: Path) -> None:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            first, last = (int(asked[1]), min(int(asked[2]), size - 1)) if asked else (0, size - 1)
+            self.send_response(206 if asked else 200)
+            self.send_header("ETag", '"1"')
+            self.send_header("Last-Modified", "Wed, 25 Nov 2026 00:00:00 GMT")
+            self.send_header("Accept-Ranges", "bytes")
+            if asked:
+                self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+            self.send_header("Content-Length", str(last - first + 1))
+            self.end_headers()
+            if self.command == "GET":
+                self.connection.sendfile(file, first, last - first + 1)
 
     def _asked(self) -> tuple[str, dict[str, list[str]]]:
         split = urlsplit(self.path)
-        return split.path, parse_qs(split.query, keep_blank_values=True)
+        return unquote(split.path), parse_qs(split.query, keep_blank_values=True)
 
     def _swallow(self) -> bytes:
         left = int(self.headers.get("Content-Length") or 0)
@@ -97,8 +122,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.came_in_bytes += left
         if left <= _KEPT_BYTES:
             return self.rfile.read(left)
+        left -= len(self.rfile.read1(min(left, _BLOCK_BYTES)))  # type: ignore[attr-defined]
         while left:
-            left -= self.rfile.readinto(self.block[:left])  # type: ignore[attr-defined]
+            left -= self.connection.recv_into(self.block, min(left, _BLOCK_BYTES), socket.MSG_TRUNC)
         return b""
 
     def _answer(self, status: int, content: str | bytes = b"") -> None:
@@ -114,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    sink = Sink()
+    sink = Sink(Path(sys.argv[1]) if sys.argv[1:] else None)
     threading.Thread(target=sink.serve_forever, daemon=True).start()
     print(f"http://127.0.0.1:{sink.server_port}", flush=True)
     sys.stdin.read()

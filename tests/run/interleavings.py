@@ -149,6 +149,9 @@ class Stepped:
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
         self._do(lambda: self._inner.get_file(key, path, progress), "get_file", key)
 
+    def copy(self, source: str, key: str) -> None:
+        self._do(lambda: self._inner.copy(source, key), "copy", key)
+
     def _do(self, act: Callable[[], Any], *wants: Any) -> Any:
         outcome = self._world.turn(*wants)
         answer: Any = None

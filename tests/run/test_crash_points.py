@@ -44,6 +44,9 @@ class Watched:
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
         self._at(lambda: self._inner.get_file(key, path, progress))
 
+    def copy(self, source: str, key: str) -> None:
+        self._at(lambda: self._inner.copy(source, key))
+
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
         return iter(self._at(lambda: [*self._inner.list(prefix, start_after)]))
 

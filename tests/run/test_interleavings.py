@@ -28,7 +28,7 @@ from hf_spot.storage.store import ObjectStore
 from tests.run.interleavings import Found, Stepped, SteppedLock, World, explore
 
 THEN = datetime(2026, 1, 1, tzinfo=timezone.utc)
-FILE = FileEntry("model.safetensors", 4, "0" * 64)
+FILE = FileEntry("model.safetensors", 4, "blake3:" + "0" * 64)
 
 
 class Told:

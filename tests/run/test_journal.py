@@ -24,7 +24,7 @@ def commit(step: int, **more: object) -> dict[str, object]:
         "stage": 1,
         "complete": False,
         "prefix": f"e0001/checkpoint-{step}",
-        "files": [{"path": "a", "size": 7, "sha256": "0" * 64}],
+        "files": [{"path": "a", "size": 7, "digest": "blake3:" + "0" * 64}],
         **more,
     }
 

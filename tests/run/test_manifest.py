@@ -1,19 +1,21 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
 from hf_spot.errors import CorruptCheckpoint
-from hf_spot.run.manifest import FileEntry, difference, files_in, missing_for_resume, needed_by, sha256_of
+from hf_spot.run.manifest import FileEntry, difference, digest_of, files_in, missing_for_resume, needed_by
 
+DIGEST = "blake3:" + "0" * 64
 WHOLE = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json"]
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x", "", ".", "a\\..\\x", "a//b", "./a", "a\0b", "a/."])
 def test_a_name_that_could_leave_the_folder_is_refused(path: str) -> None:
     with pytest.raises(CorruptCheckpoint):
-        FileEntry(path, 1, "0" * 64)
+        FileEntry(path, 1, DIGEST)
 
 
 @pytest.mark.parametrize("lost", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
@@ -53,7 +55,7 @@ def test_dot_files_count_and_leftovers_of_a_killed_save_do_not(tmp_path: Path) -
 def test_a_missing_short_or_changed_file_is_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"hello")
-    entry = FileEntry("a", 5, sha256_of(path))
+    entry = FileEntry("a", 5, digest_of(path))
     assert difference(tmp_path, entry) is None
     path.write_bytes(b"jello")
     assert "other contents" in (difference(tmp_path, entry) or "")
@@ -61,6 +63,21 @@ def test_a_missing_short_or_changed_file_is_told_apart(tmp_path: Path) -> None:
     assert "4 bytes, not 5" in (difference(tmp_path, entry) or "")
     path.unlink()
     assert "missing" in (difference(tmp_path, entry) or "")
+
+
+def test_a_digest_is_what_b3sum_prints_and_older_runs_are_read_by_theirs(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"")
+    # The first value of the specification's test vectors.
+    assert digest_of(path) == "blake3:af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
+    path.write_bytes(b"hello")
+    old = FileEntry.of({"path": "a", "size": 5, "sha256": hashlib.sha256(b"hello").hexdigest()})
+    assert difference(tmp_path, old) is None
+    path.write_bytes(b"jello")
+    assert "other contents" in (difference(tmp_path, old) or "")
+    for broken in ("md5:" + "0" * 64, "0" * 64, "blake3:xyz", None):
+        with pytest.raises(CorruptCheckpoint):
+            FileEntry.of({"path": "a", "size": 5, "digest": broken})
 
 
 def test_a_machine_needs_what_its_ranks_read_and_what_all_do() -> None:
@@ -72,5 +89,5 @@ def test_a_machine_needs_what_its_ranks_read_and_what_all_do() -> None:
     ]
     of_all = ["model.safetensors", "optimizer.pt", "pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__1_0.distcp"]
     names = [*of_all, *(name.format(rank) for name in of_one for rank in (0, 1, 12))]
-    needed = needed_by([FileEntry(name, 1, "0" * 64) for name in names], (1, 2))
+    needed = needed_by([FileEntry(name, 1, DIGEST) for name in names], (1, 2))
     assert [file.path for file in needed] == [*of_all, *(name.format(1) for name in of_one)]

@@ -192,7 +192,7 @@ def test_verify_names_the_damaged_file(run: Run, store: MemoryStore, make_checkp
 def test_a_manifest_that_points_outside_is_refused_before_anything_is_fetched(run: Run, tmp_path: Path) -> None:
     data = {
         "step": 5, "stage": 1, "reason": "schedule", "complete": False, "best_step": None, "world_size": 1,
-        "prefix": "e0001/checkpoint-5", "files": [{"path": "../../evil", "size": 1, "sha256": "0" * 64}],
+        "prefix": "e0001/checkpoint-5", "files": [{"path": "../../evil", "size": 1, "digest": "blake3:" + "0" * 64}],
     }  # fmt: skip
     run.journal.append("commit", data)
     with pytest.raises(CorruptCheckpoint, match="outside"):

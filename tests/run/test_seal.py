@@ -141,8 +141,8 @@ def test_what_a_machine_says_is_bound_to_the_place_it_was_meant_for(
     run = Run(store)
     run.claim()
     old, new = (CommitRequest(step=step, part=1, parts=2) for step in (5, 10))
-    run.hand_in(old, [FileEntry("optimizer.pt", 1, "0" * 64)])
-    assert run.other_parts(old) == [FileEntry("optimizer.pt", 1, "0" * 64)]
+    run.hand_in(old, [FileEntry("optimizer.pt", 1, "blake3:" + "0" * 64)])
+    assert run.other_parts(old) == [FileEntry("optimizer.pt", 1, "blake3:" + "0" * 64)]
     store.put("e0001/checkpoint-10/.parts/1.json", store.get("e0001/checkpoint-5/.parts/1.json"))
     with pytest.raises(CorruptCheckpoint):
         run.other_parts(new)
@@ -173,5 +173,5 @@ def test_a_key_that_can_be_guessed_is_refused(store: MemoryStore, monkeypatch: p
 @pytest.mark.parametrize("names", [("a", "a"), ("Model.bin", "model.bin"), ("a", "a/b"), ("A/b", "a")])
 def test_names_that_would_be_one_file_are_refused(names: tuple[str, ...]) -> None:
     with pytest.raises(CorruptCheckpoint, match="twice"):
-        check_names([FileEntry(name, 1, "0" * 64) for name in names])
-    check_names([FileEntry(name, 1, "0" * 64) for name in ("a", "b", "c/a", "c/b", ".metadata")])
+        check_names([FileEntry(name, 1, "blake3:" + "0" * 64) for name in names])
+    check_names([FileEntry(name, 1, "blake3:" + "0" * 64) for name in ("a", "b", "c/a", "c/b", ".metadata")])

@@ -240,6 +240,28 @@ def test_a_big_file_comes_back_and_progress_sums_to_its_size(store: ObjectStore,
     (tmp_path / "back").unlink()
 
 
+def test_a_copy_is_an_object_of_its_own(store: ObjectStore, tmp_path: Path, big_file: Path) -> None:
+    store.put_file("e0001/model", big_file)
+    store.put("e0002/model", b"is replaced")
+
+    store.copy("e0001/model", "e0002/model")
+    store.put("e0001/model", b"something else")
+    store.copy("e0002/model", "e0003/model")
+    store.delete(["e0001/model", "e0002/model"])
+
+    assert keys(store) == ["e0003/model"]
+    store.get_file("e0003/model", tmp_path / "back")
+    assert digest(tmp_path / "back") == digest(big_file)
+    (tmp_path / "back").unlink()
+
+
+def test_what_is_not_there_cant_be_copied(store: ObjectStore) -> None:
+    with pytest.raises(ObjectNotFound, match="absent"):
+        store.copy("e0001/absent", "e0002/model")
+
+    assert keys(store) == []
+
+
 class Cancelled(Exception):
     """What a caller raises in `progress`."""
 

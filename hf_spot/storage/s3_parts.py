@@ -1,0 +1,384 @@
+"""Moves files to and from S3 in parts, several at a time, each straight between the file and its connection.
+
+botocore's own transfers read a file in blocks of 16 kB, and copy what comes in four times. Here a block is 1 MB, read from its
+place in the file when the connection can take it and written to its place when it comes, so that a transfer holds one block for
+each connection, whatever the size of the file.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import importlib.util
+import os
+import re
+import threading
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from pathlib import Path
+from typing import Any
+
+from botocore import exceptions as aws
+
+from hf_spot.errors import SpotError
+from hf_spot.storage.store import Progress
+from hf_spot.storage.threads import Workers
+
+PART_BYTES = 64 << 20
+_BLOCK_BYTES = 1 << 20
+_MOST_PARTS = 10_000  # S3's limit
+_MOST_COPIED_BYTES = 5 << 30  # by one request: S3's limit
+_COPIED_PART_BYTES = 1 << 30
+_READS = 5  # of a part whose answer breaks off again and again without a byte in between
+# No timeouts: botocore has waited for those often enough.
+_BROKEN = (aws.IncompleteReadError, aws.ResponseStreamingError)
+_CONTENT_RANGE = re.compile(r"bytes \d+-\d+/(\d+)")
+
+
+class Stopped(Exception):
+    """Ends one part, because another one has failed or the whole was cancelled."""
+
+
+class Transfers:
+    """What moves files for one process.
+
+    Args:
+        client: boto3's.
+        bulk: a client for the bytes of parts. Their signature need not cover them, even where no TLS does: the journal binds a
+            file to its digest, and a second hash would cost more than the transfer.
+        connections: parts moved at the same time, of all files together.
+    """
+
+    def __init__(self, client: Any, bulk: Any, *, connections: int) -> None:
+        self._client = client
+        self._bulk = bulk
+        self._workers = Workers(connections, "hf_spot-part")
+        bulk.meta.events.register("before-send.s3", _send_in_blocks)
+        # Raised before the retries see it: a cancelled part would otherwise be tried five times.
+        bulk.meta.events.register_first("needs-retry.s3", _end_if_stopped)
+        wanted = client.meta.config.request_checksum_calculation != "when_required"
+        self._checksum = _checksum() if wanted else None
+
+    def upload(self, target: dict[str, str], extra: dict[str, str], path: Path, progress: Progress | None) -> None:
+        """One PutObject, or the parts of a multipart upload, which is aborted when one of them fails.
+
+        Args:
+            target: bucket, key and owner, for every request.
+            extra: for the request that makes the object.
+            path: of the file.
+            progress: see `Progress`.
+
+        Raises:
+            OSError: the file can't be read.
+            SpotError: the file became shorter.
+        """
+        job = _Job(progress)
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= PART_BYTES:
+                with job.first_trouble():
+                    piece = _Piece(job, file.fileno(), 0, size)
+                    self._bulk.put_object(Body=piece, **target, **extra, **self._sums(piece))
+                return
+            part_bytes = max(PART_BYTES, -(-size // _MOST_PARTS // _BLOCK_BYTES) * _BLOCK_BYTES)
+
+            def send(upload: dict[str, Any], first: int, end: int) -> dict[str, Any]:
+                piece = _Piece(job, file.fileno(), first, end - first)
+                sums = self._sums(piece)
+                return {"ETag": self._bulk.upload_part(Body=piece, **upload, **target, **sums)["ETag"], **sums}
+
+            self._in_parts(job, send, range(0, size, part_bytes), size, target, {**extra, **self._about_sums})
+
+    def download(self, target: dict[str, str], path: Path, progress: Progress | None) -> None:
+        """GetObject in ranges, into a file beside ``path`` that is renamed when whole.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        job = _Job(progress)
+        beside = path.with_name(f".hf_spot-{uuid.uuid4().hex}")
+        try:
+            with beside.open("xb", buffering=0) as file, job.first_trouble():
+                begin = self._begin(target)
+                total = _CONTENT_RANGE.fullmatch(begin.get("ContentRange", ""))
+                size = int(total[1]) if total else int(begin["ContentLength"])
+                os.ftruncate(file.fileno(), size)
+                same = {"IfMatch": begin["ETag"]} if "ETag" in begin else {}
+
+                def fetch(first: int) -> None:
+                    self._fetch({**target, **same}, job, file.fileno(), first, min(first + PART_BYTES, size), None)
+
+                # A server that knows no ranges sends everything, and then nothing is left to ask for.
+                end = PART_BYTES if total else size
+                rest = [self._workers.submit(job.doing, fetch, first) for first in range(end, size, PART_BYTES)]
+                with job.ending(rest):
+                    self._fetch({**target, **same}, job, file.fileno(), 0, min(end, size), begin["Body"])
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def copy(self, source: dict[str, str], target: dict[str, str], extra: dict[str, str]) -> None:
+        """CopyObject; UploadPartCopy in parts for an object that is too large for it.
+
+        Args:
+            source: bucket, key and owner of what is copied.
+            target: likewise of the copy.
+            extra: for the request that makes the object.
+        """
+        origin: dict[str, Any] = {"CopySource": {"Bucket": source["Bucket"], "Key": source["Key"]}}
+        if owner := source.get("ExpectedBucketOwner"):
+            origin["ExpectedSourceBucketOwner"] = owner
+        size = self._client.head_object(**source)["ContentLength"]
+        if size <= _MOST_COPIED_BYTES:
+            self._client.copy_object(**origin, **target, **extra)
+            return
+
+        def send(upload: dict[str, Any], first: int, end: int) -> dict[str, Any]:
+            where = f"bytes={first}-{end - 1}"
+            made = self._client.upload_part_copy(CopySourceRange=where, **origin, **upload, **target)["CopyPartResult"]
+            return {name: value for name, value in made.items() if name != "LastModified"}
+
+        self._in_parts(_Job(None), send, range(0, size, _COPIED_PART_BYTES), size, target, {**extra, **self._about_sums})
+
+    def _in_parts(
+        self,
+        job: _Job,
+        send: Callable[[dict[str, Any], int, int], dict[str, Any]],
+        firsts: range,
+        size: int,
+        target: dict[str, str],
+        extra: dict[str, str],
+    ) -> None:
+        """A multipart upload, from its begin to its completion, or to its abortion when a part fails."""
+        upload_id = self._client.create_multipart_upload(**target, **extra)["UploadId"]
+
+        def part(first: int) -> dict[str, Any]:
+            number = first // firsts.step + 1
+            end = min(first + firsts.step, size)
+            return {"PartNumber": number, **send({"UploadId": upload_id, "PartNumber": number}, first, end)}
+
+        try:
+            with job.first_trouble():
+                futures = [self._workers.submit(job.doing, part, first) for first in firsts]
+                with job.ending(futures):
+                    parts = [future.result() for future in futures]
+                self._client.complete_multipart_upload(UploadId=upload_id, MultipartUpload={"Parts": parts}, **target)
+        except BaseException:
+            # What can't be aborted now is aborted by the next launch.
+            with contextlib.suppress(aws.ClientError, aws.BotoCoreError):
+                self._client.abort_multipart_upload(UploadId=upload_id, **target)
+            raise
+
+    def _begin(self, target: dict[str, str]) -> Any:
+        try:
+            return self._bulk.get_object(Range=f"bytes=0-{PART_BYTES - 1}", **target)
+        except aws.ClientError as error:
+            if error.response.get("Error", {}).get("Code") not in ("InvalidRange", "416"):
+                raise
+            return self._bulk.get_object(**target)  # nothing can be a range of an empty object
+
+    def _fetch(self, target: dict[str, str], job: _Job, handle: int, at: int, end: int, body: Any) -> None:
+        """Bytes ``at`` to ``end`` to their place in the file; an answer that breaks off is asked for again from there on."""
+        tries = 0
+        while True:
+            try:
+                if body is None:
+                    body = self._bulk.get_object(Range=f"bytes={at}-{end - 1}", **target)["Body"]
+                with contextlib.closing(body):
+                    while at < end:
+                        block = body.read(min(_BLOCK_BYTES, end - at))
+                        if not block:
+                            raise aws.IncompleteReadError(actual_bytes=at, expected_bytes=end)
+                        job.may_go_on()
+                        _write(handle, block, at)
+                        at, tries = at + len(block), 0
+                        job.moved(len(block))
+                return
+            except _BROKEN:
+                tries += 1
+                if tries == _READS:
+                    raise
+                body = None
+
+    @property
+    def _about_sums(self) -> dict[str, str]:
+        return {"ChecksumAlgorithm": self._checksum[0], "ChecksumType": self._checksum[2]} if self._checksum else {}
+
+    def _sums(self, piece: _Piece) -> dict[str, str]:
+        if self._checksum is None:
+            return {}
+        name, of, _ = self._checksum
+        return {f"Checksum{name}": base64.b64encode(of(piece)).decode()}
+
+
+class _Job:
+    """One transfer: its progress, and the first thing that went wrong in any of its parts."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._trouble: BaseException | None = None
+
+    def may_go_on(self) -> None:
+        """Raises Stopped once something went wrong."""
+        if self._trouble is not None:
+            raise Stopped
+
+    def fail(self, error: BaseException) -> None:
+        """Takes note of it; only the first counts."""
+        with self._lock:
+            self._trouble = self._trouble or error
+
+    def moved(self, count: int) -> None:
+        """Tells the progress. What it raises ends the transfer, and is not told to anybody else on the way."""
+        if self._progress is None:
+            return
+        with self._lock:
+            if self._trouble is None:
+                try:
+                    self._progress(count)
+                    return
+                except BaseException as error:
+                    self._trouble = error
+        raise Stopped
+
+    def doing(self, act: Callable[[int], Any], item: int) -> Any:
+        """Acts, unless something went wrong elsewhere; notes what goes wrong here."""
+        self.may_go_on()
+        try:
+            return act(item)
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    @contextlib.contextmanager
+    def ending(self, futures: list[Future[Any]]) -> Iterator[None]:
+        """Leaves no part at work: the file is about to be closed."""
+        try:
+            yield
+            wait(futures, return_when=FIRST_EXCEPTION)
+            for future in futures:
+                future.result()
+        except BaseException as error:
+            self.fail(error)
+            for future in futures:
+                future.cancel()
+            wait(futures)
+            raise
+
+    @contextlib.contextmanager
+    def first_trouble(self) -> Iterator[None]:
+        """Raises what went wrong first, instead of what followed from it."""
+        try:
+            yield
+        except BaseException as error:
+            if self._trouble is not None and self._trouble is not error:
+                raise self._trouble from None
+            raise
+
+
+class _Piece:
+    """A part of an open file, as botocore wants a body to be. It reads with ``pread``: parts share the file's handle."""
+
+    def __init__(self, job: _Job, handle: int, first: int, size: int) -> None:
+        self._job = job
+        self._handle = handle
+        self._first = first
+        self._size = size
+        self._at = 0
+        self._told = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, count: int = -1) -> bytes:
+        """As a file does."""
+        count = self._size - self._at if count is None or count < 0 else min(count, self._size - self._at)
+        block = os.pread(self._handle, count, self._first + self._at)
+        self._at += len(block)
+        return block
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As a file does."""
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """As a file does."""
+        return self._at
+
+    def blocks(self) -> Iterator[memoryview]:
+        """All of it, in pieces of one buffer: each is gone when the next is asked for. Raises SpotError."""
+        buffer = memoryview(bytearray(min(_BLOCK_BYTES, self._size)))
+        at = 0
+        while at < self._size:
+            got = os.preadv(self._handle, [buffer[: self._size - at]], self._first + at)
+            if not got:
+                raise SpotError("a file became shorter while it was uploaded; this checkpoint is not committed")
+            yield buffer[:got]
+            at += got
+
+    def __iter__(self) -> Iterator[memoryview]:
+        """The blocks, as they are sent; a part that is sent again takes back what it has told of its progress."""
+        try:
+            if self._told:
+                self._job.moved(-self._told)
+                self._told = 0
+            for block in self.blocks():
+                self._job.may_go_on()
+                yield block
+                self._told += len(block)
+                self._job.moved(len(block))
+        except (OSError, SpotError) as error:
+            # Out of here it would count as a broken connection, and be retried.
+            self._job.fail(error)
+            raise Stopped from error
+
+
+class _Blocks:
+    """A `_Piece` that doesn't look like a file, which would be read in blocks of 16 kB."""
+
+    def __init__(self, piece: _Piece) -> None:
+        self._piece = piece
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return iter(self._piece)
+
+    def seek(self, offset: int) -> None:
+        """Called by botocore before it sends the body again; each iteration begins at the beginning."""
+
+
+def _send_in_blocks(request: Any, **kwargs: Any) -> None:
+    """Called by botocore with a request that is ready and signed."""
+    if isinstance(request.body, _Piece):
+        request.body = _Blocks(request.body)
+
+
+def _end_if_stopped(caught_exception: Exception | None = None, **kwargs: Any) -> None:
+    if isinstance(caught_exception, aws.HTTPClientError) and isinstance(caught_exception.kwargs.get("error"), Stopped):
+        raise caught_exception
+
+
+def _checksum() -> tuple[str, Callable[[_Piece], bytes], str]:
+    """What S3 compares an upload with: its name, how to get it, and what it is of. CRC-64/NVME is the fastest one by far."""
+    if importlib.util.find_spec("awscrt") is not None:
+        from awscrt.checksums import crc64nvme
+
+        return "CRC64NVME", lambda piece: _folded(crc64nvme, piece).to_bytes(8, "big"), "FULL_OBJECT"
+    return "CRC32", lambda piece: _folded(zlib.crc32, piece).to_bytes(4, "big"), "COMPOSITE"
+
+
+def _folded(step: Callable[[Any, int], int], piece: _Piece) -> int:
+    value = 0
+    for block in piece.blocks():
+        value = step(block, value)
+    return value
+
+
+def _write(handle: int, block: bytes, at: int) -> None:
+    rest = memoryview(block)
+    while rest:
+        written = os.pwrite(handle, rest, at)
+        rest, at = rest[written:], at + written
