@@ -33,6 +33,19 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @dataclass(frozen=True)
+class Restore:
+    """What the launcher has fetched before anybody asked.
+
+    Args:
+        entry: number of the commit; None while it is under way.
+        folder: where it stands, verified; None when it could not be fetched.
+    """
+
+    entry: int | None = None
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
 class Runtime:
     """One launch, as its workers see it.
 
@@ -104,6 +117,10 @@ class Runtime:
         return self.directory / "reserve"
 
     @property
+    def _restore_path(self) -> Path:
+        return self.directory / "restore.json"
+
+    @property
     def _exit_code_path(self) -> Path:
         return self.directory / "exit_code"
 
@@ -131,6 +148,25 @@ class Runtime:
             return int(self._exit_code_path.read_text())
         except (FileNotFoundError, ValueError):
             return None
+
+    def expect_restore(self) -> None:
+        """A checkpoint is about to be fetched: whoever wants one waits for `tell_restore`."""
+        self._restore_path.touch()
+
+    def tell_restore(self, entry: int, folder: Path | None) -> None:
+        """The download has ended, with ``folder`` or without."""
+        write_atomically(self._restore_path, json.dumps([entry, folder and str(folder)]))
+
+    def read_restore(self) -> Restore | None:
+        """What is being fetched or has been; None when nothing is."""
+        try:
+            text = self._restore_path.read_text()
+        except FileNotFoundError:
+            return None
+        if not text:
+            return Restore()
+        entry, folder = json.loads(text)
+        return Restore(entry, None if folder is None else Path(folder))
 
     def write_notice(self, notice: PreemptionNotice) -> None:
         """Replaces what was heard before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from hf_spot.errors import (
     StoreError,
     StoreUnavailable,
 )
+from hf_spot.launch.ahead import Ahead
 from hf_spot.launch.command import Command, parse
 from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.process import ProcessTree
@@ -214,11 +216,13 @@ class Supervisor:
             self._runtime = runtime
             if self._heard.is_set() and self._notice is not None:
                 runtime.write_notice(self._notice)
-            tree = ProcessTree(self._command.argv, {**self._command.environ, **runtime.to_environ()})
-            try:
+            with contextlib.ExitStack() as stack:
+                if self._machines.count == 1:
+                    ahead = Ahead(self._run, runtime, lambda: not self._heard.is_set())
+                    stack.callback(ahead.close)
+                tree = ProcessTree(self._command.argv, {**self._command.environ, **runtime.to_environ()})
+                stack.callback(tree.end)
                 code = self._wait(tree, runtime)
-            finally:
-                tree.end()
             return self._conclude(runtime, runtime.read_exit_code() or code)
         finally:
             self._runtime = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
@@ -11,6 +13,7 @@ from pathlib import Path
 from hf_spot.errors import CorruptCheckpoint, IncompleteCheckpoint, ObjectNotFound
 from hf_spot.run.journal import CheckpointRef
 from hf_spot.run.run import Checkpoint, Run
+from hf_spot.runtime import Runtime
 from hf_spot.storage.store import Progress
 
 log = logging.getLogger("hf_spot")
@@ -75,6 +78,26 @@ def bring(
     if folder.exists() and (problems := run.compare(checkpoint, folder, ranks=ranks)):
         set_aside(folder, problems[0])
     return checkpoint, run.fetch(checkpoint, output_dir, ranks=ranks, progress=progress(ref.size_bytes))
+
+
+def take(runtime: Runtime, entry: int, into: Path, wait: Callable[[], None]) -> None:
+    """Moves what the launcher has fetched to its place in ``into``, if it is that entry's.
+
+    Args:
+        runtime: of the launch.
+        entry: number of the commit that is wanted.
+        into: folder that gets ``checkpoint-<step>``.
+        wait: called between looks while the download is under way; what it raises ends the wait.
+    """
+    while (told := runtime.read_restore()) is not None:
+        if told.entry is None:
+            wait()
+            continue
+        if told.entry == entry and told.folder is not None and not (into / told.folder.name).exists():
+            into.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):  # another disk, or no longer there
+                os.rename(told.folder, into / told.folder.name)
+        return
 
 
 def set_aside(folder: Path, why: str) -> Path:

@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 from hf_spot.errors import CorruptCheckpoint, ObjectNotFound, SpotError
@@ -118,7 +118,7 @@ def download(
                     return
             raise CorruptCheckpoint(f"{store.url}/{prefix}: {problem}")
 
-        with ThreadPoolExecutor(workers, thread_name_prefix="hf_spot-restore") as pool:
+        with Workers(workers, thread_name_prefix="hf_spot-restore") as pool:
             jobs = [pool.submit(fetch, entry) for entry in files]
             try:
                 for job in jobs:

@@ -184,6 +184,7 @@ class SpotCallback(TrainerCallback):
             details={
                 "evaluation_pending": self._evaluation_pending(args, state),
                 "max_steps": state.max_steps,
+                "output_dir": str(self._session.output_dir),
                 "epoch_of_data": state.epoch,
                 "counters": counters(self._session.trainer),
                 **to_details(batches(self._session.trainer)),

@@ -27,7 +27,7 @@ from hf_spot.policy.preemption import Action, Decision, Measured, decide, gives_
 from hf_spot.policy.restarts import patience_s
 from hf_spot.run.journal import CheckpointRef
 from hf_spot.run.progress import bar
-from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, set_aside_uncommitted, sweep
+from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, set_aside_uncommitted, sweep, take
 from hf_spot.run.run import Checkpoint, CommitRequest, Run
 from hf_spot.run.upload import Uploader
 from hf_spot.runtime import Runtime, StepCounter
@@ -54,6 +54,7 @@ class _Going(Exception):
 
 _NEVER = 1e18  # seconds, for a notice that names no deadline
 _LAST_WORD_S = 5.0
+_LOOK_S = 0.02
 
 # Trainings that this process has finished, by run. A script that trains twice has two stages: after a preemption in the
 # second, the first must end at once with its own last checkpoint, and the second go on from its own.
@@ -230,9 +231,18 @@ class Session:
         args = self.trainer.args
         ranks = None if self.disk.count == 1 else self.disk.ranks
         progress = partial(self._watched_bar, label)
-        return self._on_each_disk(
-            lambda: bring(self.run, ref, self.output_dir, ranks=ranks, world_size=args.world_size, progress=progress)
-        )
+
+        def act() -> tuple[Checkpoint, Path]:
+            if self._runtime is not None:
+                take(self._runtime, ref.entry, self.output_dir, self._wait_for_launcher)
+            return bring(self.run, ref, self.output_dir, ranks=ranks, world_size=args.world_size, progress=progress)
+
+        return self._on_each_disk(act)
+
+    def _wait_for_launcher(self) -> None:
+        if self._hear_end() is not None:
+            raise _Going
+        time.sleep(_LOOK_S)
 
     def _watched_bar(self, label: str, size_bytes: int) -> Progress:
         """A bar for a restore that ends when the machine goes: nobody would train with it."""

@@ -1,0 +1,158 @@
+"""The launcher fetches a checkpoint while the training process still starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hf_spot.arguments import SpotArguments
+from hf_spot.launch.ahead import Ahead
+from hf_spot.run.restore import take
+from hf_spot.run.run import CommitRequest, Run
+from hf_spot.runtime import Restore, Runtime
+from tests.launch.conftest import Launcher
+from tests.waiting import wait_for
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def run(tmp_path: Path, make_checkpoint: Make) -> Run:
+    """Two commits of a training whose output_dir is ``other/out``, which is not there any more."""
+    run = Run(tmp_path / "store")
+    run.claim()
+    for step in (1, 2):
+        request = CommitRequest(step=step, details={"output_dir": str(tmp_path / "other" / "out")})
+        run.commit(request, run.upload(make_checkpoint(step), request))
+    return run
+
+
+@pytest.fixture
+def runtime(run: Run, tmp_path: Path) -> Runtime:
+    (tmp_path / "runtime").mkdir()
+    return Runtime(run.url, run.epoch, tmp_path / "runtime", SpotArguments())
+
+
+def fetched(run: Run, runtime: Runtime, needed: Callable[[], bool] = lambda: True) -> tuple[Ahead, Restore]:
+    ahead = Ahead(run, runtime, needed)
+    wait_for(lambda: (told := runtime.read_restore()) is not None and told.entry is not None, "for the launcher")
+    told = runtime.read_restore()
+    assert told is not None
+    return ahead, told
+
+
+def never() -> None:
+    raise AssertionError("nothing is under way")
+
+
+def test_the_newest_checkpoint_is_fetched_to_the_disk_of_its_output_dir_and_moved_where_it_is_wanted(
+    run: Run, runtime: Runtime, tmp_path: Path
+) -> None:
+    assert runtime.read_restore() is None
+    ahead, told = fetched(run, runtime)
+    newest = run.find()
+    assert told.entry == newest.ref.entry
+    assert told.folder is not None and told.folder.parent.parent == tmp_path, "the nearest folder that is there"
+    assert not (tmp_path / "other").exists(), "a script may look whether its output_dir is there"
+
+    out = tmp_path / "elsewhere" / "out"
+    take(runtime, told.entry, out, never)
+    assert run.compare(newest, out / "checkpoint-2") == []
+    take(runtime, told.entry, out, never)
+    ahead.close()
+    assert [*tmp_path.glob(".hf_spot*")] == []
+
+
+def test_another_commit_than_the_one_that_is_wanted_is_left_where_it_is_and_goes_with_the_launch(
+    run: Run, runtime: Runtime, tmp_path: Path
+) -> None:
+    ahead, told = fetched(run, runtime)
+    take(runtime, run.find(1).ref.entry, tmp_path / "out-2", never)
+    assert not (tmp_path / "out-2").exists()
+    ahead.close()
+    assert told.folder is not None and not told.folder.exists()
+
+
+def test_a_checkpoint_that_is_there_already_is_not_fetched(run: Run, runtime: Runtime, tmp_path: Path) -> None:
+    (tmp_path / "other" / "out" / "checkpoint-2").mkdir(parents=True)
+    ahead, told = fetched(run, runtime)
+    assert told.folder is None
+    ahead.close()
+
+
+def test_a_damaged_one_is_left_to_the_training_process_which_knows_what_to_do(
+    run: Run, runtime: Runtime, tmp_path: Path
+) -> None:
+    (tmp_path / "store" / run.find().ref.prefix / "optimizer.pt").write_bytes(b"x")
+    ahead, told = fetched(run, runtime)
+    assert told.folder is None
+    take(runtime, run.find().ref.entry, tmp_path / "out-2", never)
+    assert not (tmp_path / "out-2").exists()
+    ahead.close()
+
+
+def test_nothing_is_fetched_for_a_machine_that_is_going(run: Run, runtime: Runtime) -> None:
+    ahead, told = fetched(run, runtime, lambda: False)
+    assert told.folder is None
+    ahead.close()
+
+
+def test_a_run_without_commits_has_nothing_to_wait_for(runtime: Runtime, tmp_path: Path) -> None:
+    fresh = Run(tmp_path / "fresh")
+    fresh.claim()
+    Ahead(fresh, runtime, lambda: True).close()
+    take(runtime, 1, tmp_path / "out-2", never)
+
+
+def test_who_wants_it_waits_while_it_is_under_way_and_may_leave(runtime: Runtime, tmp_path: Path) -> None:
+    class Going(Exception):
+        pass
+
+    def leave() -> None:
+        raise Going
+
+    runtime.expect_restore()
+    with pytest.raises(Going):
+        take(runtime, 1, tmp_path / "out-2", leave)
+    waits = threading.Event()
+    asker = threading.Thread(target=take, args=(runtime, 1, tmp_path / "out-2", waits.set))
+    asker.start()
+    assert waits.wait(60)
+    runtime.tell_restore(1, None)
+    asker.join(60)
+    assert not asker.is_alive()
+
+
+def test_a_launch_has_fetched_it_before_a_script_that_imports_for_long_asks(
+    launcher: Launcher, run: Run, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+        import json, os, time
+        from pathlib import Path
+        from hf_spot.run.restore import take
+        from hf_spot.runtime import Runtime
+        runtime = Runtime.from_environ(os.environ)
+        while runtime.read_restore().entry is None:
+            time.sleep(0.01)
+        told = runtime.read_restore()
+        take(runtime, told.entry, Path("here"), lambda: None)
+        Path("told.json").write_text(json.dumps([told.entry, sorted(os.listdir("here/checkpoint-2"))]))
+        raise SystemExit(7)
+        """)
+    )
+    newest = run.find()
+    launch = launcher.start(run.url, [script], options=["--max-restarts", "0"])
+    assert launch.wait() == 7, launch.text()
+    entry, names = json.loads((tmp_path / "told.json").read_text())
+    assert entry == newest.ref.entry
+    assert "optimizer.pt" in names
+    assert [*tmp_path.glob(".hf_spot*")] == []
+    shutil.rmtree(tmp_path / "here")
