@@ -29,8 +29,8 @@ from hf_spot.storage.threads import Workers
 PART_BYTES = 64 << 20
 _BLOCK_BYTES = 1 << 20
 _MOST_PARTS = 10_000  # S3's limit
-_MOST_COPIED_BYTES = 5 << 30  # by one request: S3's limit
-_COPIED_PART_BYTES = 1 << 30
+_MOST_COPIED_BYTES = 1 << 30  # by one request; S3 allows five times as much, but copies parts side by side
+_COPIED_PART_BYTES = 512 << 20
 _READS = 5  # of a part whose answer breaks off again and again without a byte in between
 # No timeouts: botocore has waited for those often enough.
 _BROKEN = (aws.IncompleteReadError, aws.ResponseStreamingError)

@@ -79,14 +79,19 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, query = self._asked()
         with self.server.lock:
-            if "list-type" in query:
+            if "uploads" in query:
+                return self._answer(200, "<ListMultipartUploadsResult/>")
+            if "prefix" in query:
                 bucket, prefix, after = path.rstrip("/"), query.get("prefix", [""])[0], query.get("start-after", [""])[0]
                 names = sorted(name.removeprefix(f"{bucket}/") for name in self.server.objects)
                 found = [name for name in names if name.startswith(prefix) and name > after]
-                listed = "".join(f"<Contents><Key>{escape(name)}</Key><Size>0</Size></Contents>" for name in found)
+                sizes = [self._size(f"{bucket}/{name}") for name in found]
+                listed = "".join(
+                    f"<Contents><Key>{escape(name)}</Key><Size>{size}</Size><ETag>&quot;1&quot;</ETag>"
+                    f"<LastModified>2026-11-25T00:00:00Z</LastModified></Contents>"
+                    for name, size in zip(found, sizes, strict=True)
+                )
                 return self._answer(200, f"<ListBucketResult>{listed}</ListBucketResult>")
-            if "uploads" in query:
-                return self._answer(200, "<ListMultipartUploadsResult/>")
             body = self.server.objects.get(path)
         if body is None:
             return self._answer(404, "<Error><Code>NoSuchKey</Code></Error>")
@@ -96,11 +101,17 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def _size(self, path: str) -> int:
+        body = self.server.objects[path]
+        if body or self.server.folder is None:
+            return len(body)
+        return (self.server.folder / PurePosixPath(path).name).stat().st_size
+
     def _send_file(self, path: Path) -> None:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-            first, last = (int(asked[1]), min(int(asked[2]), size - 1)) if asked else (0, size - 1)
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            first, last = (int(asked[1]), min(int(asked[2] or size), size - 1)) if asked else (0, size - 1)
             self.send_response(206 if asked else 200)
             self.send_header("ETag", '"1"')
             self.send_header("Last-Modified", "Wed, 25 Nov 2026 00:00:00 GMT")
@@ -131,9 +142,11 @@ class Handler(BaseHTTPRequestHandler):
         data = content.encode() if isinstance(content, str) else content
         self.send_response(status)
         self.send_header("ETag", '"1"')
+        self.send_header("Last-Modified", "Wed, 25 Nov 2026 00:00:00 GMT")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def log_message(self, format: str, *args: object) -> None:
         """There are too many of them."""
