@@ -24,10 +24,12 @@ from hf_spot.run.unchanged import Unchanged
 from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import leftovers, probe
 from hf_spot.storage.store import ObjectStore, Progress
+from hf_spot.storage.threads import Workers
 
 log = logging.getLogger("hf_spot")
 
 _PARTS = ".parts"
+_ASKED_AT_ONCE = 16  # machines, for their parts of a checkpoint
 _EPOCH_FOLDER = re.compile(r"^e(\d{4,})/")
 
 
@@ -256,9 +258,14 @@ class Run:
         Raises:
             IncompleteCheckpoint: a machine has given its part up.
         """
+        keys = [self._part_key(request, part) for part in range(1, request.parts)]
+        there = {info.key for info in self.store.list(f"{self._prefix(request)}/{_PARTS}/")} if keys else set()
+        if not there.issuperset(keys):
+            return None
+        with Workers(min(len(keys), _ASKED_AT_ONCE) or 1, "hf_spot-parts") as pool:
+            all_told = list(pool.map(self._heard, keys))
         found: list[FileEntry] = []
-        for part in range(1, request.parts):
-            told = self._heard(self._part_key(request, part))
+        for part, told in enumerate(all_told, 1):
             if told is None:
                 return None
             if told["files"] is None:
