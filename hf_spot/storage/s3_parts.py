@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import importlib.util
 import os
 import re
@@ -181,16 +182,15 @@ class Transfers:
 
     def _fetch(self, target: dict[str, str], job: _Job, handle: int, at: int, end: int, body: Any) -> None:
         """Bytes ``at`` to ``end`` to their place in the file; an answer that breaks off is asked for again from there on."""
+        buffer = memoryview(bytearray(min(_BLOCK_BYTES, end - at)))
         tries = 0
         while True:
             try:
                 if body is None:
                     body = self._bulk.get_object(Range=f"bytes={at}-{end - 1}", **target)["Body"]
-                with contextlib.closing(body):
+                with contextlib.closing(_Answer(body)) as answer:
                     while at < end:
-                        block = body.read(min(_BLOCK_BYTES, end - at))
-                        if not block:
-                            raise aws.IncompleteReadError(actual_bytes=at, expected_bytes=end)
+                        block = answer.read_into(buffer[: end - at])
                         job.may_go_on()
                         _write(handle, block, at)
                         at, tries = at + len(block), 0
@@ -277,6 +277,35 @@ class _Job:
             if self._trouble is not None and self._trouble is not error:
                 raise self._trouble from None
             raise
+
+
+class _Answer:
+    """The body of an answer, read from http.client without the two copies that botocore and urllib3 make on the way."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+        self._raw: Any = getattr(body, "_raw_stream", None)
+        plain = getattr(self._raw, "_fp", None)
+        self._plain = plain if isinstance(plain, http.client.HTTPResponse) and hasattr(self._raw, "release_conn") else None
+
+    def read_into(self, buffer: memoryview) -> memoryview:
+        """The next bytes, at least one. Raises one of `_BROKEN` when no more come."""
+        if self._plain is None:
+            block = memoryview(self._body.read(len(buffer)))
+        else:
+            try:
+                block = buffer[: self._plain.readinto(buffer)]
+            except (OSError, http.client.HTTPException) as error:
+                raise aws.ResponseStreamingError(error=error) from error
+        if not block:
+            raise aws.IncompleteReadError(actual_bytes=0, expected_bytes=len(buffer))
+        return block
+
+    def close(self) -> None:
+        """The connection can be used again if everything was read."""
+        if self._plain is not None and self._plain.isclosed():
+            self._raw.release_conn()
+        self._body.close()
 
 
 class _Piece:
@@ -377,8 +406,7 @@ def _folded(step: Callable[[Any, int], int], piece: _Piece) -> int:
     return value
 
 
-def _write(handle: int, block: bytes, at: int) -> None:
-    rest = memoryview(block)
+def _write(handle: int, rest: memoryview, at: int) -> None:
     while rest:
         written = os.pwrite(handle, rest, at)
         rest, at = rest[written:], at + written
