@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -33,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["launch"]:
+            gc.disable()  # accelerate imports torch, and the collector would look for garbage in it
             from hf_spot.launch.supervisor import launch  # its parser is accelerate's: it can't be a sub-parser of ours
 
+            gc.freeze()
+            gc.enable()
             return launch(arguments[1:])
         args = parser().parse_args(arguments)
         command: Callable[[argparse.Namespace], int] = args.command

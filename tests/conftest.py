@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,6 +17,17 @@ from tests.servers import SeaweedFS
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell does this to what it runs in the background; the processes that tests start would never hear a Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Two workers and what they start share two cores: threads of torch would spin while they wait for each other. It is read
+# when torch is imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    # Trainer collects garbage before each training. What torch and transformers have imported is none.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.abc
 import importlib.machinery
 import os
 import runpy
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from types import FrameType, ModuleType
 from typing import Any
@@ -18,34 +20,57 @@ from hf_spot.errors import SpotError, StoreUnavailable
 from hf_spot.runtime import Runtime
 
 _TRAINER = "transformers.trainer"
+_LARGE = ("torch", "transformers")
 
 
 class TrainerHook(importlib.abc.MetaPathFinder):
     """Calls `hf_spot.training.callback.install` when ``transformers.trainer`` has been imported, by whomever.
 
-    A script that never imports it pays nothing.
+    A script that never imports it pays nothing. Python's garbage collector rests while torch and transformers are imported,
+    and leaves alone what they have brought once Trainer is there, as `gc.freeze` is meant for: it would go through a million
+    objects again and again, before and between the steps, and for about a second when the process ends, maybe of a machine
+    that has few of them left. Where Trainer is imported by a function of the script, which may have made a model already
+    that it will want to be rid of, nothing is left alone.
     """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """The spec that the others find, with a loader that does one thing more."""
-        if name != _TRAINER:
+        is_trainer = name == _TRAINER
+        if is_trainer:
+            sys.meta_path.remove(self)
+        elif name.partition(".")[0] not in _LARGE or not gc.isenabled():
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             exec_module = loader.exec_module
 
-            def exec_and_install(module: ModuleType) -> None:
-                exec_module(module)
-                from hf_spot.training.callback import install
+            def exec_in_peace(module: ModuleType) -> None:
+                was_enabled = gc.isenabled()
+                gc.disable()
+                try:
+                    exec_module(module)
+                    if is_trainer:
+                        from hf_spot.training.callback import install
 
-                install(module)
+                        install(module)
+                        if _at_the_top_of_the_script():
+                            gc.freeze()
+                finally:
+                    if was_enabled:
+                        gc.enable()
 
-            loader.exec_module = exec_and_install
+            loader.exec_module = exec_in_peace
         return spec
+
+
+def _at_the_top_of_the_script() -> bool:
+    for frame, _ in traceback.walk_stack(sys._getframe()):
+        if frame.f_globals.get("__name__") == "__main__" and frame.f_globals is not globals():
+            return frame.f_code.co_name == "<module>"
+    return False
 
 
 def main(argv: Sequence[str]) -> None:

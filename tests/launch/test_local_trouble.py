@@ -104,7 +104,7 @@ def test_a_launch_that_was_frozen_goes_on_and_commits(
 
 
 FORKS = f"""
-import os, runpy, signal, sys, transformers
+import gc, os, runpy, signal, sys, transformers
 from transformers.trainer import DEFAULT_CALLBACKS
 
 
@@ -119,6 +119,7 @@ class Forks(transformers.TrainerCallback):
 
 
 DEFAULT_CALLBACKS.append(Forks)
+print("collector:", gc.isenabled(), gc.get_freeze_count() > 100_000)
 runpy.run_path({str(PLAIN)!r}, run_name="__main__")
 """
 
@@ -130,7 +131,10 @@ def test_a_forked_child_that_exits_is_not_the_training(launcher: Launcher, twin:
     launch = launcher.start(str(tmp_path / "run"), [script, *files])
     assert launch.wait() == 0, launch.text()
     assert "the child ended with 3" in launch.text()
+    assert "collector: True True" in launch.text()  # it works, and goes no more through what torch has imported
     assert "Traceback" not in launch.text()
     run = Run(tmp_path / "run")
-    assert [entry.kind for entry in run.events() if entry.kind != "prune"] == ["claim", *["commit"] * 7, "finished"]
+    # How many commits there are depends on how fast the disk is: a newer checkpoint takes the place of one that waits.
+    assert [entry.kind for entry in run.events() if entry.kind not in ("commit", "prune")] == ["claim", "finished"]
+    assert run.find().step == 32
     assert launcher.weights() == twin.weights

@@ -188,14 +188,18 @@ def test_a_crash_in_training_goes_on_from_the_last_commit(launcher, store, twin,
 
     script = write(
         f"""
-        import os, runpy, transformers
-        class Crash(transformers.TrainerCallback):
-            def on_step_begin(self, args, state, control, **kwargs):
-                if state.global_step == 13 and not os.path.exists("crashed"):
-                    open("crashed", "w").close()
-                    os.abort()
-        from transformers.trainer import DEFAULT_CALLBACKS
-        DEFAULT_CALLBACKS.append(Crash)
+        import gc, os, runpy
+        def main():
+            import transformers
+            class Crash(transformers.TrainerCallback):
+                def on_step_begin(self, args, state, control, **kwargs):
+                    if state.global_step == 13 and not os.path.exists("crashed"):
+                        open("crashed", "w").close()
+                        os.abort()
+            from transformers.trainer import DEFAULT_CALLBACKS
+            DEFAULT_CALLBACKS.append(Crash)
+        main()
+        print("collector:", gc.isenabled(), gc.get_freeze_count())
         runpy.run_path({str(PLAIN)!r}, run_name="__main__")
         """
     )
@@ -203,6 +207,7 @@ def test_a_crash_in_training_goes_on_from_the_last_commit(launcher, store, twin,
         store, [script, "--output_dir", "out", "--diary", "diary-1", "--weights", "weights-1", "--step_s", "0.05"]
     )
     assert launch.wait() == 0, launch.text()
+    assert "collector: True 0" in launch.text()  # what was there before a function imported Trainer may become garbage
     assert launcher.weights() == twin.weights
     claim, *_ = [entry for entry in Run(store).events() if entry.kind == "failed"]
     assert claim.data == {"exit_code": 128 + signal.SIGABRT, "step": 13, "committed_step": 10}
