@@ -147,7 +147,6 @@ def _scheduled_step(trainer: Trainer) -> int:
     upcoming = state.max_steps
     if args.save_strategy == SaveStrategy.STEPS and state.save_steps > 0:
         upcoming = (step // state.save_steps + 1) * state.save_steps
-    elif args.save_strategy == SaveStrategy.EPOCH and state.num_train_epochs:
-        in_epoch = state.max_steps / state.num_train_epochs
+    elif args.save_strategy == SaveStrategy.EPOCH and (in_epoch := state.max_steps / max(1, state.num_train_epochs)) >= 1:
         upcoming = math.ceil((math.floor(step / in_epoch + 1e-9) + 1) * in_epoch)
     return min(upcoming, state.max_steps)

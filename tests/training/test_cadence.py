@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -14,11 +15,13 @@ from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.errors import ConfigError
 from hf_spot.policy.cadence import History, Interruptions, SaveCost, best_interval_s, learn
 from hf_spot.run.history import Past
+from hf_spot.storage.memory import MemoryStore
 from hf_spot.training.cadence import Cadence
 from tests.training.conftest import STEPS, Patient, Recorder, SaveRecorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, preempt, steps, train_until_preempted
 from tests.training.test_exactness import mask
-from tests.waiting import wait_for
+from tests.training.test_notices import At
+from tests.waiting import PATIENCE_S, wait_for
 
 AUTO = SpotArguments(notice="none", save_total_limit=0, cadence="auto")
 
@@ -124,6 +127,21 @@ def test_what_was_added_counts_in_the_rotation(store: str, tmp_path: Path, due_a
     make_trainer(tmp_path, callback, Patient(callback), recorder, save_total_limit=2).train()
     assert kept == ["checkpoint-7", "checkpoint-8"]
     assert steps(store) == [9, 12]
+
+
+def test_while_a_checkpoint_is_on_its_way_none_is_added(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrived, put_file = threading.Event(), MemoryStore.put_file
+
+    def put(self: MemoryStore, key: str, path: Path, progress: Any = None) -> None:
+        assert arrived.wait(PATIENCE_S)
+        put_file(self, key, path, progress)
+
+    monkeypatch.setattr(MemoryStore, "put_file", put)
+    monkeypatch.setattr("hf_spot.training.cadence.next_save_s", lambda *_: 0.0)
+    recorder = SaveRecorder()
+    make_trainer(tmp_path, SpotCallback(store, AUTO), recorder, At("on_train_end", arrived.set), save_strategy="no").train()
+    assert recorder.saved == [1, STEPS]
+    assert reasons(store) == {1: "cadence", STEPS: "end"}
 
 
 # -- when --------------------------------------------------------------------------------------------------------------
