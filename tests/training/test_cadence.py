@@ -61,7 +61,7 @@ def test_without_being_asked_nothing_is_added(store: str, tmp_path: Path, monkey
 
 
 def test_a_training_that_never_saves_by_itself_is_saved(store: str, tmp_path: Path, peace: Any, due_after: Any) -> None:
-    due_after(5, 7)
+    due_after(5, 7, STEPS)
     callback = SpotCallback(store, AUTO)
     trainer = make_trainer(tmp_path, callback, Patient(callback), save_strategy="no")
     trainer.train()
