@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from hf_spot import __version__
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import EXIT_USAGE, SpotError
+from hf_spot.errors import EXIT_USAGE, ConfigError, CorruptCheckpoint, SpotError
 
 if TYPE_CHECKING:
+    from hf_spot.economics.report import Report
     from hf_spot.run.run import Run
 
 _EXIT_CODES = """exit codes:
@@ -95,8 +96,10 @@ def parser() -> argparse.ArgumentParser:
     )
     _json(prune)
 
-    report = _add(commands, "report", _report, "launches, interruptions and lost steps of a run")
+    report = _add(commands, "report", _report, "what a run's time went to, launch by launch, and what it cost")
     _run(report)
+    report.add_argument("--plot", metavar="FILE", type=Path, help="draw the timeline and the loss (PNG, SVG or PDF)")
+    report.add_argument("--html", metavar="FILE", type=Path, help="write all of it as one page")
     _json(report)
 
     watch = _add(commands, "watch", _watch, "prints preemption notices as they come")
@@ -226,12 +229,35 @@ def _prune(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from hf_spot.economics.report import render, summarise
 
-    report = summarise(_open(args.run).events())
+    run = _open(args.run)
+    report = summarise(run.events())
+    if args.plot or args.html:
+        _draw(args, run, report)
     if args.json:
         _print_json({"run": args.run, **report.to_dict()})
     else:
         print(render(report, args.run))
     return 0
+
+
+def _draw(args: argparse.Namespace, run: Run, report: Report) -> None:
+    from hf_spot.economics.page import write_page
+    from hf_spot.economics.plots import plot_timeline, timeline_svg
+    from hf_spot.economics.timeline import draw_up, losses_in
+
+    if not report.launches:
+        raise ConfigError(f"{args.run}: nobody has launched this run yet, so there is nothing to draw", hint="hf-spot launch")
+    newest, losses = run.latest(), {}
+    if newest is not None:
+        try:
+            losses = losses_in(run.read(newest, "trainer_state.json"))
+        except CorruptCheckpoint as error:
+            print(f"hf-spot: the loss is not drawn: {error}", file=sys.stderr)
+    timeline = draw_up(report, losses, newest.ref.stage if newest else 1)
+    if args.plot:
+        plot_timeline(args.plot, timeline, args.run)
+    if args.html:
+        write_page(args.html, report, args.run, timeline_svg(timeline, ""))
 
 
 def _watch(args: argparse.Namespace) -> int:

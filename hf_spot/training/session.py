@@ -26,6 +26,7 @@ from hf_spot.notices.watcher import Watcher
 from hf_spot.policy.preemption import Action, Decision, Measured, decide, gives_way, leaves_step
 from hf_spot.policy.restarts import patience_s
 from hf_spot.run.journal import CheckpointRef
+from hf_spot.run.machine import about_this_machine
 from hf_spot.run.progress import bar
 from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, set_aside_uncommitted, sweep
 from hf_spot.run.run import Checkpoint, CommitRequest, Run
@@ -197,7 +198,7 @@ class Session:
         return self.run.epoch
 
     def _claim_anew(self) -> None:
-        about = {"by": "SpotCallback", "hostname": os.uname().nodename, "pid": os.getpid(), "stage": self.stage}
+        about = {**about_this_machine("SpotCallback", os.environ), "stage": self.stage}
         log.info("launch %d of %s", self.run.claim(about), self.run.url)
 
     def _follow(self, epoch: int) -> None:
