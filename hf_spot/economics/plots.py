@@ -144,7 +144,8 @@ def _draw_timeline(timeline: Timeline, title: str) -> Figure:
     unit_s, unit = next(
         (pair for pair in ((86400, "days"), (3600, "hours"), (60, "minutes")) if end_s > 3 * pair[0]), (1, "seconds")
     )
-    top.plot([at_s / unit_s for at_s, _ in timeline.losses], [loss for _, loss in timeline.losses], color="0.2", linewidth=1.2)
+    for curve in timeline.losses:
+        top.plot([at_s / unit_s for at_s, _ in curve], [loss for _, loss in curve], color="0.2", linewidth=1.2)
     top.set(ylabel="training loss", title=title)
     if not timeline.losses:
         top.text(0.5, 0.5, "no loss in the newest checkpoint", transform=top.transAxes, ha="center", color="0.4")

@@ -28,6 +28,7 @@ PART_MEANS = {
     "waiting": "no machine had the run",
 }
 FREE_FIRST_HOUR = "https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/billing-for-interrupted-spot-instances.html"
+_INNER = ("process", "stage", "marks", "heard", "going")
 _BY_HAND = "hf-spot checkpoints"
 
 
@@ -119,7 +120,8 @@ class Launch:
     process: tuple[Any, ...] = field(default=(), repr=False)
     stage: int = field(default=1, repr=False)
     marks: list[tuple[datetime, Timing | None, int]] = field(default_factory=list, repr=False)
-    noticed: datetime | None = field(default=None, repr=False)
+    heard: datetime | None = field(default=None, repr=False)
+    going: datetime | None = field(default=None, repr=False)
 
     @property
     def price_usd_per_hour(self) -> float | None:
@@ -139,7 +141,7 @@ class Launch:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; times as ISO 8601."""
-        shown = {name: value for name, value in vars(self).items() if name not in ("process", "stage", "marks", "noticed")}
+        shown = {name: value for name, value in vars(self).items() if name not in _INNER}
         for name in ("began", "last_heard"):
             shown[name] = shown[name].isoformat()
         return shown
@@ -259,19 +261,17 @@ def _heard(launch: Launch, entry: Entry, now: datetime, step: int) -> None:
     if entry.kind == "notice":
         launch.notices += 1
         kind = data.get("kind", NoticeKind.TERMINATE.value)
-        if kind == NoticeKind.CANCELLED.value:
-            launch.noticed = None
-        elif kind == NoticeKind.TERMINATE.value or launch.noticed is None:
-            launch.noticed = launch.noticed or now
+        launch.heard = launch.heard or now
+        if kind != NoticeKind.ADVISORY.value:
+            launch.going = None if kind == NoticeKind.CANCELLED.value else launch.going or now
         return
     launch.stage = data.get("stage", launch.stage)
     reached = data.get("step")
     if entry.kind == "commit":
         launch.commits += 1
         launch.committed_step = step
-        answers = launch.noticed is not None and data.get("reason") in ("notice", "advisory")
-        if answers and launch.noticed and launch.notice_to_commit_s is None:
-            launch.notice_to_commit_s = round((now - launch.noticed).total_seconds(), 3)
+        if launch.heard and data.get("reason") in ("notice", "advisory") and launch.notice_to_commit_s is None:
+            launch.notice_to_commit_s = round((now - launch.heard).total_seconds(), 3)
     elif entry.kind in ENDINGS:
         launch.ended = entry.kind
         lost = None if reached is None else max(0, reached - launch.committed_step)
@@ -360,7 +360,7 @@ def _split(launch: Launch, highest: dict[int, int]) -> None:
     further = launch.reached_step - timing.step
     guessed_s = min(rest_s, further * timing.steps_s / timing.steps) if timing.steps else 0.0
     rest_s -= guessed_s
-    since_notice_s = (launch.last_heard - launch.noticed).total_seconds() if launch.noticed else 0.0
+    since_notice_s = (launch.last_heard - launch.going).total_seconds() if launch.going else 0.0
     ending_s = min(rest_s, since_notice_s)
     steps_s = timing.steps_s * scale + guessed_s
     redoing_s = steps_s * launch.steps_redone / trained if trained > 0 else 0.0
@@ -516,8 +516,8 @@ def money_lines(report: Report) -> list[str]:
         lines[0] += f" No price is known of {duration(report.unpriced_s)} of {duration(machine_s)}."
     if report.maybe_free_usd:
         lines.append(
-            f"Up to ${report.maybe_free_usd:,.2f} of it may be free: EC2 charges nothing for a spot instance that it interrupts in "
-            f"its first hour ({FREE_FIRST_HOUR}). The journal can't tell who ended it, so it is not taken off."
+            f"Up to ${report.maybe_free_usd:,.2f} of it may be free: EC2 charges nothing for a spot instance that it interrupts"
+            f" in its first hour ({FREE_FIRST_HOUR}). The journal can't tell who ended it, so it is not taken off."
         )
     if report.on_demand_s > report.on_demand_unpriced_s:
         priced_s = report.on_demand_s - report.on_demand_unpriced_s

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 
 from hf_spot.economics.report import Launch, Report, Timing
 
@@ -40,14 +41,14 @@ class Timeline:
         began: the first claim.
         lanes: machines, in the order of their first launch.
         bars: they tile the time from the first claim to the last word.
-        losses: seconds since the first claim, and the loss, of the steps that count.
+        losses: for each launch, seconds since the first claim and the loss, of its steps that count.
         interruptions: seconds since the first claim, and a word or two.
     """
 
     began: datetime
     lanes: tuple[str, ...]
     bars: tuple[Bar, ...]
-    losses: tuple[tuple[float, float], ...]
+    losses: tuple[tuple[tuple[float, float], ...], ...]
     interruptions: tuple[tuple[float, str], ...]
 
 
@@ -89,8 +90,8 @@ def draw_up(report: Report, losses: dict[int, float], stage: int = 1) -> Timelin
         if launch.ended in ("preempted", "failed") or (launch.ended == "no word" and launch is not launches[-1])
     ]
     lanes = [*dict.fromkeys(names), *([WAITING_LANE] if any(bar.part == "waiting" for bar in bars) else [])]
-    points = _place([launch for launch in launches if launch.stage == stage], losses, began)
-    return Timeline(began, tuple(lanes), tuple(bars), tuple(points), tuple(interruptions))
+    curves = _place([launch for launch in launches if launch.stage == stage], losses, began)
+    return Timeline(began, tuple(lanes), tuple(bars), tuple(curves), tuple(interruptions))
 
 
 def _lane_names(launches: Sequence[Launch]) -> list[str]:
@@ -111,40 +112,38 @@ def _stretches(launch: Launch) -> list[tuple[str, float]]:
     found = [("restoring", parts["restoring"]), ("starting", parts["starting"])]
     told = [timing for _, timing, _ in launch.marks if timing is not None]
     thinned = [*told[:: max(1, len(told) // _FINEST)], *told[-1:]]
-    steps_s, stalled_s = parts["training"] + parts["redoing"], parts["saving"]
+    gains = [
+        (max(0.0, after.steps_s - before.steps_s), max(0.0, after.stalled_s - before.stalled_s))
+        for before, after in pairwise([Timing(), *thinned])
+    ]
+    # In shares of the sums, which a clock that was set, or a guess about the last steps, may have changed.
+    trained_s, saved_s = (sum(gain[at] for gain in gains) or 1.0 for at in (0, 1))
     left_to_redo_s = parts["redoing"]
-    before = Timing()
-    for timing in thinned:
-        newest = thinned[-1]
-        # In shares: a clock that was set, or a guess about the last steps, may have changed the sums.
-        trained_s = steps_s * _share(timing.steps_s - before.steps_s, newest.steps_s)
-        redone_s = min(left_to_redo_s, trained_s)
+    for train_s, save_s in gains:
+        steps_s = (parts["training"] + parts["redoing"]) * train_s / trained_s
+        redone_s = min(left_to_redo_s, steps_s)
         left_to_redo_s -= redone_s
-        found += [("redoing", redone_s), ("training", trained_s - redone_s)]
-        found.append(("saving", stalled_s * _share(timing.stalled_s - before.stalled_s, newest.stalled_s)))
-        before = timing
+        found += [("redoing", redone_s), ("training", steps_s - redone_s), ("saving", parts["saving"] * save_s / saved_s)]
     return [*found, ("other", parts["other"]), ("ending", parts["ending"])]
 
 
-def _share(part: float, whole: float) -> float:
-    return max(0.0, part) / whole if whole else 0.0
-
-
-def _place(launches: Sequence[Launch], losses: dict[int, float], began: datetime) -> list[tuple[float, float]]:
+def _place(launches: Sequence[Launch], losses: dict[int, float], began: datetime) -> list[tuple[tuple[float, float], ...]]:
     """Each loss at the time at which the last launch that did its step has done it."""
-    points: list[tuple[float, float]] = []
-    wanted = sorted(losses, reverse=True)
+    curves = []
+    wanted = sorted(losses)
     for launch in reversed(launches):
         offset_s = (launch.began - began).total_seconds()
         knots = _knots(launch)
         steps = [step for step, _ in knots]
-        while wanted and wanted[0] > launch.resumed_step:
-            step = wanted.pop(0)
+        points = []
+        while wanted and wanted[-1] > launch.resumed_step:
+            step = wanted.pop()
             after = min(bisect_right(steps, step - 1), len(knots) - 1)
             (low, low_s), (high, high_s) = knots[max(0, after - 1)], knots[after]
             at_s = high_s if high <= low else low_s + (high_s - low_s) * min(1.0, (step - low) / (high - low))
             points.append((offset_s + at_s, losses[step]))
-    return points[::-1]
+        curves.append(tuple(reversed(points)))
+    return [curve for curve in reversed(curves) if curve]
 
 
 def _knots(launch: Launch) -> list[tuple[int, float]]:
