@@ -29,6 +29,7 @@ PART_MEANS = {
 }
 FREE_FIRST_HOUR = "https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/billing-for-interrupted-spot-instances.html"
 _INNER = ("process", "stage", "marks", "heard", "going")
+_WORDS = ("commit", "notice", *ENDINGS)
 _BY_HAND = "hf-spot checkpoints"
 
 
@@ -223,8 +224,9 @@ def summarise(entries: Iterable[Entry]) -> Report:
         if entry.kind == "commit":
             newest = entry.state.latest()
             step = newest.step if newest else 0
-        # Somebody cut the journal's beginning off, or writes beside a launch, perhaps long after it: no word of a launch.
-        if launches and entry.kind != "prune" and entry.data.get("reason") != "push" and launches[-1].ended == "no word":
+        # Others write beside a launch too, perhaps long after it: that is no word of it. And somebody may have cut the
+        # journal's beginning off.
+        if launches and launches[-1].ended == "no word" and entry.kind in _WORDS and entry.data.get("reason") != "push":
             _heard(launches[-1], entry, now, step)
     return _add_up(launches, step, skew_s)
 
