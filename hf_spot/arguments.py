@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from hf_spot.errors import ConfigError
 
 NOTICE_NAMES = ("auto", "imds", "signal", "file", "none")
 SAVE_ERROR_ANSWERS = ("stop", "go-on")
+CADENCES = ("fixed", "auto")
 
 
 @dataclass
@@ -34,6 +37,43 @@ class SpotArguments:
         metadata={
             "help": "Seconds between such a signal and the kill, if you know them (Kubernetes: "
             "terminationGracePeriodSeconds). A notice that states its own deadline is believed instead."
+        },
+    )
+    # A run that saves as its TrainingArguments say must not save otherwise after an upgrade.
+    cadence: str = field(
+        default="fixed",
+        metadata={
+            "help": "When to save: 'fixed' leaves it to Trainer's save_strategy; 'auto' adds saves between Trainer's, as often "
+            "as is worth it by what a save costs here and how often this run is interrupted. It removes none: "
+            "save_strategy='no' leaves everything to it."
+        },
+    )
+    max_interval_s: float = field(
+        default=1800.0,
+        metadata={
+            "help": "For --cadence auto: seconds of training after which a save is due, however cheap interruptions are."
+        },
+    )
+    time_between_interruptions_s: float = field(
+        default=14400.0,
+        metadata={
+            "help": "For --cadence auto: seconds between two interruptions of this run, as far as you know. It counts as much "
+            "as the first interruption that the journal tells of."
+        },
+    )
+    share_without_notice: float = field(
+        default=0.1,
+        metadata={
+            "help": "For --cadence auto: share of interruptions, from 0 to 1, that come without a notice or too soon after it, "
+            "as far as you know. It counts as much as the first two interruptions that the journal tells of."
+        },
+    )
+    on_event: str | None = field(
+        default=None,
+        repr=False,
+        metadata={
+            "help": 'URL that is posted {"text": …} when a launch claims the run, hears a notice, is preempted, finishes or '
+            "fails, such as a Slack webhook. It is kept secret; $HF_SPOT_ON_EVENT keeps it out of the list of processes, too."
         },
     )
     save_total_limit: int | None = field(
@@ -100,6 +140,17 @@ class SpotArguments:
             )
         if self.grace_s is not None and not self.grace_s > 0:
             raise ConfigError(f"grace_s={self.grace_s} must be positive", hint="leave it out when it is not known")
+        if self.cadence not in CADENCES:
+            raise ConfigError(f"cadence={self.cadence!r} must be one of {', '.join(CADENCES)}", hint=f"--cadence {CADENCES[1]}")
+        for name in ("max_interval_s", "time_between_interruptions_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} must be positive", hint=f"--{name.replace('_', '-')} 3600")
+        if not 0 <= self.share_without_notice <= 1:
+            raise ConfigError(
+                f"share_without_notice={self.share_without_notice} must be from 0 to 1", hint="--share-without-notice 0.1"
+            )
+        if self.on_event is not None:
+            check_hook(self.on_event, "on_event")
         if self.save_total_limit is not None and self.save_total_limit < 0:
             raise ConfigError(f"save_total_limit={self.save_total_limit} must not be negative", hint="0 keeps all")
         if not self.drain_timeout_s > 0:
@@ -118,3 +169,23 @@ class SpotArguments:
             raise ConfigError(f"save_memory_gb={self.save_memory_gb} must not be negative", hint="0 saves as Trainer does")
         if self.upload_workers < 1:
             raise ConfigError(f"upload_workers={self.upload_workers} must be at least 1")
+
+
+def check_hook(url: str, name: str) -> None:
+    """Refuses what can't be posted to, without saying what it is: the URL of a webhook is a secret.
+
+    Args:
+        url: of the webhook.
+        name: of the setting.
+
+    Raises:
+        ConfigError: it is no HTTP URL.
+    """
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and url.isascii() and url.isprintable()
+        usable = usable and " " not in url and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ConfigError(f"{name} is no http:// or https:// URL", hint="--on-event https://hooks.slack.com/services/…")

@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from hf_spot.arguments import SpotArguments
@@ -22,6 +23,7 @@ STORE_VARIABLE = "HF_SPOT_STORE"
 _EPOCH_VARIABLE = "HF_SPOT_EPOCH"
 _DIRECTORY_VARIABLE = "HF_SPOT_RUNTIME_DIR"
 _LAUNCHER_VARIABLE = "HF_SPOT_LAUNCHER_PID"
+_CLAIMED_VARIABLE = "HF_SPOT_CLAIMED_AT"
 _ARGUMENTS_VARIABLE = "HF_SPOT_ARGUMENTS"
 
 
@@ -42,6 +44,7 @@ class Runtime:
         directory: a folder on the node's own disk, shared by the launcher and its workers, gone after the launch.
         arguments: the settings given to the launcher.
         launcher: process id of the launcher.
+        claimed_at: when it made the claim; None on machines that follow another's.
     """
 
     store: str
@@ -49,6 +52,7 @@ class Runtime:
     directory: Path
     arguments: SpotArguments
     launcher: int = field(default_factory=os.getpid)
+    claimed_at: datetime | None = None
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Runtime | None:
@@ -61,6 +65,7 @@ class Runtime:
             directory=Path(environ[_DIRECTORY_VARIABLE]),
             arguments=SpotArguments(**json.loads(environ[_ARGUMENTS_VARIABLE])),
             launcher=int(environ[_LAUNCHER_VARIABLE]),
+            claimed_at=datetime.fromisoformat(environ[_CLAIMED_VARIABLE]) if environ.get(_CLAIMED_VARIABLE) else None,
         )
 
     def to_environ(self) -> dict[str, str]:
@@ -70,6 +75,7 @@ class Runtime:
             _EPOCH_VARIABLE: str(self.epoch),
             _DIRECTORY_VARIABLE: str(self.directory),
             _LAUNCHER_VARIABLE: str(self.launcher),
+            _CLAIMED_VARIABLE: self.claimed_at.isoformat() if self.claimed_at else "",
             _ARGUMENTS_VARIABLE: json.dumps(dataclasses.asdict(self.arguments)),
         }
 

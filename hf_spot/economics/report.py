@@ -14,23 +14,22 @@ from datetime import datetime
 from typing import Any
 
 from hf_spot.notices.notice import NoticeKind
-from hf_spot.run.journal import ENDINGS, Entry
+from hf_spot.run.journal import BY_HAND, ENDINGS, Entry
 
 PARTS = ("training", "redoing", "saving", "restoring", "starting", "ending", "other")
 PART_MEANS = {
-    "training": "steps done for the first time",
+    "training": "steps done for the first time, and evaluations",
     "redoing": "steps that had been done before, and were lost",
     "saving": "training stood still for a save",
     "restoring": "the checkpoint was fetched and checked",
     "starting": "from the claim to the first step, without the restore",
     "ending": "from a notice to the last word, after the last step and save",
-    "other": "evaluation, the end of the last upload, and what nobody measured",
+    "other": "the end of the last upload, and what nobody measured",
     "waiting": "no machine had the run",
 }
 FREE_FIRST_HOUR = "https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/billing-for-interrupted-spot-instances.html"
 _INNER = ("process", "stage", "marks", "heard", "going")
 _WORDS = ("commit", "notice", *ENDINGS)
-_BY_HAND = "hf-spot checkpoints"
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Timing:
     Args:
         restore_s: fetching what is resumed from.
         first_step_s: from the claim to the begin of the first step; 0 before it.
-        steps_s: in training steps.
+        steps_s: in training steps, and the evaluations between them.
         stalled_s: training stood still for saves.
         steps: done in this launch.
         step: reached.
@@ -68,6 +67,23 @@ class Timing:
         if not all(isinstance(one, (int, float)) and math.isfinite(one) and one >= 0 for one in values.values()):
             return None
         return cls(**{**values, "steps": int(values["steps"]), "step": int(values["step"])})
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What was known at one time of a launch.
+
+    Args:
+        time: of the entry.
+        stage: which of the script's trainings.
+        step: reached.
+        timing: what was measured; None when nothing was.
+    """
+
+    time: datetime
+    stage: int
+    step: int
+    timing: Timing | None = None
 
 
 @dataclass
@@ -120,7 +136,7 @@ class Launch:
     cost_usd: float | None = None
     process: tuple[Any, ...] = field(default=(), repr=False)
     stage: int = field(default=1, repr=False)
-    marks: list[tuple[datetime, Timing | None, int]] = field(default_factory=list, repr=False)
+    marks: list[Mark] = field(default_factory=list, repr=False)
     heard: datetime | None = field(default=None, repr=False)
     going: datetime | None = field(default=None, repr=False)
 
@@ -169,8 +185,8 @@ class Report:
         unpriced_s: machine time without a known price.
         maybe_free_usd: of ``cost_usd``, what EC2 may not have charged: spot instances that heard EC2's notice in their first
             hour. It is not taken off: an instance that ends before EC2 ends it is charged, and the journal can't tell.
-        on_demand_s: machine time that the same steps and saves would have taken without an interruption: one start, no
-            restore, nothing twice.
+        on_demand_s: machine time that the same steps and saves would have taken without an interruption: one start, one last
+            upload, no restore, nothing twice.
         on_demand_usd: what that would have cost on demand, where that price is known.
         on_demand_unpriced_s: of ``on_demand_s``, without a known price.
         saved_usd: the difference; None unless all prices are known.
@@ -218,7 +234,7 @@ def summarise(entries: Iterable[Entry]) -> Report:
             skew_s = max(skew_s, (now - entry.time).total_seconds())
         now = entry.time if now is None else max(now, entry.time)
         if entry.kind == "claim":
-            if entry.data.get("by") != _BY_HAND:
+            if entry.data.get("by") != BY_HAND:
                 launches.append(_claimed(entry, now, step, launches[-1] if launches else None))
             continue
         if entry.kind == "commit":
@@ -253,7 +269,7 @@ def _claimed(entry: Entry, now: datetime, step: int, before: Launch | None) -> L
         waited_s=0.0 if before is None else (began - before.last_heard).total_seconds(),
         process=process,
         stage=data.get("stage", 1),
-        marks=[(now, None, step)],
+        marks=[Mark(now, data.get("stage", 1), step)],
     )
 
 
@@ -279,7 +295,7 @@ def _heard(launch: Launch, entry: Entry, now: datetime, step: int) -> None:
         lost = None if reached is None else max(0, reached - launch.committed_step)
         launch.steps_lost = 0 if entry.kind == "finished" else lost
     if isinstance(reached, int):
-        launch.marks.append((now, Timing.of(data), reached))
+        launch.marks.append(Mark(now, launch.stage, reached, Timing.of(data)))
 
 
 # -- where the time went ----------------------------------------------------------------------------------------------
@@ -337,39 +353,46 @@ def _split(launch: Launch, highest: dict[int, int]) -> None:
     launch.wall_s = (launch.last_heard - launch.began).total_seconds()
     price = launch.price_usd_per_hour
     launch.cost_usd = None if price is None else launch.wall_s / 3600 * price * launch.machines
-    timing = _newest_timing(launch)
-    launch.reached_step = max([mark[2] for mark in launch.marks[1:]], default=launch.resumed_step)
-    if timing is not None:
-        launch.measured = True
-        launch.resumed_step = max(0, timing.step - timing.steps)
-        launch.reached_step = max(launch.reached_step, timing.step)
+    measured = list(newest_timings(launch).items())
+    launch.measured = bool(measured)
+    launch.reached_step = max((mark.step for mark in launch.marks if mark.stage == launch.stage), default=0)
+    if measured:
+        stage, timing = measured[-1]
+        if stage == launch.stage:
+            launch.resumed_step = max(0, timing.step - timing.steps)
+            launch.reached_step = max(launch.reached_step, timing.step)
     before = highest.get(launch.stage, 0)
     trained = launch.reached_step - launch.resumed_step
     launch.steps_redone = max(0, min(launch.reached_step, before) - launch.resumed_step) if trained > 0 else 0
     highest[launch.stage] = max(before, launch.reached_step)
-    if timing is None:
+    if not measured:
         launch.parts["other"] = launch.wall_s
         return
-    held_before_s = (launch.marks[0][0] - launch.began).total_seconds()  # since the launch before, of the same process
-    restoring_s = timing.restore_s
-    starting_s = held_before_s + max(0.0, timing.first_step_s - timing.restore_s)
-    told_s = restoring_s + starting_s + timing.steps_s + timing.stalled_s
+    restoring_s = steps_s = stalled_s = began_s = 0.0
+    starting_s = (launch.marks[0].time - launch.began).total_seconds()  # since the launch before, of the same process
+    for _, timing in measured:
+        restoring_s += timing.restore_s
+        starting_s += max(0.0, timing.first_step_s - timing.restore_s - began_s)
+        steps_s += timing.steps_s
+        stalled_s += timing.stalled_s
+        began_s = timing.elapsed_s
+    told_s = restoring_s + starting_s + steps_s + stalled_s
     scale = launch.wall_s / told_s if told_s > launch.wall_s else 1.0  # a clock that was set in between
     rest_s = max(0.0, launch.wall_s - told_s)
-    if not timing.steps:
+    if not any(timing.steps for _, timing in measured):
         starting_s, rest_s = starting_s + rest_s, 0.0
     # The launcher knows how far a training came that crashed, and not how long it took.
-    further = launch.reached_step - timing.step
+    further = launch.reached_step - timing.step if stage == launch.stage else 0
     guessed_s = min(rest_s, further * timing.steps_s / timing.steps) if timing.steps else 0.0
     rest_s -= guessed_s
     since_notice_s = (launch.last_heard - launch.going).total_seconds() if launch.going else 0.0
     ending_s = min(rest_s, since_notice_s)
-    steps_s = timing.steps_s * scale + guessed_s
-    redoing_s = steps_s * launch.steps_redone / trained if trained > 0 else 0.0
+    own_s = timing.steps_s * scale + guessed_s  # of the last stage: those before it were finished, and are not done again
+    redoing_s = own_s * launch.steps_redone / trained if trained > 0 and stage == launch.stage else 0.0
     launch.parts = {
-        "training": steps_s - redoing_s,
+        "training": steps_s * scale + guessed_s - redoing_s,
         "redoing": redoing_s,
-        "saving": timing.stalled_s * scale,
+        "saving": stalled_s * scale,
         "restoring": restoring_s * scale,
         "starting": starting_s * scale,
         "ending": ending_s,
@@ -377,8 +400,13 @@ def _split(launch: Launch, highest: dict[int, int]) -> None:
     }
 
 
-def _newest_timing(launch: Launch) -> Timing | None:
-    return next((mark[1] for mark in reversed(launch.marks) if mark[1] is not None), None)
+def newest_timings(launch: Launch) -> dict[int, Timing]:
+    """What each stage had measured by its last step. An ending repeats it with the time that the last upload took."""
+    found: dict[int, Timing] = {}
+    for mark in launch.marks:
+        if mark.timing is not None and (mark.stage not in found or mark.timing.step > found[mark.stage].step):
+            found[mark.stage] = mark.timing
+    return found
 
 
 # -- what it cost -----------------------------------------------------------------------------------------------------
@@ -404,7 +432,8 @@ def _uninterrupted(launches: list[Launch]) -> list[tuple[float, float | None]]:
         parts = launch.parts
         if not launch.measured or not parts["training"] + parts["redoing"]:
             continue
-        work_s = parts["training"] + parts["saving"] + parts["other"] + (0.0 if started else parts["starting"])
+        work_s = parts["training"] + parts["saving"] + (0.0 if started else parts["starting"])
+        work_s += parts["other"] if launch.ended == "finished" else 0.0  # its last upload
         started = True
         found.append((work_s * launch.machines, launch.on_demand_usd_per_hour))
     return found

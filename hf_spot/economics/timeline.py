@@ -7,9 +7,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise
 
-from hf_spot.economics.report import Launch, Report, Timing
+from hf_spot.economics.report import Launch, Report, Timing, newest_timings
 
 _FINEST = 400  # bars that a launch's steps and saves are drawn as
 _MOST_LANES = 24
@@ -110,12 +109,14 @@ def _stretches(launch: Launch) -> list[tuple[str, float]]:
     """The parts of a launch in their order; they add up to its parts."""
     parts = launch.parts
     found = [("restoring", parts["restoring"]), ("starting", parts["starting"])]
-    told = [timing for _, timing, _ in launch.marks if timing is not None]
+    told = [(mark.stage, mark.timing) for mark in launch.marks if mark.timing is not None]
     thinned = [*told[:: max(1, len(told) // _FINEST)], *told[-1:]]
-    gains = [
-        (max(0.0, after.steps_s - before.steps_s), max(0.0, after.stalled_s - before.stalled_s))
-        for before, after in pairwise([Timing(), *thinned])
-    ]
+    gains = []
+    before = (0, Timing())
+    for stage, timing in thinned:
+        last = before[1] if stage == before[0] else Timing()
+        gains.append((max(0.0, timing.steps_s - last.steps_s), max(0.0, timing.stalled_s - last.stalled_s)))
+        before = (stage, timing)
     # In shares of the sums, which a clock that was set, or a guess about the last steps, may have changed.
     trained_s, saved_s = (sum(gain[at] for gain in gains) or 1.0 for at in (0, 1))
     left_to_redo_s = parts["redoing"]
@@ -148,12 +149,11 @@ def _place(launches: Sequence[Launch], losses: dict[int, float], began: datetime
 
 def _knots(launch: Launch) -> list[tuple[int, float]]:
     """Steps that were reached, and seconds since the launch began; both ascending."""
-    held_before_s = (launch.marks[0][0] - launch.began).total_seconds()
-    timings = [timing for _, timing, _ in launch.marks if timing is not None]
-    first_s = held_before_s + (timings[-1].first_step_s if timings else 0.0)
-    knots = [(launch.resumed_step, min(first_s, launch.wall_s))]
-    for time, timing, step in launch.marks[1:]:
-        at_s = (time - launch.began).total_seconds() if timing is None else held_before_s + timing.elapsed_s
-        if step > knots[-1][0]:
-            knots.append((step, min(max(at_s, knots[-1][1]), launch.wall_s)))
+    held_before_s = (launch.marks[0].time - launch.began).total_seconds()
+    timing = newest_timings(launch).get(launch.stage)
+    knots = [(launch.resumed_step, min(held_before_s + (timing.first_step_s if timing else 0.0), launch.wall_s))]
+    for mark in launch.marks[1:]:
+        at_s = (mark.time - launch.began).total_seconds() if mark.timing is None else held_before_s + mark.timing.elapsed_s
+        if mark.stage == launch.stage and mark.step > knots[-1][0]:
+            knots.append((mark.step, min(max(at_s, knots[-1][1]), launch.wall_s)))
     return knots

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import platform
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -41,8 +44,10 @@ from hf_spot.policy.restarts import (
     patience_s,
     pause_s,
 )
+from hf_spot.run.hook import Hook, hook_url
 from hf_spot.run.journal import RunState
 from hf_spot.run.machine import about_this_machine
+from hf_spot.run.progress import AboveBars, alert
 from hf_spot.run.run import Run
 from hf_spot.runtime import Runtime, StepCounter
 from hf_spot.storage.threads import Workers
@@ -65,9 +70,7 @@ def launch(argv: Sequence[str]) -> int:
     """
     command = parse(argv)
     if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("hf-spot: %(message)s"))
-        log.addHandler(handler)
+        log.addHandler(AboveBars())
         log.setLevel(logging.INFO)
         log.propagate = False
     run = Run(
@@ -117,13 +120,14 @@ class Supervisor:
         self._notice: PreemptionNotice | None = None
         self._runtime: Runtime | None = None
         self._journalist = Workers(1, "hf_spot-journalist")  # what is asked at the end comes behind what was told
+        self._hook = Hook(hook_url(command.arguments, command.environ), run.url)
         self._machines = command.machines
         self._peers: Peers | None = None
 
     def supervise(self) -> int:
         """Until the end; the exit code of ``hf-spot launch``."""
         fruitless = 0
-        with self._watcher:
+        with self._watcher, contextlib.closing(self._hook):
             while True:
                 before = self._run.journal.state.latest()
                 try:
@@ -203,7 +207,10 @@ class Supervisor:
             directory = Path(tempfile.mkdtemp(prefix="hf_spot-"))
         except OSError as error:
             raise _no_room(error) from error
-        runtime = Runtime(self._run.url, epoch, directory, self._command.arguments)
+        if self._machines.rank == 0:
+            self._hook.tell(f"launch {epoch} has begun on {platform.node()}")
+        arguments = replace(self._command.arguments, on_event=None)  # it is told here
+        runtime = Runtime(self._run.url, epoch, directory, arguments, claimed_at=self._run.journal.claimed_at)
         try:
             try:
                 runtime.reserve()
@@ -267,6 +274,8 @@ class Supervisor:
         lost = other is not None and other.verdict in (Verdict.LOST, Verdict.PREEMPTED)
         ended = state.ended if state is not None and not newer else None
         verdict = judge(code, ended, fenced=fenced, noticed=self._heard.is_set(), lost=lost)
+        if self._machines.rank == 0:
+            self._tell_ending(verdict, code, state)
         main_lost = other is not None and other.machine == 0 and other.verdict is Verdict.LOST
         if state is not None and not newer and (self._machines.rank == 0 or main_lost):
             self._write_ending(verdict, state, code, StepCounter.read(runtime.step_path))
@@ -275,6 +284,11 @@ class Supervisor:
         elif verdict is Verdict.PREEMPTED:
             log.warning("preempted; start the same command again to go on")
         return verdict, code
+
+    def _tell_ending(self, verdict: Verdict, code: int, state: RunState | None) -> None:
+        newest = state.latest() if state is not None else None
+        committed = f"; step {newest.step} is committed" if newest else ""
+        self._hook.tell(f"{verdict.value}{f', exit code {code}' if verdict is Verdict.FAILED else ''}{committed}")
 
     def _read_at_the_end(self) -> RunState | None:
         asked = self._journalist.submit(self._run.state)
@@ -318,7 +332,10 @@ class Supervisor:
 
     def _on_notice(self, notice: PreemptionNotice) -> None:
         left = notice.seconds_left(self._now())
-        log.warning("%s from %s%s", notice.kind.value, notice.source, "" if left is None else f", {left:.0f} s left")
+        told = f"{notice.kind.value} from {notice.source}{'' if left is None else f', {left:.0f} s left'}"
+        alert(told)
+        if notice.kind is not NoticeKind.CANCELLED:
+            self._hook.tell(f"{told} on {platform.node()}")
         runtime, self._notice = self._runtime, notice
         if runtime is not None:
             try:

@@ -36,6 +36,7 @@ from hf_spot.storage.store import ObjectStore
 FORMAT = 1
 KINDS = ("claim", "commit", "notice", "preempted", "finished", "failed", "prune")
 ENDINGS = ("preempted", "finished", "failed")
+BY_HAND = "hf-spot checkpoints"  # the author of a claim that no training follows
 _PREFIX = "journal/"
 _HINT_KEY = "tip.json"
 _BATCH = 16  # entries read in a row
@@ -230,6 +231,7 @@ class Journal:
         self._state = RunState()
         self._doubtful: dict[str, int] = {}  # drafts that may stand: the first number that each may stand under
         self.epoch = 0  # the claim held by this writer; 0 when it holds none
+        self.claimed_at: datetime | None = None  # when this writer made it itself
 
     @property
     def state(self) -> RunState:
@@ -287,7 +289,7 @@ class Journal:
         with self._lock:
             self.refresh()
             entry = self._append("claim", data, self._new_id(), lambda state: state.epoch + 1)
-            self.epoch = entry.epoch
+            self.epoch, self.claimed_at = entry.epoch, entry.time
             return entry
 
     def adopt(self, epoch: int) -> None:

@@ -1,10 +1,15 @@
-"""A bar for transfers, quiet when nobody looks at a terminal."""
+"""What a person sees: a bar for transfers, quiet when nobody looks at a terminal, and log lines that no bar swallows."""
 
 from __future__ import annotations
+
+import logging
+import sys
 
 from tqdm.auto import tqdm
 
 from hf_spot.storage.store import Progress
+
+log = logging.getLogger("hf_spot")
 
 
 def bar(what: str, size_bytes: int) -> Progress:
@@ -22,3 +27,32 @@ def bar(what: str, size_bytes: int) -> Progress:
             shown.close()
 
     return moved
+
+
+def alert(text: str) -> None:
+    """Logs a warning that stands out, and writes it to standard error where the log would keep it to itself."""
+    text = f">>> {text} <<<"
+    if log.isEnabledFor(logging.WARNING):
+        log.warning("%s", text)
+    else:
+        AboveBars().handle(log.makeRecord(log.name, logging.WARNING, __file__, 0, text, (), None))
+
+
+class AboveBars(logging.Handler):
+    """Writes hf_spot's log to standard error, each line on a line of its own above the bars of a training: Trainer's would
+    have it begin behind what it has drawn. In a notebook it goes into the cell that runs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("hf-spot: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As `logging` calls it."""
+        try:
+            text = self.format(record)
+            if sys.stderr.isatty():
+                text = f"\r\033[K{text}"  # the bar may be another process's
+            tqdm.write(text, file=sys.stderr)
+        except Exception:
+            self.handleError(record)

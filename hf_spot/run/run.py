@@ -17,7 +17,7 @@ from typing import Any, cast
 from hf_spot.errors import ConfigError, CorruptCheckpoint, IncompleteCheckpoint, NoCheckpoint, ObjectNotFound
 from hf_spot.policy.retention import to_prune
 from hf_spot.run import transfer
-from hf_spot.run.journal import CheckpointRef, Entry, Journal, RunState
+from hf_spot.run.journal import BY_HAND, CheckpointRef, Entry, Journal, RunState
 from hf_spot.run.manifest import FileEntry, difference, files_in, missing_for_resume, needed_by
 from hf_spot.run.seal import key_from, seal, unseal
 from hf_spot.storage.open import open_store
@@ -37,7 +37,7 @@ class Checkpoint:
     Args:
         ref: what the journal's state remembers of it.
         time: when it was committed, by the writer's clock.
-        reason: why it was saved: ``schedule``, ``notice``, ``advisory``, ``end`` or ``push``.
+        reason: why it was saved: ``schedule``, ``cadence``, ``notice``, ``advisory``, ``end`` or ``push``.
         files: its manifest.
         details: everything else that the commit recorded (world size, batch sizes, seconds measured, …).
     """
@@ -236,7 +236,7 @@ class Run:
         if epoch:
             self.adopt(epoch)
         else:
-            self.claim({"by": "hf-spot checkpoints"})
+            self.claim({"by": BY_HAND})
 
     def record(self, kind: str, data: dict[str, Any]) -> Entry:
         """Appends an entry that is no commit. Raises Fenced, StoreUnavailable."""

@@ -38,6 +38,7 @@ class _Job:
     folder: Path
     request: CommitRequest
     size_bytes: int
+    queued: float
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -117,7 +118,7 @@ class Uploader:
                     request.step,
                 )
                 self._drop(job)
-            self._waiting.append(_Job(pinned, request, size_bytes))
+            self._waiting.append(_Job(pinned, request, size_bytes, self._clock()))
             self._changed.notify_all()
 
     def hurry(self, *, give_way: bool) -> None:
@@ -253,7 +254,7 @@ class Uploader:
                 self._run.hand_in(job.request, files)
                 entry = None
             else:
-                entry = self._commit(job, files, upload_s)
+                entry = self._commit(job, files)
             took_s = max(self._clock() - self._began, upload_s)
         except _Cancelled as cancelled:
             if not self._closing:
@@ -285,12 +286,12 @@ class Uploader:
             self._after_commit(entry)
         return None
 
-    def _commit(self, job: _Job, files: list[FileEntry], upload_s: float) -> Entry:
+    def _commit(self, job: _Job, files: list[FileEntry]) -> Entry:
         while (others := self._run.other_parts(job.request)) is None:
             self._moved(0)  # may end the wait
             with self._changed:
                 self._changed.wait(_PART_POLL_S)
-        details = {**(job.request.details or {}), "upload_s": round(upload_s, 3)}
+        details = {**(job.request.details or {}), "upload_s": round(self._clock() - job.queued, 3)}
         return self._run.commit(replace(job.request, details=details), files + others, id=job.id)
 
     def _after_commit(self, entry: Entry) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-VALUES = 4
+VALUES = 5
 
 # Rank 0 may be restoring or draining a large checkpoint while the others wait for its word.
 _PATIENCE = timedelta(hours=2)

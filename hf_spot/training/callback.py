@@ -15,6 +15,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutp
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, SpotError, TrainingPreempted
 from hf_spot.policy.preemption import Action, Decision
+from hf_spot.run.progress import AboveBars
 from hf_spot.run.run import CommitRequest
 from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.training.accumulation import Accumulation
@@ -28,7 +29,7 @@ from hf_spot.training.exactness import (
     set_epoch,
 )
 from hf_spot.training.saves import Saves
-from hf_spot.training.session import Session
+from hf_spot.training.session import SAVE_IS_DUE, Session
 from hf_spot.training.streams import chance_is_named, resumed_in_its_pass
 from hf_spot.training.weights import loaded_whole
 from hf_spot.training.workers import shield
@@ -71,7 +72,7 @@ class SpotCallback(TrainerCallback):
         self._saves: Saves | None = None
         self._saved_step = -1
         self._stop_reason: str | None = None
-        self._advisory = False
+        self._added: str | None = None  # why a save that Trainer did not ask for was added
         self._evaluation_skipped = False
         self._accumulation: Accumulation | None = None
         self._save_at_epoch_end = False
@@ -105,6 +106,8 @@ class SpotCallback(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A step of several micro-batches may be left in its middle: remembers what it would have to return to."""
+        if self._session is not None:
+            self._session.step_begins()
         if self._accumulation is not None and args.gradient_accumulation_steps > 1:
             self._accumulation.begin()
 
@@ -135,14 +138,19 @@ class SpotCallback(TrainerCallback):
         """Answers what was heard."""
         if self._session is None:
             return
-        self._advisory = False
+        self._added = None
         self._session.random_states.micro_batch_ended()
         self._session.random_states.step_ended()
         decision = self._session.step_ended(state.global_step)
         if decision is not None and decision.action is Action.SAVE_AND_GO_ON:
             # At the end of an epoch Trainer may save anyway, after its evaluation: that one is worth more.
-            if not (args.save_strategy == SaveStrategy.EPOCH and _is_epoch_end(state)):
-                self._advisory = control.should_save = True
+            due = decision is SAVE_IS_DUE
+            comes_anyway = args.save_strategy == SaveStrategy.EPOCH and _is_epoch_end(state)
+            if due:
+                comes_anyway = comes_anyway or control.should_save or state.global_step >= state.max_steps
+            if not comes_anyway:
+                self._added = "cadence" if due else "advisory"
+                control.should_save = True
         elif decision is not None:
             self._evaluation_skipped = control.should_evaluate
             control.should_evaluate = False
@@ -173,7 +181,7 @@ class SpotCallback(TrainerCallback):
         self._saved_step = state.global_step
         stopping = self._stop_reason is not None
         complete = state.global_step >= state.max_steps or (control.should_training_stop and not stopping)
-        reason = "notice" if stopping else "advisory" if self._advisory else "end" if complete else "schedule"
+        reason = "notice" if stopping else self._added or ("end" if complete else "schedule")
         request = CommitRequest(
             step=state.global_step,
             stage=self._session.stage,
@@ -330,9 +338,7 @@ class SpotCallback(TrainerCallback):
 def _show_log() -> None:
     """What happens to a run has to be seen even in a script that never set up logging."""
     if not log.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("hf-spot: %(message)s"))
-        log.addHandler(handler)
+        log.addHandler(AboveBars())
         log.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
 
 

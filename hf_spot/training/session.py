@@ -25,9 +25,11 @@ from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.watcher import Watcher
 from hf_spot.policy.preemption import Action, Decision, Measured, decide, gives_way, leaves_step
 from hf_spot.policy.restarts import patience_s
-from hf_spot.run.journal import CheckpointRef
+from hf_spot.run import history
+from hf_spot.run.hook import Hook, hook_url
+from hf_spot.run.journal import ENDINGS, CheckpointRef, Entry
 from hf_spot.run.machine import about_this_machine
-from hf_spot.run.progress import bar
+from hf_spot.run.progress import alert, bar
 from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, set_aside_uncommitted, sweep
 from hf_spot.run.run import Checkpoint, CommitRequest, Run
 from hf_spot.run.upload import Uploader
@@ -36,8 +38,10 @@ from hf_spot.storage.store import Progress
 from hf_spot.storage.threads import Workers
 from hf_spot.training.agreement import Agreement
 from hf_spot.training.batches import keep_samples
+from hf_spot.training.cadence import Cadence
 from hf_spot.training.disks import find_disk
 from hf_spot.training.exactness import RandomStates
+from hf_spot.training.metrics import Metrics
 from hf_spot.training.saves import check_output_dir
 from hf_spot.training.snapshot import WriteBehind
 
@@ -55,6 +59,7 @@ class _Going(Exception):
 
 _NEVER = 1e18  # seconds, for a notice that names no deadline
 _LAST_WORD_S = 5.0
+SAVE_IS_DUE = Decision(Action.SAVE_AND_GO_ON, "a save is due")
 
 # Trainings that this process has finished, by run. A script that trains twice has two stages: after a preemption in the
 # second, the first must end at once with its own last checkpoint, and the second go on from its own.
@@ -109,6 +114,14 @@ class Session:
         self._save_began: float | None = None
         self._save_s: float | None = None
         self._size_bytes: int | None = None
+        self._past: history.Past | None = None
+        self._restore_s: float | None = None
+        self._claimed_at = self._now()
+        self._first_step_s: float | None = None
+        self._first_step_at = 0.0  # by this process's clock
+        self._first_step = 0
+        self._stalled_s = 0.0
+        self._notices = 0
         self.preempted: Decision | None = None
         self._gone_at: float | None = None  # by this process's clock
         self._closed = contextlib.ExitStack()
@@ -122,6 +135,11 @@ class Session:
         memory_gb = arguments.save_memory_gb
         self.behind = WriteBehind(None if memory_gb is None else int(memory_gb * 1e9))
         self._closed.callback(self.behind.close)
+        self._cadence = Cadence(trainer, arguments, self._is_busy, now, clock)
+        self._metrics = Metrics(trainer, {"next_save_in_s": self._cadence.due_in_s})
+        self._closed.callback(self._metrics.close)
+        self._hook = Hook(None if runtime else hook_url(arguments, os.environ), url)  # a launcher tells it itself
+        self._closed.callback(self._hook.close)
 
     # -- the start ----------------------------------------------------------------------------------------------------
 
@@ -142,6 +160,7 @@ class Session:
             self.leave(self.restored.step if self.restored else newest.step if newest else 0)
 
     def _begin(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        began = self._clock()
         found = self._restore(resume_from_checkpoint)
         if found is not None:
             self.restored = found[0]
@@ -149,8 +168,10 @@ class Session:
         if self.restored is None or not self.restored.ref.complete:
             self._follow(self.agreement.from_main(self._claim_if_finished))
             self._start_uploader()
+            self._learn()
         if self.restored is not None:
             self._bring_best()
+            self._restore_s = self._clock() - began
             log.info("going on from step %d, committed by launch %d", self.restored.step, self.restored.ref.epoch)
             if not self.restored.ref.complete:
                 keep_samples(self.trainer, self.restored.details, allow_change=self._arguments.allow_batch_change)
@@ -179,13 +200,14 @@ class Session:
             step: that is committed; 0 for none.
         """
         if self.run.epoch:
-            data = {"step": step, "committed_step": step, "why": "before the first step"}
+            data = {"step": step, "committed_step": step, "why": "before the first step", **self._timing(step)}
             self._record("preempted", data, patience_s=_LAST_WORD_S)
         raise TrainingPreempted("the machine is going; nothing was trained in this launch", step=step or None)
 
     def _claim(self) -> int:
         if self._runtime is not None:
             self.run.adopt(self._runtime.epoch)
+            self._claimed_at = self._runtime.claimed_at or self._claimed_at
         else:
             newest = self.run.state().latest(self.stage)
             if newest is None or not newest.complete:  # else there is nothing to train, so nothing to write
@@ -200,6 +222,8 @@ class Session:
     def _claim_anew(self) -> None:
         about = {**about_this_machine("SpotCallback", os.environ), "stage": self.stage}
         log.info("launch %d of %s", self.run.claim(about), self.run.url)
+        self._claimed_at = self.run.journal.claimed_at or self._claimed_at
+        self._hook.tell(f"launch {self.run.epoch} has begun on {about['hostname']}")
 
     def _follow(self, epoch: int) -> None:
         """The leaders of other disks write under the claim of rank 0."""
@@ -265,6 +289,7 @@ class Session:
             self.run,
             self.output_dir / ".hf_spot" / f"pins-{self.run.epoch}-{self.stage}",
             save_total_limit=self._arguments.save_total_limit,
+            on_commit=self._committed,
             keeps_house=self.agreement.is_main,
         )
         self._closed.callback(self._uploader.close)
@@ -301,7 +326,37 @@ class Session:
         self._watcher = Watcher(sources(self._arguments, environ=os.environ), on_notice)
         self._closed.enter_context(self._watcher)
 
+    def _learn(self) -> None:
+        """Rank 0 reads what happened to the run, in a thread: the training does not wait for it."""
+        if not self.agreement.is_main:
+            return
+
+        def read() -> None:
+            try:
+                self._past = history.read_past(self.run.journal)
+            except SpotError as error:
+                log.info("what happened to %s before could not be read: %s", self.run.url, error)
+                return
+            except Exception:
+                log.exception("what happened to %s before could not be read", self.run.url)
+                return
+            self._cadence.remember(self._past)
+            if self.restored is not None:
+                self._metrics.put("steps_lost", self._past.steps_lost)
+
+        historian = Workers(1, "hf_spot-historian")
+        historian.submit(read)
+        historian.shutdown(wait=False)
+
     # -- during training ----------------------------------------------------------------------------------------------
+
+    def step_begins(self) -> None:
+        """Called by every rank when a step begins."""
+        if self._first_step_s is None:
+            self._first_step_s = (self._now() - self._claimed_at).total_seconds()
+            self._first_step_at, self._first_step = self._clock(), self.trainer.state.global_step
+            if self.agreement.is_main:
+                self._cadence.began()
 
     def ask(self) -> None:
         """Tells the other ranks what was heard here; `step_ended` and `micro_batch_ended` take the answer."""
@@ -313,7 +368,11 @@ class Session:
         left = notice.seconds_left(self._now()) if notice else None
         fenced = self._uploader is not None and self._uploader.fenced is not None
         self.agreement.ask(
-            float(terminate), float(self._asked_advisory is not None), float(fenced), -_NEVER if left is None else -left
+            float(terminate),
+            float(self._asked_advisory is not None),
+            float(fenced),
+            -_NEVER if left is None else -left,
+            float(self.agreement.is_main and self._cadence.is_due()),
         )
 
     def micro_batch_ended(self, rest_of_step_s: float, *, rewindable: Callable[[], bool]) -> Decision | None:
@@ -347,11 +406,13 @@ class Session:
             self._steps.tell(step)
         if self.agreement.alone or not self.agreement.asked:
             self.ask()
-        terminate, advisory, fenced, soonest = self.agreement.answer()
+        terminate, advisory, fenced, soonest, due = self.agreement.answer()
         if fenced:
             return Decision(Action.FINISH_UPLOAD_AND_STOP, "a newer launch owns the run")
         if not terminate and not advisory:
-            return None
+            return SAVE_IS_DUE if due else None
+        self._notices += 1
+        self._metrics.put("notices", self._notices)
         if self._asked_advisory is not None:
             self._advisories.add(self._asked_advisory)
         kind = NoticeKind.TERMINATE if terminate else NoticeKind.ADVISORY
@@ -380,10 +441,10 @@ class Session:
 
     def _decide(self, kind: NoticeKind, seconds_left: float | None, notice: PreemptionNotice | None) -> Decision:
         decision = decide(kind, seconds_left, self._measured())
-        log.warning(
-            "%s from %s: %s (%s)", kind.value, notice.source if notice else "another rank", decision.action.value, decision.why
-        )
+        told = f"{kind.value} from {notice.source if notice else 'another rank'}: {decision.action.value} ({decision.why})"
+        alert(told)
         if self._runtime is None and notice is not None:
+            self._hook.tell(told)
             # The journal may be slow to answer, and the training shall not wait for it.
             self._record("notice", {**json.loads(notice.to_json()), "why": decision.why}, patience_s=0.0)
         return decision
@@ -391,6 +452,7 @@ class Session:
     def save_begins(self) -> None:
         """A save comes next: starts the clock."""
         self._save_began = self._clock()
+        self._cadence.saved(None)  # if it fails, the next attempt is not the next step
 
     def save_failed(self, why: SpotError, *, stops: bool) -> None:
         """Called by every rank when a checkpoint could not be written by one of them.
@@ -419,6 +481,11 @@ class Session:
             self._rotate_as_on_main()
         began, self._save_began = self._save_began, None
         stall_s = None if began is None else self._clock() - began
+        self._stalled_s += stall_s or 0.0
+        self._cadence.saved(stall_s)
+        self._metrics.put("stall_s", stall_s)
+        details = {**(request.details or {}), **self._timing(request.step), **self._carried()}
+        request = replace(request, details=details)
         if self._uploader is not None:
             self.behind.then(partial(self._submit, self._uploader, folder, request, began, stall_s))
         self._order_uploads()
@@ -429,6 +496,7 @@ class Session:
         """Called when all files are written, by whoever wrote them."""
         if began is not None:
             self._save_s = self._clock() - began
+            self._metrics.put("checkpoint_s", self._save_s)
         seconds = {"save_s": self._save_s, "stall_s": stall_s}
         details = {**(request.details or {}), **{name: took and round(took, 3) for name, took in seconds.items()}}
         request = replace(request, details=details, part=self.disk.index, parts=self.disk.count)
@@ -437,6 +505,41 @@ class Session:
             self._size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         except OSError as error:
             log.error("%s can't be queued for upload, training goes on: %s", folder, error)
+
+    def _committed(self, entry: Entry) -> None:
+        """Called after each commit, from the uploader's thread."""
+        upload_s, size_bytes = entry.data["upload_s"], sum(file["size"] for file in entry.data["files"])
+        if entry.data["save_s"] is not None:
+            self._cadence.committed(entry.data["save_s"], upload_s)
+        self._metrics.put("upload_s", upload_s)
+        self._metrics.put("upload_gb_per_s", size_bytes / 1e9 / upload_s if upload_s else None)
+
+    def _is_busy(self) -> bool:
+        """Whether a new checkpoint would queue. Behind one that the store does not take it would not: it takes its place."""
+        if self._uploader is None or self._uploader.trouble is not None:
+            return False
+        return not (self._uploader.idle and self.behind.wait(0.0))
+
+    def _timing(self, step: int) -> dict[str, Any]:
+        """What the time of this launch went to, so far; ``steps_s`` has evaluations in it, too."""
+
+        def rounded(seconds: float | None) -> float | None:
+            return None if seconds is None else round(seconds, 3)
+
+        began = self._first_step_s is not None
+        timing = {
+            "restore_s": rounded(self._restore_s),
+            "first_step_s": rounded(self._first_step_s),
+            "steps_s": rounded(self._clock() - self._first_step_at - self._stalled_s if began else 0.0),
+            "stalled_s": rounded(self._stalled_s),
+            "steps": step - self._first_step if began else 0,
+            "step": step,
+        }
+        return {"timing": timing}
+
+    def _carried(self) -> dict[str, Any]:
+        """For the launches after this one; nothing as long as the past is not known."""
+        return history.to_details(self._past.now(self._now())) if self._past else {}
 
     def _rotate_as_on_main(self) -> None:
         """Trainer rotates on rank 0's disk alone; the others would fill up with shards."""
@@ -477,7 +580,7 @@ class Session:
         committed = newest.step if newest else 0
         if self.preempted is not None:
             data = {"step": step, "committed_step": committed, "stage": self.stage, "why": self.preempted.why}
-            self._record("preempted", data, patience_s=_LAST_WORD_S)
+            self._record("preempted", {**data, **self._timing(step)}, patience_s=_LAST_WORD_S)
             raise TrainingPreempted(
                 f"preempted at step {step}; step {committed} is committed to {self.run.url}. "
                 "Start the same command again to go on.",
@@ -493,7 +596,7 @@ class Session:
                 else "start the same command again: it goes on from there",
             )
         if self._runtime is None:
-            self._record("finished", {"step": step, "stage": self.stage})
+            self._record("finished", {"step": step, "stage": self.stage, **self._timing(step)})
 
     def _drain(self, uploader: Uploader) -> bool:
         """Waits for the last commit, as long as the machine lives, if a notice says how long; whether it came."""
@@ -511,7 +614,7 @@ class Session:
         if notice is None:
             return False
         # It came after the last step: nothing is left to stop, and nobody else waits for it.
-        log.warning("%s from %s: the last upload is finished", notice.kind.value, notice.source)
+        alert(f"{notice.kind.value} from {notice.source}: the last upload is finished")
         uploader.hurry(give_way=gives_way(notice.seconds_left(self._now()), self._measured()))
         drained = uploader.drain(patience())
         if not drained and uploader.fenced is None:
@@ -526,7 +629,8 @@ class Session:
             log.warning("finishing the upload in flight")
         self._uploader.drain(min(60.0, self._arguments.drain_timeout_s))
         if self._runtime is None:
-            self._record("failed", {"error": type(error).__name__, "stage": self.stage})
+            step = self.trainer.state.global_step
+            self._record("failed", {"error": type(error).__name__, "stage": self.stage, **self._timing(step)})
 
     def close(self) -> None:
         """Stops listening and uploading; gives back what was taken."""
@@ -569,6 +673,8 @@ class Session:
         """Tells the journal, one thing after the other, and waits ``patience_s`` for it; None waits as long as it takes."""
         if not self.agreement.is_main:
             return
+        if kind in ENDINGS:
+            self._hook.tell(_ending_in_words(kind, data))
         told = self._journalist.submit(self._tell, kind, data)
         if not wait([told], patience_s).done and patience_s:
             log.error("the journal could not be told %r: %s does not answer", kind, self.run.url)
@@ -595,6 +701,13 @@ def _check(trainer: Trainer) -> None:
         )
     if args.ignore_data_skip:
         log.warning("ignore_data_skip=True: a resumed run sees other data than an uninterrupted one; set it to False")
+
+
+def _ending_in_words(kind: str, data: dict[str, Any]) -> str:
+    told = f"{kind} at step {data['timing']['step']}"
+    if "error" in data:
+        told += f", by {data['error']}"
+    return f"{told}; step {data['committed_step']} is committed" if "committed_step" in data else told
 
 
 def _is_own(resume_from_checkpoint: str | bool | None, output_dir: Path) -> bool:

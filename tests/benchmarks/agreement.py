@@ -34,7 +34,7 @@ def measure(rank: int, ranks: int, meeting: str, steps: int, work_ms: float, out
 
     def hidden() -> float:
         began = time.perf_counter()
-        agreement.ask(0.0, 0.0, 0.0, -1e18)
+        agreement.ask(0.0, 0.0, 0.0, -1e18, 0.0)
         asked = time.perf_counter()
         work()
         working = time.perf_counter()

@@ -1,0 +1,114 @@
+"""What the journal tells of the machines that a run has had, for `hf_spot.policy.cadence`.
+
+Every commit carries what was known when it was made, so the newest entries are enough: those from the newest such commit on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from typing import Any
+
+from hf_spot.errors import ObjectNotFound
+from hf_spot.policy.cadence import History, SaveCost
+from hf_spot.run.journal import BY_HAND, ENDINGS, Entry, Journal
+
+_MOST_ENTRIES = 64  # of launches in a row that committed nothing, more is not worth knowing
+
+
+@dataclass(frozen=True)
+class Past:
+    """What was read.
+
+    Args:
+        history: of all launches up to now, but for the end of the one that is under way.
+        as_of: the last that was heard of the launch under way; its uptime is counted up to there.
+        cost: of the newest save.
+        steps_lost: of the launch before, trained and not committed; None when nobody could tell.
+    """
+
+    history: History = field(default_factory=History)
+    as_of: datetime | None = None
+    cost: SaveCost = field(default_factory=SaveCost)
+    steps_lost: int | None = None
+
+    def now(self, time: datetime) -> History:
+        """The history at a time in the launch under way."""
+        more_s = 0.0 if self.as_of is None else max(0.0, (time - self.as_of).total_seconds())
+        return replace(self.history, uptime_s=self.history.uptime_s + more_s)
+
+
+def read_past(journal: Journal) -> Past:
+    """Reads the newest entries, one request each: back to a commit that carries what was known by then, usually the second or
+    third, and 64 at most.
+
+    Raises:
+        StoreUnavailable: the store could not be asked.
+    """
+    newest = journal.state.number
+    entries: list[Entry] = []
+    for number in range(newest, max(0, newest - _MOST_ENTRIES), -1):
+        try:
+            entries.append(journal.read(number))
+        except ObjectNotFound:  # somebody cut the journal's beginning off
+            break
+        if _carried(entries[-1]) is not None:
+            break
+    return gather(reversed(entries))
+
+
+def gather(entries: Iterable[Entry]) -> Past:
+    """Folds entries into what they tell. Pure.
+
+    A launch that ended without a word was interrupted without notice when another follows it. One that failed was not
+    interrupted: its script was wrong, and would be on any machine. Times are compared within one launch only.
+
+    Args:
+        entries: oldest first; the last ones are of the launch under way.
+    """
+    past, announced = Past(), False
+    for entry in entries:
+        if entry.kind == "prune" or entry.data.get("reason") == "push":  # somebody else's doing, at any time
+            continue
+        if entry.kind == "claim":
+            if past.as_of is not None:
+                past = replace(past, history=_interrupted(past.history, announced), steps_lost=0 if announced else None)
+            trains = entry.data.get("by") != BY_HAND
+            past, announced = replace(past, as_of=entry.time if trains else None), False
+            continue
+        past = replace(past, history=past.now(entry.time), as_of=entry.time)
+        if entry.kind == "commit":
+            announced = entry.data.get("reason") == "notice"
+            past = replace(past, history=_carried(entry) or past.history, cost=_cost(entry.data))
+        elif entry.kind in ENDINGS:
+            reached, committed = entry.data.get("step"), entry.data.get("committed_step")
+            lost = None if reached is None or committed is None else max(0, reached - committed)
+            history = past.history
+            if entry.kind == "preempted":
+                history = _interrupted(history, announced if lost is None else lost == 0)
+            past = replace(past, history=history, as_of=None, steps_lost=0 if entry.kind == "finished" else lost)
+    return past
+
+
+def to_details(history: History) -> dict[str, Any]:
+    """What a commit carries."""
+    return {"history": {**asdict(history), "uptime_s": round(history.uptime_s, 3)}}
+
+
+def _carried(entry: Entry) -> History | None:
+    found = entry.data.get("history") if entry.kind == "commit" and entry.data.get("reason") != "push" else None
+    try:
+        return History(**found) if found else None
+    except TypeError:  # of a newer hf_spot
+        return None
+
+
+def _interrupted(history: History, announced: bool) -> History:
+    return replace(history, announced=history.announced + announced, unannounced=history.unannounced + (not announced))
+
+
+def _cost(data: dict[str, Any]) -> SaveCost:
+    stall_s, save_s, upload_s = (data.get(name) for name in ("stall_s", "save_s", "upload_s"))
+    return SaveCost(stall_s, None if save_s is None or upload_s is None else math.fsum((save_s, upload_s)))
