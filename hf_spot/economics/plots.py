@@ -14,6 +14,8 @@ from hf_spot.errors import ConfigError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from hf_spot.economics.simulate import Result
+
 # Colours that people who confuse red and green can tell apart (https://jfly.uni-koeln.de/color/).
 COLOURS = {
     "training": "#009E73",
@@ -116,6 +118,43 @@ def timeline_svg(timeline: Timeline, title: str) -> str:
         figure.savefig(written, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = written.getvalue()
     return text[text.index("<svg") :]
+
+
+def plot_simulation(path: Path, results: Sequence[Result], title: str) -> None:
+    """Writes cost and wall-clock time of each row: mean, and from the lowest tenth to the highest.
+
+    Args:
+        path: of the image; its ending chooses the format.
+        results: of a simulation.
+        title: above the picture.
+
+    Raises:
+        ConfigError: matplotlib is missing, or can't write such a file.
+    """
+    figure = _figure(10, 1.6 + 0.5 * len(results))
+    rows = range(len(results))
+    for axes, what, spreads in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("cost in dollars", "wall-clock hours"),
+        ([one.usd for one in results], [one.hours for one in results]),
+        strict=True,
+    ):
+        axes.hlines(rows, [one.low for one in spreads], [one.high for one in spreads], color=COLOURS["saving"], linewidth=5)
+        axes.plot([one.mean for one in spreads], rows, "o", color="black", label="mean, and 10% to 90%")
+        axes.set(xlabel=what, ylim=(len(results) - 0.5, -0.5), xlim=(0, 1.1 * max(one.high for one in spreads)))
+        axes.grid(axis="x", color="0.9")
+    costs, hours = figure.axes
+    published = [(one.row.published_usd, row) for row, one in enumerate(results) if one.row.published_usd is not None]
+    if published:
+        costs.plot(
+            *zip(*published, strict=True), "|", color=COLOURS["redoing"], markersize=14, markeredgewidth=2, label="published"
+        )
+    hours.plot([one.planned_hours for one in results], rows, "|", color="0.4", markersize=14, label="without interruptions")
+    costs.set_yticks(rows, [one.row.name for one in results])
+    for axes in (costs, hours):
+        axes.legend(fontsize=8)
+    figure.suptitle(title)
+    _save(figure, path)
 
 
 def _figure(width: float, height: float) -> Figure:
