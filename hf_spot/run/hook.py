@@ -51,10 +51,10 @@ class Hook:
         if self._worker is not None:
             self._told.append(self._worker.submit(self._post_or_log, f"hf_spot: {self._about}: {text}"))
 
-    def close(self, patience_s: float = LAST_WORD_S) -> None:
-        """Waits so long for what is on its way."""
+    def close(self, patience_s: float | None = None) -> None:
+        """Waits for what is on its way: `LAST_WORD_S`, if nothing else is said."""
         if self._worker is not None:
-            wait(self._told, patience_s)
+            wait(self._told, LAST_WORD_S if patience_s is None else patience_s)
             self._worker.shutdown(wait=False, cancel_futures=True)
 
     def _post_or_log(self, text: str) -> None:

@@ -92,15 +92,14 @@ class Cadence:
         return SaveCost(stall_s, known.commit_s if self._commit_s is None else self._commit_s)
 
     def due_in_s(self) -> float | None:
-        """Seconds until the next save, Trainer's or one that is added; None when nobody knows."""
-        scheduled_s = self._scheduled_s()
-        own_s = self._due_at - self._clock() if self._arguments.cadence == "auto" else math.inf
-        soonest_s = min(own_s, math.inf if scheduled_s is None else self._since + scheduled_s - self._clock())
-        return None if math.isinf(soonest_s) else max(0.0, soonest_s)
+        """Seconds until the next save, Trainer's or one that is added; None when it is not known, or all are Trainer's."""
+        if self._arguments.cadence == "fixed" or (scheduled_s := self._scheduled_s()) is None:
+            return None
+        return max(0.0, min(self._due_at, self._since + scheduled_s) - self._clock())
 
     def is_due(self) -> bool:
         """Whether a save has to be added after the step under way."""
-        if self._look_at > (now := self._clock()):
+        if self._look_at == math.inf or self._look_at > (now := self._clock()):
             return False
         step_s = self._step_s() or 0.0
         expected = learn(self._prior, self._past.now(self._now()) if self._past else History())
@@ -148,7 +147,6 @@ def _scheduled_step(trainer: Trainer) -> int:
     upcoming = state.max_steps
     if args.save_strategy == SaveStrategy.STEPS and state.save_steps > 0:
         upcoming = (step // state.save_steps + 1) * state.save_steps
-    elif args.save_strategy == SaveStrategy.EPOCH and state.num_train_epochs:
-        in_epoch = state.max_steps / state.num_train_epochs
+    elif args.save_strategy == SaveStrategy.EPOCH and (in_epoch := state.max_steps / max(1, state.num_train_epochs)) >= 1:
         upcoming = math.ceil((math.floor(step / in_epoch + 1e-9) + 1) * in_epoch)
     return min(upcoming, state.max_steps)

@@ -143,12 +143,8 @@ class SpotCallback(TrainerCallback):
         self._session.random_states.step_ended()
         decision = self._session.step_ended(state.global_step)
         if decision is not None and decision.action is Action.SAVE_AND_GO_ON:
-            # At the end of an epoch Trainer may save anyway, after its evaluation: that one is worth more.
             due = decision is SAVE_IS_DUE
-            comes_anyway = args.save_strategy == SaveStrategy.EPOCH and _is_epoch_end(state)
-            if due:
-                comes_anyway = comes_anyway or control.should_save or state.global_step >= state.max_steps
-            if not comes_anyway:
+            if not self._saves_anyway(args, state) and not (due and self._can_wait(args, state, control)):
                 self._added = "cadence" if due else "advisory"
                 control.should_save = True
         elif decision is not None:
@@ -284,6 +280,18 @@ class SpotCallback(TrainerCallback):
         if before is None or "epoch_of_data" not in details or trainer.args.ignore_data_skip:
             return contextlib.nullcontext()
         return resumed_in_its_pass(trainer, details, before, batches(trainer))
+
+    @staticmethod
+    def _saves_anyway(args: TrainingArguments, state: TrainerState) -> bool:
+        """At the end of an epoch Trainer saves after its evaluation: that one is worth more."""
+        return args.save_strategy == SaveStrategy.EPOCH and _is_epoch_end(state)
+
+    @staticmethod
+    def _can_wait(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
+        """Whether a save that is due can as well be that of a later step, where Trainer saves this one, or would take a
+        checkpoint of it for the best: without the added save there would be none to go back to at the end."""
+        might_be_best = args.load_best_model_at_end and control.should_evaluate
+        return control.should_save or might_be_best or state.global_step >= state.max_steps
 
     def _stop(self, decision: Decision, control: TrainerControl) -> None:
         self._stop_reason = decision.why

@@ -18,7 +18,7 @@ import torch
 from hf_spot.run.run import Run
 from tests.gate import Gate
 from tests.hosts import Hosts, kill, why_not
-from tests.launch.conftest import PLAIN, Launcher, Lines, read_diary
+from tests.launch.conftest import PLAIN, SCRIPTS, Launcher, Lines, read_diary
 from tests.matrix.runner import SCRIPT as TRAIN
 from tests.servers import SeaweedFS
 from tests.waiting import PATIENCE_S, wait_for
@@ -26,6 +26,7 @@ from tests.waiting import PATIENCE_S, wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 PEER_TIMEOUT_S = 5
+MORE_SAVES = SCRIPTS / "more_saves.py"
 
 
 @dataclass
@@ -43,6 +44,12 @@ class Cluster:
         number = self.launches + (only is None)
         files = ["--output_dir", f"out-{number}", "--diary", f"diary-{number}", "--weights", f"weights-{number}"]
         self.start([PLAIN, *files, *more], only=only)
+
+    def launch_saving_more(self) -> None:
+        """The same, and a save is added."""
+        number = self.launches + 1
+        files = ["--output_dir", f"out-{number}", "--diary", f"diary-{number}", "--weights", f"weights-{number}"]
+        self.start([MORE_SAVES, *files, "--save_steps", "100"])  # no other gets in the way of its upload
 
     def start(self, script: Sequence[str | Path], *options: str, only: list[int] | None = None) -> None:
         if only is None:
@@ -134,7 +141,7 @@ def test_a_notice_on_one_machine_stops_both_and_each_disk_is_committed_and_resto
     assert max(first) == newest.step
     metadata_service.kill()
 
-    cluster.launch()
+    cluster.launch_saving_more()
     assert cluster.wait() == [0, 0], cluster.text()
     second = {line["step"]: line for line in cluster.lines()}
     assert min(second) == newest.step + 1
@@ -143,6 +150,8 @@ def test_a_notice_on_one_machine_stops_both_and_each_disk_is_committed_and_resto
     # Each machine fetched what its own ranks read.
     restored = cluster.hosts.folder(1) / "out-2" / newest.name
     assert not (restored / "rng_state_0.pth").exists()
+    # Rank 0's clock has added a save, and both machines have made it.
+    assert [entry.data["step"] for entry in run.events() if entry.data.get("reason") == "cadence"] == [11]
     assert [entry.kind for entry in run.events()][-1] == "finished"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from hf_spot.run.run import Run
 from tests.gate import Gate
 from tests.launch.conftest import Launcher, Twin
+from tests.run.test_hook import SECRET, Listener
 from tests.servers import SeaweedFS
 from tests.waiting import wait_for
 
@@ -16,10 +17,14 @@ from tests.waiting import wait_for
 def test_a_second_sigterm_to_the_launcher_does_not_cut_the_commit_of_the_first(
     seaweedfs: SeaweedFS, s3_url: str, launcher: Launcher
 ) -> None:
-    with Gate(seaweedfs.endpoint) as gate:
+    with Gate(seaweedfs.endpoint) as gate, Listener() as listener:
         gate.close_at(r"PUT .*/journal/\d+\.json", body='"kind":"commit"')
-        launch = launcher.plain(s3_url, "--hold_at", "3", env={"AWS_ENDPOINT_URL": gate.endpoint})
+        options = ["--on-event", listener.url]
+        launch = launcher.plain(s3_url, "--hold_at", "3", options=options, env={"AWS_ENDPOINT_URL": gate.endpoint})
         launch.wait_for_step(3)
+        below = launch.tree()[1:]
+        assert below
+        assert not any(SECRET in str((one.cmdline(), one.environ())) for one in below)  # who needs it not has it not
         launch.process.send_signal(signal.SIGTERM)
         launch.go_on_when_it_says("TERMINATE from signal")
         wait_for(lambda: gate.reached.is_set() or launch.process.poll() is not None)
@@ -27,6 +32,11 @@ def test_a_second_sigterm_to_the_launcher_does_not_cut_the_commit_of_the_first(
             one.send_signal(signal.SIGTERM)
         gate.let_go()
         assert launch.wait() == 75, launch.text()
+    began, noticed, ended = listener.texts
+    assert began.startswith(f"hf_spot: {s3_url}: launch 1 has begun on")
+    assert noticed.startswith(f"hf_spot: {s3_url}: TERMINATE from signal")
+    assert ended == f"hf_spot: {s3_url}: preempted; step {launch.step()} is committed"
+    assert not any(part in launch.text() for part in SECRET.split("/"))
     events = [*Run(s3_url).events()]
     assert [entry.kind for entry in events if entry.kind != "notice"] == ["claim", "commit", "preempted"]
     assert [entry.kind for entry in events].count("notice") == 1

@@ -45,8 +45,9 @@ class Diary(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
         if self.path and "loss" in logs:
+            line = {name: value for name, value in logs.items() if not name.startswith("spot/")}  # seconds are never the same
             with open(self.path, "a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps({"step": state.global_step, **line}) + "\n")
 
 
 def main() -> None:
