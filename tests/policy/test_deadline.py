@@ -56,6 +56,8 @@ def test_a_decision_holds_as_long_as_it_says(progress: Progress) -> None:
         if choose(progress, on, spot=False) is not on:
             continue
         held_s = holds_s(progress, on)
+        if held_s < 1e-6 * progress.deadline_s:
+            continue
         for share in (0.0, 0.5, 0.999):
             at_s = held_s * share if held_s < math.inf else 1e6 * share
             later = replace(progress, elapsed_s=progress.elapsed_s + at_s, done_s=progress.done_s + pace * at_s)
