@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from hf_spot.errors import ConfigError, CorruptCheckpoint, Fenced, ObjectNotFound, StoreUnavailable, Untrusted
@@ -174,7 +175,7 @@ def decode(data: bytes, key: bytes | None = None) -> Entry:
                 hint="pip install --upgrade hf_spot",
             )
         state = written["state"]
-        refs = tuple(_typed(CheckpointRef(**ref)) for ref in state.pop("checkpoints"))
+        refs = tuple(_ref(**ref) for ref in state.pop("checkpoints"))
         written_at = datetime.fromisoformat(written["time"])
         number, kind, epoch, id, told = (written[name] for name in ("number", "kind", "epoch", "id", "data"))
         return _typed(Entry(number, kind, epoch, id, written_at, told, _typed(RunState(checkpoints=refs, **state))))
@@ -203,6 +204,11 @@ def _typed(found: T) -> T:
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise TypeError(f"{name} is {value!r}")
     return found
+
+
+@lru_cache(maxsize=1024, typed=True)  # the entries of a journal repeat each other's checkpoints
+def _ref(**fields: Any) -> CheckpointRef:
+    return _typed(CheckpointRef(**fields))
 
 
 class Journal:
