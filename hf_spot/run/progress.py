@@ -53,6 +53,9 @@ class AboveBars(logging.Handler):
             text = self.format(record)
             if sys.stderr.isatty():
                 text = f"\r\033[K{text}"  # the bar may be another process's
-            tqdm.write(text, file=sys.stderr)
+            if getattr(tqdm, "_instances", None):
+                tqdm.write(text, file=sys.stderr)
+            else:
+                print(text, file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)

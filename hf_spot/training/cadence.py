@@ -121,10 +121,10 @@ class Cadence:
             self._said = True
             log.info(
                 "saves are added: one about every %.0f s would be best, as training stands still %.2f s for one, and an "
-                "interruption is expected every %.1f h, %.0f%% of them without a usable notice",
+                "interruption is expected every %.0f min, %.0f%% of them without a usable notice",
                 best_interval_s(stall_s, expected),
                 stall_s,
-                expected.mean_time_s / 3600,
+                expected.mean_time_s / 60,
                 100 * expected.unannounced_share,
             )
 

@@ -183,7 +183,7 @@ def waste() -> Callable[[float, float, float, float], float]:
 
 
 def intervals_s(around_s: float) -> Iterator[float]:
-    yield from (around_s * 2 ** (exponent / 4) for exponent in range(-12, 13))
+    yield from (around_s * 2 ** (exponent / 3) for exponent in range(-7, 8))
 
 
 @pytest.mark.parametrize(("stall_s", "mean_s", "share"), SETTINGS)
