@@ -130,6 +130,8 @@ def test_what_people_do_to_a_run_by_hand_is_no_launch() -> None:
     report = summarise(timed([(0, by_hand), (50, claim()), (100, ("finished", {"step": 3})), *late]))
     assert [launch.wall_s for launch in report.launches] == [50]
     assert report.wall_s == 50
+    silent = summarise(timed([(0, claim()), (10, commit(5)), (500, ("prune", {"entries": [], "steps": []}))]))
+    assert silent.launches[0].wall_s == 10
 
 
 def test_time_after_a_notice_is_the_end() -> None:
