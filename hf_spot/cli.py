@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from hf_spot import __version__
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import EXIT_USAGE, SpotError
+from hf_spot.errors import EXIT_USAGE, ConfigError, CorruptCheckpoint, SpotError
 
 if TYPE_CHECKING:
+    from hf_spot.economics.report import Report
     from hf_spot.run.run import Run
 
 _EXIT_CODES = """exit codes:
@@ -99,9 +100,26 @@ def parser() -> argparse.ArgumentParser:
     )
     _json(prune)
 
-    report = _add(commands, "report", _report, "launches, interruptions and lost steps of a run")
+    report = _add(commands, "report", _report, "what a run's time went to, launch by launch, and what it cost")
     _run(report)
+    report.add_argument("--plot", metavar="FILE", type=Path, help="draw the timeline and the loss (PNG, SVG or PDF)")
+    report.add_argument("--html", metavar="FILE", type=Path, help="write all of it as one page")
     _json(report)
+
+    simulate = _add(commands, "simulate", _simulate, "what a training should cost and how long it should take, interrupted")
+    simulate.add_argument(
+        "plan", metavar="PLAN", type=Path, nargs="?", help="YAML file: the training, and ways to get machines"
+    )
+    simulate.add_argument("--preset", metavar="NAME", help="a plan that comes with hf_spot: blog")
+    simulate.add_argument("--replay", metavar="RUN", help="compare a run with what is simulated for its machines")
+    simulate.add_argument(
+        "--trace", metavar="FILE", type=Path, action="append", help="capacity of a zone, may be given again (default: a model)"
+    )
+    simulate.add_argument("--nodes", type=int, default=1, metavar="N", help="machines of a trace that the training needs (1)")
+    simulate.add_argument("--seeds", type=int, default=1000, metavar="N", help="trainings simulated for each row (1000)")
+    simulate.add_argument("--prices", metavar="FILE", type=Path, help="take prices from what hf-spot prices --json has printed")
+    simulate.add_argument("--plot", metavar="FILE", type=Path, help="draw cost and time (PNG, SVG or PDF)")
+    _json(simulate)
 
     watch = _add(commands, "watch", _watch, "prints preemption notices as they come")
     watch.add_argument("--notice", default="auto", help=_help("notice"))
@@ -230,11 +248,70 @@ def _prune(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from hf_spot.economics.report import render, summarise
 
-    report = summarise(_open(args.run).events())
+    run = _open(args.run)
+    report = summarise(run.events())
+    if args.plot or args.html:
+        _draw(args, run, report)
     if args.json:
         _print_json({"run": args.run, **report.to_dict()})
     else:
         print(render(report, args.run))
+    return 0
+
+
+def _draw(args: argparse.Namespace, run: Run, report: Report) -> None:
+    from hf_spot.economics.page import write_page
+    from hf_spot.economics.plots import plot_timeline, timeline_svg
+    from hf_spot.economics.timeline import draw_up, losses_in
+
+    if not report.launches:
+        raise ConfigError(f"{args.run}: nobody has launched this run yet, so there is nothing to draw", hint="hf-spot launch")
+    newest, losses = run.latest(), {}
+    if newest is not None:
+        try:
+            losses = losses_in(run.read(newest, "trainer_state.json"))
+        except CorruptCheckpoint as error:
+            print(f"hf-spot: the loss is not drawn: {error}", file=sys.stderr)
+    timeline = draw_up(report, losses, newest.ref.stage if newest else 1)
+    if args.plot:
+        plot_timeline(args.plot, timeline, args.run)
+    if args.html:
+        write_page(args.html, report, args.run, timeline_svg(timeline, ""))
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from hf_spot.economics.plan import PRESETS, load, preset, with_prices
+    from hf_spot.economics.simulate import render, replay, simulate
+    from hf_spot.economics.traces import MODEL_SOURCE, load_all
+    from hf_spot.yaml_file import read
+
+    if [args.plan, args.preset, args.replay].count(None) != 2:
+        raise ConfigError("one of PLAN, --preset and --replay is wanted", hint="hf-spot simulate --preset blog")
+    if args.replay:
+        found = replay(_open(args.replay).events())
+        if args.json:
+            _print_json(dataclasses.asdict(found))
+        else:
+            print(found)
+        return 0
+    if args.preset and args.preset not in PRESETS:
+        raise ConfigError(f"--preset {args.preset}: there are {', '.join(PRESETS)}", hint="hf-spot simulate --preset blog")
+    if args.seeds < 1 or args.nodes < 1:
+        raise ConfigError("--seeds and --nodes must be at least 1", hint="--seeds 1000 --nodes 1")
+    plan = preset(args.preset) if args.preset else load(args.plan)
+    if args.prices:
+        plan = with_prices(plan, read(args.prices), str(args.prices))
+    traces = load_all(args.trace, args.nodes) if args.trace else None
+    results = simulate(plan, traces, jobs=args.seeds)
+    if args.plot:
+        from hf_spot.economics.plots import plot_simulation
+
+        plot_simulation(args.plot, results, args.preset or str(args.plan))
+    if args.json:
+        _print_json([result.to_dict() for result in results])
+    else:
+        capacity = ", ".join(str(path) for path in args.trace) if args.trace else MODEL_SOURCE
+        print(render(plan, results, f"{capacity}; {args.seeds} trainings a row"))
     return 0
 
 

@@ -20,7 +20,7 @@ def test_every_command_in_the_readme_works(seaweedfs: SeaweedFS, tmp_path: Path)
     env = {**os.environ, **seaweedfs.env(), "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     ran = []
     for for_ci, language, text in BLOCK.findall(README.read_text()):
-        if language == "python":
+        if language in ("python", "yaml"):
             (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)
         elif not for_ci:  # those two `.ci/run` runs
             done = subprocess.run(
@@ -31,5 +31,9 @@ def test_every_command_in_the_readme_works(seaweedfs: SeaweedFS, tmp_path: Path)
     assert "checkpoint-30" in ran[3]
     assert "checkpoint-20 pruned" in ran[3]
     assert "finished, step 30 committed" in ran[3]
+    assert "goodput" in ran[4]
+    assert (tmp_path / "run.html").read_text().startswith("<!DOCTYPE html>")
+    assert "two regions" in ran[5]
+    assert "$655.40" in ran[5]
     assert (tmp_path / "elsewhere" / "checkpoint-30" / "model.safetensors").exists()
     assert (tmp_path / "pulled" / "checkpoint-20" / "model.safetensors").exists()

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from hf_spot.economics.timeline import Timeline
 from hf_spot.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from hf_spot.economics.simulate import Result
+
+# Colours that people who confuse red and green can tell apart (https://jfly.uni-koeln.de/color/).
+COLOURS = {
+    "training": "#009E73",
+    "redoing": "#D55E00",
+    "saving": "#0072B2",
+    "restoring": "#56B4E9",
+    "starting": "#E69F00",
+    "ending": "#CC79A7",
+    "other": "#BBBBBB",
+    "waiting": "#555555",
+}
 
 
 @dataclass(frozen=True)
@@ -51,12 +71,7 @@ def plot_losses(
     Raises:
         ConfigError: matplotlib is missing, or can't write such a file.
     """
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(9, 4.5)
     axes = figure.subplots()
     axes.plot(list(twin), list(twin.values()), color="0.8", linewidth=6, label="never interrupted")
     for number, losses in enumerate(launches, start=1):
@@ -71,7 +86,125 @@ def plot_losses(
         axes.text(one.step, top, f" {one.label}\n {lost} steps lost", color=colour, fontsize=8, verticalalignment="top")
     axes.set(xlabel="optimizer step", ylabel="training loss", title=title)
     axes.legend(loc="upper right", fontsize=8)
+    _save(figure, path)
+
+
+def plot_timeline(path: Path, timeline: Timeline, title: str) -> None:
+    """Writes what a run's time went to: a lane a machine, and the loss above.
+
+    Args:
+        path: of the image; its ending chooses the format.
+        timeline: what to show.
+        title: above the picture.
+
+    Raises:
+        ConfigError: matplotlib is missing, or can't write such a file.
+    """
+    _save(_draw_timeline(timeline, title), path)
+
+
+def timeline_svg(timeline: Timeline, title: str) -> str:
+    """The same picture as an ``<svg>`` element that may stand in a page: it refers to nothing outside.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    figure = _draw_timeline(timeline, title)
+    import matplotlib
+
+    written = io.StringIO()
+    # Text stays text, so that it can be searched and read aloud; the salt makes the same ids each time.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hf_spot"}):
+        figure.savefig(written, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = written.getvalue()
+    return text[text.index("<svg") :]
+
+
+def plot_simulation(path: Path, results: Sequence[Result], title: str) -> None:
+    """Writes cost and wall-clock time of each row: mean, and from the lowest tenth to the highest.
+
+    Args:
+        path: of the image; its ending chooses the format.
+        results: of a simulation.
+        title: above the picture.
+
+    Raises:
+        ConfigError: matplotlib is missing, or can't write such a file.
+    """
+    figure = _figure(10, 1.6 + 0.5 * len(results))
+    rows = range(len(results))
+    for axes, what, spreads in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("cost in dollars", "wall-clock hours"),
+        ([one.usd for one in results], [one.hours for one in results]),
+        strict=True,
+    ):
+        axes.hlines(rows, [one.low for one in spreads], [one.high for one in spreads], color=COLOURS["saving"], linewidth=5)
+        axes.plot([one.mean for one in spreads], rows, "o", color="black", label="mean, and 10% to 90%")
+        axes.set(xlabel=what, ylim=(len(results) - 0.5, -0.5), xlim=(0, 1.1 * max(one.high for one in spreads)))
+        axes.grid(axis="x", color="0.9")
+    costs, hours = figure.axes
+    published = [(one.row.published_usd, row) for row, one in enumerate(results) if one.row.published_usd is not None]
+    if published:
+        costs.plot(
+            *zip(*published, strict=True), "|", color=COLOURS["redoing"], markersize=14, markeredgewidth=2, label="published"
+        )
+    hours.plot([one.planned_hours for one in results], rows, "|", color="0.4", markersize=14, label="without interruptions")
+    costs.set_yticks(rows, [one.row.name for one in results])
+    for axes in (costs, hours):
+        axes.legend(fontsize=8)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (ValueError, OSError) as error:
         raise ConfigError(f"the plot can't be written to {path}: {error}", hint="--plot FILE.png") from error
+
+
+def _draw_timeline(timeline: Timeline, title: str) -> Figure:
+    figure = _figure(10, 3.4 + 0.3 * len(timeline.lanes))
+    from matplotlib.patches import Patch
+
+    top, lanes = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 0.6 + 0.3 * len(timeline.lanes)))
+    end_s = max((bar.begin_s + bar.length_s for bar in timeline.bars), default=0.0)
+    unit_s, unit = next(
+        (pair for pair in ((86400, "days"), (3600, "hours"), (60, "minutes")) if end_s > 3 * pair[0]), (1, "seconds")
+    )
+    for curve in timeline.losses:
+        top.plot([at_s / unit_s for at_s, _ in curve], [loss for _, loss in curve], color="0.2", linewidth=1.2)
+    top.set(ylabel="training loss", title=title)
+    if not timeline.losses:
+        top.text(0.5, 0.5, "no loss in the newest checkpoint", transform=top.transAxes, ha="center", color="0.4")
+    for number, (at_s, word) in enumerate(timeline.interruptions):
+        for axes in (top, lanes):
+            axes.axvline(at_s / unit_s, color=COLOURS["redoing"], linestyle="--", linewidth=0.8)
+        if number < 12:  # more words would lie over each other
+            where = top.get_xaxis_transform()
+            top.text(at_s / unit_s, 0.98, f" {word}", transform=where, rotation=90, va="top", fontsize=7, color="0.3")
+    shown = [part for part in COLOURS if any(bar.part == part for bar in timeline.bars)]
+    for row, lane in enumerate(timeline.lanes):
+        for part in shown:
+            spans = [(b.begin_s / unit_s, b.length_s / unit_s) for b in timeline.bars if (b.lane, b.part) == (lane, part)]
+            lanes.broken_barh(spans, (row - 0.35, 0.7), facecolors=COLOURS[part])
+    lanes.set_yticks(range(len(timeline.lanes)), timeline.lanes, fontsize=8)
+    lanes.set(
+        ylim=(len(timeline.lanes) - 0.4, -0.6),
+        xlim=(0, end_s / unit_s or 1),
+        xlabel=f"{unit} since {timeline.began:%Y-%m-%d %H:%M} UTC",
+    )
+    patches = [Patch(color=COLOURS[part], label=part) for part in shown]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
+    return figure

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import platform
 import shutil
 import tempfile
@@ -15,7 +14,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from dataclasses import replace
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +47,7 @@ from hf_spot.policy.restarts import (
 )
 from hf_spot.run.hook import Hook, hook_url
 from hf_spot.run.journal import RunState
+from hf_spot.run.machine import about_this_machine
 from hf_spot.run.progress import AboveBars, alert
 from hf_spot.run.run import Run
 from hf_spot.runtime import Runtime, StepCounter
@@ -173,7 +172,7 @@ class Supervisor:
     def _meet(self) -> tuple[int, Peers | None] | None:
         """Takes the run, together with the other machines if there are any: the epoch; None when a notice came first."""
         machines, arguments = self._machines, self._command.arguments
-        about = _about_this_machine()
+        about = about_this_machine("hf-spot launch", self._command.environ)
         if machines.count == 1:
             return self._run.claim(about), None
         try:
@@ -370,19 +369,3 @@ def _no_room(error: OSError) -> SpotError:
     return SpotError(
         f"{folder} can't be written to: {error.strerror or error}", hint=f"df -h {folder}; or export TMPDIR=/another/disk"
     )
-
-
-def _about_this_machine() -> dict[str, Any]:
-    versions = {}
-    for package in ("hf_spot", "transformers", "accelerate", "torch"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "by": "hf-spot launch",
-        "hostname": platform.node(),
-        "pid": os.getpid(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }

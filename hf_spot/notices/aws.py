@@ -78,8 +78,12 @@ class IMDSSource:
         self._recommendation: PreemptionNotice | None = None
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str]) -> IMDSSource:
+    def from_environ(cls, environ: Mapping[str, str], *, timeout_s: float = 1.0) -> IMDSSource:
         """The source as the variables that the AWS SDKs know describe it.
+
+        Args:
+            environ: the environment.
+            timeout_s: where it names none.
 
         Raises:
             ConfigError: the metadata service is disabled, or a variable has a value that can't be used.
@@ -95,7 +99,7 @@ class IMDSSource:
                 f"{MODE_VARIABLE}={environ[MODE_VARIABLE]!r} is neither IPv4 nor IPv6", hint=f"{MODE_VARIABLE}=IPv4"
             )
         try:
-            timeout_s = float(environ.get(TIMEOUT_VARIABLE) or 1)
+            timeout_s = float(environ.get(TIMEOUT_VARIABLE) or timeout_s)
             attempts = int(environ.get(ATTEMPTS_VARIABLE) or 1)
         except ValueError as error:
             raise ConfigError(
@@ -147,8 +151,12 @@ class IMDSSource:
             return replace(held, deadline=deadline)
         return held
 
-    def _ask(self, path: str) -> dict[str, Any] | None:
-        """The JSON object under ``path``; None for 404, which is how the service says "nothing"."""
+    def metadata(self, path: str) -> str | None:
+        """The text under ``/latest/meta-data/<path>``; None for 404, which is how the service says "nothing".
+
+        Raises:
+            SpotError: no answer in time, or another status.
+        """
         status, body = self._request("GET", f"/latest/meta-data/{path}", {_TOKEN_HEADER: self._current_token()})
         if status == 401:
             # The token can die before its time: the clock stood still in hibernation, or the service was restarted.
@@ -157,6 +165,13 @@ class IMDSSource:
         if status == 404:
             return None
         self._expect_ok(status, path)
+        return body.decode("utf-8", "replace").strip()
+
+    def _ask(self, path: str) -> dict[str, Any] | None:
+        """The JSON object under ``path``, or None."""
+        body = self.metadata(path)
+        if body is None:
+            return None
         try:
             said = json.loads(body)
         except ValueError as error:

@@ -67,7 +67,8 @@ _MAKERS: dict[str, Callable[[SpotArguments, Mapping[str, str], str], NoticeSourc
 }
 
 
-def _is_ec2(environ: Mapping[str, str], dmi: Path, hypervisor_uuid: Path) -> bool:
+def is_ec2(environ: Mapping[str, str], dmi: Path = DMI, hypervisor_uuid: Path = HYPERVISOR_UUID) -> bool:
+    """Whether this machine is one of EC2, or the environment leads to a metadata service as EC2 has it."""
     if aws.is_disabled(environ):
         return False
     return (
@@ -78,7 +79,7 @@ def _is_ec2(environ: Mapping[str, str], dmi: Path, hypervisor_uuid: Path) -> boo
     )
 
 
-_CLOUDS: dict[str, Callable[[Mapping[str, str], Path, Path], bool]] = {"imds": _is_ec2}
+_CLOUDS: dict[str, Callable[[Mapping[str, str], Path, Path], bool]] = {"imds": is_ec2}
 
 
 def _first_line(path: Path) -> str:

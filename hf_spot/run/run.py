@@ -182,6 +182,20 @@ class Run:
         self._unchanged.note(checkpoint.ref.prefix, files)
         return folder
 
+    def read(self, checkpoint: Checkpoint, path: str) -> bytes:
+        """One small file of a checkpoint, verified.
+
+        Raises:
+            CorruptCheckpoint: it is not there, or differs from what was committed.
+        """
+        files = [file for file in checkpoint.files if file.path == path]
+        if not files:
+            raise CorruptCheckpoint(f"{checkpoint.name} of {self.url} has no {path}")
+        with tempfile.TemporaryDirectory(prefix="hf_spot-read-") as scratch:
+            folder = Path(scratch) / "file"
+            transfer.download(self.store, checkpoint.ref.prefix, files, folder)
+            return (folder / path).read_bytes()
+
     def compare(self, checkpoint: Checkpoint, folder: Path, *, ranks: Collection[int] | None = None) -> list[str]:
         """How a local folder differs from a commit (for ``ranks``, from what they need), in words; an empty list when its
         files are the same to the byte."""

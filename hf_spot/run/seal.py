@@ -62,7 +62,7 @@ def unseal(data: bytes, key: bytes | None) -> Any:
             raise Untrusted("an entry of the run's journal was signed with another key", hint=f"is ${VARIABLE} the run's?")
         raise CorruptCheckpoint(f"a damaged journal entry: {data[:80]!r}")
     try:
-        return json.loads(body)
+        return json.loads(body.decode())
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"not a journal entry: {data[:80]!r} ({error})") from error
 

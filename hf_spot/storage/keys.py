@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from hf_spot.errors import ConfigError
 
 TEMPORARY_FOLDER = ".hf_spot-tmp"
 """Top folder in which a `LocalStore` keeps half-written files; no object may stand there."""
 
+# Not every server keeps a backslash: SeaweedFS makes a slash of it.
+_UNKEPT = re.compile(r"[\x00-\x1f\x7f\\]")
 _LONGEST_BYTES = 900  # S3 takes 1024, of which the run's own prefix needs some
 
 
@@ -44,6 +48,5 @@ def _check_text(text: str) -> None:
         raise ConfigError(f"{text!r} is no key: it is not valid Unicode") from None
     if length_bytes > _LONGEST_BYTES:
         raise ConfigError(f"{text[:60]!r}… is no key: {length_bytes} bytes are more than {_LONGEST_BYTES}")
-    # Not every server keeps a backslash: SeaweedFS makes a slash of it.
-    if any(character < " " or character in "\x7f\\" for character in text):
+    if _UNKEPT.search(text):
         raise ConfigError(f"{text!r} is no key: it holds a backslash or a control character")

@@ -28,6 +28,7 @@ from hf_spot.policy.restarts import patience_s
 from hf_spot.run import history
 from hf_spot.run.hook import Hook, hook_url
 from hf_spot.run.journal import ENDINGS, CheckpointRef, Entry
+from hf_spot.run.machine import about_this_machine
 from hf_spot.run.progress import alert, bar
 from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, set_aside_uncommitted, sweep, take
 from hf_spot.run.run import Checkpoint, CommitRequest, Run
@@ -220,7 +221,7 @@ class Session:
         return self.run.epoch
 
     def _claim_anew(self) -> None:
-        about = {"by": "SpotCallback", "hostname": os.uname().nodename, "pid": os.getpid(), "stage": self.stage}
+        about = {**about_this_machine("SpotCallback", os.environ), "stage": self.stage}
         log.info("launch %d of %s", self.run.claim(about), self.run.url)
         self._claimed_at = self.run.journal.claimed_at or self._claimed_at
         self._hook.tell(f"launch {self.run.epoch} has begun on {about['hostname']}")

@@ -11,6 +11,7 @@ from hf_spot.cli import main
 from hf_spot.demo import story
 from hf_spot.demo.story import Outcome, _Story
 from hf_spot.economics.plots import Interruption
+from hf_spot.run.machine import KEYS
 from hf_spot.run.run import Run
 
 
@@ -28,6 +29,8 @@ def test_the_demo_on_a_real_s3_server(s3_url: str, tmp_path: Path, capsys: pytes
     assert (told["store"], told["final_step"]) == (s3_url, 220)
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert (keep / "launch-4" / "final" / "model.safetensors").exists()
+    claims = [entry.data["machine"] for entry in Run(s3_url).events() if entry.kind == "claim"]
+    assert [(machine["cloud"], tuple(sorted(machine))) for machine in claims] == [("aws", tuple(sorted(KEYS)))] * 4
     ended = [entry.kind for entry in Run(s3_url).events() if entry.kind in ("preempted", "failed", "finished")]
     assert ended == ["preempted", "preempted", "finished"]
     assert main(["demo", "--store", s3_url, "--plot", str(plot)]) == 2

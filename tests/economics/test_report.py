@@ -1,33 +1,17 @@
-"""The report says what the journal says."""
+"""The report says what the journal says, and its sums are sums."""
 
 from __future__ import annotations
 
 import json
-import uuid
-from datetime import datetime, timedelta, timezone
+from typing import Any
 
-from hf_spot.economics.report import render, summarise
-from hf_spot.run.journal import Entry, Journal
-from hf_spot.storage.memory import MemoryStore
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-
-def journal_of(*events: tuple[str, dict[str, object]]) -> list[Entry]:
-    """A journal with ten seconds between its entries."""
-    store = MemoryStore(f"memory://{uuid.uuid4().hex}")
-    times = iter(datetime(2026, 1, 1, tzinfo=timezone.utc) + timedelta(seconds=10 * n) for n in range(1000))
-    journal = Journal(store, now=lambda: next(times))
-    for kind, data in events:
-        if kind == "claim":
-            journal.claim(data)
-        else:
-            journal.append(kind, data)
-    return list(journal.entries())
-
-
-def commit(step: int, reason: str = "schedule") -> tuple[str, dict[str, object]]:
-    fields = {"step": step, "reason": reason, "stage": 1, "complete": False, "prefix": f"x/checkpoint-{step}", "files": []}
-    return "commit", fields
-
+from hf_spot.economics.report import _INNER, PARTS, Launch, Report, duration, money_lines, render, summarise
+from hf_spot.economics.timeline import WAITING_LANE, draw_up
+from tests.economics.journals import Event, claim, commit, journal_of, timed, timing
 
 STORY = (
     ("claim", {"hostname": "a"}),
@@ -56,6 +40,7 @@ def test_launches_interruptions_and_lost_steps() -> None:
         (20, 30),
     ]
     assert [launch.steps_lost for launch in report.launches] == [0, None, 7, 0]
+    assert [launch.steps_redone for launch in report.launches] == [0, 0, 0, 7]
     assert report.launches[0].notice_to_commit_s == 10.0
     assert (report.finished, report.committed_step, report.interruptions, report.steps_lost) == (True, 30, 3, 7)
 
@@ -65,5 +50,220 @@ def test_it_is_json_and_a_table() -> None:
     assert json.loads(json.dumps(report.to_dict()))["launches"][2]["steps_lost"] == 7
     text = render(report, "s3://bucket/run")
     assert "finished, step 30 committed" in text
-    assert "3 interruptions, 7 steps lost and 1 launches that ended without a word" in text
+    assert "3 interruptions, 7 steps lost and 1 launches that ended without a word, 7 steps redone" in text
+    assert "nobody measured" in text
+    assert "no price is known" in text
     assert "nobody has launched" in render(summarise([]), "s3://bucket/run")
+
+
+PRICED = {"cloud": "aws", "market": "spot", "price_usd_per_hour": 10.0, "on_demand_usd_per_hour": 36.0}
+# Two launches of an hour's work in all: the first loses 100 steps of 4 s, the second does them again.
+INTERRUPTED = (
+    (0, claim("a", **PRICED)),
+    (1100, commit(200, timing=timing(200, 200, 800, stalled_s=100, first_step_s=200))),
+    (1600, ("failed", {"step": 300})),
+    (1900, claim("b", **PRICED)),
+    (5200, commit(900, timing=timing(900, 700, 2800, stalled_s=300, first_step_s=100, restore_s=40))),
+    (5300, ("finished", {"step": 900})),
+)
+
+
+def test_every_second_is_somewhere() -> None:
+    first, second = (report := summarise(timed(INTERRUPTED))).launches
+    assert first.parts == {**dict.fromkeys(PARTS, 0.0), "training": 1200, "saving": 100, "starting": 200, "other": 100}
+    assert second.parts["redoing"] == pytest.approx(400)
+    assert second.parts["training"] == pytest.approx(2400)
+    assert (second.parts["restoring"], second.parts["starting"], second.parts["other"]) == (40, 60, 200)
+    assert (second.waited_s, report.waiting_s, report.wall_s, report.held_s) == (300, 300, 5300, 5000)
+    assert report.goodput == pytest.approx(3600 / 5300)
+    assert (report.steps_lost, report.steps_redone) == (100, 100)
+
+
+def test_what_was_spent_and_what_on_demand_would_have_cost() -> None:
+    report = summarise(timed(INTERRUPTED))
+    assert report.cost_usd == pytest.approx(5000 / 3600 * 10)
+    # 3600 s of steps, 400 s of saves, a last upload of 200 s, one start of 200 s; nothing restored, nothing twice.
+    assert report.on_demand_s == pytest.approx(4400)
+    assert report.on_demand_usd == pytest.approx(44.0)
+    assert report.saved_usd == pytest.approx(44 - 50000 / 3600)
+    assert "Saved: $30.11 (68%)." in money_lines(report)
+
+
+def test_money_is_only_counted_where_a_price_is_known() -> None:
+    unpriced = {**PRICED, "price_usd_per_hour": None}
+    report = summarise(timed([*INTERRUPTED[:3], (1900, claim("b", **unpriced)), *INTERRUPTED[4:]]))
+    assert report.cost_usd == pytest.approx(1600 / 360)
+    assert report.unpriced_s == 3400
+    assert report.saved_usd is None
+    assert "No price is known of 56.7 min of 83.3 min." in money_lines(report)[0]
+    on_demand = summarise(timed([(0, claim("a", **{**unpriced, "market": "on-demand"})), (3600, ("failed", {"step": 1}))]))
+    assert on_demand.cost_usd == 36.0
+
+
+def test_machines_that_train_together_are_all_paid() -> None:
+    kind, data = claim("a", **PRICED)
+    report = summarise(timed([(0, (kind, {**data, "machines": 4})), *INTERRUPTED[1:3]]))
+    assert report.cost_usd == pytest.approx(4 * 1600 / 360)
+    assert report.on_demand_s == 4 * (1200 + 100 + 200)
+
+
+def test_a_first_hour_that_ec2_ended_may_be_free_and_is_not_taken_off() -> None:
+    notice = ("notice", {"kind": "TERMINATE", "source": "imds"})
+    report = summarise(timed([(0, claim("a", **PRICED)), (1700, notice), (1800, ("preempted", {"step": 9}))]))
+    assert report.maybe_free_usd == report.cost_usd == 5.0
+    assert any("may be free" in line for line in money_lines(report))
+    longer = summarise(timed([(0, claim("a", **PRICED)), (3700, notice), (3800, ("preempted", {"step": 9}))]))
+    assert longer.maybe_free_usd == 0
+
+
+def test_a_launcher_that_starts_again_holds_its_machine_in_between() -> None:
+    report = summarise(timed([(0, claim()), (100, ("failed", {"step": 3})), (130, claim()), (200, ("failed", {"step": 3}))]))
+    assert [launch.wall_s for launch in report.launches] == [100, 100]
+    assert report.waiting_s == 0
+    new_machine = summarise(timed([(0, claim()), (100, ("preempted", {"step": 3})), (130, claim()), (200, commit(4))]))
+    assert new_machine.waiting_s == 30
+
+
+def test_what_people_do_to_a_run_by_hand_is_no_launch() -> None:
+    by_hand = ("claim", {"by": "hf-spot checkpoints"})
+    late = [(9000, commit(3, "push")), (9500, ("prune", {"entries": [], "steps": []}))]
+    report = summarise(timed([(0, by_hand), (50, claim()), (100, ("finished", {"step": 3})), *late]))
+    assert [launch.wall_s for launch in report.launches] == [50]
+    assert report.wall_s == 50
+    silent = summarise(timed([(0, claim()), (10, commit(5)), (500, ("prune", {"entries": [], "steps": []}))]))
+    assert silent.launches[0].wall_s == 10
+
+
+def test_time_after_a_notice_is_the_end() -> None:
+    told = timing(10, 10, 50, first_step_s=20)
+    events = [(0, claim()), (75, ("notice", {"kind": "TERMINATE"})), (90, commit(10, "notice", told))]
+    launch = summarise(timed([*events, (100, ("preempted", {"step": 10, "timing": told}))])).launches[0]
+    assert (launch.parts["ending"], launch.parts["other"]) == (25, 5)
+    taken_back = [*events[:2], (76, ("notice", {"kind": "CANCELLED"})), *events[2:]]
+    assert summarise(timed(taken_back)).launches[0].parts["ending"] == 0
+
+
+# -- whatever the journal says ----------------------------------------------------------------------------------------
+
+seconds = st.floats(0, 1e5)
+numbers = st.integers(0, 1000)
+timings = st.one_of(
+    st.none(),
+    st.just({"steps": "many"}),
+    st.builds(
+        timing, numbers, numbers, seconds, stalled_s=seconds, first_step_s=seconds | st.none(), restore_s=seconds | st.none()
+    ),
+)
+prices = st.floats(0, 100) | st.none() | st.just("dear")
+events = st.one_of(
+    st.builds(
+        claim,
+        st.sampled_from("abc"),
+        price_usd_per_hour=prices,
+        on_demand_usd_per_hour=prices,
+        market=st.sampled_from(["spot", "on-demand"]),
+    ),
+    st.builds(commit, numbers, st.sampled_from(["schedule", "notice", "push", "end"]), timings),
+    st.builds(lambda kind: ("notice", {"kind": kind}), st.sampled_from(["TERMINATE", "ADVISORY", "CANCELLED"])),
+    st.builds(
+        lambda kind, step, told: (kind, {"step": step, "timing": told}),
+        st.sampled_from(["preempted", "finished", "failed"]),
+        numbers | st.none(),
+        timings,
+    ),
+)
+
+
+@given(st.lists(st.tuples(st.floats(-100, 1e4), events), max_size=12), st.sampled_from(["a", "b"]))
+@settings(max_examples=80, deadline=None)
+def test_the_parts_add_up(told: list[tuple[float, Event]], first: str) -> None:
+    at_s, journal = 0.0, [(0.0, claim(first))]
+    for pause_s, event in told:
+        at_s += pause_s  # clocks of two machines differ
+        journal.append((at_s, event))
+    report = summarise(timed(journal))
+    times = [0.0]
+    for one in report.launches:
+        assert min(one.parts.values()) >= 0
+        assert sum(one.parts.values()) == pytest.approx(one.wall_s)
+        assert one.waited_s >= 0
+        assert one.resumed_step <= one.reached_step or not one.measured
+        times.append(one.waited_s + one.wall_s)
+    for name in PARTS:
+        assert report.parts[name] == pytest.approx(sum(one.parts[name] for one in report.launches))
+    last, began = report.launches[-1].last_heard, report.launches[0].began
+    assert report.wall_s == pytest.approx((last - began).total_seconds()) == pytest.approx(sum(times))
+    assert report.held_s + report.waiting_s == pytest.approx(report.wall_s)
+    assert report.goodput is None or 0 <= report.goodput <= 1 + 1e-9
+    priced = [one for one in report.launches if one.cost_usd is not None]
+    assert report.cost_usd == pytest.approx(sum(one.wall_s / 3600 * (one.price_usd_per_hour or 0) for one in priced))
+    assert report.unpriced_s + sum(one.wall_s for one in priced) == pytest.approx(report.held_s)
+    assert report.on_demand_s <= report.held_s + 1e-6
+    render(report, "run")
+    json.dumps(report.to_dict(), allow_nan=False)
+    assert_tiled(report)
+
+
+def assert_tiled(report: Report) -> None:
+    timeline = draw_up(report, dict.fromkeys(range(0, 1000, 100), 1.0))
+    at_s = 0.0
+    for bar in timeline.bars:
+        assert bar.begin_s == pytest.approx(at_s, abs=1e-3)
+        at_s = bar.begin_s + bar.length_s
+        assert (bar.part == "waiting") == (bar.lane == WAITING_LANE)
+    assert at_s == pytest.approx(report.wall_s, abs=1e-3)
+    drawn = {part: sum(bar.length_s for bar in timeline.bars if bar.part == part) for part in (*PARTS, "waiting")}
+    assert drawn == {
+        **{part: pytest.approx(report.parts[part], abs=1e-3) for part in PARTS},
+        "waiting": pytest.approx(report.waiting_s),
+    }
+    for curve in timeline.losses:
+        assert [at_s for at_s, _ in curve] == sorted(at_s for at_s, _ in curve)
+        assert all(-1e-3 <= at_s <= report.wall_s + 1e-3 for at_s, _ in curve)
+
+
+def test_a_loss_stands_where_its_step_was_done_last() -> None:
+    report = summarise(timed(INTERRUPTED))
+    timeline = draw_up(report, {100: 3.0, 250: 2.0, 900: 1.0})
+    (first,), (again, last) = timeline.losses
+    assert first == (pytest.approx(200 + 450), 3.0)
+    assert again == (pytest.approx(1900 + 100 + 50 * 3100 / 700), 2.0)
+    assert last == (pytest.approx(1900 + 100 + 3100), 1.0)
+    assert timeline.lanes == ("i-a", "i-b", WAITING_LANE)
+    assert timeline.interruptions == ((1600, "failed"),)
+
+
+def test_many_machines_share_lanes() -> None:
+    told: list[tuple[float, Event]] = [(n * 10.0, claim(f"m{n}", zone=f"z{n % 3}", market="spot")) for n in range(100)]
+    assert draw_up(summarise(timed(told)), {}).lanes[:3] == ("? z0 spot", "? z1 spot", "? z2 spot")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0, "0.0 s"), (119.9, "119.9 s"), (120, "2.0 min"), (7200, "2.0 h"), (172800, "2.0 d")]
+)
+def test_durations(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_a_launch_keeps_what_it_works_with_to_itself() -> None:
+    shown: dict[str, Any] = summarise(timed(INTERRUPTED)).to_dict()["launches"][0]
+    assert not set(_INNER) & shown.keys()
+    assert shown.keys() < set(Launch.__dataclass_fields__)
+
+
+def test_a_script_that_trains_twice_starts_twice() -> None:
+    first = timing(10, 10, 100, first_step_s=20)
+    second = timing(5, 5, 50, first_step_s=150, restore_s=10)
+    events = [(0, claim()), (120, commit(10, timing=first)), (205, ("failed", {"step": 5, "stage": 2, "timing": second}))]
+    report = summarise(timed(events))
+    assert report.parts == {**dict.fromkeys(PARTS, 0.0), "training": 150, "restoring": 10, "starting": 40, "other": 5}
+    assert_tiled(report)
+
+
+def test_an_ending_does_not_make_steps_of_the_last_upload() -> None:
+    events = [
+        (0, claim()),
+        (15, commit(10, timing=timing(10, 10, 10))),
+        (60, ("finished", {"step": 10, "timing": timing(10, 10, 60)})),
+    ]
+    assert summarise(timed(events)).parts["training"] == 10

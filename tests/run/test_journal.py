@@ -281,3 +281,21 @@ TestInterleavings.settings = settings(max_examples=60, stateful_step_count=25, d
 def test_object_info_is_what_the_journal_reads(store: MemoryStore) -> None:
     Journal(store).claim({})
     assert list(store.list("journal/")) == [ObjectInfo("journal/00000001.json", len(store.get("journal/00000001.json")))]
+
+
+@pytest.mark.parametrize("quick_s", [0.0, 1e9], ids=["a slow store", "a quick store"])
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 100])
+def test_entries_are_read_once_and_in_order_however_quick_the_store_is(
+    quick_s: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_spot.run.journal._QUICK_S", quick_s)
+    store = CountingStore()
+    journal = Journal(store)
+    journal.claim({})
+    for step in range(1, count):
+        journal.append("commit", commit(step))
+    journal.refresh()
+    before = store.requests
+    assert [entry.number for entry in journal.entries()] == list(range(1, count + 1))
+    assert store.requests - before <= count + 4  # finding the end takes some
+    assert list(Journal(MemoryStore(f"memory://{uuid.uuid4().hex}")).entries()) == []

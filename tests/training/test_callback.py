@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_spot import ConfigError, CorruptCheckpoint, Run, SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.arguments import SpotArguments as Settings
 from hf_spot.errors import Fenced
+from hf_spot.run.machine import KEYS
 from hf_spot.storage.open import open_store
 from tests.training.conftest import STEPS, Patient, Recorder, make_trainer, same, weights
 from tests.waiting import wait_for
@@ -61,6 +62,9 @@ def test_a_callback_alone_changes_nothing(store: str, tmp_path: Path, peace) -> 
     assert recorder.losses == peace[1]
     assert steps(store) == [6, 9, 12]
     assert kinds(store)[-1] == "finished"
+    claim = next(Run(store).events()).data
+    assert claim["machine"].keys() == set(KEYS)
+    assert {"hostname", "pid", "versions", "stage"} <= claim.keys()
 
 
 @pytest.mark.parametrize("at_step", [1, 5, 6, 11])

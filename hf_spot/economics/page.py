@@ -1,0 +1,76 @@
+"""A report as one HTML file: no script, and nothing to load from anywhere."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from hf_spot.economics.report import Report, launch_rows, machine_rows, money_lines, time_rows
+from hf_spot.errors import ConfigError
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+body { color: #222; background: #fff }
+h1 { font-size: 1.3rem; overflow-wrap: anywhere } h2 { font-size: 1.05rem; margin-top: 2rem }
+svg { width: 100%; height: auto }
+div { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; white-space: nowrap }
+td:last-child { white-space: normal }
+"""
+# Belt and braces: a browser refuses whatever this file would still try to load.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def write_page(path: Path, report: Report, url: str, picture: str | None) -> None:
+    """Writes the report.
+
+    Args:
+        path: of the file.
+        report: of a run.
+        url: of the run.
+        picture: an ``<svg>`` element (`hf_spot.economics.plots.timeline_svg`); None for a run that nobody launched.
+
+    Raises:
+        ConfigError: the file can't be written.
+    """
+    try:
+        path.write_text(page(report, url, picture), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"the page can't be written to {path}: {error.strerror or error}", hint="--html FILE.html") from error
+
+
+def page(report: Report, url: str, picture: str | None) -> str:
+    """The whole text of the file; see `write_page`."""
+    state = "finished" if report.finished else "not finished"
+    head = f"{state}, step {report.committed_step} committed, {report.interruptions} interruptions"
+    told = [f"<h1>{escape(url)}</h1>", f"<p>{escape(head)}: {report.steps_lost} steps lost, {report.steps_redone} redone.</p>"]
+    if picture is None:
+        told.append("<p>Nobody has launched this run yet.</p>")
+    else:
+        told += [f'<figure role="img" aria-label="timeline of the run">{picture}</figure>']
+        told += ["<h2>What the time went to</h2>", _table([["", "time", "share", ""], *time_rows(report)])]
+        told += ["<h2>Launches</h2>", _table(launch_rows(report))]
+        machines = machine_rows(report)
+        told += ["<h2>Machines and prices</h2>", _table(machines)] if len(machines) > 1 else []
+        told += ["<h2>Cost</h2>", *(f"<p>{escape(line)}</p>" for line in money_lines(report))]
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            f'<head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>hf_spot: {escape(url)}</title><style>{_STYLE}</style></head>",
+            "<body>",
+            *told,
+            "</body></html>",
+            "",
+        ]
+    )
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *body = rows
+    cells = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
+    titles = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    return f"<div><table><thead><tr>{titles}</tr></thead><tbody>{''.join(cells)}</tbody></table></div>"

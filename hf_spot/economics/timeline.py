@@ -1,0 +1,159 @@
+"""When what happened: a report's launches as bars on the clock, and its losses as points above them. Pure."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from hf_spot.economics.report import Launch, Report, Timing, newest_timings
+
+_FINEST = 400  # bars that a launch's steps and saves are drawn as
+_MOST_LANES = 24
+WAITING_LANE = "no machine"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One stretch of one lane.
+
+    Args:
+        lane: the machine.
+        part: what the time went to (`hf_spot.economics.report.PARTS`, or ``waiting``).
+        begin_s: since the first claim.
+        length_s: seconds.
+    """
+
+    lane: str
+    part: str
+    begin_s: float
+    length_s: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What a picture of a run shows.
+
+    Args:
+        began: the first claim.
+        lanes: machines, in the order of their first launch.
+        bars: they tile the time from the first claim to the last word.
+        losses: for each launch, seconds since the first claim and the loss, of its steps that count.
+        interruptions: seconds since the first claim, and a word or two.
+    """
+
+    began: datetime
+    lanes: tuple[str, ...]
+    bars: tuple[Bar, ...]
+    losses: tuple[tuple[tuple[float, float], ...], ...]
+    interruptions: tuple[tuple[float, str], ...]
+
+
+def losses_in(trainer_state: bytes) -> dict[int, float]:
+    """Loss by step, from the bytes of a ``trainer_state.json``; empty when there is none in them."""
+    try:
+        logged = json.loads(trainer_state)["log_history"]
+        found = [(line["step"], line["loss"]) for line in logged if "step" in line and "loss" in line]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return {step: float(loss) for step, loss in found if isinstance(step, int) and isinstance(loss, (int, float))}
+
+
+def draw_up(report: Report, losses: dict[int, float], stage: int = 1) -> Timeline:
+    """The timeline of a report with at least one launch.
+
+    Steps and saves stand in their order; evaluation and what else was not measured stands at the end of its launch.
+
+    Args:
+        report: of the run.
+        losses: by step.
+        stage: whose steps these are.
+    """
+    launches = report.launches
+    began = launches[0].began
+    names = _lane_names(launches)
+    bars: list[Bar] = []
+    for launch, lane in zip(launches, names, strict=True):
+        begin_s = (launch.began - began).total_seconds()
+        if launch.waited_s > 0:
+            bars.append(Bar(WAITING_LANE, "waiting", begin_s - launch.waited_s, launch.waited_s))
+        for part, length_s in _stretches(launch):
+            if length_s > 0:
+                bars.append(Bar(lane, part, begin_s, length_s))
+                begin_s += length_s
+    interruptions = [
+        ((launch.last_heard - began).total_seconds(), launch.ended)
+        for launch in launches
+        if launch.ended in ("preempted", "failed") or (launch.ended == "no word" and launch is not launches[-1])
+    ]
+    lanes = [*dict.fromkeys(names), *([WAITING_LANE] if any(bar.part == "waiting" for bar in bars) else [])]
+    curves = _place([launch for launch in launches if launch.stage == stage], losses, began)
+    return Timeline(began, tuple(lanes), tuple(bars), tuple(curves), tuple(interruptions))
+
+
+def _lane_names(launches: Sequence[Launch]) -> list[str]:
+    """A lane for each machine; where that makes too many to be read, one for each kind and place."""
+    names = [launch.name for launch in launches]
+    if len(set(names)) > _MOST_LANES:
+        names = [
+            " ".join(str(launch.machine.get(key) or "?") for key in ("instance_type", "zone", "market")) for launch in launches
+        ]
+    if len(set(names)) > _MOST_LANES:
+        names = ["machines"] * len(names)
+    return names
+
+
+def _stretches(launch: Launch) -> list[tuple[str, float]]:
+    """The parts of a launch in their order; they add up to its parts."""
+    parts = launch.parts
+    found = [("restoring", parts["restoring"]), ("starting", parts["starting"])]
+    told = [(mark.stage, mark.timing) for mark in launch.marks if mark.timing is not None]
+    thinned = [*told[:: max(1, len(told) // _FINEST)], *told[-1:]]
+    gains = []
+    before = (0, Timing())
+    for stage, timing in thinned:
+        last = before[1] if stage == before[0] else Timing()
+        gains.append((max(0.0, timing.steps_s - last.steps_s), max(0.0, timing.stalled_s - last.stalled_s)))
+        before = (stage, timing)
+    # In shares of the sums, which a clock that was set, or a guess about the last steps, may have changed.
+    trained_s, saved_s = (sum(gain[at] for gain in gains) or 1.0 for at in (0, 1))
+    left_to_redo_s = parts["redoing"]
+    for train_s, save_s in gains:
+        steps_s = (parts["training"] + parts["redoing"]) * train_s / trained_s
+        redone_s = min(left_to_redo_s, steps_s)
+        left_to_redo_s -= redone_s
+        found += [("redoing", redone_s), ("training", steps_s - redone_s), ("saving", parts["saving"] * save_s / saved_s)]
+    return [*found, ("other", parts["other"]), ("ending", parts["ending"])]
+
+
+def _place(launches: Sequence[Launch], losses: dict[int, float], began: datetime) -> list[tuple[tuple[float, float], ...]]:
+    """Each loss at the time at which the last launch that did its step has done it."""
+    curves = []
+    wanted = sorted(losses)
+    for launch in reversed(launches):
+        offset_s = (launch.began - began).total_seconds()
+        knots = _knots(launch)
+        steps = [step for step, _ in knots]
+        points = []
+        while wanted and wanted[-1] > launch.resumed_step:
+            step = wanted.pop()
+            after = min(bisect_right(steps, step - 1), len(knots) - 1)
+            (low, low_s), (high, high_s) = knots[max(0, after - 1)], knots[after]
+            at_s = high_s if high <= low else low_s + (high_s - low_s) * min(1.0, (step - low) / (high - low))
+            points.append((offset_s + at_s, losses[step]))
+        curves.append(tuple(reversed(points)))
+    return [curve for curve in reversed(curves) if curve]
+
+
+def _knots(launch: Launch) -> list[tuple[int, float]]:
+    """Steps that were reached, and seconds since the launch began; both ascending."""
+    held_before_s = (launch.marks[0].time - launch.began).total_seconds()
+    timing = newest_timings(launch).get(launch.stage)
+    knots = [(launch.resumed_step, min(held_before_s + (timing.first_step_s if timing else 0.0), launch.wall_s))]
+    for mark in launch.marks[1:]:
+        at_s = (mark.time - launch.began).total_seconds() if mark.timing is None else held_before_s + mark.timing.elapsed_s
+        if mark.stage == launch.stage and mark.step > knots[-1][0]:
+            knots.append((mark.step, min(max(at_s, knots[-1][1]), launch.wall_s)))
+    return knots
