@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from typing import Any
 from urllib.parse import urlsplit
 
+from hf_spot.aws_errors import HOP_LIMIT
 from hf_spot.errors import ConfigError, SpotError
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 
@@ -193,8 +194,7 @@ class IMDSSource:
                     continue
                 raise SpotError(
                     f"no answer from {self.where} in {self._timeout_s:g} s: {error or type(error).__name__}",
-                    hint="inside a container on EC2: aws ec2 modify-instance-metadata-options "
-                    "--http-put-response-hop-limit 2 --instance-id ID",
+                    hint=f"inside a container on EC2: {HOP_LIMIT}",
                 ) from error
             if status < 500 or not left:
                 return status, body
