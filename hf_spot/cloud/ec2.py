@@ -157,7 +157,7 @@ class Cloud:
     """
 
     def __init__(self, session: Any = None) -> None:
-        self._session = session or boto3.Session()
+        self._session: Any = session or boto3.Session()
         self._clients: dict[tuple[str, str | None], Any] = {}
         self._on_demand: dict[tuple[str, str], Price | None] = {}
 
@@ -375,12 +375,9 @@ def create_fleet(cloud: Cloud, order: Order) -> Outcome:
     with _template(cloud, order) as template:
         capped = market == SPOT and order.max_price is not None
         price: dict[str, Any] = {"MaxPrice": f"{order.max_price:.4f}"} if capped else {}
-        overrides = [
-            {"InstanceType": pool.instance_type, "SubnetId": pool.subnet, "Priority": float(place), **price}
-            for place, pool in enumerate(order.pools)
-        ]
+        overrides = [{"InstanceType": pool.instance_type, "SubnetId": pool.subnet, **price} for pool in order.pools]
         options: dict[str, Any] = (
-            {"OnDemandOptions": {"AllocationStrategy": "lowest-price", "MinTargetCapacity": 1, "SingleInstanceType": True}}
+            {"OnDemandOptions": {"AllocationStrategy": "lowest-price"}}
             if market == ON_DEMAND
             else {"SpotOptions": {"AllocationStrategy": order.strategy, "InstanceInterruptionBehavior": "terminate"}}
         )
@@ -416,7 +413,7 @@ def request_spot_instances(cloud: Cloud, order: Order, *, sleep: Callable[[float
     Raises:
         CloudError: the request can't be made at all, or an instance could not be secured, and was terminated.
     """
-    refusals = {}
+    refusals: dict[tuple[str, str], tuple[str, str]] = {}
     for place, pool in enumerate(order.pools):
         price = {} if order.max_price is None else {"SpotPrice": f"{order.max_price:.4f}"}
         data = _launch_data(order)
