@@ -49,7 +49,7 @@ class Meaning:
     hint: str = ""
 
 
-def explain(code: str, *, status: int = 0, message: str = "", **known: str) -> Meaning:
+def explain(code: str, status: int = 0, message: str = "", **known: str) -> Meaning:
     """What an error means; for a code that is not in the table, what its HTTP status says.
 
     Args:
@@ -112,7 +112,7 @@ _LATER = "the same call should work later"
 _LOGIN = "aws sso login, or new ones in AWS_SESSION_TOKEN"
 _CLOCK = "set the clock: timedatectl; sudo chronyc makestep"
 _WHO = "aws sts get-caller-identity"
-_QUOTAS = "hf-spot quotas job.yaml"
+_QUOTAS = "hf-spot quotas --job job.yaml"
 _WAIT = "hf-spot provision job.yaml --watch, which tries the whole ladder again; more types or regions in the ladder help most"
 
 _EXPIRED = Meaning(Kind.CREDENTIALS, "the session's credentials have expired", _LOGIN)
@@ -191,7 +191,9 @@ TABLE: dict[str, Meaning] = {
     "InvalidAccessKeyId": _KEY_UNKNOWN,
     "InvalidClientTokenId": _KEY_UNKNOWN,
     "UnrecognizedClientException": _KEY_UNKNOWN,
-    "AuthFailure": _KEY_UNKNOWN,
+    "AuthFailure": Meaning(
+        Kind.CREDENTIALS, "the credentials are not known there, or the account has not switched the region on", _WHO
+    ),
     "SignatureDoesNotMatch": _SIGNATURE,
     "IncompleteSignature": _SIGNATURE,
     "ExpiredToken": _EXPIRED,
@@ -233,6 +235,7 @@ TABLE: dict[str, Meaning] = {
     "FlexibleChecksumError": _UNREACHED,
     "RetriesExceededError": _UNREACHED,
     "HTTPError": _UNREACHED,
+    "ResponseParserError": _DAMAGED,
     # -- S3
     "NoSuchBucket": _NO_BUCKET,
     "404": _NO_BUCKET,
@@ -277,12 +280,16 @@ TABLE: dict[str, Meaning] = {
         "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com",
     ),
     "MaxSpotInstanceCountExceeded": _SPOT_QUOTA,
+    "limit-exceeded": _SPOT_QUOTA,
     "VcpuLimitExceeded": _ON_DEMAND_QUOTA,
     "MaxFleetCountExceeded": Meaning(
         Kind.QUOTA, "the account has too many fleets there", "aws ec2 describe-fleets --region {region}"
     ),
     "InsufficientInstanceCapacity": _FULL,
+    "InsufficientHostCapacity": _FULL,
     "Server.InsufficientInstanceCapacity": _FULL,
+    "az-group-constraint": _FULL,
+    "constraint-not-fulfillable": _FULL,
     "UnfulfillableCapacity": _FULL,
     "capacity-not-available": _FULL,
     "pending-evaluation": _NO_CAPACITY_EVER,
@@ -298,6 +305,7 @@ TABLE: dict[str, Meaning] = {
     ),
     "InvalidAMIID.NotFound": _NO_IMAGE,
     "InvalidAMIID.Unavailable": _NO_IMAGE,
+    "InvalidAMIID.Malformed": Meaning(Kind.SETTING, "{image} is no image's id", "image_id: resolve:ssm:…, or ami-…"),
     "ParameterNotFound": Meaning(
         Kind.MISSING,
         "{region} has no such SSM parameter",

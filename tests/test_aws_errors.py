@@ -5,7 +5,10 @@ from __future__ import annotations
 import string
 
 import boto3
+import botocore.parsers
 import pytest
+import s3transfer.exceptions
+import urllib3.exceptions
 from botocore import exceptions as aws
 from botocore.stub import Stubber
 
@@ -90,10 +93,8 @@ def test_of_a_code_and_status_that_say_nothing_the_services_own_words_are_kept()
     "name", [name for name in TABLE if name.endswith("Error") and name not in ("InternalError", "KeyTooLongError")]
 )
 def test_an_exception_of_the_libraries_is_known_by_its_name(name: str) -> None:
-    import s3transfer.exceptions
-    import urllib3.exceptions
-
-    kinds = [getattr(module, name, None) for module in (aws, s3transfer.exceptions, urllib3.exceptions)]
+    modules = (aws, botocore.parsers, s3transfer.exceptions, urllib3.exceptions)
+    kinds = [getattr(module, name, None) for module in modules]
     assert any(isinstance(kind, type) for kind in kinds)
 
 

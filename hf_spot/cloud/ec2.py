@@ -24,6 +24,7 @@ import boto3
 from botocore import exceptions as aws
 from botocore.config import Config
 
+from hf_spot.aws_errors import code_of, message_of
 from hf_spot.cloud.explain import LATER, explain
 from hf_spot.cloud.job import ON_DEMAND, SPOT, Site
 from hf_spot.cloud.ladder import Pool, Price
@@ -39,15 +40,7 @@ _EVERYBODY = ("0.0.0.0/0", "::/0")
 _POLL_S = 5.0
 _POLLS = 24  # a legacy request that is not fulfilled in two minutes is taken back
 _MOST_THREADS = 8
-_CODES = {aws.NoCredentialsError: "NoCredentials", aws.PartialCredentialsError: "NoCredentials", aws.NoRegionError: "NoRegion"}
-
-_NETWORK = (
-    "EndpointConnectionError",
-    "ConnectTimeoutError",
-    "ReadTimeoutError",
-    "ConnectionClosedError",
-    "ResponseParserError",
-)
+_PREFIXES = {"service-quotas": "servicequotas"}  # what IAM calls a service that boto3 calls otherwise
 
 T = TypeVar("T")
 
@@ -171,20 +164,20 @@ class Cloud:
                 read_timeout=60,
                 user_agent_extra="hf_spot",
             )
-            with _explained(service):
+            with _explained("", service, region or ""):
                 self._clients[key] = self._session.client(service, region_name=region, config=config)
         return self._clients[key]
 
     def call(self, service: str, region: str | None, operation: str, **arguments: Any) -> Any:
         """One request, with the errors explained."""
         client = self.client(service, region)
-        with _explained(f"{_camel(operation)} in {client.meta.region_name}"):
+        with _explained(operation, service, client.meta.region_name):
             return getattr(client, operation)(**arguments)
 
     def pages(self, service: str, region: str | None, operation: str, key: str, **arguments: Any) -> Iterator[Any]:
         """Everything under ``key`` in all pages of an answer."""
         client = self.client(service, region)
-        with _explained(f"{_camel(operation)} in {client.meta.region_name}"):
+        with _explained(operation, service, client.meta.region_name):
             for page in client.get_paginator(operation).paginate(**arguments):
                 yield from page.get(key, ())
 
@@ -224,7 +217,7 @@ class Cloud:
             image_id = self.call("ssm", region, "get_parameter", Name=name)["Parameter"]["Value"]
         found = self.call("ec2", region, "describe_images", ImageIds=[image_id])["Images"]
         if not found:
-            raise explain("InvalidAMIID.NotFound", image_id, doing=f"DescribeImages in {region}")
+            raise explain("InvalidAMIID.NotFound", doing=f"DescribeImages in {region}", image=image_id, region=region)
         return Image(image_id, found[0]["RootDeviceName"])
 
     def subnets(self, region: str, ids: Sequence[str]) -> list[Subnet]:
@@ -577,21 +570,20 @@ def tag_value(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _explained(doing: str) -> Iterator[None]:
+def _explained(operation: str, service: str, region: str) -> Iterator[None]:
+    doing = f"{_camel(operation)} in {region}" if operation else service
+    known = {"permission": f"{_PREFIXES.get(service, service)}:{_camel(operation)}", "resource": "*", "region": region}
     try:
         yield
     except aws.ClientError as error:
-        said = error.response.get("Error", {})
-        raise explain(str(said.get("Code", "")), str(said.get("Message", "")), doing=doing) from error
-    except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.NoRegionError) as error:
-        raise explain(_CODES[type(error)], doing=doing) from error
+        raise explain(code_of(error), message_of(error), doing=doing, **known) from error
     except (aws.BotoCoreError, ValueError) as error:
-        raise CloudError(f"{doing}: {error}", hint="hf-spot doctor", code=type(error).__name__) from error
+        raise explain(code_of(error) or type(error).__name__, str(error), doing=doing, **known) from error
 
 
 def is_passing(error: CloudError) -> bool:
     """Whether the same call may work later: throttling, a server's trouble, a network that is away."""
-    return error.code in LATER or error.code in _NETWORK or error.code.startswith("5")
+    return error.code in LATER or error.code.startswith("5")
 
 
 @functools.cache
