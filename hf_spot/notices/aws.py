@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -29,6 +30,10 @@ _TTL_HEADER = "X-aws-ec2-metadata-token-ttl-seconds"
 _TOKEN_TTL_S = 21600  # the longest that AWS grants
 _RENEW_EARLY_S = 60.0
 _LONGEST_ANSWER_BYTES = 65536
+_LEAST_HOPS = {  # Linux; the socket module has no names for IP_MINTTL and IPV6_MINHOPCOUNT
+    socket.AF_INET: (socket.IPPROTO_IP, 21),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 73),
+}
 
 
 def is_disabled(environ: Mapping[str, str]) -> bool:
@@ -159,6 +164,27 @@ class IMDSSource:
             return None
         self._expect_ok(status, path)
         return body
+
+    def has_a_hop_to_spare(self) -> bool:
+        """Whether a session token would also reach a container behind a bridge: one hop further than this process.
+
+        The kernel is asked to drop what arrives on its last hop (``IP_MINTTL``, see ip(7)), as the bridge would. Raises
+        SpotError when the service can't be reached at all.
+        """
+        self._current_token()
+        connection, prefix = self._connect()
+        try:
+            connection.connect()
+            level, option = _LEAST_HOPS[connection.sock.family]
+            connection.sock.setsockopt(level, option, 2)
+            connection.request("PUT", prefix + _TOKEN_PATH, headers={_TTL_HEADER: "1"})
+            return connection.getresponse().status == 200
+        except TimeoutError:
+            return False
+        except (OSError, http.client.HTTPException) as error:
+            raise SpotError(f"{self.where} broke off: {error}") from error
+        finally:
+            connection.close()
 
     def _ask(self, path: str) -> dict[str, Any] | None:
         """The JSON object under ``path``; None for 404, which is how the service says "nothing"."""

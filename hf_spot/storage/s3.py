@@ -15,6 +15,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +57,23 @@ _PERMISSIONS = {
     "list unfinished uploads of": "s3:ListBucketMultipartUploads",
     "abort an upload of": "s3:AbortMultipartUpload",
 }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a bucket is.
+
+    Args:
+        endpoint: URL of the server.
+        asked_in: the region that this machine is set up for.
+        region: the bucket's own, or None where the server does not tell.
+        time: by the server's clock, to the second, or None.
+    """
+
+    endpoint: str
+    asked_in: str
+    region: str | None
+    time: datetime | None
 
 
 class S3Store:
@@ -198,6 +218,22 @@ class S3Store:
                     self._abort(upload["Key"], upload["UploadId"])
                 count += 1
         return count
+
+    def place(self) -> Place:
+        """HeadBucket, whatever it answers: where the bucket is, and what time it is there."""
+        with self._explained("list", ""):
+            try:
+                answer = self._client.head_bucket(Bucket=self._bucket, **self._owner)["ResponseMetadata"]
+            except aws.ClientError as error:
+                answer = error.response.get("ResponseMetadata", {})
+        headers = answer.get("HTTPHeaders", {})
+        said = headers.get("date")
+        return Place(
+            endpoint=self._client.meta.endpoint_url,
+            asked_in=self._client.meta.region_name,
+            region=headers.get("x-amz-bucket-region"),
+            time=parsedate_to_datetime(said) if said else None,
+        )
 
     def _abort(self, name: str, upload_id: str) -> None:
         try:
