@@ -45,7 +45,7 @@ LATER = frozenset(
 )
 """The same call may work later."""
 
-_QUOTAS = "hf-spot quotas --job job.yaml"
+_QUOTAS = "hf-spot quotas job.yaml"
 _MEANINGS = {
     "AuthFailure.ServiceLinkedRoleCreationNotPermitted": (
         "the account has no service-linked role for spot instances, and you may not create it",
@@ -59,7 +59,7 @@ _MEANINGS = {
     "capacity-not-available": ("EC2 has no such machine there now", "other types or regions in the ladder, or --watch"),
     "pending-evaluation": (
         "the request was not even evaluated; where the price history is empty, there is no capacity",
-        "hf-spot prices --type TYPE",
+        "hf-spot prices TYPE",
     ),
     "SpotMaxPriceTooLow": ("the price is above the rung's max_price", "a higher max_price, or none"),
     "price-too-low": ("the price is above the rung's max_price", "a higher max_price, or none"),
@@ -85,7 +85,7 @@ _MEANINGS = {
     "InvalidClientTokenId": ("the access key does not exist", "aws sts get-caller-identity"),
     "SignatureDoesNotMatch": ("the secret key does not belong to the access key", "aws configure"),
     "OptInRequired": ("the account is not enabled for this region or service", "aws account list-regions"),
-    "DryRunOperation": ("permitted; it proves neither capacity nor quota", "hf-spot quotas"),
+    "DryRunOperation": ("permitted; it proves neither capacity nor quota", "hf-spot quotas job.yaml"),
     "ExpiredToken": ("the session has expired", "aws sso login, or new keys"),
     "ExpiredTokenException": ("the session has expired", "aws sso login, or new keys"),
     "RequestExpired": ("the session has expired, or the clock is wrong", "date -u"),
