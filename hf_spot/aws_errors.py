@@ -112,7 +112,7 @@ _LATER = "the same call should work later"
 _LOGIN = "aws sso login, or new ones in AWS_SESSION_TOKEN"
 _CLOCK = "set the clock: timedatectl; sudo chronyc makestep"
 _WHO = "aws sts get-caller-identity"
-_QUOTAS = "hf-spot quotas --job job.yaml"
+_QUOTAS = "hf-spot quotas job.yaml"
 _WAIT = "hf-spot provision job.yaml --watch, which tries the whole ladder again; more types or regions in the ladder help most"
 
 _EXPIRED = Meaning(Kind.CREDENTIALS, "the session's credentials have expired", _LOGIN)
@@ -168,9 +168,13 @@ _NOT_THERE = Meaning(
 _NO_CAPACITY_EVER = Meaning(
     Kind.CAPACITY,
     "no price history: nothing of this type is offered there as spot, and a request would wait in pending-evaluation",
-    "hf-spot prices shows where it is; name other regions or types in the ladder",
+    "hf-spot prices {instance_type} shows where it is; name other regions or types in the ladder",
 )
-_PRICE = Meaning(Kind.CAPACITY, "the spot price is above the highest that was allowed", "hf-spot prices; or raise max_price")
+_PRICE = Meaning(
+    Kind.CAPACITY,
+    "the spot price is above the highest that was allowed",
+    "hf-spot prices {instance_type}; or a higher max_price",
+)
 _SPOT_QUOTA = Meaning(Kind.QUOTA, "the account's quota of spot vCPUs is used up or 0", _QUOTAS)
 _ON_DEMAND_QUOTA = Meaning(Kind.QUOTA, "the account's quota of on-demand vCPUs is used up or 0", _QUOTAS)
 _NO_IMAGE = Meaning(

@@ -150,7 +150,8 @@ class Cloud:
     """
 
     def __init__(self, session: Any = None) -> None:
-        self._session: Any = session or boto3.Session()
+        with _explained("", "AWS", ""):
+            self._session: Any = session or boto3.Session()
         self._clients: dict[tuple[str, str | None], Any] = {}
         self._on_demand: dict[tuple[str, str], Price | None] = {}
 

@@ -2,10 +2,11 @@
 
 Whoever starts machines writes entries of the kind ``machine``; ``data["event"]`` is one of
 
-* ``asked``: somebody walks the ladder; until ``started`` or ``refused`` follows, nobody else does (for `LEASE_S`);
+* ``asked``: somebody walks the ladder; until ``started`` or ``refused`` follows, nobody else does (for `LEASE_S`, or until
+  somebody who knows that the first one is dead takes over);
 * ``started``: a machine, with its price and where the price is from;
 * ``refused``: no rung had one;
-* ``ended``: a machine is gone, why, and what it cost.
+* ``ended``: a machine is gone, why, what it cost, and whether another is wanted.
 """
 
 from __future__ import annotations
@@ -80,7 +81,10 @@ class Ledger:
         machines: oldest first.
         walk: number of the ``asked`` entry of a walk under way, or None.
         walk_since: when that was written.
+        walk_by: who wrote it.
+        walk_token: what makes the same order the same order, if somebody else goes on with it.
         fruitless: machines in a row that shut themselves down without a commit.
+        stopped: somebody ended the last machine, and wants no other.
         step: last committed.
         max_steps: that the training is to have, as far as its commits say.
         heard: time of the training's last entry.
@@ -94,7 +98,10 @@ class Ledger:
     machines: tuple[Machine, ...] = ()
     walk: int | None = None
     walk_since: datetime | None = None
+    walk_by: str = ""
+    walk_token: str = ""
     fruitless: int = 0
+    stopped: bool = False
     step: int = 0
     max_steps: int | None = None
     heard: datetime | None = None
@@ -151,8 +158,10 @@ def fold(ledger: Ledger, entry: Entry) -> Ledger:
 def _machine(ledger: Ledger, entry: Entry) -> Ledger:
     event, data = entry.data.get("event"), entry.data
     if event == "asked":
-        taken = ledger.walk is not None and not is_stale(ledger, entry.time)
-        return ledger if taken else replace(ledger, walk=entry.number, walk_since=entry.time)
+        if ledger.walk is not None and data.get("takes_over") != ledger.walk and not is_stale(ledger, entry.time):
+            return ledger
+        begun = replace(ledger, walk=entry.number, walk_since=entry.time, walk_by=data["by"], walk_token=data["token"])
+        return replace(begun, fruitless=0, failed=False, stopped=False) if data["fresh"] else begun
     if event == "refused":
         return replace(ledger, walk=None, walk_since=None)
     if event == "started":
@@ -165,6 +174,7 @@ def _machine(ledger: Ledger, entry: Entry) -> Ledger:
         by_itself = machine.reason.startswith(GUEST_SHUTDOWN) and ledger.committed == ledger._committed_before
         return replace(
             ledger,
+            stopped=bool(data.get("stop")),
             machines=tuple(machine if one.instance_id == machine.instance_id else one for one in ledger.machines),
             fruitless=ledger.fruitless + 1 if by_itself else 0,
         )

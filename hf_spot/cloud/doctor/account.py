@@ -167,14 +167,21 @@ def _ladder(cloud: Cloud, job: Job, known: Sequence[str], now: datetime) -> Iter
                 continue
         usable = True
     if not usable:
-        yield Finding(FAIL, "ladder", "no rung can have a machine", "hf-spot quotas --job job.yaml; hf-spot prices")
+        yield Finding(
+            FAIL, "ladder", "no rung can have a machine", "hf-spot quotas job.yaml; other types, regions or rungs in the ladder"
+        )
 
 
 def _quota(name: str, rung: Rung, mine: Sequence[Need]) -> Finding:
     offered = [need for need in mine if need.vcpus is not None]
     what = f"{rung.market} {', '.join(rung.instance_types)}"
     if not offered:
-        return Finding(FAIL, name, f"{what}: {explain('Unsupported').means.replace('zone', 'region')}", "hf-spot prices")
+        return Finding(
+            FAIL,
+            name,
+            f"{what}: {explain('Unsupported').means.replace('zone', 'region')}",
+            f"hf-spot prices {rung.instance_types[0]}",
+        )
     blocked = [need for need in offered if need.blocked]
     if not blocked:
         return Finding(OK, name, f"{what}: quotas allow it in {_regions(offered)}")
@@ -205,7 +212,7 @@ def _stock(
         if free is None or (region, kind) in free
     ]
     if not offered:
-        nothing = explain("pending-evaluation")
+        nothing = explain("pending-evaluation", instance_type=types[0])
         return Finding(FAIL, name, f"{', '.join(types)} in {', '.join(regions)}: {nothing.means}", nothing.hint)
     return Finding(OK, name, f"has a spot price in {', '.join(sorted({zone for _, zone in offered}))}")
 

@@ -14,7 +14,6 @@ from hf_spot.cloud.doctor.store import examine as examine_store
 from hf_spot.cloud.job import Job
 from hf_spot.errors import ConfigError, SpotError
 from hf_spot.notices.detect import sources
-from hf_spot.notices.notice import NoticeSource
 from hf_spot.run.run import Run
 
 
@@ -48,32 +47,22 @@ def examine(
     url = store or (job.store if job else None)
     run = Run(url) if url else None
     heard = sources(arguments, environ=environ)
-    return _examine(environ, heard, run, job, checkpoint_gb, grace_s, now, clock)
 
+    def findings() -> Iterator[Finding]:
+        clouds = [source.name for source in heard]
+        notice = notice_of(environ, clouds, grace_s)
+        yield from machine(environ, heard, notice)
+        if job is not None and notice.seconds is None:
+            notice = notice_of({}, ["imds"], None)  # where the job will be
+        size_bytes = None if checkpoint_gb is None else int(checkpoint_gb * 1e9)
+        if run is not None:
+            home = job.region if job else None
+            size_bytes = yield from examine_store(run, notice, size_bytes=size_bytes, home=home, now=now, clock=clock)
+        yield disk(Path.cwd(), size_bytes)
+        if job is not None or "imds" in clouds:
+            yield from _account(job, now())
 
-def _examine(
-    environ: Mapping[str, str],
-    heard: list[NoticeSource],
-    run: Run | None,
-    job: Job | None,
-    checkpoint_gb: float | None,
-    grace_s: float | None,
-    now: Callable[[], datetime],
-    clock: Callable[[], float],
-) -> Iterator[Finding]:
-    clouds = [source.name for source in heard]
-    notice = notice_of(environ, clouds, grace_s)
-    yield from machine(environ, heard, notice)
-    if job is not None and notice.seconds is None:
-        notice = notice_of({}, ["imds"], None)
-    size_bytes = None if checkpoint_gb is None else int(checkpoint_gb * 1e9)
-    if run is not None:
-        size_bytes = yield from examine_store(
-            run, notice, size_bytes=size_bytes, home=job.region if job else None, now=now, clock=clock
-        )
-    yield disk(Path.cwd(), size_bytes)
-    if job is not None or "imds" in clouds:
-        yield from _account(job, now())
+    return findings()
 
 
 def _account(job: Job | None, now: datetime) -> Iterator[Finding]:
