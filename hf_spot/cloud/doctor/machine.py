@@ -97,9 +97,7 @@ def _versions() -> Iterator[Finding]:
             found = f"{one.name} {has[one.name]} does not do: hf_spot needs {one.specifier}"
             yield Finding(FAIL, "versions", found, f"pip install '{one}'")
     if not wrong:
-        yield Finding(
-            OK, "versions", ", ".join(f"{name} {has[name]}" for name in ("hf_spot", "Python", *_SHOWN) if name in has)
-        )
+        yield Finding(OK, "versions", ", ".join(f"{name} {has[name]}" for name in _SHOWN if name in has))
 
 
 def _metadata(environ: Mapping[str, str], sources: Sequence[NoticeSource], contained: bool) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from hf_spot.aws_errors import Kind, code_of, explain
 from hf_spot.cloud.doctor.finding import FAIL, OK, WARN, Finding, Notice
@@ -17,6 +17,9 @@ from hf_spot.errors import AccessDenied, ObjectNotFound, SpotError, StoreNotFenc
 from hf_spot.run.run import Run
 from hf_spot.storage.probe import FOLDER, answer
 from hf_spot.storage.store import ObjectStore
+
+if TYPE_CHECKING:
+    from hf_spot.storage.s3 import Place
 
 SIZES_BYTES = (8 << 20, 64 << 20, 512 << 20)
 _LONG_ENOUGH_S = 1.0
@@ -47,7 +50,15 @@ def examine(
         now: the wall clock.
         clock: seconds, monotonic.
     """
-    yield from _place(run.store, home, now)
+    if run.url.startswith("s3://"):
+        from hf_spot.storage.s3 import S3Store  # boto3 takes its time
+
+        assert isinstance(run.store, S3Store)
+        place = _tried(run.store.place, run.url)
+        if isinstance(place, SpotError):
+            yield _failed("store", place)
+            return size_bytes
+        yield from _place(place, home, now())
     listed = _tried(lambda: next(iter(run.store.list(FOLDER)), None), run.url)
     if isinstance(listed, SpotError) and not _is_permission(listed):
         yield _failed("store", listed)  # a bucket, a server or credentials that are not there fail every other check as well
@@ -77,15 +88,7 @@ def examine(
     return size_bytes
 
 
-def _place(store: ObjectStore, home: str | None, now: Callable[[], datetime]) -> Iterator[Finding]:
-    if not store.url.startswith("s3://"):
-        return
-    from hf_spot.storage.s3 import S3Store
-
-    assert isinstance(store, S3Store)
-    place = _tried(store.place, store.url)
-    if isinstance(place, SpotError):
-        return  # listing meets the same, and tells it
+def _place(place: Place, home: str | None, now: datetime) -> Iterator[Finding]:
     if place.region is None:
         yield Finding(OK, "region", f"{place.endpoint} names no region")
     elif place.region != place.asked_in:
@@ -97,7 +100,7 @@ def _place(store: ObjectStore, home: str | None, now: Callable[[], datetime]) ->
     else:
         yield Finding(OK, "region", f"the bucket is in {place.region}, where this machine asks")
     if place.time is not None:
-        skew_s = (now() - place.time).total_seconds()
+        skew_s = (now - place.time).total_seconds()
         said = f"this machine's clock is {abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} the store's"
         repair = explain("RequestTimeTooSkewed").hint
         if abs(skew_s) > _SKEW_REFUSED_S:
