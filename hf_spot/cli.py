@@ -137,6 +137,16 @@ def parser() -> argparse.ArgumentParser:
     _run(status)
     _json(status)
 
+    sky = _add(commands, "sky", _sky, "the same job as a SkyPilot managed job: SkyPilot finds the machines")
+    _job(sky)
+    ways = sky.add_mutually_exclusive_group()
+    ways.add_argument("--print", action="store_true", help="print the task as YAML (default)")
+    ways.add_argument("--launch", action="store_true", help="start it")
+    ways.add_argument("--status", action="store_true", help="SkyPilot's jobs of this name")
+    ways.add_argument("--logs", action="store_true", help="follow the newest one's output")
+    ways.add_argument("--cancel", action="store_true", help="end them; the training saves first")
+    _json(sky)
+
     doctor = _add(commands, "doctor", _doctor, "checks this machine, a store and the AWS account, and names each repair")
     doctor.add_argument("--store", metavar="URL", help="of a run; what is written there is deleted again")
     doctor.add_argument("--job", metavar="FILE", type=Path, help="a job file: check the account for it, and its store")
@@ -385,6 +395,40 @@ def _status(args: argparse.Namespace) -> int:
         _print_json(known)
     else:
         print(render_status(known))
+    return 0
+
+
+def _sky(args: argparse.Namespace) -> int:
+    from hf_spot.cloud import sky
+    from hf_spot.cloud.job import load
+
+    job = load(args.job)
+    if args.logs:
+        return sky.logs(job)
+    if args.launch:
+        ids = sky.launch(job)
+        for note in sky.notes(job):
+            print(f"hf-spot: {note}", file=sys.stderr)
+        if args.json:
+            _print_json({"job_ids": ids})
+        else:
+            print(f"SkyPilot job {', '.join(map(str, ids))}; hf-spot sky {args.job} --status")
+    elif args.status:
+        found = sky.status(job)
+        if args.json:
+            _print_json(found)
+        else:
+            lines = (
+                f"{one['job_id']:<5} {one['status']:<12} {one['recoveries']} recoveries  {one['infra'] or '-'}" for one in found
+            )
+            print("\n".join(lines) or f"SkyPilot has no job {job.name}")
+    elif args.cancel:
+        sky.cancel(job)
+        print(json.dumps({"cancelled": job.name}) if args.json else f"{job.name} is cancelled")
+    elif args.json:
+        _print_json(sky.task(job, os.environ))
+    else:
+        print(sky.render(job, os.environ), end="")
     return 0
 
 
