@@ -115,8 +115,12 @@ _WHO = "aws sts get-caller-identity"
 _QUOTAS = "hf-spot quotas job.yaml"
 _WAIT = "hf-spot provision job.yaml --watch, which tries the whole ladder again; more types or regions in the ladder help most"
 
-_EXPIRED = Meaning(Kind.CREDENTIALS, "the session's credentials have expired", _LOGIN)
-_FORBIDDEN = Meaning(Kind.PERMISSION, "not allowed", f"allow {{permission}} on {{resource}} for the role or user of: {_WHO}")
+_EXPIRED = Meaning(Kind.CREDENTIALS, "the session has expired", _LOGIN)
+_FORBIDDEN = Meaning(
+    Kind.PERMISSION,
+    "your credentials do not allow this",
+    f"allow {{permission}} on {{resource}} for the role or user of: {_WHO}",
+)
 _KEY_UNKNOWN = Meaning(
     Kind.CREDENTIALS, "this access key is not known there", "aws configure list; is AWS_ENDPOINT_URL the right one?"
 )
@@ -131,7 +135,7 @@ _ELSEWHERE = Meaning(
     "the bucket is in another region",
     "set AWS_REGION to the answer of: aws s3api get-bucket-location --bucket {bucket}",
 )
-_THROTTLED = Meaning(Kind.BUSY, "too many requests", _LATER)
+_THROTTLED = Meaning(Kind.BUSY, "too many requests: the service throttles them", _LATER)
 _IN_TROUBLE = Meaning(Kind.BUSY, "the service is busy or in trouble", _LATER)
 _DAMAGED = Meaning(Kind.BUSY, "the data was damaged or cut off on the way", _LATER)
 _DECIDED = Meaning(Kind.BUSY, "another request for the same is just being decided", _LATER)
@@ -148,7 +152,7 @@ _PASS_ROLE = Meaning(
 )
 _LACKING = Meaning(
     Kind.CREDENTIALS,
-    "no credentials were found",
+    "no AWS credentials were found",
     f"aws configure; on EC2 attach an instance profile, and for a container raise the metadata hop limit: {HOP_LIMIT}",
 )
 _NOT_LOGGED_IN = Meaning(Kind.CREDENTIALS, "nobody is logged in", "aws sso login")
@@ -175,12 +179,12 @@ _PRICE = Meaning(
     "the spot price is above the highest that was allowed",
     "hf-spot prices {instance_type}; or a higher max_price",
 )
-_SPOT_QUOTA = Meaning(Kind.QUOTA, "the account's quota of spot vCPUs is used up or 0", _QUOTAS)
-_ON_DEMAND_QUOTA = Meaning(Kind.QUOTA, "the account's quota of on-demand vCPUs is used up or 0", _QUOTAS)
+_SPOT_QUOTA = Meaning(Kind.QUOTA, "the account's spot quota is used up, or 0", _QUOTAS)
+_ON_DEMAND_QUOTA = Meaning(Kind.QUOTA, "the account's on-demand quota is used up, or 0", _QUOTAS)
 _NO_IMAGE = Meaning(
     Kind.MISSING,
     "the image {image} does not exist in {region}: AMIs are regional",
-    "aws ec2 copy-image --source-region … --region {region}; or image_id: {{{region}: ami-…}} in the job file",
+    "image_id: resolve:ssm:… in the job file, or {{{region}: ami-…}} after aws ec2 copy-image --region {region} …",
 )
 _NO_NETWORK = Meaning(Kind.MISSING, "{region} has no default network", "aws ec2 create-default-vpc --region {region}")
 
@@ -215,7 +219,7 @@ TABLE: dict[str, Meaning] = {
     "PendingVerification": Meaning(Kind.CREDENTIALS, "AWS is still checking this account", "try again in some hours"),
     "RequestTimeTooSkewed": _SKEWED,
     "RequestExpired": Meaning(
-        Kind.CREDENTIALS, "this machine's clock is wrong, or the session's credentials have expired", f"{_CLOCK}; {_LOGIN}"
+        Kind.CREDENTIALS, "this machine's clock is wrong, or the session has expired", f"{_CLOCK}; {_LOGIN}"
     ),
     "RequestInTheFuture": _SKEWED,
     "NoCredentialsError": _LACKING,

@@ -121,7 +121,10 @@ def status(job: Job) -> list[dict[str, Any]]:
     """SkyPilot's managed jobs of this name, newest first: ``job_id``, ``status``, ``infra``, ``recoveries``, ``reason``."""
     sky = _sky()
     with _explained("could not be asked"):
-        records, *_ = sky.get(sky.jobs.queue_v2(refresh=True, name_match=job.name))
+        try:
+            records, *_ = sky.get(sky.jobs.queue_v2(refresh=True, name_match=job.name))
+        except (sky.exceptions.ClusterDoesNotExist, sky.exceptions.ClusterNotUpError):
+            records = []  # SkyPilot's own machine that looks after jobs is not there, or asleep: it looks after none
     found = [
         {
             "job_id": record.job_id,

@@ -301,7 +301,7 @@ BAD: dict[str, tuple[Callable[[Desk], object], list[str]]] = {
     "setup too long": (lambda desk: desk.change(setup="x" * 17000), ["bytes of user data", "16384"]),
     "no PassRole": (
         lambda desk: desk.aws.fail.update(CreateFleet=["UnauthorizedOperation"]),
-        ["your credentials do not allow this", "hf-spot doctor"],
+        ["your credentials do not allow this", "allow ec2:CreateFleet on"],
     ),
     "no service-linked role": (
         lambda desk: desk.aws.fail.update(CreateFleet=["AuthFailure.ServiceLinkedRoleCreationNotPermitted"]),
@@ -330,7 +330,7 @@ def test_bad_input_is_refused_clearly_and_costs_nothing(desk: Desk, case: str) -
 def test_without_credentials_the_error_names_the_ways_to_get_some(desk: Desk) -> None:
     with pytest.raises(CloudError, match=r"no AWS credentials were found(.|\n)*hop limit") as caught:
         Cloud(desk.aws.session(credentials=False)).image("us-east-1", "ami-12345678")
-    assert caught.value.code == "NoCredentials"
+    assert caught.value.code == "NoCredentialsError"
 
 
 def test_a_quota_that_blocks_one_rung_only_skips_it(desk: Desk) -> None:
