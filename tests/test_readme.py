@@ -20,8 +20,8 @@ def test_every_command_in_the_readme_works(seaweedfs: SeaweedFS, tmp_path: Path)
     env = {**os.environ, **seaweedfs.env(), "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     ran = []
     for for_ci, language, text in BLOCK.findall(README.read_text()):
-        if language == "python":
-            (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)
+        if language in ("python", "yaml"):
+            (tmp_path / text.split(maxsplit=2)[1].rstrip(":")).write_text(text)
         elif not for_ci:  # those two `.ci/run` runs
             done = subprocess.run(
                 ["bash", "-euc", text], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False
