@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from hf_spot.cloud import ec2
 from hf_spot.cloud.book import Book
 from hf_spot.cloud.ec2 import Cloud
 from hf_spot.cloud.job import ANY, ON_DEMAND, SPOT, Job, Rung
@@ -259,10 +260,6 @@ def test_a_first_hour_that_ec2_cut_short_costs_nothing(desk: Desk) -> None:
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-def none(desk: Desk) -> None:
-    pass
-
-
 def open_to_the_world(desk: Desk) -> None:
     client = desk.aws.client()
     group = client.describe_security_groups(GroupNames=["default"])["SecurityGroups"][0]["GroupId"]
@@ -307,9 +304,9 @@ BAD: dict[str, tuple[Callable[[Desk], object], list[str]]] = {
         lambda desk: desk.aws.fail.update(CreateFleet=["AuthFailure.ServiceLinkedRoleCreationNotPermitted"]),
         ["aws iam create-service-linked-role --aws-service-name spot.amazonaws.com"],
     ),
-    "hard refusal of a pool": (
-        lambda desk: setattr(desk.aws, "refuse", lambda kind, zone, market: "InvalidParameterValue"),
-        ["InvalidParameterValue", "p4d.24xlarge"],
+    "spot price too low": (
+        lambda desk: desk.change(ladder=(Rung((P4D,), SPOT, max_price=1),)),
+        ["no rung of the ladder", "above max_price $1.0"],
     ),
     "expired": (lambda desk: desk.aws.fail.update(DescribeRegions=["ExpiredToken"]), ["session has expired"]),
 }
@@ -327,10 +324,26 @@ def test_bad_input_is_refused_clearly_and_costs_nothing(desk: Desk, case: str) -
     assert desk.aws.client().describe_launch_templates()["LaunchTemplates"] == []
 
 
+def test_a_refusal_that_another_pool_would_not_change_is_an_error_at_once(desk: Desk) -> None:
+    desk.aws.refuse = lambda kind, zone, market: "InvalidParameterValue"
+    with pytest.raises(CloudError, match=r"^p4d\.24xlarge in subnet-\w+: canned: InvalidParameterValue") as caught:
+        desk.provisioner().provision()
+    assert not isinstance(caught.value, NoCapacity)
+    assert len(desk.aws.orders) == 1
+
+
 def test_without_credentials_the_error_names_the_ways_to_get_some(desk: Desk) -> None:
     with pytest.raises(CloudError, match=r"no AWS credentials were found(.|\n)*hop limit") as caught:
         Cloud(desk.aws.session(credentials=False)).image("us-east-1", "ami-12345678")
     assert caught.value.code == "NoCredentialsError"
+
+
+def test_a_signed_journal_needs_its_key_on_the_machines(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_SPOT_JOURNAL_KEY", "k" * 64)
+    with pytest.raises(ConfigError, match=r"the machines would not have it(.|\n)*aws ssm get-parameter"):
+        desk.provisioner().provision()
+    desk.change(run="export HF_SPOT_JOURNAL_KEY=$(secret)\nhf-spot launch train.py")
+    assert desk.provisioner().provision() is not None
 
 
 def test_a_quota_that_blocks_one_rung_only_skips_it(desk: Desk) -> None:
@@ -416,6 +429,18 @@ def test_a_legacy_spot_request_is_tagged_and_closed_as_soon_as_there_is_an_insta
     assert ("ModifyInstanceMetadataOptions", "us-east-1") in desk.aws.calls
     assert instance.metadata_options.http_tokens == "required"
     assert desk.provisioner(api="spot-request").provision() == machine
+
+
+def test_an_instance_that_a_legacy_request_got_and_nobody_tagged_is_found(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(ec2, "_secure", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            desk.provisioner(api="spot-request").provision()
+    lost = only(desk.aws.instances("running"))
+    for tag in lost.get_tags():  # moto gives an instance its request's tags; EC2 does not
+        desk.aws.client().delete_tags(Resources=[lost.id], Tags=[{"Key": tag["key"]}])
+    machine = desk.provisioner(api="spot-request").provision()
+    assert machine is not None and machine.instance_id == only(desk.aws.instances("running")).id == lost.id
 
 
 def test_an_instance_that_cannot_be_closed_does_not_stay(desk: Desk) -> None:
@@ -600,7 +625,7 @@ def test_trouble_of_the_cloud_is_waited_out(desk: Desk) -> None:
     assert "throttles" in only(desk.events("trouble"))["error"]
 
 
-def test_a_finished_machine_that_does_not_go_is_ended_and_one_that_may_stay_stays(desk: Desk) -> None:
+def test_a_finished_machine_that_does_not_go_is_ended(desk: Desk) -> None:
     def life() -> None:
         if desk.training.state().ended is None:
             desk.claim()

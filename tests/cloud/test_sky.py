@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import yaml
 
@@ -317,8 +318,10 @@ def test_skypilot_plans_the_ladder_and_is_asked_for_jobs_by_its_own_server(path:
     host, moto_port = moto.get_host_and_port()
     try:
         with server({**home, "AWS_ENDPOINT_URL": f"http://{host}:{moto_port}"}) as env:
-            image = image_of(f"http://{host}:{moto_port}")
-            path.write_text(JOB.replace("ami-03cf127a", image))
+            text = JOB
+            for region in ("us-east-1", "us-west-2"):
+                text = text.replace(f"{region}: ami-03cf127a", f"{region}: {image_of(f'http://{host}:{moto_port}', region)}")
+            path.write_text(text)
 
             def run(*command: str) -> subprocess.CompletedProcess[str]:
                 return subprocess.run(command, env=env, cwd=path.parent, capture_output=True, text=True, timeout=200)
@@ -336,13 +339,12 @@ def test_skypilot_plans_the_ladder_and_is_asked_for_jobs_by_its_own_server(path:
         moto.stop()
 
 
-def image_of(endpoint: str) -> str:
-    import boto3
-
+def image_of(endpoint: str, region: str) -> str:
     client = boto3.client(
-        "ec2", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="AKTEST", aws_secret_access_key="secret"
+        "ec2", endpoint_url=endpoint, region_name=region, aws_access_key_id="AKTEST", aws_secret_access_key="secret"
     )
-    return str(client.register_image(Name="ours", RootDeviceName="/dev/sda1")["ImageId"])
+    disk = {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": 30}}
+    return str(client.register_image(Name="ours", RootDeviceName="/dev/sda1", BlockDeviceMappings=[disk])["ImageId"])
 
 
 def test_a_job_that_cannot_be_is_refused(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
