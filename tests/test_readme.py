@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hf_spot.cloud.job import load
 from tests.servers import SeaweedFS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -28,6 +29,7 @@ def test_every_command_in_the_readme_works(seaweedfs: SeaweedFS, tmp_path: Path)
             )
             assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
             ran.append(done.stdout)
+    assert load(tmp_path / "job.yaml").ladder[-1].market == "on-demand"
     assert "checkpoint-30" in ran[3]
     assert "checkpoint-20 pruned" in ran[3]
     assert "finished, step 30 committed" in ran[3]

@@ -21,7 +21,7 @@ from hf_spot.storage.store import ObjectStore
 if TYPE_CHECKING:
     from hf_spot.storage.s3 import Place
 
-SIZES_BYTES = (8 << 20, 64 << 20, 512 << 20)
+SIZES_BYTES = (8 << 20, 64 << 20, 256 << 20)
 _LONG_ENOUGH_S = 1.0
 _GIVE_UP_S = 10.0
 _SKEW_NOTED_S, _SKEW_REFUSED_S = 60.0, 900.0  # S3 refuses a signature that is more than 15 minutes old, or of the future
