@@ -83,39 +83,45 @@ def _images(cloud: Cloud, job: Job, regions: Sequence[str]) -> tuple[dict[str, s
 
 def _start(cloud: Cloud, job: Job, image: str) -> Iterator[Finding]:
     """Whether an instance with this role, key and network may be started: EC2 checks, and starts nothing."""
-    role = job.instance_profile or ""
+    role = ""
     if job.instance_profile:
-        name = job.instance_profile.rpartition("/")[2]
-        try:
-            roles = cloud.call("iam", job.region, "get_instance_profile", InstanceProfileName=name)["InstanceProfile"]["Roles"]
-            role = roles[0]["Arn"] if roles else ""
-            if not roles:
-                yield Finding(
-                    FAIL,
-                    "role",
-                    f"the instance profile {name} has no role",
-                    f"aws iam add-role-to-instance-profile --instance-profile-name {name} --role-name ROLE",
-                )
-        except CloudError as error:
-            missing = error.code == "NoSuchEntity"
-            text = explain(error.code, role=f"an instance profile {name}").means if missing else str(error.args[0])
-            yield Finding(FAIL if missing else WARN, "role", text, error.hint)
-            if missing:
+        found = _role(cloud, job, job.instance_profile)
+        if isinstance(found, Finding):
+            yield found
+            if found.level == FAIL:
                 return
+        else:
+            role = found
     try:
         cloud.call("ec2", job.region, "run_instances", **_request(job, image))
-        code, message = "DryRunOperation", ""  # a server that does not know dry runs has started one: none is known
+        raise AssertionError("unreachable: a dry run is always answered by an error")
     except CloudError as error:
-        code, message = error.code, str(error.args[0])
-        hint = error.hint
-    meaning = explain(code, 0, message, region=job.region, permission="ec2:RunInstances", resource="*", role=role)
+        told = error
+    known = {"role": role} if role else {}
+    meaning = explain(told.code, 0, str(told.args[0]), region=job.region, permission="ec2:RunInstances", resource="*", **known)
     what = f"starting {job.ladder[0].instance_types[0]} in {job.region}" + (f" as {role}" if role else "")
     if meaning.kind is Kind.GRANTED:
         yield Finding(OK, "start", f"{what}: {meaning.means}")
     elif meaning.kind in (Kind.CAPACITY, Kind.QUOTA, Kind.BUSY):
-        yield Finding(WARN, "start", message, hint)
+        yield Finding(WARN, "start", str(told.args[0]), told.hint)
     else:
-        yield Finding(FAIL, "start", f"{what}: {meaning.means}: {code}", meaning.hint)
+        yield Finding(FAIL, "start", f"{what}: {meaning.means}: {told.code}", meaning.hint)
+
+
+def _role(cloud: Cloud, job: Job, profile: str) -> str | Finding:
+    """The ARN of the role in an instance profile, or what to say of it."""
+    name = profile.rpartition("/")[2]
+    try:
+        found = cloud.call("iam", job.region, "get_instance_profile", InstanceProfileName=name)
+    except CloudError as error:
+        if error.code == "NoSuchEntity":
+            return Finding(FAIL, "role", explain(error.code, role=f"an instance profile {name}").means, error.hint)
+        return Finding(WARN, "role", str(error.args[0]), error.hint)
+    roles = found["InstanceProfile"]["Roles"]
+    if roles:
+        return str(roles[0]["Arn"])
+    repair = f"aws iam add-role-to-instance-profile --instance-profile-name {name} --role-name ROLE"
+    return Finding(FAIL, "role", f"the instance profile {name} has no role", repair)
 
 
 def _request(job: Job, image: str) -> dict[str, Any]:
