@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -290,6 +291,7 @@ def server(home: dict[str, str]) -> Iterator[dict[str, str]]:
             cwd=home["HOME"],
             stdout=out,
             stderr=out,
+            start_new_session=True,
         )
 
     def healthy() -> bool:
@@ -302,12 +304,13 @@ def server(home: dict[str, str]) -> Iterator[dict[str, str]]:
         wait_for(healthy, "for SkyPilot's API server")
         yield {**home, "SKYPILOT_API_SERVER_ENDPOINT": f"http://127.0.0.1:{port}"}
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGKILL)  # its workers outlive it otherwise, and hold a port that is always the same
         process.wait()
 
 
 @needs_skypilot
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not shutil.which("rsync"), reason="SkyPilot needs rsync: apt-get install rsync")
 def test_skypilot_plans_the_ladder_and_is_asked_for_jobs_by_its_own_server(path: Path, home: dict[str, str]) -> None:
     """As far as it goes without AWS: moto answers for EC2, and nothing is started."""
