@@ -168,7 +168,7 @@ def test_without_skypilot_the_repair_is_named(
 # -- SkyPilot itself --------------------------------------------------------------------------------------------------
 
 needs_skypilot = pytest.mark.skipif(
-    importlib.util.find_spec("sky") is None, reason="SkyPilot is not installed: pip install -c tests/constraints.txt '.[sky]'"
+    importlib.util.find_spec("sky") is None, reason="SkyPilot is not installed: CONTRIBUTING.md has the line that does it"
 )
 COLUMNS = "InstanceType,AcceleratorName,AcceleratorCount,vCPUs,MemoryGiB,GpuInfo,Price,SpotPrice,Region,AvailabilityZone,Arch"
 MACHINES = ((P4D, "A100", 96, 1152, 22.0, 9.0), (G5, "A10G", 192, 768, 16.0, 5.0))
