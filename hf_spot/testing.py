@@ -52,6 +52,8 @@ class FakeIMDS:
         redate: announce the interruption as two minutes (or what `interrupt` said) from each request, as AWS's emulator
             amazon-ec2-metadata-mock does, instead of for one fixed moment.
         metadata: further paths below ``/latest/meta-data/`` and what they answer.
+        hop_limit: how many routers the answer with a session token may pass, as EC2's ``HttpPutResponseHopLimit``: with 1 it
+            does not get into a container behind a bridge. None sets no limit.
         now: the wall clock.
         clock: seconds, monotonic; tokens expire by it.
     """
@@ -62,6 +64,7 @@ class FakeIMDS:
         host: str = "127.0.0.1",
         redate: bool = False,
         metadata: Mapping[str, str] | None = None,
+        hop_limit: int | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -78,7 +81,7 @@ class FakeIMDS:
         self._thread: threading.Thread | None = None
         for path, body in (metadata or {}).items():
             self.answer(path, body)
-        self._server = _Server(host, self._respond)
+        self._server = _Server(host, self._respond, hop_limit)
         shown = f"[{host}]" if ":" in host else host
         self.endpoint = f"http://{shown}:{self._server.server_address[1]}"
 
@@ -204,9 +207,15 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # a thread may be stalled on purpose
 
-    def __init__(self, host: str, respond: Callable[[str, str, Mapping[str, str]], tuple[int, str, dict[str, str]]]) -> None:
+    def __init__(
+        self,
+        host: str,
+        respond: Callable[[str, str, Mapping[str, str]], tuple[int, str, dict[str, str]]],
+        hop_limit: int | None,
+    ) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.respond = respond
+        self.hop_limit = hop_limit
         super().__init__((host, 0), _Handler)
 
     def server_bind(self) -> None:
@@ -228,6 +237,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
         status, body, extra = self.server.respond(self.command, self.path, headers)
+        if self.command == "PUT" and self.server.hop_limit is not None:
+            inet6 = self.connection.family == socket.AF_INET6
+            level, option = (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS) if inet6 else (socket.IPPROTO_IP, socket.IP_TTL)
+            self.connection.setsockopt(level, option, self.server.hop_limit)
         content = body.encode()
         self.send_response(status)
         for name, value in {**extra, "Content-Type": "text/plain", "Content-Length": str(len(content))}.items():

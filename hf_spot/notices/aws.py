@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ from datetime import datetime, timezone
 from typing import Any
 from urllib.parse import urlsplit
 
+from hf_spot.aws_errors import HOP_LIMIT
 from hf_spot.errors import ConfigError, SpotError
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 
@@ -28,6 +30,10 @@ _TTL_HEADER = "X-aws-ec2-metadata-token-ttl-seconds"
 _TOKEN_TTL_S = 21600  # the longest that AWS grants
 _RENEW_EARLY_S = 60.0
 _LONGEST_ANSWER_BYTES = 65536
+_LEAST_HOPS = {  # Linux; the socket module has no names for IP_MINTTL and IPV6_MINHOPCOUNT
+    socket.AF_INET: (socket.IPPROTO_IP, 21),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 73),
+}
 
 
 def is_disabled(environ: Mapping[str, str]) -> bool:
@@ -151,12 +157,8 @@ class IMDSSource:
             return replace(held, deadline=deadline)
         return held
 
-    def metadata(self, path: str) -> str | None:
-        """The text under ``/latest/meta-data/<path>``; None for 404, which is how the service says "nothing".
-
-        Raises:
-            SpotError: no answer in time, or another status.
-        """
+    def read(self, path: str) -> bytes | None:
+        """What stands under ``/latest/meta-data/`` and ``path``; None for 404. Raises SpotError."""
         status, body = self._request("GET", f"/latest/meta-data/{path}", {_TOKEN_HEADER: self._current_token()})
         if status == 401:
             # The token can die before its time: the clock stood still in hibernation, or the service was restarted.
@@ -165,11 +167,32 @@ class IMDSSource:
         if status == 404:
             return None
         self._expect_ok(status, path)
-        return body.decode("utf-8", "replace").strip()
+        return body
+
+    def has_a_hop_to_spare(self) -> bool:
+        """Whether a session token would also reach a container behind a bridge: one hop further than this process.
+
+        The kernel is asked to drop what arrives on its last hop (``IP_MINTTL``, see ip(7)), as the bridge would. Raises
+        SpotError when the service can't be reached at all.
+        """
+        self._current_token()
+        connection, prefix = self._connect()
+        try:
+            connection.connect()
+            level, option = _LEAST_HOPS[connection.sock.family]
+            connection.sock.setsockopt(level, option, 2)
+            connection.request("PUT", prefix + _TOKEN_PATH, headers={_TTL_HEADER: "1"})
+            return connection.getresponse().status == 200
+        except TimeoutError:
+            return False
+        except (OSError, http.client.HTTPException) as error:
+            raise SpotError(f"{self.where} broke off: {error}") from error
+        finally:
+            connection.close()
 
     def _ask(self, path: str) -> dict[str, Any] | None:
-        """The JSON object under ``path``, or None."""
-        body = self.metadata(path)
+        """The JSON object under ``path``; None for 404, which is how the service says "nothing"."""
+        body = self.read(path)
         if body is None:
             return None
         try:
@@ -208,8 +231,7 @@ class IMDSSource:
                     continue
                 raise SpotError(
                     f"no answer from {self.where} in {self._timeout_s:g} s: {error or type(error).__name__}",
-                    hint="inside a container on EC2: aws ec2 modify-instance-metadata-options "
-                    "--http-put-response-hop-limit 2 --instance-id ID",
+                    hint=f"inside a container on EC2: {HOP_LIMIT}",
                 ) from error
             if status < 500 or not left:
                 return status, body

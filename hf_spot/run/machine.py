@@ -80,7 +80,8 @@ def _ask_ec2(environ: Mapping[str, str]) -> dict[str, Any]:
     try:
         service = IMDSSource.from_environ(environ, timeout_s=_TIMEOUT_S)
         for key, path in _PATHS.items():
-            found[key] = service.metadata(path)
+            text = service.read(path)
+            found[key] = None if text is None else text.decode("utf-8", "replace").strip()
     except SpotError:
         return found
     if found["market"] not in MARKETS:  # EC2 also knows "scheduled"

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
+from typing import TypeVar, cast
 
 from hf_spot.errors import ConfigError, SpotError, StoreError, StoreNotFencing, StoreUnavailable
 from hf_spot.storage.store import ObjectStore
@@ -20,6 +21,8 @@ FOLDER = ".probe/"
 _STALE_S = 86400.0
 _LAG_S = 5.0
 _LAG_POLL_S = 0.1
+
+T = TypeVar("T")
 
 
 class _Steps:
@@ -109,24 +112,29 @@ def probe(store: ObjectStore, *, allow_unfenced: bool = False) -> None:
         ConfigError: a setting of the store can't be used.
     """
     steps = _Steps(store, allow_unfenced)
-    outcome: SimpleQueue[BaseException | None] = SimpleQueue()
+    answer(steps.run, lambda: f"checking {store.url}, {steps.doing}")
 
-    def work() -> None:
+
+def answer(work: Callable[[], T], doing: Callable[[], str]) -> T:
+    """What ``work`` returns or raises. After 20 seconds StoreUnavailable, which says what it was ``doing``."""
+    outcome: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
         try:
-            steps.run()
-            outcome.put(None)
+            outcome.put((work(), None))
         except BaseException as error:
-            outcome.put(error)
+            outcome.put((None, error))
 
     # A thread, because nothing else ends a call that hangs in a name server or in a dead mount; a daemon, because it
     # may then never end.
-    threading.Thread(target=work, name="hf_spot-probe", daemon=True).start()
+    threading.Thread(target=run, name="hf_spot-probe", daemon=True).start()
     try:
-        error = outcome.get(timeout=LIMIT_S)
+        value, error = outcome.get(timeout=LIMIT_S)
     except Empty:
         raise StoreUnavailable(
-            f"checking {store.url}, {steps.doing}: no answer within {LIMIT_S:.0f} s",
+            f"{doing()}: no answer within {LIMIT_S:.0f} s",
             hint="is the address right, and does this machine have a way there (route, VPC endpoint, proxy, mount)?",
         ) from None
     if error is not None:
         raise error
+    return cast(T, value)

@@ -15,6 +15,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +26,7 @@ from urllib.parse import urlsplit
 from botocore import exceptions as aws
 from urllib3.exceptions import HTTPError
 
+from hf_spot.aws_errors import ELSEWHERE, Kind, code_of, explain, message_of
 from hf_spot.errors import (
     AccessDenied,
     BucketNotFound,
@@ -52,6 +56,23 @@ _PERMISSIONS = {
     "list unfinished uploads of": "s3:ListBucketMultipartUploads",
     "abort an upload of": "s3:AbortMultipartUpload",
 }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a bucket is.
+
+    Args:
+        endpoint: URL of the server.
+        asked_in: the region that this machine is set up for.
+        region: the bucket's own, or None where the server does not tell.
+        time: by the server's clock, to the second, or None.
+    """
+
+    endpoint: str
+    asked_in: str
+    region: str | None
+    time: datetime | None
 
 
 class S3Store:
@@ -107,7 +128,7 @@ class S3Store:
                     self._client.put_object(Body=data, IfNoneMatch="*", **target, **self._encryption)
                     return True
                 except aws.ClientError as error:
-                    code = _code(error)
+                    code = code_of(error)
                     if code in ("PreconditionFailed", "412"):
                         return False
                     if code in ("NotImplemented", "501"):
@@ -171,7 +192,7 @@ class S3Store:
                 ):
                     found += page.get("Uploads", ())
             except aws.ClientError as error:
-                if _code(error) not in ("NotImplemented", "MethodNotAllowed", "405", "501"):
+                if code_of(error) not in ("NotImplemented", "MethodNotAllowed", "405", "501"):
                     raise
         count = 0
         for upload in found:
@@ -182,11 +203,27 @@ class S3Store:
                 count += 1
         return count
 
+    def place(self) -> Place:
+        """HeadBucket, whatever it answers: where the bucket is, and what time it is there."""
+        with self._explained("list", ""):
+            try:
+                answer = self._client.head_bucket(Bucket=self._bucket, **self._owner)["ResponseMetadata"]
+            except aws.ClientError as error:
+                answer = error.response.get("ResponseMetadata", {})
+        headers = answer.get("HTTPHeaders", {})
+        said = headers.get("date")
+        return Place(
+            endpoint=self._client.meta.endpoint_url,
+            asked_in=self._client.meta.region_name,
+            region=headers.get("x-amz-bucket-region"),
+            time=parsedate_to_datetime(said) if said else None,
+        )
+
     def _abort(self, name: str, upload_id: str) -> None:
         try:
             self._client.abort_multipart_upload(Bucket=self._bucket, Key=name, UploadId=upload_id, **self._owner)
         except aws.ClientError as error:
-            if _code(error) not in ("NoSuchUpload", "404"):  # its writer has aborted it
+            if code_of(error) not in ("NoSuchUpload", "404"):  # its writer has aborted it
                 raise
 
     def _delete(self, names: Sequence[str]) -> None:
@@ -196,21 +233,21 @@ class S3Store:
                 try:
                     answer = self._client.delete_objects(Bucket=self._bucket, Delete=request, **self._owner)
                 except aws.ClientError as error:
-                    if _code(error) not in ("NotImplemented", "MethodNotAllowed", "MissingContentMD5", "405", "501"):
+                    if code_of(error) not in ("NotImplemented", "MethodNotAllowed", "MissingContentMD5", "405", "501"):
                         raise
                     self._batched_deletes = False  # Google's S3 interface, for one
             if self._batched_deletes:
                 for trouble in answer.get("Errors", ()):
                     if trouble.get("Code") not in ("NoSuchKey", "404"):
                         failed = trouble.get("Key", names[0])[len(self._base) :]
-                        raise self._explain_answer("delete", failed, aws.ClientError({"Error": trouble}, "DeleteObjects"))
+                        raise self._explain("delete", failed, aws.ClientError({"Error": trouble}, "DeleteObjects"))
                 return
         for name in names:
             with self._explained("delete", name[len(self._base) :]):
                 try:
                     self._client.delete_object(Bucket=self._bucket, Key=name, **self._owner)
                 except aws.ClientError as error:
-                    if _code(error) not in ("NoSuchKey", "404"):
+                    if code_of(error) not in ("NoSuchKey", "404"):
                         raise
 
     # -- connection ---------------------------------------------------------------------------------------------------
@@ -237,152 +274,69 @@ class S3Store:
     def _explained(self, doing: str, key: str) -> Iterator[None]:
         try:
             yield
-        except aws.ClientError as error:
-            raise self._explain_answer(doing, key, error) from error
-        except (aws.BotoCoreError, HTTPError) as error:
-            raise self._explain_silence(doing, key, error) from error
+        except (aws.ClientError, aws.BotoCoreError, HTTPError) as error:
+            raise self._explain(doing, key, error) from error
         except RecursionError as error:
             # botocore asks where a redirecting bucket is, is redirected, asks where that is, and so on.
             raise ConfigError(
                 f"can't {doing} s3://{self._bucket}/{self._base}{key}: the server redirects without saying where to",
-                hint=f"has AWS_ENDPOINT_URL to begin with https://? Otherwise {self._find_region}",
+                hint=f"has AWS_ENDPOINT_URL to begin with https://? Otherwise {explain('301', bucket=self._bucket).hint}",
             ) from error
 
-    def _explain_answer(self, doing: str, key: str, error: aws.ClientError) -> SpotError:
-        """What the server said no to; by its code, because texts differ between servers."""
-        code = _code(error)
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        what = f"can't {doing} s3://{self._bucket}/{self._base}{key}: {code}"
+    def _explain(self, doing: str, key: str, error: Exception) -> SpotError:
+        """What the server said no to, or what kept it from answering."""
+        response: Any = error.response if isinstance(error, aws.ClientError) else {}
+        code = code_of(error)
+        where = f"s3://{self._bucket}/{self._base}{key}"
         if doing == "read" and code in ("NoSuchKey", "404"):
-            return ObjectNotFound(f"s3://{self._bucket}/{self._base}{key} does not exist")
+            return ObjectNotFound(f"{where} does not exist")
+        said = response.get("ResponseMetadata", {})
+        known = {"bucket": self._bucket, "permission": _PERMISSIONS[doing]}
+        if os.getpid() in self._connections:  # else a setting keeps it from being made
+            known |= {"endpoint": urlsplit(self._client.meta.endpoint_url).netloc, "resource": self._resource(doing)}
+        meaning = explain(code, status=said.get("HTTPStatusCode", 0), message=message_of(error), **known)
         if code in ("NoSuchBucket", "404"):
-            return BucketNotFound(
-                f"the bucket {self._bucket} does not exist", hint=f"check its name, or: aws s3 mb s3://{self._bucket}"
-            )
-        if code in ("AccessDenied", "403", "AllAccessDisabled", "UnauthorizedAccess"):
-            return AccessDenied(what, hint=self._permission(doing))
-        if code in _CREDENTIALS:
+            return BucketNotFound(meaning.means, hint=meaning.hint)
+        if meaning.kind is Kind.CREDENTIALS:
             self._ask_for_credentials_again()
-            return AccessDenied(what, hint=_CREDENTIALS[code])
-        if code in _ELSEWHERE:
-            return ConfigError(what, hint=self._elsewhere(error))
-        if code in _CONFIGURATION:
-            return ConfigError(what, hint=_CONFIGURATION[code])
-        if code.startswith("KMS."):
-            key_name = f"the bucket's KMS key, or ${KMS_KEY_VARIABLE}"
-            return AccessDenied(what, hint=f"{key_name}: is it enabled, in this region, and allowed to you?")
-        if code in _BUSY or (code.isdigit() and int(code) >= 500) or status >= 500 or status == 429:
-            return StoreUnavailable(what, hint="the store is busy or in trouble; the same call should work later")
-        if code == "InvalidObjectState":
-            return StoreError(what, hint="a lifecycle rule has archived the object: aws s3api restore-object")
-        return StoreError(f"{what}: {error.response.get('Error', {}).get('Message', '')}".rstrip(": "))
-
-    def _explain_silence(self, doing: str, key: str, error: Exception) -> SpotError:
-        """Trouble before or instead of an answer: settings, credentials, network."""
-        what = f"can't {doing} s3://{self._bucket}/{self._base}{key}: {error}"
-        if isinstance(error, _LACKING):
-            self._ask_for_credentials_again()
-        if isinstance(error, (aws.NoCredentialsError, aws.PartialCredentialsError)):
-            return AccessDenied(
-                what,
-                hint="aws configure; on EC2 attach an instance profile, and for a container raise the metadata hop "
-                "limit: aws ec2 modify-instance-metadata-options --http-put-response-hop-limit 2 --instance-id ...",
-            )
-        if isinstance(error, (aws.SSOError, aws.TokenRetrievalError)):
-            return AccessDenied(what, hint="aws sso login")
-        if isinstance(error, (aws.CredentialRetrievalError, aws.MetadataRetrievalError)):
-            return StoreUnavailable(what, hint="the source of the credentials fails: aws sts get-caller-identity")
-        if isinstance(error, aws.NoRegionError):
-            return ConfigError(what, hint="export AWS_REGION=us-east-1, the region of the bucket")
-        if isinstance(error, aws.SSLError):
-            return StoreUnavailable(what, hint="for a certificate of your own: export AWS_CA_BUNDLE=/path/to/ca.pem")
-        if isinstance(error, _NETWORK):
-            where = urlsplit(self._client.meta.endpoint_url).netloc
-            return StoreUnavailable(
-                what,
-                hint=f"does this machine reach {where} (route, VPC endpoint, security group, proxy, AWS_ENDPOINT_URL)?",
-            )
-        return ConfigError(what, hint="aws configure list")
+        hint = meaning.hint
+        if meaning.kind is Kind.PERMISSION and not code.startswith("KMS."):
+            hint += self._other_reasons(doing)
+        region = said.get("HTTPHeaders", {}).get("x-amz-bucket-region") or response.get("Error", {}).get("Region")
+        if code in ELSEWHERE and region:
+            hint = f"the bucket is in {region}: export AWS_REGION={region}"
+        told = ": ".join(part for part in ((code, meaning.means) if response else (meaning.means, str(error))) if part)
+        unknown = StoreError if response else ConfigError
+        return _ERRORS.get(meaning.kind, unknown)(f"can't {doing} {where}: {told}", hint=hint or _HINTS.get(unknown, ""))
 
     def _ask_for_credentials_again(self) -> None:
         """The next call reads files and asks processes anew: somebody may log in while a training goes on."""
         self._connections.pop(os.getpid(), None)
 
-    @property
-    def _find_region(self) -> str:
-        return f"set AWS_REGION to the answer of: aws s3api get-bucket-location --bucket {self._bucket}"
-
-    def _permission(self, doing: str) -> str:
+    def _resource(self, doing: str) -> str:
         bucket = f"arn:{self._client.meta.partition}:s3:::{self._bucket}"
-        resource = bucket if doing.startswith("list") else f"{bucket}/{self._base}*"
-        hint = f"allow {_PERMISSIONS[doing]} on {resource} for the role or user of: aws sts get-caller-identity"
+        return bucket if doing.startswith("list") else f"{bucket}/{self._base}*"
+
+    def _other_reasons(self, doing: str) -> str:
+        hint = ""
         if doing == "read":
-            hint += f" (without s3:ListBucket on {bucket}, S3 answers so for objects that don't exist, too)"
+            hint += f" (without s3:ListBucket on {self._resource('list')}, S3 answers so for objects that don't exist, too)"
         if self._encryption and doing in ("read", "write"):
             hint += f"; and kms:GenerateDataKey and kms:Decrypt on the key of ${KMS_KEY_VARIABLE}"
         if self._owner:
             hint += f"; or the bucket is not of the account in ${OWNER_VARIABLE}"
         return hint
 
-    def _elsewhere(self, error: aws.ClientError) -> str:
-        headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-        details: Any = error.response.get("Error", {})
-        region = headers.get("x-amz-bucket-region") or details.get("Region")
-        if region:
-            return f"the bucket is in {region}: export AWS_REGION={region}"
-        return self._find_region
 
-
-_CREDENTIALS = {
-    "InvalidAccessKeyId": "this access key is not known there: aws configure list; is AWS_ENDPOINT_URL the right one?",
-    "SignatureDoesNotMatch": "the secret key does not fit the access key: aws configure",
-    "ExpiredToken": "the session's credentials have expired: aws sso login, or new ones in AWS_SESSION_TOKEN",
-    "ExpiredTokenException": "the session's credentials have expired: aws sso login, or new ones in AWS_SESSION_TOKEN",
-    "TokenRefreshRequired": "the session's credentials have expired: aws sso login, or new ones in AWS_SESSION_TOKEN",
-    "InvalidToken": "AWS_SESSION_TOKEN does not belong to this access key: unset it, or set all three anew",
-    "InvalidSecurity": "these credentials are not valid: aws configure list",
-    "NotSignedUp": "this account is not signed up for S3",
-    "AccountProblem": "AWS has a problem with this account, often an unpaid bill: see the console",
-    "RequestTimeTooSkewed": "this machine's clock is wrong: timedatectl; sudo chronyc makestep",
-    "RequestExpired": "this machine's clock is wrong: timedatectl; sudo chronyc makestep",
+_ERRORS: dict[Kind, type[SpotError]] = {
+    Kind.PERMISSION: AccessDenied,
+    Kind.CREDENTIALS: AccessDenied,
+    Kind.SETTING: ConfigError,
+    Kind.BUSY: StoreUnavailable,
 }
-_LACKING = (aws.NoCredentialsError, aws.PartialCredentialsError, aws.SSOError, aws.TokenRetrievalError)
-_ELSEWHERE = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301", "307")
-_CONFIGURATION = {
-    "InvalidBucketName": "s3://bucket/prefix, where bucket is an existing bucket's name",
-    "EntityTooLarge": "an object may have 5 TB at most, on some servers less: save sharded",
-    "KeyTooLongError": "a shorter prefix in --store",
-    "InvalidRequest": "is the server's S3 too old? Try: export AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
-    "InvalidStorageClass": "a storage class that this server knows",
-}
-_NETWORK = (
-    aws.ConnectionError,
-    aws.HTTPClientError,
-    aws.IncompleteReadError,
-    aws.ChecksumError,
-    aws.FlexibleChecksumError,
-    HTTPError,
-)
+_HINTS: dict[type[SpotError], str] = {ConfigError: "aws configure list"}
 # No timeouts: botocore has waited for those often enough.
 _BROKEN = (aws.IncompleteReadError, aws.FlexibleChecksumError, aws.ResponseStreamingError)
-_BUSY = (
-    "SlowDown",
-    "ServiceUnavailable",
-    "InternalError",
-    "RequestLimitExceeded",
-    "RequestTimeout",
-    "ThrottlingException",
-    "Throttling",
-    "TooManyRequestsException",
-    "BadDigest",  # damaged on the way
-    "XAmzContentChecksumMismatch",
-    "IncompleteBody",
-    "OperationAborted",
-    "ConditionalRequestConflict",
-    "NoSuchUpload",  # aborted by a lifecycle rule or another process: a new upload may pass
-    "PreconditionFailed",  # replaced while it was downloaded
-    "412",
-)
 
 
 def _again_if_broken(read: Callable[[], T]) -> T:
@@ -391,7 +345,3 @@ def _again_if_broken(read: Callable[[], T]) -> T:
         with contextlib.suppress(*_BROKEN):
             return read()
     return read()
-
-
-def _code(error: aws.ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))

@@ -607,7 +607,7 @@ def test_a_wrong_clock_is_named_and_the_store_works_again_when_it_is_right(
     ):
         with pytest.raises(AccessDenied, match="RequestTimeTooSkewed") as caught:
             attempt()
-        assert "clock is wrong" in caught.value.hint
+        assert "clock is wrong" in str(caught.value)
     wrong = timedelta(minutes=-10)
     store.put_file("a", Path(__file__))
     store.get_file("a", tmp_path / "a")

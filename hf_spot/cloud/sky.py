@@ -1,0 +1,219 @@
+"""The same job file as a SkyPilot managed job: SkyPilot finds and replaces machines, hf_spot saves and resumes on them.
+
+`task` is pure and needs no SkyPilot; everything else goes through SkyPilot's own Python interface
+(https://docs.skypilot.co/en/latest/reference/api.html#managed-jobs-sdk).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+import yaml
+
+from hf_spot.cloud.job import ANY, PREFERRED, SPOT, Job, Rung
+from hf_spot.errors import EXIT_PREEMPTED, CloudError, ConfigError
+from hf_spot.run import seal
+from hf_spot.runtime import STORE_VARIABLE
+from hf_spot.storage.s3_settings import KMS_KEY_VARIABLE, OWNER_VARIABLE
+
+STRATEGY = "EAGER_NEXT_REGION"
+_ENDPOINT = "AWS_ENDPOINT_URL_S3"
+_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+_VENV = "$HOME/.hf-spot-venv"
+_COPIES_CREDENTIALS = "LOCAL_CREDENTIALS"
+
+
+def task(job: Job, environ: Mapping[str, str]) -> dict[str, Any]:
+    """The job as a SkyPilot task. Pure.
+
+    Checkpoints are no file mounts: `hf-spot launch` moves them itself, whole and in time. Secrets are there by name only.
+
+    Args:
+        job: what is trained, and the ladder.
+        environ: which of the settings of a store are used: key and owner of the bucket, another S3 server, a signing key.
+    """
+    machines = [
+        {
+            "infra": infra,
+            "instance_type": kind,
+            "use_spot": rung.market == SPOT,
+            **({} if rung.max_price is None else {"max_hourly_cost": rung.max_price}),
+            **_image(job, infra),
+        }
+        for rung in job.ladder
+        for infra in _infra(job, rung)
+        for kind in rung.instance_types
+    ]
+    envs = {STORE_VARIABLE: job.store, "AWS_REGION": job.region}
+    envs |= {name: environ[name] for name in (KMS_KEY_VARIABLE, OWNER_VARIABLE, _ENDPOINT) if environ.get(name)}
+    secrets = secret_names(environ)
+    return {
+        "name": job.name,
+        "resources": {
+            "job_recovery": {"strategy": STRATEGY, "recover_on_exit_codes": [EXIT_PREEMPTED]},
+            "disk_size": job.disk_gb,
+            **({"labels": dict(job.tags)} if job.tags else {}),
+            # One rung is a choice for SkyPilot to make by price; several are to be tried one after the other.
+            "any_of" if len(job.ladder) == 1 else "ordered": machines,
+        },
+        "envs": envs,
+        **({"secrets": dict.fromkeys(secrets)} if secrets else {}),
+        "setup": _setup(job),
+        "run": f"set -euo pipefail\nexport PATH={_VENV}/bin:$PATH\n{job.run}".rstrip() + "\n",
+    }
+
+
+def secret_names(environ: Mapping[str, str]) -> list[str]:
+    """What a machine has to be told that must be written nowhere: the journal's key, and keys for a server that is not AWS."""
+    names = (seal.VARIABLE, *(_KEYS if environ.get(_ENDPOINT) else ()))
+    return [name for name in names if environ.get(name)]
+
+
+def notes(job: Job) -> list[str]:
+    """What the job file says and SkyPilot can't be told in a task. Pure."""
+    said = [f"max_spend: SkyPilot has no budget. Look at `hf-spot report {job.store}`, and sky jobs cancel --name {job.name}"]
+    if job.instance_profile:
+        said.append(
+            f"instance_profile: SkyPilot takes it from ~/.sky/config.yaml: `aws: {{remote_identity: {job.instance_profile}}}`"
+        )
+    if job.deadline is not None:
+        said.append("deadline: SkyPilot knows none")
+    if job.key_name or job.security_groups != "default" or job.subnets != "default":
+        said.append(
+            "key_name, security_groups, subnets: SkyPilot makes its own; see vpc_name and security_group_name in its config"
+        )
+    if job.setup:
+        said.append("setup: runs as SkyPilot's user, not as root")
+    return said
+
+
+def render(job: Job, environ: Mapping[str, str]) -> str:
+    """The task as YAML, for `sky jobs launch`, with the notes as comments."""
+    head = "".join(f"# {line}\n" for line in [f"sky jobs launch -n {job.name} FILE", *notes(job)])
+    return head + yaml.dump(task(job, environ), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def launch(job: Job, environ: Mapping[str, str] = os.environ) -> list[int]:
+    """Starts the job as a managed job; returns its ids.
+
+    Raises:
+        ConfigError: SkyPilot is not installed, refuses the task, or would copy this machine's credentials to the others.
+        CloudError: SkyPilot could not start it.
+    """
+    sky = _sky()
+    _check_identity(sky, job)
+    with _explained("refuses the task", ConfigError):
+        made = sky.Task.from_yaml_config(
+            task(job, environ), secrets_overrides=[(name, environ[name]) for name in secret_names(environ)]
+        )
+    with _explained("could not start the job"):
+        ids, _ = sky.stream_and_get(sky.jobs.launch(made, name=job.name))
+    return [*ids]
+
+
+def status(job: Job) -> list[dict[str, Any]]:
+    """SkyPilot's managed jobs of this name, newest first: ``job_id``, ``status``, ``infra``, ``recoveries``, ``reason``."""
+    sky = _sky()
+    with _explained("could not be asked"):
+        try:
+            records, *_ = sky.get(sky.jobs.queue_v2(refresh=True, name_match=job.name))
+        except (sky.exceptions.ClusterDoesNotExist, sky.exceptions.ClusterNotUpError):
+            records = []  # SkyPilot's own machine that looks after jobs is not there, or asleep: it looks after none
+    found = [
+        {
+            "job_id": record.job_id,
+            "status": record.status.value if record.status else None,
+            "infra": record.infra,
+            "resources": record.cluster_resources or record.resources,
+            "recoveries": record.recovery_count or 0,
+            "reason": record.failure_reason,
+        }
+        for record in records
+        if record.job_name == job.name
+    ]
+    return sorted(found, key=lambda one: -(one["job_id"] or 0))
+
+
+def logs(job: Job, out: TextIO = sys.stdout) -> int:
+    """Prints the newest such job's output until it ends; returns SkyPilot's exit code."""
+    sky = _sky()
+    with _explained("has no logs"):
+        return int(sky.jobs.tail_logs(name=job.name, follow=True, output_stream=out) or 0)
+
+
+def cancel(job: Job) -> None:
+    """Ends all such jobs; the training is told first, and saves."""
+    sky = _sky()
+    with _explained("could not cancel the job"):
+        sky.get(sky.jobs.cancel(name=job.name, graceful=True))
+
+
+# -- inside -----------------------------------------------------------------------------------------------------------
+
+
+def _infra(job: Job, rung: Rung) -> list[str]:
+    if rung.regions == ANY:
+        return ["aws"]
+    return [f"aws/{region}" for region in ((job.region,) if rung.regions == PREFERRED else rung.regions)]
+
+
+def _image(job: Job, infra: str) -> dict[str, Any]:
+    """Images by SSM parameter are EC2's alone: SkyPilot then takes its own, which has NVIDIA's driver, too."""
+    region = infra.partition("/")[2]
+    images = job.image_id if isinstance(job.image_id, Mapping) else {job.region: job.image_id}
+    known = {name: image for name, image in images.items() if not image.startswith("resolve:") and region in ("", name)}
+    return {"image_id": known} if known else {}
+
+
+def _setup(job: Job) -> str:
+    lines = ["set -euo pipefail"]
+    if job.requirements:
+        lines += [f"python3 -m venv {_VENV}", f"{_VENV}/bin/pip install -q {shlex.join(job.requirements)}"]
+    lines += [f"export PATH={_VENV}/bin:$PATH", job.setup.strip()]
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def _sky() -> Any:
+    try:
+        import sky
+    except ImportError as error:
+        raise ConfigError(f"SkyPilot can't be imported: {error}", hint="pip install 'hf_spot[sky]'") from error
+    return sky
+
+
+def _check_identity(sky: Any, job: Job) -> None:
+    """Without a role, SkyPilot copies the AWS credentials of this machine to all others."""
+    if not job.instance_profile:
+        return
+    identity = sky.skypilot_config.get_nested(("aws", "remote_identity"), _COPIES_CREDENTIALS)
+    if identity == _COPIES_CREDENTIALS:
+        name = re.sub(r".*/", "", job.instance_profile)
+        raise ConfigError(
+            f"SkyPilot would copy this machine's AWS credentials to every other instead of giving them the role {name}",
+            hint=f"in ~/.sky/config.yaml:  aws: {{remote_identity: {name}}}",
+        )
+
+
+@contextlib.contextmanager
+def _explained(what: str, kind: type[ConfigError] | type[CloudError] = CloudError) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # SkyPilot's have no common base
+        raise kind(f"SkyPilot {what}: {error or type(error).__name__}", hint="sky check aws; sky api info") from error
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes scripts as blocks."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Dumper.add_representer(str, _text)
