@@ -30,13 +30,14 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOST = Path("/run/spotcloud")  # a folder of the cloud's, seen inside every machine
 PROGRAM = HOST / "guest.py"
 STATES = Path("/run/systemd/spotcloud")
+SYSTEM_CONF = "/etc/systemd/system.conf.d/spotcloud.conf"
 UNITS = (Path("/etc/systemd/system"), Path("/run/systemd/system"))
 USER_DATA = Path("/var/lib/cloud/instance/scripts/part-001")
 NAMES = ("systemctl", "journalctl", "shutdown", "poweroff", "apt-get", "apt", "pip", "pip3", "python3", "python")
 _PATIENCE_S = 10.0  # between SIGTERM and SIGKILL when the machine shuts down
 
 _KNOWN = {
-    "Unit": {"OnSuccess", "OnFailure", "StartLimitIntervalSec", "StartLimitBurst", "SuccessAction", "FailureAction"},
+    "Unit": {"OnSuccess", "OnFailure", "StartLimitIntervalSec", "StartLimitBurst", "StartLimitAction", "SuccessAction", "FailureAction"},
     "Service": {
         *("Type", "ExecStartPre", "ExecStart", "ExecStartPost", "ExecStop", "ExecStopPost", "RemainAfterExit"),
         *("Environment", "EnvironmentFile", "PassEnvironment", "WorkingDirectory", "User", "StandardOutput", "StandardError"),
@@ -79,6 +80,12 @@ def boot(settings_path: str) -> int:
         _reap()
         signal.sigtimedwait([], 0.05)
     _say("the machine shuts down")
+    active = [one.name.removesuffix(".json") for one in STATES.glob("*.json") if _state(one.name.removesuffix(".json")).get("Supervisor")]
+    for name in active:
+        _kill(_state(name)["Supervisor"], signal.SIGTERM)
+    while any(_state(name)["ActiveState"] in ("active", "activating") for name in active):
+        _reap()
+        time.sleep(0.02)
     os.kill(-1, signal.SIGTERM)
     give_up_at = time.monotonic() + _PATIENCE_S
     while _reap() and time.monotonic() < give_up_at:
@@ -147,7 +154,7 @@ def _run_user_data() -> None:
         link.unlink(missing_ok=True)
         link.symlink_to(HOST / "console.log")
         program = [sys.executable, "-I", "-S", str(PROGRAM), "user-data"]
-        subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=console, stderr=console, env=_bare(), cwd="/")
+        subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=console, stderr=console, env=_default_environ(), cwd="/")
 
 
 def user_data() -> int:
@@ -158,18 +165,45 @@ def user_data() -> int:
     return code
 
 
-def _bare() -> dict[str, str]:
-    return {"PATH": PATH, "LANG": "C.UTF-8"}
+def _default_environ() -> dict[str, str]:
+    """What systemd gives to each of its units, and so to cloud-init: no home, and what the image's settings say."""
+    conf = configparser.ConfigParser(interpolation=None)
+    conf.optionxform = str  # type: ignore[assignment,method-assign]
+    conf.read(SYSTEM_CONF)
+    words = shlex.split(conf.get("Manager", "DefaultEnvironment", fallback=""))
+    return {"PATH": PATH, "LANG": "C.UTF-8", **dict(word.split("=", 1) for word in words)}
 
 
 # -- shutdown, apt, journalctl ----------------------------------------------------------------------------------------
 
 
 def shutdown(arguments: Sequence[str]) -> int:
-    """``shutdown [-h|-P] now``, ``poweroff``. Minutes become a second: nobody is logged in who would have to be warned."""
-    if any(argument in ("-r", "--reboot", "-c") for argument in arguments):
+    """``shutdown [-h|-P] now|+MINUTES``, ``shutdown -c``, ``poweroff``. Without a time it is in a minute, as the real one has it."""
+    if any(argument in ("-r", "--reboot") for argument in arguments):
         raise Unusable(f"shutdown {shlex.join(arguments)}: machines here don't reboot")
+    _write(STATES / "shutdown", str(os.getpid()))  # whoever waits stops when his name is no longer there
+    if "-c" in arguments:
+        return 0
+    when = next((argument for argument in arguments if not argument.startswith("-")), "+1")
+    if when not in ("now", "+0"):
+        if not re.fullmatch(r"\+\d+", when):
+            raise Unusable(f"shutdown {when}: only now or +MINUTES")
+        return _shutdown_in(float(when) * 60)
     os.kill(1, signal.SIGTERM)
+    return 0
+
+
+def _shutdown_in(seconds: float) -> int:
+    if os.fork() == 0:
+        os.setsid()
+        me = str(os.getpid())
+        _write(STATES / "shutdown", me)
+        for number in range(3):
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        time.sleep(seconds)
+        if (STATES / "shutdown").read_text() == me:
+            os.kill(1, signal.SIGTERM)
+        os._exit(0)
     return 0
 
 
@@ -264,7 +298,7 @@ def systemctl(arguments: Sequence[str]) -> int:
     if verb in ("daemon-reload", "disable", "reset-failed", "mask"):
         return 0
     if verb in ("poweroff", "halt"):
-        return shutdown([])
+        return shutdown(["now"])
     if verb in ("enable", "start", "restart", "stop", "try-restart"):
         for name in names:
             _parse(name)  # a unit that can't be used is refused now
@@ -312,7 +346,7 @@ def _start(name: str, wait: bool = True) -> None:
                 for number, file in enumerate((nothing, console, console)):
                     os.dup2(file.fileno(), number)
             program = [sys.executable, "-I", "-S", str(PROGRAM), "timer" if name.endswith(".timer") else "service", name]
-            os.execve(program[0], program, _bare())
+            os.execve(program[0], program, {"PATH": PATH})
         os._exit(0)
     while wait and _state(name)["ActiveState"] == "activating":
         time.sleep(0.01)
@@ -352,6 +386,8 @@ def service(name: str) -> int:
         starts = [*(at for at in starts if time.monotonic() - at < window_s), time.monotonic()]
         if window_s and len(starts) > burst:
             _say(f"{name}: Start request repeated too quickly.")
+            if unit.one("StartLimitAction").startswith("poweroff"):
+                shutdown(["now"])
             return _down(name, unit, "start-limit-hit")
         _tell(name, ActiveState="activating", Supervisor=os.getpid())
         result, code = _once(name, unit, stopped)
@@ -368,13 +404,13 @@ def _down(name: str, unit: Unit, result: str) -> int:
     good = result == "success"
     stays = good and unit.one("RemainAfterExit") in ("yes", "true")
     state = "active" if stays else "inactive" if good else "failed"
-    _tell(name, ActiveState=state, Result=result, MainPID=0)
+    _tell(name, ActiveState=state, Result=result, MainPID=0, Supervisor=0)
     _say(f"{name}: {state} ({result})")
     for other in unit.all("OnSuccess" if good else "OnFailure"):
         for one in other.split():
             _start(_full(one), wait=False)
     if unit.one("SuccessAction" if good else "FailureAction").startswith("poweroff"):
-        shutdown([])
+        shutdown(["now"])
     return 0
 
 
@@ -519,11 +555,8 @@ class Unit:
 
     def environ(self) -> dict[str, str]:
         """Of the unit's processes."""
-        made = _bare()
-        conf = configparser.ConfigParser(interpolation=None, strict=False)
-        conf.optionxform = str  # type: ignore[assignment,method-assign]
-        conf.read("/etc/systemd/system.conf.d/spotcloud.conf")
-        for line in [conf.get("Manager", "DefaultEnvironment", fallback=""), *self.all("Environment")]:
+        made = _default_environ()
+        for line in self.all("Environment"):
             made.update(word.partition("=")[::2] for word in shlex.split(line))
         for path in self.all("EnvironmentFile"):
             try:
@@ -624,7 +657,7 @@ _CALLS: dict[str, Callable[[list[str]], int]] = {
     "systemctl": systemctl,
     "journalctl": journalctl,
     "shutdown": shutdown,
-    "poweroff": shutdown,
+    "poweroff": lambda arguments: shutdown(["now"]),
     "apt": apt,
     "apt-get": apt,
     "python": python,

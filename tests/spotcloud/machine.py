@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import psutil
 
 from hf_spot.testing import FakeIMDS
 from tests import hosts
@@ -18,6 +22,7 @@ from tests.spotcloud import guest
 
 IMDS_ADDRESS = "169.254.169.254"
 _CLONE_NEWNET = 0x40000000
+_SHUT_DOWN_S = 60.0
 _REPOSITORY = Path(__file__).parents[2]
 
 
@@ -44,6 +49,7 @@ class Machine:
     """
 
     def __init__(self, space: hosts.Hosts, metadata: Mapping[str, str], user_data: bytes, files: Mapping[str, str]) -> None:
+        self._killed = False
         number = space.add()
         self.address = space.address(number)
         self.folder = space.folder(number)
@@ -79,10 +85,19 @@ class Machine:
         code = self.process.poll()
         return None if code is None else code == 0
 
+    def shut_down(self) -> None:
+        """Presses the button: units are told to stop, and have as long as they asked for."""
+        for one in self.process.children():
+            one.send_signal(signal.SIGTERM)
+        with contextlib.suppress(psutil.TimeoutExpired):
+            self.process.wait(_SHUT_DOWN_S)
+
     def kill(self) -> None:
         """Pulls the plug: kill -9 of everything at once."""
-        hosts.kill(self.process)
-        self.imds.stop()
+        if not self._killed:
+            self._killed = True
+            hosts.kill(self.process)
+            self.imds.stop()
 
     def text(self) -> str:
         """What it said: its console, and its units."""
