@@ -14,7 +14,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any
 from urllib.parse import parse_qsl
 from xml.sax.saxutils import escape
@@ -22,6 +22,7 @@ from xml.sax.saxutils import escape
 import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from botocore.utils import parse_timestamp
 from moto.backends import get_backend
 from moto.core.parse import PROTOCOL_PARSERS
 from moto.core.serialize import SERIALIZERS
@@ -162,7 +163,7 @@ class Api(Proxy):
         if handler is None:
             return exchange.forward()
         operation = get_service_model(_MODELS.get(service, service)).operation_model(action)
-        parser = PROTOCOL_PARSERS[operation.service_model.protocol](operation)
+        parser = PROTOCOL_PARSERS[operation.service_model.protocol](operation, timestamp_parser=_moment)
         asked = parser.parse({"values": form, "body": exchange.body, "headers": exchange.headers, "method": "POST"})
         if asked.get("DryRun"):
             return exchange.forward()  # moto checks it as it checks the real thing, and launches nothing
@@ -474,7 +475,7 @@ class Api(Proxy):
         image = wanted["ImageId"]
         if image.startswith("resolve:ssm:"):
             image = self.ssm_get_parameter(pool.region, {"Name": image.removeprefix("resolve:ssm:")})["Parameter"]["Value"]
-        if not any(one.id == image for one in self._backend(pool.region).describe_images()):
+        if image not in self._backend(pool.region).amis:
             raise Refusal("InvalidAMIID.NotFound", f"The image id '[{image}]' does not exist")
         subnet = self._subnet(pool, data)
         if wanted.get("NetworkInterfaces"):
@@ -583,7 +584,7 @@ class Api(Proxy):
         return dict(template.get_version(number).data)
 
     def _image(self, region: str) -> str:
-        images = self._backend(region).describe_images()
+        images = self._backend(region).amis.values()
         return next(str(one.id) for one in images if "ubuntu" in (one.name or "") and one.architecture == "x86_64")
 
     def _backend(self, region: str) -> Any:
@@ -604,6 +605,11 @@ _MODELS = {"servicequotas": "service-quotas"}
 def _snake(action: str) -> str:
     """``GetAWSDefaultServiceQuota``: ``get_aws_default_service_quota``."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", action).lower()
+
+
+def _moment(text: str) -> datetime:
+    moment: datetime = parse_timestamp(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
 def _error(service: str, refusal: Refusal) -> Answer:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+from botocore.config import Config
 from moto.backends import get_backend
 from moto.moto_api._internal.models import moto_api_backend
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
@@ -119,9 +120,11 @@ class SpotCloud:
         return {**self.s3.env(), "AWS_ENDPOINT_URL": self.api.endpoint, "AWS_ENDPOINT_URL_S3": self.s3.endpoint}
 
     def client(self, service: str = "ec2", region: str = "us-east-1") -> Any:
-        """A boto3 client."""
+        """A boto3 client that asks twice."""
         keys = {"aws_access_key_id": "AKUSER", "aws_secret_access_key": "secret"}
-        return boto3.client(service, region_name=region, endpoint_url=self.api.endpoint, **keys)  # type: ignore[call-overload]
+        config = Config(retries={"mode": "standard", "total_max_attempts": 2})
+        made: Any = boto3.client
+        return made(service, region_name=region, endpoint_url=self.api.endpoint, config=config, **keys)
 
     def make_instance_profile(self, name: str) -> str:
         """A role that may use the S3 server."""
