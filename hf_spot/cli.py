@@ -7,22 +7,25 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_spot import __version__
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import EXIT_USAGE, SpotError
+from hf_spot.errors import EXIT_USAGE, ConfigError, SpotError
 
 if TYPE_CHECKING:
+    from hf_spot.cloud.ec2 import Cloud
     from hf_spot.run.run import Run
 
 _EXIT_CODES = """exit codes:
   0    done; of launch: the run is finished
   1    verify found damage; demo: the two models differ
-  2    usage, or a store that can't be used
-  75   launch: preempted, start the same command again to go on
+  2    usage, or a store or an account that can't be used
+  75   launch: preempted, start the same command again to go on; provision: no machine is to be had now
   76   launch: a newer launch owns the run
   130  interrupted twice
   any other code of launch is the script's own"""
@@ -104,6 +107,36 @@ def parser() -> argparse.ArgumentParser:
     watch.add_argument("--once", action="store_true", help="ask every source once and end")
     _json(watch)
 
+    provision = _add(commands, "provision", _provision, "gets a machine on EC2 that trains a job, by a ladder of fallbacks")
+    _job(provision)
+    provision.add_argument("--dry-run", action="store_true", help="check everything, show what would be tried, start nothing")
+    provision.add_argument("--watch", action="store_true", help="replace machines until the run is finished")
+    provision.add_argument(
+        "--api",
+        choices=("fleet", "spot-request", "spot-fleet"),
+        default="fleet",
+        help="how to ask for spot machines; AWS calls spot-request and spot-fleet legacy: only for accounts bound to them",
+    )
+    _json(provision)
+
+    prices = _add(commands, "prices", _prices, "what machines cost on EC2, now and before: spot and on demand, by zone")
+    prices.add_argument("types", metavar="TYPE", nargs="+", help="an instance type, such as p4d.24xlarge")
+    prices.add_argument("--region", action="append", metavar="NAME", help="may be given again (default: all of the account)")
+    prices.add_argument("--days", type=float, default=7.0, metavar="N", help="of history, up to 90 (default: 7)")
+    _json(prices)
+
+    quotas = _add(commands, "quotas", _quotas, "which quota blocks which rung of a job's ladder, and how to raise it")
+    _job(quotas)
+    _json(quotas)
+
+    terminate = _add(commands, "terminate", _terminate, "ends all machines of a run; the training saves first")
+    _run(terminate)
+    _json(terminate)
+
+    status = _add(commands, "status", _status, "a run's machines, what they cost, and how far the training is")
+    _run(status)
+    _json(status)
+
     doctor = commands.add_parser("doctor", help="what a run needs", allow_abbrev=False)
     checks = doctor.add_subparsers(title="checks", metavar="CHECK", required=True)
     iam = _add(checks, "iam", _doctor_iam, "prints the least that a role must be allowed, as an IAM policy (JSON)")
@@ -119,6 +152,10 @@ def _add(commands: Any, name: str, function: Callable[[argparse.Namespace], int]
 
 def _run(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", metavar="RUN", help="URL of a run: s3://bucket/prefix, or a directory")
+
+
+def _job(command: argparse.ArgumentParser) -> None:
+    command.add_argument("job", metavar="JOB", type=Path, help="a job file (YAML)")
 
 
 def _json(command: argparse.ArgumentParser) -> None:
@@ -244,6 +281,103 @@ def _watch(args: argparse.Namespace) -> int:
         as_json=args.json,
         duration_s=0 if args.once else None,
     )
+    return 0
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+def _cloud() -> Cloud:
+    from hf_spot.cloud.ec2 import Cloud
+
+    return Cloud()
+
+
+def _provision(args: argparse.Namespace) -> int:
+    from hf_spot.cloud.job import load
+    from hf_spot.cloud.provision import FLEET, Provisioner, render_plan
+
+    def say(text: str, event: dict[str, Any]) -> None:
+        if args.json:
+            print(json.dumps({"time": _now().isoformat(), **event}), flush=True)
+        else:
+            print(f"{_now():%H:%M:%S} {text}", flush=True)
+
+    job = load(args.job)
+    if args.api != FLEET:
+        say(f"AWS calls the API behind --api {args.api} legacy, and recommends --api fleet", {"event": "note"})
+    provisioner = Provisioner(job, _open(job.store), _cloud(), api=args.api, now=_now, sleep=time.sleep, say=say)
+    if args.dry_run:
+        provisioner.check()
+        provisioner.book.refresh()
+        for plan in provisioner.plans():
+            say(render_plan(plan), {"event": "plan", **plan.to_dict()})
+        left = provisioner.left_usd()
+        say(f"${left:.2f} of ${job.max_spend:.2f} are left; nothing was started", {"event": "budget", "left_usd": left})
+    elif args.watch:
+        provisioner.watch()
+    elif provisioner.provision() is None:
+        say(f"{job.store} is finished: nothing to do", {"event": "finished"})
+    return 0
+
+
+def _prices(args: argparse.Namespace) -> int:
+    from hf_spot.cloud.prices import LONGEST_DAYS, look_up, render
+
+    if not 0 < args.days <= LONGEST_DAYS:
+        raise ConfigError(f"--days {args.days:g}: EC2 remembers {LONGEST_DAYS} days", hint="--days 7")
+    cloud, now = _cloud(), _now()
+    since = now - timedelta(days=args.days)
+    known = cloud.regions()
+    cloud.check_regions(args.region or (), known)
+    rows, notes = look_up(cloud, args.types, args.region or known, since, now)
+    if args.json:
+        _print_json({"rows": [row.to_dict() for row in rows], "notes": notes})
+    else:
+        print(render(rows, notes, since, now))
+    return 0
+
+
+def _quotas(args: argparse.Namespace) -> int:
+    from hf_spot.cloud.job import load
+    from hf_spot.cloud.quotas import needs, render
+
+    job, cloud = load(args.job), _cloud()
+    known = cloud.regions(job.region)
+    cloud.check_regions(job.named_regions(), known)
+    found = needs(cloud, job, known)
+    if args.json:
+        _print_json([{**dataclasses.asdict(need), "blocked": need.blocked, "command": need.command} for need in found])
+    else:
+        print(render(found, job))
+    return 0
+
+
+def _terminate(args: argparse.Namespace) -> int:
+    from hf_spot.cloud.book import Book
+    from hf_spot.cloud.provision import terminate
+
+    cloud = _cloud()
+    gone = terminate(Book(_open(args.run), cloud, now=_now), cloud)
+    if args.json:
+        _print_json([machine.to_data() for machine in gone])
+    else:
+        lines = [f"{one.instance_id} in {one.zone} is ended: ${one.cost_usd or 0.0:.2f}" for one in gone]
+        print("\n".join(lines) or f"{args.run}: no machine is running")
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from hf_spot.cloud.book import Book
+    from hf_spot.cloud.provision import render_status, status
+
+    cloud = _cloud()
+    known = status(Book(_open(args.run), cloud, now=_now), cloud)
+    if args.json:
+        _print_json(known)
+    else:
+        print(render_status(known))
     return 0
 
 

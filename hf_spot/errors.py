@@ -10,6 +10,8 @@
     │   ├── BucketNotFound         the bucket (or the directory's parent) does not exist
     │   ├── ObjectNotFound         the key does not exist
     │   └── StoreNotFencing        the store ignores create-if-absent: two machines could both "win"
+    ├── CloudError                 EC2 said no; ``code`` is what it called it
+    │   └── NoCapacity             no rung of the ladder has a machine now: worth another try later (exit_code 75)
     ├── NoCheckpoint               the run has no commit to restore
     ├── CorruptCheckpoint          files differ from what the journal says was committed
     ├── IncompleteCheckpoint       a file without which a resume would silently reset something is missing
@@ -80,6 +82,26 @@ class ObjectNotFound(StoreError):
 
 class StoreNotFencing(StoreError):
     """The store ignores create-if-absent, so it can't keep two machines apart."""
+
+
+class CloudError(SpotError):
+    """EC2, or another service of the cloud, said no.
+
+    Args:
+        message: what went wrong.
+        hint: what to type next.
+        code: the error code of the service, such as ``VcpuLimitExceeded``; empty when it gave none.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", code: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.code = code
+
+
+class NoCapacity(CloudError):
+    """No rung of the ladder has a machine now."""
+
+    exit_code = EXIT_PREEMPTED
 
 
 class NoCheckpoint(SpotError):

@@ -32,6 +32,8 @@ ERROR_TREE = {
     "BucketNotFound": "StoreError",
     "ObjectNotFound": "StoreError",
     "StoreNotFencing": "StoreError",
+    "CloudError": "SpotError",
+    "NoCapacity": "CloudError",
     "NoCheckpoint": "SpotError",
     "CorruptCheckpoint": "SpotError",
     "IncompleteCheckpoint": "SpotError",

@@ -85,6 +85,8 @@ def summarise(entries: Iterable[Entry]) -> Report:
             launches.append(Launch(entry.epoch, entry.time, host, step, step, last_heard=entry.time))
             heard_at = None
             continue
+        if entry.kind == "machine":
+            continue  # said by who starts machines, and no sign that the training lives
         if not launches:
             continue  # somebody cut the journal's beginning off; what is left still tells something
         now = replace(launches[-1], last_heard=entry.time)

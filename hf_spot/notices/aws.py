@@ -147,8 +147,8 @@ class IMDSSource:
             return replace(held, deadline=deadline)
         return held
 
-    def _ask(self, path: str) -> dict[str, Any] | None:
-        """The JSON object under ``path``; None for 404, which is how the service says "nothing"."""
+    def read(self, path: str) -> bytes | None:
+        """What stands under ``/latest/meta-data/`` and ``path``; None for 404. Raises SpotError."""
         status, body = self._request("GET", f"/latest/meta-data/{path}", {_TOKEN_HEADER: self._current_token()})
         if status == 401:
             # The token can die before its time: the clock stood still in hibernation, or the service was restarted.
@@ -157,6 +157,13 @@ class IMDSSource:
         if status == 404:
             return None
         self._expect_ok(status, path)
+        return body
+
+    def _ask(self, path: str) -> dict[str, Any] | None:
+        """The JSON object under ``path``; None for 404, which is how the service says "nothing"."""
+        body = self.read(path)
+        if body is None:
+            return None
         try:
             said = json.loads(body)
         except ValueError as error:

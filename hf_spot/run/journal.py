@@ -32,7 +32,7 @@ from hf_spot.run.seal import seal, unseal
 from hf_spot.storage.store import ObjectStore
 
 FORMAT = 1
-KINDS = ("claim", "commit", "notice", "preempted", "finished", "failed", "prune")
+KINDS = ("claim", "commit", "notice", "preempted", "finished", "failed", "prune", "machine")
 ENDINGS = ("preempted", "finished", "failed")
 _PREFIX = "journal/"
 _HINT_KEY = "tip.json"

@@ -1,0 +1,186 @@
+"""What a run's journal says of its machines: which there were, what they cost, how far the training is. Pure.
+
+Whoever starts machines writes entries of the kind ``machine``; ``data["event"]`` is one of
+
+* ``asked``: somebody walks the ladder; until ``started`` or ``refused`` follows, nobody else does (for `LEASE_S`, or until
+  somebody who knows that the first one is dead takes over);
+* ``started``: a machine, with its price and where the price is from;
+* ``refused``: no rung had one;
+* ``ended``: a machine is gone, why, what it cost, and whether another is wanted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from hf_spot.run.journal import ENDINGS, Entry
+
+LEASE_S = 300.0
+GUEST_SHUTDOWN = "Client.InstanceInitiatedShutdown"
+FRUITLESS_MACHINES = 2  # that shut themselves down without a commit: a third would do the same
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One instance, as the journal remembers it.
+
+    Args:
+        instance_id: EC2's.
+        region: its name.
+        zone: its availability zone.
+        instance_type: such as ``p4d.24xlarge``.
+        market: ``spot`` or ``on-demand``.
+        rung: its place in the ladder, from 0.
+        began: when EC2 launched it.
+        usd_per_hour: its price at the beginning; None when nobody said one.
+        price_source: where this was looked up.
+        price_time: since when it held.
+        on_demand_usd_per_hour: the full price of the same machine, None when it is not known.
+        ended: when it was gone.
+        reason: EC2's code for why it ended.
+        cost_usd: of a machine that has ended.
+    """
+
+    instance_id: str
+    region: str
+    zone: str
+    instance_type: str
+    market: str
+    rung: int
+    began: datetime
+    usd_per_hour: float | None = None
+    price_source: str = ""
+    price_time: datetime | None = None
+    on_demand_usd_per_hour: float | None = None
+    ended: datetime | None = None
+    reason: str = ""
+    cost_usd: float | None = None
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON values."""
+        return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Machine:
+        """Reads `to_data`'s values back; keys that this version does not know are left out."""
+        known = {one.name: data[one.name] for one in fields(cls) if one.name in data}
+        for name in ("began", "price_time", "ended"):
+            if known.get(name) is not None:
+                known[name] = datetime.fromisoformat(known[name])
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """A run's machines after entry ``number``.
+
+    Args:
+        number: of the last entry that was read.
+        machines: oldest first.
+        walk: number of the ``asked`` entry of a walk under way, or None.
+        walk_since: when that was written.
+        walk_by: who wrote it.
+        walk_token: what makes the same order the same order, if somebody else goes on with it.
+        fruitless: machines in a row that shut themselves down without a commit.
+        stopped: somebody ended the last machine, and wants no other.
+        step: last committed.
+        max_steps: that the training is to have, as far as its commits say.
+        heard: time of the training's last entry.
+        failed: the newest launch ended with ``failed``.
+        trained_s: seconds between the beginnings of launches and their last commits.
+        trained_steps: steps committed in them.
+        committed: number of commits.
+    """
+
+    number: int = 0
+    machines: tuple[Machine, ...] = ()
+    walk: int | None = None
+    walk_since: datetime | None = None
+    walk_by: str = ""
+    walk_token: str = ""
+    fruitless: int = 0
+    stopped: bool = False
+    step: int = 0
+    max_steps: int | None = None
+    heard: datetime | None = None
+    failed: bool = False
+    trained_s: float = 0.0
+    trained_steps: int = 0
+    committed: int = 0
+    _mark: datetime | None = None
+    _committed_before: int = 0
+
+    def live(self) -> list[Machine]:
+        """Those of which no end is written down."""
+        return [machine for machine in self.machines if machine.ended is None]
+
+    def hours_left(self, expected: float | None) -> float | None:
+        """Of the training, by the speed of its commits so far; before any, what the job file expects. None: nobody knows.
+
+        Args:
+            expected: hours of the whole training, from the job file.
+        """
+        if self.max_steps and self.trained_steps > 0:
+            return max(0, self.max_steps - self.step) * self.trained_s / self.trained_steps / 3600
+        return expected
+
+
+def fold(ledger: Ledger, entry: Entry) -> Ledger:
+    """The ledger after one more entry of the journal."""
+    after = replace(ledger, number=entry.number)
+    if entry.kind == "machine":
+        return _machine(after, entry)
+    after = replace(after, heard=entry.time)
+    if entry.kind == "claim":
+        return replace(after, _mark=entry.time, failed=False)
+    if entry.kind == "commit":
+        newest = entry.state.latest()
+        step = newest.step if newest else entry.data["step"]
+        advanced = step - ledger.step
+        since_s = (entry.time - ledger._mark).total_seconds() if ledger._mark else 0.0
+        counts = advanced > 0 and since_s > 0 and entry.data.get("reason") != "push"
+        return replace(
+            after,
+            step=step,
+            max_steps=entry.data.get("max_steps") or ledger.max_steps,
+            committed=ledger.committed + 1,
+            trained_s=ledger.trained_s + (since_s if counts else 0.0),
+            trained_steps=ledger.trained_steps + (advanced if counts else 0),
+            _mark=entry.time,
+        )
+    if entry.kind in ENDINGS:
+        return replace(after, failed=entry.kind == "failed")
+    return after
+
+
+def _machine(ledger: Ledger, entry: Entry) -> Ledger:
+    event, data = entry.data.get("event"), entry.data
+    if event == "asked":
+        if ledger.walk is not None and data.get("takes_over") != ledger.walk and not is_stale(ledger, entry.time):
+            return ledger
+        begun = replace(ledger, walk=entry.number, walk_since=entry.time, walk_by=data["by"], walk_token=data["token"])
+        return replace(begun, fruitless=0, failed=False, stopped=False) if data["fresh"] else begun
+    if event == "refused":
+        return replace(ledger, walk=None, walk_since=None)
+    if event == "started":
+        machine = Machine.from_data(data["machine"])
+        known = any(one.instance_id == machine.instance_id for one in ledger.machines)
+        machines = ledger.machines if known else (*ledger.machines, machine)
+        return replace(ledger, machines=machines, walk=None, walk_since=None, _committed_before=ledger.committed)
+    if event == "ended":
+        machine = Machine.from_data(data["machine"])
+        by_itself = machine.reason.startswith(GUEST_SHUTDOWN) and ledger.committed == ledger._committed_before
+        return replace(
+            ledger,
+            stopped=bool(data.get("stop")),
+            machines=tuple(machine if one.instance_id == machine.instance_id else one for one in ledger.machines),
+            fruitless=ledger.fruitless + 1 if by_itself else 0,
+        )
+    return ledger
+
+
+def is_stale(ledger: Ledger, now: datetime) -> bool:
+    """Whether who walks the ladder has been silent for so long that another may."""
+    return ledger.walk_since is None or now - ledger.walk_since > timedelta(seconds=LEASE_S)

@@ -1,0 +1,169 @@
+"""Quotas: which of them a rung of the ladder needs, and which of them block it.
+
+AWS counts vCPUs, per region, family of instance types and market. Quotas are found by their names, as Service Quotas lists
+them, so that a family which is new tomorrow is known tomorrow.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from hf_spot.cloud.ec2 import Cloud
+from hf_spot.cloud.job import ON_DEMAND, SPOT, Job
+from hf_spot.errors import CloudError
+
+_SPOT_NAME = re.compile(r"All (?P<families>.+?) Spot Instance Requests")
+_ON_DEMAND_NAME = re.compile(r"Running On-Demand (?P<families>.+?) instances")
+_FAMILY = re.compile(r"([a-z]+)(\d*)")
+
+
+@dataclass(frozen=True)
+class Quota:
+    """One quota of a region.
+
+    Args:
+        code: such as ``L-7212CCBC``.
+        name: as AWS spells it.
+        vcpus: that may run at the same time.
+    """
+
+    code: str
+    name: str
+    vcpus: float
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one instance type of a rung needs in a region, and what there is.
+
+    Args:
+        rung: its place in the ladder, from 0.
+        region: its name.
+        instance_type: such as ``p4d.24xlarge``.
+        market: ``spot`` or ``on-demand``.
+        vcpus: of one machine; None when the region does not have the type.
+        quota: that counts, or None when none was found.
+    """
+
+    rung: int
+    region: str
+    instance_type: str
+    market: str
+    vcpus: int | None
+    quota: Quota | None
+
+    @property
+    def blocked(self) -> bool:
+        """The quota is too small for one such machine; unknown things do not block."""
+        return self.vcpus is not None and self.quota is not None and self.quota.vcpus < self.vcpus
+
+    @property
+    def command(self) -> str:
+        """What asks AWS for a larger quota."""
+        if self.quota is None or self.vcpus is None:
+            return ""
+        return (
+            f"aws service-quotas request-service-quota-increase --service-code ec2 --region {self.region} "
+            f"--quota-code {self.quota.code} --desired-value {self.vcpus}"
+        )
+
+
+def quotas(cloud: Cloud, region: str) -> list[Quota]:
+    """The quotas on EC2 that apply in a region: the account's own values, and AWS's defaults where it has none.
+
+    Raises:
+        CloudError: they can't be read.
+    """
+    found: dict[str, Quota] = {}
+    for operation in ("list_aws_default_service_quotas", "list_service_quotas"):
+        for one in cloud.pages("service-quotas", region, operation, "Quotas", ServiceCode="ec2"):
+            found[one["QuotaCode"]] = Quota(one["QuotaCode"], one["QuotaName"], one["Value"])
+    return sorted(found.values(), key=lambda quota: quota.name)
+
+
+def quota_for(instance_type: str, market: str, known: Iterable[Quota]) -> Quota | None:
+    """The quota that counts an instance type, the most special one if several fit. Pure.
+
+    Names look like ``All P4, P3 and P2 Spot Instance Requests`` and ``Running On-Demand Standard (A, C, D, H, I, M, R, T, Z)
+    instances``: families, or families with their generation.
+    """
+    family = _FAMILY.match(instance_type)
+    assert family is not None
+    letters, generation = family[1].upper(), (family[1] + family[2]).upper()
+    pattern = _SPOT_NAME if market == SPOT else _ON_DEMAND_NAME
+    fitting: dict[str, Quota] = {}
+    for quota in known:
+        if named := pattern.fullmatch(quota.name):
+            for word in re.findall(r"[A-Za-z]+\d*", named["families"]):
+                fitting.setdefault(word.upper(), quota)
+    return fitting.get(generation) or fitting.get(letters)
+
+
+def needs(cloud: Cloud, job: Job, regions: Sequence[str]) -> list[Need]:
+    """What the job's ladder needs, for every rung, region and instance type.
+
+    Args:
+        cloud: that is asked.
+        job: with the ladder.
+        regions: that the account can use.
+
+    Raises:
+        CloudError: quotas or instance types can't be read.
+    """
+    places = [(index, region) for index, rung in enumerate(job.ladder) for region in job.regions_of(rung, regions)]
+    asked = list(dict.fromkeys(region for _, region in places))
+    types = sorted({kind for rung in job.ladder for kind in rung.instance_types})
+    told = dict(zip(asked, cloud.each(asked, lambda region: (quotas(cloud, region), cloud.vcpus(region, types))), strict=True))
+    return [
+        Need(index, region, kind, rung.market, told[region][1].get(kind), quota_for(kind, rung.market, told[region][0]))
+        for index, region in places
+        for rung in [job.ladder[index]]
+        for kind in rung.instance_types
+    ]
+
+
+def blocked(found: Iterable[Need], rung: int) -> set[tuple[str, str]]:
+    """The (region, instance type) of a rung whose quota is too small. Pure."""
+    return {(need.region, need.instance_type) for need in found if need.rung == rung and need.blocked}
+
+
+def render(found: Sequence[Need], job: Job) -> str:
+    """A table for people, with the command for each quota that blocks something."""
+    lines = []
+    for index, rung in enumerate(job.ladder):
+        mine = [need for need in found if need.rung == index and need.vcpus is not None]
+        free = [need for need in mine if not need.blocked]
+        word = "ok" if len(free) == len(mine) else "partly blocked" if free else "blocked"
+        lines.append(
+            f"rung {index}: {rung.market} {', '.join(rung.instance_types)}: {word if mine else 'not offered anywhere'}"
+        )
+        for need in mine:
+            quota = need.quota
+            has = "no quota found" if quota is None else f"{quota.vcpus:g} of {quota.code} ({quota.name})"
+            mark = "BLOCKED" if need.blocked else "ok"
+            lines.append(f"  {mark:8}{need.region:16}{need.instance_type:18}needs {need.vcpus:>4} vCPUs, has {has}")
+    commands: dict[str, int] = {}
+    for need in found:
+        if need.blocked and need.quota is not None and need.vcpus is not None:
+            key = need.command.rpartition(" ")[0]
+            commands[key] = max(commands.get(key, 0), need.vcpus)
+    lines += [f"Try: {command} {vcpus}" for command, vcpus in commands.items()]
+    return "\n".join(lines)
+
+
+def none_usable(found: Sequence[Need], job: Job) -> CloudError | None:
+    """The error when quotas block every pool of every rung, or None. Pure."""
+    real = [need for need in found if need.vcpus is not None]
+    if not real or not all(need.blocked for need in real):
+        return None
+    first = real[0]
+    assert first.quota is not None
+    market = "MaxSpotInstanceCountExceeded" if first.market != ON_DEMAND else "VcpuLimitExceeded"
+    return CloudError(
+        f"quotas block every rung of the ladder: {first.instance_type} needs {first.vcpus} vCPUs in {first.region}, and "
+        f"{first.quota.name!r} allows {first.quota.vcpus:g}; `hf-spot quotas` lists all",
+        hint=first.command,
+        code=market,
+    )
