@@ -95,6 +95,13 @@ class SpotFleet:
     history: list[tuple[datetime, str, str]] = field(default_factory=list)
 
 
+class Held:
+    """A launch whose answer is held back."""
+
+    def __init__(self) -> None:
+        self.started, self.reached, self.go_on = False, threading.Event(), threading.Event()
+
+
 class Api(Proxy):
     """Answers for all regions.
 
@@ -117,6 +124,7 @@ class Api(Proxy):
         self.quotas: dict[tuple[str, str], float] = {}
         self.calls: Counter[str] = Counter()
         self.broken: list[Exception] = []
+        self._hold: Held | None = None
 
     # -- what goes wrong, and how much one may have -------------------------------------------------------------------
 
@@ -129,6 +137,12 @@ class Api(Proxy):
         """The next call of this action is carried out, and the connection breaks before the answer is sent."""
         with self._lock:
             self._faults.append((action, None))
+
+    def hold_launch(self) -> Held:
+        """The next call that starts a machine gets its answer when it is told to go on."""
+        with self._lock:
+            self._hold = Held()
+            return self._hold
 
     def quota(self, code: str, region: str) -> float:
         """vCPUs."""
@@ -155,7 +169,14 @@ class Api(Proxy):
             answer = self._answer(service, region, action, form, exchange)
         except Exception as error:  # goes to whoever closes the cloud; a thread's own would only be printed
             self.broken.append(error)
-            return exchange.answer(_error(service, Refusal("InternalError", escape("".join(traceback.format_exception(error))), 500)))
+            return exchange.answer(
+                _error(service, Refusal("InternalError", escape("".join(traceback.format_exception(error))), 500))
+            )
+        held = self._hold
+        if held is not None and held.started and action in _REPEATABLE:
+            self._hold = None
+            held.reached.set()
+            held.go_on.wait()
         exchange.reset() if fault is not None else exchange.answer(answer)
 
     def _answer(self, service: str, region: str, action: str, form: Mapping[str, str], exchange: Exchange) -> Answer:
@@ -172,7 +193,9 @@ class Api(Proxy):
         with self._lock:
             if token and (known := self._answers.get((region, action, token))):
                 if known[0] != asked:
-                    message = "Arguments on this idempotent request are inconsistent with arguments used in previous request(s)."
+                    message = (
+                        "Arguments on this idempotent request are inconsistent with arguments used in previous request(s)."
+                    )
                     return _error(service, Refusal("IdempotentParameterMismatch", message))
                 return known[1]
             try:
@@ -213,7 +236,9 @@ class Api(Proxy):
             cap = min(float(price) for price in (override.get("MaxPrice"), options.get("MaxTotalPrice"), "inf") if price)
             refusal = self._obstacle(pool, cap, "InvalidFleetConfiguration")
             if place >= _TRIED_BY_A_FLEET:
-                message = "Unable to fulfill capacity due to your request configuration. Please adjust your request and try again."
+                message = (
+                    "Unable to fulfill capacity due to your request configuration. Please adjust your request and try again."
+                )
                 refusal = Refusal("UnfulfillableCapacity", message)
             shown = {
                 "LaunchTemplateAndOverrides": {"LaunchTemplateSpecification": specification, "Overrides": override},
@@ -251,7 +276,9 @@ class Api(Proxy):
             price = asked.get("SpotPrice")
             tags = _tags(asked.get("TagSpecifications", ()), "spot-instances-request")
             pool = next(iter(self._pools(region, data, SPOT)), None)
-            request = SpotRequest(f"sir-{secrets.token_hex(4)}", region, data, pool, float(price) if price else None, self._now(), tags)
+            request = SpotRequest(
+                f"sir-{secrets.token_hex(4)}", region, data, pool, float(price) if price else None, self._now(), tags
+            )
             if refusal := self._over_quota(pool) if pool else None:
                 raise refusal
             self._requests[request.id] = request
@@ -365,7 +392,9 @@ class Api(Proxy):
         for data in fleet.config.get("LaunchSpecifications") or ():
             groups = [one["GroupId"] for one in data.get("SecurityGroups") or ()]
             plain = {name: value for name, value in data.items() if name not in ("SecurityGroups", "TagSpecifications")}
-            candidates += [(pool, {**plain, "SecurityGroupIds": groups}, data) for pool in self._pools(fleet.region, data, SPOT)]
+            candidates += [
+                (pool, {**plain, "SecurityGroupIds": groups}, data) for pool in self._pools(fleet.region, data, SPOT)
+            ]
         for config in fleet.config.get("LaunchTemplateConfigs") or ():
             data = self._template(fleet.region, config["LaunchTemplateSpecification"])
             for override in config.get("Overrides") or [{}]:
@@ -498,6 +527,8 @@ class Api(Proxy):
         if fleet_id:
             instance.add_tags({"aws:ec2:fleet-id": fleet_id})
         self._launched(instance.id, pool)
+        if self._hold is not None:
+            self._hold.started = True
         return str(instance.id)
 
     def _obstacle(self, pool: Pool, cap: float, not_offered: str) -> Refusal | None:
@@ -668,7 +699,11 @@ def _shown(request: SpotRequest) -> dict[str, Any]:
 
 def _passes(shown: Mapping[str, Any], filters: Sequence[Mapping[str, Any]]) -> bool:
     tags = {tag["Key"]: tag["Value"] for tag in shown["Tags"]}
-    known = {"state": shown["State"], "spot-instance-request-id": shown["SpotInstanceRequestId"], "instance-id": shown["InstanceId"]}
+    known = {
+        "state": shown["State"],
+        "spot-instance-request-id": shown["SpotInstanceRequestId"],
+        "instance-id": shown["InstanceId"],
+    }
     for one in filters:
         name = one["Name"]
         value = tags.get(name.removeprefix("tag:")) if name.startswith("tag:") else known[name]

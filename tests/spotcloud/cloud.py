@@ -107,9 +107,13 @@ class SpotCloud:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-        broken = [*self._broken, *self.api.broken]
-        if broken and error[0] is None:
-            raise broken[0]
+        if self.broken and error[0] is None:
+            raise self.broken[0]
+
+    @property
+    def broken(self) -> list[Exception]:
+        """What went wrong inside the cloud itself; raised when it is closed."""
+        return [*self._broken, *self.api.broken]
 
     # -- for its users ------------------------------------------------------------------------------------------------
 

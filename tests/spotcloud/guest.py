@@ -37,7 +37,15 @@ NAMES = ("systemctl", "journalctl", "shutdown", "poweroff", "apt-get", "apt", "p
 _PATIENCE_S = 10.0  # between SIGTERM and SIGKILL when the machine shuts down
 
 _KNOWN = {
-    "Unit": {"OnSuccess", "OnFailure", "StartLimitIntervalSec", "StartLimitBurst", "StartLimitAction", "SuccessAction", "FailureAction"},
+    "Unit": {
+        "OnSuccess",
+        "OnFailure",
+        "StartLimitIntervalSec",
+        "StartLimitBurst",
+        "StartLimitAction",
+        "SuccessAction",
+        "FailureAction",
+    },
     "Service": {
         *("Type", "ExecStartPre", "ExecStart", "ExecStartPost", "ExecStop", "ExecStopPost", "RemainAfterExit"),
         *("Environment", "EnvironmentFile", "PassEnvironment", "WorkingDirectory", "User", "StandardOutput", "StandardError"),
@@ -80,7 +88,11 @@ def boot(settings_path: str) -> int:
         _reap()
         signal.sigtimedwait([], 0.05)
     _say("the machine shuts down")
-    active = [one.name.removesuffix(".json") for one in STATES.glob("*.json") if _state(one.name.removesuffix(".json")).get("Supervisor")]
+    active = [
+        one.name.removesuffix(".json")
+        for one in STATES.glob("*.json")
+        if _state(one.name.removesuffix(".json")).get("Supervisor")
+    ]
     for name in active:
         _kill(_state(name)["Supervisor"], signal.SIGTERM)
     while any(_state(name)["ActiveState"] in ("active", "activating") for name in active):
@@ -121,6 +133,9 @@ def _lay_disk(folder: Path, settings: Mapping[str, Any]) -> None:
     _mount("--rbind", "/dev", root / "dev")
     (root / str(HOST)[1:]).mkdir(parents=True)
     _mount("--bind", folder, root / str(HOST)[1:])
+    (folder / "log").mkdir()  # logs outlive the machine
+    (root / "var/log").mkdir(parents=True, exist_ok=True)
+    _mount("--bind", folder / "log", root / "var/log")
     os.chroot(root)
     os.chdir("/")
     for path, text in settings["files"].items():
@@ -596,7 +611,14 @@ def _parse(name: str) -> Unit:
 
 
 def _specifiers(value: str, name: str) -> str:
-    known = {"%": "%", "n": name, "N": name.rpartition(".")[0], "p": name.rpartition(".")[0], "H": socket.gethostname(), "t": "/run"}
+    known = {
+        "%": "%",
+        "n": name,
+        "N": name.rpartition(".")[0],
+        "p": name.rpartition(".")[0],
+        "H": socket.gethostname(),
+        "t": "/run",
+    }
     return re.sub(r"%(.)", lambda found: known[found[1]], value)
 
 

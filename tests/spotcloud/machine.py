@@ -34,7 +34,9 @@ def why_not() -> str | None:
         if shutil.which(program) is None:
             return f"no machines: {program} of util-linux is not installed"
     probe = "d=$(mktemp -d) && mount -t tmpfs none $d && mkdir $d/u $d/w $d/r && mount -t overlay none $d/r -o lowerdir=/,upperdir=$d/u,workdir=$d/w"
-    tried = subprocess.run(["unshare", "--mount", "--pid", "--uts", "--fork", "sh", "-c", probe], capture_output=True, text=True)
+    tried = subprocess.run(
+        ["unshare", "--mount", "--pid", "--uts", "--fork", "sh", "-c", probe], capture_output=True, text=True
+    )
     return f"no machines: {tried.stderr.strip()}" if tried.returncode else None
 
 
@@ -101,7 +103,9 @@ class Machine:
 
     def text(self) -> str:
         """What it said: its console, and its units."""
-        logs = sorted(self.folder.glob("*.log"))
+        logs = sorted(
+            {path.resolve() for path in [*self.folder.glob("*.log"), *self.folder.glob("log/*.log")] if path.is_file()}
+        )
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')}" for log in logs)
 
 

@@ -1,0 +1,65 @@
+"""``python -m tests.spotcloud``: a training on a spot cloud of this machine's own, told line by line, and its bill.
+
+Six interruptions in two regions, a fallback to another type of machine and one to the full price; ``--watch`` is killed twice.
+Ends with 1 unless the model is the undisturbed one to the bit, and nothing was left running, untagged or unwritten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.servers import SeaweedFS
+from tests.spotcloud.machine import why_not
+from tests.spotcloud.story import SHORT, Outcome, Story, long_story
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.spotcloud", description=__doc__.partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=0, help="of the steps at which machines go, and of who hears of it (0)")
+    parser.add_argument("--short", action="store_true", help="two interruptions, as in the tests")
+    parser.add_argument("--speed", type=float, default=10.0, help="so many times shorter are the waits of --watch (10)")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="an empty folder that keeps every log")
+    options = parser.parse_args()
+    if reason := why_not():
+        print(reason, file=sys.stderr)
+        return 2
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - began:7.1f} s  {line}", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="hf_spot-spotcloud-") as folder, SeaweedFS() as s3:
+        acts = SHORT if options.short else long_story(options.seed)
+        with Story(options.keep or Path(folder), s3, acts, speed=options.speed, say=say) as story:
+            outcome = story.play()
+            print("\n".join(["", *story.cloud.bill.lines(story.cloud.now())]))
+    tell(outcome)
+    return 0 if outcome.is_good else 1
+
+
+def tell(outcome: Outcome) -> None:
+    rows = [
+        ("sha256, on the cloud", outcome.sha256),
+        ("sha256, undisturbed", outcome.sha256_twin),
+        ("loss of every step", "equal" if outcome.losses_equal else "DIFFERENT"),
+        ("optimizer steps", outcome.final_step),
+        ("interruptions", len(outcome.lost)),
+        ("steps trained again", ", ".join(map(str, outcome.lost))),
+        ("regions", ", ".join(sorted({pool.region for pool in outcome.pools}))),
+        ("left running", outcome.left_running or "nothing"),
+        ("without tags", outcome.untagged or "nothing"),
+        ("not in the journal", outcome.unwritten or "nothing"),
+        ("launch templates left", outcome.templates),
+        ("spent by the journal", f"${outcome.spent_usd:.4f}"),
+        ("charged by the cloud", f"${outcome.charged_usd:.4f}"),
+    ]
+    print("\n" + "\n".join(f"{name:<24}{value}" for name, value in rows))
+    print(f"\n{'The same model, bit for bit.' if outcome.identical else 'The two models DIFFER.'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,339 @@
+"""One training on the local spot cloud: ``hf-spot provision --watch`` brings the demo's job through interruptions to its end.
+
+Where the machines come from, and when they go, is decided by the steps that the training has done, so that a slow computer
+sees the same story as a fast one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+
+from hf_spot.cloud.ec2 import RUN_TAG
+from hf_spot.demo import train
+from hf_spot.run.run import Run
+from tests.hosts import kill
+from tests.servers import SeaweedFS
+from tests.spotcloud import guest
+from tests.spotcloud.cloud import SpotCloud, utc_now
+from tests.spotcloud.market import ON_DEMAND, Market, Pool
+from tests.waiting import wait_for
+
+ROOT = Path(__file__).parents[2]
+PREFERRED, OTHER = "us-east-1", "us-west-2"
+LARGE, SMALL = "p4d.24xlarge", "g5.48xlarge"
+BEFORE_IT_HEARS, WHILE_IT_TRAINS = "killed before it hears of this machine", "killed while this machine trains"
+_LADDER = f"""\
+  - {{market: spot, instance_types: [{LARGE}], regions: preferred}}
+  - {{market: spot, instance_types: [{LARGE}], regions: [{PREFERRED}, {OTHER}]}}
+  - {{market: spot, instance_types: [{SMALL}], regions: [{PREFERRED}, {OTHER}]}}
+  - {{market: on-demand, instance_types: [{LARGE}], regions: preferred}}
+"""
+_MIN_STEP_S = 0.03  # so that a notice, polled every two seconds, comes before the end
+_THREADS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+_GIVE_UP_S = 600.0
+
+
+@dataclass(frozen=True)
+class Act:
+    """A machine's time.
+
+    Args:
+        pool: the only one that has capacity when the machine is asked for.
+        until: optimizer step at which EC2 takes it; None: it stays.
+        notice: whether its metadata service says so before.
+        watcher: what happens to ``--watch``: nothing, or `BEFORE_IT_HEARS` or `WHILE_IT_TRAINS`; then another is started.
+    """
+
+    pool: Pool
+    until: int | None = None
+    notice: bool = True
+    watcher: str = ""
+
+
+SHORT = (
+    Act(Pool(LARGE, "us-east-1a"), until=20),
+    Act(Pool(SMALL, "us-west-2b"), until=100, notice=False, watcher=BEFORE_IT_HEARS),
+    Act(Pool(LARGE, "us-east-1b", ON_DEMAND)),
+)
+
+
+def long_story(seed: int) -> tuple[Act, ...]:
+    """Six interruptions in two regions, at steps and with or without notice as the seed gives them."""
+    dice = random.Random(seed)
+    pools = [
+        Pool(LARGE, "us-east-1a"),
+        Pool(LARGE, "us-east-1c"),
+        Pool(LARGE, "us-west-2a"),
+        Pool(SMALL, "us-west-2b"),
+        Pool(SMALL, "us-east-1d"),
+        Pool(LARGE, "us-east-1b"),
+    ]
+    heard = [True, True, True, True, False, False]
+    dice.shuffle(heard)
+    watchers = ["", BEFORE_IT_HEARS, "", WHILE_IT_TRAINS, "", ""]
+    steps = [20 + 30 * place + dice.randrange(15) for place in range(len(pools))]
+    acts = [Act(*one) for one in zip(pools, steps, heard, watchers, strict=True)]
+    return (*acts, Act(Pool(LARGE, "us-east-1b", ON_DEMAND)))
+
+
+@dataclass
+class Outcome:
+    """What came of it.
+
+    Args:
+        sha256: of the weights in the run's newest checkpoint.
+        sha256_twin: of those that the twin, which nobody disturbed, ended with.
+        losses_equal: every step of every machine had the twin's loss and learning rate.
+        final_step: optimizer steps of the finished run.
+        pools: of the machines, in order.
+        reasons: EC2's, why each ended.
+        lost: steps that had to be trained again after each interruption.
+        left_running: machines that nobody ended.
+        untagged: machines without the run's or the job's tags.
+        unwritten: machines that are not both in the bill and, from beginning to end, in the journal.
+        templates: launch templates that are left over.
+        spent_usd: dollars by the journal.
+        charged_usd: dollars by the cloud.
+    """
+
+    sha256: str
+    sha256_twin: str
+    losses_equal: bool
+    final_step: int
+    pools: list[Pool]
+    reasons: list[str]
+    lost: list[int]
+    left_running: list[str]
+    untagged: list[str]
+    unwritten: list[str]
+    templates: int
+    spent_usd: float
+    charged_usd: float
+
+    @property
+    def identical(self) -> bool:
+        """The interrupted training and the undisturbed one are the same."""
+        return self.sha256 == self.sha256_twin and self.losses_equal
+
+    @property
+    def is_good(self) -> bool:
+        """And nothing was left behind."""
+        return self.identical and not (self.left_running or self.untagged or self.unwritten or self.templates)
+
+
+class Story:
+    """Plays acts. ``with`` ends whatever is left of it.
+
+    Args:
+        folder: an empty one, for everything.
+        s3: a running server.
+        acts: in order.
+        speed: so many times shorter than in life are the waits of ``--watch``.
+        say: is told what happens, line by line.
+    """
+
+    def __init__(self, folder: Path, s3: SeaweedFS, acts: Sequence[Act], *, speed: float, say: Callable[[str], None]) -> None:
+        self.folder, self.s3, self.acts, self.speed, self.say = folder, s3, acts, speed, say
+        self.lost: list[int] = []
+        self.machines: list[str] = []
+        self._watcher: psutil.Popen | None = None
+        self._watchers = 0
+
+    def __enter__(self) -> Story:
+        with ExitStack() as stack:
+            machines = self.folder / "machines"
+            machines.mkdir()
+            market = Market(utc_now() - timedelta(days=2))
+            self.cloud = SpotCloud(machines, s3=self.s3, market=market, environment=_THREADS, say=self.say)
+            stack.enter_context(self.cloud)
+            self.cloud.make_instance_profile("trains")
+            bucket = self.s3.make_bucket(f"spotcloud-{os.getpid()}-{time.monotonic_ns()}")
+            stack.enter_context(patch.dict(os.environ, {**self.cloud.env(), **_THREADS}))
+            self.run = Run(f"s3://{bucket}/runs/tiny")
+            (self.folder / "job.yaml").write_text(self._job())
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def play(self) -> Outcome:
+        """From the job file to the bill."""
+        twin = self._start([sys.executable, train.__file__, *_script_arguments(str(self.folder))], "twin")
+        self.cloud.market.close()
+        self._open(self.acts[0])
+        self._start_watcher()
+        for act, next_ in zip(self.acts, [*self.acts[1:], None], strict=True):
+            self._play(act, next_)
+        assert self._watcher is not None and self._watcher.wait(_GIVE_UP_S) == 0, self.text()
+        assert twin.wait(_GIVE_UP_S) == 0, (self.folder / "twin.log").read_text()
+        return self._compare()
+
+    def text(self) -> str:
+        """What everybody said, for when something is wrong."""
+        logs = [f"--- {path.name}\n{path.read_text(errors='replace')}" for path in sorted(self.folder.glob("*.log"))]
+        return "\n".join([*logs, *(f"=== {name}\n{machine.text()}" for name, machine in self.cloud.machines.items())])
+
+    # -- acts ---------------------------------------------------------------------------------------------------------
+
+    def _play(self, act: Act, next_: Act | None) -> None:
+        self._wait_for(lambda: len(self.cloud.machines) > len(self.machines), "a machine")
+        name = list(self.cloud.machines)[-1]
+        self.machines.append(name)
+        if act.until is None:
+            return
+        until = act.until
+        self._wait_for(lambda: max(self._losses(name), default=0) >= until, f"step {until}")
+        price = self.cloud.market.price(act.pool, self.cloud.now())
+        self.cloud.market.set_price(act.pool, round(price * 1.3, 4), self.cloud.now())
+        if act.watcher == WHILE_IT_TRAINS:
+            self._kill_watcher()
+        assert next_ is not None
+        held = self.cloud.api.hold_launch() if next_.watcher == BEFORE_IT_HEARS else None
+        self._open(next_)
+        self._interrupt(act, name)
+        if act.watcher == WHILE_IT_TRAINS:
+            self._start_watcher()
+        if held is not None:
+            self._wait_for(held.reached.is_set, "a launch")
+            self._kill_watcher()
+            held.go_on.set()
+            self._start_watcher()
+
+    def _interrupt(self, act: Act, name: str) -> None:
+        if act.notice:
+            ended = self._endings()
+            assert self.cloud.reclaim(act.pool, 120) == [name]
+            self._wait_for(lambda: self._endings() > ended, "the training to say that it was preempted")
+            self.cloud.take(name)
+        else:
+            assert self.cloud.reclaim(act.pool) == [name]
+        newest = self.run.latest()
+        committed = newest.step if newest else 0
+        done = max(self._losses(name))
+        self.lost.append(done - committed)
+        how = "after a notice" if act.notice else "without a word"
+        self.say(f"story: {name} was taken {how} at step {done}; step {committed} is committed")
+
+    def _open(self, act: Act) -> None:
+        self.cloud.market.open(act.pool.instance_type, act.pool.zone, act.pool.market)
+        self.say(f"story: only {act.pool} has machines now")
+
+    def _endings(self) -> int:
+        return sum(entry.kind == "preempted" for entry in self.run.events())
+
+    def _losses(self, machine: str) -> dict[int, Any]:
+        return _read(self.cloud.machines[machine].folder / "losses.jsonl")
+
+    def _wait_for(self, condition: Callable[[], object], what: str) -> None:
+        """Until it holds; what can't happen any more fails at once."""
+
+        def holds() -> bool:
+            if condition():
+                return True
+            assert self._watcher is None or self._watcher.poll() is None, f"--watch ended before {what}:\n{self.text()}"
+            assert not self.cloud.broken, self.cloud.broken
+            return False
+
+        try:
+            wait_for(holds, f"for {what}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.text()}") from error
+
+    # -- processes ----------------------------------------------------------------------------------------------------
+
+    def _start_watcher(self) -> None:
+        self._watchers += 1
+        arguments = ["provision", str(self.folder / "job.yaml"), "--watch"]
+        command = [sys.executable, "-m", "tests.spotcloud.hurry", str(self.speed), *arguments]
+        self.say(f"story: hf-spot {' '.join(arguments)}")
+        self._watcher = self._start(command, f"watch-{self._watchers}")
+
+    def _kill_watcher(self) -> None:
+        assert self._watcher is not None
+        kill(self._watcher)
+        self.say("story: --watch is killed")
+        self._watcher = None
+
+    def _start(self, command: Sequence[str], name: str) -> psutil.Popen:
+        with open(self.folder / f"{name}.log", "wb") as out:
+            process = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=ROOT, start_new_session=True)
+        self.stack.callback(kill, process)
+        return process
+
+    def _job(self) -> str:
+        run = shlex.join(["hf-spot", "launch", "--num_processes", "1", train.__file__, *_script_arguments(str(guest.HOST))])
+        return f"""\
+name: tiny
+store: {self.run.url}
+run: {run} --min_step_s {_MIN_STEP_S}
+region: {PREFERRED}
+max_spend: 100
+instance_profile: trains
+disk_gb: 100
+tags: {{team: tests}}
+ladder:
+{_LADDER}"""
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def _compare(self) -> Outcome:
+        final = self.run.pull(self.folder)
+        twin = _read(self.folder / "losses.jsonl")
+        losses = [self._losses(name) for name in self.machines]
+        seen = {step for one in losses for step in one}
+        equal = seen == twin.keys() and all(line == twin[step] for one in losses for step, line in one.items())
+        entries = [entry.data for entry in self.run.events() if entry.kind == "machine"]
+        started = {one["machine"]["instance_id"] for one in entries if one["event"] == "started"}
+        ended = {one["machine"]["instance_id"]: one["machine"]["cost_usd"] for one in entries if one["event"] == "ended"}
+        stays = self.cloud.bill.stays
+        tags = {name: {tag["key"]: tag["value"] for tag in self.cloud.instance(name).get_tags()} for name in stays}
+        regions = {stay.pool.region for stay in stays.values()}
+        templates = [self.cloud.client(region=region).describe_launch_templates()["LaunchTemplates"] for region in regions]
+        return Outcome(
+            sha256=_sha256(final / "model.safetensors"),
+            sha256_twin=_sha256(self.folder / "out" / "final" / "model.safetensors"),
+            losses_equal=equal,
+            final_step=max(seen),
+            pools=[stay.pool for stay in stays.values()],
+            lost=self.lost,
+            reasons=[stay.reason for stay in stays.values()],
+            left_running=self.cloud.running(),
+            untagged=[name for name in stays if tags[name].get(RUN_TAG) != self.run.url or tags[name].get("team") != "tests"],
+            unwritten=sorted(stays.keys() ^ (started & ended.keys())),
+            templates=sum(map(len, templates)),
+            spent_usd=sum(ended.values()),
+            charged_usd=self.cloud.bill.charged(self.cloud.now()),
+        )
+
+
+def _script_arguments(folder: str) -> list[str]:
+    return ["--output_dir", f"{folder}/out", "--losses", f"{folder}/losses.jsonl"]
+
+
+def _read(path: Path) -> dict[int, Any]:
+    """Lines by step; one that is being written doesn't count yet."""
+    if not path.exists():
+        return {}
+    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return {line["step"]: line for line in lines}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
