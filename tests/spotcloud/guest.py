@@ -16,15 +16,15 @@ import os
 import pwd
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOST = Path("/run/spotcloud")  # a folder of the cloud's, seen inside every machine
@@ -160,7 +160,8 @@ def _run_user_data() -> None:
     if not data:
         return
     if not data.startswith(b"#!"):
-        return _say(f"cloud-init: user data that is no script: {data[:40]!r}")
+        _say(f"cloud-init: user data that is no script: {data[:40]!r}")
+        return
     USER_DATA.parent.mkdir(parents=True, exist_ok=True)
     USER_DATA.write_bytes(data)
     USER_DATA.chmod(0o700)
@@ -193,7 +194,7 @@ def _default_environ() -> dict[str, str]:
 
 
 def shutdown(arguments: Sequence[str]) -> int:
-    """``shutdown [-h|-P] now|+MINUTES``, ``shutdown -c``, ``poweroff``. Without a time it is in a minute, as the real one has it."""
+    """``shutdown [-h|-P] now|+MINUTES``, ``shutdown -c``. Without a time it is in a minute, as with the real one."""
     if any(argument in ("-r", "--reboot") for argument in arguments):
         raise Unusable(f"shutdown {shlex.join(arguments)}: machines here don't reboot")
     _write(STATES / "shutdown", str(os.getpid()))  # whoever waits stops when his name is no longer there
@@ -236,7 +237,7 @@ def apt(arguments: Sequence[str]) -> int:
 
 def journalctl(arguments: Sequence[str]) -> int:
     """Prints what a unit said: ``journalctl -u NAME …``."""
-    wanted = [one for flag, one in zip(arguments, arguments[1:], strict=False) if flag in ("-u", "--unit")]
+    wanted = [one for flag, one in pairwise(arguments) if flag in ("-u", "--unit")]
     wanted += [one.partition("=")[2] for one in arguments if one.startswith("--unit=")]
     for name in wanted:
         path = _journal(_full(name))
@@ -261,15 +262,18 @@ def python(arguments: Sequence[str]) -> int:
         return 0
     if list(arguments[:2]) == ["-m", "pip"]:
         return pip("/usr/local/bin", arguments[2:])
-    os.execv(real, [real, *arguments])
+    return _become(real, arguments)
 
 
 def venv_python(bin_: str, arguments: Sequence[str]) -> int:
     """A virtual environment's Python."""
     if list(arguments[:2]) == ["-m", "pip"]:
         return pip(bin_, arguments[2:])
-    real = os.environ["SPOTCLOUD_PYTHON"]
-    os.execv(real, [real, *arguments])
+    return _become(os.environ["SPOTCLOUD_PYTHON"], arguments)
+
+
+def _become(program: str, arguments: Sequence[str]) -> NoReturn:
+    os.execv(program, [program, *arguments])
 
 
 def pip(bin_: str, arguments: Sequence[str]) -> int:
@@ -434,10 +438,11 @@ def _once(name: str, unit: Unit, stopped: list[int]) -> tuple[str, int]:
     environ = unit.environ()
     with _output(name, unit) as out:
 
-        def run(line: str, more: Mapping[str, str] = {}) -> subprocess.Popen[bytes]:  # noqa: B006
+        def run(line: str, more: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+            whole = {**environ, **(more or {})}
             return subprocess.Popen(
-                _command(line, {**environ, **more}),
-                env={**environ, **more},
+                _command(line, whole),
+                env=whole,
                 cwd=unit.one("WorkingDirectory", "/").lstrip("-"),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -466,9 +471,11 @@ def _once(name: str, unit: Unit, stopped: list[int]) -> tuple[str, int]:
                 _say(f"{name}: {error}")
                 result, code = "exit-code", 203
                 break
-            _tell(name, MainPID=process.pid, **({} if oneshot else {"ActiveState": "active"}))
+            _tell(name, MainPID=process.pid)
             for after in unit.all("ExecStartPost"):
                 finished(run(after))
+            if not oneshot:
+                _tell(name, ActiveState="active")
             code = finished(process)
             good = code in (0, *unit.codes("SuccessExitStatus")) or line.startswith("-") or (stopped and code < 0)
             if not good:

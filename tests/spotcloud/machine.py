@@ -33,7 +33,8 @@ def why_not() -> str | None:
     for program in ("unshare", "setpriv", "mount"):
         if shutil.which(program) is None:
             return f"no machines: {program} of util-linux is not installed"
-    probe = "d=$(mktemp -d) && mount -t tmpfs none $d && mkdir $d/u $d/w $d/r && mount -t overlay none $d/r -o lowerdir=/,upperdir=$d/u,workdir=$d/w"
+    layers = "lowerdir=/,upperdir=$d/u,workdir=$d/w"
+    probe = f"d=$(mktemp -d) && mount -t tmpfs none $d && mkdir $d/u $d/w $d/r && mount -t overlay none $d/r -o {layers}"
     tried = subprocess.run(
         ["unshare", "--mount", "--pid", "--uts", "--fork", "sh", "-c", probe], capture_output=True, text=True
     )

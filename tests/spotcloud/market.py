@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 SPOT, ON_DEMAND = "spot", "on-demand"
 
@@ -93,7 +94,7 @@ class Market:
         ended = max(ended, began + timedelta(seconds=_LEAST_BILLED_S))
         changes = [since for since, _ in self._history(pool) if began < since < ended]
         moments = [began, *changes, ended]
-        pairs = zip(moments, moments[1:], strict=False)
+        pairs = pairwise(moments)
         return sum(self.price(pool, one) * (next_ - one).total_seconds() / 3600 for one, next_ in pairs)
 
     def _history(self, pool: Pool) -> list[tuple[datetime, float]]:
@@ -149,7 +150,8 @@ class Bill:
             seconds = ((stay.ended or now) - stay.began).total_seconds()
             charged, metered = stay.charged(self.market, now), stay.metered(self.market, now)
             free = "  taken back in its first hour: free" if metered and not charged else ""
-            yield f"{stay.instance_id}  {stay.pool!s:<36}{seconds:>9.1f} s  metered ${metered:8.4f}  charged ${charged:8.4f}{free}"
+            money = f"metered ${metered:8.4f}  charged ${charged:8.4f}"
+            yield f"{stay.instance_id}  {stay.pool!s:<36}{seconds:>9.1f} s  {money}{free}"
         yield f"total charged: ${self.charged(now):.4f}"
 
 
