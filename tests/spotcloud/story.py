@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -150,7 +151,6 @@ class Story:
 
     def __init__(self, folder: Path, s3: SeaweedFS, acts: Sequence[Act], *, speed: float, say: Callable[[str], None]) -> None:
         self.folder, self.s3, self.acts, self.speed, self.say = folder, s3, acts, speed, say
-        self.lost: list[int] = []
         self.machines: list[str] = []
         self._watcher: psutil.Popen | None = None
         self._watchers = 0
@@ -227,7 +227,6 @@ class Story:
         newest = self.run.latest()
         committed = newest.step if newest else 0
         done = max(self._losses(name))
-        self.lost.append(done - committed)
         how = "after a notice" if act.notice else "without a word"
         self.say(f"story: {name} was taken {how} at step {done}; step {committed} is committed")
 
@@ -312,7 +311,7 @@ ladder:
             losses_equal=equal,
             final_step=max(seen),
             pools=[stay.pool for stay in stays.values()],
-            lost=self.lost,
+            lost=[max(one) - min(other) + 1 for one, other in pairwise(losses)],
             reasons=[stay.reason for stay in stays.values()],
             left_running=self.cloud.running(),
             untagged=[name for name in stays if tags[name].get(RUN_TAG) != self.run.url or tags[name].get("team") != "tests"],
