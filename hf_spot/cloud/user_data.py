@@ -28,8 +28,8 @@ _SCRIPT = """\
 set -euo pipefail
 exec > >(tee -a {log}) 2>&1
 {fuse}
-mkdir -p {folder}/work
-cd {folder}/work
+mkdir -p {folder}/training
+cd {folder}/training
 export HOME={folder} PYTHONUNBUFFERED=1 PATH={folder}/venv/bin:$PATH {variables}
 
 # Nobody looks at a machine that can't start: its log goes to the store, and it goes away.
@@ -88,7 +88,7 @@ StartLimitIntervalSec=1800
 StartLimitBurst=5
 {limit}
 [Service]
-WorkingDirectory={folder}/work
+WorkingDirectory={folder}/training
 EnvironmentFile={folder}/environment
 ExecStart=/bin/bash {folder}/start
 ExecStopPost=/bin/bash {folder}/stop
