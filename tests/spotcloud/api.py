@@ -33,6 +33,7 @@ from tests.proxy import Answer, Exchange, Proxy
 from tests.spotcloud.market import DOLLARS_PER_HOUR, ON_DEMAND, RECLAIMED, SPOT, Market, Pool
 
 ACCOUNT = "123456789012"
+IMAGE = "resolve:ssm:/aws/service/deeplearning/ami/x86_64/base/latest/ami-id"  # one that every region has
 _TRIED_BY_A_FLEET = 3
 _SCORED_FROM = 3  # types that must be named for a placement score to say something
 _IMAGES = "/aws/service/deeplearning/ami/"

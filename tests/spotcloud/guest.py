@@ -210,6 +210,7 @@ def shutdown(arguments: Sequence[str]) -> int:
 
 
 def _shutdown_in(seconds: float) -> int:
+    _say(f"shutdown in {seconds:.0f} s")
     if os.fork() == 0:
         os.setsid()
         me = str(os.getpid())

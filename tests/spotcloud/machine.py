@@ -88,6 +88,11 @@ class Machine:
         code = self.process.poll()
         return None if code is None else code == 0
 
+    def read(self, path: str) -> str:
+        """A file on its disk, while it runs."""
+        [first] = self.process.children()
+        return Path(f"/proc/{first.pid}/root{path}").read_text()
+
     def shut_down(self) -> None:
         """Presses the button: units are told to stop, and have as long as they asked for."""
         for one in self.process.children():

@@ -38,6 +38,7 @@ from tests.waiting import wait_for
 ROOT = Path(__file__).parents[2]
 PREFERRED, OTHER = "us-east-1", "us-west-2"
 LARGE, SMALL = "p4d.24xlarge", "g5.48xlarge"
+NOTICE, SILENCE, CONSOLE = "after a notice", "without a word", "by somebody in the console"
 BEFORE_IT_HEARS, WHILE_IT_TRAINS = "killed before it hears of this machine", "killed while this machine trains"
 _LADDER = f"""\
   - {{market: spot, instance_types: [{LARGE}], regions: preferred}}
@@ -56,26 +57,26 @@ class Act:
 
     Args:
         pool: the only one that has capacity when the machine is asked for.
-        until: optimizer step at which EC2 takes it; None: it stays.
-        notice: whether its metadata service says so before.
+        until: optimizer step at which it is taken; None: it stays.
+        how: `NOTICE`, `SILENCE`, or `CONSOLE`.
         watcher: what happens to ``--watch``: nothing, or `BEFORE_IT_HEARS` or `WHILE_IT_TRAINS`; then another is started.
     """
 
     pool: Pool
     until: int | None = None
-    notice: bool = True
+    how: str = NOTICE
     watcher: str = ""
 
 
 SHORT = (
     Act(Pool(LARGE, "us-east-1a"), until=20),
-    Act(Pool(SMALL, "us-west-2b"), until=100, notice=False, watcher=BEFORE_IT_HEARS),
+    Act(Pool(SMALL, "us-west-2b"), until=100, how=SILENCE, watcher=BEFORE_IT_HEARS),
     Act(Pool(LARGE, "us-east-1b", ON_DEMAND)),
 )
 
 
 def long_story(seed: int) -> tuple[Act, ...]:
-    """Six interruptions in two regions, at steps and with or without notice as the seed gives them."""
+    """Six interruptions by EC2 in two regions and one by a person, at steps and in ways that the seed gives."""
     dice = random.Random(seed)
     pools = [
         Pool(LARGE, "us-east-1a"),
@@ -84,12 +85,13 @@ def long_story(seed: int) -> tuple[Act, ...]:
         Pool(SMALL, "us-west-2b"),
         Pool(SMALL, "us-east-1d"),
         Pool(LARGE, "us-east-1b"),
+        Pool(LARGE, "us-west-2c"),
     ]
-    heard = [True, True, True, True, False, False]
-    dice.shuffle(heard)
-    watchers = ["", BEFORE_IT_HEARS, "", WHILE_IT_TRAINS, "", ""]
-    steps = [20 + 30 * place + dice.randrange(15) for place in range(len(pools))]
-    acts = [Act(*one) for one in zip(pools, steps, heard, watchers, strict=True)]
+    ways = [*[NOTICE] * 4, *[SILENCE] * 2, CONSOLE]
+    dice.shuffle(ways)
+    watchers = ["", BEFORE_IT_HEARS, "", WHILE_IT_TRAINS, "", "", ""]
+    steps = [15 + 27 * place + dice.randrange(12) for place in range(len(pools))]
+    acts = [Act(*one) for one in zip(pools, steps, ways, watchers, strict=True)]
     return (*acts, Act(Pool(LARGE, "us-east-1b", ON_DEMAND)))
 
 
@@ -217,18 +219,22 @@ class Story:
             self._start_watcher()
 
     def _interrupt(self, act: Act, name: str) -> None:
-        if act.notice:
-            ended = self._endings()
+        ended = self._endings()
+        if act.how == NOTICE:
             assert self.cloud.reclaim(act.pool, 120) == [name]
             self._wait_for(lambda: self._endings() > ended, "the training to say that it was preempted")
             self.cloud.take(name)
-        else:
+        elif act.how == SILENCE:
             assert self.cloud.reclaim(act.pool) == [name]
+        else:
+            self.cloud.market.close(act.pool.instance_type, act.pool.zone, act.pool.market)
+            self.cloud.client(region=act.pool.region).terminate_instances(InstanceIds=[name])
+            self._wait_for(lambda: name not in self.cloud.running(), "the end of a machine")
+            assert self._endings() > ended, self.text()
         newest = self.run.latest()
         committed = newest.step if newest else 0
         done = max(self._losses(name))
-        how = "after a notice" if act.notice else "without a word"
-        self.say(f"story: {name} was taken {how} at step {done}; step {committed} is committed")
+        self.say(f"story: {name} was taken {act.how} at step {done}; step {committed} is committed")
 
     def _open(self, act: Act) -> None:
         self.cloud.market.open(act.pool.instance_type, act.pool.zone, act.pool.market)

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
+from tests.spotcloud.api import IMAGE
 from tests.spotcloud.cloud import BY_USER, SpotCloud
 from tests.spotcloud.market import ON_DEMAND, RECLAIMED, Market, Pool
 from tests.waiting import wait_for
 
 REGION = "us-east-1"
-IMAGE = "resolve:ssm:/aws/service/deeplearning/ami/x86_64/some/latest/ami-id"
 P4D = "p4d.24xlarge"  # which moto offers in the zones a to d
 NOW = datetime(2030, 1, 1, tzinfo=timezone.utc)
 

@@ -11,14 +11,13 @@ import psutil
 import pytest
 
 from tests.servers import SeaweedFS
+from tests.spotcloud.api import IMAGE
 from tests.spotcloud.cloud import BY_ITSELF, BY_USER, SpotCloud
 from tests.spotcloud.machine import Machine, why_not
 from tests.spotcloud.market import RECLAIMED
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-
-IMAGE = "resolve:ssm:/aws/service/deeplearning/ami/x86_64/some/latest/ami-id"
 
 
 @pytest.fixture
