@@ -1,6 +1,7 @@
 """``python -m tests.spotcloud``: a training on a spot cloud of this machine's own, told line by line, and its bill.
 
-Six interruptions in two regions, a fallback to another type of machine and one to the full price; ``--watch`` is killed twice.
+Six interruptions by EC2 in two regions and one by a person, a fallback to another type and one to the full price; ``--watch``
+is killed twice.
 Ends with 1 unless the model is the undisturbed one to the bit, and nothing was left running, untagged or unwritten.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from tests.servers import SeaweedFS
 from tests.spotcloud.machine import why_not
-from tests.spotcloud.story import SHORT, Outcome, Story, long_story
+from tests.spotcloud.story import DEMO, PLAIN, SHORT, Outcome, Story, long_story
 
 
 def main() -> int:
@@ -33,8 +34,8 @@ def main() -> int:
         print(f"{time.monotonic() - began:7.1f} s  {line}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="hf_spot-spotcloud-") as folder, SeaweedFS() as s3:
-        acts = SHORT if options.short else long_story(options.seed)
-        with Story(options.keep or Path(folder), s3, acts, speed=options.speed, say=say) as story:
+        script, acts = (PLAIN, SHORT) if options.short else (DEMO, long_story(options.seed))
+        with Story(options.keep or Path(folder), s3, script, acts, speed=options.speed, say=say) as story:
             outcome = story.play()
             print("\n".join(["", *story.cloud.bill.lines(story.cloud.now())]))
     tell(outcome)
@@ -54,8 +55,8 @@ def tell(outcome: Outcome) -> None:
         ("without tags", outcome.untagged or "nothing"),
         ("not in the journal", outcome.unwritten or "nothing"),
         ("launch templates left", outcome.templates),
-        ("spent by the journal", f"${outcome.spent_usd:.4f}"),
-        ("charged by the cloud", f"${outcome.charged_usd:.4f}"),
+        ("spent by the journal", f"${sum(outcome.spent_usd):.4f}"),
+        ("charged by the cloud", f"${sum(outcome.charged_usd):.4f}"),
     ]
     print("\n" + "\n".join(f"{name:<24}{value}" for name, value in rows))
     print(f"\n{'The same model, bit for bit.' if outcome.identical else 'The two models DIFFER.'}")

@@ -46,9 +46,36 @@ _LADDER = f"""\
   - {{market: spot, instance_types: [{SMALL}], regions: [{PREFERRED}, {OTHER}]}}
   - {{market: on-demand, instance_types: [{LARGE}], regions: preferred}}
 """
-_MIN_STEP_S = 0.03  # so that a notice, polled every two seconds, comes before the end
 _THREADS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 _GIVE_UP_S = 600.0
+
+
+@dataclass(frozen=True)
+class Script:
+    """What is trained.
+
+    Args:
+        command: with ``{folder}`` for a folder that gets ``losses.jsonl`` and, at the end, ``out/final``.
+        slower: makes its steps so long that a notice, polled every two seconds, comes before the end.
+    """
+
+    command: tuple[str, ...]
+    slower: tuple[str, ...]
+
+    def arguments(self, folder: object) -> list[str]:
+        return [word.format(folder=folder) for word in self.command]
+
+
+DEMO = Script(
+    (train.__file__, "--output_dir", "{folder}/out", "--losses", "{folder}/losses.jsonl"), slower=("--min_step_s", "0.03")
+)
+PLAIN = Script(
+    (
+        str(ROOT / "tests/training/scripts/plain.py"),
+        *("--output_dir", "{folder}/out", "--diary", "{folder}/losses.jsonl", "--weights", "{folder}/out/final"),
+    ),
+    slower=("--step_s", "0.3"),
+)
 
 
 @dataclass(frozen=True)
@@ -68,15 +95,15 @@ class Act:
     watcher: str = ""
 
 
-SHORT = (
-    Act(Pool(LARGE, "us-east-1a"), until=20),
-    Act(Pool(SMALL, "us-west-2b"), until=100, how=SILENCE, watcher=BEFORE_IT_HEARS),
+SHORT = (  # of PLAIN's 32 steps
+    Act(Pool(LARGE, "us-east-1a"), until=6),
+    Act(Pool(SMALL, "us-west-2b"), until=18, how=SILENCE, watcher=BEFORE_IT_HEARS),
     Act(Pool(LARGE, "us-east-1b", ON_DEMAND)),
 )
 
 
 def long_story(seed: int) -> tuple[Act, ...]:
-    """Six interruptions by EC2 in two regions and one by a person, at steps and in ways that the seed gives."""
+    """Six interruptions by EC2 in two regions and one by a person, in `DEMO`, at steps and in ways that the seed gives."""
     dice = random.Random(seed)
     pools = [
         Pool(LARGE, "us-east-1a"),
@@ -111,8 +138,8 @@ class Outcome:
         untagged: machines without the run's or the job's tags.
         unwritten: machines that are not both in the bill and, from beginning to end, in the journal.
         templates: launch templates that are left over.
-        spent_usd: dollars by the journal.
-        charged_usd: dollars by the cloud.
+        spent_usd: dollars by the journal, for each machine.
+        charged_usd: dollars by the cloud, for each machine.
     """
 
     sha256: str
@@ -126,8 +153,8 @@ class Outcome:
     untagged: list[str]
     unwritten: list[str]
     templates: int
-    spent_usd: float
-    charged_usd: float
+    spent_usd: list[float]
+    charged_usd: list[float]
 
     @property
     def identical(self) -> bool:
@@ -146,13 +173,23 @@ class Story:
     Args:
         folder: an empty one, for everything.
         s3: a running server.
+        script: what is trained.
         acts: in order.
         speed: so many times shorter than in life are the waits of ``--watch``.
         say: is told what happens, line by line.
     """
 
-    def __init__(self, folder: Path, s3: SeaweedFS, acts: Sequence[Act], *, speed: float, say: Callable[[str], None]) -> None:
-        self.folder, self.s3, self.acts, self.speed, self.say = folder, s3, acts, speed, say
+    def __init__(
+        self,
+        folder: Path,
+        s3: SeaweedFS,
+        script: Script,
+        acts: Sequence[Act],
+        *,
+        speed: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self.folder, self.s3, self.script, self.acts, self.speed, self.say = folder, s3, script, acts, speed, say
         self.machines: list[str] = []
         self._watcher: psutil.Popen | None = None
         self._watchers = 0
@@ -177,7 +214,7 @@ class Story:
 
     def play(self) -> Outcome:
         """From the job file to the bill."""
-        twin = self._start([sys.executable, train.__file__, *_script_arguments(str(self.folder))], "twin")
+        twin = self._start([sys.executable, *self.script.arguments(self.folder)], "twin")
         self.cloud.market.close()
         self._open(self.acts[0])
         self._start_watcher()
@@ -283,11 +320,11 @@ class Story:
         return process
 
     def _job(self) -> str:
-        run = shlex.join(["hf-spot", "launch", "--num_processes", "1", train.__file__, *_script_arguments(str(guest.HOST))])
+        script = [*self.script.arguments(guest.HOST), *self.script.slower]
         return f"""\
 name: tiny
 store: {self.run.url}
-run: {run} --min_step_s {_MIN_STEP_S}
+run: {shlex.join(["hf-spot", "launch", "--num_processes", "1", *script])}
 region: {PREFERRED}
 max_spend: 100
 instance_profile: trains
@@ -323,13 +360,9 @@ ladder:
             untagged=[name for name in stays if tags[name].get(RUN_TAG) != self.run.url or tags[name].get("team") != "tests"],
             unwritten=sorted(stays.keys() ^ (started & ended.keys())),
             templates=sum(map(len, templates)),
-            spent_usd=sum(ended.values()),
-            charged_usd=self.cloud.bill.charged(self.cloud.now()),
+            spent_usd=[ended.get(name, 0.0) for name in stays],
+            charged_usd=[stay.charged(self.cloud.market, self.cloud.now()) for stay in stays.values()],
         )
-
-
-def _script_arguments(folder: str) -> list[str]:
-    return ["--output_dir", f"{folder}/out", "--losses", f"{folder}/losses.jsonl"]
 
 
 def _read(path: Path) -> dict[int, Any]:

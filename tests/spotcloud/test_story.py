@@ -10,7 +10,7 @@ from tests.servers import SeaweedFS
 from tests.spotcloud.cloud import BY_ITSELF
 from tests.spotcloud.machine import why_not
 from tests.spotcloud.market import RECLAIMED
-from tests.spotcloud.story import SHORT, Story, long_story
+from tests.spotcloud.story import PLAIN, SHORT, Story, long_story
 
 WITHOUT_MACHINES = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -20,15 +20,16 @@ WITHOUT_MACHINES = pytest.mark.skipif(why_not() is not None, reason=str(why_not(
 def test_a_training_that_is_moved_to_another_region_type_and_market_ends_with_the_same_model(
     tmp_path: Path, seaweedfs: SeaweedFS
 ) -> None:
-    with Story(tmp_path, seaweedfs, SHORT, speed=100, say=print) as story:
+    with Story(tmp_path, seaweedfs, PLAIN, SHORT, speed=100, say=print) as story:
         outcome = story.play()
     assert outcome.identical, outcome
     assert outcome.pools == [act.pool for act in SHORT]  # and none twice, though --watch was killed as one was launched
     assert outcome.reasons == [RECLAIMED, RECLAIMED, BY_ITSELF]
     assert outcome.lost[0] == 0  # it was told
-    assert 0 <= outcome.lost[1] <= 40  # since the last two scheduled saves
+    assert 0 <= outcome.lost[1] <= 10  # what came after the last save, or the one before
     assert (outcome.left_running, outcome.untagged, outcome.unwritten, outcome.templates) == ([], [], [], 0)
-    assert 0 < outcome.spent_usd <= outcome.charged_usd
+    for costs in (outcome.spent_usd, outcome.charged_usd):
+        assert [cost > 0 for cost in costs] == [False, False, True]  # EC2 gives away what it takes back within an hour
 
 
 def test_the_long_story_has_everything_whatever_the_seed() -> None:
