@@ -113,12 +113,13 @@ def test_user_data_runs_on_a_disk_and_with_a_metadata_service_of_its_own(cloud: 
 
 RESTARTS = """[Unit]
 StartLimitIntervalSec=0
+FailureAction=poweroff
 [Service]
 Environment=COUNT=/root/count "WORDS=two words"
 ExecStart=/bin/bash -c 'echo one >> $COUNT; (setsid sleep 1000 &); [ "$(wc -l < $COUNT)" = 3 ] && exit 75; kill -9 $$$$'
 ExecStopPost=/bin/bash -c 'echo "$WORDS: $SERVICE_RESULT $EXIT_CODE $EXIT_STATUS" >> /run/spotcloud/stops'
-ExecStopPost=/bin/bash -c 'pgrep sleep && echo left >> /run/spotcloud/stops; [ "$EXIT_STATUS" = 75 ] && shutdown -h now'
-Restart=on-abnormal
+ExecStopPost=/bin/bash -c 'pgrep sleep && echo left >> /run/spotcloud/stops'
+Restart=always
 RestartPreventExitStatus=75
 RestartSec=10ms"""
 
