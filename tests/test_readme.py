@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hf_spot.cloud.job import load
 from tests.servers import SeaweedFS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -20,7 +21,7 @@ def test_every_command_in_the_readme_works(seaweedfs: SeaweedFS, tmp_path: Path)
     env = {**os.environ, **seaweedfs.env(), "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     ran = []
     for for_ci, language, text in BLOCK.findall(README.read_text()):
-        if language == "python":
+        if language in ("python", "yaml"):
             (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)
         elif not for_ci:  # those two `.ci/run` runs
             done = subprocess.run(
@@ -28,6 +29,7 @@ def test_every_command_in_the_readme_works(seaweedfs: SeaweedFS, tmp_path: Path)
             )
             assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
             ran.append(done.stdout)
+    assert load(tmp_path / "job.yaml").ladder[-1].market == "on-demand"
     assert "checkpoint-30" in ran[3]
     assert "checkpoint-20 pruned" in ran[3]
     assert "finished, step 30 committed" in ran[3]

@@ -332,6 +332,13 @@ class Cloud:
         instances = [_instance(one, region) for reservation in found for one in reservation["Instances"]]
         return sorted(instances, key=lambda one: (one.began, one.id))
 
+    def tag_requested(self, region: str, run: str) -> None:
+        """Gives instances of legacy spot requests the tags of their request, should nobody have lived to do it."""
+        filters = [_filter(f"tag:{RUN_TAG}", tag_value(run)), _filter("state", "active")]
+        for one in self.pages("ec2", region, "describe_spot_instance_requests", "SpotInstanceRequests", Filters=filters):
+            if instance_id := one.get("InstanceId"):
+                self.call("ec2", region, "create_tags", Resources=[instance_id], Tags=one["Tags"])
+
     def terminate(self, region: str, ids: Sequence[str], *, stop: bool = False) -> None:
         """Ends instances; their systems are shut down first, so that a training saves.
 
@@ -511,6 +518,8 @@ def _secure(cloud: Cloud, region: str, instance_id: str, order: Order) -> None:
     try:
         cloud.call("ec2", region, "create_tags", Resources=[instance_id], Tags=_tags(order.tags))
         cloud.call("ec2", region, "modify_instance_metadata_options", InstanceId=instance_id, **options)
+        gone = {"InstanceInitiatedShutdownBehavior": {"Value": "terminate"}}
+        cloud.call("ec2", region, "modify_instance_attribute", InstanceId=instance_id, **gone)
     except BaseException:
         cloud.terminate(region, [instance_id])
         raise

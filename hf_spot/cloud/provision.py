@@ -6,6 +6,7 @@ the instances' tags (`hf_spot.cloud.book`); nothing is remembered here but what 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
@@ -22,6 +23,7 @@ from hf_spot.cloud.machine import LOGS
 from hf_spot.cloud.user_data import render
 from hf_spot.errors import CloudError, ConfigError, NoCapacity, SpotError, StoreUnavailable
 from hf_spot.run.run import Run
+from hf_spot.run.seal import VARIABLE as JOURNAL_KEY
 
 FLEET, SPOT_REQUEST, SPOT_FLEET = "fleet", "spot-request", "spot-fleet"
 APIS = (FLEET, SPOT_REQUEST, SPOT_FLEET)
@@ -110,6 +112,12 @@ class Provisioner:
         for region in sorted(tried):
             self._site(region)
         render(job, [], 1)
+        if os.environ.get(JOURNAL_KEY) and JOURNAL_KEY not in job.run:
+            raise ConfigError(
+                f"${JOURNAL_KEY} is set here, and the machines would not have it: they could not read the journal",
+                hint=f"in run: export {JOURNAL_KEY}=$(aws ssm get-parameter --with-decryption --name NAME "
+                "--query Parameter.Value --output text)",
+            )
         try:
             self._needs = quotas.needs(self._cloud, job, self._known)
         except CloudError as error:
@@ -214,6 +222,8 @@ class Provisioner:
     def _provision(self, *, fresh: bool) -> Machine | None:
         while True:
             self.book.refresh()
+            if self._api == SPOT_REQUEST:
+                self._cloud.each(self._known, lambda region: self._cloud.tag_requested(region, self.book.run.url))
             alive = self.book.settle(self.book.look(self._known), self._known)
             if alive:
                 machine = next(one for one in self.book.ledger.machines if one.instance_id == alive[-1].id)
@@ -476,6 +486,7 @@ def terminate(book: Book, cloud: Cloud) -> list[Machine]:
     """
     regions = cloud.regions()
     book.refresh()
+    cloud.each(regions, lambda region: cloud.tag_requested(region, book.run.url))
     alive = book.settle(book.look(regions), regions)
     for region in sorted({one.region for one in alive}):
         cloud.terminate(region, [one.id for one in alive if one.region == region], stop=True)

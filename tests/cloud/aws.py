@@ -15,9 +15,11 @@ from typing import Any
 
 import botocore.session
 from botocore.awsrequest import AWSResponse
+from botocore.loaders import create_loader
 from botocore.validate import validate_parameters
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.ec2.models import ec2_backends
+from moto.ec2.models.instance_types import INSTANCE_TYPE_OFFERINGS
 from moto.ec2.models.instances import StateReason
 from moto.server import ThreadedMotoServer
 
@@ -67,6 +69,10 @@ class Aws:
         self.server.start()
         host, port = self.server.get_host_and_port()
         self.endpoint = f"http://{host}:{port}"
+        self._sessions: dict[bool, _Session] = {}
+        core = _core()
+        core.set_credentials("AKTEST", "secret")
+        self._plain = _Session(core, self.endpoint)
         self.reset()
 
     def reset(self) -> None:
@@ -89,20 +95,22 @@ class Aws:
     # -- what the product talks to ------------------------------------------------------------------------------------
 
     def session(self, *, credentials: bool = True) -> _Session:
-        core = botocore.session.Session()
-        core.set_config_variable("region", "us-east-1")
-        if credentials:
-            core.set_credentials("AKTEST", "secret")
-        else:
-            core.get_component("credential_provider").providers = []
-        core.register("before-parameter-build", self._note)
-        core.register("before-call", self._answer)
-        return _Session(core, self.endpoint)
+        """Stands for a boto3 session whose every client talks to this account."""
+        if credentials not in self._sessions:
+            core = _core()
+            if credentials:
+                core.set_credentials("AKTEST", "secret")
+            else:
+                core.get_component("credential_provider").providers = []
+            core.register("before-parameter-build", self._note)
+            core.register("before-call", self._answer)
+            core.register("after-call.ec2.TerminateInstances", self._stamp)
+            self._sessions[credentials] = _Session(core, self.endpoint)
+        return self._sessions[credentials]
 
     def client(self, region: str = "us-east-1", service: str = "ec2") -> Any:
-        core = botocore.session.Session()
-        core.set_credentials("AKTEST", "secret")
-        return core.create_client(service, region_name=region, endpoint_url=self.endpoint)
+        """Talks to moto alone: for what a test does to the account."""
+        return self._plain.client(service, region_name=region)
 
     def _note(self, params: dict[str, Any], model: Any, context: dict[str, Any], **kwargs: Any) -> None:
         context["asked"] = params
@@ -169,10 +177,14 @@ class Aws:
         validate_parameters(found, model.output_shape)
         return _http(200), {**found, "ResponseMetadata": {"HTTPStatusCode": 200}}
 
+    def _stamp(self, context: dict[str, Any], **kwargs: Any) -> None:
+        """moto would write down when this test runs."""
+        for one in self.instances("terminated"):
+            if one.id in context["asked"]["InstanceIds"]:
+                one._reason = f"User initiated ({self.clock.time:%Y-%m-%d %H:%M:%S} UTC)"
+
     def _history(self, asked: dict[str, Any], region: str) -> list[dict[str, Any]]:
-        offers = self.client(region).describe_instance_type_offerings(
-            LocationType="availability-zone", Filters=[{"Name": "instance-type", "Values": asked["InstanceTypes"]}]
-        )["InstanceTypeOfferings"]
+        offers = INSTANCE_TYPE_OFFERINGS["availability-zone"][region]
         return [
             {
                 "InstanceType": kind,
@@ -182,7 +194,7 @@ class Aws:
                 "Timestamp": self.clock.time - timedelta(days=30),
             }
             for kind, zone in sorted((one["InstanceType"], one["Location"]) for one in offers)
-            if (usd := self.spot.get((kind, zone), self.spot.get(kind))) is not None
+            if kind in asked["InstanceTypes"] and (usd := self.spot.get((kind, zone), self.spot.get(kind))) is not None
         ]
 
     def _products(self, asked: dict[str, Any]) -> list[str]:
@@ -218,14 +230,28 @@ class Aws:
 
 
 class _Session:
-    """What `Cloud` needs of a boto3 session, with every service at one address."""
+    """What `Cloud` needs of a boto3 session, with every service at one address; a client is made once."""
 
     def __init__(self, core: botocore.session.Session, endpoint: str) -> None:
         self._core = core
         self._endpoint = endpoint
+        self._made: dict[tuple[str, Any], Any] = {}
 
-    def client(self, service: str, **options: Any) -> Any:
-        return self._core.create_client(service, endpoint_url=self._endpoint, **options)
+    def client(self, service: str, region_name: str | None = None, **options: Any) -> Any:
+        key = service, region_name
+        if key not in self._made:
+            self._made[key] = self._core.create_client(service, region_name=region_name, endpoint_url=self._endpoint, **options)
+        return self._made[key]
+
+
+_LOADER = create_loader()
+
+
+def _core() -> botocore.session.Session:
+    core = botocore.session.Session()
+    core.register_component("data_loader", _LOADER)  # the models of AWS's APIs are large, and read once
+    core.set_config_variable("region", "us-east-1")
+    return core
 
 
 def _http(status: int) -> AWSResponse:
