@@ -206,7 +206,9 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # a thread may be stalled on purpose
 
-    def __init__(self, host: str, port: int, respond: Callable[[str, str, Mapping[str, str]], tuple[int, str, dict[str, str]]]) -> None:
+    def __init__(
+        self, host: str, port: int, respond: Callable[[str, str, Mapping[str, str]], tuple[int, str, dict[str, str]]]
+    ) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.respond = respond
         super().__init__((host, port), _Handler)

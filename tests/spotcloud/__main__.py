@@ -15,13 +15,15 @@ from pathlib import Path
 
 from tests.servers import SeaweedFS
 from tests.spotcloud.machine import why_not
-from tests.spotcloud.story import DEMO, PLAIN, SHORT, Outcome, Story, long_story
+from tests.spotcloud.market import Change, Pool, weather
+from tests.spotcloud.story import DEMO, LARGE, PLAIN, SHORT, SMALL, Outcome, Story, long_story
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.spotcloud", description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of the steps at which machines go, and of who hears of it (0)")
     parser.add_argument("--short", action="store_true", help="two interruptions, as in the tests")
+    parser.add_argument("--weather", action="store_true", help="machines come and go by the clock, and not by steps")
     parser.add_argument("--speed", type=float, default=10.0, help="so many times shorter are the waits of --watch (10)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="an empty folder that keeps every log")
     options = parser.parse_args()
@@ -36,10 +38,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="hf_spot-spotcloud-") as folder, SeaweedFS() as s3:
         script, acts = (PLAIN, SHORT) if options.short else (DEMO, long_story(options.seed))
         with Story(options.keep or Path(folder), s3, script, acts, speed=options.speed, say=say) as story:
-            outcome = story.play()
+            outcome = story.play_weather(storms(options.seed)) if options.weather else story.play()
             print("\n".join(["", *story.cloud.bill.lines(story.cloud.now())]))
     tell(outcome)
     return 0 if outcome.is_good else 1
+
+
+def storms(seed: int) -> list[Change]:
+    """Pools that have machines for three quarters of a minute and then none for as long; prices move every ten seconds."""
+    pools = [Pool(LARGE, "us-east-1a"), Pool(LARGE, "us-east-1b"), Pool(LARGE, "us-west-2a"), Pool(SMALL, "us-west-2b")]
+    return weather(seed, pools, lasts_s=3600.0, up_s=45.0, down_s=45.0, price_s=10.0, without_notice=0.4)
 
 
 def tell(outcome: Outcome) -> None:

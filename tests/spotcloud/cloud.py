@@ -54,8 +54,8 @@ class SpotCloud:
 
     Args:
         folder: gets a folder for each machine.
-        s3: a server that machines with an instance profile may use with its role, as ``writer`` and lister; without one
-            instances are entries in moto's tables and nothing runs.
+        s3: a server that machines with an instance profile may use; without one instances are entries in moto's tables, and
+            nothing runs.
         market: what there is; default: everything that EC2 offers, at prices of its own.
         now: the cloud's clock, for prices, bill, launch times and weather. Processes and their notices are of real time.
         environment: variables that every unit on a machine has.

@@ -91,7 +91,7 @@ class Machine:
     def read(self, path: str) -> str:
         """A file on its disk, while it runs."""
         [first] = self.process.children()
-        return Path(f"/proc/{first.pid}/root{path}").read_text()
+        return Path("/proc", str(first.pid), "root", path.lstrip("/")).read_text()
 
     def shut_down(self) -> None:
         """Presses the button: units are told to stop, and have as long as they asked for."""

@@ -32,7 +32,7 @@ from tests.hosts import kill
 from tests.servers import SeaweedFS
 from tests.spotcloud import guest
 from tests.spotcloud.cloud import SpotCloud, utc_now
-from tests.spotcloud.market import ON_DEMAND, Market, Pool
+from tests.spotcloud.market import ON_DEMAND, Change, Market, Pool
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -222,6 +222,19 @@ class Story:
             self._play(act, next_)
         assert self._watcher is not None and self._watcher.wait(_GIVE_UP_S) == 0, self.text()
         assert twin.wait(_GIVE_UP_S) == 0, (self.folder / "twin.log").read_text()
+        return self._compare()
+
+    def play_weather(self, changes: Sequence[Change]) -> Outcome:
+        """The same, with machines that come and go as a seed has it, and not when a step is reached."""
+        twin = self._start([sys.executable, *self.script.arguments(self.folder)], "twin")
+        self.cloud.market.close()
+        for pool in {change.pool for change in changes}:
+            self.cloud.market.open(pool.instance_type, pool.zone, pool.market)
+        self.cloud.play(changes)
+        self._start_watcher()
+        assert self._watcher is not None and self._watcher.wait(_GIVE_UP_S) == 0, self.text()
+        assert twin.wait(_GIVE_UP_S) == 0, (self.folder / "twin.log").read_text()
+        self.machines = [name for name in self.cloud.machines if self._losses(name)]
         return self._compare()
 
     def text(self) -> str:

@@ -14,7 +14,7 @@ from botocore.exceptions import ClientError
 
 from tests.spotcloud.api import IMAGE
 from tests.spotcloud.cloud import BY_USER, SpotCloud
-from tests.spotcloud.market import ON_DEMAND, RECLAIMED, Market, Pool
+from tests.spotcloud.market import ON_DEMAND, RECLAIMED, Change, Market, Pool
 from tests.waiting import wait_for
 
 REGION = "us-east-1"
@@ -266,6 +266,33 @@ def test_quotas_and_full_prices_have_the_shapes_of_their_services(cloud: SpotClo
     [term] = json.loads(product)["terms"]["OnDemand"].values()
     [dimension] = term["priceDimensions"].values()
     assert (dimension["unit"], float(dimension["pricePerUnit"]["USD"])) == ("Hrs", 21.957642)
+
+
+def test_a_weather_of_hours_takes_moments(tmp_path: Path) -> None:
+    clock = [NOW]
+    pool, hour = Pool(P4D, "us-east-1a"), 3600.0
+    changes = [
+        Change(2 * hour, pool, "price", price=40.0),
+        Change(3 * hour, pool, "reclaim"),
+        Change(5 * hour, pool, "open"),
+    ]
+    market = Market(NOW - timedelta(days=1))
+    market.set_price(pool, 2.0, NOW - timedelta(hours=1))
+    with SpotCloud(tmp_path, market=market, now=lambda: clock[0]) as cloud:
+        cloud.play(changes)
+        ec2 = cloud.client(region=REGION)
+        market.close()
+        market.open(P4D, "us-east-1a")
+        [name] = fleet(ec2, template(ec2))["Instances"][0]["InstanceIds"]
+        clock[0] = NOW + timedelta(hours=2)
+        wait_for(lambda: market.price(pool, clock[0]) == 40.0, "for the price")
+        assert cloud.running() == [name]
+        clock[0] = NOW + timedelta(hours=3)
+        wait_for(lambda: not cloud.running(), "for the end")
+        assert fleet(ec2, template(ec2, "again"))["Instances"] == []
+        assert cloud.bill.charged(clock[0]) == pytest.approx(2 * 2.0 + 1 * 40.0)
+        clock[0] = NOW + timedelta(hours=5)
+        wait_for(lambda: market.has_capacity(pool), "for machines")
 
 
 def test_ec2_says_why_an_instance_ended(cloud: SpotCloud, ec2: Any) -> None:

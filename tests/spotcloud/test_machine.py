@@ -115,7 +115,7 @@ RESTARTS = """[Unit]
 StartLimitIntervalSec=0
 FailureAction=poweroff
 [Service]
-Environment=COUNT=/root/count "WORDS=two words"
+Environment=COUNT=/srv/count "WORDS=two words"
 ExecStart=/bin/bash -c 'echo one >> $COUNT; (setsid sleep 1000 &); [ "$(wc -l < $COUNT)" = 3 ] && exit 75; kill -9 $$$$'
 ExecStopPost=/bin/bash -c 'echo "$WORDS: $SERVICE_RESULT $EXIT_CODE $EXIT_STATUS" >> /run/spotcloud/stops'
 ExecStopPost=/bin/bash -c 'pgrep sleep && echo left >> /run/spotcloud/stops'
@@ -145,9 +145,9 @@ def test_a_machine_without_a_role_has_no_credentials(cloud: SpotCloud) -> None:
 
 STUBBORN = """[Service]
 ExecStart=/bin/bash -c 'trap "" TERM; touch /run/spotcloud/ready; while true; do setsid sleep 1000; done'
-ExecStartPost=/usr/local/sbin/python3 /root/listen"""
+ExecStartPost=/usr/local/sbin/python3 /srv/listen"""
 LISTEN = """#!/bin/bash
-cat > /root/listen <<'END'
+cat > /srv/listen <<'END'
 import time, urllib.error, urllib.request
 where = "http://169.254.169.254/latest/"
 def ask(path, **more):
@@ -192,7 +192,7 @@ def test_who_terminates_an_instance_lets_it_save(cloud: SpotCloud) -> None:
 
 
 def test_machines_neither_share_disks_nor_processes(cloud: SpotCloud) -> None:
-    script = "#!/bin/sh\necho $(ls /root | grep -c mine) $(pgrep -c -f sleep.1234) > /run/spotcloud/seen\ntouch /root/mine\n"
+    script = "#!/bin/sh\necho $(ls /srv | grep -c mine) $(pgrep -c -f sleep.1234) > /run/spotcloud/seen\ntouch /srv/mine\n"
     first = start(cloud, f"{script}setsid sleep 1234 &\n")
     assert said(first, "user-data.exit") == "0"
     second = start(cloud, script)
