@@ -45,9 +45,9 @@ def main() -> int:
 
 
 def storms(seed: int) -> list[Change]:
-    """Pools that have machines for three quarters of a minute and then none for as long; prices move every ten seconds."""
+    """Pools that have machines for a third of a minute and then none for half of that; prices move every ten seconds."""
     pools = [Pool(LARGE, "us-east-1a"), Pool(LARGE, "us-east-1b"), Pool(LARGE, "us-west-2a"), Pool(SMALL, "us-west-2b")]
-    return weather(seed, pools, lasts_s=3600.0, up_s=45.0, down_s=45.0, price_s=10.0, without_notice=0.4)
+    return weather(seed, pools, lasts_s=3600.0, up_s=20.0, down_s=10.0, price_s=10.0, notice_s=8.0, without_notice=0.4)
 
 
 def tell(outcome: Outcome) -> None:
