@@ -177,5 +177,7 @@ def test_a_run_that_a_machine_was_asked_for_is_still_read_by_report(job: Path, c
     run = Run(store)
     run.claim({})
     run.record("preempted", {"step": 0})
+    last_word = json.loads(call(capsys, "report", store, "--json")[1])["launches"][0]["last_heard"]
+    run.record("machine", {"event": "refused"})
     report = json.loads(call(capsys, "report", store, "--json")[1])
-    assert [launch["epoch"] for launch in report["launches"]] == [1]
+    assert [launch["last_heard"] for launch in report["launches"]] == [last_word]

@@ -109,6 +109,7 @@ def test_the_rest_of_the_training_is_told_by_the_speed_of_its_commits(journal: J
     journal.add("claim", minutes=600)  # nobody trained in between
     journal.commit(20, 30)
     assert journal.ledger.hours_left(20) == pytest.approx(80 * 1.5 / 20)
+    journal.commit(15, 30)  # the commit of 20 was damaged
     journal.commit(20, 30, reason="push")
     assert journal.ledger.hours_left(20) == pytest.approx(80 * 1.5 / 20)
 

@@ -304,10 +304,6 @@ BAD: dict[str, tuple[Callable[[Desk], object], list[str]]] = {
         lambda desk: desk.aws.fail.update(CreateFleet=["AuthFailure.ServiceLinkedRoleCreationNotPermitted"]),
         ["aws iam create-service-linked-role --aws-service-name spot.amazonaws.com"],
     ),
-    "hard refusal of a pool": (
-        lambda desk: setattr(desk.aws, "refuse", lambda kind, zone, market: "InvalidParameterValue"),
-        ["InvalidParameterValue", "p4d.24xlarge"],
-    ),
     "spot price too low": (
         lambda desk: desk.change(ladder=(Rung((P4D,), SPOT, max_price=1),)),
         ["no rung of the ladder", "above max_price $1.0"],
@@ -326,6 +322,14 @@ def test_bad_input_is_refused_clearly_and_costs_nothing(desk: Desk, case: str) -
     assert all(word in said for word in words), said
     assert desk.aws.instances("running", "pending") == []
     assert desk.aws.client().describe_launch_templates()["LaunchTemplates"] == []
+
+
+def test_a_refusal_that_another_pool_would_not_change_is_an_error_at_once(desk: Desk) -> None:
+    desk.aws.refuse = lambda kind, zone, market: "InvalidParameterValue"
+    with pytest.raises(CloudError, match=r"^p4d\.24xlarge in subnet-\w+: canned: InvalidParameterValue") as caught:
+        desk.provisioner().provision()
+    assert not isinstance(caught.value, NoCapacity)
+    assert len(desk.aws.orders) == 1
 
 
 def test_without_credentials_the_error_names_the_ways_to_get_some(desk: Desk) -> None:
