@@ -49,9 +49,10 @@ class FakeIMDS:
 
     Args:
         host: the address to listen on; one with a colon is IPv6.
+        port: to listen on; 0 takes a free one.
         redate: announce the interruption as two minutes (or what `interrupt` said) from each request, as AWS's emulator
             amazon-ec2-metadata-mock does, instead of for one fixed moment.
-        metadata: further paths below ``/latest/meta-data/`` and what they answer.
+        metadata: further paths below ``/latest/meta-data/``, or whole ones that begin with a slash, and what they answer.
         hop_limit: how many routers the answer with a session token may pass, as EC2's ``HttpPutResponseHopLimit``: with 1 it
             does not get into a container behind a bridge. None sets no limit.
         now: the wall clock.
@@ -62,6 +63,7 @@ class FakeIMDS:
         self,
         *,
         host: str = "127.0.0.1",
+        port: int = 0,
         redate: bool = False,
         metadata: Mapping[str, str] | None = None,
         hop_limit: int | None = None,
@@ -81,7 +83,7 @@ class FakeIMDS:
         self._thread: threading.Thread | None = None
         for path, body in (metadata or {}).items():
             self.answer(path, body)
-        self._server = _Server(host, self._respond, hop_limit)
+        self._server = _Server(host, port, self._respond, hop_limit)
         shown = f"[{host}]" if ":" in host else host
         self.endpoint = f"http://{shown}:{self._server.server_address[1]}"
 
@@ -135,11 +137,11 @@ class FakeIMDS:
     def cancel(self) -> None:
         """Takes back what `interrupt` and `rebalance` announced."""
         with self._lock:
-            self._answers.pop(_ACTION, None)
-            self._answers.pop(_REBALANCE, None)
+            self._answers.pop(_whole(_ACTION), None)
+            self._answers.pop(_whole(_REBALANCE), None)
 
     def answer(self, path: str, body: str) -> None:
-        """Makes ``path`` below ``/latest/meta-data/`` answer ``body``, whatever that is."""
+        """Makes ``path`` below ``/latest/meta-data/``, or a whole path, answer ``body``, whatever that is."""
         self._set(path, lambda: body)
 
     # -- what goes wrong ----------------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ class FakeIMDS:
 
     def _set(self, path: str, body: Callable[[], str]) -> None:
         with self._lock:
-            self._answers[path.strip("/")] = body
+            self._answers[_whole(path)] = body
 
     def _respond(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, str, dict[str, str]]:
         with self._lock:
@@ -199,7 +201,7 @@ class FakeIMDS:
         expires = self._tokens.get(headers.get("x-aws-ec2-metadata-token", ""), float("-inf"))
         if self._clock() >= expires:
             return 401, "", {}
-        body = self._answers.get(path[len(_METADATA) :].rstrip("/")) if path.startswith(_METADATA) else None
+        body = self._answers.get(_whole(path))
         return (404, "", {}) if body is None else (200, body(), {})
 
 
@@ -210,13 +212,14 @@ class _Server(ThreadingHTTPServer):
     def __init__(
         self,
         host: str,
+        port: int,
         respond: Callable[[str, str, Mapping[str, str]], tuple[int, str, dict[str, str]]],
         hop_limit: int | None,
     ) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.respond = respond
         self.hop_limit = hop_limit
-        super().__init__((host, 0), _Handler)
+        super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
         # HTTPServer's own looks up the host's name, which may ask a name server and wait for it.
@@ -252,6 +255,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: `FakeIMDS.requests` is the log."""
+
+
+def _whole(path: str) -> str:
+    return (path if path.startswith("/") else _METADATA + path).rstrip("/")
 
 
 def _stamp(moment: datetime) -> str:

@@ -49,14 +49,7 @@ class Hosts:
             self._ip("addr", "add", f"{self.outside}/24", "dev", self._name)
             self._ip("link", "set", self._name, "up")
             for host in range(self.count):
-                space, link = self._space(host), f"{self._name}-{host}"
-                self._ip("netns", "add", space)
-                self._ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", space)
-                self._ip("link", "set", link, "master", self._name, "up")
-                self._ip("-n", space, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
-                self._ip("-n", space, "link", "set", "eth0", "up")
-                self._ip("-n", space, "link", "set", "lo", "up")
-                self.folder(host).mkdir()
+                self._make(host)
         except BaseException:
             self.__exit__()
             raise
@@ -66,8 +59,14 @@ class Hosts:
         for process in self.processes:
             kill(process)
         for host in range(self.count):
-            subprocess.run(["ip", "netns", "delete", self._space(host)], capture_output=True)
+            subprocess.run(["ip", "netns", "delete", self.space(host)], capture_output=True)
         subprocess.run(["ip", "link", "delete", self._name], capture_output=True)
+
+    def add(self) -> int:
+        """One more; its number."""
+        self.count += 1
+        self._make(self.count - 1)
+        return self.count - 1
 
     def address(self, host: int) -> str:
         return f"{self._net}.{host + 1}"
@@ -77,7 +76,7 @@ class Hosts:
 
     def start(self, host: int, command: Sequence[str | Path], env: Mapping[str, str], **more: Any) -> psutil.Popen:
         """Runs a command on a host, in its folder."""
-        within = ["ip", "netns", "exec", self._space(host), *map(str, command)]
+        within = ["ip", "netns", "exec", self.space(host), *map(str, command)]
         process = psutil.Popen(within, env=dict(env), cwd=self.folder(host), **more)
         self.processes.append(process)
         return process
@@ -89,8 +88,19 @@ class Hosts:
     def plug_in(self, host: int) -> None:
         self._ip("link", "set", f"{self._name}-{host}", "up")
 
-    def _space(self, host: int) -> str:
+    def space(self, host: int) -> str:
+        """Name of its network namespace."""
         return f"{self._name}-host-{host}"
+
+    def _make(self, host: int) -> None:
+        space, link = self.space(host), f"{self._name}-{host}"
+        self._ip("netns", "add", space)
+        self._ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", space)
+        self._ip("link", "set", link, "master", self._name, "up")
+        self._ip("-n", space, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
+        self._ip("-n", space, "link", "set", "eth0", "up")
+        self._ip("-n", space, "link", "set", "lo", "up")
+        self.folder(host).mkdir()
 
     def _ip(self, *arguments: str) -> None:
         subprocess.run(["ip", *arguments], check=True, capture_output=True)

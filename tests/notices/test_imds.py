@@ -15,6 +15,7 @@ from hf_spot.errors import ConfigError, SpotError
 from hf_spot.notices.aws import IMDSSource
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.testing import FakeIMDS
+from tests.servers import free_ports
 
 ACTION = "/latest/meta-data/spot/instance-action"
 TOKEN = "/latest/api/token"
@@ -356,3 +357,14 @@ def test_botocore_reads_the_fake_as_it_reads_the_real_service(imds: FakeIMDS) ->
     imds.answer("placement/availability-zone/", "us-east-1a")
     fetcher = utils.InstanceMetadataRegionFetcher(env=imds.env(), config={}, base_url=imds.endpoint)
     assert fetcher.retrieve_region() == "us-east-1"
+
+
+def test_the_fake_stands_on_the_port_and_answers_the_paths_that_it_is_given() -> None:
+    document = "/latest/dynamic/instance-identity/document"
+    [port] = free_ports(1)
+    with FakeIMDS(port=port, metadata={document: "{}", "placement/region": "us-east-1"}) as imds:
+        assert imds.endpoint == f"http://127.0.0.1:{port}"
+        token = {"X-aws-ec2-metadata-token": IMDSSource(imds.endpoint)._current_token()}
+        assert ask(imds, "GET", document, token) == 200
+        assert ask(imds, "GET", f"/latest/meta-data{document}", token) == 404
+        assert ask(imds, "GET", "/latest/meta-data/placement/region", token) == 200
