@@ -182,11 +182,17 @@ class Cloud:
             for page in client.get_paginator(operation).paginate(**arguments):
                 yield from page.get(key, ())
 
-    def each(self, regions: Sequence[str], ask: Callable[[str], T]) -> list[T]:
-        """Asks several regions at the same time; the answers in their order."""
-        self.client("ec2", regions[0] if regions else None)  # loading the model once is not safe from several threads
-        for region in regions:
-            self.client("ec2", region)
+    def each(self, regions: Sequence[str], ask: Callable[[str], T], *, services: Sequence[str] = ("ec2",)) -> list[T]:
+        """Asks several regions at the same time; the answers in their order.
+
+        Args:
+            regions: names.
+            ask: is called with each of them, from several threads.
+            services: that it asks.
+        """
+        for service in services:  # making a client is not safe from several threads; using one is
+            for region in (_PRICING_REGION,) if service == "pricing" else regions:
+                self.client(service, region)
         with ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="hf_spot-ec2") as pool:
             return list(pool.map(ask, regions))
 

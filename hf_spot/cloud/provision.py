@@ -150,7 +150,8 @@ class Provisioner:
         regions = self._job.regions_of(rung, self._known)
         plan = Plan(index, rung)
         blocked = quotas.blocked(self._needs, index)
-        told = self._cloud.each(regions, lambda region: self._pools(rung, region, blocked))
+        services = "ec2", "ssm", "pricing"
+        told = self._cloud.each(regions, lambda region: self._pools(rung, region, blocked), services=services)
         pools = [pool for offered, _ in told for pool in offered]
         plan.notes.extend(note for _, notes in told for note in notes)
         if rung.market == SPOT and pools:

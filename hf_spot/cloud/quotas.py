@@ -115,7 +115,11 @@ def needs(cloud: Cloud, job: Job, regions: Sequence[str]) -> list[Need]:
     places = [(index, region) for index, rung in enumerate(job.ladder) for region in job.regions_of(rung, regions)]
     asked = list(dict.fromkeys(region for _, region in places))
     types = sorted({kind for rung in job.ladder for kind in rung.instance_types})
-    told = dict(zip(asked, cloud.each(asked, lambda region: (quotas(cloud, region), cloud.vcpus(region, types))), strict=True))
+
+    def ask(region: str) -> tuple[list[Quota], dict[str, int]]:
+        return quotas(cloud, region), cloud.vcpus(region, types)
+
+    told = dict(zip(asked, cloud.each(asked, ask, services=("ec2", "service-quotas")), strict=True))
     return [
         Need(index, region, kind, rung.market, told[region][1].get(kind), quota_for(kind, rung.market, told[region][0]))
         for index, region in places
