@@ -6,6 +6,7 @@ import configparser
 import importlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -24,8 +25,8 @@ from hf_spot.recipes import render
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("kubernetes", "slurm", "sagemaker")
-NASTY = "train.py --text \"it's $HOME\" '<<name>>' '$(hostname)' '#: {x}' 'ü'"
-NASTY_WORDS = ["train.py", "--text", "it's $HOME", "<<name>>", "$(hostname)", "#: {x}", "ü"]
+NASTY = "train.py --text \"it's $HOME\" '<<name>>' '$(HF_SPOT_GRACE_S)' '#: {x}' 'ü'"
+NASTY_WORDS = ["train.py", "--text", "it's $HOME", "<<name>>", "$(HF_SPOT_GRACE_S)", "#: {x}", "ü"]
 STORE = "s3://bucket/a run"
 
 Print = Callable[..., str]
@@ -45,9 +46,10 @@ def recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 def launch_words(kind: str, text: str) -> list[str]:
     """What stands behind ``hf-spot`` in a printed recipe."""
     if kind == "kubernetes":
-        (container,) = job_of(text)["spec"]["template"]["spec"]["containers"]
+        job = job_of(text)
+        (container,) = job["spec"]["template"]["spec"]["containers"]
         assert container["command"] == ["hf-spot"]
-        return [word.replace("$$(", "$(") for word in container["args"]]
+        return [expand(word, environ_of(job)) for word in container["args"]]
     if kind == "slurm":
         (line,) = [line for line in text.splitlines() if line.startswith("srun ")]
         words = shlex.split(line)
@@ -56,6 +58,11 @@ def launch_words(kind: str, text: str) -> list[str]:
     request = request_of(text)
     assert request["AlgorithmSpecification"]["ContainerEntrypoint"] == ["hf-spot"]
     return list(request["AlgorithmSpecification"]["ContainerArguments"])
+
+
+def expand(word: str, environ: dict[str, str]) -> str:
+    """As Kubernetes reads an argument: ``$(NAME)`` is a variable of the container, ``$$(NAME)`` is no variable."""
+    return re.sub(r"\$(\$?)\((\w+)\)", lambda found: f"$({found[2]})" if found[1] else environ.get(found[2], found[0]), word)
 
 
 def job_of(text: str) -> dict[str, Any]:
