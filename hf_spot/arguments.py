@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
 from urllib.parse import urlsplit
 
 from hf_spot.errors import ConfigError
 
-NOTICE_NAMES = ("auto", "imds", "signal", "file", "none")
+NOTICE_NAMES = ("auto", "imds", "gcp", "azure", "alibaba", "slurm", "signal", "file", "none")
+NOTICE_PLUGINS = "hf_spot.notices"  # the group of entry points that name further sources
+_TAKES_TEXT = ("file", "gcp", "slurm")
 SAVE_ERROR_ANSWERS = ("stop", "go-on")
 CADENCES = ("fixed", "auto")
+
+
+def notice_plugins() -> dict[str, EntryPoint]:
+    """Sources of notices in other installed packages, by the name for ``--notice``. None is imported by this."""
+    return {one.name: one for one in entry_points(group=NOTICE_PLUGINS) if one.name not in NOTICE_NAMES}
 
 
 @dataclass
@@ -24,8 +32,9 @@ class SpotArguments:
     notice: str = field(
         default="auto",
         metadata={
-            "help": "Where to listen for preemption: a comma-separated list of imds, signal, file[:PATH]; "
-            "auto picks what this machine has; none listens to nothing."
+            "help": "Where to listen for preemption: a comma-separated list of imds, gcp[:SECONDS], azure, alibaba, "
+            "slurm[:SECONDS], signal, file[:PATH], and the names of plugins; auto picks what this machine has; none listens to "
+            "nothing."
         },
     )
     signals: str = field(
@@ -36,7 +45,8 @@ class SpotArguments:
         default=None,
         metadata={
             "help": "Seconds between such a signal and the kill, if you know them (Kubernetes: "
-            "terminationGracePeriodSeconds). A notice that states its own deadline is believed instead."
+            "terminationGracePeriodSeconds; default: $HF_SPOT_GRACE_S, or what the platform is known to give). A notice that "
+            "states its own deadline is believed instead."
         },
     )
     # A run that saves as its TrainingArguments say must not save otherwise after an upgrade.
@@ -127,11 +137,15 @@ class SpotArguments:
     def __post_init__(self) -> None:
         names = [name.strip() for name in self.notice.split(",") if name.strip()]
         for name in names:
-            base, _, path = name.partition(":")
-            if base not in NOTICE_NAMES or (path and base != "file"):
+            base, _, text = name.partition(":")
+            if base in NOTICE_NAMES and (not text or base in _TAKES_TEXT):
+                continue
+            plugins = {} if base in NOTICE_NAMES else notice_plugins()
+            if base not in plugins:
                 raise ConfigError(
                     f"notice={self.notice!r}: {name!r} is no source of notices",
-                    hint=f"one or more of {', '.join(NOTICE_NAMES)}, separated by commas (file may be file:/a/path)",
+                    hint=f"one or more of {', '.join([*NOTICE_NAMES, *plugins])}, separated by commas (file may be "
+                    "file:/a/path; gcp and slurm may be gcp:SECONDS and slurm:SECONDS)",
                 )
         if not names or (len(names) > 1 and {"auto", "none"} & set(names)):
             raise ConfigError(

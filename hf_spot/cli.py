@@ -129,6 +129,8 @@ def parser() -> argparse.ArgumentParser:
     watch.add_argument("--once", action="store_true", help="ask every source once and end")
     _json(watch)
 
+    _add_recipes(commands)
+
     provision = _add(commands, "provision", _provision, "gets a machine on EC2 that trains a job, by a ladder of fallbacks")
     _job(provision)
     provision.add_argument("--dry-run", action="store_true", help="check everything, show what would be tried, start nothing")
@@ -187,6 +189,42 @@ def _add(commands: Any, name: str, function: Callable[[argparse.Namespace], int]
     added: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
     added.set_defaults(command=function)
     return added
+
+
+def _add_recipes(commands: Any) -> None:
+    from hf_spot.recipes.render import STORE
+
+    recipe = commands.add_parser(
+        "recipe",
+        help="prints a job file for Kubernetes, Slurm or SageMaker",
+        description="Prints a job file. EC2 and SkyPilot need none: hf-spot provision, hf-spot sky.",
+        allow_abbrev=False,
+    )
+    recipes = recipe.add_subparsers(title="recipes", metavar="RECIPE", required=True)
+    kubernetes = _add(recipes, "kubernetes", _recipe, "a Job that is started again after a preemption (YAML)")
+    slurm = _add(recipes, "slurm", _recipe, "a batch script that requeues itself after a preemption")
+    sagemaker = _add(recipes, "sagemaker", _recipe, "a script that starts a managed spot training job")
+    store = os.environ.get("HF_SPOT_STORE") or STORE
+    for name, command in (("kubernetes", kubernetes), ("slurm", slurm), ("sagemaker", sagemaker)):
+        command.set_defaults(recipe=name)
+        command.add_argument(
+            "--store", metavar="URL", default=store, help="of the run (default: $HF_SPOT_STORE, or an example)"
+        )
+        command.add_argument("--script", default="train.py", help="that trains, with its arguments (default: train.py)")
+        command.add_argument("--name", default="my-run", help="of the job (default: my-run)")
+        command.add_argument("--gpus", type=int, default=1, help="of the machine (default: 1)")
+    for command in (kubernetes, slurm):
+        command.add_argument(
+            "--grace-s", type=int, default=120, metavar="S", help="seconds from the notice to the end (default: 120)"
+        )
+    for command in (kubernetes, sagemaker):
+        command.add_argument(
+            "--image", default="registry.example.com/train:latest", help="container image with hf_spot and the script"
+        )
+    slurm.add_argument("--time", default="24:00:00", help="time limit of one start, as Slurm writes it (default: 24:00:00)")
+    sagemaker.add_argument("--role", metavar="ARN", default="arn:aws:iam::123456789012:role/hf-spot", help="of the job")
+    sagemaker.add_argument("--instance-type", default="ml.g5.xlarge", help="default: ml.g5.xlarge")
+    sagemaker.add_argument("--hours", type=int, default=24, help="that the training may take (default: 24)")
 
 
 def _run(command: argparse.ArgumentParser) -> None:
@@ -527,6 +565,14 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.json:
         _print_json([dataclasses.asdict(found) for found in findings])
     return 1 if any(found.level == FAIL for found in findings) else 0
+
+
+def _recipe(args: argparse.Namespace) -> int:
+    from hf_spot.recipes import render
+
+    values = {name: value for name, value in vars(args).items() if name not in ("command", "recipe")}
+    print(getattr(render, args.recipe)(**values), end="")
+    return 0
 
 
 def _doctor_iam(args: argparse.Namespace) -> int:

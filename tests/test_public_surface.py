@@ -144,8 +144,8 @@ def options_in(text: str) -> set[str]:
 
 
 def subcommands_in(text: str) -> list[str]:
-    """The names listed under ``commands:`` or ``actions:``."""
-    listed = re.search(r"^(?:commands|actions):\n((?:  .*\n?)*)", text, re.MULTILINE)
+    """The names listed under ``commands:``, ``actions:`` or ``recipes:``."""
+    listed = re.search(r"^(?:commands|actions|recipes):\n((?:  .*\n?)*)", text, re.MULTILINE)
     return [found[1] for line in listed[1].splitlines() if (found := SUBCOMMAND.match(line))] if listed else []
 
 

@@ -31,7 +31,7 @@ from hf_spot.launch.ahead import Ahead
 from hf_spot.launch.command import Command, parse
 from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.process import ProcessTree
-from hf_spot.notices.detect import sources
+from hf_spot.notices.detect import grace_s, sources
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import SignalSource
 from hf_spot.notices.watcher import Watcher
@@ -113,7 +113,7 @@ class Supervisor:
         listed = [one for one in made if isinstance(one, SignalSource)]
         # Whatever --notice says: a launcher that is told to end must not leave its children behind.
         names = dict.fromkeys([*(listed[0].where.split(",") if listed else []), "SIGTERM", "SIGINT"])
-        self._signals = SignalSource(names, command.arguments.grace_s)
+        self._signals = SignalSource(names, grace_s(command.arguments, command.environ))
         others = [one for one in made if one not in listed]
         self._watcher = Watcher([self._signals, *others], self._on_notice)
         self._heard = threading.Event()  # a TERMINATE
@@ -141,6 +141,8 @@ class Supervisor:
                 if verdict is Verdict.FINISHED:
                     return EXIT_FINISHED
                 if verdict is Verdict.PREEMPTED:
+                    if self._all_is_committed():
+                        self._watcher.acknowledge()
                     return EXIT_INTERRUPTED if self._impatient else EXIT_PREEMPTED
                 if verdict is Verdict.FENCED:
                     return EXIT_FENCED
@@ -303,6 +305,27 @@ class Supervisor:
         except StoreError as error:
             log.error("%s can't be read after the training: %s", self._run.url, error)
             return None
+
+    def _all_is_committed(self) -> bool:
+        """Whether this launch's training has said in the journal that every step which it made is committed."""
+        state = self._run.journal.state
+        if not self._heard.is_set() or state.ended != "preempted" or state.epoch != self._run.epoch:
+            return False
+        asked = self._journalist.submit(self._last_word, state)
+        if not wait([asked], self._left_for_words_s).done:
+            return False
+        try:
+            said = asked.result()
+        except SpotError as error:
+            log.warning("%s can't be read before the machine goes: %s", self._run.url, error)
+            return False
+        return said.get("step") is not None and bool(said["committed_step"] >= said["step"])
+
+    def _last_word(self, state: RunState) -> dict[str, Any]:
+        number = state.number
+        while (entry := self._run.journal.read(number)).kind != "preempted":
+            number -= 1
+        return entry.data
 
     @property
     def _left_for_words_s(self) -> float | None:

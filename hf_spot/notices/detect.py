@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
-from hf_spot.arguments import SpotArguments
+from hf_spot.arguments import SpotArguments, notice_plugins
 from hf_spot.errors import ConfigError
-from hf_spot.notices import aws
+from hf_spot.notices import alibaba, aws, azure, gcp, slurm
+from hf_spot.notices.alibaba import AlibabaSource
 from hf_spot.notices.aws import IMDSSource
+from hf_spot.notices.azure import AzureSource
 from hf_spot.notices.file import FILE_VARIABLE, FileSource
+from hf_spot.notices.gcp import GCPSource
 from hf_spot.notices.notice import NoticeSource
 from hf_spot.notices.signals import SignalSource
+from hf_spot.notices.slurm import SlurmSource
+
+log = logging.getLogger("hf_spot")
 
 DMI = Path("/sys/class/dmi/id")
 HYPERVISOR_UUID = Path("/sys/hypervisor/uuid")
+GRACE_VARIABLE = "HF_SPOT_GRACE_S"
+
+_SAGEMAKER_GRACE_S = 120.0  # https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_StoppingCondition.html
+_AZURE_ASSET_TAG = "7783-7084-3265-9085-8269-3286-77"  # of its machines alone; the vendor is that of every Hyper-V
 
 
 def sources(
@@ -26,13 +40,14 @@ def sources(
 ) -> list[NoticeSource]:
     """The sources that ``arguments.notice`` names, ready to be given to a `Watcher`.
 
-    ``auto`` is signals, the metadata service of the cloud that this machine is in, and a file if the environment names
-    one. What the machine is, is read from files that the kernel fills (DMI): that takes a moment, not a timeout.
+    ``auto`` is signals, the metadata service of the cloud that this machine is in, the time limit of a Slurm job, a file if
+    the environment names one, and those plugins that say that they belong here. What the machine is, is read from files that
+    the kernel fills (DMI) and from the environment: that takes a moment, not a timeout.
 
     Args:
         arguments: settings.
         environ: the environment.
-        dmi: folder with ``sys_vendor`` and ``product_uuid``.
+        dmi: folder with ``sys_vendor``, ``product_name``, ``product_uuid`` and ``chassis_asset_tag``.
         hypervisor_uuid: file of Xen machines.
 
     Raises:
@@ -41,15 +56,34 @@ def sources(
     names = list(dict.fromkeys(name.strip() for name in arguments.notice.split(",") if name.strip()))
     if names == ["none"]:
         return []
+    found: list[NoticeSource] = []
     if names == ["auto"]:
-        names = ["signal"]
-        names += [name for name, is_here in _CLOUDS.items() if is_here(environ, dmi, hypervisor_uuid)]
-        names += ["file"] if environ.get(FILE_VARIABLE) else []
-    made = []
+        machine = _Machine(environ, dmi, hypervisor_uuid)
+        names = ["signal", *(name for name, is_here in _IS_HERE.items() if is_here(machine))]
+        found = [made for name, plugin in notice_plugins().items() if (made := _offered(name, plugin, environ))]
     for name in names:
-        base, _, path = name.partition(":")
-        made.append(_MAKERS[base](arguments, environ, path))
-    return made
+        base, _, text = name.partition(":")
+        make = _MAKERS.get(base) or _plugin(base)
+        found.append(make(arguments, environ, text))
+    return found
+
+
+def grace_s(arguments: SpotArguments, environ: Mapping[str, str]) -> float | None:
+    """Seconds from a signal to the kill: as set, as the environment says, as the platform is known to give, or None.
+
+    Raises:
+        ConfigError: $HF_SPOT_GRACE_S is no positive number.
+    """
+    if arguments.grace_s is not None:
+        return arguments.grace_s
+    if text := environ.get(GRACE_VARIABLE, "").strip():
+        return _seconds(text, f"{GRACE_VARIABLE}={text}", f"{GRACE_VARIABLE}=30")
+    return _SAGEMAKER_GRACE_S if _is_sagemaker(environ) else None
+
+
+# -- by name -----------------------------------------------------------------------------------------------------------
+
+_Maker = Callable[[SpotArguments, Mapping[str, str], str], NoticeSource]
 
 
 def _make_file(arguments: SpotArguments, environ: Mapping[str, str], path: str) -> NoticeSource:
@@ -59,27 +93,120 @@ def _make_file(arguments: SpotArguments, environ: Mapping[str, str], path: str) 
     return FileSource(path)
 
 
+def _seconds_of(name: str, text: str) -> float | None:
+    return _seconds(text, f"notice='{name}:{text}'", f"--notice {name}:120") if text else None
+
+
+def _seconds(text: str, what: str, hint: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"{what} is no positive number of seconds", hint=hint)
+    return seconds
+
+
 # Another cloud is a line in each of the two tables, and its name in `hf_spot.arguments.NOTICE_NAMES`.
-_MAKERS: dict[str, Callable[[SpotArguments, Mapping[str, str], str], NoticeSource]] = {
-    "signal": lambda arguments, environ, path: SignalSource(arguments.signals.split(","), arguments.grace_s),
-    "imds": lambda arguments, environ, path: IMDSSource.from_environ(environ),
+_MAKERS: dict[str, _Maker] = {
+    "signal": lambda arguments, environ, text: SignalSource(arguments.signals.split(","), grace_s(arguments, environ)),
+    "imds": lambda arguments, environ, text: IMDSSource.from_environ(environ),
+    "gcp": lambda arguments, environ, text: GCPSource.from_environ(environ, _seconds_of("gcp", text)),
+    "azure": lambda arguments, environ, text: AzureSource.from_environ(environ),
+    "alibaba": lambda arguments, environ, text: AlibabaSource.from_environ(environ),
+    "slurm": lambda arguments, environ, text: SlurmSource.from_environ(environ, _seconds_of("slurm", text)),
     "file": _make_file,
 }
 
 
 def is_ec2(environ: Mapping[str, str], dmi: Path = DMI, hypervisor_uuid: Path = HYPERVISOR_UUID) -> bool:
     """Whether this machine is one of EC2, or the environment leads to a metadata service as EC2 has it."""
-    if aws.is_disabled(environ):
+    return _is_ec2(_Machine(environ, dmi, hypervisor_uuid))
+
+
+def _plugin(name: str) -> _Maker:
+    def make(arguments: SpotArguments, environ: Mapping[str, str], text: str) -> NoticeSource:
+        plugin = notice_plugins()[name]
+        try:
+            factory = plugin.load()
+            made = factory(text) if text else factory()
+        except Exception as error:
+            raise ConfigError(
+                f"notice={name!r}: {plugin.value} can't be used: {type(error).__name__}: {error}",
+                hint=f"""python -c "import {plugin.module}" """.strip(),
+            ) from error
+        if not isinstance(made, NoticeSource):
+            raise ConfigError(
+                f"notice={name!r}: {plugin.value} makes a {type(made).__name__}, which is no hf_spot.NoticeSource",
+                hint="it needs name, interval_s and poll()",
+            )
+        return made
+
+    return make
+
+
+def _offered(name: str, plugin: EntryPoint, environ: Mapping[str, str]) -> NoticeSource | None:
+    """A plugin's source if its ``is_here(environ)`` says yes. What is only installed must not keep a training from starting."""
+    try:
+        is_here = getattr(plugin.load(), "is_here", None)
+        if is_here is not None and is_here(environ):
+            return _plugin(name)(SpotArguments(), environ, "")
+    except Exception as error:
+        log.warning("the source of notices %r (%s) is left out: %s: %s", name, plugin.value, type(error).__name__, error)
+    return None
+
+
+# -- by what the machine is --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Machine:
+    environ: Mapping[str, str]
+    dmi: Path
+    hypervisor_uuid: Path
+
+    def says(self, name: str) -> str:
+        return _first_line(self.dmi / name)
+
+
+def _is_ec2(machine: _Machine) -> bool:
+    # A container of SageMaker runs on EC2, and reaches no metadata service.
+    if aws.is_disabled(machine.environ) or _is_sagemaker(machine.environ):
         return False
     return (
-        bool(environ.get(aws.ENDPOINT_VARIABLE))
-        or _first_line(dmi / "sys_vendor") == "Amazon EC2"
-        or _first_line(hypervisor_uuid).lower().startswith("ec2")
-        or _first_line(dmi / "product_uuid").lower().startswith("ec2")
+        bool(machine.environ.get(aws.ENDPOINT_VARIABLE))
+        or machine.says("sys_vendor") == "Amazon EC2"
+        or _first_line(machine.hypervisor_uuid).lower().startswith("ec2")
+        or machine.says("product_uuid").lower().startswith("ec2")
     )
 
 
-_CLOUDS: dict[str, Callable[[Mapping[str, str], Path, Path], bool]] = {"imds": is_ec2}
+def _is_gcp(machine: _Machine) -> bool:
+    if machine.environ.get(gcp.DISABLED_VARIABLE, "").strip().lower() == "true":
+        return False
+    return bool(machine.environ.get(gcp.HOST_VARIABLE)) or machine.says("product_name") in ("Google", "Google Compute Engine")
+
+
+def _is_azure(machine: _Machine) -> bool:
+    return bool(machine.environ.get(azure.ENDPOINT_VARIABLE)) or machine.says("chassis_asset_tag") == _AZURE_ASSET_TAG
+
+
+def _is_alibaba(machine: _Machine) -> bool:
+    return bool(machine.environ.get(alibaba.ENDPOINT_VARIABLE)) or machine.says("product_name") == "Alibaba Cloud ECS"
+
+
+def _is_sagemaker(environ: Mapping[str, str]) -> bool:
+    return bool(environ.get("TRAINING_JOB_ARN") or environ.get("SM_TRAINING_ENV"))
+
+
+_IS_HERE: dict[str, Callable[[_Machine], bool]] = {
+    "imds": _is_ec2,
+    "gcp": _is_gcp,
+    "azure": _is_azure,
+    "alibaba": _is_alibaba,
+    "slurm": lambda machine: slurm.ends_at(machine.environ) is not None,
+    "file": lambda machine: bool(machine.environ.get(FILE_VARIABLE)),
+}
 
 
 def _first_line(path: Path) -> str:

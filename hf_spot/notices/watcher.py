@@ -29,6 +29,14 @@ class Hooked(Protocol):
         """Called by `Watcher.stop`."""
 
 
+@runtime_checkable
+class Acknowledging(Protocol):
+    """A source whose platform can be told that nothing keeps it waiting any more."""
+
+    def acknowledge(self) -> bool:
+        """Says so about the end that was announced last; whether there was anybody to tell. Called from any thread."""
+
+
 class Belief:
     """What the sources say together, and what of it the listener has not been told. Pure: no clock, no threads.
 
@@ -160,6 +168,16 @@ class Watcher:
         """Polls every source once, here and now: what the threads do, without threads."""
         for number, source in enumerate(self.sources):
             self._poll(number, source)
+
+    def acknowledge(self) -> None:
+        """Tells the platforms that the machine may go: everything that was to be committed is. Trouble is logged."""
+        for source in self.sources:
+            if isinstance(source, Acknowledging):
+                try:
+                    if source.acknowledge():
+                        self._log.info("told %s that the machine may go", source.name)
+                except Exception as error:
+                    self._log.warning("%s could not be told that the machine may go: %s", source.name, error)
 
     def __enter__(self) -> Watcher:
         self.start()

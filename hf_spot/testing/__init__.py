@@ -1,0 +1,13 @@
+"""Fakes that the tests, the demo and users share. They are real servers and real stores, with switches for faults.
+
+``python -m hf_spot.testing --interrupt-after 5`` runs one of the servers and prints the variables that lead to it.
+"""
+
+from hf_spot.storage.faulty import FaultyStore
+from hf_spot.testing.alibaba import FakeAlibaba
+from hf_spot.testing.aws import FakeIMDS
+from hf_spot.testing.azure import FakeAzure
+from hf_spot.testing.gcp import FakeGCP
+from hf_spot.testing.server import FakeService, Request
+
+__all__ = ["FakeAlibaba", "FakeAzure", "FakeGCP", "FakeIMDS", "FakeService", "FaultyStore", "Request"]

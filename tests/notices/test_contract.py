@@ -1,0 +1,310 @@
+"""What every source of notices promises, and what those that ask a metadata service over HTTP promise besides.
+
+A new source is one more `Case`, with what makes it speak.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+
+from hf_spot.arguments import NOTICE_NAMES, SpotArguments
+from hf_spot.errors import SpotError
+from hf_spot.notices.alibaba import AlibabaSource
+from hf_spot.notices.aws import IMDSSource
+from hf_spot.notices.azure import AzureSource
+from hf_spot.notices.detect import sources
+from hf_spot.notices.file import FileSource
+from hf_spot.notices.gcp import GCPSource
+from hf_spot.notices.notice import NoticeKind, NoticeSource, PreemptionNotice
+from hf_spot.notices.signals import SignalSource
+from hf_spot.notices.slurm import SlurmSource
+from hf_spot.notices.watcher import Watcher
+from hf_spot.testing import FakeAlibaba, FakeAzure, FakeGCP, FakeIMDS, FakeService
+from tests.waiting import wait_for
+
+LONG_S = 60.0
+
+
+@dataclass
+class Service:
+    """A metadata service, and a source that asks it."""
+
+    fake: FakeService
+    make: Callable[[str], NoticeSource]
+    source: NoticeSource
+
+    def another(self) -> NoticeSource:
+        """As another process would have it."""
+        return self.make(self.fake.endpoint)
+
+
+# What a service says when it has nothing sensible to say. Each is answered to every request of one poll.
+GARBAGE = ["", "<html>", '{"Events": 7}', '{"action": "termi', "[1]", "null", '{"Events": [{"EventType": "Preempt"}]}']
+
+SERVICES: dict[str, tuple[Callable[[], FakeService], Callable[[str], NoticeSource]]] = {
+    "imds": (FakeIMDS, lambda endpoint: IMDSSource(endpoint, timeout_s=LONG_S, interval_s=0.01)),
+    "gcp": (
+        FakeGCP,
+        lambda endpoint: GCPSource(endpoint.removeprefix("http://"), timeout_s=LONG_S, wait_s=0, interval_s=0.01),
+    ),
+    "azure": (FakeAzure, lambda endpoint: AzureSource(endpoint, timeout_s=LONG_S, interval_s=0.01)),
+    "alibaba": (FakeAlibaba, lambda endpoint: AlibabaSource(endpoint, timeout_s=LONG_S, interval_s=0.01)),
+}
+HASTY: dict[str, Callable[[str], NoticeSource]] = {
+    "imds": lambda endpoint: IMDSSource(endpoint, timeout_s=0.2),
+    "gcp": lambda endpoint: GCPSource(endpoint.removeprefix("http://"), timeout_s=0.2),
+    "azure": lambda endpoint: AzureSource(endpoint, timeout_s=0.2, first_answer_s=0),
+    "alibaba": lambda endpoint: AlibabaSource(endpoint, timeout_s=0.2),
+}
+
+
+@pytest.fixture(params=SERVICES)
+def service(request: pytest.FixtureRequest) -> Iterator[Service]:
+    fake, make = SERVICES[request.param]
+    with fake() as server:
+        yield Service(server, make, make(server.endpoint))
+
+
+def heard(source: NoticeSource) -> PreemptionNotice:
+    notice = source.poll()
+    assert notice is not None
+    return notice
+
+
+# -- every source ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """A source that has heard nothing yet, and what makes it hear the end of the machine."""
+
+    source: NoticeSource
+    announce: Callable[[], object]
+
+
+def signal_case(stack: ExitStack, folder: Path) -> Case:
+    source = SignalSource(["SIGUSR2"], grace_s=30)
+    source.install()
+    stack.callback(source.restore)
+    return Case(source, lambda: os.kill(os.getpid(), signal.SIGUSR2))
+
+
+def file_case(stack: ExitStack, folder: Path) -> Case:
+    path = folder / "notice"
+    return Case(FileSource(path), lambda: path.write_text('{"deadline_s": 30}'))
+
+
+def slurm_case(stack: ExitStack, folder: Path) -> Case:
+    clock = [datetime(2026, 1, 1, tzinfo=timezone.utc)]
+    source = SlurmSource(clock[0] + timedelta(hours=1), now=lambda: clock[0])
+    return Case(source, lambda: clock.append(clock.pop() + timedelta(minutes=59)))
+
+
+def service_case(name: str) -> Callable[[ExitStack, Path], Case]:
+    def make(stack: ExitStack, folder: Path) -> Case:
+        server = stack.enter_context(SERVICES[name][0]())
+        return Case(SERVICES[name][1](server.endpoint), lambda: server.interrupt(in_s=30))
+
+    return make
+
+
+CASES: dict[str, Callable[[ExitStack, Path], Case]] = {
+    "signal": signal_case,
+    "file": file_case,
+    "slurm": slurm_case,
+    **{name: service_case(name) for name in SERVICES},
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
+    with ExitStack() as stack:
+        yield CASES[request.param](stack, tmp_path)
+
+
+def test_every_name_for_the_command_line_has_its_case() -> None:
+    assert set(CASES) == set(NOTICE_NAMES) - {"auto", "none"}
+
+
+def test_a_source_says_its_name_where_it_listens_and_how_often(case: Case) -> None:
+    assert isinstance(case.source, NoticeSource)
+    assert case.source.name in CASES
+    assert 0 < case.source.interval_s <= 5
+    assert getattr(case.source, "where", "")
+
+
+def test_nothing_announced_is_none_and_the_end_is_one_notice_with_a_deadline(case: Case) -> None:
+    assert case.source.poll() is None
+    case.announce()
+    notice = heard(case.source)
+    assert (notice.kind, notice.source) == (NoticeKind.TERMINATE, case.source.name)
+    assert notice.deadline is not None and notice.deadline.tzinfo is not None
+    assert case.source.poll() == notice
+    assert PreemptionNotice.from_json(notice.to_json()) == notice
+
+
+def test_a_watcher_tells_it_once(case: Case) -> None:
+    told: list[PreemptionNotice] = []
+    watcher = Watcher([case.source], told.append)
+    watcher.poll_once()
+    case.announce()
+    for _ in range(3):
+        watcher.poll_once()
+    assert [notice.kind for notice in told] == [NoticeKind.TERMINATE]
+
+
+# -- those that ask over HTTP ------------------------------------------------------------------------------------------
+
+
+def test_the_deadline_is_the_one_that_was_announced(service: Service) -> None:
+    deadline = service.fake.interrupt(in_s=30)
+    notice = heard(service.source)
+    assert notice.deadline is not None
+    assert abs(notice.deadline - deadline) < timedelta(seconds=LONG_S)  # of GCP: by the clock of whoever hears
+
+
+def test_another_process_gives_the_same_end_the_same_id(service: Service) -> None:
+    service.fake.interrupt(in_s=30)
+    assert heard(service.source).id == heard(service.another()).id
+
+
+def test_an_end_that_is_no_longer_announced_is_cancelled_once_and_can_come_again(service: Service) -> None:
+    service.fake.interrupt(in_s=30)
+    first = heard(service.source)
+    service.fake.cancel()
+    gone = heard(service.source)
+    assert gone.kind is NoticeKind.CANCELLED and first.id in gone.id
+    assert service.source.poll() is None
+    service.fake.interrupt(in_s=30)
+    assert heard(service.source).kind is NoticeKind.TERMINATE
+
+
+@pytest.mark.parametrize("status", [400, 403, 429, 500, 503])
+def test_a_refused_request_is_an_error_and_the_next_poll_hears(service: Service, status: int) -> None:
+    assert service.source.poll() is None
+    service.fake.interrupt(in_s=30)
+    service.fake.fail(status)
+    with pytest.raises(SpotError, match=str(status)):
+        service.source.poll()
+    assert heard(service.source).kind is NoticeKind.TERMINATE
+
+
+def test_trouble_cancels_nothing(service: Service) -> None:
+    service.fake.interrupt(in_s=30)
+    first = heard(service.source)
+    service.fake.fail(500)
+    with pytest.raises(SpotError):
+        service.source.poll()
+    second = heard(service.source)
+    assert (second.kind, second.id) == (first.kind, first.id)
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_garbage_is_an_error_that_names_the_service_and_no_notice(service: Service, garbage: str) -> None:
+    service.source.poll()
+    service.fake.fail(200, body=garbage)
+    with pytest.raises(SpotError) as caught:
+        service.source.poll()
+    assert service.fake.address in str(caught.value)
+    assert service.source.poll() is None
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_that_hangs_is_given_up_and_heard_when_it_is_back(name: str) -> None:
+    with SERVICES[name][0]() as fake:
+        source = HASTY[name](fake.endpoint)
+        fake.interrupt(in_s=30)
+        fake.stall(LONG_S)
+        with pytest.raises(SpotError, match=r"no answer from .* in 0\.2 s"):
+            source.poll()
+        fake.stall(0)
+        assert heard(SERVICES[name][1](fake.endpoint)).kind is NoticeKind.TERMINATE
+
+
+def test_a_service_that_is_gone_is_an_error(service: Service) -> None:
+    service.fake.stop()
+    with pytest.raises(SpotError, match="no answer"):
+        service.source.poll()
+
+
+def test_proxies_of_the_environment_are_bypassed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.setblocking(False)
+        for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        service.fake.interrupt(in_s=30)
+        assert heard(service.source).kind is NoticeKind.TERMINATE
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+
+
+def test_every_request_carries_what_the_service_demands_and_came_through_no_proxy(service: Service) -> None:
+    service.source.poll()
+    service.source.poll()
+    assert {request.status for request in service.fake.requests} <= {200, 404}
+    assert not [request for request in service.fake.requests if "x-forwarded-for" in request.headers]
+
+
+def test_the_threads_of_a_watcher_hear_it_through_trouble_and_log_that_once(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[PreemptionNotice] = []
+    service.fake.fail(503, times=5)
+    with caplog.at_level(logging.WARNING, "hf_spot"), Watcher([service.source], told.append):
+        wait_for(lambda: len(service.fake.requests) > 6)
+        service.fake.interrupt(in_s=30)
+        wait_for(lambda: told)
+        service.fake.cancel()
+        wait_for(lambda: len(told) > 1)
+    assert [notice.kind for notice in told] == [NoticeKind.TERMINATE, NoticeKind.CANCELLED]
+    assert sum("will be asked again" in record.message for record in caplog.records) == 1
+
+
+def test_the_variables_of_the_fake_lead_the_automatic_choice_to_it(service: Service, tmp_path: Path) -> None:
+    found = sources(SpotArguments(), environ=service.fake.env(), dmi=tmp_path, hypervisor_uuid=tmp_path / "none")
+    assert [one.name for one in found] == ["signal", service.source.name]
+    assert getattr(found[1], "where", "") == service.fake.endpoint
+    service.fake.interrupt(in_s=30)
+    assert heard(found[1]).kind is NoticeKind.TERMINATE
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_the_fake_refuses_a_request_that_lacks_what_the_real_service_demands(name: str) -> None:
+    paths = {
+        "imds": "/latest/meta-data/spot/instance-action",
+        "gcp": "/computeMetadata/v1/instance/preempted",
+        "azure": "/metadata/scheduledevents?api-version=2020-07-01",
+        "alibaba": "/latest/meta-data/instance/spot/termination-time",
+    }
+    with SERVICES[name][0]() as fake:
+        connection = http.client.HTTPConnection(fake.address, timeout=LONG_S)
+        try:
+            connection.request("GET", paths[name])
+            assert connection.getresponse().status in (400, 401, 403)
+        finally:
+            connection.close()
+
+
+def test_a_source_can_be_polled_while_another_thread_asks_the_same_service(service: Service) -> None:
+    service.fake.interrupt(in_s=30)
+    answers: list[PreemptionNotice | None] = []
+    threads = [threading.Thread(target=lambda: answers.append(service.another().poll())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({answer.id for answer in answers if answer}) == 1 and None not in answers
