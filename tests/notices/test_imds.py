@@ -364,7 +364,7 @@ def test_the_fake_stands_on_the_port_and_answers_the_paths_that_it_is_given() ->
     [port] = free_ports(1)
     with FakeIMDS(port=port, metadata={document: "{}", "placement/region": "us-east-1"}) as imds:
         assert imds.endpoint == f"http://127.0.0.1:{port}"
-        token = {"X-aws-ec2-metadata-token": IMDSSource(imds.endpoint)._current_token()}
+        token = {"X-aws-ec2-metadata-token": IMDSSource(imds.endpoint)._session.token()}
         assert ask(imds, "GET", document, token) == 200
         assert ask(imds, "GET", f"/latest/meta-data{document}", token) == 404
         assert ask(imds, "GET", "/latest/meta-data/placement/region", token) == 200
