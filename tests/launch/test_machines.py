@@ -150,8 +150,10 @@ def test_a_notice_on_one_machine_stops_both_and_each_disk_is_committed_and_resto
     # Each machine fetched what its own ranks read.
     restored = cluster.hosts.folder(1) / "out-2" / newest.name
     assert not (restored / "rng_state_0.pth").exists()
-    # Rank 0's clock has added a save, and both machines have made it.
-    assert [entry.data["step"] for entry in run.events() if entry.data.get("reason") == "cadence"] == [11]
+    # Rank 0's clock has added a save, and both machines have made it. Its commit may have given way to the last one's.
+    for host, name in enumerate(("rng_state_0.pth", "rng_state_1.pth")):
+        assert (cluster.hosts.folder(host) / "out-2" / "checkpoint-11" / name).exists()
+    assert {entry.data["step"] for entry in run.events() if entry.data.get("reason") == "cadence"} <= {11}
     assert [entry.kind for entry in run.events()][-1] == "finished"
 
 
