@@ -14,7 +14,7 @@ import psutil
 
 from hf_spot.cloud.ec2 import LIVE, RUNG_TAG, STOP_TAG, Cloud, Instance
 from hf_spot.cloud.job import SPOT
-from hf_spot.cloud.ladder import Pool, Price, cost_usd, is_free
+from hf_spot.cloud.ladder import Pool, Price, billed_until, cost_usd, is_free
 from hf_spot.cloud.ledger import Ledger, Machine, fold, is_stale
 from hf_spot.errors import CloudError, Fenced
 from hf_spot.run.journal import Entry, RunState
@@ -169,6 +169,7 @@ class Book:
         return price.usd_per_hour if price else None
 
     def _cost(self, machine: Machine, until: datetime) -> float:
+        until = billed_until(machine.began, until)
         return cost_usd(machine.began, until, machine.usd_per_hour or 0.0, self._history(machine, until))
 
     def _history(self, machine: Machine, until: datetime) -> list[tuple[datetime, float]]:

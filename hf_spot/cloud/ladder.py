@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from hf_spot.cloud.job import ON_DEMAND, Rung
 
 FREE_HOUR_S = 3600.0
+_LEAST_BILLED_S = 60.0
 RECLAIMED = "Server.SpotInstanceTermination"
 _WORTH_STARTING_H = 1.0
 _LIKELY, _UNKNOWN, _UNLIKELY = 0, 1, 2
@@ -148,6 +149,11 @@ def cost_usd(began: datetime, until: datetime, price: float, history: Iterable[t
         if time < until:
             usd = changed
     return total + max(0.0, (until - since).total_seconds()) / 3600 * usd
+
+
+def billed_until(began: datetime, until: datetime) -> datetime:
+    """Seconds are billed, and at least sixty of them: https://aws.amazon.com/ec2/pricing/on-demand/"""
+    return max(until, began + timedelta(seconds=_LEAST_BILLED_S))
 
 
 def is_free(market: str, began: datetime, ended: datetime, reason: str) -> bool:

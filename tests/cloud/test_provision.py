@@ -247,6 +247,15 @@ def test_what_was_spent_before_is_not_there_any_more(desk: Desk) -> None:
     assert desk.book().refresh().machines[0].cost_usd == pytest.approx(45)
 
 
+def test_a_machine_of_seconds_costs_a_minute(desk: Desk) -> None:
+    desk.provisioner().provision()
+    desk.aws.clock.time += timedelta(seconds=5)
+    desk.aws.end(only(desk.aws.instances("running")), "Client.UserInitiatedShutdown")
+    provisioner = desk.provisioner()
+    provisioner.provision()
+    assert provisioner.book.ledger.machines[0].cost_usd == pytest.approx(9 / 60, rel=0.01)
+
+
 def test_a_first_hour_that_ec2_cut_short_costs_nothing(desk: Desk) -> None:
     desk.provisioner().provision()
     desk.aws.clock.time += timedelta(minutes=59)
@@ -254,7 +263,7 @@ def test_a_first_hour_that_ec2_cut_short_costs_nothing(desk: Desk) -> None:
     provisioner = desk.provisioner()
     provisioner.provision()
     assert provisioner.book.ledger.machines[0].cost_usd == 0
-    assert provisioner.left_usd() == 500
+    assert provisioner.left_usd() == pytest.approx(500 - 9 / 60), "the machine that runs now costs a minute at least"
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
