@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 HERE = Path(__file__).parent
 
 SCRIPT = """
@@ -53,8 +55,12 @@ def first_step(command: list[str], folder: Path, environ: dict[str, str]) -> dic
         if process.poll() is not None:
             raise SystemExit(f"{command} ended with {process.returncode}")
         time.sleep(0.01)
+    tree = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     code = process.wait()
+    for one in psutil.wait_procs(tree, timeout=5)[1]:  # what accelerate leaves behind goes on writing
+        one.kill()
+    psutil.wait_procs(tree)
     told: dict[str, float] = {"code": code}
     for line in diary.read_text().splitlines():
         what, at = json.loads(line)

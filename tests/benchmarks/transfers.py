@@ -61,8 +61,10 @@ def hf_spot_up(folder: Path, name: str) -> None:
 def hf_spot_down(folder: Path, name: str) -> None:
     from hf_spot.run.run import Run
 
+    run = Run(f"s3://sink/{name}")
+    run.state()
     with counted():
-        Run(f"s3://sink/{name}").pull(folder)
+        run.pull(folder)
 
 
 def boto3_up(folder: Path, name: str) -> None:
