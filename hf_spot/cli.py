@@ -338,7 +338,8 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from hf_spot.economics.report import render, summarise
+    from hf_spot.economics.report import summarise
+    from hf_spot.economics.table import render_report
 
     run = _open(args.run)
     report = summarise(run.events())
@@ -347,7 +348,7 @@ def _report(args: argparse.Namespace) -> int:
     if args.json:
         _print_json({"run": args.run, **report.to_dict()})
     else:
-        print(render(report, args.run))
+        print(render_report(report, args.run))
     return 0
 
 
@@ -373,7 +374,9 @@ def _draw(args: argparse.Namespace, run: Run, report: Report) -> None:
 
 def _simulate(args: argparse.Namespace) -> int:
     from hf_spot.economics.plan import PRESETS, load, preset, with_prices
-    from hf_spot.economics.simulate import render, replay, simulate
+    from hf_spot.economics.replay import replay
+    from hf_spot.economics.simulate import simulate
+    from hf_spot.economics.table import render_simulation
     from hf_spot.economics.traces import MODEL_SOURCE, load_all
     from hf_spot.yaml_file import read
 
@@ -403,7 +406,7 @@ def _simulate(args: argparse.Namespace) -> int:
         _print_json([result.to_dict() for result in results])
     else:
         capacity = ", ".join(str(path) for path in args.trace) if args.trace else MODEL_SOURCE
-        print(render(plan, results, f"{capacity}; {args.seeds} trainings a row"))
+        print(render_simulation(plan, results, f"{capacity}; {args.seeds} trainings a row"))
     return 0
 
 
@@ -492,7 +495,7 @@ def _quotas(args: argparse.Namespace) -> int:
 
 def _terminate(args: argparse.Namespace) -> int:
     from hf_spot.cloud.book import Book
-    from hf_spot.cloud.provision import terminate
+    from hf_spot.cloud.status import terminate
 
     cloud = _cloud()
     gone = terminate(Book(_open(args.run), cloud, now=_now), cloud)
@@ -506,7 +509,7 @@ def _terminate(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     from hf_spot.cloud.book import Book
-    from hf_spot.cloud.provision import render_status, status
+    from hf_spot.cloud.status import render_status, status
 
     cloud = _cloud()
     known = status(Book(_open(args.run), cloud, now=_now), cloud)

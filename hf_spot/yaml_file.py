@@ -11,6 +11,8 @@ import yaml
 
 from hf_spot.errors import ConfigError
 
+_SPECIFICATION = "https://yaml.org/spec"
+
 T = TypeVar("T")
 Path = tuple[Any, ...]
 
@@ -47,9 +49,9 @@ def read(path: FilePath) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path} can't be read: {error.strerror or error}") from error
+        raise ConfigError(f"{path} can't be read: {error.strerror or error}", hint=f"ls -l {path.parent}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8") from error
+        raise ConfigError(f"{path} can't be read: it is not UTF-8", hint=f"file {path}") from error
 
 
 def parse(text: str, where: str, build: Callable[[Any], T]) -> T:
@@ -74,9 +76,11 @@ def parse(text: str, where: str, build: Callable[[Any], T]) -> T:
         value = loader.construct_document(node) if node else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise ConfigError(f"{where}{f':{mark.line + 1}' if mark else ''}: {error.problem or error.context}") from error
+        line = f":{mark.line + 1}" if mark else ""
+        what = "" if isinstance(error, yaml.constructor.ConstructorError) else "no YAML: "
+        raise ConfigError(f"{where}{line}: {what}{error.problem or error.context}", hint=_SPECIFICATION) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a control character; a date that is none; a loop
-        raise ConfigError(f"{where}: no YAML that can be used: {error}") from error
+        raise ConfigError(f"{where}: no YAML that can be used: {error}", hint=_SPECIFICATION) from error
     try:
         return build(value)
     except Invalid as error:

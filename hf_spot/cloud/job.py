@@ -8,15 +8,14 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from hf_spot.errors import ConfigError
+from hf_spot import yaml_file
+from hf_spot.yaml_file import Invalid, check_keys, spelt
 
 SPOT, ON_DEMAND = "spot", "on-demand"
 MARKETS = (SPOT, ON_DEMAND)
@@ -37,14 +36,6 @@ _OWN_TAGS = "hf-spot:"
 _LARGEST_DISK_GB = 65536  # of a gp3 volume
 
 
-class _Invalid(ConfigError):
-    """``path``: the keys and indices that lead to the value."""
-
-    def __init__(self, path: tuple[Any, ...], problem: str, *, hint: str = "") -> None:
-        super().__init__(f"{_spelt(path)}: {problem}", hint=hint)
-        self.path = path
-
-
 _EXAMPLES = {
     "name": "name: my-run",
     "store": "store: s3://bucket/runs/my-run",
@@ -58,31 +49,26 @@ _EXAMPLES = {
 # -- single values ----------------------------------------------------------------------------------------------------
 
 
-def _spelt(path: tuple[Any, ...]) -> str:
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return "".join(parts).lstrip(".") or "the job"
-
-
 def _text(value: Any, path: tuple[Any, ...]) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise _Invalid(path, f"{value!r} is no text", hint=_EXAMPLES.get(str(path[-1]), f'{_spelt(path[-1:])}: "{value}"'))
+        raise Invalid(path, f"{value!r} is no text", hint=_EXAMPLES.get(str(path[-1]), f'{spelt(path[-1:])}: "{value}"'))
     return value
 
 
 def _match(value: Any, pattern: re.Pattern[str], path: tuple[Any, ...], example: str) -> str:
     if not pattern.fullmatch(_text(value, path)):
-        raise _Invalid(path, f"{value!r} can't be right", hint=f"{_spelt(path[:1])}: {example}")
+        raise Invalid(path, f"{value!r} can't be right", hint=f"{spelt(path[:1])}: {example}")
     return str(value)
 
 
 def _names(value: Any, path: tuple[Any, ...]) -> tuple[str, ...]:
     if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
-        raise _Invalid(path, f"{value!r} is no list", hint=f"{_spelt(path[-1:])}: [{value}]")
+        raise Invalid(path, f"{value!r} is no list", hint=f"{spelt(path[-1:])}: [{value}]")
     for index, item in enumerate(value):
         _text(item, (*path, index))
     twice = next((item for index, item in enumerate(value) if item in value[:index]), None)
     if twice is not None:
-        raise _Invalid(path, f"{twice} is there twice", hint="once is enough")
+        raise Invalid(path, f"{twice} is there twice", hint="once is enough")
     return tuple(value)
 
 
@@ -92,7 +78,7 @@ def _ids(pattern: re.Pattern[str], example: str) -> Callable[[Any, tuple[Any, ..
             return value
         found = _names(value, path)
         if not found:
-            raise _Invalid(path, "is empty", hint=f"{path[0]}: {DEFAULT}")
+            raise Invalid(path, "is empty", hint=f"{path[0]}: {DEFAULT}")
         return tuple(_match(item, pattern, (*path, index), f"[{example}]") for index, item in enumerate(found))
 
     return check
@@ -106,19 +92,19 @@ def _choice(value: Any, allowed: Sequence[str], path: tuple[Any, ...]) -> None:
     if value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, 1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(allowed)}"
-        raise _Invalid(path, f"{value!r} is none of {', '.join(allowed)}", hint=hint)
+        raise Invalid(path, f"{value!r} is none of {', '.join(allowed)}", hint=hint)
 
 
 def _positive(value: Any, path: tuple[Any, ...], unit: str, *, hint: str = "") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise _Invalid(path, f"{value!r} must be a number of {unit} above 0", hint=hint or f"{_spelt(path[-1:])}: 10")
+        raise Invalid(path, f"{value!r} must be a number of {unit} above 0", hint=hint or f"{spelt(path[-1:])}: 10")
     return float(value)
 
 
 def _region(value: Any, path: tuple[Any, ...]) -> None:
     if not isinstance(value, str) or not _REGION.fullmatch(value):
         zone = isinstance(value, str) and _REGION.fullmatch(value[:-1])
-        raise _Invalid(path, f"{value!r} is no region", hint=f"{value[:-1]}, without the zone" if zone else "such as us-east-1")
+        raise Invalid(path, f"{value!r} is no region", hint=f"{value[:-1]}, without the zone" if zone else "such as us-east-1")
 
 
 def _moment(value: Any, path: tuple[Any, ...]) -> datetime:
@@ -128,7 +114,7 @@ def _moment(value: Any, path: tuple[Any, ...]) -> datetime:
         except ValueError:
             value = None
     if not isinstance(value, datetime) or value.tzinfo is None:
-        raise _Invalid(path, "is no point in time with a time zone", hint="deadline: 2030-01-31T18:00:00Z")
+        raise Invalid(path, "is no point in time with a time zone", hint="deadline: 2030-01-31T18:00:00Z")
     return value.astimezone(timezone.utc)
 
 
@@ -137,7 +123,7 @@ def _regional(value: Any, key: str, check: Callable[[Any, tuple[Any, ...]], Any]
     if not isinstance(value, Mapping):
         return check(value, (key,))
     if not value:
-        raise _Invalid((key,), "is empty", hint=f"{key}: {{us-east-1: …}}")
+        raise Invalid((key,), "is empty", hint=f"{key}: {{us-east-1: …}}")
     for region in value:
         _region(region, (key, region))
     return {region: check(found, (key, region)) for region, found in value.items()}
@@ -177,15 +163,15 @@ class Rung:
     def __post_init__(self) -> None:
         object.__setattr__(self, "instance_types", _names(self.instance_types, ("instance_types",)))
         if not self.instance_types:
-            raise _Invalid(("instance_types",), "names no instance type", hint="instance_types: [p4d.24xlarge, p4de.24xlarge]")
+            raise Invalid(("instance_types",), "names no instance type", hint="instance_types: [p4d.24xlarge, p4de.24xlarge]")
         for index, kind in enumerate(self.instance_types):
             if not _INSTANCE_TYPE.fullmatch(kind):
-                raise _Invalid(("instance_types", index), f"{kind!r} is no instance type", hint="such as p4d.24xlarge")
+                raise Invalid(("instance_types", index), f"{kind!r} is no instance type", hint="such as p4d.24xlarge")
         _choice(self.market, MARKETS, ("market",))
         if self.regions not in (PREFERRED, ANY):
             object.__setattr__(self, "regions", _names(self.regions, ("regions",)))
             if not self.regions:
-                raise _Invalid(("regions",), "names no region", hint=f"regions: {PREFERRED}, {ANY}, or [us-east-1, us-west-2]")
+                raise Invalid(("regions",), "names no region", hint=f"regions: {PREFERRED}, {ANY}, or [us-east-1, us-west-2]")
             for index, region in enumerate(self.regions):
                 _region(region, ("regions", index))
         if self.max_price is not None:
@@ -272,7 +258,7 @@ class Job:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(_text(self.name, ("name",))) or len(self.name) > 60:
-            raise _Invalid(("name",), f"{self.name!r} is no name", hint="up to 60 letters, digits, '-', '_' and '.'")
+            raise Invalid(("name",), f"{self.name!r} is no name", hint="up to 60 letters, digits, '-', '_' and '.'")
         self._check_commands()
         _region(_text(self.region, ("region",)), ("region",))
         self._set(max_spend=_positive(self.max_spend, ("max_spend",), "dollars", hint="max_spend: 150, for the whole run"))
@@ -281,7 +267,7 @@ class Job:
         self._check_ladder()
         disk = self.disk_gb
         if isinstance(disk, bool) or not isinstance(disk, int) or not 8 <= disk <= _LARGEST_DISK_GB:
-            raise _Invalid(("disk_gb",), f"{disk!r} is no size of a disk", hint=f"a whole number from 8 to {_LARGEST_DISK_GB}")
+            raise Invalid(("disk_gb",), f"{disk!r} is no size of a disk", hint=f"a whole number from 8 to {_LARGEST_DISK_GB}")
         self._check_tags()
         _choice(self.strategy, STRATEGIES, ("strategy",))
         _choice(self.on_finish, (SHUTDOWN, STAY), ("on_finish",))
@@ -314,7 +300,7 @@ class Job:
         groups, subnets = _in(self.security_groups, region), _in(self.subnets, region)
         for key, value in (("image_id", _in(self.image_id, region)), ("security_groups", groups), ("subnets", subnets)):
             if value is None:
-                raise _Invalid((key,), f"has nothing for {region}", hint=f"{key}: {{{region}: …}}")
+                raise Invalid((key,), f"has nothing for {region}", hint=f"{key}: {{{region}: …}}")
         return Site(
             image_id=str(_in(self.image_id, region)),
             key_name=_in(self.key_name, region),
@@ -330,14 +316,14 @@ class Job:
 
     def _check_commands(self) -> None:
         if not _STORE.fullmatch(_text(self.store, ("store",))):
-            raise _Invalid(("store",), f"{self.store!r} is no place that every machine sees", hint="s3://bucket/runs/my-run")
+            raise Invalid(("store",), f"{self.store!r} is no place that every machine sees", hint="s3://bucket/runs/my-run")
         launches = "hf-spot launch" in " ".join(_text(self.run, ("run",)).split())
         if not launches:
-            raise _Invalid(("run",), "does not start the training by `hf-spot launch`", hint="run: hf-spot launch train.py")
+            raise Invalid(("run",), "does not start the training by `hf-spot launch`", hint="run: hf-spot launch train.py")
         if re.search(r"--store\b", self.run):
-            raise _Invalid(("run",), "names the store a second time", hint=f"leave --store out: it is {self.store}")
+            raise Invalid(("run",), "names the store a second time", hint=f"leave --store out: it is {self.store}")
         if not isinstance(self.setup, str):
-            raise _Invalid(("setup",), f"{self.setup!r} is no shell script", hint="setup: |")
+            raise Invalid(("setup",), f"{self.setup!r} is no shell script", hint="setup: |")
 
     def _check_site(self) -> None:
         self._set(
@@ -352,7 +338,7 @@ class Job:
         if self.instance_profile is not None:
             _text(self.instance_profile, ("instance_profile",))
         elif self.store.startswith("s3://"):
-            raise _Invalid(
+            raise Invalid(
                 ("instance_profile",),
                 f"is missing: without a role the machines can't use {self.store}",
                 hint=f"give a role the policy that `hf-spot doctor iam --store {self.store}` prints",
@@ -361,13 +347,13 @@ class Job:
     def _check_ladder(self) -> None:
         ladder = self.ladder
         if isinstance(ladder, (str, Mapping)) or not isinstance(ladder, Sequence):
-            raise _Invalid(("ladder",), "is no list of rungs", hint="ladder: [{market: spot, instance_types: [p4d.24xlarge]}]")
+            raise Invalid(("ladder",), "is no list of rungs", hint="ladder: [{market: spot, instance_types: [p4d.24xlarge]}]")
         if not ladder:
-            raise _Invalid(("ladder",), "has no rung", hint="leave it out for the default ladder, or name a rung")
+            raise Invalid(("ladder",), "has no rung", hint="leave it out for the default ladder, or name a rung")
         self._set(ladder=tuple(ladder))
         for index, rung in enumerate(self.ladder):
             if not isinstance(rung, Rung):
-                raise _Invalid(("ladder", index), f"{rung!r} is no rung", hint="{market: spot, instance_types: [p4d.24xlarge]}")
+                raise Invalid(("ladder", index), f"{rung!r} is no rung", hint="{market: spot, instance_types: [p4d.24xlarge]}")
             if rung.regions != ANY:
                 for region in (self.region,) if rung.regions == PREFERRED else rung.regions:
                     self._check_fit(index, region)
@@ -376,7 +362,7 @@ class Job:
         if ids and (len(regions) > 1 or any(rung.regions == ANY for rung in self.ladder)):
             value = getattr(self, ids[0])
             shown = value if isinstance(value, str) else ", ".join(value)
-            raise _Invalid(
+            raise Invalid(
                 (ids[0],),
                 f"{shown} exists in one region only, and the ladder tries several",
                 hint=f"{ids[0]}: {{{self.region}: {shown}, us-west-2: …}}, or `regions: preferred` on each rung",
@@ -385,21 +371,21 @@ class Job:
     def _check_fit(self, index: int, region: str) -> None:
         for key in ("image_id", "security_groups", "subnets"):
             if _in(getattr(self, key), region) is None:
-                raise _Invalid((key,), f"has nothing for {region}, which ladder[{index}] tries", hint=f"{key}: {{{region}: …}}")
+                raise Invalid((key,), f"has nothing for {region}, which ladder[{index}] tries", hint=f"{key}: {{{region}: …}}")
 
     def _fits(self, region: str) -> bool:
         return all(_in(getattr(self, key), region) is not None for key in ("image_id", "security_groups", "subnets"))
 
     def _check_tags(self) -> None:
         if not isinstance(self.tags, Mapping):
-            raise _Invalid(("tags",), f"{self.tags!r} are no tags", hint="tags: {team: nlp}")
+            raise Invalid(("tags",), f"{self.tags!r} are no tags", hint="tags: {team: nlp}")
         for key, value in self.tags.items():
             if not isinstance(key, str) or not isinstance(value, str):
-                raise _Invalid(("tags", key), f"{value!r} must be text", hint=f'{key}: "{value}"')
+                raise Invalid(("tags", key), f"{value!r} must be text", hint=f'{key}: "{value}"')
             if key.lower().startswith(("aws:", _OWN_TAGS)) or key == "Name":
-                raise _Invalid(("tags", key), "is not yours to set", hint="another key")
+                raise Invalid(("tags", key), "is not yours to set", hint="another key")
             if not 0 < len(key) <= 128 or len(value) > 256:
-                raise _Invalid(("tags", key), "is too long: 128 characters for a key, 256 for a value")
+                raise Invalid(("tags", key), "is too long: 128 characters for a key, 256 for a value")
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
@@ -411,41 +397,18 @@ def load(path: str | Path) -> Job:
     Raises:
         ConfigError: it can't be read, or says something that can't be done; with line, key and repair.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"{path} can't be read: {reason}", hint="hf-spot provision job.yaml") from error
-    return parse(text, str(path))
+    return parse(yaml_file.read(Path(path)), str(path))
 
 
 def parse(text: str, where: str = "job.yaml") -> Job:
     """`load` for a text in hand; ``where`` names it in errors."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        value, lines = (None, {}) if node is None else _plain(node)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: no YAML: {error.problem or error.context}", hint="https://yaml.org/spec") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: no YAML: {error}", hint="UTF-8 text without control characters") from error
-    except (ValueError, RecursionError) as error:  # a date that does not exist; a list that holds itself
-        raise ConfigError(f"{where}: holds a value that can't be: {error}", hint="https://yaml.org/spec") from error
-    try:
-        if not isinstance(value, dict):
-            raise _Invalid((), "a job is a mapping of keys and values", hint="name: my-run")
-        return _job(value)
-    except _Invalid as error:
-        path = error.path
-        while path not in lines and path:
-            path = path[:-1]
-        line = f":{lines[path]}" if path in lines else ""
-        raise ConfigError(f"{where}{line}: {error.args[0]}", hint=error.hint) from error
+    return yaml_file.parse(text, where, _job)
 
 
-def _job(value: dict[Any, Any]) -> Job:
-    _known(value, Job, ())
+def _job(value: Any) -> Job:
+    if not isinstance(value, dict):
+        raise Invalid((), "a job is a mapping of keys and values", hint="name: my-run")
+    _check(value, Job, ())
     made = dict(value)
     if isinstance(made.get("ladder"), list):
         made["ladder"] = tuple(_rung(rung, ("ladder", index)) for index, rung in enumerate(made["ladder"]))
@@ -454,49 +417,17 @@ def _job(value: dict[Any, Any]) -> Job:
 
 def _rung(value: Any, path: tuple[Any, ...]) -> Rung:
     if not isinstance(value, dict):
-        raise _Invalid(path, f"{value!r} is no rung", hint="{market: spot, instance_types: [p4d.24xlarge]}")
-    _known(value, Rung, path)
+        raise Invalid(path, f"{value!r} is no rung", hint="{market: spot, instance_types: [p4d.24xlarge]}")
+    _check(value, Rung, path)
     try:
         return Rung(**value)
-    except _Invalid as error:
+    except Invalid as error:
         problem = error.args[0].partition(": ")[2]
-        raise _Invalid((*path, *error.path), problem, hint=error.hint) from error
+        raise Invalid((*path, *error.path), problem, hint=error.hint) from error
 
 
-def _known(value: dict[Any, Any], kind: Any, path: tuple[Any, ...]) -> None:
-    names = [one.name for one in fields(kind)]
-    for key in value:
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, 1)
-            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}"
-            raise _Invalid((*path, key), "there is no such key", hint=hint)
+def _check(value: dict[str, Any], kind: Any, path: tuple[Any, ...]) -> None:
+    check_keys(value, [one.name for one in fields(kind)], path)
     for one in fields(kind):
         if one.default is MISSING and one.default_factory is MISSING and one.name not in value:
-            raise _Invalid(path, f"{one.name} is missing", hint=_EXAMPLES[one.name])
-
-
-def _plain(node: yaml.Node) -> tuple[Any, dict[tuple[Any, ...], int]]:
-    """A node's value, and the line (from 1) of everything in it by its path."""
-    loader = yaml.SafeLoader("")
-    lines: dict[tuple[Any, ...], int] = {}
-    for path, found in _walk(loader, node, ()):
-        if path in lines:
-            raise yaml.constructor.ConstructorError(None, None, f"{_spelt(path)} is there twice", found.start_mark)
-        lines[path] = found.start_mark.line + 1
-    return loader.construct_document(node), lines
-
-
-def _walk(loader: Any, node: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], yaml.Node]]:
-    yield path, node
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = loader.construct_object(key, deep=True)
-            if not isinstance(name, str):
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is no key", key.start_mark)
-            inside = _walk(loader, value, (*path, name))
-            next(inside)
-            yield (*path, name), key  # a block of text begins on the line behind its key
-            yield from inside
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield from _walk(loader, value, (*path, index))
+            raise Invalid(path, f"{one.name} is missing", hint=_EXAMPLES[one.name])

@@ -12,14 +12,15 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from hf_spot.cloud import ec2, quotas
+from hf_spot.cloud import ec2, orders, quotas
 from hf_spot.cloud.book import Book
-from hf_spot.cloud.ec2 import Cloud, Image, Instance, Order, Outcome, Subnet
+from hf_spot.cloud.ec2 import Cloud, Image, Instance, Subnet
 from hf_spot.cloud.explain import NEXT_RUNG, explain
 from hf_spot.cloud.job import ANY, SHUTDOWN, SPOT, Job, Rung
 from hf_spot.cloud.ladder import Pool, Price, in_order, minutes_affordable, pause_s, too_dear, untried
 from hf_spot.cloud.ledger import FRUITLESS_MACHINES, Machine
 from hf_spot.cloud.machine import LOGS
+from hf_spot.cloud.orders import Order, Outcome
 from hf_spot.cloud.user_data import render
 from hf_spot.errors import CloudError, ConfigError, NoCapacity, SpotError, StoreUnavailable
 from hf_spot.run.run import Run
@@ -335,11 +336,11 @@ class Provisioner:
 
     def _send(self, order: Order) -> Outcome:
         if order.pools[0].market != SPOT or self._api == FLEET:
-            return ec2.create_fleet(self._cloud, order)
+            return orders.create_fleet(self._cloud, order)
         if self._api == SPOT_REQUEST:
-            return ec2.request_spot_instances(self._cloud, order, sleep=self._sleep)
+            return orders.request_spot_instances(self._cloud, order, sleep=self._sleep)
         # Here the strategy is the one that the API is used for.
-        return ec2.request_spot_fleet(self._cloud, replace(order, strategy="capacity-optimized"), sleep=self._sleep)
+        return orders.request_spot_fleet(self._cloud, replace(order, strategy="capacity-optimized"), sleep=self._sleep)
 
     # -- until it is finished -----------------------------------------------------------------------------------------
 
@@ -476,62 +477,6 @@ def _plain(price: Price | None) -> dict[str, Any] | None:
     return None if price is None else {**asdict(price), "time": price.time.isoformat()}
 
 
-# -- what can be done with a run alone --------------------------------------------------------------------------------
-
-
-def terminate(book: Book, cloud: Cloud) -> list[Machine]:
-    """Ends all machines of a run, tells a ``--watch`` to start no other, and removes what is left of their launch.
-
-    Raises:
-        CloudError: the cloud said no.
-    """
-    regions = cloud.regions()
-    book.refresh()
-    cloud.each(regions, lambda region: cloud.tag_requested(region, book.run.url))
-    alive = book.settle(book.look(regions), regions)
-    for region in sorted({one.region for one in alive}):
-        cloud.terminate(region, [one.id for one in alive if one.region == region], stop=True)
-    for region in sorted({one.region for one in alive} | {machine.region for machine in book.ledger.machines}):
-        cloud.remove_templates(region, book.run.url)
-    ids = {one.id for one in alive}
-    gone = {one.id: one for one in book.look(sorted({one.region for one in alive}))} if alive else {}
-    for machine in book.ledger.live():
-        if machine.instance_id in ids:
-            now = gone.get(machine.instance_id)
-            book.ended(machine, now and replace(now, reason="Client.UserInitiatedShutdown"), stop=True)
-    return [machine for machine in book.ledger.machines if machine.instance_id in ids]
-
-
-def status(book: Book, cloud: Cloud) -> dict[str, Any]:
-    """What is known of a run and its machines; changes nothing. JSON values.
-
-    Raises:
-        CloudError: the cloud said no.
-    """
-    regions = cloud.regions()
-    ledger = book.refresh()
-    found = {one.id: one for one in book.look(regions)}
-    machines = []
-    for machine in ledger.machines:
-        now = found.get(machine.instance_id)
-        state = "ended" if machine.ended else now.state if now else "gone"
-        machines.append({**machine.to_data(), "state": state})
-    unwritten = [one.id for one in found.values() if one.id not in {machine.instance_id for machine in ledger.machines}]
-    return {
-        "run": book.run.url,
-        "ended": book.state.ended,
-        "step": ledger.step,
-        "max_steps": ledger.max_steps,
-        "hours_left": ledger.hours_left(None),
-        "spent_usd": round(book.spent_usd(), 6),
-        "machines": machines,
-        "not_in_the_journal": unwritten,
-    }
-
-
-# -- for people -------------------------------------------------------------------------------------------------------
-
-
 def render_plan(plan: Plan) -> str:
     """What a rung offers, one pool a line."""
     rung = plan.rung
@@ -543,21 +488,3 @@ def render_plan(plan: Plan) -> str:
         price = f"${pool.price.usd_per_hour:.4f}/h ({pool.price.source}, {pool.price.time:%Y-%m-%d %H:%M} UTC)"
         lines.append(f"{pool.instance_type} in {pool.zone}: {price}{score}")
     return "\n    ".join([*lines, *plan.dear, *plan.notes])
-
-
-def render_status(known: dict[str, Any]) -> str:
-    """What `status` found, one machine a line."""
-    of = f" of {known['max_steps']}" if known["max_steps"] else ""
-    hours = f", about {known['hours_left']:.1f} h left" if known["hours_left"] is not None else ""
-    head = (
-        f"{known['run']}: {known['ended'] or 'not ended'}, step {known['step']}{of} committed{hours}, ${known['spent_usd']:.2f}"
-    )
-    lines = [head]
-    for one in known["machines"]:
-        usd = "?" if one["usd_per_hour"] is None else f"${one['usd_per_hour']:.4f}/h"
-        cost = "" if one["cost_usd"] is None else f", ${one['cost_usd']:.2f}"
-        kind = f"{one['instance_type']} {one['market']} in {one['zone']}"
-        why = f" ({one['reason']})" if one["reason"] else ""
-        lines.append(f"  {one['instance_id']}  {kind}  {usd}  since {one['began'][:16]}  {one['state']}{why}{cost}")
-    lines += [f"  {name}  not in the journal yet: hf-spot provision writes it down" for name in known["not_in_the_journal"]]
-    return "\n".join(lines)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from hf_spot.economics.report import Report, launch_rows, machine_rows, money_lines, time_rows
+from hf_spot.economics.report import Report
+from hf_spot.economics.table import launch_rows, machine_rows, money_lines, time_rows
 from hf_spot.errors import ConfigError
 
 _STYLE = """

@@ -11,18 +11,15 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from hf_spot.economics.plan import ON_DEMAND, Plan, Row, Rung, zones_of
-from hf_spot.economics.report import columns, duration, newest_timings, summarise
 from hf_spot.economics.traces import ALWAYS, YEAR_S, Trace, model
-from hf_spot.errors import ConfigError
 from hf_spot.notices.notice import NoticeKind
 from hf_spot.policy import cadence, deadline
 from hf_spot.policy.deadline import Market, Progress
 from hf_spot.policy.preemption import Action, Measured, decide
-from hf_spot.run.journal import Entry
 
 _JOBS_A_YEAR = 1000  # that share a year of capacity; more get another
 _HOPELESS = 200.0  # a training that has taken so many times its work is given up
@@ -441,136 +438,3 @@ def _summed(row: Row, plan: Plan, outcomes: Sequence[Outcome]) -> Result:
         late_share=fmean(one.late for one in outcomes),
         unfinished_share=fmean(not one.finished for one in outcomes),
     )
-
-
-def render(plan: Plan, results: Sequence[Result], capacity: str) -> str:
-    """A table for people.
-
-    Args:
-        plan: that was simulated.
-        results: of its rows.
-        capacity: where it comes from, in words.
-    """
-    rows = [
-        [
-            "row",
-            "without interruptions",
-            "published",
-            "hours",
-            "10%..90%",
-            "extra",
-            "cost",
-            "10%..90%",
-            "taken",
-            "full price",
-            "late",
-        ]
-    ]
-    for one in results:
-        published = one.row.published_usd
-        rows.append(
-            [
-                one.row.name,
-                one.formula,
-                "" if published is None else f"${published:,.2f}",
-                f"{one.hours.mean:.1f}",
-                f"{one.hours.low:.1f}..{one.hours.high:.1f}",
-                f"{100 * one.extra_share:+.0f}%",
-                f"${one.usd.mean:,.2f}",
-                f"${one.usd.low:,.0f}..${one.usd.high:,.0f}",
-                f"{one.interruptions:.1f}",
-                f"{100 * one.on_demand_share:.0f}%",
-                "" if one.row.deadline_hours is None else f"{100 * one.late_share:.1f}%",
-            ]
-        )
-    lines = columns(rows, left=(0,))
-    lines += ["", f"Capacity: {capacity}."]
-    given_up = [f"{one.row.name} ({100 * one.unfinished_share:.0f}%)" for one in results if one.unfinished_share]
-    if given_up:
-        lines.append(f"Given up, because there was hardly any capacity, and not a fair mean: {', '.join(given_up)}.")
-    sources = dict.fromkeys(
-        f"{rung.instance_type} {rung.market} ${rung.usd_per_hour:g}/h: {rung.source}, {rung.date}"
-        for one in results
-        for rung in one.row.ladder
-    )
-    lines += ["Prices: " + "; ".join(sources) + ".", *plan.notes]
-    return "\n".join(lines)
-
-
-# -- a run that has happened ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Replay:
-    """A run, and what the simulator makes of its machines.
-
-    Args:
-        goodput: of the run.
-        predicted: by the simulator.
-        wall_s: of the run.
-        predicted_wall_s: by the simulator.
-    """
-
-    goodput: float
-    predicted: float
-    wall_s: float
-    predicted_wall_s: float
-
-    def __str__(self) -> str:
-        return (
-            f"goodput {100 * self.goodput:.1f}% in {duration(self.wall_s)}; simulated with the run's means and its machines: "
-            f"{100 * self.predicted:.1f}% in {duration(self.predicted_wall_s)}"
-        )
-
-
-def replay(entries: Iterable[Entry]) -> Replay:
-    """Simulates a run from the means of what its journal tells, with machines that come and go as its machines did.
-
-    A launch that ended without a word lived for some time after it; half the time between two saves is taken.
-
-    Raises:
-        ConfigError: the journal tells too little: nothing was measured, or nothing committed.
-    """
-    kept = list(entries)
-    report = summarise(kept)
-    launches = [launch for launch in report.launches if launch.measured]
-    commits = [entry.data for entry in kept if entry.kind == "commit" and entry.data.get("upload_s") is not None]
-    steps = report.committed_step
-    timings = [timing for launch in launches for timing in newest_timings(launch).values() if timing.steps]
-    if not steps or not timings or not commits:
-        raise ConfigError("this run's journal tells too little to replay it: no training in it was measured and committed")
-    step_s = sum(timing.steps_s for timing in timings) / sum(timing.steps for timing in timings)
-    gaps = [
-        after.step - before.step
-        for launch in launches
-        for before, after in zip(launch.marks[1:], launch.marks[2:], strict=False)
-        if after.step > before.step
-    ]
-    interval_s = (median(gaps) if gaps else steps) * step_s
-    warnings = [(launch.last_heard - launch.going).total_seconds() for launch in report.launches if launch.going]
-    training = Training(
-        work_s=steps * step_s,
-        start_s=fmean(timing.first_step_s for timing in timings),
-        stall_s=fmean(commit.get("stall_s") or 0.0 for commit in commits),
-        commit_s=fmean((commit.get("save_s") or 0.0) + commit["upload_s"] for commit in commits),
-        warning_s=fmean(warnings) if warnings else math.inf,
-        expected=cadence.Interruptions(math.inf, 0.0),
-        interval_s=interval_s,
-        retry_s=0.0,
-    )
-    began = report.launches[0].began
-    spells = []
-    for number, launch in enumerate(report.launches):
-        end_s = (launch.last_heard - began).total_seconds()
-        if launch.ended == "no word" and number + 1 < len(report.launches):
-            end_s += min(report.launches[number + 1].waited_s, (interval_s + training.stall_s) / 2)
-        spells.append(((launch.began - began).total_seconds(), end_s))
-    spells[-1] = (spells[-1][0], math.inf)
-    heard = iter([launch.going is None for launch in report.launches])
-    trace = Trace(tuple(begin for begin, _ in spells), tuple(end for _, end in spells), math.inf)
-    rung = Rung(0.0, "", "")
-    # A notice became a commit in the run; whether it would have by its mean times is not the question.
-    answered = any(commit.get("reason") == "notice" for commit in commits)
-    training = replace(training, commit_s=min(training.commit_s, training.warning_s)) if answered else training
-    outcome = run(training, [(rung, [trace])], 0.0, lambda: next(heard, True))
-    return Replay(report.goodput or 0.0, outcome.goodput, report.wall_s, outcome.wall_s)

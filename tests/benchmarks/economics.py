@@ -17,8 +17,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from hf_spot.economics.plan import Plan, Row, Rung
-from hf_spot.economics.report import render, summarise
+from hf_spot.economics.report import summarise
 from hf_spot.economics.simulate import simulate
+from hf_spot.economics.table import render_report
 from hf_spot.run.journal import Entry, RunState, encode, fold
 from hf_spot.run.run import Run
 
@@ -63,7 +64,7 @@ def main() -> None:
         write_journal(Path(folder) / "run", args.entries)
         began = time.process_time()
         report = summarise(Run(Path(folder) / "run").events())
-        render(report, "run")
+        render_report(report, "run")
         print(f"a report over {args.entries} entries, {len(report.launches)} launches: {time.process_time() - began:.1f} s")
     rung = Rung(9.83, "a benchmark", "2026")
     for hours in (20.0, 8000.0):

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from hf_spot.cloud import ec2
+from hf_spot.cloud import orders
 from hf_spot.cloud.book import Book
 from hf_spot.cloud.ec2 import Cloud
 from hf_spot.cloud.job import ANY, ON_DEMAND, SPOT, Job, Rung
-from hf_spot.cloud.provision import Provisioner, status, terminate
+from hf_spot.cloud.provision import Provisioner
+from hf_spot.cloud.status import status, terminate
 from hf_spot.errors import CloudError, ConfigError, NoCapacity, SpotError
 from hf_spot.run.run import Run
 from tests.cloud.aws import REGIONS, Aws
@@ -442,7 +443,7 @@ def test_a_legacy_spot_request_is_tagged_and_closed_as_soon_as_there_is_an_insta
 
 def test_an_instance_that_a_legacy_request_got_and_nobody_tagged_is_found(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(ec2, "_secure", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(orders, "_secure", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             desk.provisioner(api="spot-request").provision()
     lost = only(desk.aws.instances("running"))

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_spot.economics.report import _INNER, PARTS, Launch, Report, duration, money_lines, render, summarise
+from hf_spot.economics.report import _INNER, PARTS, Launch, Report, summarise
+from hf_spot.economics.table import duration, money_lines, render_report
 from hf_spot.economics.timeline import WAITING_LANE, draw_up
 from tests.economics.journals import Event, claim, commit, journal_of, timed, timing
 
@@ -48,12 +49,12 @@ def test_launches_interruptions_and_lost_steps() -> None:
 def test_it_is_json_and_a_table() -> None:
     report = summarise(journal_of(*STORY))
     assert json.loads(json.dumps(report.to_dict()))["launches"][2]["steps_lost"] == 7
-    text = render(report, "s3://bucket/run")
+    text = render_report(report, "s3://bucket/run")
     assert "finished, step 30 committed" in text
     assert "3 interruptions, 7 steps lost and 1 launches that ended without a word, 7 steps redone" in text
     assert "nobody measured" in text
     assert "no price is known" in text
-    assert "nobody has launched" in render(summarise([]), "s3://bucket/run")
+    assert "nobody has launched" in render_report(summarise([]), "s3://bucket/run")
 
 
 PRICED = {"cloud": "aws", "market": "spot", "price_usd_per_hour": 10.0, "on_demand_usd_per_hour": 36.0}
@@ -199,7 +200,7 @@ def test_the_parts_add_up(told: list[tuple[float, Event]], first: str) -> None:
     assert report.cost_usd == pytest.approx(sum(one.wall_s / 3600 * (one.price_usd_per_hour or 0) for one in priced))
     assert report.unpriced_s + sum(one.wall_s for one in priced) == pytest.approx(report.held_s)
     assert report.on_demand_s <= report.held_s + 1e-6
-    render(report, "run")
+    render_report(report, "run")
     json.dumps(report.to_dict(), allow_nan=False)
     assert_tiled(report)
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hf_spot.cli import main
 from hf_spot.economics import simulate as simulator
 from hf_spot.economics.plan import ON_DEMAND, Rung, preset
-from hf_spot.economics.simulate import Outcome, Training, replay, run, simulate
+from hf_spot.economics.replay import replay
+from hf_spot.economics.simulate import Outcome, Training, run, simulate
 from hf_spot.economics.traces import Trace
 from hf_spot.errors import ConfigError
 from hf_spot.policy import cadence, preemption

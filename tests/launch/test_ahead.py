@@ -108,6 +108,8 @@ def test_a_run_without_commits_has_nothing_to_wait_for(runtime: Runtime, tmp_pat
     fresh.claim()
     Ahead(fresh, runtime, lambda: True).close()
     take(runtime, 1, tmp_path / "out-2", never)
+    assert runtime.read_restore() is None
+    assert not (tmp_path / "out-2").exists()
 
 
 def test_who_wants_it_waits_while_it_is_under_way_and_may_leave(runtime: Runtime, tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""A run's machines: what is known of them, and their end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hf_spot.cloud.book import Book
+from hf_spot.cloud.ec2 import Cloud
+from hf_spot.cloud.ledger import Machine
+
+
+def terminate(book: Book, cloud: Cloud) -> list[Machine]:
+    """Ends all machines of a run, tells a ``--watch`` to start no other, and removes what is left of their launch.
+
+    Raises:
+        CloudError: the cloud said no.
+    """
+    regions = cloud.regions()
+    book.refresh()
+    cloud.each(regions, lambda region: cloud.tag_requested(region, book.run.url))
+    alive = book.settle(book.look(regions), regions)
+    for region in sorted({one.region for one in alive}):
+        cloud.terminate(region, [one.id for one in alive if one.region == region], stop=True)
+    for region in sorted({one.region for one in alive} | {machine.region for machine in book.ledger.machines}):
+        cloud.remove_templates(region, book.run.url)
+    ids = {one.id for one in alive}
+    gone = {one.id: one for one in book.look(sorted({one.region for one in alive}))} if alive else {}
+    for machine in book.ledger.live():
+        if machine.instance_id in ids:
+            now = gone.get(machine.instance_id)
+            book.ended(machine, now and replace(now, reason="Client.UserInitiatedShutdown"), stop=True)
+    return [machine for machine in book.ledger.machines if machine.instance_id in ids]
+
+
+def status(book: Book, cloud: Cloud) -> dict[str, Any]:
+    """What is known of a run and its machines; changes nothing. JSON values.
+
+    Raises:
+        CloudError: the cloud said no.
+    """
+    regions = cloud.regions()
+    ledger = book.refresh()
+    found = {one.id: one for one in book.look(regions)}
+    machines = []
+    for machine in ledger.machines:
+        now = found.get(machine.instance_id)
+        state = "ended" if machine.ended else now.state if now else "gone"
+        machines.append({**machine.to_data(), "state": state})
+    unwritten = [one.id for one in found.values() if one.id not in {machine.instance_id for machine in ledger.machines}]
+    return {
+        "run": book.run.url,
+        "ended": book.state.ended,
+        "step": ledger.step,
+        "max_steps": ledger.max_steps,
+        "hours_left": ledger.hours_left(None),
+        "spent_usd": round(book.spent_usd(), 6),
+        "machines": machines,
+        "not_in_the_journal": unwritten,
+    }
+
+
+def render_status(known: dict[str, Any]) -> str:
+    """What `status` found, one machine a line."""
+    of = f" of {known['max_steps']}" if known["max_steps"] else ""
+    hours = f", about {known['hours_left']:.1f} h left" if known["hours_left"] is not None else ""
+    head = (
+        f"{known['run']}: {known['ended'] or 'not ended'}, step {known['step']}{of} committed{hours}, ${known['spent_usd']:.2f}"
+    )
+    lines = [head]
+    for one in known["machines"]:
+        usd = "?" if one["usd_per_hour"] is None else f"${one['usd_per_hour']:.4f}/h"
+        cost = "" if one["cost_usd"] is None else f", ${one['cost_usd']:.2f}"
+        kind = f"{one['instance_type']} {one['market']} in {one['zone']}"
+        why = f" ({one['reason']})" if one["reason"] else ""
+        lines.append(f"  {one['instance_id']}  {kind}  {usd}  since {one['began'][:16]}  {one['state']}{why}{cost}")
+    lines += [f"  {name}  not in the journal yet: hf-spot provision writes it down" for name in known["not_in_the_journal"]]
+    return "\n".join(lines)
