@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import wait
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -27,7 +26,7 @@ from hf_spot.policy.preemption import Action, Decision, Measured, decide, gives_
 from hf_spot.policy.restarts import patience_s
 from hf_spot.run import history
 from hf_spot.run.hook import Hook, hook_url
-from hf_spot.run.journal import ENDINGS, CheckpointRef, Entry
+from hf_spot.run.journal import CheckpointRef, Entry
 from hf_spot.run.machine import about_this_machine
 from hf_spot.run.progress import alert, bar
 from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, set_aside_uncommitted, sweep, take
@@ -41,9 +40,11 @@ from hf_spot.training.batches import keep_samples
 from hf_spot.training.cadence import Cadence
 from hf_spot.training.disks import find_disk
 from hf_spot.training.exactness import RandomStates
+from hf_spot.training.journalist import Journalist
 from hf_spot.training.metrics import Metrics
 from hf_spot.training.saves import check_output_dir
 from hf_spot.training.snapshot import WriteBehind
+from hf_spot.training.timing import Timing
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -116,18 +117,15 @@ class Session:
         self._save_s: float | None = None
         self._size_bytes: int | None = None
         self._past: history.Past | None = None
-        self._restore_s: float | None = None
-        self._claimed_at = self._now()
-        self._first_step_s: float | None = None
-        self._first_step_at = 0.0  # by this process's clock
-        self._first_step = 0
-        self._stalled_s = 0.0
+        self._timing = Timing(now, clock)
         self._notices = 0
         self.preempted: Decision | None = None
         self._gone_at: float | None = None  # by this process's clock
         self._closed = contextlib.ExitStack()
-        self._journalist = Workers(1, "hf_spot-journalist")
-        self._closed.callback(self._journalist.shutdown, wait=False)
+        self._hook = Hook(None if runtime else hook_url(arguments, os.environ), url)  # a launcher tells it itself
+        self._closed.callback(self._hook.close)
+        self._journalist = Journalist(self.run, self._hook)
+        self._closed.callback(self._journalist.close)
         # Not in output_dir, which may be full when the next epoch begins, or be deleted in its middle.
         scratch = Path(tempfile.mkdtemp(prefix="hf_spot-", dir=runtime.directory if runtime else None))
         self._closed.callback(shutil.rmtree, scratch, ignore_errors=True)
@@ -139,8 +137,6 @@ class Session:
         self._cadence = Cadence(trainer, arguments, self._is_busy, now, clock)
         self._metrics = Metrics(trainer, {"next_save_in_s": self._cadence.due_in_s})
         self._closed.callback(self._metrics.close)
-        self._hook = Hook(None if runtime else hook_url(arguments, os.environ), url)  # a launcher tells it itself
-        self._closed.callback(self._hook.close)
 
     # -- the start ----------------------------------------------------------------------------------------------------
 
@@ -172,7 +168,7 @@ class Session:
             self._learn()
         if self.restored is not None:
             self._bring_best()
-            self._restore_s = self._clock() - began
+            self._timing.restored(self._clock() - began)
             log.info("going on from step %d, committed by launch %d", self.restored.step, self.restored.ref.epoch)
             if not self.restored.ref.complete:
                 keep_samples(self.trainer, self.restored.details, allow_change=self._arguments.allow_batch_change)
@@ -201,14 +197,14 @@ class Session:
             step: that is committed; 0 for none.
         """
         if self.run.epoch:
-            data = {"step": step, "committed_step": step, "why": "before the first step", **self._timing(step)}
+            data = {"step": step, "committed_step": step, "why": "before the first step", **self._timing.to_details(step)}
             self._record("preempted", data, patience_s=_LAST_WORD_S)
         raise TrainingPreempted("the machine is going; nothing was trained in this launch", step=step or None)
 
     def _claim(self) -> int:
         if self._runtime is not None:
             self.run.adopt(self._runtime.epoch)
-            self._claimed_at = self._runtime.claimed_at or self._claimed_at
+            self._timing.claimed(self._runtime.claimed_at)
         else:
             newest = self.run.state().latest(self.stage)
             if newest is None or not newest.complete:  # else there is nothing to train, so nothing to write
@@ -223,7 +219,7 @@ class Session:
     def _claim_anew(self) -> None:
         about = {**about_this_machine("SpotCallback", os.environ), "stage": self.stage}
         log.info("launch %d of %s", self.run.claim(about), self.run.url)
-        self._claimed_at = self.run.journal.claimed_at or self._claimed_at
+        self._timing.claimed(self.run.journal.claimed_at)
         self._hook.tell(f"launch {self.run.epoch} has begun on {about['hostname']}")
 
     def _follow(self, epoch: int) -> None:
@@ -362,11 +358,8 @@ class Session:
 
     def step_begins(self) -> None:
         """Called by every rank when a step begins."""
-        if self._first_step_s is None:
-            self._first_step_s = (self._now() - self._claimed_at).total_seconds()
-            self._first_step_at, self._first_step = self._clock(), self.trainer.state.global_step
-            if self.agreement.is_main:
-                self._cadence.began()
+        if self._timing.step_begins(self.trainer.state.global_step) and self.agreement.is_main:
+            self._cadence.began()
 
     def ask(self) -> None:
         """Tells the other ranks what was heard here; `step_ended` and `micro_batch_ended` take the answer."""
@@ -491,10 +484,10 @@ class Session:
             self._rotate_as_on_main()
         began, self._save_began = self._save_began, None
         stall_s = None if began is None else self._clock() - began
-        self._stalled_s += stall_s or 0.0
+        self._timing.stalled(stall_s)
         self._cadence.saved(stall_s)
         self._metrics.put("stall_s", stall_s)
-        details = {**(request.details or {}), **self._timing(request.step), **self._carried()}
+        details = {**(request.details or {}), **self._timing.to_details(request.step), **self._carried()}
         request = replace(request, details=details)
         if self._uploader is not None:
             self.behind.then(partial(self._submit, self._uploader, folder, request, began, stall_s))
@@ -529,23 +522,6 @@ class Session:
         if self._uploader is None or self._uploader.trouble is not None:
             return False
         return not (self._uploader.idle and self.behind.wait(0.0))
-
-    def _timing(self, step: int) -> dict[str, Any]:
-        """What the time of this launch went to, so far; ``steps_s`` has evaluations in it, too."""
-
-        def rounded(seconds: float | None) -> float | None:
-            return None if seconds is None else round(seconds, 3)
-
-        began = self._first_step_s is not None
-        timing = {
-            "restore_s": rounded(self._restore_s),
-            "first_step_s": rounded(self._first_step_s),
-            "steps_s": rounded(self._clock() - self._first_step_at - self._stalled_s if began else 0.0),
-            "stalled_s": rounded(self._stalled_s),
-            "steps": step - self._first_step if began else 0,
-            "step": step,
-        }
-        return {"timing": timing}
 
     def _carried(self) -> dict[str, Any]:
         """For the launches after this one; nothing as long as the past is not known."""
@@ -590,7 +566,7 @@ class Session:
         committed = newest.step if newest else 0
         if self.preempted is not None:
             data = {"step": step, "committed_step": committed, "stage": self.stage, "why": self.preempted.why}
-            self._record("preempted", {**data, **self._timing(step)}, patience_s=_LAST_WORD_S)
+            self._record("preempted", {**data, **self._timing.to_details(step)}, patience_s=_LAST_WORD_S)
             raise TrainingPreempted(
                 f"preempted at step {step}; step {committed} is committed to {self.run.url}. "
                 "Start the same command again to go on.",
@@ -606,7 +582,7 @@ class Session:
                 else "start the same command again: it goes on from there",
             )
         if self._runtime is None:
-            self._record("finished", {"step": step, "stage": self.stage, **self._timing(step)})
+            self._record("finished", {"step": step, "stage": self.stage, **self._timing.to_details(step)})
 
     def _drain(self, uploader: Uploader) -> bool:
         """Waits for the last commit, as long as the machine lives, if a notice says how long; whether it came."""
@@ -640,7 +616,7 @@ class Session:
         self._uploader.drain(min(60.0, self._arguments.drain_timeout_s))
         if self._runtime is None:
             step = self.trainer.state.global_step
-            self._record("failed", {"error": type(error).__name__, "stage": self.stage, **self._timing(step)})
+            self._record("failed", {"error": type(error).__name__, "stage": self.stage, **self._timing.to_details(step)})
 
     def close(self) -> None:
         """Stops listening and uploading; gives back what was taken."""
@@ -680,22 +656,8 @@ class Session:
         return bool(answer and answer[0])
 
     def _record(self, kind: str, data: dict[str, Any], *, patience_s: float | None = None) -> None:
-        """Tells the journal, one thing after the other, and waits ``patience_s`` for it; None waits as long as it takes."""
-        if not self.agreement.is_main:
-            return
-        if kind in ENDINGS:
-            self._hook.tell(_ending_in_words(kind, data))
-        told = self._journalist.submit(self._tell, kind, data)
-        if not wait([told], patience_s).done and patience_s:
-            log.error("the journal could not be told %r: %s does not answer", kind, self.run.url)
-
-    def _tell(self, kind: str, data: dict[str, Any]) -> None:
-        try:
-            self.run.record(kind, data)
-        except SpotError as error:
-            log.error("the journal could not be told %r: %s", kind, error)
-        except Exception:
-            log.exception("the journal could not be told %r", kind)
+        if self.agreement.is_main:
+            self._journalist.record(kind, data, patience_s=patience_s)
 
 
 def _check(trainer: Trainer) -> None:
@@ -711,13 +673,6 @@ def _check(trainer: Trainer) -> None:
         )
     if args.ignore_data_skip:
         log.warning("ignore_data_skip=True: a resumed run sees other data than an uninterrupted one; set it to False")
-
-
-def _ending_in_words(kind: str, data: dict[str, Any]) -> str:
-    told = f"{kind} at step {data['timing']['step']}"
-    if "error" in data:
-        told += f", by {data['error']}"
-    return f"{told}; step {data['committed_step']} is committed" if "committed_step" in data else told
 
 
 def _is_own(resume_from_checkpoint: str | bool | None, output_dir: Path) -> bool:
