@@ -45,7 +45,8 @@ def test_a_full_disk_ends_the_training_with_a_clear_word_and_the_last_commit_sta
     disk: SmallDisk, store: str, tmp_path: Path, peace
 ) -> None:  # type: ignore[no-untyped-def]
     out = disk.path / "out"
-    trainer = make_trainer(out, SpotCallback(store, QUIET), *at(step_5=disk.fill))
+    callback = SpotCallback(store, QUIET)
+    trainer = make_trainer(out, callback, Patient(callback), *at(step_5=disk.fill))
     with pytest.raises(SpotError, match=r"checkpoint-6 can't be saved.*No space left") as caught:
         trainer.train()
     assert str(out) in str(caught.value)
@@ -97,8 +98,9 @@ def test_a_full_disk_takes_no_older_checkpoint_away(disk: SmallDisk, store: str)
     out = disk.path / "out"
     seen: list[list[str]] = []
     acts = at(step_5=lambda: disk.fill(48), step_8=lambda: seen.append(sorted(path.name for path in out.glob("checkpoint-*"))))
+    callback = SpotCallback(store, GO_ON)
     with pytest.raises(StoreError, match="only step 3 is in"):
-        make_trainer(out, SpotCallback(store, GO_ON), *acts, save_total_limit=1).train()
+        make_trainer(out, callback, Patient(callback), *acts, save_total_limit=1).train()
     assert seen == [["checkpoint-3"]]
     assert kinds(store)[-1] == "failed", "a run whose last step is not committed is not finished"
 
@@ -113,7 +115,7 @@ def test_a_notice_on_a_full_disk_ends_with_75_and_the_last_commit_stands(disk: S
         heard()
 
     with caplog.at_level(logging.ERROR, logger="hf_spot"), pytest.raises(TrainingPreempted) as caught:
-        make_trainer(disk.path / "out", callback, *at(step_5=act)).train()
+        make_trainer(disk.path / "out", callback, Patient(callback), *at(step_5=act)).train()
     assert (caught.value.code, caught.value.step) == (75, 3)
     assert kinds(store) == ["claim", "commit", "notice", "preempted"]
     assert "checkpoint-5 can't be saved" in caplog.text
@@ -123,8 +125,8 @@ def test_a_notice_on_a_full_disk_ends_with_75_and_the_last_commit_stands(disk: S
 def test_a_best_checkpoint_that_could_not_be_saved_is_not_the_best(disk: SmallDisk, store: str) -> None:
     # At a rate this small every evaluation is better than the one before.
     settings = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "learning_rate": 1e-3}
-    recorder = at(step_11=lambda: disk.fill(48))
-    trainer = make_trainer(disk.path / "out", SpotCallback(store, GO_ON), *recorder, **settings)
+    callback = SpotCallback(store, GO_ON)
+    trainer = make_trainer(disk.path / "out", callback, Patient(callback), *at(step_11=lambda: disk.fill(48)), **settings)
     with pytest.raises(StoreError, match="only step 9 is in"):
         trainer.train()
     assert trainer.state.best_global_step == 9
