@@ -217,12 +217,12 @@ def test_an_output_dir_that_is_deleted_costs_at_most_one_checkpoint(
                 lambda: ("put_file", "checkpoint-6") in [(name, key.split("/")[1]) for name, key in faulty.calls if "/" in key]
             )
         else:
-            assert session._uploader.drain(PATIENCE_S)
+            assert session.behind.wait(PATIENCE_S) and session._uploader.drain(PATIENCE_S)
         shutil.rmtree(out)
         gate.set()
 
     with caplog.at_level(logging.ERROR, logger="hf_spot"):
-        trainer = make_trainer(out, callback, *at(step_8=act))
+        trainer = make_trainer(out, callback, *at(step_8=act), Patient(callback, after_step=9))
         trainer.train()
     assert same(weights(trainer), peace[0])
     assert [ref.step for ref in Run(faulty).state().checkpoints] == ([3, 9, 12] if in_flight else [3, 6, 9, 12])
@@ -257,7 +257,7 @@ def test_a_forked_child_that_leaves_training_touches_nothing_and_does_not_hang(
         assert list((tmp_path / "out" / ".hf_spot").glob("pins-*/*/model.safetensors")), "the child took the upload away"
         gate.set()
 
-    trainer = make_trainer(tmp_path / "out", callback, *at(step_5=act))
+    trainer = make_trainer(tmp_path / "out", callback, *at(step_5=act), Patient(callback, after_step=6))
     try:
         trainer.train()
     except BaseException as error:
