@@ -24,7 +24,7 @@ from typing import Any
 from botocore import exceptions as aws
 
 from hf_spot.errors import SpotError
-from hf_spot.storage.store import Progress
+from hf_spot.storage.store import Progress, witness_of
 from hf_spot.storage.threads import Workers
 
 PART_BYTES = 64 << 20
@@ -83,7 +83,7 @@ class Transfers:
                     piece = _Piece(job, file.fileno(), 0, size)
                     self._bulk.put_object(Body=piece, **target, **extra, **self._sums(piece))
                 return
-            part_bytes = max(PART_BYTES, -(-size // _MOST_PARTS // _BLOCK_BYTES) * _BLOCK_BYTES)
+            part_bytes = PART_BYTES * max(1, -(-size // (_MOST_PARTS * PART_BYTES)))
 
             def send(upload: dict[str, Any], first: int, end: int) -> dict[str, Any]:
                 piece = _Piece(job, file.fileno(), first, end - first)
@@ -193,6 +193,7 @@ class Transfers:
                         block = answer.read_into(buffer[: end - at])
                         job.may_go_on()
                         _write(handle, block, at)
+                        job.see(at, block)
                         at, tries = at + len(block), 0
                         job.moved(len(block))
                 return
@@ -218,6 +219,7 @@ class _Job:
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
+        self.see = witness_of(progress)
         self._lock = threading.Lock()
         self._trouble: BaseException | None = None
 
@@ -357,6 +359,7 @@ class _Piece:
                 self._told = 0
             for block in self.blocks():
                 self._job.may_go_on()
+                self._job.see(self._first + self._told, block)
                 yield block
                 self._told += len(block)
                 self._job.moved(len(block))
