@@ -1,8 +1,8 @@
 """How long it takes from a notice to its commit: ``python tests/benchmarks/notice.py [--layers 12] [--json FILE]``.
 
 A training on the CPU whose checkpoints go to an S3 server that only moves bytes (`sink.py`). It saves twice, which tells what
-the link carries, and then hears a notice. From the decision at the end of that step until the commit stands is what is measured;
-the peer is the time in which that link carries the checkpoint's bytes.
+the link carries, and then hears a notice. Measured is the time from the decision at the end of that step until the commit
+stands; the peer is the time in which that link carries the checkpoint's bytes.
 """
 
 from __future__ import annotations
