@@ -5,8 +5,8 @@ whose uploads are bound to the journal by a digest and whose restores are verifi
 AWS CLI, of which those that are not installed are left out; and the ceiling, which is plain sockets with nothing checked. Each
 is measured in a process of its own, in turn; what counts is the best of ``--rounds``, and its processor seconds.
 
-The second half commits a checkpoint of which nine tenths are unchanged to real servers, beside the full upload: SeaweedFS, which
-moves the bytes of what it copies, and JuiceFS, if that is installed, which points to them.
+The second half commits a checkpoint of which nine tenths are unchanged to real servers, beside the full upload: SeaweedFS,
+which moves the bytes of what it copies, and JuiceFS, if that is installed, which points to them.
 """
 
 from __future__ import annotations
