@@ -9,10 +9,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.servers import SeaweedFS
+
+if TYPE_CHECKING:
+    from tests.storage.fake_hub import FakeHub
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell does this to what it runs in the background; the processes that tests start would never hear a Ctrl-C.
@@ -67,6 +71,39 @@ def s3_url(seaweedfs: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> str:
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
     return f"s3://tests/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[FakeHub]:
+    """A Hugging Face Hub that speaks to the real client."""
+    from tests.storage.fake_hub import FakeHub
+
+    with FakeHub() as server:
+        yield server
+
+
+@pytest.fixture
+def logged_in(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    """That Hub, with the environment that leads there."""
+    for name, value in hub.env().items():
+        monkeypatch.setenv(name, value)
+    return hub
+
+
+@pytest.fixture
+def hub_repo_url(logged_in: FakeHub) -> str:
+    """A fresh place in a model repository."""
+    name = f"me/{uuid.uuid4().hex}"
+    logged_in.make(f"models/{name}")
+    return f"hf://{name}/run"
+
+
+@pytest.fixture
+def hub_bucket_url(logged_in: FakeHub) -> str:
+    """A fresh place in a bucket of the Hub."""
+    name = f"me/{uuid.uuid4().hex}"
+    logged_in.make(f"buckets/{name}")
+    return f"hf://buckets/{name}/run"
 
 
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "sub/.metadata")
