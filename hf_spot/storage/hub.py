@@ -1,7 +1,7 @@
 """HubRepoStore and HubBucketStore: a run on the Hugging Face Hub, in a repository or in a bucket.
 
-A repository is Git: every write is a commit, which names its parent where two writers must be kept apart, and is refused when
-another commit came first. The Hub limits commits per hour, so what several threads want to write at the same time goes into one.
+A repository is Git: every write is a commit, which names its parent where two writers must be kept apart, and is then refused
+if another commit came first. The Hub limits commits per hour, so what several threads want to write at one time goes into one.
 
 A bucket takes any number of writes, and none of them can be conditional: it can't keep two machines apart, and says so.
 """
@@ -127,11 +127,11 @@ class _HubStore:
             raise ObjectNotFound(f"hf://{self._hub.shown}/{path} does not exist")
         return file
 
-    def _there(self, keys: Iterable[str], doing: str) -> Iterator[list[str]]:
+    def _there(self, keys: Iterable[str], doing: str) -> Iterator[tuple[str, ...]]:
         """The paths of those of ``keys`` that exist, in batches: deleting others is an error on the Hub."""
         paths = (self._path(key) for key in keys)
         while batch := [*islice(paths, _BATCH)]:
-            if there := [*self._hub.about(batch, doing=doing)]:
+            if there := tuple(self._hub.about(batch, doing=doing)):
                 yield there
 
 
@@ -151,8 +151,8 @@ class HubBucketStore(_HubStore):
         self._send(key, iter([memoryview(data)] if data else []))
 
     def create(self, key: str, data: bytes) -> bool:
-        """Looks, then writes: of two that do so at the same moment both may think that they won. That is better than nothing for
-        one machine at a time, and why ``fences`` is False."""
+        """Looks, then writes: of two that do so at the same moment both may think that they won, hence ``fences``. A machine
+        that wakes up later is still found out."""
         path = self._path(key)
         if self._hub.about([path], doing="write"):
             return False
@@ -235,7 +235,7 @@ class HubRepoStore(_HubStore):
         raise StoreUnavailable(f"can't create hf://{self._hub.shown}/{path}: others commit all the time")
 
     def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """The bytes by Xet, which sends only what the Hub has not got; then a commit, with those that are being uploaded now."""
+        """The bytes by Xet, which sends only what the Hub has not got; then a commit, with those that are on their way now."""
         where = self._path(key)
         with path.open("rb", buffering=0) as file, self._together.uploading() as done:
             done({where: self.prepared(where, file, progress)})
@@ -304,8 +304,8 @@ class HubRepoStore(_HubStore):
 class _Together:
     """Makes one commit of what several threads want to write.
 
-    A file that is uploaded waits until no other is on its way, so that a checkpoint's files become one commit; other writes wait
-    for nothing but the commit under way.
+    A file that is uploaded waits until no other is on its way, so that a checkpoint's files become one commit; other writes
+    wait for nothing but the commit under way.
 
     Args:
         commit: what makes one.
@@ -325,8 +325,8 @@ class _Together:
 
     @contextlib.contextmanager
     def uploading(self) -> Iterator[Callable[[dict[str, dict[str, Any]]], None]]:
-        """While a file is on its way; what it gives is called with the operations once it has arrived, and returns when they are
-        committed."""
+        """While a file is on its way. What it gives is called with the operations once the file has arrived, and returns when
+        they are committed."""
         arrived = False
         self._know_the_process()
         with self._changed:

@@ -26,7 +26,8 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
 from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, ObjectNotFound, SpotError, StoreError, StoreUnavailable
 
@@ -46,8 +47,8 @@ log_in = "hf auth login, or export HF_TOKEN=…"
 
 @dataclass(frozen=True)
 class HubFile:
-    """What the Hub tells of a file: ``path`` from the root of the repository or bucket, ``size`` in bytes, its content's name in
-    Xet and in Git LFS, None where it has none."""
+    """What the Hub tells of a file: ``path`` from the root of the repository or bucket, ``size`` in bytes, and the name of its
+    content in Xet and in Git LFS, None where it has none."""
 
     path: str
     size: int
@@ -220,7 +221,7 @@ class Hub:
         """Raises what huggingface_hub raises as a SpotError."""
         try:
             yield
-        except (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, *_network_trouble()) as error:
+        except _all_trouble() as error:
             raise self._explain(doing, key, error) from error
 
     @contextlib.contextmanager
@@ -266,7 +267,7 @@ class Hub:
         if status == 429:
             return StoreUnavailable(
                 f"{what}: the Hub wants fewer requests: {told}",
-                hint=f"wait {_wished_wait_s(answer):.0f} s; save less often: a repository takes a limited number of commits an hour",
+                hint=f"wait {_wished_wait_s(answer):.0f} s, and save less often: commits to a repository are limited per hour",
             )
         if status in (408, 409, 412) or status >= 500:
             return StoreUnavailable(f"{what}: {told}")
@@ -282,6 +283,10 @@ def _network_trouble() -> tuple[type[Exception], ...]:
     """What the HTTP library of this huggingface_hub raises: it has changed from httpx to httpx2."""
     library = __import__(type(get_session()).__module__.partition(".")[0])
     return (library.TransportError,)
+
+
+def _all_trouble() -> tuple[type[Exception], ...]:
+    return (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, *_network_trouble())
 
 
 def _wished_wait_s(answer: Any) -> float:

@@ -206,9 +206,8 @@ class FakeHub(FakeServer):
     def _commit(self, repo: Repo, name: str, asked: Asked) -> Answer:
         lines = [json.loads(line) for line in asked.body.splitlines()]
         head = lines[0]["value"]
-        if parent := head.get("parentCommit"):
-            if not repo.commits[-1][0].startswith(parent):
-                raise refuse(412, message="A commit has happened since. Please refresh and try again.")
+        if (parent := head.get("parentCommit")) and not repo.commits[-1][0].startswith(parent):
+            raise refuse(412, message="A commit has happened since. Please refresh and try again.")
         files = dict(repo.files)
         for line in lines[1:]:
             path, value = line["value"]["path"], line["value"]
