@@ -17,16 +17,18 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from hf_spot.errors import BucketNotFound, ConfigError, ObjectNotFound, SpotError, StoreUnavailable
+from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, ObjectNotFound, SpotError, StoreError, StoreUnavailable
 from hf_spot.storage.hub_connection import Hub, HubFile
 from hf_spot.storage.keys import check_key, check_prefix
+from hf_spot.storage.parts import Job
 from hf_spot.storage.store import ObjectInfo, ObjectStore, Progress
+from hf_spot.storage.threads import Workers
 
 _URL = re.compile(
     r"hf://(?:(?P<kind>models|datasets|buckets)/)?(?!(?:models|datasets|buckets|spaces)/)(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<prefix>.*))?"
@@ -56,21 +58,33 @@ def open_hub(url: str) -> ObjectStore:
     return (HubBucketStore if kind == "bucket" else HubRepoStore)(hub, check_key(prefix) if prefix else "")
 
 
+def open_model(url: str) -> HubRepoStore:
+    """The model repository ``hf://owner/name``, which may not be there yet.
+
+    Raises:
+        ConfigError: something else.
+    """
+    store = open_hub(url)
+    if not isinstance(store, HubRepoStore) or store.hub.kind != "model" or store.url != f"hf://{store.hub.shown}":
+        raise ConfigError(f"{url!r} names no model repository", hint="hf://owner/name")
+    return store
+
+
 class _HubStore:
     """What repositories and buckets have in common: reading."""
 
     def __init__(self, hub: Hub, prefix: str) -> None:
-        self._hub = hub
+        self.hub = hub
         self._base = f"{prefix}/" if prefix else ""
 
     @property
     def url(self) -> str:
         """As it was opened, without a slash at the end."""
-        return f"hf://{self._hub.shown}/{self._base}".rstrip("/")
+        return f"hf://{self.hub.shown}/{self._base}".rstrip("/")
 
     def get(self, key: str) -> bytes:
         """GET of the file."""
-        body: bytes = self._hub.ask("GET", self._hub.resolve(self._path(key)), doing="read", key=self._path(key)).content
+        body: bytes = self.hub.ask("GET", self.hub.resolve(self._path(key)), doing="read", key=self._path(key)).content
         return body
 
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
@@ -93,7 +107,7 @@ class _HubStore:
                     write(0, self.get(key) if file.size else b"")
                 else:
                     os.ftruncate(target.fileno(), file.size)
-                    self._hub.fetch(file, file.path, write)
+                    self.hub.fetch(file, file.path, write)
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
@@ -102,9 +116,9 @@ class _HubStore:
         """The tree below the last whole folder of ``prefix``, in pages, sorted here."""
         check_prefix(prefix)
         folder = (self._base + prefix).rpartition("/")[0]
-        url = f"{self._hub.api}/tree{self._hub.at_revision}" + (f"/{quote(folder, safe=self._slashes)}" if folder else "")
+        url = f"{self.hub.api}/tree{self.hub.at_revision}" + (f"/{quote(folder, safe=self._slashes)}" if folder else "")
         found = []
-        for page in self._hub.pages(url, params={"recursive": True}, doing="list", key=folder):
+        for page in self.hub.pages(url, params={"recursive": True}, doing="list", key=folder):
             for told in page:
                 key = told["path"][len(self._base) :]
                 if told["type"] == "file" and told["path"].startswith(self._base + prefix) and key > start_after:
@@ -122,16 +136,16 @@ class _HubStore:
 
     def _about(self, key: str) -> HubFile:
         path = self._path(key)
-        file = self._hub.about([path], doing="read").get(path)
+        file = self.hub.about([path], doing="read").get(path)
         if file is None:
-            raise ObjectNotFound(f"hf://{self._hub.shown}/{path} does not exist")
+            raise ObjectNotFound(f"hf://{self.hub.shown}/{path} does not exist")
         return file
 
     def _there(self, keys: Iterable[str], doing: str) -> Iterator[tuple[str, ...]]:
         """The paths of those of ``keys`` that exist, in batches: deleting others is an error on the Hub."""
         paths = (self._path(key) for key in keys)
         while batch := [*islice(paths, _BATCH)]:
-            if there := tuple(self._hub.about(batch, doing=doing)):
+            if there := tuple(self.hub.about(batch, doing=doing)):
                 yield there
 
 
@@ -154,7 +168,7 @@ class HubBucketStore(_HubStore):
         """Looks, then writes: of two that do so at the same moment both may think that they won, hence ``fences``. A machine
         that wakes up later is still found out."""
         path = self._path(key)
-        if self._hub.about([path], doing="write"):
+        if self.hub.about([path], doing="write"):
             return False
         self.put(key, data)
         return True
@@ -175,15 +189,15 @@ class HubBucketStore(_HubStore):
 
     def _send(self, key: str, blocks: Iterator[memoryview]) -> None:
         path = self._path(key)
-        self._batch(self._added(path, self._hub.send(blocks, path, sha256=False)), key=key)
+        self._batch(self._added(path, self.hub.send(blocks, path, sha256=False)), key=key)
 
     def _added(self, path: str, file: HubFile) -> dict[str, Any]:
         return {"type": "addFile", "path": path, "xetHash": file.xet_hash, "mtime": int(time.time() * 1000)}
 
     def _batch(self, *operations: dict[str, Any], key: str) -> None:
-        answer = self._hub.ask(
+        answer = self.hub.ask(
             "POST",
-            f"{self._hub.api}/batch",
+            f"{self.hub.api}/batch",
             content=_lines(operations),
             headers={"Content-Type": "application/x-ndjson"},
             doing="write",
@@ -191,9 +205,9 @@ class HubBucketStore(_HubStore):
             accept=(422,),
         )
         if failed := answer.json().get("failed"):
-            raise StoreUnavailable(f"can't write hf://{self._hub.shown}/{failed[0]['path']}: {failed[0]['error']}")
+            raise StoreUnavailable(f"can't write hf://{self.hub.shown}/{failed[0]['path']}: {failed[0]['error']}")
         if answer.status_code == 422:
-            raise StoreUnavailable(f"can't write hf://{self._hub.shown}/{key}: {answer.text[:200]}")
+            raise StoreUnavailable(f"can't write hf://{self.hub.shown}/{key}: {answer.text[:200]}")
 
 
 class HubRepoStore(_HubStore):
@@ -225,14 +239,14 @@ class HubRepoStore(_HubStore):
         give_up_at = time.monotonic() + _CREATES_S
         for attempt in range(1000):
             head = self.head()
-            if path in self._hub.about([path], doing="write"):
+            if path in self.hub.about([path], doing="write"):
                 return False
             if self.commit([_text_file(path, data)], parent=head):
                 return True
             if time.monotonic() > give_up_at:
                 break
             time.sleep(random.uniform(0, min(2.0, 0.05 * 2**attempt)))  # so that two don't meet again and again
-        raise StoreUnavailable(f"can't create hf://{self._hub.shown}/{path}: others commit all the time")
+        raise StoreUnavailable(f"can't create hf://{self.hub.shown}/{path}: others commit all the time")
 
     def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
         """The bytes by Xet, which sends only what the Hub has not got; then a commit, with those that are on their way now."""
@@ -251,16 +265,16 @@ class HubRepoStore(_HubStore):
     def delete(self, keys: Iterable[str]) -> None:
         """One commit for 1000."""
         for paths in self._there(keys, "delete"):
-            self._together.add({path: {"key": "deletedFile", "value": {"path": path}} for path in paths})
+            self._together.add({path: _deleted(path) for path in paths})
 
     def head(self) -> str:
         """The newest commit of the branch. Raises BucketNotFound."""
-        for branch in self._hub.ask("GET", f"{self._hub.api}/refs", doing="read").json()["branches"]:
-            if branch["name"] == self._hub.revision:
+        for branch in self.hub.ask("GET", f"{self.hub.api}/refs", doing="read").json()["branches"]:
+            if branch["name"] == self.hub.revision:
                 return str(branch["targetCommit"])
         raise BucketNotFound(
-            f"hf://{self._hub.shown} has no branch {self._hub.revision!r}",
-            hint=f"hf repos branch create {self._hub.id} {self._hub.revision}",
+            f"hf://{self.hub.shown} has no branch {self.hub.revision!r}",
+            hint=f"hf repos branch create {self.hub.id} {self.hub.revision}",
         )
 
     def prepared(self, path: str, file: Any, progress: Progress | None) -> dict[str, Any]:
@@ -268,25 +282,25 @@ class HubRepoStore(_HubStore):
         size = os.fstat(file.fileno()).st_size
         sample = base64.b64encode(file.read(_SAMPLE_BYTES)).decode()
         file.seek(0)
-        answer = self._hub.ask(
+        answer = self.hub.ask(
             "POST",
-            f"{self._hub.api}/preupload{self._hub.at_revision}",
+            f"{self.hub.api}/preupload{self.hub.at_revision}",
             json={"files": [{"path": path, "sample": sample, "size": size}], "gitIgnore": ""},
             doing="write",
             key=path,
         )
         if size == 0 or answer.json()["files"][0]["uploadMode"] == "regular":
             return _text_file(path, b"".join(_blocks(file, progress)))
-        return _large_file(path, self._hub.send(_blocks(file, progress), path, sha256=True))
+        return _large_file(path, self.hub.send(_blocks(file, progress), path, sha256=True))
 
     def commit(self, operations: Iterable[dict[str, Any]], *, parent: str = "", message: str = "hf_spot") -> bool:
         """Commits; False when ``parent`` is given and is not the newest commit any more."""
         head = {"summary": message, "description": "", **({"parentCommit": parent} if parent else {})}
         operations = [*operations]
         for attempt in range(5):
-            answer = self._hub.ask(
+            answer = self.hub.ask(
                 "POST",
-                f"{self._hub.api}/commit{self._hub.at_revision}",
+                f"{self.hub.api}/commit{self.hub.at_revision}",
                 content=_lines([{"key": "header", "value": head}, *operations]),
                 headers={"Content-Type": "application/x-ndjson"},
                 doing="write",
@@ -298,7 +312,57 @@ class HubRepoStore(_HubStore):
             if parent:
                 return False
             time.sleep(random.uniform(0, 0.2 * 2**attempt))  # another commit was being made
-        raise StoreUnavailable(f"can't write hf://{self._hub.shown}: others commit all the time")
+        raise StoreUnavailable(f"can't write hf://{self.hub.shown}: others commit all the time")
+
+    def publish(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        *,
+        superseded: Callable[[str], bool] = lambda name: False,
+        defaults: Collection[str] = (),
+        private: bool,
+        message: str,
+        workers: int = 4,
+        progress: Progress | None = None,
+    ) -> None:
+        """Uploads files and makes one commit of all, or none; the repository is made when it is missing.
+
+        Args:
+            folder: that holds them.
+            names: relative to it, and likewise in the repository.
+            superseded: says of another file in the repository that it goes with this commit.
+            defaults: of ``names``, those that give way to what the repository has.
+            private: a new repository is for its owner alone.
+            message: of the commit.
+            workers: files uploaded at the same time.
+            progress: see `Progress`.
+
+        Raises:
+            StoreError: others have changed the repository meanwhile.
+        """
+        try:
+            head = self.head()
+        except (BucketNotFound, AccessDenied):  # the Hub tells nobody what is not theirs; who may not create hears why
+            self.hub.create(private=private)
+            head = self.head()
+        there = {info.key for info in self.list()}
+        names = [name for name in names if name not in defaults or name not in there]
+        old = [name for name in sorted(there.difference(names)) if superseded(name)]
+
+        def prepare(name: str) -> dict[str, Any]:
+            with (folder / name).open("rb", buffering=0) as file:
+                return self.prepared(self._path(name), file, job.moved)
+
+        job = Job(progress)
+        with Workers(workers, "hf_spot-publish") as pool:
+            operations = job.in_parts(pool, prepare, names)
+        operations += [_deleted(self._path(name)) for name in old]
+        if not self.commit(operations, parent=head, message=message):
+            raise StoreError(
+                f"{self.url} has been changed by somebody else meanwhile; nothing was published",
+                hint=f"see {self.hub.endpoint}/{self.hub.id}/commits/{self.hub.revision}, then the same command again",
+            )
 
 
 class _Together:
@@ -402,6 +466,10 @@ def _text_file(path: str, data: bytes) -> dict[str, Any]:
 
 def _large_file(path: str, file: HubFile) -> dict[str, Any]:
     return {"key": "lfsFile", "value": {"path": path, "algo": "sha256", "oid": file.sha256, "size": file.size}}
+
+
+def _deleted(path: str) -> dict[str, Any]:
+    return {"key": "deletedFile", "value": {"path": path}}
 
 
 def _lines(values: Iterable[dict[str, Any]]) -> bytes:

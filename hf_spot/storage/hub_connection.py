@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -141,6 +141,12 @@ class Hub:
             yield answer.json()
             next_url = answer.links.get("next", {}).get("url")
             request.pop("params", None)  # the next page's URL holds them
+
+    def create(self, *, private: bool) -> None:
+        """Makes the repository; none is made where one is."""
+        with self.explained("create", ""):
+            api = HfApi(endpoint=self.endpoint, library_name="hf_spot")
+            api.create_repo(self.id, repo_type=self.kind, private=private, exist_ok=True)
 
     def headers(self) -> dict[str, str]:
         """Of every request; the token is looked up each time, because somebody may log in while a training goes on."""
@@ -272,6 +278,16 @@ class Hub:
         if status in (408, 409, 412) or status >= 500:
             return StoreUnavailable(f"{what}: {told}")
         return StoreError(f"{what}: {told}")
+
+
+def model_card(metadata: dict[str, Any], text: str) -> str:
+    """A README.md for the Hub.
+
+    Args:
+        metadata: of `huggingface_hub.ModelCardData`.
+        text: Markdown.
+    """
+    return str(ModelCard(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{text}"))
 
 
 def hub_file(told: dict[str, Any]) -> HubFile:

@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar, cast
 
 from hf_spot.errors import ConfigError, SpotError, StoreError, StoreNotFencing, StoreUnavailable
-from hf_spot.storage.store import ObjectStore
+from hf_spot.storage.store import ObjectStore, fences
 
 log = logging.getLogger("hf_spot")
 
@@ -44,7 +44,7 @@ class _Steps:
                 raise StoreError(f"{store.url} does not return what was written to it: {data[:20]!r} for b'first'")
             with self._step("creating what exists (create-if-absent)"):
                 second = store.create(key, b"second")
-            if second or not getattr(store, "fences", True):
+            if second or not fences(store):
                 self._unfenced()
             with self._step("listing"):
                 listed = self._listed(key, [key], lambda: None)
@@ -72,7 +72,7 @@ class _Steps:
     def _unfenced(self) -> None:
         url = self._store.url
         why = "ignores create-if-absent: it let a second writer replace what the first had created"
-        if not getattr(self._store, "fences", True):
+        if not fences(self._store):
             why = "has no create-if-absent: of two writers at the same moment both win"
         if not self._allow_unfenced:
             raise StoreNotFencing(

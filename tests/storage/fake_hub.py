@@ -104,7 +104,7 @@ class FakeHub(FakeServer):
         what = rest[0] if rest else ""
         with self._lock:
             if what == "resolve":
-                return self._resolve(repo, "/".join(rest[1:] if is_bucket else rest[2:]), asked)
+                return self._resolve(repo, name, "/".join(rest[1:] if is_bucket else rest[2:]))
             if what.startswith("xet-"):
                 if "write" in what:
                     self._may_write(asked)
@@ -155,12 +155,15 @@ class FakeHub(FakeServer):
             self.make(name, private=bool(wanted.get("private") or wanted.get("visibility") == "private"))
         return _json({"url": f"{self.endpoint}/{name.removeprefix('models/')}", "id": name.partition("/")[2]})
 
-    def _resolve(self, repo: Repo, path: str, asked: Asked) -> Answer:
+    def _resolve(self, repo: Repo, name: str, path: str) -> Answer:
         file = repo.files.get(path)
         if file is None:
             raise refuse(404, "EntryNotFound", "Entry not found")
         body = file.content if file.content is not None else self._bytes_of(file)
         headers = {"ETag": f'"{file.sha256 or hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": repo.commits[-1][0]}
+        if file.xet_hash:
+            route = f"{self.endpoint}/api/{name}/xet-read-token" + ("" if name.startswith("buckets/") else "/main")
+            headers |= {"X-Xet-Hash": file.xet_hash, "X-Xet-Refresh-Route": route, "X-Linked-Size": str(file.size)}
         return Answer(200, body, headers)
 
     def _bytes_of(self, file: File) -> bytes:

@@ -17,7 +17,7 @@ import pytest
 from hf_spot.errors import ConfigError, ObjectNotFound
 from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import probe
-from hf_spot.storage.store import ObjectStore
+from hf_spot.storage.store import ObjectStore, fences
 
 BIG_BYTES = 70 * 1024 * 1024 + 1  # two parts on S3
 
@@ -56,10 +56,6 @@ def big_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def keys(store: ObjectStore, prefix: str = "", start_after: str = "") -> list[str]:
     return [info.key for info in store.list(prefix, start_after)]
-
-
-def fences(store: ObjectStore) -> bool:
-    return getattr(store, "fences", True)
 
 
 def digest(path: Path) -> str:
