@@ -112,7 +112,7 @@ def test_a_large_upload_that_was_damaged_on_the_way_is_no_success(monkeypatch: p
     (tmp_path / "file").write_bytes(b"\1" * (9 * MB))
     with DamagedUploads() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.endpoint)
-        with pytest.raises(StoreUnavailable, match="(?i)checksum"):
+        with pytest.raises(StoreUnavailable, match="hecksum"):
             open_store("gs://bucket/run").put_file("a", tmp_path / "file")
 
 
