@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from blake3 import blake3
-
 from hf_spot.errors import CorruptCheckpoint
+from hf_spot.run.digest import NAMES, digest_of
 
-_BLOCK_BYTES = 1 << 20
-_HASHES: dict[str, Callable[[], Any]] = {"blake3": blake3, "sha256": hashlib.sha256}
+_DIGEST = re.compile(rf"({'|'.join(NAMES)}):[0-9a-f]{{64}}")
 
 
 @dataclass(frozen=True)
@@ -24,9 +21,10 @@ class FileEntry:
     """One file of a checkpoint: ``path`` relative to its folder with ``/``, ``size`` in bytes, and ``digest``: a hash's name,
     a colon, and its value in hex.
 
-    BLAKE3 (https://github.com/BLAKE3-team/BLAKE3-specs) is what ``b3sum`` prints. A cryptographic hash and nothing weaker,
-    because what is restored gets unpickled: the journal must bind it. It takes a quarter of the time of SHA-256, in which older
-    runs were written.
+    ``blake3`` (https://github.com/BLAKE3-team/BLAKE3-specs) is what ``b3sum`` prints. Files of more than 64 MiB have
+    ``blake3-64m``: the BLAKE3 of the BLAKE3 digests (32 bytes each) of their parts of 64 MiB, which can be had while the parts
+    come in any order. A cryptographic hash and nothing weaker, because what is restored gets unpickled: the journal must bind
+    it. It takes a quarter of the time of SHA-256, in which older runs were written.
     """
 
     path: str
@@ -35,7 +33,7 @@ class FileEntry:
 
     def __post_init__(self) -> None:
         check_path(self.path)
-        if type(self.size) is not int or self.size < 0 or not re.fullmatch("(blake3|sha256):[0-9a-f]{64}", str(self.digest)):
+        if type(self.size) is not int or self.size < 0 or not _DIGEST.fullmatch(str(self.digest)):
             raise CorruptCheckpoint(f"a manifest has no size or digest for {self.path!r}")
 
     @classmethod
@@ -69,16 +67,6 @@ def files_in(folder: Path) -> list[str]:
     for root, _, names in os.walk(folder):
         found += [(Path(root) / name).relative_to(folder).as_posix() for name in names if not name.startswith(".tmp")]
     return sorted(found)
-
-
-def digest_of(path: Path, hash: str = "blake3") -> str:
-    """The digest of a file as a `FileEntry` has it, read in blocks."""
-    digest = _HASHES[hash]()
-    block = memoryview(bytearray(_BLOCK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-    return f"{hash}:{digest.hexdigest()}"
 
 
 def difference(folder: Path, entry: FileEntry) -> str | None:

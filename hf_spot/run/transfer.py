@@ -11,7 +11,8 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from hf_spot.errors import CorruptCheckpoint, ObjectNotFound, SpotError
-from hf_spot.run.manifest import FileEntry, check_names, difference, digest_of, files_in
+from hf_spot.run.digest import Passing, digest_of
+from hf_spot.run.manifest import FileEntry, check_names, difference, files_in
 from hf_spot.run.unchanged import Standing, Unchanged
 from hf_spot.storage.store import ObjectStore, Progress
 from hf_spot.storage.threads import Workers
@@ -31,8 +32,8 @@ def upload(
 ) -> list[FileEntry]:
     """Puts every file of ``folder`` under ``prefix`` and returns the manifest that a commit needs.
 
-    A file that stands in the store already is copied there. Of others, hashing and sending read the same cached pages at the
-    same time. Memory does not grow with the files: at most 2 x ``workers`` x 4 MB (a block of each file that is hashed or
+    A file that stands in the store already is copied there. Others are hashed as they are sent, or afterwards where the store
+    shows nothing of them. Memory does not grow with the files: at most ``workers`` x 4 MB (a block of each file that is
     copied), and for S3 1 MB for each connection, because parts are read from the file as they go out.
 
     Raises:
@@ -41,37 +42,34 @@ def upload(
     """
     known = unchanged or Unchanged()
 
-    def put(name: str, path: Path) -> None:
-        store.put_file(f"{prefix}/{name}", path, progress)
+    def put(name: str, path: Path, size_bytes: int) -> str:
+        passing = Passing(size_bytes, progress)
+        store.put_file(f"{prefix}/{name}", path, passing)
+        return passing.digest() or digest_of(path)
 
-    def put_or_copy(name: str, path: Path, standing: Standing) -> str:
-        digest = digest_of(path)
+    def put_or_copy(name: str, path: Path, size_bytes: int, standing: Standing) -> str:
         with contextlib.suppress(ObjectNotFound):  # somebody has pruned it
-            if digest == standing.digest:
+            if digest_of(path, standing.digest.partition(":")[0]) == standing.digest:
                 store.copy(standing.key, f"{prefix}/{name}")
                 if progress is not None:
-                    progress(path.stat().st_size)
-                return digest
-        put(name, path)
-        return digest
+                    progress(size_bytes)
+                return standing.digest
+        return put(name, path, size_bytes)
 
-    with Workers(2 * workers, thread_name_prefix="hf_spot-upload") as pool:
-        jobs: list[tuple[str, os.stat_result, Future[str], Future[None] | None]] = []
+    with Workers(workers, thread_name_prefix="hf_spot-upload") as pool:
+        jobs: list[tuple[str, os.stat_result, Future[str]]] = []
         for name in files_in(folder):
             path = folder / name
             before = path.stat()
             standing = known.candidate(name, before.st_size)
             if standing and standing.key != f"{prefix}/{name}":  # else a try before this one failed after it
-                jobs.append((name, before, pool.submit(put_or_copy, name, path, standing), None))
+                jobs.append((name, before, pool.submit(put_or_copy, name, path, before.st_size, standing)))
             else:
-                sent = pool.submit(put, name, path)
-                jobs.append((name, before, pool.submit(digest_of, path), sent))
+                jobs.append((name, before, pool.submit(put, name, path, before.st_size)))
         try:
             entries = []
-            for name, before, digest, sending in jobs:
+            for name, before, digest in jobs:
                 entries.append(FileEntry(name, before.st_size, digest.result()))
-                if sending is not None:
-                    sending.result()
                 after = (folder / name).stat()
                 if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                     raise SpotError(f"{folder / name} changed while it was uploaded; this checkpoint is not committed")
@@ -109,11 +107,12 @@ def download(
             path.parent.mkdir(parents=True, exist_ok=True)
             problem: str | None = None
             for _ in range(_TRIES):  # damaged on the way, or where it stands?
+                passing = Passing(entry.size, progress)
                 try:
-                    _get(store, f"{prefix}/{entry.path}", path, entry.size, progress)
+                    _get(store, f"{prefix}/{entry.path}", path, entry.size, passing)
                 except ObjectNotFound as error:
                     raise CorruptCheckpoint(f"{store.url}/{prefix}/{entry.path} is missing") from error
-                if (problem := difference(work, entry)) is None:
+                if passing.digest() == entry.digest or (problem := difference(work, entry)) is None:
                     _sync(path)
                     return
             raise CorruptCheckpoint(f"{store.url}/{prefix}: {problem}")
@@ -139,13 +138,14 @@ def download(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _get(store: ObjectStore, key: str, path: Path, size_bytes: int, progress: Progress | None) -> None:
+def _get(store: ObjectStore, key: str, path: Path, size_bytes: int, passing: Passing) -> None:
     if size_bytes > _SMALL_BYTES:
-        store.get_file(key, path, progress)
+        store.get_file(key, path, passing)
         return
-    path.write_bytes(store.get(key))
-    if progress is not None:
-        progress(size_bytes)
+    data = store.get(key)
+    path.write_bytes(data)
+    passing.see(0, memoryview(data))
+    passing(size_bytes)
 
 
 def pin(folder: Path, into: Path) -> None:

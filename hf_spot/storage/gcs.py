@@ -27,7 +27,7 @@ from urllib3.exceptions import HTTPError
 
 from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, ObjectNotFound, SpotError, StoreError, StoreUnavailable
 from hf_spot.storage.keys import TEMPORARY_FOLDER, check_key, check_prefix
-from hf_spot.storage.parts import BLOCK_BYTES, Job, Piece, Stopped, write_at
+from hf_spot.storage.parts import BLOCK_IN_BYTES, Job, Piece, Stopped, write_at
 from hf_spot.storage.store import ObjectInfo, Progress
 from hf_spot.storage.threads import Workers
 
@@ -97,9 +97,9 @@ class GoogleStore:
             size = os.fstat(file.fileno()).st_size
             if size <= PART_BYTES:
                 with job.first_trouble():
-                    self._upload(blob, job, Piece(job, file.fileno(), 0, size), size)
+                    self._upload(blob, _Told(job, file.fileno(), 0, size), size)
                 return
-            part_bytes = max(PART_BYTES, -(-size // _MOST_PARTS))
+            part_bytes = PART_BYTES * max(1, -(-size // (_MOST_PARTS * PART_BYTES)))
             # It names the first folder of the key, so that `abort` can tell whose it was.
             folder = f"{self._base}{TEMPORARY_FOLDER}/{key.split('/', 1)[0]}.{uuid.uuid4().hex}"
             parts = [self._bucket.blob(f"{folder}/{first // part_bytes:02d}") for first in range(0, size, part_bytes)]
@@ -107,7 +107,7 @@ class GoogleStore:
             def send(number: int) -> None:
                 first = number * part_bytes
                 length = min(part_bytes, size - first)
-                self._upload(parts[number], job, Piece(job, file.fileno(), first, length), length)
+                self._upload(parts[number], _Told(job, file.fileno(), first, length), length)
 
             try:
                 job.in_parts(self._connection.workers, send, range(len(parts)))
@@ -170,14 +170,14 @@ class GoogleStore:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _upload(self, blob: Any, job: Job, piece: Piece, size: int) -> None:
+    def _upload(self, blob: Any, part: _Told, size: int) -> None:
         blob.chunk_size = _SENT_BYTES
-        blob.upload_from_file(_Told(job, piece), size=size, rewind=False, checksum="crc32c", **_TIMEOUTS)
+        blob.upload_from_file(part, size=size, rewind=False, checksum="crc32c", **_TIMEOUTS)
 
     def _fetch(self, blob: Any, job: Job, handle: int, at: int, end: int) -> None:
         """Bytes ``at`` to ``end`` to their place in the file; an answer that breaks off is asked for again from there on. The
         client's own way reads 8 KB at a time."""
-        buffer = memoryview(bytearray(min(BLOCK_BYTES, end - at)))
+        buffer = memoryview(bytearray(min(BLOCK_IN_BYTES, end - at)))
         url = f"{self._connection.client.api_endpoint}/download/storage/v1/b/{self._name}/o/{quote(blob.name, safe='')}"
         query = {"alt": "media", "generation": blob.generation}
         tries = 0
@@ -191,6 +191,7 @@ class GoogleStore:
                     while at < end and (count := answer.raw.readinto(buffer[: end - at])):
                         job.may_go_on()
                         write_at(handle, buffer[:count], at)
+                        job.see(at, buffer[:count])
                         at, tries = at + count, 0
                         job.moved(count)
                 if at < end:
@@ -287,11 +288,12 @@ class _Told:
     """A part as the client wants a file to be, which tells the job how far it has been read; what is read again, because a
     request was repeated, is not told again."""
 
-    def __init__(self, job: Job, piece: Piece) -> None:
+    def __init__(self, job: Job, handle: int, first: int, size: int) -> None:
         self._job = job
-        self._piece = piece
+        self._first = first
+        self._piece = Piece(job, handle, first, size)
         self._told = 0
-        self.tell, self.seek = piece.tell, piece.seek
+        self.tell, self.seek = self._piece.tell, self._piece.seek
 
     def read(self, count: int = -1) -> bytes:
         """As a file does. Raises Stopped, SpotError."""
@@ -302,8 +304,10 @@ class _Told:
             self._job.fail(SpotError("a file became shorter while it was uploaded; this checkpoint is not committed"))
             raise Stopped
         if self._piece.tell() > self._told:
-            new, self._told = self._piece.tell() - self._told, self._piece.tell()
-            self._job.moved(new)
+            new = memoryview(block)[self._told - before :]
+            self._job.see(self._first + self._told, new)
+            self._told += len(new)
+            self._job.moved(len(new))
         return block
 
 

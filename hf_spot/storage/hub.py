@@ -26,15 +26,14 @@ from urllib.parse import quote
 from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, ObjectNotFound, SpotError, StoreError, StoreUnavailable
 from hf_spot.storage.hub_connection import Hub, HubFile
 from hf_spot.storage.keys import check_key, check_prefix
-from hf_spot.storage.parts import Job
-from hf_spot.storage.store import ObjectInfo, ObjectStore, Progress
+from hf_spot.storage.parts import BLOCK_BYTES, Job, write_at
+from hf_spot.storage.store import ObjectInfo, ObjectStore, Progress, witness_of
 from hf_spot.storage.threads import Workers
 
 _URL = re.compile(
     r"hf://(?:(?P<kind>models|datasets|buckets)/)?(?!(?:models|datasets|buckets|spaces)/)(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<prefix>.*))?"
 )
 _EXAMPLES = "hf://buckets/owner/name/run, or hf://owner/name/run for a model repository"
-_BLOCK_BYTES = 1 << 20
 _SAMPLE_BYTES = 512  # of a file, by which the Hub decides how to keep it
 _BATCH = 1000  # files named in one request
 _CREATES_S = 60.0  # of trying, while others commit
@@ -93,21 +92,20 @@ class _HubStore:
         path = Path(path)
         beside = path.with_name(f".hf_spot-{uuid.uuid4().hex}")
         try:
-            with beside.open("xb", buffering=0) as target:
-
-                def write(offset: int, block: bytes) -> None:
-                    rest = memoryview(block)
-                    while rest:
-                        written = os.pwrite(target.fileno(), rest, offset)
-                        rest, offset = rest[written:], offset + written
+            with beside.open("xb", buffering=0) as target, contextlib.ExitStack() as stack:
+                at, see = 0, witness_of(progress)
+                if file.size == 0:
+                    blocks: Iterator[bytes] = iter(())
+                elif file.xet_hash is None:
+                    blocks = iter((self.get(key),))
+                else:
+                    blocks = stack.enter_context(contextlib.closing(self.hub.fetch(file, file.path)))
+                for block in blocks:
+                    write_at(target.fileno(), memoryview(block), at)
+                    see(at, memoryview(block))
+                    at += len(block)
                     if progress is not None:
                         progress(len(block))
-
-                if file.xet_hash is None or file.size == 0:
-                    write(0, self.get(key) if file.size else b"")
-                else:
-                    os.ftruncate(target.fileno(), file.size)
-                    self.hub.fetch(file, file.path, write)
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
@@ -478,8 +476,10 @@ def _lines(values: Iterable[dict[str, Any]]) -> bytes:
 
 def _blocks(file: Any, progress: Progress | None) -> Iterator[memoryview]:
     """The rest of an open file; each block is gone when the next is asked for."""
-    buffer = memoryview(bytearray(_BLOCK_BYTES))
+    buffer, at, see = memoryview(bytearray(BLOCK_BYTES)), 0, witness_of(progress)
     while count := file.readinto(buffer):
+        see(at, buffer[:count])
         yield buffer[:count]
+        at += count
         if progress is not None:
             progress(count)

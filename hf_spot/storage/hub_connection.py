@@ -14,7 +14,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -184,18 +184,18 @@ class Hub:
             raise
         return HubFile(key, info.file_size, info.hash, info.sha256)
 
-    def fetch(self, file: HubFile, key: str, write: Callable[[int, bytes], None]) -> None:
-        """Has ``write`` called with the bytes of a file that is in Xet, in any order, each with its place in the file."""
+    def fetch(self, file: HubFile, key: str) -> Generator[bytes, None, None]:
+        """The bytes of a file that is in Xet, in blocks."""
         with self._xet_trouble("read", key):
             group = self._xet.new_download_stream_group(**self._way_to_bytes("read", key))
-            stream = iter(group.download_unordered_stream(hf_xet.XetFileInfo(file.xet_hash, file.size)))
+            stream = iter(group.download_stream(hf_xet.XetFileInfo(file.xet_hash, file.size)))
         try:
             while True:
                 with self._xet_trouble("read", key):
-                    offset, block = next(stream, (0, None))
+                    block = next(stream, None)
                 if block is None:
                     return
-                write(offset, block)
+                yield block
         finally:
             with contextlib.suppress(Exception):
                 group.abort()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hf_spot.errors import AccessDenied, BucketNotFound, ObjectNotFound, StoreError, StoreUnavailable
 from hf_spot.storage.keys import TEMPORARY_FOLDER, check_key, check_prefix
-from hf_spot.storage.store import ObjectInfo, Progress
+from hf_spot.storage.store import ObjectInfo, Progress, witness_of
 
 _CHUNK_BYTES = 4 << 20
 _STALE_S = 86400.0  # a half-written file that nobody has touched for a day was left by a machine that died
@@ -318,8 +318,11 @@ def _free(path: Path) -> str:
 
 
 def _copy(read: Callable[[int], bytes], write: Callable[[bytes], None], progress: Progress | None) -> None:
+    see, at = witness_of(progress), 0
     while chunk := read(_CHUNK_BYTES):
         write(chunk)
+        see(at, memoryview(chunk))
+        at += len(chunk)
         if progress is not None:
             progress(len(chunk))
 

@@ -1,8 +1,8 @@
 """Moves files to and from S3 in parts, several at a time, each straight between the file and its connection.
 
-botocore's own transfers read a file in blocks of 16 kB, and copy what comes in four times. Here a block is 1 MB, read from its
-place in the file when the connection can take it and written to its place when it comes, so that a transfer holds one block for
-each connection, whatever the size of the file.
+botocore's own transfers read a file in blocks of 16 kB, and copy what comes in four times. Here a block is 1 MB going out and 4
+coming in, read from its place in the file when the connection can take it and written to its place when it comes, so that a
+transfer holds one block for each connection, whatever the size of the file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from botocore import exceptions as aws
 
-from hf_spot.storage.parts import BLOCK_BYTES, Job, Piece, Stopped, write_at
+from hf_spot.storage.parts import BLOCK_IN_BYTES, Job, Piece, Stopped, write_at
 from hf_spot.storage.store import Progress
 from hf_spot.storage.threads import Workers
 
@@ -76,7 +76,7 @@ class Transfers:
                     piece = Piece(job, file.fileno(), 0, size)
                     self._bulk.put_object(Body=piece, **target, **extra, **self._sums(piece))
                 return
-            part_bytes = max(PART_BYTES, -(-size // _MOST_PARTS // BLOCK_BYTES) * BLOCK_BYTES)
+            part_bytes = PART_BYTES * max(1, -(-size // (_MOST_PARTS * PART_BYTES)))
 
             def send(upload: dict[str, Any], first: int, end: int) -> dict[str, Any]:
                 piece = Piece(job, file.fileno(), first, end - first)
@@ -175,7 +175,7 @@ class Transfers:
 
     def _fetch(self, target: dict[str, str], job: Job, handle: int, at: int, end: int, body: Any) -> None:
         """Bytes ``at`` to ``end`` to their place in the file; an answer that breaks off is asked for again from there on."""
-        buffer = memoryview(bytearray(min(BLOCK_BYTES, end - at)))
+        buffer = memoryview(bytearray(min(BLOCK_IN_BYTES, end - at)))
         tries = 0
         while True:
             try:
@@ -186,6 +186,7 @@ class Transfers:
                         block = answer.read_into(buffer[: end - at])
                         job.may_go_on()
                         write_at(handle, block, at)
+                        job.see(at, block)
                         at, tries = at + len(block), 0
                         job.moved(len(block))
                 return

@@ -12,6 +12,22 @@ Progress = Callable[[int], None]
 transfer and reaches the caller: that is how a transfer is cancelled."""
 
 
+class Witness(Protocol):
+    """A `Progress` that is shown what moves, too, by stores that have it in their hands: `witness_of` finds it."""
+
+    def __call__(self, count: int, /) -> None:
+        """As `Progress`."""
+
+    def see(self, at: int, block: memoryview, /) -> None:
+        """These bytes stand ``at`` bytes behind the file's start. The block is gone when this returns. From any thread, and in
+        any order of the parts of a file; a part that is moved again is shown again, from its start."""
+
+
+def witness_of(progress: Progress | None) -> Callable[[int, memoryview], None]:
+    """What to show blocks to: nobody, if this progress is no `Witness`."""
+    return getattr(progress, "see", lambda at, block: None)
+
+
 @dataclass(frozen=True)
 class ObjectInfo:
     """One listed object: ``key`` relative to the store's URL, ``size`` in bytes."""

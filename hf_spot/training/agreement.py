@@ -35,6 +35,7 @@ class Agreement:
         if self._options is not None:
             self._options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
         self._work: Any = None
+        self._alone: tuple[float, ...] = ()
         self._asked = False
 
     @property
@@ -59,10 +60,13 @@ class Agreement:
         An answer that nobody has taken is given up.
         """
         self.answer()
-        self._values[:] = array("d", values)
         self._asked = True
-        if self._group is not None:  # not by `dist.all_reduce`, which takes twice as long to begin
-            self._work = self._group.allreduce([self._tensor], self._options)
+        if self._group is None:
+            self._alone = values
+            return
+        self._values[:] = array("d", values)
+        # Not by `dist.all_reduce`, which takes twice as long to begin.
+        self._work = self._group.allreduce([self._tensor], self._options)
 
     def answer(self) -> tuple[float, ...]:
         """Element by element the largest value that any rank brought with its last `ask`; empty when nothing was asked."""
@@ -72,7 +76,7 @@ class Agreement:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        return tuple(self._values)
+        return tuple(self._values) if self._group is not None else self._alone
 
     def from_main(self, act: Callable[[], T]) -> T:
         """Lets rank 0 act; every rank gets its result, or its exception."""

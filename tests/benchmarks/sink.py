@@ -1,6 +1,6 @@
 """An S3 server that throws away what it is given, so that a store's speed and disk limit nothing: ``python sink.py [FOLDER]``.
 
-It keeps objects of up to a megabyte, which a journal needs. Larger ones it drops in the kernel, and sends back the file of
+It keeps objects of up to 8 MB, which a journal needs. Larger ones it drops in the kernel, and sends back the file of
 their name in FOLDER, from the kernel too: what a client reaches against it is the client's own limit. It prints its endpoint
 and serves until its standard input ends.
 """
@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape, unescape
 
-_KEPT_BYTES = 1 << 20
+_KEPT_BYTES = 8 << 20
 _BLOCK_BYTES = 1 << 20
 
 
@@ -38,6 +38,7 @@ class Handler(BaseHTTPRequestHandler):
     """The requests that an upload with its commit makes."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body go out apart, and would wait 40 ms for each other
     server: Sink
 
     def setup(self) -> None:

@@ -5,7 +5,8 @@ whose uploads are bound to the journal by a digest and whose restores are verifi
 AWS CLI, of which those that are not installed are left out; and the ceiling, which is plain sockets with nothing checked. Each
 is measured in a process of its own, in turn; what counts is the best of ``--rounds``, and its processor seconds.
 
-The second half commits a checkpoint of which nine tenths are unchanged to a real server (SeaweedFS), beside the full upload.
+The second half commits a checkpoint of which nine tenths are unchanged to real servers, beside the full upload: SeaweedFS,
+which moves the bytes of what it copies, and JuiceFS, if that is installed, which points to them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -217,9 +218,11 @@ def main() -> None:
         ours = best[where]["hf_spot"]["s"]
         found[where] = {**best[where], "of_best_peer": min(peers) / ours, "of_ceiling": best[where]["ceiling"]["s"] / ours}
         print(f"  hf_spot is {min(peers) / ours:.2f} of the best peer, {best[where]['ceiling']['s'] / ours:.2f} of the ceiling")
-    found["unchanged"] = nine_tenths_unchanged(min(size_bytes, 10**9))
-    full, second = (found["unchanged"][name] for name in ("full_s", "second_s"))
-    print(f"nine tenths unchanged, SeaweedFS: {second:.2f} s instead of {full:.2f} s ({second / full:.2f} of it)")
+    servers = {"SeaweedFS": seaweedfs(), **({"JuiceFS": juicefs()} if shutil.which("juicefs") else {})}
+    found["unchanged"] = {name: nine_tenths_unchanged(min(size_bytes, 10**9), server) for name, server in servers.items()}
+    for name, took in found["unchanged"].items():
+        full, second = took["full_s"], took["second_s"]
+        print(f"nine tenths unchanged, {name}: {second:.2f} s instead of {full:.2f} s ({second / full:.2f} of it)")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 
@@ -260,16 +263,13 @@ def sink(folder: Path) -> Iterator[None]:
         server.wait()
 
 
-def nine_tenths_unchanged(size_bytes: int) -> dict[str, float]:
-    """Seconds of a full upload, and of one of which a tenth is new."""
+def nine_tenths_unchanged(size_bytes: int, server: AbstractContextManager[str]) -> dict[str, float]:
+    """Seconds of a full upload, and of one of which a tenth is new; the server gives its bucket's URL."""
     sys.path.insert(0, str(HERE.parent.parent))
     from hf_spot.run.run import CommitRequest, Run
-    from tests.servers import SeaweedFS
 
-    with SeaweedFS() as server, tempfile.TemporaryDirectory(prefix="hf_spot-transfers-", dir="/dev/shm") as scratch:
-        server.make_bucket("tests")
-        os.environ.update(server.env())
-        run = Run("s3://tests/run")
+    with server as url, tempfile.TemporaryDirectory(prefix="hf_spot-transfers-", dir="/dev/shm") as scratch:
+        run = Run(f"{url}/run", allow_unfenced_store=True)
         run.claim()
         folder = make_checkpoint(Path(scratch) / "checkpoint-1", size_bytes // 10)
         with (folder / "base.safetensors").open("wb") as file:
@@ -282,6 +282,43 @@ def nine_tenths_unchanged(size_bytes: int) -> dict[str, float]:
             with (folder / name).open("r+b") as file:
                 file.write(block)
         return {"full_s": full_s, "second_s": took(2)}
+
+
+@contextmanager
+def seaweedfs() -> Iterator[str]:
+    """A server that copies an object by moving its bytes."""
+    from tests.servers import SeaweedFS
+
+    with SeaweedFS() as server:
+        server.make_bucket("tests")
+        os.environ.update(server.env())
+        yield "s3://tests"
+
+
+@contextmanager
+def juicefs() -> Iterator[str]:
+    """A server that copies an object by pointing to its bytes. It ignores create-if-absent."""
+    from tests.servers import free_ports
+
+    keys = {"MINIO_ROOT_USER": "benchmark", "MINIO_ROOT_PASSWORD": "benchmark"}
+    with tempfile.TemporaryDirectory(prefix="hf_spot-juicefs-") as folder:
+        meta, where = f"sqlite3://{folder}/meta.db", f"127.0.0.1:{free_ports(1)[0]}"
+        make = ["juicefs", "format", "--storage", "file", "--bucket", f"{folder}/data/", meta, "tests"]
+        subprocess.run(make, check=True, capture_output=True)
+        serve = ["juicefs", "gateway", "--no-usage-report", "--cache-dir", f"{folder}/cache", meta, where]
+        gateway = subprocess.Popen(serve, env={**os.environ, **keys}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            host, port = where.split(":")
+            while gateway.poll() is None:
+                with suppress(OSError), socket.create_connection((host, int(port))):
+                    break
+                time.sleep(0.1)
+            access = {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark"}
+            os.environ.update(access, AWS_ENDPOINT_URL=f"http://{where}")
+            yield "s3://tests"
+        finally:
+            gateway.terminate()
+            gateway.wait()
 
 
 def _commit(run: Any, folder: Path, request: Any) -> None:

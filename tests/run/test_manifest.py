@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from hf_spot.errors import CorruptCheckpoint
-from hf_spot.run.manifest import FileEntry, difference, digest_of, files_in, missing_for_resume, needed_by
+from hf_spot.run.digest import digest_of
+from hf_spot.run.manifest import FileEntry, difference, files_in, missing_for_resume, needed_by
 
 DIGEST = "blake3:" + "0" * 64
 WHOLE = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json"]

@@ -29,7 +29,7 @@ from tests.waiting import PATIENCE_S
 MB = 1 << 20
 
 
-@pytest.mark.parametrize("kind", ["gcs", "azure", "hub_repo", "hub_bucket"])
+@pytest.mark.parametrize("kind", ["gcs", "azure", "azurite", "hub_repo", "hub_bucket"])
 def test_a_run_is_saved_pruned_restored_and_fenced(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, make_checkpoint: Callable[[int], Path]
 ) -> None:

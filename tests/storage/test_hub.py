@@ -34,7 +34,7 @@ def run_one_checkpoint(run: Run, folder: Path, step: int) -> None:
     run.commit(request, run.upload(folder, request))
 
 
-def test_a_checkpoint_of_several_files_costs_three_commits(
+def test_a_checkpoint_costs_a_commit_for_each_four_files_and_two_for_the_journal(
     logged_in: FakeHub, hub_repo_url: str, make_checkpoint: Callable[[int], Path]
 ) -> None:
     run, repo = Run(hub_repo_url), repo_of(logged_in, hub_repo_url)
@@ -43,8 +43,8 @@ def test_a_checkpoint_of_several_files_costs_three_commits(
 
     run_one_checkpoint(run, make_checkpoint(5), 5)
 
-    # All files together, the journal's entry, and the hint where the newest entry is.
-    assert len(repo.commits) - before == 3
+    # Six files by four workers, the journal's entry, and the hint where the newest entry is.
+    assert len(repo.commits) - before <= 2 + 2
 
 
 def test_a_run_goes_on_from_its_checkpoint_and_an_older_launch_is_fenced(
