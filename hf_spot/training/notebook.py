@@ -1,0 +1,30 @@
+"""What is different in a notebook: there a person goes on by running a cell, and reads errors below it."""
+
+from __future__ import annotations
+
+import builtins
+import multiprocessing
+import warnings
+
+
+def in_notebook() -> bool:
+    """Whether this is IPython, in a kernel or in a terminal, or a process that it has forked."""
+    return hasattr(builtins, "__IPYTHON__")
+
+
+def how_to_go_on() -> str:
+    """What a person does after a preemption."""
+    if in_notebook():
+        return "Run this cell again, here or on another machine: training goes on from there."
+    return "Start the same command again to go on."
+
+
+def shows_errors() -> bool:
+    """Whether what is raised stands below the cell, so that the log need not say it, too."""
+    return in_notebook() and multiprocessing.parent_process() is None
+
+
+def hush_advice_on_exits() -> None:
+    """Keeps IPython, after a `TrainingPreempted`, from telling how to leave IPython, as it does below every SystemExit."""
+    if in_notebook():
+        warnings.filterwarnings("ignore", message="To exit: use", category=UserWarning, module="IPython")
