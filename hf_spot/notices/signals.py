@@ -160,8 +160,9 @@ class KeyboardSource:
 
     def poll(self) -> PreemptionNotice | None:
         """TERMINATE once it was heard. There is no deadline: a person waits."""
-        heard_at = self._heard_at
-        return heard_at and PreemptionNotice(NoticeKind.TERMINATE, self.name, f"SIGINT {heard_at.isoformat()}")
+        if self._heard_at is None:
+            return None
+        return PreemptionNotice(NoticeKind.TERMINATE, self.name, f"SIGINT {self._heard_at.isoformat()}")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = self._now()

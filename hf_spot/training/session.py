@@ -43,7 +43,7 @@ from hf_spot.training.disks import find_disk
 from hf_spot.training.exactness import RandomStates
 from hf_spot.training.journalist import Journalist
 from hf_spot.training.metrics import Metrics
-from hf_spot.training.notebook import how_to_go_on, hush_advice_on_exits
+from hf_spot.training.notebook import forget_the_agents_handlers, how_to_go_on, hush_advice_on_exits
 from hf_spot.training.saves import check_output_dir
 from hf_spot.training.snapshot import WriteBehind
 from hf_spot.training.timing import Timing
@@ -342,6 +342,7 @@ class Session:
         def on_notice(notice: PreemptionNotice) -> None:
             self._heard = None if notice.kind is NoticeKind.CANCELLED else notice
 
+        forget_the_agents_handlers()
         listened_to = sources(self._arguments, environ=os.environ)
         if listened_to:
             listened_to.append(KeyboardSource())

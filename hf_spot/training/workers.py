@@ -1,7 +1,8 @@
 """DataLoader workers that outlive a signal to the whole job.
 
 Some schedulers send SIGTERM to every process (systemd, ``scancel --full``, a container's init), and a terminal or Jupyter
-sends Ctrl-C's SIGINT. The training hears it and saves; its DataLoader workers would die of it, and the training with them in its next step, before it could save.
+sends Ctrl-C's SIGINT. The training hears it and saves; its DataLoader workers would die of it, and the training with them in
+its next step, before it could save.
 """
 
 from __future__ import annotations
