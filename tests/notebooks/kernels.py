@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
+import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +17,8 @@ from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 
 from tests.waiting import PATIENCE_S
+
+_PRESS_S = 1.2  # longer than what counts as one press
 
 
 @dataclass
@@ -29,7 +34,7 @@ class Kernel:
     """A kernel that runs one cell after the other."""
 
     def __init__(self, manager: KernelManager, client: BlockingKernelClient) -> None:
-        self.manager = manager
+        self._manager = manager
         self._client = client
         self._asked = ""
 
@@ -41,27 +46,28 @@ class Kernel:
         """Returns when the cell that runs has printed this."""
         seen = ""
         while text not in seen:
-            try:
-                message = self._client.get_iopub_msg(timeout=PATIENCE_S)
-            except queue.Empty:
-                raise AssertionError(f"waited in vain for {text!r} in {seen!r}") from None
-            if message["parent_header"].get("msg_id") != self._asked:
-                continue
+            message = self._next(PATIENCE_S)
+            assert message is not None and message["msg_type"] != "error", f"waited in vain for {text!r}: {seen} {message}"
             seen += message["content"].get("text", "")
-            assert message["msg_type"] != "error", message["content"]
 
-    def outcome(self) -> Outcome:
-        """Waits for the end of the cell."""
+    def outcome(self, *, pressing: bool = False) -> Outcome:
+        """Waits for the end of the cell.
+
+        Args:
+            pressing: the stop button again and again, as who has no patience does.
+        """
         found = Outcome()
+        give_up_at = time.monotonic() + PATIENCE_S
         while True:
-            message = self._client.get_iopub_msg(timeout=PATIENCE_S)
-            kind, content = message["msg_type"], message["content"]
-            if message["parent_header"].get("msg_id") != self._asked:
+            assert time.monotonic() < give_up_at, f"the cell does not end: {found}"
+            message = self._next(_PRESS_S)
+            if message is None:
+                if pressing:
+                    self.interrupt()
                 continue
+            kind, content = message["msg_type"], message["content"]
             if kind == "stream":
                 found.shown += content["text"]
-            elif kind in ("execute_result", "display_data"):
-                found.shown += content["data"].get("text/plain", "")
             elif kind == "error":
                 found.errors.append(content)
             elif kind == "status" and content["execution_state"] == "idle":
@@ -78,7 +84,15 @@ class Kernel:
 
     def interrupt(self) -> None:
         """What the stop button does."""
-        self.manager.interrupt_kernel()
+        self._manager.interrupt_kernel()
+
+    def _next(self, patience_s: float) -> dict[str, Any] | None:
+        """The next message of the cell that runs."""
+        with contextlib.suppress(queue.Empty):
+            while (message := self._client.get_iopub_msg(timeout=patience_s))["parent_header"].get("msg_id") != self._asked:
+                continue
+            return dict(message)
+        return None
 
 
 @contextmanager
@@ -91,6 +105,7 @@ def kernel(folder: Path, environment: Mapping[str, str]) -> Iterator[Kernel]:
     """
     manager = KernelManager()
     manager.start_kernel(cwd=str(folder), env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
+    group = manager.provisioner.pid  # type: ignore[union-attr]
     client = manager.client()
     try:
         client.start_channels()
@@ -98,5 +113,7 @@ def kernel(folder: Path, environment: Mapping[str, str]) -> Iterator[Kernel]:
         yield Kernel(manager, client)
     finally:
         client.stop_channels()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)  # the workers that it has forked, too
         manager.shutdown_kernel(now=True)
         manager.cleanup_resources()
