@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         StoreError,
         StoreNotFencing,
         StoreUnavailable,
+        TrainingInterrupted,
         TrainingPreempted,
         Untrusted,
     )
@@ -59,6 +60,7 @@ __all__ = [
     "StoreError",
     "StoreNotFencing",
     "StoreUnavailable",
+    "TrainingInterrupted",
     "TrainingPreempted",
     "Untrusted",
     "__version__",

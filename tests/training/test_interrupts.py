@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
-from hf_spot.errors import TrainingInterrupted
+from hf_spot import Run, SpotArguments, SpotCallback, TrainingInterrupted, TrainingPreempted
 from tests.training.conftest import Recorder, make_trainer, same, weights
 
 
