@@ -72,8 +72,9 @@ class Kernel:
                 found.errors.append(content)
             elif kind == "status" and content["execution_state"] == "idle":
                 break
-        reply = self._client.get_shell_msg(timeout=PATIENCE_S)
-        assert reply["parent_header"]["msg_id"] == self._asked
+        # A kernel that was slow to start has been asked more than once whether it is there, and answers each time.
+        while (reply := self._client.get_shell_msg(timeout=PATIENCE_S))["parent_header"]["msg_id"] != self._asked:
+            continue
         found.status = reply["content"]["status"]
         return found
 
