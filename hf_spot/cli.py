@@ -347,9 +347,11 @@ def _publish(args: argparse.Namespace) -> int:
     from hf_spot.economics.report import summarise
     from hf_spot.economics.table import story
     from hf_spot.run.progress import bar
-    from hf_spot.run.publish import publish
 
     run = _open(args.run)
+    _open(args.what)  # tells what is missing here, where something is
+    from hf_spot.run.publish import publish
+
     done = publish(
         run,
         args.what,
