@@ -5,6 +5,7 @@ A new source is one more `Case`, with what makes it speak.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import logging
 import os
@@ -198,6 +199,66 @@ def test_a_refused_request_is_an_error_and_the_next_poll_hears(service: Service,
     service.fake.fail(status)
     with pytest.raises(SpotError, match=str(status)):
         service.source.poll()
+    assert heard(service.source).kind is NoticeKind.TERMINATE
+
+
+def test_a_service_that_knows_nothing_of_notices_is_no_notice_and_the_next_poll_hears(service: Service) -> None:
+    service.source.poll()
+    service.fake.interrupt(in_s=30)
+    service.fake.fail(404)
+    with contextlib.suppress(SpotError):  # of EC2 and Alibaba it is how they say that there is none
+        assert service.source.poll() is None
+    assert heard(service.source).kind is NoticeKind.TERMINATE
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_an_error_and_nobody_follows_it(service: Service, status: int) -> None:
+    service.source.poll()
+    with FakeIMDS() as elsewhere:
+        service.fake.fail(status, headers={"Location": f"{elsewhere.endpoint}/latest/meta-data/spot/instance-action"})
+        with pytest.raises(SpotError, match=str(status)):
+            service.source.poll()
+        assert elsewhere.requests == []
+    service.fake.interrupt(in_s=30)
+    assert heard(service.source).kind is NoticeKind.TERMINATE
+
+
+def test_an_answer_that_breaks_off_is_an_error_even_where_its_beginning_makes_sense(service: Service) -> None:
+    beginning = {
+        "imds": '{"action": "terminate", "time": "2026-01-01T00:00:00Z"}',
+        "gcp": "TRUE",
+        "azure": '{"DocumentIncarnation": 1, "Events": []}',
+        "alibaba": "2026-01-01",
+    }[service.source.name]
+    service.fake.interrupt(in_s=30)
+    first = heard(service.source)
+    headers = {"Content-Length": "400", "Connection": "close", "Metadata-Flavor": "Google"}
+    service.fake.fail(200, body=beginning, headers=headers)
+    with pytest.raises(SpotError, match="no answer"):
+        service.source.poll()
+    assert heard(service.source).id == first.id
+
+
+def test_a_server_that_speaks_another_protocol_is_an_error_that_names_it(service: Service) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        where = f"127.0.0.1:{other.getsockname()[1]}"
+
+        def greet() -> None:
+            connection, _ = other.accept()
+            with connection:
+                connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+                connection.recv(65536)  # closed unread, the request would reset the connection before the greeting is read
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        with pytest.raises(SpotError, match=where):
+            service.make(f"http://{where}").poll()
+        thread.join()
+
+
+def test_an_answer_that_takes_its_time_is_waited_for(service: Service) -> None:
+    service.fake.interrupt(in_s=30)
+    service.fake.stall(0.05)
     assert heard(service.source).kind is NoticeKind.TERMINATE
 
 
