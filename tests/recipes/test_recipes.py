@@ -322,7 +322,7 @@ printf '%s\\0' "$@" > argv-"$SLURM_NODEID"
 if [[ $CODE != notice ]]; then exit "$CODE"; fi
 trap 'exit 75' USR1
 touch ready-"$SLURM_NODEID"
-while :; do read -rt 1 <> <(:); done
+for ((waits = 0; waits < 60; waits++)); do read -rt 1 <> <(:); done
 """
 
 
