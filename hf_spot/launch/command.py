@@ -123,8 +123,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         # Where a machine's name stands for 127.0.1.1, as Debian has it, gloo would listen where nobody can reach it.
         if interface == "lo" and not _LOOPBACK.match(machines.main_ip):
             raise ConfigError(
-                f"--main_process_ip {machines.main_ip}: on this machine that name stands for a loopback address, which no other "
-                "machine reaches",
+                f"--main_process_ip {machines.main_ip}: on this machine that name stands for a loopback address, which no "
+                "other machine reaches",
                 hint=f"an address that `hostname -I` prints there, or export {_GLOO_VARIABLE}=eth0 (see ip -br addr)",
             )
         env[_GLOO_VARIABLE] = interface
