@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("launch", help="accelerate launch, made preemptible (hf-spot launch --help)", add_help=False)
 
     demo = _add(commands, "demo", _demo, "the whole story on this machine in about a minute")
-    demo.add_argument("--store", help="run against this URL; default: a directory that is deleted afterwards")
+    demo.add_argument("--store", metavar="URL", help="run against this URL; default: a directory that is deleted afterwards")
     demo.add_argument("--plot", metavar="FILE", type=Path, help="where the loss curve goes (PNG)")
     demo.add_argument("--keep", metavar="DIR", type=Path, help="keep everything that the demo writes in this folder")
     _json(demo)
@@ -88,12 +88,14 @@ def parser() -> argparse.ArgumentParser:
     _json(verify)
     pull = _add(actions, "pull", _pull, "downloads a checkpoint, verified")
     _run(pull)
-    pull.add_argument("into", type=Path, nargs="?", default=Path(), help="folder that gets checkpoint-STEP (default: here)")
+    pull.add_argument(
+        "into", metavar="INTO", type=Path, nargs="?", default=Path(), help="folder that gets checkpoint-STEP (default: here)"
+    )
     pull.add_argument("--step", type=int, help="default: the newest")
     _json(pull)
     push = _add(actions, "push", _push, "uploads and commits a local checkpoint folder")
     _run(push)
-    push.add_argument("folder", type=Path)
+    push.add_argument("folder", metavar="FOLDER", type=Path, help="a local checkpoint folder")
     push.add_argument("--step", type=int, help="needed when the folder is not named checkpoint-STEP")
     _json(push)
     prune = _add(actions, "prune", _prune, "takes old checkpoints out of a run and deletes their files")

@@ -127,7 +127,7 @@ def project_files() -> Iterator[Path]:
     for entry in sorted(ROOT.iterdir()):
         if entry.is_file():
             yield entry
-        elif entry.name in TOP_LEVEL | {".ci"}:
+        elif entry.name in TOP_LEVEL | {".ci", ".github"}:
             yield from (path for path in sorted(entry.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
 
 
