@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import gc
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hf_spot import __version__
 from hf_spot.arguments import SpotArguments
+from hf_spot.completion import SHELLS
 from hf_spot.errors import EXIT_USAGE, ConfigError, CorruptCheckpoint, SpotError
 
 if TYPE_CHECKING:
@@ -48,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Callable[[argparse.Namespace], int] = args.command
         return command(args)
     except SpotError as error:
-        print(f"hf-spot: error: {error}", file=sys.stderr)
+        # Not of launch: what stands behind its script is the script's.
+        print(
+            _as_json(error) if "--json" in arguments and arguments[0] != "launch" else f"hf-spot: error: {error}",
+            file=sys.stderr,
+        )
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -57,9 +64,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _as_json(error: SpotError) -> str:
+    told = {"error": error.args[0], "kind": type(error).__name__, "hint": error.hint, "exit_code": error.exit_code}
+    return json.dumps(told)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are said as all others are, with what to type next instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = f"{self.prog} --help"
+        if wrong := re.search(r"invalid choice: '([^']*)'", message):
+            known = [str(name) for action in self._actions for name in action.choices or ()]
+            if near := difflib.get_close_matches(wrong[1], known, 1):
+                hint = f"{self.prog} {near[0]}"
+        raise ConfigError(message, hint=hint)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of everything but ``launch``."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="hf-spot",
         description="Fine-tune with Hugging Face on machines that can be taken away.",
         epilog=_EXIT_CODES,
@@ -184,6 +208,9 @@ def parser() -> argparse.ArgumentParser:
     checks = doctor.add_subparsers(title="checks", metavar="CHECK")
     iam = _add(checks, "iam", _doctor_iam, "prints the least that a role must be allowed, as an IAM policy (JSON)")
     iam.add_argument("--store", metavar="URL", required=True, help="s3://bucket/prefix of the run")
+
+    completion = _add(commands, "completion", _completion, "prints a script that makes a shell complete commands and options")
+    completion.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
     return top
 
 
@@ -526,6 +553,8 @@ def _sky(args: argparse.Namespace) -> int:
     from hf_spot.cloud import sky
     from hf_spot.cloud.job import load
 
+    if args.logs and args.json:
+        raise ConfigError("--logs shows what the training prints, which is no JSON", hint=f"hf-spot sky {args.job} --logs")
     job = load(args.job)
     if args.logs:
         return sky.logs(job)
@@ -577,6 +606,13 @@ def _recipe(args: argparse.Namespace) -> int:
 
     values = {name: value for name, value in vars(args).items() if name not in ("command", "recipe")}
     print(getattr(render, args.recipe)(**values), end="")
+    return 0
+
+
+def _completion(args: argparse.Namespace) -> int:
+    from hf_spot.completion import script
+
+    print(script(parser(), args.shell))
     return 0
 
 
