@@ -308,7 +308,7 @@ def _ls(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from hf_spot.run.inspect import is_checkpoint_folder, problems_in
-    from hf_spot.run.progress import bar
+    from hf_spot.run.progress import Bar
 
     if is_checkpoint_folder(Path(args.run)):
         found = {args.run: problems_in(Path(args.run))}
@@ -317,8 +317,8 @@ def _verify(args: argparse.Namespace) -> int:
         run.find(args.step)
         chosen = [ref for ref in run.journal.state.checkpoints if args.step in (None, ref.step)]
         names = {ref.entry: ref.prefix for ref in run.journal.state.checkpoints}
-        progress = bar("verify", sum(ref.size_bytes for ref in chosen))
-        found = {names[entry]: problems for entry, problems in run.verify(args.step, progress=progress).items()}
+        with Bar("verify", sum(ref.size_bytes for ref in chosen)) as bar:
+            found = {names[entry]: problems for entry, problems in run.verify(args.step, progress=bar).items()}
     if args.json:
         _print_json(found)
     else:
@@ -330,11 +330,12 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _pull(args: argparse.Namespace) -> int:
-    from hf_spot.run.progress import bar
+    from hf_spot.run.progress import Bar
 
     run = _open(args.run)
     checkpoint = run.find(args.step)
-    folder = run.fetch(checkpoint, args.into, progress=bar("pull", checkpoint.ref.size_bytes))
+    with Bar("pull", checkpoint.ref.size_bytes) as bar:
+        folder = run.fetch(checkpoint, args.into, progress=bar)
     if args.json:
         _print_json({"folder": str(folder)})
     else:
@@ -343,10 +344,10 @@ def _pull(args: argparse.Namespace) -> int:
 
 
 def _push(args: argparse.Namespace) -> int:
-    from hf_spot.run.progress import bar
+    from hf_spot.run.progress import Bar
 
-    size_bytes = sum(path.stat().st_size for path in args.folder.rglob("*") if path.is_file())
-    checkpoint = _open(args.run).push(args.folder, args.step, progress=bar("push", size_bytes))
+    with Bar("push", sum(path.stat().st_size for path in args.folder.rglob("*") if path.is_file())) as bar:
+        checkpoint = _open(args.run).push(args.folder, args.step, progress=bar)
     if args.json:
         _print_json(dataclasses.asdict(checkpoint.ref))
     else:
