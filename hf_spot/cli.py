@@ -117,13 +117,21 @@ def parser() -> argparse.ArgumentParser:
     )
     pull.add_argument("--step", type=int, help="default: the newest")
     _json(pull)
-    push = _add(actions, "push", _push, "uploads and commits a local checkpoint folder")
+    push = _add(
+        actions, "push", _push, "uploads and commits a local checkpoint folder; or publishes a checkpoint as a model on the Hub"
+    )
     _run(push)
-    push.add_argument("folder", metavar="FOLDER", type=Path, help="a local checkpoint folder")
-    push.add_argument("--step", type=int, help="needed when the folder is not named checkpoint-STEP")
+    push.add_argument("what", metavar="FOLDER|MODEL", help="a local folder, or hf://owner/name")
+    push.add_argument(
+        "--step", type=int, help="needed when the folder is not named checkpoint-STEP; of a model: default: the best or newest"
+    )
+    push.add_argument("--private", action="store_true", help="a model's new repository is for its owner alone")
+    push.add_argument("--all", action="store_true", help="publish the optimizer and all else that a resume needs, too")
+    _unfenced(push)
     _json(push)
     prune = _add(actions, "prune", _prune, "takes old checkpoints out of a run and deletes their files")
     _run(prune)
+    _unfenced(prune)
     prune.add_argument(
         "--save-total-limit", type=int, required=True, metavar="N", help="newest ones that stay, besides the best"
     )
@@ -257,7 +265,11 @@ def _add_recipes(commands: Any) -> None:
 
 
 def _run(command: argparse.ArgumentParser) -> None:
-    command.add_argument("run", metavar="RUN", help="URL of a run: s3://bucket/prefix, or a directory")
+    command.add_argument("run", metavar="RUN", help="URL of a run: s3://bucket/prefix, gs://…, az://…, hf://…, or a directory")
+
+
+def _unfenced(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--allow-unfenced-store", action="store_true", help=_help("allow_unfenced_store"))
 
 
 def _job(command: argparse.ArgumentParser) -> None:
@@ -272,10 +284,10 @@ def _help(field: str) -> str:
     return next(str(f.metadata["help"]) for f in dataclasses.fields(SpotArguments) if f.name == field)
 
 
-def _open(url: str) -> Run:
+def _open(url: str, *, allow_unfenced_store: bool = False) -> Run:
     from hf_spot.run.run import Run
 
-    return Run(url)
+    return Run(url, allow_unfenced_store=allow_unfenced_store)
 
 
 def _print_json(value: Any) -> None:
@@ -346,8 +358,14 @@ def _pull(args: argparse.Namespace) -> int:
 def _push(args: argparse.Namespace) -> int:
     from hf_spot.run.progress import Bar
 
-    with Bar("push", sum(path.stat().st_size for path in args.folder.rglob("*") if path.is_file())) as bar:
-        checkpoint = _open(args.run).push(args.folder, args.step, progress=bar)
+    if args.what.startswith("hf://"):
+        return _publish(args)
+    if args.private or args.all:
+        raise ConfigError("--private and --all are for models", hint=f"hf-spot checkpoints push {args.run} hf://owner/name")
+    folder = Path(args.what)
+    run = _open(args.run, allow_unfenced_store=args.allow_unfenced_store)
+    with Bar("push", sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())) as bar:
+        checkpoint = run.push(folder, args.step, progress=bar)
     if args.json:
         _print_json(dataclasses.asdict(checkpoint.ref))
     else:
@@ -355,8 +373,31 @@ def _push(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prune(args: argparse.Namespace) -> int:
+def _publish(args: argparse.Namespace) -> int:
+    from hf_spot.economics.report import summarise
+    from hf_spot.economics.table import story
+    from hf_spot.run.progress import Bar
+    from hf_spot.run.publish import publish
+
     run = _open(args.run)
+    done = publish(
+        run,
+        args.what,
+        step=args.step,
+        private=args.private,
+        everything=args.all,
+        story=story(summarise(run.events())),
+        progress=lambda size_bytes: Bar("push", size_bytes),
+    )
+    if args.json:
+        _print_json(dataclasses.asdict(done))
+    else:
+        print(f"step {done.step} published as {done.url}: {len(done.files)} files, {_megabytes(done.size_bytes)}")
+    return 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    run = _open(args.run, allow_unfenced_store=args.allow_unfenced_store)
     run.find()  # a typo in the URL must not make a new run
     run.join()
     gone = run.prune(args.save_total_limit)

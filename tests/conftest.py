@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.servers import SeaweedFS
+from tests.servers import Azurite, FakeGCS, SeaweedFS
+
+if TYPE_CHECKING:
+    from tests.storage.fake_azure import FakeAzure
+    from tests.storage.fake_hub import FakeHub
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell does this to what it runs in the background; the processes that tests start would never hear a Ctrl-C.
@@ -67,6 +73,96 @@ def s3_url(seaweedfs: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> str:
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
     return f"s3://tests/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[FakeHub]:
+    """A Hugging Face Hub that speaks to the real client."""
+    from tests.storage.fake_hub import FakeHub
+
+    with FakeHub() as server:
+        yield server
+
+
+@pytest.fixture
+def logged_in(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    """That Hub, with the environment that leads there."""
+    for name, value in hub.env().items():
+        monkeypatch.setenv(name, value)
+    return hub
+
+
+@pytest.fixture
+def hub_repo_url(logged_in: FakeHub) -> str:
+    """A fresh place in a model repository."""
+    name = f"me/{uuid.uuid4().hex}"
+    logged_in.make(f"models/{name}")
+    return f"hf://{name}/run"
+
+
+@pytest.fixture
+def hub_bucket_url(logged_in: FakeHub) -> str:
+    """A fresh place in a bucket of the Hub."""
+    name = f"me/{uuid.uuid4().hex}"
+    logged_in.make(f"buckets/{name}")
+    return f"hf://buckets/{name}/run"
+
+
+@pytest.fixture(scope="session")
+def fake_gcs() -> Iterator[FakeGCS]:
+    """Google Cloud Storage, in memory."""
+    with FakeGCS() as server:
+        server.make_bucket("tests")
+        yield server
+
+
+@pytest.fixture
+def gcs_url(fake_gcs: FakeGCS, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh place there."""
+    for name, value in fake_gcs.env().items():
+        monkeypatch.setenv(name, value)
+    return f"gs://tests/{uuid.uuid4().hex}"
+
+
+def _azure_url(server: Azurite | FakeAzure, monkeypatch: pytest.MonkeyPatch) -> str:
+    from azure.storage.blob import BlobServiceClient
+
+    for name, value in server.env().items():
+        monkeypatch.setenv(name, value)
+    name = f"tests-{uuid.uuid4().hex}"
+    BlobServiceClient.from_connection_string(os.environ["AZURE_STORAGE_CONNECTION_STRING"]).create_container(name)
+    return f"az://{name}/run"
+
+
+@pytest.fixture(scope="session")
+def fake_azure() -> Iterator[FakeAzure]:
+    """Azure Blob Storage, as far as its client asks for it here."""
+    from tests.storage.fake_azure import FakeAzure
+
+    with FakeAzure() as server:
+        yield server
+
+
+@pytest.fixture
+def azure_url(fake_azure: FakeAzure, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh place there."""
+    return _azure_url(fake_azure, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def azurite() -> Iterator[Azurite]:
+    """Microsoft's emulator, where it is installed."""
+    program = shutil.which("azurite-blob")
+    if program is None:
+        pytest.skip("Microsoft's emulator is not installed: npm install -g azurite")
+    with Azurite(program) as server:
+        yield server
+
+
+@pytest.fixture
+def azurite_url(azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh place there."""
+    return _azure_url(azurite, monkeypatch)
 
 
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "sub/.metadata")

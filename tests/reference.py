@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / ".github" / "docs"
 
 GROUPS = {
-    "Training": ["SpotCallback", "SpotArguments", "TrainingPreempted"],
+    "Training": ["SpotCallback", "SpotArguments", "TrainingPreempted", "TrainingInterrupted"],
     "Runs": ["Run", "Checkpoint"],
     "Extension points": ["NoticeSource", "PreemptionNotice", "NoticeKind", "ObjectStore"],
 }

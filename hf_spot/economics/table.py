@@ -187,6 +187,16 @@ def money_lines(report: Report) -> list[str]:
     return lines
 
 
+def story(report: Report) -> str:
+    """One sentence about how a run went, for who finds its model; empty when it was never launched."""
+    if not report.launches:
+        return ""
+    times = {0: "was never interrupted", 1: "was interrupted once"}
+    told = times.get(report.interruptions, f"was interrupted {report.interruptions} times")
+    cost = f", and cost ${_usd(report.cost_usd, 2)}" if report.cost_usd and not report.unpriced_s else ""
+    return f"The training took {duration(report.held_s)} on machines that can be taken away, {told}{cost}."
+
+
 def duration(seconds: float) -> str:
     """For people: ``42.0 s``, ``12.5 min``, ``3.2 h`` or ``4.1 d``."""
     for limit_s, unit_s, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):

@@ -160,7 +160,9 @@ def _machines(args: argparse.Namespace) -> Machines:
 
 def _add_options(group: Any) -> None:
     group.add_argument(
-        "--store", metavar="URL", help=f"the run: s3://bucket/prefix, or a directory (default: ${STORE_VARIABLE})"
+        "--store",
+        metavar="URL",
+        help=f"the run: s3://bucket/prefix, gs://…, az://…, hf://…, or a directory (default: ${STORE_VARIABLE})",
     )
     types = typing.get_type_hints(SpotArguments)
     for setting in dataclasses.fields(SpotArguments):

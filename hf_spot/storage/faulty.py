@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from hf_spot.errors import StoreUnavailable
-from hf_spot.storage.store import ObjectInfo, ObjectStore, Progress
+from hf_spot.storage.store import ObjectInfo, ObjectStore, Progress, fences
 
 
 def _unavailable() -> Exception:
@@ -66,6 +66,11 @@ class FaultyStore:
     def url(self) -> str:
         """Of the inner store."""
         return self.inner.url
+
+    @property
+    def fences(self) -> bool:
+        """As the inner store."""
+        return fences(self.inner)
 
     def get(self, key: str) -> bytes:
         """As the inner store, or a fault."""

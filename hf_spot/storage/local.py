@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ _CHUNK_BYTES = 4 << 20
 _STALE_S = 86400.0  # a half-written file that nobody has touched for a day was left by a machine that died
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _GONE = (errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EAGAIN)
+_DELETED_ON_NFS = re.compile(r"\.nfs[0-9a-f]{24}")  # and still open on the machine that deleted it, which removes it then
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -47,11 +49,14 @@ class LocalStore:
     def get(self, key: str) -> bytes:
         """Reads the file."""
         check_key(key)
-        try:  # a report reads every entry of a journal, and a Path for each would take as long as the reading
-            with open(f"{self._root}{os.sep}{key}", "rb", buffering=0) as file:
-                return file.readall()
-        except OSError as error:
-            raise self._explain("read", self._root / key, error) from error
+        for last in (False, False, True):
+            try:  # a report reads every entry of a journal, and a Path for each would take as long as the reading
+                with open(f"{self._root}{os.sep}{key}", "rb", buffering=0) as file:
+                    return file.readall()
+            except OSError as error:
+                if last or error.errno != errno.ESTALE:  # NFS: replaced while it was read; the new one can be read
+                    raise self._explain("read", self._root / key, error) from error
+        raise AssertionError("the last try returns or raises")
 
     def put(self, key: str, data: bytes) -> None:
         """Writes a file beside, syncs it and renames it."""
@@ -72,7 +77,7 @@ class LocalStore:
                 return True
             except FileExistsError:
                 # An NFS client that repeats a request whose answer was lost finds its own link standing there.
-                return os.stat(temporary).st_nlink == 2
+                return _links(temporary) == 2
             except OSError as error:
                 if error.errno not in _NO_LINKS or path.parent.stat().st_dev != temporary.stat().st_dev:
                     raise
@@ -172,7 +177,7 @@ class LocalStore:
             except (FileNotFoundError, NotADirectoryError):
                 return
         for name, entry in sorted(entries, key=lambda pair: pair[0]):
-            if name == f"{TEMPORARY_FOLDER}/":
+            if name == f"{TEMPORARY_FOLDER}/" or _DELETED_ON_NFS.fullmatch(entry.name):
                 continue
             if name.endswith("/"):
                 passed = name < start_after and not start_after.startswith(name)
@@ -182,8 +187,10 @@ class LocalStore:
                 with self._explained("list", self._root / name):
                     try:
                         info = ObjectInfo(name, entry.stat().st_size) if entry.is_file() else None
-                    except FileNotFoundError:  # deleted since
-                        info = None
+                    except OSError as error:
+                        if error.errno not in (errno.ENOENT, errno.ESTALE):
+                            raise
+                        info = None  # deleted since
                 if info is not None:
                     yield info
 
@@ -232,8 +239,8 @@ class LocalStore:
             try:
                 move()
                 break
-            except FileNotFoundError:
-                if attempt == 19:
+            except OSError as error:
+                if attempt == 19 or error.errno not in (errno.ENOENT, errno.ESTALE):
                     raise
         _sync_folder(path.parent)
 
@@ -292,6 +299,15 @@ class LocalStore:
         if error.errno in _GONE:
             return StoreUnavailable(what, hint=f"the fileserver does not answer as it should: findmnt -T {self._root}")
         return StoreError(what)
+
+
+def _links(path: Path) -> int:
+    """Names of a file. By opening it: NFS asks the server then, and believes what it remembers otherwise (close-to-open)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return os.fstat(handle).st_nlink
+    finally:
+        os.close(handle)
 
 
 def _free(path: Path) -> str:

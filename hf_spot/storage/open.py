@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -13,19 +14,38 @@ from hf_spot.storage.memory import MemoryStore
 from hf_spot.storage.store import ObjectStore
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
-_HINT = "s3://bucket/prefix, a directory such as /mnt/efs/run, file:///a/directory, or memory://name (tests only)"
-_NOT_YET = ("hf", "gs", "gcs", "az", "abfs", "abfss", "azure", "wasb", "wasbs")
+_HINT = (
+    "s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, hf://buckets/owner/name/prefix, hf://owner/name/prefix, a "
+    "directory such as /mnt/efs/run, file:///a/directory, or memory://name (tests only)"
+)
+_KINDS = {
+    "s3": ("s3", "S3Store", "boto3", "pip install boto3"),
+    "hf": ("hub", "open_hub", "huggingface_hub", "pip install --upgrade huggingface_hub"),
+    "gs": ("gcs", "GoogleStore", "google-cloud-storage", "pip install 'hf_spot[gcs]'"),
+    "az": ("azure", "AzureStore", "azure-storage-blob", "pip install 'hf_spot[azure]'"),
+}  # scheme: module, what opens it, the package that it needs, and how to get that
+_OTHER_SPELLINGS = {
+    "gcs": "gs",
+    "azure": "az",
+    "abfs": "az",
+    "abfss": "az",
+    "wasb": "az",
+    "wasbs": "az",
+    "s3a": "s3",
+    "s3n": "s3",
+}
 
 
 def open_store(url: str | os.PathLike[str] | ObjectStore) -> ObjectStore:
     """The store at ``url``. Nothing is asked or written yet: see `hf_spot.storage.probe.probe`.
 
     Args:
-        url: ``s3://bucket/prefix``, a directory (path or ``file://`` URL), ``memory://name``, or a store, which is
+        url: ``s3://bucket/prefix``, ``gs://bucket/prefix``, ``az://container/prefix``, ``hf://owner/name/prefix``,
+            ``hf://buckets/owner/name/prefix``, a directory (path or ``file://`` URL), ``memory://name``, or a store, which is
             returned as it is.
 
     Raises:
-        ConfigError: this can't be a store, or not yet.
+        ConfigError: this can't be a store, or a package for it is missing.
     """
     if isinstance(url, os.PathLike):
         return LocalStore(Path(url).expanduser())
@@ -40,26 +60,30 @@ def open_store(url: str | os.PathLike[str] | ObjectStore) -> ObjectStore:
         return LocalStore(Path(url).expanduser())
     scheme = found[1].lower()
     if not url[found.end() :].startswith("//"):
-        if url[found.end() :].startswith("/") or scheme in ("s3", "file", "memory", *_NOT_YET):
+        if url[found.end() :].startswith("/") or scheme in ("file", "memory", *_KINDS, *_OTHER_SPELLINGS):
             raise ConfigError(f"{_shown(url)!r}: two slashes must follow '{scheme}:'", hint=_HINT)
         return LocalStore(Path(url).expanduser())  # a file name with a colon
-    if scheme == "s3":
-        return _open_s3(f"s3:{url[found.end() :]}")
+    if scheme in _KINDS:
+        return _open(scheme, f"{scheme}:{url[found.end() :]}")
     if scheme == "file":
         return LocalStore(_path_of(url))
     if scheme == "memory":
         return MemoryStore(url)
-    if scheme in _NOT_YET:
-        raise ConfigError(f"{scheme}:// is not supported yet", hint=_HINT)
+    if scheme in _OTHER_SPELLINGS:
+        meant = _OTHER_SPELLINGS[scheme]
+        place = "container" if meant == "az" else "bucket"
+        raise ConfigError(f"{_shown(url)!r}: {scheme}:// is spelled {meant}:// here", hint=f"{meant}://{place}/prefix")
     raise ConfigError(f"{_shown(url)!r}: {scheme}:// is no kind of store", hint=_HINT)
 
 
-def _open_s3(url: str) -> ObjectStore:
+def _open(scheme: str, url: str) -> ObjectStore:
+    module, opener, package, install = _KINDS[scheme]
     try:
-        from hf_spot.storage.s3 import S3Store
+        found = import_module(f"hf_spot.storage.{module}")
     except ImportError as error:
-        raise ConfigError(f"{url} needs boto3, which can't be imported: {error}", hint="pip install boto3") from error
-    return S3Store(url)
+        raise ConfigError(f"{_shown(url)} needs {package}, which can't be imported: {error}", hint=install) from error
+    store: ObjectStore = getattr(found, opener)(url)
+    return store
 
 
 def _path_of(url: str) -> Path:

@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar, cast
 
 from hf_spot.errors import ConfigError, SpotError, StoreError, StoreNotFencing, StoreUnavailable
-from hf_spot.storage.store import ObjectStore
+from hf_spot.storage.store import ObjectStore, fences
 
 log = logging.getLogger("hf_spot")
 
@@ -44,7 +44,7 @@ class _Steps:
                 raise StoreError(f"{store.url} does not return what was written to it: {data[:20]!r} for b'first'")
             with self._step("creating what exists (create-if-absent)"):
                 second = store.create(key, b"second")
-            if second:
+            if second or not fences(store):
                 self._unfenced()
             with self._step("listing"):
                 listed = self._listed(key, [key], lambda: None)
@@ -71,14 +71,16 @@ class _Steps:
 
     def _unfenced(self) -> None:
         url = self._store.url
+        why = "ignores create-if-absent: it let a second writer replace what the first had created"
+        if not fences(self._store):
+            why = "has no create-if-absent: of two writers at the same moment both win"
         if not self._allow_unfenced:
             raise StoreNotFencing(
-                f"{url} ignores create-if-absent: it let a second writer replace what the first had created, so it "
-                "can't keep two machines from damaging one run",
+                f"{url} {why}, so it can't keep two machines from damaging one run",
                 hint="another store; or, if only ever one machine at a time uses this run, --allow-unfenced-store, "
                 "SpotArguments(allow_unfenced_store=True)",
             )
-        log.warning("%s ignores create-if-absent: two machines that use this run at the same time will damage it", url)
+        log.warning("%s %s: two machines that use this run at the same time will damage it", url, why.partition(":")[0])
 
     @contextlib.contextmanager
     def _step(self, doing: str) -> Iterator[None]:

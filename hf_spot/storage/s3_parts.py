@@ -13,23 +13,19 @@ import http.client
 import importlib.util
 import os
 import re
-import threading
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from pathlib import Path
 from typing import Any
 
 from botocore import exceptions as aws
 
-from hf_spot.errors import SpotError
-from hf_spot.storage.store import Progress, witness_of
+from hf_spot.storage.parts import BLOCK_IN_BYTES, Job, Piece, Stopped, write_at
+from hf_spot.storage.store import Progress
 from hf_spot.storage.threads import Workers
 
 PART_BYTES = 64 << 20
-_BLOCK_BYTES = 1 << 20  # going out, it is read, hashed and sent while it is in the processor's cache
-_BLOCK_IN_BYTES = 4 << 20  # large enough to lie in huge pages, which makes it a fifth faster
 _MOST_PARTS = 10_000  # S3's limit
 _MOST_COPIED_BYTES = 1 << 30  # by one request; S3 allows five times as much, but copies parts side by side
 _COPIED_PART_BYTES = 512 << 20
@@ -37,10 +33,6 @@ _READS = 5  # of a part whose answer breaks off again and again without a byte i
 # No timeouts: botocore has waited for those often enough.
 _BROKEN = (aws.IncompleteReadError, aws.ResponseStreamingError)
 _CONTENT_RANGE = re.compile(r"bytes \d+-\d+/(\d+)")
-
-
-class Stopped(Exception):
-    """Ends one part, because another one has failed or the whole was cancelled."""
 
 
 class Transfers:
@@ -76,18 +68,18 @@ class Transfers:
             OSError: the file can't be read.
             SpotError: the file became shorter.
         """
-        job = _Job(progress)
+        job = Job(progress)
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size <= PART_BYTES:
                 with job.first_trouble():
-                    piece = _Piece(job, file.fileno(), 0, size)
+                    piece = Piece(job, file.fileno(), 0, size)
                     self._bulk.put_object(Body=piece, **target, **extra, **self._sums(piece))
                 return
             part_bytes = PART_BYTES * max(1, -(-size // (_MOST_PARTS * PART_BYTES)))
 
             def send(upload: dict[str, Any], first: int, end: int) -> dict[str, Any]:
-                piece = _Piece(job, file.fileno(), first, end - first)
+                piece = Piece(job, file.fileno(), first, end - first)
                 sums = self._sums(piece)
                 return {"ETag": self._bulk.upload_part(Body=piece, **upload, **target, **sums)["ETag"], **sums}
 
@@ -99,7 +91,7 @@ class Transfers:
         Raises:
             OSError: the file can't be written.
         """
-        job = _Job(progress)
+        job = Job(progress)
         beside = path.with_name(f".hf_spot-{uuid.uuid4().hex}")
         try:
             with beside.open("xb", buffering=0) as file, job.first_trouble():
@@ -142,11 +134,11 @@ class Transfers:
             made = self._client.upload_part_copy(CopySourceRange=where, **origin, **upload, **target)["CopyPartResult"]
             return {name: value for name, value in made.items() if name != "LastModified"}
 
-        self._in_parts(_Job(None), send, range(0, size, _COPIED_PART_BYTES), size, target, {**extra, **self._about_sums})
+        self._in_parts(Job(None), send, range(0, size, _COPIED_PART_BYTES), size, target, {**extra, **self._about_sums})
 
     def _in_parts(
         self,
-        job: _Job,
+        job: Job,
         send: Callable[[dict[str, Any], int, int], dict[str, Any]],
         firsts: range,
         size: int,
@@ -181,9 +173,9 @@ class Transfers:
                 raise
             return self._bulk.get_object(**target)  # nothing can be a range of an empty object
 
-    def _fetch(self, target: dict[str, str], job: _Job, handle: int, at: int, end: int, body: Any) -> None:
+    def _fetch(self, target: dict[str, str], job: Job, handle: int, at: int, end: int, body: Any) -> None:
         """Bytes ``at`` to ``end`` to their place in the file; an answer that breaks off is asked for again from there on."""
-        buffer = memoryview(bytearray(min(_BLOCK_IN_BYTES, end - at)))
+        buffer = memoryview(bytearray(min(BLOCK_IN_BYTES, end - at)))
         tries = 0
         while True:
             try:
@@ -193,7 +185,7 @@ class Transfers:
                     while at < end:
                         block = answer.read_into(buffer[: end - at])
                         job.may_go_on()
-                        _write(handle, block, at)
+                        write_at(handle, block, at)
                         job.see(at, block)
                         at, tries = at + len(block), 0
                         job.moved(len(block))
@@ -208,78 +200,11 @@ class Transfers:
     def _about_sums(self) -> dict[str, str]:
         return {"ChecksumAlgorithm": self._checksum[0], "ChecksumType": self._checksum[2]} if self._checksum else {}
 
-    def _sums(self, piece: _Piece) -> dict[str, str]:
+    def _sums(self, piece: Piece) -> dict[str, str]:
         if self._checksum is None:
             return {}
         name, of, _ = self._checksum
         return {f"Checksum{name}": base64.b64encode(of(piece)).decode()}
-
-
-class _Job:
-    """One transfer: its progress, and the first thing that went wrong in any of its parts."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self.see = witness_of(progress)
-        self._lock = threading.Lock()
-        self._trouble: BaseException | None = None
-
-    def may_go_on(self) -> None:
-        """Raises Stopped once something went wrong."""
-        if self._trouble is not None:
-            raise Stopped
-
-    def fail(self, error: BaseException) -> None:
-        """Takes note of it; only the first counts."""
-        with self._lock:
-            self._trouble = self._trouble or error
-
-    def moved(self, count: int) -> None:
-        """Tells the progress. What it raises ends the transfer, and is not told to anybody else on the way."""
-        if self._progress is None:
-            return
-        with self._lock:
-            if self._trouble is None:
-                try:
-                    self._progress(count)
-                    return
-                except BaseException as error:
-                    self._trouble = error
-        raise Stopped
-
-    def doing(self, act: Callable[[int], Any], item: int) -> Any:
-        """Acts, unless something went wrong elsewhere; notes what goes wrong here."""
-        self.may_go_on()
-        try:
-            return act(item)
-        except BaseException as error:
-            self.fail(error)
-            raise
-
-    @contextlib.contextmanager
-    def ending(self, futures: list[Future[Any]]) -> Iterator[None]:
-        """Leaves no part at work: the file is about to be closed."""
-        try:
-            yield
-            wait(futures, return_when=FIRST_EXCEPTION)
-            for future in futures:
-                future.result()
-        except BaseException as error:
-            self.fail(error)
-            for future in futures:
-                future.cancel()
-            wait(futures)
-            raise
-
-    @contextlib.contextmanager
-    def first_trouble(self) -> Iterator[None]:
-        """Raises what went wrong first, instead of what followed from it."""
-        try:
-            yield
-        except BaseException as error:
-            if self._trouble is not None and self._trouble is not error:
-                raise self._trouble from None
-            raise
 
 
 class _Answer:
@@ -311,69 +236,10 @@ class _Answer:
         self._body.close()
 
 
-class _Piece:
-    """A part of an open file, as botocore wants a body to be. It reads with ``pread``: parts share the file's handle."""
-
-    def __init__(self, job: _Job, handle: int, first: int, size: int) -> None:
-        self._job = job
-        self._handle = handle
-        self._first = first
-        self._size = size
-        self._at = 0
-        self._told = 0
-
-    def __len__(self) -> int:
-        return self._size
-
-    def read(self, count: int = -1) -> bytes:
-        """As a file does."""
-        count = self._size - self._at if count is None or count < 0 else min(count, self._size - self._at)
-        block = os.pread(self._handle, count, self._first + self._at)
-        self._at += len(block)
-        return block
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As a file does."""
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        """As a file does."""
-        return self._at
-
-    def blocks(self) -> Iterator[memoryview]:
-        """All of it, in pieces of one buffer: each is gone when the next is asked for. Raises SpotError."""
-        buffer = memoryview(bytearray(min(_BLOCK_BYTES, self._size)))
-        at = 0
-        while at < self._size:
-            got = os.preadv(self._handle, [buffer[: self._size - at]], self._first + at)
-            if not got:
-                raise SpotError("a file became shorter while it was uploaded; this checkpoint is not committed")
-            yield buffer[:got]
-            at += got
-
-    def __iter__(self) -> Iterator[memoryview]:
-        """The blocks, as they are sent; a part that is sent again takes back what it has told of its progress."""
-        try:
-            if self._told:
-                self._job.moved(-self._told)
-                self._told = 0
-            for block in self.blocks():
-                self._job.may_go_on()
-                self._job.see(self._first + self._told, block)
-                yield block
-                self._told += len(block)
-                self._job.moved(len(block))
-        except (OSError, SpotError) as error:
-            # Out of here it would count as a broken connection, and be retried.
-            self._job.fail(error)
-            raise Stopped from error
-
-
 class _Blocks:
-    """A `_Piece` that doesn't look like a file, which would be read in blocks of 16 kB."""
+    """A `Piece` that doesn't look like a file, which would be read in blocks of 16 kB."""
 
-    def __init__(self, piece: _Piece) -> None:
+    def __init__(self, piece: Piece) -> None:
         self._piece = piece
 
     def __iter__(self) -> Iterator[memoryview]:
@@ -385,7 +251,7 @@ class _Blocks:
 
 def _send_in_blocks(request: Any, **kwargs: Any) -> None:
     """Called by botocore with a request that is ready and signed."""
-    if isinstance(request.body, _Piece):
+    if isinstance(request.body, Piece):
         request.body = _Blocks(request.body)
 
 
@@ -394,7 +260,7 @@ def _end_if_stopped(caught_exception: Exception | None = None, **kwargs: Any) ->
         raise caught_exception
 
 
-def _checksum() -> tuple[str, Callable[[_Piece], bytes], str]:
+def _checksum() -> tuple[str, Callable[[Piece], bytes], str]:
     """What S3 compares an upload with: its name, how to get it, and what it is of. CRC-64/NVME is the fastest one by far."""
     if importlib.util.find_spec("awscrt") is not None:
         from awscrt.checksums import crc64nvme
@@ -403,14 +269,8 @@ def _checksum() -> tuple[str, Callable[[_Piece], bytes], str]:
     return "CRC32", lambda piece: _folded(zlib.crc32, piece).to_bytes(4, "big"), "COMPOSITE"
 
 
-def _folded(step: Callable[[Any, int], int], piece: _Piece) -> int:
+def _folded(step: Callable[[Any, int], int], piece: Piece) -> int:
     value = 0
     for block in piece.blocks():
         value = step(block, value)
     return value
-
-
-def _write(handle: int, rest: memoryview, at: int) -> None:
-    while rest:
-        written = os.pwrite(handle, rest, at)
-        rest, at = rest[written:], at + written

@@ -85,3 +85,9 @@ class ObjectStore(Protocol):
         Args:
             stale: says of a key, or of the first folder of one (``e0007/``), that nobody writes there any more.
         """
+
+
+def fences(store: ObjectStore) -> bool:
+    """Whether `create` can keep two machines apart, as far as the store knows of itself: a class says that it can't by an
+    attribute ``fences = False``. Whether it does is tried out by `hf_spot.storage.probe`."""
+    return bool(getattr(store, "fences", True))

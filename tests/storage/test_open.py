@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,11 +68,74 @@ def test_what_is_no_store_is_a_config_error_with_a_hint(url: str) -> None:
         open_store(url)
 
 
-@pytest.mark.parametrize("url", ["hf://buckets/me/run", "gs://bucket/run", "az://container/run", "abfs://c/run"])
-def test_what_is_not_supported_yet_is_told_with_what_is(url: str) -> None:
-    with pytest.raises(ConfigError, match="not supported yet") as caught:
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("gs://bucket/runs/my-run/", "gs://bucket/runs/my-run"),
+        ("gs://bucket", "gs://bucket"),
+        ("az://container/runs/my-run", "az://container/runs/my-run"),
+        ("hf://buckets/me/name/run/", "hf://buckets/me/name/run"),
+        ("hf://me/name", "hf://me/name"),
+        ("hf://models/me/name/run", "hf://me/name/run"),
+        ("hf://me/name@branch/run", "hf://me/name@branch/run"),
+        ("hf://datasets/me/name/run", "hf://datasets/me/name/run"),
+    ],
+)
+def test_stores_of_other_clouds_are_opened_without_a_question(url: str, shown: str) -> None:
+    assert open_store(url).url == shown
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "gs://",
+        "gs://UPPER/x",
+        "gs://bucket/a/../b",
+        "gs://bucket/x?y",
+        "az://a/x",
+        "az://-container/x",
+        "az://container/a//b",
+        "hf://me",
+        "hf://",
+        "hf://buckets/me",
+        "hf://buckets/me/name@branch/x",
+        "hf://spaces/me/name",
+        "hf://me/name/../other",
+    ],
+)
+def test_what_the_other_clouds_have_not_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError):
         open_store(url)
-    assert "s3://bucket/prefix" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("url", "hint"),
+    [("abfs://c/run", "az://"), ("wasbs://c@x/run", "az://"), ("gcs://b/run", "gs://"), ("s3a://b/run", "s3://")],
+)
+def test_other_spellings_are_told_with_the_right_one(url: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_store(url)
+    assert caught.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("url", "module", "extra"),
+    [
+        ("gs://bucket/run", "google.cloud.storage.exceptions", "hf_spot[gcs]"),
+        ("az://container/run", "azure.storage.blob", "hf_spot[azure]"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(
+    url: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    for name in ("hf_spot.storage.gcs", "hf_spot.storage.azure"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    with pytest.raises(ConfigError) as caught:
+        open_store(url)
+
+    assert caught.value.hint == f"pip install '{extra}'"
 
 
 def test_a_password_in_the_url_is_refused_and_not_repeated() -> None:

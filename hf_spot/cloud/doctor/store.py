@@ -16,7 +16,7 @@ from hf_spot.cloud.doctor.finding import FAIL, OK, WARN, Finding, Notice
 from hf_spot.errors import AccessDenied, ObjectNotFound, SpotError, StoreNotFencing
 from hf_spot.run.run import Run
 from hf_spot.storage.probe import FOLDER, answer
-from hf_spot.storage.store import ObjectStore
+from hf_spot.storage.store import ObjectStore, fences
 
 if TYPE_CHECKING:
     from hf_spot.storage.s3 import Place
@@ -140,11 +140,11 @@ def _permissions(store: ObjectStore, key: str, *, may_list: bool) -> Iterator[Fi
 
 def _fencing(store: ObjectStore, key: str) -> Finding:
     second = _tried(lambda: store.create(key, b"second"), store.url)
-    if isinstance(second, StoreNotFencing) or second is True:
+    if isinstance(second, StoreNotFencing) or second is True or not fences(store):
         return Finding(
             FAIL,
             "conditional",
-            "the store ignores or refuses create-if-absent (If-None-Match): it can't keep two machines from damaging one run",
+            "the store has no create-if-absent (If-None-Match) or ignores it: it can't keep two machines from damaging one run",
             "another store; or, if only ever one machine at a time uses this run, --allow-unfenced-store",
         )
     if isinstance(second, SpotError):

@@ -1,0 +1,323 @@
+"""GoogleStore: a run in a bucket of Google Cloud Storage, by Google's own client.
+
+Credentials are the client's business: ``gcloud auth application-default login``, ``GOOGLE_APPLICATION_CREDENTIALS``, the
+service account of the machine or of the pod. ``STORAGE_EMULATOR_HOST`` leads to an emulator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import requests
+from google.api_core import exceptions as google
+from google.api_core.client_info import ClientInfo
+from google.auth import exceptions as login
+from google.cloud import storage
+from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
+from google.cloud.storage.retry import DEFAULT_RETRY
+from urllib3.exceptions import HTTPError
+
+from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, ObjectNotFound, SpotError, StoreError, StoreUnavailable
+from hf_spot.storage.keys import TEMPORARY_FOLDER, check_key, check_prefix
+from hf_spot.storage.parts import BLOCK_IN_BYTES, Job, Piece, Stopped, write_at
+from hf_spot.storage.store import ObjectInfo, Progress
+from hf_spot.storage.threads import Workers
+
+PART_BYTES = 64 << 20
+PAGE = 1000  # names in an answer
+_MOST_PARTS = 32  # that one request puts together: Google's limit
+_SENT_BYTES = 4 << 20  # at once, and held in memory meanwhile; a multiple of 256 KB
+_CONNECTIONS = min(64, max(16, os.cpu_count() or 1))
+_READS = 5  # of a part whose answer breaks off again and again without a byte in between
+_TIMEOUTS = {"timeout": (5, 30), "retry": DEFAULT_RETRY.with_timeout(60.0)}  # seconds: to connect, of silence, of all tries
+_URL = re.compile(r"gs://(?P<bucket>[a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/(?P<prefix>[^?#]*))?")
+_LOG_IN = "gcloud auth application-default login"
+
+
+class GoogleStore:
+    """An `ObjectStore` in a bucket. Nothing is asked before the first call; usable from threads and after a fork.
+
+    A file of more than 64 MB goes up in parts, each an object of its own in a hidden folder, checked by CRC32C; one request
+    then puts them together. Memory: at most 4 MB for each of 16 to 64 connections.
+
+    Args:
+        url: ``gs://bucket/prefix``; the prefix may be empty.
+
+    Raises:
+        ConfigError: the URL is malformed.
+    """
+
+    def __init__(self, url: str) -> None:
+        found = _URL.fullmatch(url)
+        if not found:
+            raise ConfigError(f"{url!r} names no bucket of Google Cloud Storage", hint="gs://bucket/prefix")
+        prefix = (found["prefix"] or "").strip("/")
+        self._name = found["bucket"]
+        self._base = f"{check_key(prefix)}/" if prefix else ""
+        self._connections: dict[int, _Connection] = {}  # by process id: sockets and threads don't survive a fork
+        self._locks: dict[int, threading.Lock] = {}
+
+    @property
+    def url(self) -> str:
+        """Bucket and prefix, without a slash at the end."""
+        return f"gs://{self._name}/{self._base}".rstrip("/")
+
+    def get(self, key: str) -> bytes:
+        """One GET, checked by the client."""
+        with self._explained("read", key):
+            body: bytes = self._blob(key).download_as_bytes(raw_download=True, **_TIMEOUTS)
+            return body
+
+    def put(self, key: str, data: bytes) -> None:
+        """One upload, checked by CRC32C."""
+        with self._explained("write", key):
+            self._blob(key).upload_from_string(data, checksum="crc32c", **_TIMEOUTS)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """An upload with ``ifGenerationMatch=0``: only where no object stands."""
+        with self._explained("write", key):
+            try:
+                self._blob(key).upload_from_string(data, checksum="crc32c", if_generation_match=0, **_TIMEOUTS)
+                return True
+            except google.PreconditionFailed:
+                return False
+
+    def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        """One upload, or up to 32 parts several at a time that are then put together; those are deleted again."""
+        blob, job = self._blob(key), Job(progress)
+        with path.open("rb", buffering=0) as file, self._explained("write", key):
+            size = os.fstat(file.fileno()).st_size
+            if size <= PART_BYTES:
+                with job.first_trouble():
+                    self._upload(blob, _Told(job, file.fileno(), 0, size), size)
+                return
+            part_bytes = PART_BYTES * max(1, -(-size // (_MOST_PARTS * PART_BYTES)))
+            # It names the first folder of the key, so that `abort` can tell whose it was.
+            folder = f"{self._base}{TEMPORARY_FOLDER}/{key.split('/', 1)[0]}.{uuid.uuid4().hex}"
+            parts = [self._bucket.blob(f"{folder}/{first // part_bytes:02d}") for first in range(0, size, part_bytes)]
+
+            def send(number: int) -> None:
+                first = number * part_bytes
+                length = min(part_bytes, size - first)
+                self._upload(parts[number], _Told(job, file.fileno(), first, length), length)
+
+            try:
+                job.in_parts(self._connection.workers, send, range(len(parts)))
+                # What is put together is what was checked: a generation is one upload's.
+                blob.compose(parts, if_source_generation_match=[part.generation for part in parts], **_TIMEOUTS)
+            finally:
+                with contextlib.suppress(google.GoogleAPIError, login.GoogleAuthError, requests.RequestException):
+                    self._remove([part.name for part in parts])
+
+    def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        """Ranges of one generation several at a time, into a file beside ``path`` that is renamed when whole."""
+        blob, job = self._blob(key), Job(progress)
+        path = Path(path)
+        beside = path.with_name(f".hf_spot-{uuid.uuid4().hex}")
+        try:
+            with beside.open("xb", buffering=0) as file, self._explained("read", key):
+                blob.reload(**_TIMEOUTS)
+                os.ftruncate(file.fileno(), blob.size)
+
+                def fetch(first: int) -> None:
+                    self._fetch(blob, job, file.fileno(), first, min(first + PART_BYTES, blob.size))
+
+                job.in_parts(self._connection.workers, fetch, range(0, blob.size, PART_BYTES))
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def copy(self, source: str, key: str) -> None:
+        """Rewritten by Google, however large."""
+        origin, blob, token = self._blob(source), self._blob(key), None
+        with self._explained("read", source):
+            while True:
+                token, _, _ = blob.rewrite(origin, token=token, **_TIMEOUTS)
+                if token is None:
+                    return
+
+    def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
+        """Objects.list, a page at a time."""
+        wanted = self._base + check_prefix(prefix)
+        begin = {"start_offset": self._base + start_after} if start_after else {}
+        for key, size in self._listed(wanted, **begin):
+            if key > start_after and not key.startswith(f"{TEMPORARY_FOLDER}/") and not key.endswith("/"):
+                yield ObjectInfo(key, size)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """One request each, several at a time."""
+        names = [self._base + check_key(key) for key in keys]
+        with self._explained("delete", names[0][len(self._base) :] if names else ""):
+            self._remove(names)
+
+    def abort(self, stale: Callable[[str], bool]) -> int:
+        """Deletes the parts of uploads that were not put together. A part cut short is forgotten by Google within a week."""
+        begun: dict[str, list[str]] = {}
+        for key, _ in self._listed(f"{self._base}{TEMPORARY_FOLDER}/"):
+            begun.setdefault(key.split("/")[1], []).append(self._base + key)
+        gone = [upload for upload in begun if stale(f"{upload.rpartition('.')[0]}/")]
+        with self._explained("delete", f"{TEMPORARY_FOLDER}/"):
+            self._remove([name for upload in gone for name in begun[upload]])
+        return len(gone)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _upload(self, blob: Any, part: _Told, size: int) -> None:
+        blob.chunk_size = _SENT_BYTES
+        blob.upload_from_file(part, size=size, rewind=False, checksum="crc32c", **_TIMEOUTS)
+
+    def _fetch(self, blob: Any, job: Job, handle: int, at: int, end: int) -> None:
+        """Bytes ``at`` to ``end`` to their place in the file; an answer that breaks off is asked for again from there on. The
+        client's own way reads 8 KB at a time."""
+        buffer = memoryview(bytearray(min(BLOCK_IN_BYTES, end - at)))
+        url = f"{self._connection.client.api_endpoint}/download/storage/v1/b/{self._name}/o/{quote(blob.name, safe='')}"
+        query = {"alt": "media", "generation": blob.generation}
+        tries = 0
+        while at < end:
+            try:
+                with self._connection.session.get(
+                    url, params=query, headers={"Range": f"bytes={at}-{end - 1}"}, timeout=_TIMEOUTS["timeout"], stream=True
+                ) as answer:
+                    if answer.status_code != requests.codes.partial_content:
+                        raise google.from_http_response(answer)
+                    while at < end and (count := answer.raw.readinto(buffer[: end - at])):
+                        job.may_go_on()
+                        write_at(handle, buffer[:count], at)
+                        job.see(at, buffer[:count])
+                        at, tries = at + count, 0
+                        job.moved(count)
+                if at < end:
+                    raise requests.ConnectionError("the answer broke off")
+            except (requests.RequestException, HTTPError, google.ServerError):
+                tries += 1
+                if tries == _READS:
+                    raise
+
+    def _listed(self, prefix: str, **begin: str) -> Iterator[tuple[str, int]]:
+        with self._explained("list", prefix[len(self._base) :]):
+            pages = self._connection.client.list_blobs(
+                self._name,
+                prefix=prefix,
+                fields="items(name,size),nextPageToken",
+                page_size=PAGE,
+                **begin,
+                **_TIMEOUTS,
+            ).pages
+        while True:
+            with self._explained("list", prefix[len(self._base) :]):
+                page = next(pages, None)
+            if page is None:
+                return
+            for blob in page:
+                if key := blob.name[len(self._base) :]:
+                    yield key, blob.size or 0
+
+    def _remove(self, names: Iterable[str]) -> None:
+        def remove(name: str) -> None:
+            with contextlib.suppress(google.NotFound):
+                self._bucket.blob(name).delete(**_TIMEOUTS)
+
+        Job(None).in_parts(self._connection.workers, remove, names)
+
+    def _blob(self, key: str) -> Any:
+        return self._bucket.blob(self._base + check_key(key))
+
+    @property
+    def _bucket(self) -> Any:
+        with self._explained("reach", ""):
+            return self._connection.client.bucket(self._name)
+
+    @property
+    def _connection(self) -> _Connection:
+        process = os.getpid()
+        if process not in self._connections:
+            with self._locks.setdefault(process, threading.Lock()):
+                if process not in self._connections:
+                    self._connections[process] = _Connection()
+        return self._connections[process]
+
+    # -- errors -------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _explained(self, doing: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except _TROUBLE as error:
+            raise self._explain(doing, key, error) from error
+
+    def _explain(self, doing: str, key: str, error: Exception) -> SpotError:
+        where = f"gs://{self._name}/{self._base}{key}"
+        what = f"can't {doing} {where}: {getattr(error, 'message', '') or error}"
+        if isinstance(error, google.RetryError) and error.cause is not None:
+            error = error.cause
+        if isinstance(error, login.TransportError):
+            return StoreUnavailable(what)
+        if isinstance(error, login.GoogleAuthError):
+            self._connections.pop(os.getpid(), None)  # somebody may log in while a training goes on
+            return AccessDenied(what, hint=_LOG_IN)
+        if isinstance(error, google.Unauthorized):
+            self._connections.pop(os.getpid(), None)
+            return AccessDenied(what, hint=_LOG_IN)
+        if isinstance(error, google.Forbidden):
+            return AccessDenied(
+                what, hint=f"gcloud storage buckets add-iam-policy-binding gs://{self._name} --role=roles/storage.objectUser …"
+            )
+        if isinstance(error, google.NotFound):
+            if doing == "read" and "bucket does not exist" not in str(error):
+                return ObjectNotFound(f"{where} does not exist")
+            return BucketNotFound(
+                f"the bucket {self._name} does not exist", hint=f"gcloud storage buckets create gs://{self._name}"
+            )
+        if isinstance(error, (google.ClientError, InvalidResponse)) and not isinstance(error, google.TooManyRequests):
+            return StoreError(what)
+        return StoreUnavailable(what)
+
+
+_TROUBLE = (google.GoogleAPIError, login.GoogleAuthError, requests.RequestException, HTTPError, DataCorruption, InvalidResponse)
+
+
+class _Told:
+    """A part as the client wants a file to be, which tells the job how far it has been read; what is read again, because a
+    request was repeated, is not told again."""
+
+    def __init__(self, job: Job, handle: int, first: int, size: int) -> None:
+        self._job = job
+        self._first = first
+        self._piece = Piece(job, handle, first, size)
+        self._told = 0
+        self.tell, self.seek = self._piece.tell, self._piece.seek
+
+    def read(self, count: int = -1) -> bytes:
+        """As a file does. Raises Stopped, SpotError."""
+        self._job.may_go_on()
+        before = self._piece.tell()
+        block = self._piece.read(count)
+        if not block and count and before < len(self._piece):
+            self._job.fail(SpotError("a file became shorter while it was uploaded; this checkpoint is not committed"))
+            raise Stopped
+        if self._piece.tell() > self._told:
+            new = memoryview(block)[self._told - before :]
+            self._job.see(self._first + self._told, new)
+            self._told += len(new)
+            self._job.moved(len(new))
+        return block
+
+
+class _Connection:
+    """What one process holds open: a client, and the threads that move parts of files."""
+
+    def __init__(self) -> None:
+        self.client = storage.Client(project=None, client_info=ClientInfo(user_agent="hf_spot"))
+        self.session = self.client._http  # its credentials, refreshed; no other way to them is public
+        adapter = requests.adapters.HTTPAdapter(pool_connections=4, pool_maxsize=2 * _CONNECTIONS)
+        self.session.mount("https://", adapter)
+        self.session.mount("http://", adapter)
+        self.workers = Workers(_CONNECTIONS, "hf_spot-part")

@@ -1,0 +1,485 @@
+"""HubRepoStore and HubBucketStore: a run on the Hugging Face Hub, in a repository or in a bucket.
+
+A repository is Git: every write is a commit, which names its parent where two writers must be kept apart, and is then refused
+if another commit came first. The Hub limits commits per hour, so what several threads want to write at one time goes into one.
+
+A bucket takes any number of writes, and none of them can be conditional: it can't keep two machines apart, and says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import random
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, ObjectNotFound, SpotError, StoreError, StoreUnavailable
+from hf_spot.storage.hub_connection import Hub, HubFile
+from hf_spot.storage.keys import check_key, check_prefix
+from hf_spot.storage.parts import BLOCK_BYTES, Job, write_at
+from hf_spot.storage.store import ObjectInfo, ObjectStore, Progress, witness_of
+from hf_spot.storage.threads import Workers
+
+_URL = re.compile(
+    r"hf://(?:(?P<kind>models|datasets|buckets)/)?(?!(?:models|datasets|buckets|spaces)/)(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<prefix>.*))?"
+)
+_EXAMPLES = "hf://buckets/owner/name/run, or hf://owner/name/run for a model repository"
+_SAMPLE_BYTES = 512  # of a file, by which the Hub decides how to keep it
+_BATCH = 1000  # files named in one request
+_CREATES_S = 60.0  # of trying, while others commit
+
+
+def open_hub(url: str) -> ObjectStore:
+    """The store behind ``hf://buckets/owner/name/prefix``, ``hf://owner/name/prefix`` or ``hf://datasets/owner/name/prefix``;
+    behind a repository's name may stand ``@branch``.
+
+    Raises:
+        ConfigError: no such URL.
+    """
+    found = _URL.fullmatch(url)
+    if not found:
+        raise ConfigError(f"{url!r} names no place on the Hub", hint=_EXAMPLES)
+    kind = (found["kind"] or "models")[:-1]
+    if kind == "bucket" and found["revision"]:
+        raise ConfigError(f"{url!r}: buckets have no revisions", hint=_EXAMPLES)
+    prefix = (found["prefix"] or "").strip("/")
+    hub = Hub(kind, found["id"], found["revision"] or "main")
+    return (HubBucketStore if kind == "bucket" else HubRepoStore)(hub, check_key(prefix) if prefix else "")
+
+
+def open_model(url: str) -> HubRepoStore:
+    """The model repository ``hf://owner/name``, which may not be there yet.
+
+    Raises:
+        ConfigError: something else.
+    """
+    store = open_hub(url)
+    if not isinstance(store, HubRepoStore) or store.hub.kind != "model" or store.url != f"hf://{store.hub.shown}":
+        raise ConfigError(f"{url!r} names no model repository", hint="hf://owner/name")
+    return store
+
+
+class _HubStore:
+    """What repositories and buckets have in common: reading."""
+
+    def __init__(self, hub: Hub, prefix: str) -> None:
+        self.hub = hub
+        self._base = f"{prefix}/" if prefix else ""
+
+    @property
+    def url(self) -> str:
+        """As it was opened, without a slash at the end."""
+        return f"hf://{self.hub.shown}/{self._base}".rstrip("/")
+
+    def get(self, key: str) -> bytes:
+        """GET of the file."""
+        body: bytes = self.hub.ask("GET", self.hub.resolve(self._path(key)), doing="read", key=self._path(key)).content
+        return body
+
+    def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        """By Xet, into a file beside ``path`` that is renamed when whole; a small file of a repository with one GET."""
+        file = self._about(key)
+        path = Path(path)
+        beside = path.with_name(f".hf_spot-{uuid.uuid4().hex}")
+        try:
+            with beside.open("xb", buffering=0) as target, contextlib.ExitStack() as stack:
+                at, see = 0, witness_of(progress)
+                if file.size == 0:
+                    blocks: Iterator[bytes] = iter(())
+                elif file.xet_hash is None:
+                    blocks = iter((self.get(key),))
+                else:
+                    blocks = stack.enter_context(contextlib.closing(self.hub.fetch(file, file.path)))
+                for block in blocks:
+                    write_at(target.fileno(), memoryview(block), at)
+                    see(at, memoryview(block))
+                    at += len(block)
+                    if progress is not None:
+                        progress(len(block))
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
+        """The tree below the last whole folder of ``prefix``, in pages, sorted here."""
+        check_prefix(prefix)
+        folder = (self._base + prefix).rpartition("/")[0]
+        url = f"{self.hub.api}/tree{self.hub.at_revision}" + (f"/{quote(folder, safe=self._slashes)}" if folder else "")
+        found = []
+        for page in self.hub.pages(url, params={"recursive": True}, doing="list", key=folder):
+            for told in page:
+                key = told["path"][len(self._base) :]
+                if told["type"] == "file" and told["path"].startswith(self._base + prefix) and key > start_after:
+                    found.append(ObjectInfo(key, told["size"]))
+        yield from sorted(found, key=lambda info: info.key)
+
+    def abort(self, stale: Callable[[str], bool]) -> int:
+        """What was uploaded and never got a name is the Hub's to remove."""
+        return 0
+
+    _slashes = ""  # a folder is one segment of the URL of a bucket's listing, and several of a repository's
+
+    def _path(self, key: str) -> str:
+        return self._base + check_key(key)
+
+    def _about(self, key: str) -> HubFile:
+        path = self._path(key)
+        file = self.hub.about([path], doing="read").get(path)
+        if file is None:
+            raise ObjectNotFound(f"hf://{self.hub.shown}/{path} does not exist")
+        return file
+
+    def _there(self, keys: Iterable[str], doing: str) -> Iterator[tuple[str, ...]]:
+        """The paths of those of ``keys`` that exist, in batches: deleting others is an error on the Hub."""
+        paths = (self._path(key) for key in keys)
+        while batch := [*islice(paths, _BATCH)]:
+            if there := tuple(self.hub.about(batch, doing=doing)):
+                yield there
+
+
+class HubBucketStore(_HubStore):
+    """An `ObjectStore` in a bucket of the Hub (https://huggingface.co/docs/hub/storage-buckets).
+
+    Args:
+        hub: the bucket.
+        prefix: without slashes around it.
+    """
+
+    # The API that adds files takes no condition, and says of itself that it is no transaction.
+    fences = False
+
+    def put(self, key: str, data: bytes) -> None:
+        """The bytes by Xet, then one request that names them."""
+        self._send(key, iter([memoryview(data)] if data else []))
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Looks, then writes: of two that do so at the same moment both may think that they won, hence ``fences``. A machine
+        that wakes up later is still found out."""
+        path = self._path(key)
+        if self.hub.about([path], doing="write"):
+            return False
+        self.put(key, data)
+        return True
+
+    def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        """The bytes by Xet, which sends only what the Hub has not got, then one request that names them."""
+        with path.open("rb", buffering=0) as file:
+            self._send(key, _blocks(file, progress))
+
+    def copy(self, source: str, key: str) -> None:
+        """Another name for the same bytes."""
+        self._batch(self._added(self._path(key), self._about(source)), key=key)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """1000 in a request."""
+        for paths in self._there(keys, "delete"):
+            self._batch(*({"type": "deleteFile", "path": path} for path in paths), key=paths[0])
+
+    def _send(self, key: str, blocks: Iterator[memoryview]) -> None:
+        path = self._path(key)
+        self._batch(self._added(path, self.hub.send(blocks, path, sha256=False)), key=key)
+
+    def _added(self, path: str, file: HubFile) -> dict[str, Any]:
+        return {"type": "addFile", "path": path, "xetHash": file.xet_hash, "mtime": int(time.time() * 1000)}
+
+    def _batch(self, *operations: dict[str, Any], key: str) -> None:
+        answer = self.hub.ask(
+            "POST",
+            f"{self.hub.api}/batch",
+            content=_lines(operations),
+            headers={"Content-Type": "application/x-ndjson"},
+            doing="write",
+            key=key,
+            accept=(422,),
+        )
+        if failed := answer.json().get("failed"):
+            raise StoreUnavailable(f"can't write hf://{self.hub.shown}/{failed[0]['path']}: {failed[0]['error']}")
+        if answer.status_code == 422:
+            raise StoreUnavailable(f"can't write hf://{self.hub.shown}/{key}: {answer.text[:200]}")
+
+
+class HubRepoStore(_HubStore):
+    """An `ObjectStore` on a branch of a model or dataset repository.
+
+    Args:
+        hub: the repository.
+        prefix: without slashes around it.
+    """
+
+    _slashes = "/"
+
+    def __init__(self, hub: Hub, prefix: str) -> None:
+        super().__init__(hub, prefix)
+        self._together = _Together(lambda operations: self.commit(operations))
+
+    def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
+        """The branch's tree, without what Git and the Hub keep there for themselves."""
+        return (info for info in super().list(prefix, start_after) if self._base or info.key != ".gitattributes")
+
+    def put(self, key: str, data: bytes) -> None:
+        """One commit, with what other threads are about to write."""
+        self._together.add({self._path(key): _text_file(self._path(key), data)})
+
+    def create(self, key: str, data: bytes) -> bool:
+        """A commit whose parent is the one that did not have ``key``; the Hub refuses it when another came first, and then it
+        is looked again."""
+        path = self._path(key)
+        give_up_at = time.monotonic() + _CREATES_S
+        for attempt in range(1000):
+            head = self.head()
+            if path in self.hub.about([path], doing="write"):
+                return False
+            if self.commit([_text_file(path, data)], parent=head):
+                return True
+            if time.monotonic() > give_up_at:
+                break
+            time.sleep(random.uniform(0, min(2.0, 0.05 * 2**attempt)))  # so that two don't meet again and again
+        raise StoreUnavailable(f"can't create hf://{self.hub.shown}/{path}: others commit all the time")
+
+    def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        """The bytes by Xet, which sends only what the Hub has not got; then a commit, with those that are on their way now."""
+        where = self._path(key)
+        with path.open("rb", buffering=0) as file, self._together.uploading() as done:
+            done({where: self.prepared(where, file, progress)})
+
+    def copy(self, source: str, key: str) -> None:
+        """One commit that gives the same bytes another name."""
+        file, path = self._about(source), self._path(key)
+        if file.sha256 is None:
+            self.put(key, self.get(source))
+        else:
+            self._together.add({path: _large_file(path, file)})
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """One commit for 1000."""
+        for paths in self._there(keys, "delete"):
+            self._together.add({path: _deleted(path) for path in paths})
+
+    def head(self) -> str:
+        """The newest commit of the branch. Raises BucketNotFound."""
+        for branch in self.hub.ask("GET", f"{self.hub.api}/refs", doing="read").json()["branches"]:
+            if branch["name"] == self.hub.revision:
+                return str(branch["targetCommit"])
+        raise BucketNotFound(
+            f"hf://{self.hub.shown} has no branch {self.hub.revision!r}",
+            hint=f"hf repos branch create {self.hub.id} {self.hub.revision}",
+        )
+
+    def prepared(self, path: str, file: Any, progress: Progress | None) -> dict[str, Any]:
+        """Uploads an open file as the Hub wants to have it, and returns what a commit must say to give it a name."""
+        size = os.fstat(file.fileno()).st_size
+        sample = base64.b64encode(file.read(_SAMPLE_BYTES)).decode()
+        file.seek(0)
+        answer = self.hub.ask(
+            "POST",
+            f"{self.hub.api}/preupload{self.hub.at_revision}",
+            json={"files": [{"path": path, "sample": sample, "size": size}], "gitIgnore": ""},
+            doing="write",
+            key=path,
+        )
+        if size == 0 or answer.json()["files"][0]["uploadMode"] == "regular":
+            return _text_file(path, b"".join(_blocks(file, progress)))
+        return _large_file(path, self.hub.send(_blocks(file, progress), path, sha256=True))
+
+    def commit(self, operations: Iterable[dict[str, Any]], *, parent: str = "", message: str = "hf_spot") -> bool:
+        """Commits; False when ``parent`` is given and is not the newest commit any more."""
+        head = {"summary": message, "description": "", **({"parentCommit": parent} if parent else {})}
+        operations = [*operations]
+        for attempt in range(5):
+            answer = self.hub.ask(
+                "POST",
+                f"{self.hub.api}/commit{self.hub.at_revision}",
+                content=_lines([{"key": "header", "value": head}, *operations]),
+                headers={"Content-Type": "application/x-ndjson"},
+                doing="write",
+                key=operations[0]["value"]["path"],
+                accept=(409, 412),
+            )
+            if answer.status_code not in (409, 412):
+                return True
+            if parent:
+                return False
+            time.sleep(random.uniform(0, 0.2 * 2**attempt))  # another commit was being made
+        raise StoreUnavailable(f"can't write hf://{self.hub.shown}: others commit all the time")
+
+    def publish(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        *,
+        superseded: Callable[[str], bool] = lambda name: False,
+        defaults: Collection[str] = (),
+        private: bool,
+        message: str,
+        workers: int = 4,
+        progress: Progress | None = None,
+    ) -> None:
+        """Uploads files and makes one commit of all, or none; the repository is made when it is missing.
+
+        Args:
+            folder: that holds them.
+            names: relative to it, and likewise in the repository.
+            superseded: says of another file in the repository that it goes with this commit.
+            defaults: of ``names``, those that give way to what the repository has.
+            private: a new repository is for its owner alone.
+            message: of the commit.
+            workers: files uploaded at the same time.
+            progress: see `Progress`.
+
+        Raises:
+            StoreError: others have changed the repository meanwhile.
+        """
+        try:
+            head = self.head()
+        except (BucketNotFound, AccessDenied):  # the Hub tells nobody what is not theirs; who may not create hears why
+            self.hub.create(private=private)
+            head = self.head()
+        there = {info.key for info in self.list()}
+        names = [name for name in names if name not in defaults or name not in there]
+        old = [name for name in sorted(there.difference(names)) if superseded(name)]
+
+        def prepare(name: str) -> dict[str, Any]:
+            with (folder / name).open("rb", buffering=0) as file:
+                return self.prepared(self._path(name), file, job.moved)
+
+        job = Job(progress)
+        with Workers(workers, "hf_spot-publish") as pool:
+            operations = job.in_parts(pool, prepare, names)
+        operations += [_deleted(self._path(name)) for name in old]
+        if not self.commit(operations, parent=head, message=message):
+            raise StoreError(
+                f"{self.url} has been changed by somebody else meanwhile; nothing was published",
+                hint=f"see {self.hub.endpoint}/{self.hub.id}/commits/{self.hub.revision}, then the same command again",
+            )
+
+
+class _Together:
+    """Makes one commit of what several threads want to write.
+
+    A file that is uploaded waits until no other is on its way, so that a checkpoint's files become one commit; other writes
+    wait for nothing but the commit under way.
+
+    Args:
+        commit: what makes one.
+    """
+
+    def __init__(self, commit: Callable[[list[dict[str, Any]]], object]) -> None:
+        self._commit = commit
+        self._changed = threading.Condition()
+        self._moving = 0  # files on their way
+        self._waiting: list[_Wish] = []
+        self._committing = False
+        self._process = os.getpid()
+
+    def add(self, operations: dict[str, dict[str, Any]]) -> None:
+        """Returns once these operations, by the path that each is about, are committed."""
+        self._carry_out(_Wish(operations, patient=False))
+
+    @contextlib.contextmanager
+    def uploading(self) -> Iterator[Callable[[dict[str, dict[str, Any]]], None]]:
+        """While a file is on its way. What it gives is called with the operations once the file has arrived, and returns when
+        they are committed."""
+        arrived = False
+        self._know_the_process()
+        with self._changed:
+            self._moving += 1
+
+        def done(operations: dict[str, dict[str, Any]]) -> None:
+            nonlocal arrived
+            with self._changed:
+                arrived = True
+                self._moving -= 1
+                self._changed.notify_all()
+            self._carry_out(_Wish(operations, patient=True))
+
+        try:
+            yield done
+        finally:
+            if not arrived:
+                with self._changed:
+                    self._moving -= 1
+                    self._changed.notify_all()
+
+    def _know_the_process(self) -> None:
+        if self._process != os.getpid():  # after a fork: the threads that were at work, or held the lock, are not here
+            self.__init__(self._commit)  # type: ignore[misc]
+
+    def _carry_out(self, wish: _Wish) -> None:
+        self._know_the_process()
+        with self._changed:
+            self._waiting.append(wish)
+            while not wish.done and (self._committing or (wish.patient and self._moving)):
+                self._changed.wait()
+            if not wish.done:
+                self._committing = True
+                batch, self._waiting = self._waiting, []
+        if not wish.done:
+            self._commit_all(batch)
+        if wish.trouble is not None:
+            raise wish.trouble
+
+    def _commit_all(self, batch: list[_Wish]) -> None:
+        trouble: BaseException | None = None
+        try:
+            operations: dict[str, dict[str, Any]] = {}
+            for wish in batch:
+                operations |= wish.operations
+            self._commit([*operations.values()])
+        except SpotError as error:
+            trouble = error
+        except BaseException as error:
+            trouble = StoreUnavailable(f"the thread that was committing was ended ({error!r})")
+            raise
+        finally:
+            with self._changed:
+                for wish in batch:
+                    wish.done, wish.trouble = True, trouble
+                self._committing = False
+                self._changed.notify_all()
+
+
+class _Wish:
+    """What one thread wants to be committed."""
+
+    def __init__(self, operations: dict[str, dict[str, Any]], *, patient: bool) -> None:
+        self.operations = operations
+        self.patient = patient
+        self.done = False
+        self.trouble: BaseException | None = None
+
+
+def _text_file(path: str, data: bytes) -> dict[str, Any]:
+    return {"key": "file", "value": {"path": path, "content": base64.b64encode(data).decode(), "encoding": "base64"}}
+
+
+def _large_file(path: str, file: HubFile) -> dict[str, Any]:
+    return {"key": "lfsFile", "value": {"path": path, "algo": "sha256", "oid": file.sha256, "size": file.size}}
+
+
+def _deleted(path: str) -> dict[str, Any]:
+    return {"key": "deletedFile", "value": {"path": path}}
+
+
+def _lines(values: Iterable[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(value).encode() + b"\n" for value in values)
+
+
+def _blocks(file: Any, progress: Progress | None) -> Iterator[memoryview]:
+    """The rest of an open file; each block is gone when the next is asked for."""
+    buffer, at, see = memoryview(bytearray(BLOCK_BYTES)), 0, witness_of(progress)
+    while count := file.readinto(buffer):
+        see(at, buffer[:count])
+        yield buffer[:count]
+        at += count
+        if progress is not None:
+            progress(count)
