@@ -29,7 +29,7 @@ from hf_spot.run import history
 from hf_spot.run.hook import Hook, hook_url
 from hf_spot.run.journal import CheckpointRef, Entry
 from hf_spot.run.machine import about_this_machine
-from hf_spot.run.progress import alert, bar
+from hf_spot.run.progress import Bar, alert
 from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, set_aside_uncommitted, sweep, take
 from hf_spot.run.run import Checkpoint, CommitRequest, Run
 from hf_spot.run.upload import Uploader
@@ -280,7 +280,7 @@ class Session:
 
     def _watched_bar(self, label: str, size_bytes: int) -> Progress:
         """A bar for a restore that ends when the machine goes: nobody would train with it."""
-        shown = bar(label, size_bytes)
+        shown = Bar(label, size_bytes)
 
         def moved(count: int) -> None:
             if self._hear_end() is not None:
