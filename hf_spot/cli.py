@@ -233,24 +233,26 @@ def _add_recipes(commands: Any) -> None:
 
     recipe = commands.add_parser(
         "recipe",
-        help="prints a job file for Kubernetes, Slurm or SageMaker",
-        description="Prints a job file. EC2 and SkyPilot need none: hf-spot provision, hf-spot sky.",
+        help="prints a job file for Kubernetes, Slurm, SageMaker or EC2",
+        description="Prints a job file. hf-spot provision and hf-spot sky need none: they start machines themselves.",
         allow_abbrev=False,
     )
     recipes = recipe.add_subparsers(title="recipes", metavar="RECIPE", required=True)
     kubernetes = _add(recipes, "kubernetes", _recipe, "a Job that is started again after a preemption (YAML)")
     slurm = _add(recipes, "slurm", _recipe, "a batch script that requeues itself after a preemption")
     sagemaker = _add(recipes, "sagemaker", _recipe, "a script that starts a managed spot training job")
+    ec2 = _add(recipes, "ec2", _recipe, "user data for machines of an Auto Scaling group, a launch template or Terraform")
     store = os.environ.get("HF_SPOT_STORE") or STORE
-    for name, command in (("kubernetes", kubernetes), ("slurm", slurm), ("sagemaker", sagemaker)):
+    for name, command in (("kubernetes", kubernetes), ("slurm", slurm), ("sagemaker", sagemaker), ("ec2", ec2)):
         command.set_defaults(recipe=name)
         command.add_argument(
             "--store", metavar="URL", default=store, help="of the run (default: $HF_SPOT_STORE, or an example)"
         )
         command.add_argument("--script", default="train.py", help="that trains, with its arguments (default: train.py)")
         command.add_argument("--name", default="my-run", help="of the job (default: my-run)")
-        command.add_argument("--gpus", type=int, default=1, help="of the machine (default: 1)")
+        command.add_argument("--gpus", type=int, default=1, help="of each machine (default: 1)")
     for command in (kubernetes, slurm):
+        command.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that train together (default: 1)")
         command.add_argument(
             "--grace-s", type=int, default=120, metavar="S", help="seconds from the notice to the end (default: 120)"
         )
@@ -262,6 +264,19 @@ def _add_recipes(commands: Any) -> None:
     sagemaker.add_argument("--role", metavar="ARN", default="arn:aws:iam::123456789012:role/hf-spot", help="of the job")
     sagemaker.add_argument("--instance-type", default="ml.g5.xlarge", help="default: ml.g5.xlarge")
     sagemaker.add_argument("--hours", type=int, default=24, help="that the training may take (default: 24)")
+    ec2.add_argument("--region", metavar="NAME", default="us-east-1", help="of the machines (default: us-east-1)")
+    ec2.add_argument(
+        "--setup",
+        metavar="COMMANDS",
+        default="git clone https://github.com/me/my-training .",
+        help="that a new machine runs first, such as fetching the script",
+    )
+    ec2.add_argument("--hours", type=int, default=48, help="after which a machine goes, whatever happens (default: 48)")
+    ec2.add_argument(
+        "--auto-scaling-group",
+        action="store_true",
+        help="leave the group when the training has ended, and shrink it",
+    )
 
 
 def _run(command: argparse.ArgumentParser) -> None:
@@ -377,9 +392,11 @@ def _publish(args: argparse.Namespace) -> int:
     from hf_spot.economics.report import summarise
     from hf_spot.economics.table import story
     from hf_spot.run.progress import Bar
-    from hf_spot.run.publish import publish
 
     run = _open(args.run)
+    _open(args.what)  # tells what is missing here, where something is
+    from hf_spot.run.publish import publish
+
     done = publish(
         run,
         args.what,

@@ -19,12 +19,13 @@ FOLDER = "/var/lib/hf-spot"
 LOG = "/var/log/hf-spot.log"
 UNIT = "/etc/systemd/system/hf-spot.service"
 LONGEST_BYTES = 16384  # https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/user-data.html
+LEAVE = "shutdown -h now"
 _RECLAIM_MINUTES = 10  # EC2 takes an interrupted machine away within two
 _SHIP_EVERY_S = 60
 
 _SCRIPT = """\
 #!/bin/bash
-# Made by `hf-spot provision` for {name}: {store}
+# Made by `{made_by}` for {name}: {store}
 set -euo pipefail
 exec > >(tee -a {log}) 2>&1
 {fuse}
@@ -77,7 +78,12 @@ if [[ $EXIT_CODE != exited || $EXIT_STATUS == 137 ]]; then exit; fi
 
 # Whoever shuts down on a notice pays for the first hour, and who waits for EC2 does not. If EC2 does not come after all,
 # a machine that nobody uses must not stay.
-_LEAVE = "if [[ $EXIT_STATUS == {preempted} ]]; then shutdown -h +{minutes}; else shutdown -h now; fi"
+_LEAVE = """\
+case $EXIT_STATUS in
+{preempted}) shutdown -h +{minutes} ;;
+{fenced}) shutdown -h now ;; # a newer machine trains; this one is only in the way
+*) {retire} ;;
+esac"""
 
 _UNIT = """\
 [Unit]
@@ -105,7 +111,16 @@ WantedBy=multi-user.target
 """
 
 
-def render(job: Job, prices: Sequence[Mapping[str, Any]], minutes: int, environ: Mapping[str, str] = os.environ) -> str:
+def render(
+    job: Job,
+    prices: Sequence[Mapping[str, Any]],
+    minutes: int,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    made_by: str = "hf-spot provision",
+    fuse: str = "the budget is spent",
+    retire: str = LEAVE,
+) -> str:
     """The user data of a machine.
 
     What it does, in this order: sets the fuse (a shutdown when the budget is spent, whoever watches), installs, runs the
@@ -117,6 +132,9 @@ def render(job: Job, prices: Sequence[Mapping[str, Any]], minutes: int, environ:
         prices: what is known of each pool that the machine may be from: ``instance_type``, ``zone`` and more.
         minutes: after which the budget is spent at the dearest of these prices.
         environ: what is passed on of it: the key and the owner of the bucket, no credentials.
+        made_by: the command that the user data says it was made by.
+        fuse: why the machine goes away after these minutes.
+        retire: the shell command with which a machine goes away for good, for which nothing is left to do.
 
     Raises:
         ConfigError: setup and run are longer than EC2 takes.
@@ -124,7 +142,7 @@ def render(job: Job, prices: Sequence[Mapping[str, Any]], minutes: int, environ:
     leaves = job.on_finish == SHUTDOWN
     variables = {"HF_SPOT_STORE": job.store, "AWS_REGION": job.region}
     variables |= {name: environ[name] for name in (KMS_KEY_VARIABLE, OWNER_VARIABLE) if environ.get(name)}
-    leave = _LEAVE.format(preempted=EXIT_PREEMPTED, minutes=_RECLAIM_MINUTES) if leaves else "echo 'hf-spot: stays, as asked'"
+    ending = _LEAVE.format(preempted=EXIT_PREEMPTED, minutes=_RECLAIM_MINUTES, fenced=EXIT_FENCED, retire=retire)
     copy = f'aws s3 cp {LOG} {shlex.quote(job.store)}/logs/"$(hostname)".log || true'
     unit = _UNIT.format(
         name=job.name,
@@ -134,21 +152,22 @@ def render(job: Job, prices: Sequence[Mapping[str, Any]], minutes: int, environ:
         limit="StartLimitAction=poweroff" if leaves else "",
     )
     text = _SCRIPT.format(
+        made_by=made_by,
         name=job.name,
         store=job.store,
         log=LOG,
         folder=FOLDER,
-        fuse=f"shutdown -h +{minutes} 'hf-spot: the budget is spent'",
+        fuse=f"shutdown -h +{minutes} 'hf-spot: {fuse}'",
         variables=" ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()),
         environment=_file("environment", "\n".join(f"{name}={value}" for name, value in variables.items())),
         fallback=copy if job.store.startswith("s3://") else "true",
-        leave="shutdown -h now" if leaves else "true",
+        leave=retire if leaves else "true",
         install=_install(job.requirements),
         prices=_file("prices.json", json.dumps([*prices])),
         setup_file=_file("setup", job.setup),
         run_file=_file("run", _RUN.format(run=job.run)),
         start_file=_file("start", _START.format(folder=FOLDER, log=LOG, every_s=_SHIP_EVERY_S)),
-        stop_file=_file("stop", _STOP.format(log=LOG, ending=leave)),
+        stop_file=_file("stop", _STOP.format(log=LOG, ending=ending if leaves else "echo 'hf-spot: stays, as asked'")),
         unit_file=_file(UNIT, unit),
     )
     if len(text.encode()) > LONGEST_BYTES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import socket
 import sys
 import typing
@@ -24,6 +25,8 @@ from hf_spot.runtime import STORE_VARIABLE
 
 MAX_RESTARTS = 3
 _BOOTSTRAP = "hf_spot.training.bootstrap"
+_GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
+_LOOPBACK = re.compile(r"localhost$|127\.|::1$")  # whoever says so has all "machines" on one
 _EXAMPLE = "hf-spot launch --store s3://bucket/runs/my-run train.py"
 _MAX_RESTARTS_HELP = (
     "Launches in a row that may crash without committing anything before hf-spot gives up; preemptions don't count, and 0 "
@@ -116,9 +119,15 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
     else:
         command = [sys.executable, "-m", _BOOTSTRAP, *script]
         env = prepare_simple_launcher_cmd_env(args)[1]
-    if machines.count > 1 and (interface := interface_to(machines.main_ip)):
+    if machines.count > 1 and _GLOO_VARIABLE not in env and (interface := interface_to(machines.main_ip)):
         # Where a machine's name stands for 127.0.1.1, as Debian has it, gloo would listen where nobody can reach it.
-        env.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if interface == "lo" and not _LOOPBACK.match(machines.main_ip):
+            raise ConfigError(
+                f"--main_process_ip {machines.main_ip}: on this machine that name stands for a loopback address, which no "
+                "other machine reaches",
+                hint=f"an address that `hostname -I` prints there, or export {_GLOO_VARIABLE}=eth0 (see ip -br addr)",
+            )
+        env[_GLOO_VARIABLE] = interface
     return Command(store, arguments, args.max_restarts, command, env, machines)
 
 

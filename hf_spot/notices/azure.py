@@ -6,6 +6,7 @@ https://learn.microsoft.com/en-us/azure/virtual-machines/linux/scheduled-events
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,6 +22,7 @@ ENDPOINT_VARIABLE = "HF_SPOT_AZURE_METADATA_ENDPOINT"
 _ENDPOINT = "http://169.254.169.254"
 _EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
 _NAME = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
+_MACHINE = re.compile(r"""[^\s\\/"'\[\]{}:|<>+=;,?*@&]{1,80}""")  # what Azure forbids in names, and braces
 _FIRST_ANSWER_S = 120.0
 _LAST = ("Preempt", "Terminate")
 _ENDINGS = (*_LAST, "Redeploy", "Reboot")  # no process outlives these
@@ -138,7 +140,7 @@ class AzureSource:
         answer = self._ask("GET", _EVENTS, patience_s=self._patience_s)
         self._patience_s = 0.0
         if not self._machine:
-            self._machine = self._ask("GET", _NAME).body.decode("utf-8", "replace").strip().lower()
+            self._machine = self._ask_name()
         stated = self._service.json_object(answer.body, "scheduledevents").get("Events")
         if not isinstance(stated, list):
             raise SpotError(f"{self.where} answered scheduledevents without Events: {answer.body[:200]!r}")
@@ -147,6 +149,13 @@ class AzureSource:
         except ValueError as error:
             raise SpotError(f"{self.where} announces {error}") from error
         return [event for event in events if self._machine in event.resources]
+
+    def _ask_name(self) -> str:
+        """Of this machine, as events have it. A wrong one would make every event somebody else's for ever."""
+        name = self._ask("GET", _NAME).body.decode("utf-8", "replace").strip()
+        if not _MACHINE.fullmatch(name):
+            raise SpotError(f"{self.where} answered with something that is no name of a machine: {name[:200]!r}")
+        return name.lower()
 
     def _ask(self, method: str, path: str, body: bytes | None = None, *, patience_s: float = 0.0) -> Answer:
         headers = {"Metadata": "true"}

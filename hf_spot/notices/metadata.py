@@ -106,7 +106,10 @@ class MetadataService:
             connection.sock.settimeout(self._timeout_s + patience_s)
             connection.request(method, prefix + path, body, dict(headers))
             response = connection.getresponse()
-            return Answer(response.status, response.read(_LONGEST_ANSWER_BYTES), response.headers)
+            said = response.read(_LONGEST_ANSWER_BYTES)
+            if response.length and len(said) < _LONGEST_ANSWER_BYTES:
+                raise http.client.IncompleteRead(said, response.length)  # half a time is another time
+            return Answer(response.status, said, response.headers)
         finally:
             connection.close()
 

@@ -7,7 +7,8 @@ from hf_spot.storage.faulty import FaultyStore
 from hf_spot.testing.alibaba import FakeAlibaba
 from hf_spot.testing.aws import FakeIMDS
 from hf_spot.testing.azure import FakeAzure
+from hf_spot.testing.contract import check_source
 from hf_spot.testing.gcp import FakeGCP
 from hf_spot.testing.server import FakeService, Request
 
-__all__ = ["FakeAlibaba", "FakeAzure", "FakeGCP", "FakeIMDS", "FakeService", "FaultyStore", "Request"]
+__all__ = ["FakeAlibaba", "FakeAzure", "FakeGCP", "FakeIMDS", "FakeService", "FaultyStore", "Request", "check_source"]

@@ -12,6 +12,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from hf_spot.testing.server import FakeService, Response
 
+# https://learn.microsoft.com/en-us/azure/virtual-machines/linux/scheduled-events#version-and-region-availability
+_VERSIONS = ("2017-08-01", "2017-11-01", "2019-01-01", "2019-04-01", "2019-08-01", "2020-07-01")
+
 
 class FakeAzure(FakeService):
     """The part of Azure's instance metadata service that tells of Scheduled Events, as a real HTTP server on loopback.
@@ -103,6 +106,8 @@ class FakeAzure(FakeService):
             return 200, self.name, {}
         if url.path != "/metadata/scheduledevents":
             return 404, "", {}
+        if version not in _VERSIONS:
+            return 400, json.dumps({"error": "Bad request. api-version is invalid", "newest-versions": _VERSIONS}), {}
         first_s, self._first_answer_s = self._first_answer_s, 0.0
         if first_s:
             self._changed.wait_for(self._stopping.is_set, first_s)

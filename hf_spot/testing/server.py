@@ -58,7 +58,7 @@ class FakeService(ABC):
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._requests: list[Request] = []
-        self._failures: list[tuple[int, str]] = []
+        self._failures: list[Response] = []
         self._stall_s = 0.0
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -104,10 +104,14 @@ class FakeService(ABC):
 
     # -- what goes wrong ----------------------------------------------------------------------------------------------
 
-    def fail(self, status: int, times: int = 1, body: str = "") -> None:
-        """Answers the next ``times`` requests with this HTTP status and this text."""
+    def fail(self, status: int, times: int = 1, body: str = "", headers: Mapping[str, str] | None = None) -> None:
+        """Answers the next ``times`` requests with this HTTP status, this text and these headers.
+
+        A ``Location`` makes it a redirect; with ``Connection: close`` and a ``Content-Length`` that is too large the answer
+        breaks off.
+        """
         with self._lock:
-            self._failures += [(status, body)] * times
+            self._failures += [(status, body, dict(headers or {}))] * times
 
     def stall(self, seconds: float) -> None:
         """Waits so long before each answer from now on; 0 ends it."""
@@ -129,11 +133,7 @@ class FakeService(ABC):
             stall_s = self._stall_s
         self._stopping.wait(stall_s)
         with self._lock:
-            if self._failures:
-                status, text = self._failures.pop(0)
-                extra: dict[str, str] = {}
-            else:
-                status, text, extra = self._decide(method, path, headers, body)
+            status, text, extra = self._failures.pop(0) if self._failures else self._decide(method, path, headers, body)
             self._requests.append(Request(method, path, status, headers, body))
         return status, text, extra
 
@@ -264,7 +264,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(level, option, self.server.hop_limit)
         content = body.encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "text/plain", **extra, "Content-Length": str(len(content))}.items():
+        for name, value in {"Content-Type": "text/plain", "Content-Length": str(len(content)), **extra}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -165,6 +166,105 @@ def test_without_skypilot_the_repair_is_named(
     assert "pip install 'hf_spot[sky]'" in capsys.readouterr().err
 
 
+# -- a schema of the task, without SkyPilot ----------------------------------------------------------------------------
+
+TEXT = {"type": "string", "minLength": 1}
+OBJECT = {"type": "object", "additionalProperties": False}
+VARIABLES = {"type": "object", "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]*$"}}
+MACHINE: dict[str, Any] = {
+    "infra": {"type": "string", "pattern": "^aws(/[a-z0-9-]+)?$"},
+    "instance_type": TEXT,
+    "accelerators": TEXT,
+    "use_spot": {"type": "boolean"},
+    "max_hourly_cost": {"type": "number"},
+    "image_id": {"type": "object", "additionalProperties": TEXT},
+}
+RESOURCES: dict[str, Any] = {
+    **MACHINE,
+    "disk_size": {"type": "integer"},
+    "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+    "job_recovery": {
+        **OBJECT,
+        "required": ["strategy", "recover_on_exit_codes"],
+        "properties": {
+            "strategy": {"enum": ["EAGER_NEXT_REGION", "FAILOVER"]},
+            "recover_on_exit_codes": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}},
+        },
+    },
+    **{
+        name: {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": MACHINE,
+                "required": ["infra", "use_spot"],
+            },
+        }
+        for name in ("any_of", "ordered")
+    },
+}
+SCHEMA: dict[str, Any] = {
+    **OBJECT,
+    "required": ["resources", "run"],
+    "properties": {
+        "name": TEXT,
+        "resources": {**OBJECT, "properties": RESOURCES, "required": ["job_recovery"]},
+        "envs": {**VARIABLES, "additionalProperties": {"type": "string"}},
+        "secrets": {**VARIABLES, "additionalProperties": {"type": "null"}},  # SkyPilot would take values, and shows them
+        "setup": TEXT,
+        "run": TEXT,
+    },
+}
+"""What SkyPilot 0.14 takes of the keys that hf_spot writes. Where SkyPilot is installed, its own schema is asked as well."""
+
+MISSPELT = "a misspelt key of the recovery"  # which SkyPilot finds on its server only, for its plugins may know it
+
+MISTAKES: dict[str, Any] = {
+    "a key that is none": lambda task: task.update(exit_codes=[75]),
+    MISSPELT: lambda task: task["resources"]["job_recovery"].update(recover_on_exit_code=75),
+    "a code that is none": lambda task: task["resources"]["job_recovery"].update(recover_on_exit_codes=[-75]),
+    "a market as text": lambda task: task["resources"]["ordered"][0].update(use_spot="spot"),
+    "a price as text": lambda task: task["resources"]["ordered"][1].update(max_hourly_cost="12 dollars"),
+    "a size as text": lambda task: task["resources"].update(disk_size="large"),
+    "a label that is no text": lambda task: task["resources"].update(labels={"team": 7}),
+    "a variable that no shell knows": lambda task: task["envs"].update({"NO-NAME": "x"}),
+    "lines of a script": lambda task: task.update(run=["hf-spot launch train.py"]),
+}
+
+
+def valid(task: dict[str, Any], schema: dict[str, Any]) -> bool:
+    return bool(importlib.import_module("jsonschema").Draft7Validator(schema).is_valid(task))
+
+
+@pytest.mark.parametrize("rung", [None, Rung((P4D, G5), SPOT), Rung((P4D,), ON_DEMAND)])
+@pytest.mark.parametrize("environ", [{}, {**SECRETS, "AWS_ENDPOINT_URL_S3": "https://minio"}])
+def test_the_schema_takes_what_is_printed(job: Job, rung: Rung | None, environ: dict[str, str]) -> None:
+    job = job if rung is None else dataclasses.replace(job, ladder=(rung,))
+    assert valid(yaml.safe_load(sky.render(job, environ)), SCHEMA)
+
+
+def hand_written() -> str:
+    """The task that the page shows."""
+    blocks = (ROOT / ".github" / "docs" / "recipes.md").read_text().split("```yaml\n")
+    (text,) = [block.partition("```")[0] for block in blocks if block.startswith("# sky-task.yaml")]
+    return text
+
+
+def test_the_schema_takes_the_hand_written_task_of_the_page() -> None:
+    task = yaml.safe_load(hand_written())
+    assert valid(task, SCHEMA)
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_schema_refuses_a_mistake(job: Job, mistake: str) -> None:
+    task = yaml.safe_load(sky.render(job, {}))
+    MISTAKES[mistake](task)
+    assert not valid(task, SCHEMA)
+
+
 # -- SkyPilot itself --------------------------------------------------------------------------------------------------
 
 needs_skypilot = pytest.mark.skipif(
@@ -226,6 +326,20 @@ def read(text: str, home: dict[str, str]) -> subprocess.CompletedProcess[str]:
 
 
 @needs_skypilot
+def test_skypilots_own_schema_knows_every_key_of_ours_and_refuses_the_same_mistakes(job: Job) -> None:
+    schemas = importlib.import_module("sky.utils.schemas")
+    theirs, resources = schemas.get_task_schema(), schemas.get_resources_schema()
+    assert set(SCHEMA["properties"]) <= set(theirs["properties"])
+    assert set(RESOURCES) <= set(resources["properties"])
+    theirs["properties"]["resources"] = resources
+    assert valid(yaml.safe_load(sky.render(job, {})), theirs)
+    for name, mistake in MISTAKES.items():
+        task = yaml.safe_load(sky.render(job, {}))
+        mistake(task)
+        assert valid(task, theirs) == (name == MISSPELT), name
+
+
+@needs_skypilot
 def test_skypilots_own_task_takes_ours(job: Job, home: dict[str, str]) -> None:
     done = read(sky.render(job, {}), home)
     assert done.returncode == 0, done.stderr
@@ -252,10 +366,8 @@ def test_skypilots_own_task_would_refuse_a_mistake(job: Job, home: dict[str, str
 
 
 @needs_skypilot
-def test_the_hand_written_task_of_the_readme_is_one(home: dict[str, str]) -> None:
-    blocks = (ROOT / "README.md").read_text().split("```yaml\n")
-    (text,) = [block.partition("```")[0] for block in blocks if block.startswith("# sky-task.yaml")]
-    done = read(text, home)
+def test_skypilots_own_task_takes_the_hand_written_one(home: dict[str, str]) -> None:
+    done = read(hand_written(), home)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout.splitlines()[-1])
     assert made["recovery"][0]["recover_on_exit_codes"] == [75]

@@ -50,6 +50,19 @@ def test_the_machines_are_known_and_gloo_listens_where_they_reach_it(script: str
     assert kept.environ["GLOO_SOCKET_IFNAME"] == "ib0"
 
 
+def test_a_name_that_stands_for_the_loopback_of_this_machine_alone_is_refused_unless_gloo_is_told_where_to_listen(
+    script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_spot.launch.command.interface_to", lambda address: "lo")  # as Debian's /etc/hosts has it
+    argv = [*TWO, "--machine_rank", "0", "--main_process_port", "29500", "--multi_gpu", "--num_processes", "2"]
+    with pytest.raises(ConfigError, match="--main_process_ip node-a") as caught:
+        parse([*argv, "--main_process_ip", "node-a", script], {})
+    assert "export GLOO_SOCKET_IFNAME=" in caught.value.hint
+    parse([*argv, "--main_process_ip", "node-a", script], {"GLOO_SOCKET_IFNAME": "ib0"})
+    for here in ("localhost", "127.0.0.1", "::1"):
+        assert parse([*argv, "--main_process_ip", here, script], {}).environ["GLOO_SOCKET_IFNAME"] == "lo"
+
+
 def test_the_store_may_come_from_the_environment(script: str) -> None:
     assert parse([script], {"HF_SPOT_STORE": "s3://b/r"}).store == "s3://b/r"
 

@@ -29,8 +29,10 @@ def train(slow_from=1000, store="run", **settings):
     class Slow(Recorder):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step >= slow_from:
-                print(f"rank {{args.process_index}} has done {{state.global_step}}\\n", end="", flush=True)
                 time.sleep(0.2)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            print(f"rank {{args.process_index}} has done {{state.global_step}}\\n", end="", flush=True)
 
     make_trainer(Path("out"), Slow(), SpotCallback(store), **settings).train()
     print("trained\\n", end="", flush=True)

@@ -12,6 +12,7 @@ from hf_spot.errors import ConfigError, SpotError
 from hf_spot.notices.alibaba import AlibabaSource
 from hf_spot.notices.azure import AzureSource
 from hf_spot.notices.gcp import GCPSource
+from hf_spot.notices.metadata import MetadataService
 from hf_spot.notices.notice import NoticeKind, NoticeSource, PreemptionNotice
 from hf_spot.notices.slurm import SlurmSource
 from hf_spot.notices.watcher import Watcher
@@ -191,6 +192,24 @@ def test_events_of_other_machines_are_not_this_ones(azure: FakeAzure) -> None:
 def test_a_machine_is_found_among_others_whatever_the_case_of_its_name(azure: FakeAzure) -> None:
     azure.interrupt(resources=[*OTHERS, azure.name.upper()])
     assert heard(AzureSource(azure.endpoint)).kind is NoticeKind.TERMINATE
+
+
+@pytest.mark.parametrize("name", ["", "<html>", '{"error": "Bad request"}', "two words"])
+def test_an_answer_that_is_no_name_is_asked_for_again_and_not_taken_for_this_machines(azure: FakeAzure, name: str) -> None:
+    source = AzureSource(azure.endpoint)
+    azure.interrupt()
+    azure.name, real = name, azure.name
+    with pytest.raises(SpotError, match="no name of a machine"):
+        source.poll()
+    azure.name = real
+    assert heard(source).kind is NoticeKind.TERMINATE
+
+
+@pytest.mark.parametrize("version", ["", "2016-01-01", "tomorrow"])
+def test_the_fake_refuses_a_version_that_azure_never_had(azure: FakeAzure, version: str) -> None:
+    service = MetadataService(azure.endpoint, "VARIABLE", timeout_s=60)
+    answer = service.request("GET", f"/metadata/scheduledevents?api-version={version}", {"Metadata": "true"})
+    assert answer.status == 400
 
 
 def test_of_several_events_the_first_to_begin_counts_and_an_end_more_than_a_pause(azure: FakeAzure) -> None:

@@ -5,17 +5,22 @@ A new source is one more `Case`, with what makes it speak.
 
 from __future__ import annotations
 
+import configparser
+import contextlib
 import http.client
 import logging
 import os
+import re
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +36,7 @@ from hf_spot.notices.notice import NoticeKind, NoticeSource, PreemptionNotice
 from hf_spot.notices.signals import SignalSource
 from hf_spot.notices.slurm import SlurmSource
 from hf_spot.notices.watcher import Watcher
-from hf_spot.testing import FakeAlibaba, FakeAzure, FakeGCP, FakeIMDS, FakeService
+from hf_spot.testing import FakeAlibaba, FakeAzure, FakeGCP, FakeIMDS, FakeService, check_source
 from tests.waiting import wait_for
 
 LONG_S = 60.0
@@ -88,22 +93,20 @@ def heard(source: NoticeSource) -> PreemptionNotice:
 
 @dataclass
 class Case:
-    """A source that has heard nothing yet, and what makes it hear the end of the machine."""
+    """A source that has heard nothing yet, what makes it hear the end of the machine, and what takes that back."""
 
     source: NoticeSource
     announce: Callable[[], object]
+    withdraw: Callable[[], object] | None = None
 
 
 def signal_case(stack: ExitStack, folder: Path) -> Case:
-    source = SignalSource(["SIGUSR2"], grace_s=30)
-    source.install()
-    stack.callback(source.restore)
-    return Case(source, lambda: os.kill(os.getpid(), signal.SIGUSR2))
+    return Case(SignalSource(["SIGUSR2"], grace_s=30), lambda: os.kill(os.getpid(), signal.SIGUSR2))
 
 
 def file_case(stack: ExitStack, folder: Path) -> Case:
     path = folder / "notice"
-    return Case(FileSource(path), lambda: path.write_text('{"deadline_s": 30}'))
+    return Case(FileSource(path), lambda: path.write_text('{"deadline_s": 30}'), path.unlink)
 
 
 def slurm_case(stack: ExitStack, folder: Path) -> Case:
@@ -115,17 +118,52 @@ def slurm_case(stack: ExitStack, folder: Path) -> Case:
 def service_case(name: str) -> Callable[[ExitStack, Path], Case]:
     def make(stack: ExitStack, folder: Path) -> Case:
         server = stack.enter_context(SERVICES[name][0]())
-        return Case(SERVICES[name][1](server.endpoint), lambda: server.interrupt(in_s=30))
+        return Case(SERVICES[name][1](server.endpoint), lambda: server.interrupt(in_s=30), server.cancel)
 
     return make
 
 
-CASES: dict[str, Callable[[ExitStack, Path], Case]] = {
+PAGE = Path(__file__).resolve().parents[2] / ".github" / "docs" / "notices.md"
+
+
+def block(name: str) -> str:
+    """A file that the page shows."""
+    (text,) = re.findall(rf"^```\w+\n# {re.escape(name)}\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    return str(text)
+
+
+def install_what_the_page_shows(stack: ExitStack, folder: Path) -> None:
+    """As ``pip install .`` leaves it."""
+    package = configparser.ConfigParser()
+    package.read_string(block("pyproject.toml"))
+    section = 'project.entry-points."hf_spot.notices"'
+    entries = [f"{name} = {value.strip(chr(34))}" for name, value in package[section].items()]
+    info = folder / "shutdown_notice-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shutdown-notice\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("\n".join(["[hf_spot.notices]", *entries, ""]))
+    (folder / "shutdown_notice.py").write_text(block("shutdown_notice.py"))
+    patch = stack.enter_context(pytest.MonkeyPatch.context())
+    patch.syspath_prepend(folder)
+    stack.callback(sys.modules.pop, "shutdown_notice", None)
+
+
+def page_case(stack: ExitStack, folder: Path) -> Case:
+    install_what_the_page_shows(stack, folder)
+    scheduled = folder / "scheduled"
+    (source,) = sources(SpotArguments(notice=f"shutdown:{scheduled}"), environ={})
+    at = datetime.now(timezone.utc) + timedelta(seconds=60)
+    text = f"USEC={int(at.timestamp() * 1e6)}\nWARN_WALL=1\nMODE=poweroff\n"
+    return Case(source, lambda: scheduled.write_text(text), scheduled.unlink)
+
+
+OURS: dict[str, Callable[[ExitStack, Path], Case]] = {
     "signal": signal_case,
     "file": file_case,
     "slurm": slurm_case,
     **{name: service_case(name) for name in SERVICES},
 }
+CASES = {**OURS, "the page's": page_case}
 
 
 @pytest.fixture(params=CASES)
@@ -135,34 +173,123 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
 
 
 def test_every_name_for_the_command_line_has_its_case() -> None:
-    assert set(CASES) == set(NOTICE_NAMES) - {"auto", "none"}
+    assert set(OURS) == set(NOTICE_NAMES) - {"auto", "none"}
 
 
-def test_a_source_says_its_name_where_it_listens_and_how_often(case: Case) -> None:
-    assert isinstance(case.source, NoticeSource)
-    assert case.source.name in CASES
-    assert 0 < case.source.interval_s <= 5
-    assert getattr(case.source, "where", "")
+def test_a_source_keeps_the_contract_and_states_a_deadline(case: Case) -> None:
+    notice = check_source(case.source, case.announce, case.withdraw)
+    assert notice.deadline is not None
 
 
-def test_nothing_announced_is_none_and_the_end_is_one_notice_with_a_deadline(case: Case) -> None:
-    assert case.source.poll() is None
-    case.announce()
-    notice = heard(case.source)
-    assert (notice.kind, notice.source) == (NoticeKind.TERMINATE, case.source.name)
-    assert notice.deadline is not None and notice.deadline.tzinfo is not None
-    assert case.source.poll() == notice
-    assert PreemptionNotice.from_json(notice.to_json()) == notice
+@pytest.mark.parametrize("name", OURS)
+def test_a_source_of_ours_says_where_it_listens_and_asks_often(name: str, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        source = OURS[name](stack, tmp_path).source
+        assert source.name == name and getattr(source, "where", "")
+        assert 0 < source.interval_s <= 5
 
 
-def test_a_watcher_tells_it_once(case: Case) -> None:
-    told: list[PreemptionNotice] = []
-    watcher = Watcher([case.source], told.append)
-    watcher.poll_once()
-    case.announce()
-    for _ in range(3):
-        watcher.poll_once()
-    assert [notice.kind for notice in told] == [NoticeKind.TERMINATE]
+def test_the_example_of_the_page_is_short_and_the_test_that_it_shows_passes(tmp_path: Path) -> None:
+    assert len(block("shutdown_notice.py").splitlines()) <= 25
+    with ExitStack() as stack:
+        install_what_the_page_shows(stack, tmp_path)
+        shown: dict[str, Any] = {}
+        exec(compile(block("test_shutdown_notice.py"), "test_shutdown_notice.py", "exec"), shown)
+        tests = [test for name, test in shown.items() if name.startswith("test_")]
+        for test in tests:
+            test(tmp_path)
+    assert len(tests) == 1
+
+
+class Perfect:
+    """A source that keeps every promise; those below break one each."""
+
+    name, interval_s = "mine", 1.0
+    announced: PreemptionNotice | None = None
+    polls = 0
+
+    def announce(self) -> None:
+        self.announced = PreemptionNotice(NoticeKind.TERMINATE, self.name, "the end", datetime(2030, 1, 1, tzinfo=timezone.utc))
+
+    def withdraw(self) -> None:
+        self.announced = PreemptionNotice(NoticeKind.CANCELLED, self.name, "not the end")
+
+    def poll(self) -> PreemptionNotice | None:
+        self.polls += 1
+        return self.announced
+
+
+class TwoWords(Perfect):
+    name = "my source"
+
+
+class Sleepy(Perfect):
+    interval_s = 3600.0
+
+
+class Panicking(Perfect):
+    def poll(self) -> PreemptionNotice | None:
+        self.announce()
+        return self.announced
+
+
+class Deaf(Perfect):
+    def announce(self) -> None:
+        pass
+
+
+class Harmless(Perfect):
+    def announce(self) -> None:
+        self.announced = PreemptionNotice(NoticeKind.ADVISORY, self.name, "the end")
+
+
+class Anonymous(Perfect):
+    def announce(self) -> None:
+        self.announced = PreemptionNotice(NoticeKind.TERMINATE, "somebody", "the end")
+
+
+class Renaming(Perfect):
+    def poll(self) -> PreemptionNotice | None:
+        notice = super().poll()
+        return notice and replace(notice, id=f"the end, {self.polls}")
+
+
+class Postponing(Perfect):
+    def poll(self) -> PreemptionNotice | None:
+        notice = super().poll()
+        return notice and replace(notice, deadline=datetime(2030 + self.polls, 1, 1, tzinfo=timezone.utc))
+
+
+class Silent(Perfect):
+    def withdraw(self) -> None:
+        self.announced = None
+
+
+@pytest.mark.parametrize(
+    ("kind", "broken"),
+    [
+        (object, "has name, interval_s and poll"),
+        (TwoWords, "one word"),
+        (Sleepy, "at most a minute"),
+        (Panicking, "nothing announced is None"),
+        (Deaf, "is heard at the next poll"),
+        (Harmless, "is a TERMINATE"),
+        (Anonymous, "names its source"),
+        (Renaming, "keeps its id"),
+        (Postponing, "the deadline stays"),
+        (Silent, "is CANCELLED, once"),
+    ],
+)
+def test_the_contract_names_the_promise_that_a_source_breaks(kind: type[Any], broken: str) -> None:
+    source = kind()
+    with pytest.raises(AssertionError, match=broken):
+        check_source(source, getattr(source, "announce", print), getattr(source, "withdraw", None))
+
+
+def test_the_contract_has_nothing_to_say_of_a_source_that_keeps_it() -> None:
+    one, other = Perfect(), Perfect()
+    assert check_source(one, one.announce, one.withdraw).id == "the end"
+    assert check_source(other, other.announce).id == "the end"
 
 
 # -- those that ask over HTTP ------------------------------------------------------------------------------------------
@@ -198,6 +325,66 @@ def test_a_refused_request_is_an_error_and_the_next_poll_hears(service: Service,
     service.fake.fail(status)
     with pytest.raises(SpotError, match=str(status)):
         service.source.poll()
+    assert heard(service.source).kind is NoticeKind.TERMINATE
+
+
+def test_a_service_that_knows_nothing_of_notices_is_no_notice_and_the_next_poll_hears(service: Service) -> None:
+    service.source.poll()
+    service.fake.interrupt(in_s=30)
+    service.fake.fail(404)
+    with contextlib.suppress(SpotError):  # of EC2 and Alibaba it is how they say that there is none
+        assert service.source.poll() is None
+    assert heard(service.source).kind is NoticeKind.TERMINATE
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_an_error_and_nobody_follows_it(service: Service, status: int) -> None:
+    service.source.poll()
+    with FakeIMDS() as elsewhere:
+        service.fake.fail(status, headers={"Location": f"{elsewhere.endpoint}/latest/meta-data/spot/instance-action"})
+        with pytest.raises(SpotError, match=str(status)):
+            service.source.poll()
+        assert elsewhere.requests == []
+    service.fake.interrupt(in_s=30)
+    assert heard(service.source).kind is NoticeKind.TERMINATE
+
+
+def test_an_answer_that_breaks_off_is_an_error_even_where_its_beginning_makes_sense(service: Service) -> None:
+    beginning = {
+        "imds": '{"action": "terminate", "time": "2026-01-01T00:00:00Z"}',
+        "gcp": "TRUE",
+        "azure": '{"DocumentIncarnation": 1, "Events": []}',
+        "alibaba": "2026-01-01",
+    }[service.source.name]
+    service.fake.interrupt(in_s=30)
+    first = heard(service.source)
+    headers = {"Content-Length": "400", "Connection": "close", "Metadata-Flavor": "Google"}
+    service.fake.fail(200, body=beginning, headers=headers)
+    with pytest.raises(SpotError, match="no answer"):
+        service.source.poll()
+    assert heard(service.source).id == first.id
+
+
+def test_a_server_that_speaks_another_protocol_is_an_error_that_names_it(service: Service) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        where = f"127.0.0.1:{other.getsockname()[1]}"
+
+        def greet() -> None:
+            connection, _ = other.accept()
+            with connection:
+                connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+                connection.recv(65536)  # closed unread, the request would reset the connection before the greeting is read
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        with pytest.raises(SpotError, match=where):
+            service.make(f"http://{where}").poll()
+        thread.join()
+
+
+def test_an_answer_that_takes_its_time_is_waited_for(service: Service) -> None:
+    service.fake.interrupt(in_s=30)
+    service.fake.stall(0.05)
     assert heard(service.source).kind is NoticeKind.TERMINATE
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,9 +23,11 @@ from hf_spot.errors import ConfigError
 from hf_spot.notices.detect import GRACE_VARIABLE, grace_s
 from hf_spot.notices.file import FILE_VARIABLE, FileSource
 from hf_spot.recipes import render
+from tests.cloud.test_user_data import Machine
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = ("kubernetes", "slurm", "sagemaker")
+KINDS = ("kubernetes", "slurm", "sagemaker", "ec2")
 NASTY = "train.py --text \"it's $HOME\" '<<name>>' '$(HF_SPOT_GRACE_S)' '#: {x}' 'ü'"
 NASTY_WORDS = ["train.py", "--text", "it's $HOME", "<<name>>", "$(HF_SPOT_GRACE_S)", "#: {x}", "ü"]
 STORE = "s3://bucket/a run"
@@ -55,6 +58,10 @@ def launch_words(kind: str, text: str) -> list[str]:
         words = shlex.split(line)
         assert words[:2] == ["srun", "hf-spot"]
         return words[2:]
+    if kind == "ec2":
+        (line,) = [line for line in text.splitlines() if line.startswith("hf-spot launch ")]
+        (store,) = [line for line in text.splitlines() if line.startswith("HF_SPOT_STORE=")]
+        return ["launch", "--store", store.partition("=")[2], *shlex.split(line)[2:]]
     request = request_of(text)
     assert request["AlgorithmSpecification"]["ContainerEntrypoint"] == ["hf-spot"]
     return list(request["AlgorithmSpecification"]["ContainerArguments"])
@@ -66,9 +73,11 @@ def expand(word: str, environ: dict[str, str]) -> str:
 
 
 def job_of(text: str) -> dict[str, Any]:
-    yaml = importlib.import_module("yaml")
-    job: dict[str, Any] = yaml.safe_load(text)
-    return job
+    return documents_of(text)[0]
+
+
+def documents_of(text: str) -> list[dict[str, Any]]:
+    return list(importlib.import_module("yaml").safe_load_all(text))
 
 
 def request_of(text: str) -> dict[str, Any]:
@@ -105,14 +114,14 @@ def test_what_is_said_reaches_the_launch_word_for_word(recipe: Print, kind: str)
 def test_hf_spot_launch_takes_the_command(
     recipe: Print, kind: str, gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_spot.launch.command import parse
+    from hf_spot.launch import command
 
     monkeypatch.chdir(tmp_path)
     Path("train.py").touch()
     words = launch_words(kind, recipe(kind, "--gpus", str(gpus), "--script", "train.py --epochs 3"))
-    command = parse(words[1:])
-    assert command.store == render.STORE
-    assert command.argv[-3:] == ["train.py", "--epochs", "3"]
+    read = command.parse(words[1:])
+    assert read.store == render.STORE
+    assert read.argv[-3:] == ["train.py", "--epochs", "3"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,7 +159,26 @@ def test_the_templates_are_in_the_package() -> None:
     folder = ROOT / "hf_spot" / "recipes"
     packaged = {path for pattern in patterns for path in folder.glob(pattern)}
     assert packaged == {path for path in folder.iterdir() if path.is_file() and path.suffix != ".py"}
-    assert {path.name.partition(".")[0] for path in packaged} == set(KINDS)
+    assert {re.split("[.-]", path.name)[0] for path in packaged} == set(KINDS) - {"ec2"}  # whose script is provision's
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (("slurm", "--nodes", "0"), "--nodes"),
+        (("kubernetes", "--nodes", "-2"), "--nodes"),
+        (("slurm", "--nodes", "2", "--gpus", "0"), "--gpus"),
+        (("kubernetes", "--nodes", "2", "--name", "7"), "--name '7'"),
+        (("ec2", "--hours", "0"), "--hours"),
+        (("ec2", "--region", "mars"), "region"),
+    ],
+    ids=lambda bad: " ".join(bad) if isinstance(bad, tuple) else "",
+)
+def test_what_this_kind_can_not_use_is_refused(bad: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", *bad]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and "Try: " in printed.err
+    assert printed.out == ""
 
 
 # -- Kubernetes --------------------------------------------------------------------------------------------------------
@@ -166,6 +194,52 @@ def test_the_schema_of_kubernetes_takes_the_job(recipe: Print, version: str) -> 
     job["spec"]["podFailurePolicy"]["rules"][0]["action"] = 75
     with pytest.raises(validator.ValidationError):
         validator.validate(job, version, strict=True)
+
+
+@pytest.mark.parametrize("version", ["1.31", "1.37"])
+def test_the_schema_of_kubernetes_takes_the_job_of_several_machines_and_its_service(recipe: Print, version: str) -> None:
+    validator = importlib.import_module("kubernetes_validate")
+    job, service = documents_of(recipe("kubernetes", "--nodes", "3", "--gpus", "8"))
+    assert [one["kind"] for one in (job, service)] == ["Job", "Service"]
+    for one in (job, service):
+        validator.validate(one, version, strict=True)
+    service["spec"]["publishNotReady"] = True
+    with pytest.raises(validator.ValidationError):
+        validator.validate(service, version, strict=True)
+
+
+def test_every_pod_of_several_knows_its_number_and_finds_the_first_by_the_name_that_the_service_gives_it(
+    recipe: Print, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, service = documents_of(recipe("kubernetes", "--nodes", "3", "--gpus", "8", "--script", NASTY, "--name", "mine"))
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 3, 3)
+    # What Kubernetes documents of an Indexed Job: its pods' host names, their label and the variable with their number.
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
+    assert service["spec"]["clusterIP"] == "None" and service["spec"]["publishNotReadyAddresses"] is True
+    assert pod["subdomain"] == service["metadata"]["name"]
+    (container,) = pod["containers"]
+    for index in range(3):
+        environ = {**environ_of(job), "JOB_COMPLETION_INDEX": str(index)}
+        words = [expand(word, environ) for word in container["args"]]
+        assert words[-len(NASTY_WORDS) :] == NASTY_WORDS
+        assert machines_of(words[1:], tmp_path, monkeypatch) == (3, index, f"mine-0.{pod['subdomain']}")
+        assert words[words.index("--num_processes") + 1] == "24"
+
+
+def machines_of(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int, str]:
+    """How many machines ``hf-spot launch`` reads there, which of them this is, and where the first is."""
+    from hf_spot.launch import command
+
+    monkeypatch.chdir(folder)
+    Path("train.py").touch()
+    monkeypatch.setattr(command, "interface_to", lambda address: None)  # nobody answers to these names here
+    machines = command.parse(words, {}).machines
+    return machines.count, machines.rank, machines.main_ip
+
+
+def test_crashes_of_all_pods_at_once_do_not_use_up_the_retries_of_one(recipe: Print) -> None:
+    assert [job_of(recipe("kubernetes", "--nodes", nodes))["spec"]["backoffLimit"] for nodes in ("1", "4")] == [3, 12]
 
 
 def test_a_preempted_pod_does_not_count_as_a_failed_one_and_what_can_not_succeed_ends_the_job(recipe: Print) -> None:
@@ -222,34 +296,77 @@ def test_a_run_in_a_directory_of_a_pod_is_refused() -> None:
 # -- Slurm -------------------------------------------------------------------------------------------------------------
 
 
+SRUN = """\
+echo "srun $*" >> asked
+while [[ $1 == --* ]]; do shift; done
+tasks=()
+for ((node = 0; node < SLURM_NNODES; node++)); do
+    SLURM_NODEID=$node "$@" &
+    tasks+=($!)
+done
+echo "${tasks[@]}" > tasks
+worst=0
+for task in "${tasks[@]}"; do
+    wait "$task"
+    code=$?
+    if ((code > worst)); then worst=$code; fi
+done
+exit "$worst"
+"""
+SCONTROL = """\
+if [[ "$*" == "show hostnames node-[a-b]" ]]; then printf '%s\\n' node-a node-b; else echo "scontrol $*" >> asked; fi
+"""
+HF_SPOT = """\
+echo "hf-spot $*" >> asked
+printf '%s\\0' "$@" > argv-"$SLURM_NODEID"
+if [[ $CODE != notice ]]; then exit "$CODE"; fi
+trap 'exit 75' USR1
+touch ready-"$SLURM_NODEID"
+for ((waits = 0; waits < 60; waits++)); do read -rt 1 <> <(:); done
+"""
+
+
+class Cluster:
+    """Runs batch scripts where srun starts a process for each node, and hf-spot ends with a code."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "bin").mkdir()
+        for name, body in {"srun": SRUN, "scontrol": SCONTROL, "hf-spot": HF_SPOT}.items():
+            (folder / "bin" / name).write_text(f"#!/bin/bash\n{body}")
+            (folder / "bin" / name).chmod(0o755)
+
+    def start(self, script: str, code: int | str, nodes: int = 1) -> subprocess.Popen[str]:
+        (self.folder / "job.sh").write_text(script)
+        environ = {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "CODE": str(code), "SLURM_JOB_ID": "7"}
+        environ |= {"SLURM_RESTART_COUNT": "2", "SLURM_NNODES": str(nodes), "SLURM_JOB_NODELIST": "node-[a-b]"}
+        return subprocess.Popen(
+            ["bash", "job.sh"], env=environ, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def __call__(self, script: str, code: int | str, nodes: int = 1) -> tuple[int, list[str], str]:
+        """The script's own code, what was asked of Slurm and of hf-spot, and what was printed."""
+        (self.folder / "asked").write_text("")
+        with self.start(script, code, nodes) as process:
+            printed = process.communicate(timeout=60)[0]
+        return process.returncode, self.asked(), printed
+
+    def asked(self) -> list[str]:
+        return (self.folder / "asked").read_text().splitlines()
+
+    def argv(self, node: int) -> list[str]:
+        return (self.folder / f"argv-{node}").read_text().split("\0")[:-1]
+
+
 @pytest.fixture
-def cluster(tmp_path: Path) -> Callable[[str, int], tuple[int, list[str], str]]:
-    """Runs a batch script where hf-spot ends with a code: the script's own, what was asked of Slurm, and what it printed."""
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    asked = tmp_path / "asked"
-    for name, body in {
-        "srun": f'echo "srun $*" >> {asked}; exec "$@"',
-        "scontrol": f'echo "scontrol $*" >> {asked}',
-        "hf-spot": f'echo "hf-spot $*" >> {asked}; exit "$CODE"',
-    }.items():
-        (commands / name).write_text(f"#!/bin/sh\n{body}\n")
-        (commands / name).chmod(0o755)
-
-    def run(script: str, code: int) -> tuple[int, list[str], str]:
-        asked.write_text("")
-        environ = {"PATH": f"{commands}:{os.environ['PATH']}", "CODE": str(code), "SLURM_JOB_ID": "7"}
-        environ |= {"SLURM_RESTART_COUNT": "2"}
-        (tmp_path / "job.sh").write_text(script)
-        done = subprocess.run(["bash", tmp_path / "job.sh"], env=environ, capture_output=True, text=True, check=False)
-        return done.returncode, asked.read_text().splitlines(), done.stdout + done.stderr
-
-    return run
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
 
 
-def test_shellcheck_has_nothing_to_say(recipe: Print, tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_shellcheck_has_nothing_to_say(recipe: Print, tmp_path: Path, nodes: str) -> None:
     script = tmp_path / "job.sh"
-    script.write_text(recipe("slurm", "--store", STORE, "--script", "train.py --text 'two words'"))
+    script.write_text(recipe("slurm", "--store", STORE, "--script", "train.py --text 'two words'", "--nodes", nodes))
     shellcheck = Path(sys.executable).parent / "shellcheck"
     done = subprocess.run([shellcheck, "--format=json", script], capture_output=True, text=True, check=False)
     assert json.loads(done.stdout) == []
@@ -257,7 +374,7 @@ def test_shellcheck_has_nothing_to_say(recipe: Print, tmp_path: Path) -> None:
     assert subprocess.run([shellcheck, script], capture_output=True, check=False).returncode == 1
 
 
-def test_a_preempted_job_goes_back_into_the_queue(recipe: Print, cluster: Any) -> None:
+def test_a_preempted_job_goes_back_into_the_queue(recipe: Print, cluster: Cluster) -> None:
     code, asked, printed = cluster(recipe("slurm"), 75)
     assert code == 75
     launch = f"hf-spot launch --store {render.STORE} train.py"
@@ -266,10 +383,43 @@ def test_a_preempted_job_goes_back_into_the_queue(recipe: Print, cluster: Any) -
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 76, 130])
-def test_a_job_that_ends_otherwise_does_not(recipe: Print, cluster: Any, code: int) -> None:
+def test_a_job_that_ends_otherwise_does_not(recipe: Print, cluster: Cluster, code: int) -> None:
     ended, asked, _ = cluster(recipe("slurm"), code)
     assert ended == code
     assert not [line for line in asked if line.startswith("scontrol")]
+
+
+def test_each_of_several_nodes_starts_one_launch_that_knows_its_number_and_the_first_node(
+    recipe: Print, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = recipe("slurm", "--nodes", "2", "--gpus", "4", "--store", STORE, "--script", NASTY)
+    assert {"#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=1", "#SBATCH --gpus-per-node=4"} <= set(script.splitlines())
+    code, asked, printed = cluster(script, 0, nodes=2)
+    assert code == 0 and len([line for line in asked if line.startswith("hf-spot ")]) == 2, printed
+    for node in range(2):
+        words = cluster.argv(node)
+        assert words[-len(NASTY_WORDS) :] == NASTY_WORDS and words[words.index("--store") + 1] == STORE
+        assert machines_of(words[1:], tmp_path, monkeypatch) == (2, node, "node-a")
+        assert words[words.index("--num_processes") + 1] == "8"
+        assert words[words.index("--main_process_port") + 1] == "10007"  # of job 7
+
+
+def test_the_signal_of_slurm_reaches_the_launch_on_every_node_and_the_job_goes_back_into_the_queue(
+    recipe: Print, cluster: Cluster
+) -> None:
+    with cluster.start(recipe("slurm", "--nodes", "2"), "notice", nodes=2) as process:
+        ready = [cluster.folder / name for name in ("ready-0", "ready-1", "tasks")]
+        wait_for(lambda: process.poll() is not None or all(path.exists() for path in ready))
+        for task in ready[-1].read_text().split():
+            os.kill(int(task), signal.SIGUSR1)  # as Slurm's daemon on each node does, to what srun has started there
+        printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, printed
+    assert cluster.asked()[-1] == "scontrol requeue 7"
+
+
+def test_no_node_is_killed_because_another_one_is_done(recipe: Print, cluster: Cluster) -> None:
+    _, asked, _ = cluster(recipe("slurm", "--nodes", "2"), 75, nodes=2)
+    assert {"--kill-on-bad-exit=0", "--wait=0"} <= set(asked[0].split())  # a cluster may have other defaults
 
 
 def test_slurm_is_told_the_limit_and_when_to_send_the_signal_before_anything_is_run(recipe: Print) -> None:
@@ -305,3 +455,66 @@ def test_the_api_of_sagemaker_takes_the_request_for_a_spot_job(recipe: Print) ->
 def test_a_store_that_sagemaker_would_lose_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", "sagemaker", "--store", "/opt/ml/checkpoints"]) == 2
     assert "keeps its run in S3" in capsys.readouterr().err
+
+
+# -- EC2 ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("more", [(), ("--auto-scaling-group",)])
+def test_shellcheck_has_nothing_to_say_of_the_user_data(recipe: Print, tmp_path: Path, more: tuple[str, ...]) -> None:
+    script = tmp_path / "user-data.sh"
+    script.write_text(recipe("ec2", "--store", STORE, "--script", NASTY, *more))
+    shellcheck = [Path(sys.executable).parent / "shellcheck", "--exclude=SC2016", script]  # the dollar in quotes is meant
+    done = subprocess.run(shellcheck, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_machine_of_somebody_elses_sets_its_fuse_and_starts_the_training(recipe: Print, fresh: Machine) -> None:
+    script = fresh.folder / "user-data.sh"
+    script.write_text(recipe("ec2", "--store", STORE, "--hours", "5", "--setup", "echo mine > trace"))
+    done = fresh.run("bash", script)
+    assert done.returncode == 0, done.stderr
+    assert fresh.called()[0] == "shutdown -h +300 hf-spot: 5 hours are over"
+    assert fresh.called()[-1] == "systemctl start --no-block hf-spot.service"
+    assert (fresh.folder / "it/training/trace").read_text() == "mine\n"
+
+
+OUT = "aws autoscaling terminate-instance-in-auto-scaling-group --region us-west-2 --should-decrement-desired-capacity"
+
+
+@pytest.mark.parametrize(
+    ("status", "called"),
+    [
+        ("0", OUT),
+        ("1", OUT),  # the next machine would fail as well
+        ("75", "shutdown -h +10"),  # EC2 takes it, and the group starts another
+        ("76", "shutdown -h now"),  # another has been started already: to shrink the group would end that one
+    ],
+)
+def test_a_machine_shrinks_its_group_when_the_training_has_ended_and_only_then(
+    recipe: Print, fresh: Machine, status: str, called: str
+) -> None:
+    script = fresh.folder / "user-data.sh"
+    script.write_text(
+        recipe("ec2", "--store", str(fresh.folder / "run"), "--auto-scaling-group", "--region", "us-west-2", "--setup", "true")
+    )
+    assert fresh.run("bash", script).returncode == 0
+    fresh.calls.write_text("")
+    (fresh.folder / "log").touch()
+    fresh.run("bash", fresh.folder / "it/stop", EXIT_CODE="exited", EXIT_STATUS=status, HF_SPOT_STORE=str(fresh.folder / "run"))
+    assert [line.partition(" --instance-id")[0] for line in fresh.called()] == [called]
+
+
+def test_a_machine_that_may_not_shrink_its_group_or_can_not_set_itself_up_goes_away_all_the_same(
+    recipe: Print, fresh: Machine
+) -> None:
+    (fresh.folder / "bin/aws").write_text("#!/bin/bash\nexit 1\n")
+    script = fresh.folder / "user-data.sh"
+    script.write_text(recipe("ec2", "--store", str(fresh.folder / "run"), "--auto-scaling-group", "--setup", "false"))
+    assert fresh.run("bash", script).returncode != 0
+    assert fresh.called()[-1] == "shutdown -h now"

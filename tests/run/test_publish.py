@@ -45,7 +45,7 @@ def run(tmp_path: Path, make_checkpoint: Callable[[int], Path]) -> Run:
 
 def content(hub: FakeHub, name: str, path: str) -> bytes:
     file = hub.repos[f"models/{name}"].files[path]
-    return file.content if file.content is not None else hub._bytes_of(file)
+    return file.content if file.content is not None else hub.bytes_of(file)
 
 
 def files(hub: FakeHub, name: str) -> set[str]:

@@ -18,7 +18,7 @@ from tests.storage.fake_http import Answer, Asked, FakeServer, Refused
 
 ACCOUNT = "devstoreaccount1"
 KEY = base64.b64encode(b"the key of a fake").decode()
-PAGE = 300
+PAGE = 100
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """A Hugging Face Hub for the real huggingface_hub and the real Xet: its HTTP API as of version 2.4, repositories and buckets.
 
-Bytes of large files go where Xet's own client keeps them for a ``local://`` address, chunked and deduplicated as on the Hub.
+Bytes of large files go through Xet, chunked and deduplicated as on the Hub.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ import base64
 import hashlib
 import json
 import shutil
-import struct
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,11 @@ from urllib.parse import unquote
 import hf_xet
 
 from tests.storage.fake_http import Answer, Asked, FakeServer, Refused
+from tests.storage.fake_xet import FakeXet
 
 TOKEN = "hf_fake_token_that_may_write"
 READER = "hf_fake_token_that_may_read"
-PAGE = 300
+PAGE = 100
 REGULAR_BYTES = 4096  # larger files, and those that are no text, go to Xet
 
 
@@ -42,7 +41,6 @@ class Repo:
     private: bool = False
     files: dict[str, File] = field(default_factory=dict)
     commits: list[tuple[str, str]] = field(default_factory=list)  # (id, summary)
-    known: dict[str, File] = field(default_factory=dict)  # by SHA-256: what was uploaded
 
     def add_commit(self, summary: str) -> str:
         oid = hashlib.sha1(f"{id(self)} {len(self.commits)} {summary}".encode()).hexdigest()
@@ -62,6 +60,7 @@ class FakeHub(FakeServer):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="hf_spot-hub-"))
         self.repos: dict[str, Repo] = {}  # "models/owner/name"
+        self.xet = FakeXet(self.endpoint)
         self._lock = threading.RLock()
         self._session = hf_xet.XetSession()
 
@@ -89,6 +88,8 @@ class FakeHub(FakeServer):
 
     def decide(self, asked: Asked) -> Answer:
         parts = asked.path.strip("/").split("/")
+        if parts[0] == "cas":
+            return self.xet.decide(asked)
         if asked.path == "/api/repos/create":
             return self._create(asked)
         if asked.path == "/api/validate-yaml":
@@ -102,9 +103,9 @@ class FakeHub(FakeServer):
         repo = self._repo(name, asked)
         is_bucket = name.startswith("buckets/")
         what = rest[0] if rest else ""
+        if what == "resolve":
+            return self._resolve(repo, name, "/".join(rest[1:] if is_bucket else rest[2:]))
         with self._lock:
-            if what == "resolve":
-                return self._resolve(repo, name, "/".join(rest[1:] if is_bucket else rest[2:]))
             if what.startswith("xet-"):
                 if "write" in what:
                     self._may_write(asked)
@@ -159,28 +160,24 @@ class FakeHub(FakeServer):
         file = repo.files.get(path)
         if file is None:
             raise refuse(404, "EntryNotFound", "Entry not found")
-        body = file.content if file.content is not None else self._bytes_of(file)
+        body = file.content if file.content is not None else self.bytes_of(file)
         headers = {"ETag": f'"{file.sha256 or hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": repo.commits[-1][0]}
         if file.xet_hash:
             route = f"{self.endpoint}/api/{name}/xet-read-token" + ("" if name.startswith("buckets/") else "/main")
             headers |= {"X-Xet-Hash": file.xet_hash, "X-Xet-Refresh-Route": route, "X-Linked-Size": str(file.size)}
         return Answer(200, body, headers)
 
-    def _bytes_of(self, file: File) -> bytes:
+    def bytes_of(self, file: File) -> bytes:
         if not file.size:
             return b""
         until = int(time.time()) + 3600
-        group = self._session.new_download_stream_group(endpoint=self._cas, token="x", token_expiry_unix_secs=until)
+        group = self._session.new_download_stream_group(endpoint=self.xet.endpoint, token="x", token_expiry_unix_secs=until)
         return b"".join(group.download_stream(hf_xet.XetFileInfo(file.xet_hash, file.size)))
-
-    @property
-    def _cas(self) -> str:
-        return f"local://{self.folder / 'xet'}"
 
     def _xet_token(self) -> Answer:
         until = int(time.time()) + 3600
-        told = {"accessToken": "xet", "exp": until, "casUrl": self._cas}
-        headers = {"X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": str(until), "X-Xet-Cas-Url": self._cas}
+        told = {"accessToken": "xet", "exp": until, "casUrl": self.xet.endpoint}
+        headers = {"X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": str(until), "X-Xet-Cas-Url": self.xet.endpoint}
         return Answer(200, json.dumps(told).encode(), {"Content-Type": "application/json", **headers})
 
     def _tree(self, repo: Repo, folder: str, asked: Asked) -> Answer:
@@ -222,7 +219,7 @@ class FakeHub(FakeServer):
                 content = base64.b64decode(value["content"])
                 files[path] = File(len(content), content)
             elif line["key"] == "lfsFile":
-                files[path] = self._uploaded(repo, value["oid"])
+                files[path] = self._uploaded(value["oid"])
             else:
                 raise refuse(400, message=f"unknown operation {line['key']}")
             if any(path.startswith(f"{other}/") for other in files if other != path and len(other) < len(path)):
@@ -232,15 +229,12 @@ class FakeHub(FakeServer):
         url = f"{self.endpoint}/{name.removeprefix('models/')}"
         return _json({"success": True, "commitOid": oid, "commitUrl": f"{url}/commit/{oid}", "hookOutput": ""})
 
-    def _uploaded(self, repo: Repo, sha256: str) -> File:
+    def _uploaded(self, sha256: str) -> File:
         """What Xet keeps under this SHA-256, which it was told with the file."""
-        if sha256 not in repo.known:
-            for xet_hash, size, digest in _files_in(self.folder / "xet"):
-                if digest == sha256:
-                    repo.known[sha256] = File(size, None, xet_hash, sha256)
-        if sha256 not in repo.known:
+        found = self.xet.by_sha256(sha256)
+        if found is None:
             raise refuse(400, message=f"LFS pointer pointed to a file that does not exist: {sha256}")
-        return repo.known[sha256]
+        return File(found[1].size, None, found[0], sha256)
 
     def _batch(self, repo: Repo, asked: Asked) -> Answer:
         failed = []
@@ -250,18 +244,13 @@ class FakeHub(FakeServer):
             if told["type"] == "deleteFile":
                 if repo.files.pop(path, None) is None:
                     failed.append({"path": path, "error": "no such file"})
-            elif (size := self._size_of(told["xetHash"])) is None:
+            elif (kept := self.xet.files.get(told["xetHash"])) is None:
                 failed.append({"path": path, "error": "no such Xet hash"})
             else:
-                repo.files[path] = File(size, None, told["xetHash"])
+                repo.files[path] = File(kept.size, None, told["xetHash"])
         succeeded = len(operations) - len(failed)
         told = {"success": not failed, "processed": len(operations), "succeeded": succeeded, "failed": failed}
         return Answer(422 if failed and not succeeded else 200, json.dumps(told).encode(), {"Content-Type": "application/json"})
-
-    def _size_of(self, xet_hash: str) -> int | None:
-        if xet_hash == "0" * 64:
-            return 0
-        return next((size for found, size, _ in _files_in(self.folder / "xet") if found == xet_hash), None)
 
 
 def _told(path: str, file: File) -> dict[str, Any]:
@@ -281,29 +270,3 @@ def _json(value: Any) -> Answer:
 def _form(body: str, name: str) -> list[str]:
     pairs = (pair.partition("=") for pair in body.split("&"))
     return [unquote(value.replace("+", " ")) for key, _, value in pairs if key == name]
-
-
-_HEADER_BYTES = _RECORD_BYTES = 48
-_VERIFIED, _HAS_SHA256 = 1 << 31, 1 << 30
-
-
-def _files_in(xet: Path) -> Iterator[tuple[str, int, str | None]]:
-    """Hash, size and SHA-256 of each file that Xet has been told of, out of its shards.
-
-    The format: https://huggingface.co/docs/xet/shard
-    """
-    for path in (xet / "xet" / "xorbs" / "shards").glob("*.mdb"):
-        shard, at = path.read_bytes(), _HEADER_BYTES
-        while (found := shard[at : at + 32]) != b"\xff" * 32:
-            flags, count = struct.unpack_from("<II", shard, at + 32)
-            at += _RECORD_BYTES
-            size = sum(struct.unpack_from("<I", shard, at + number * _RECORD_BYTES + 36)[0] for number in range(count))
-            at += _RECORD_BYTES * count * (2 if flags & _VERIFIED else 1)
-            sha256 = None
-            if flags & _HAS_SHA256:
-                sha256, at = _hex(shard[at : at + 32]), at + _RECORD_BYTES
-            yield _hex(found), size, sha256
-
-
-def _hex(hash: bytes) -> str:
-    return "".join(f"{number:016x}" for number in struct.unpack("<4Q", hash))

@@ -221,8 +221,8 @@ def test_more_keys_than_one_request_carries_can_be_listed_and_deleted(
 ) -> None:
     count = 1005
     if store.url.startswith(SHORT_PAGES):
-        monkeypatch.setattr("hf_spot.storage.gcs.PAGE", 300)
-        count = 405
+        monkeypatch.setattr("hf_spot.storage.gcs.PAGE", 100)
+        count = 120
     names = [f"many/{number:04d}" for number in range(count)]
     with ThreadPoolExecutor(8) as pool:
         [*pool.map(lambda name: store.put(name, b""), names)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -124,6 +125,24 @@ def test_a_copy_moves_no_bytes(logged_in: FakeHub, hub_repo_url: str, hub_bucket
         store.copy("e0001/model", "e0002/model")
 
         assert (logged_in.count("xet-write-token"), logged_in.count("/resolve/")) == before
+        store.get_file("e0002/model", tmp_path / "back")
+        assert (tmp_path / "back").read_bytes() == source.read_bytes()
+
+
+def test_of_a_file_that_has_changed_a_little_only_a_little_travels(
+    logged_in: FakeHub, hub_repo_url: str, hub_bucket_url: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "model.safetensors"
+    for url in (hub_repo_url, hub_bucket_url):
+        store, data = open_store(url), os.urandom(3_000_000)
+        source.write_bytes(data)
+        store.put_file("e0001/model", source)
+        before = logged_in.xet.received_bytes
+        source.write_bytes(data[:1_500_000] + b"changed" + data[1_500_000:])
+
+        store.put_file("e0002/model", source)
+
+        assert logged_in.xet.received_bytes - before < 500_000
         store.get_file("e0002/model", tmp_path / "back")
         assert (tmp_path / "back").read_bytes() == source.read_bytes()
 

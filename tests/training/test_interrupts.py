@@ -10,6 +10,7 @@ import pytest
 
 from hf_spot import Run, SpotArguments, SpotCallback, TrainingInterrupted, TrainingPreempted
 from tests.training.conftest import Recorder, make_trainer, same, weights
+from tests.waiting import wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +25,17 @@ def press() -> None:
 
 
 def test_ctrl_c_commits_first_and_the_same_command_goes_on(tmp_path: Path, store: str, peace) -> None:  # type: ignore[no-untyped-def]
+    callback = SpotCallback(store)
+
+    def press_until_heard() -> None:
+        press()
+        wait_for(lambda: callback._session._heard)  # type: ignore[union-attr]  # steps are faster than the watcher
+
     with pytest.raises(KeyboardInterrupt) as ended:
-        make_trainer(tmp_path, Recorder(5, press), SpotCallback(store)).train()
+        make_trainer(tmp_path, Recorder(5, press_until_heard), callback).train()
     assert isinstance(ended.value, TrainingPreempted) and isinstance(ended.value, SystemExit) and ended.value.code == 75
     step = Run(store).latest().step  # type: ignore[union-attr]
+    assert step == 5
     assert ended.value.step == step
     assert (
         str(ended.value)
