@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hf_spot.run.run import Checkpoint, Run
     from hf_spot.storage.store import ObjectStore
     from hf_spot.training.callback import SpotCallback
+    from hf_spot.training.manager import SpotCheckpointManager
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "Run",
     "SpotArguments",
     "SpotCallback",
+    "SpotCheckpointManager",
     "SpotError",
     "StoreError",
     "StoreNotFencing",
@@ -72,6 +74,7 @@ _HOMES = {
     "Run": "hf_spot.run.run",
     "SpotArguments": "hf_spot.arguments",
     "SpotCallback": "hf_spot.training.callback",
+    "SpotCheckpointManager": "hf_spot.training.manager",
 }
 
 

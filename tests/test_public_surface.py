@@ -50,6 +50,7 @@ OTHER_NAMES = {
     "Run",
     "SpotArguments",
     "SpotCallback",
+    "SpotCheckpointManager",
     "__version__",
 }
 
