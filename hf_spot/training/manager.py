@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import json
@@ -15,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -116,8 +116,8 @@ class LoopManager:
         self._closing.callback(self._journalist.close)
         self._listener = Listener(self._arguments, self._runtime, self._hears)
         self._closing.callback(self._listener.close)
-        atexit.register(self._at_exit)
-        self._closing.callback(atexit.unregister, self._at_exit)
+        # `atexit` is not heard in processes that multiprocessing has started (``accelerate.notebook_launcher``).
+        self._closing.callback(Finalize(None, self._at_exit, exitpriority=100).cancel)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.run.url!r}, save_every_n_steps={self.save_every_n_steps})"
@@ -415,7 +415,7 @@ class LoopManager:
             "global_step": step,
             "step": step,
             "epoch": epoch,
-            "loss": None if loss is None else float(loss),
+            "loss": _number(loss),
         }
 
         def write() -> None:
@@ -592,7 +592,7 @@ class LoopManager:
         self._close_alone()
 
     def _at_exit(self) -> None:
-        """The script ends, and has not said how: what was saved gets committed."""
+        """The process ends, and has not said how: what was saved gets committed."""
         if self._closed or os.getpid() != self._process:
             return
         error = getattr(sys, "last_value", None)

@@ -86,7 +86,7 @@ def main(options: argparse.Namespace) -> None:
 
     manager = SpotCheckpointManager(options.checkpoint_dir, save_every_n_steps=4)
     step, epoch = manager.load_latest(model, optimizer, scheduler)
-    for epoch in range(epoch, EPOCHS):
+    for epoch in range(epoch, EPOCHS):  # noqa: B020
         for batch in dataloader:
             model.train()
             loss = (model(batch) - batch).pow(2).mean()
