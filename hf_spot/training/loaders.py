@@ -173,7 +173,7 @@ class Loaders:
             known.begun += 1
         iteration = _Iteration(self, known, loader, position, self._now if position and entry and entry["main"] else None)
         known.newest = weakref.ref(iteration)
-        known.newest_made = iteration.made
+        known.made_before, known.newest_made = known.made(), iteration.made
         return iteration
 
     def _entry_for(self, known: _Known) -> dict[str, Any] | None:
@@ -228,6 +228,7 @@ class _Known:
         self.begun = 0
         self.newest: Callable[[], _Iteration | None] = lambda: None
         self.newest_made: list[int] = [0]
+        self.made_before = 0
         self.workers_count: int = loader.num_workers
         self.persistent = bool(loader.persistent_workers)
         self.workers_are_shifted = False
@@ -339,7 +340,7 @@ class _Iteration:
             known.workers.seeded_before = known.persistent and known.begun > 1
         if known.workers_are_shifted and loader._iterator is not None:
             # Each worker has done the work of another one since the resume: they begin anew in their places.
-            known.workers.go_on(known.made())
+            known.workers.go_on(known.made_before)
             loader._iterator = None
         known.workers_are_shifted = known.persistent and self._skipped > 0
         if isinstance(loader.dataset, IterableDataset):

@@ -95,6 +95,8 @@ def draw_apart() -> None:
 
 
 if __name__ == "__main__":
+    if os.environ.get("RANK") == "1" and "NOTICE_OF_RANK_1" in os.environ:
+        os.environ["HF_SPOT_NOTICE_FILE"] = os.environ["NOTICE_OF_RANK_1"]
     torch.set_num_threads(1)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
