@@ -54,7 +54,7 @@ class Loaders:
         self._process = os.getpid()
         self._known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
         self._waiting: list[dict[str, Any]] = []
-        self._now: dict[str, Any] = {}
+        self._now: dict[str, Any] | None = None
         self._orders = itertools.count()
         self._handed_out = 0
         self._driven: _Iteration | None = None
@@ -171,7 +171,7 @@ class Loaders:
         position = entry["under_way"] if entry else None
         if position is None:
             known.begun += 1
-        iteration = _Iteration(self, known, loader, position, self._now if position and entry and entry["main"] else None)
+        iteration = _Iteration(self, known, loader, position)
         known.newest = weakref.ref(iteration)
         known.made_before, known.newest_made = known.made(), iteration.made
         return iteration
@@ -185,6 +185,11 @@ class Loaders:
 
     def _number(self, known: _Known) -> int:
         return sum(other.kind == known.kind and other.order < known.order for other in self._known.values())
+
+    def take_now(self) -> dict[str, Any] | None:
+        """The random states to go on with, for the first that arrives where it stood: the others follow it."""
+        now, self._now = self._now, None
+        return now
 
     @property
     def handed_out(self) -> int:
@@ -263,17 +268,13 @@ class _Iteration:
         known: the loader.
         loader: itself, kept alive as long as it is iterated.
         position: to begin at; None is the start.
-        now: the random states to go on with, once it is there; None goes on with those that are found.
     """
 
-    def __init__(
-        self, loaders: Loaders, known: _Known, loader: Any, position: dict[str, Any] | None, now: dict[str, Any] | None
-    ) -> None:
+    def __init__(self, loaders: Loaders, known: _Known, loader: Any, position: dict[str, Any] | None) -> None:
         self._loaders = loaders
         self._known = known
         self.loader = loader
         self._position = position
-        self._now = now
         self._skipped: int = position["handed_out"] if position else 0
         self.made = [0]
         self.last, self.before_last = 0, loaders.handed_out
@@ -284,25 +285,34 @@ class _Iteration:
         self._attempts = 0
         self._before_draw: dict[str, Any] | None = None
         self._found: dict[str, Any] | None = None
-        if position is not None:
-            self._found = _capture()
-            restore(position["start"])
-            _set_states(known.generators, position["start_generators"])
-            known.set_iteration_of_accelerate(position["iteration"])
-        self._start, self._start_generators = _capture(), _states_of(known.generators)
-        self._iteration_of_accelerate = known.iteration_of_accelerate
+        self._entered = False
+        self._start: dict[str, Any] = {}
+        self._start_generators: list[torch.Tensor] = []
+        self._iteration_of_accelerate: int | None = None
         self._batches: Iterator[Any] = iter(())
 
     # -- the beginning ------------------------------------------------------------------------------------------------
 
+    def _enter(self) -> None:
+        """What draws first is next."""
+        self._entered = True
+        if self._position is not None:
+            self._found = _capture()
+            restore(self._position["start"])
+            _set_states(self._known.generators, self._position["start_generators"])
+            self._known.set_iteration_of_accelerate(self._position["iteration"])
+        self._start, self._start_generators = _capture(), _states_of(self._known.generators)
+        self._iteration_of_accelerate = self._known.iteration_of_accelerate
+
     def over(self, plain: Callable[[Any], Iterator[Any]]) -> _Iteration:
         """Iterates a loader of torch."""
+        self._enter()
         self._batches = self.inside(self.loader, plain)
         if isinstance(self.loader.dataset, IterableDataset):
             self._read_over()
         elif self.loader.num_workers:
             self._arrive()
-        elif self._now is None:
+        else:
             self._put_back()
         return self
 
@@ -325,6 +335,8 @@ class _Iteration:
             type(self.loader.dataset).__name__,
             self._skipped,
         )
+        if not self._entered:
+            self._enter()
         before = self._loaders.drive(self)
         try:
             for _ in range(self._skipped):
@@ -361,7 +373,7 @@ class _Iteration:
     def order_begins(self, indices: Iterator[Any]) -> None:
         """The first index is drawn next: passes over those of batches that were trained."""
         if self._position is not None and self._position["order"] is not None:
-            if self._now is None:
+            if not self._ahead:
                 self._found = _capture()
             states, generators = self._position["order"]
             restore(states)
@@ -390,11 +402,11 @@ class _Iteration:
         if self._position is None:
             return
         self._position = None
-        if self._now is not None:
-            restore(self._now)
-            self._now = None
-        else:
-            self._put_back()
+        now = self._loaders.take_now()
+        if now is not None:
+            restore(now)
+            self._found = None
+        self._put_back()
 
     def _put_back(self) -> None:
         if self._found is not None:
@@ -410,6 +422,8 @@ class _Iteration:
         return len(self._batches)  # type: ignore[arg-type]
 
     def __next__(self) -> Any:
+        if not self._entered:
+            self._enter()
         before = self._loaders.drive(self)
         try:
             batch = next(self._batches)

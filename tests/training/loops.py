@@ -19,7 +19,10 @@ from tests.waiting import PATIENCE_S, wait_for
 
 SCRIPTS = Path(__file__).parent / "scripts"
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "numpy", "hf_spot.training.manager", "accelerate", "tests.training.loops"])
+# torch imports the last two when the first optimizer and the first DDP model are made, which takes longer than these loops.
+_context.set_forkserver_preload(
+    ["torch", "numpy", "hf_spot.training.manager", "accelerate", "torch._dynamo", "torch.distributed.fsdp"]
+)
 
 
 def run_script(script: str, argv: list[str], log: str, env: dict[str, str], home_made: bool) -> None:
@@ -28,6 +31,9 @@ def run_script(script: str, argv: list[str], log: str, env: dict[str, str], home
     with open(log, "a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    import torch
+
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds that torch waits at the end for each worker
     sys.argv = [script, *argv]
     if home_made:
         import hf_spot

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +21,7 @@ from hf_spot import ConfigError, Fenced, Run, SpotArguments, SpotCheckpointManag
 from hf_spot.errors import StoreUnavailable
 from hf_spot.storage.memory import MemoryStore
 from tests.small_disk import SmallDisk, why_not
-from tests.training.loops import Loops, loops_in
+from tests.training.loops import SCRIPTS, Loops, loops_in
 from tests.waiting import wait_for
 
 
@@ -304,3 +307,24 @@ def test_steps_must_grow(make: Callable[..., SpotCheckpointManager]) -> None:
         manager.save(*small(), 3, 1)
     with pytest.raises(ConfigError, match="no position"):
         manager.save(*small(), 6, 1, dataloader=DataLoader([1, 2]))
+
+
+def test_under_the_launcher_a_loop_needs_no_directory(tmp_path: Path) -> None:
+    diary, told, run = tmp_path / "diary.json", tmp_path / "notice", Run(tmp_path / "run")
+    command = [sys.executable, "-m", "hf_spot", "launch", "--store", run.url, "--notice", f"file:{told}"]
+    script = [str(SCRIPTS / "own_loop.py"), "--diary", str(diary), "--hold_at", "5"]
+
+    with subprocess.Popen(command + script, stderr=subprocess.PIPE, text=True) as first:
+        wait_for(lambda: (diary.exists() and '"step": 5' in diary.read_text()) or first.poll() is not None)
+        told.touch()
+        assert first.stderr is not None
+        for line in first.stderr:
+            if "TERMINATE" in line:
+                diary.with_suffix(".go-on").touch()
+    assert first.returncode == 75
+    told.unlink()
+    assert kinds(run)[-1] == "preempted"
+    assert subprocess.run([*command, *script, "--finish"], capture_output=True).returncode == 0
+    assert [json.loads(line)["step"] for line in diary.read_text().splitlines()] == list(range(1, 19))
+    again = subprocess.run([*command, *script], capture_output=True, text=True)
+    assert again.returncode == 0 and "is finished at step 16: nothing to do" in again.stderr

@@ -110,6 +110,8 @@ def main(options: argparse.Namespace) -> None:
                 manager.save(model, optimizer, scheduler, step, epoch, loss)
                 return
     diary.end(model)
+    if options.finish:
+        manager.finish()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -121,6 +123,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--hold_at", type=int, default=0)
     parser.add_argument("--kill_at", type=int, default=0)
     parser.add_argument("--committed", action="store_true")
+    parser.add_argument("--finish", action="store_true")
     return parser.parse_args(argv)
 
 
