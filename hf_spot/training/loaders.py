@@ -281,7 +281,7 @@ class _Iteration:
         self.ended = False
         self._ahead = False
         self._skip_inside = self._skipped
-        self._order: tuple[dict[str, Any], list[Any]] | None = None
+        self._order: dict[str, Any] | None = None
         self._attempts = 0
         self._before_draw: dict[str, Any] | None = None
         self._found: dict[str, Any] | None = None
@@ -375,10 +375,8 @@ class _Iteration:
         if self._position is not None and self._position["order"] is not None:
             if not self._ahead:
                 self._found = _capture()
-            states, generators = self._position["order"]
-            restore(states)
-            _set_states(self._known.generators, generators)
-        self._order = (_capture(), _states_of(self._known.generators))
+            restore(self._position["order"])
+        self._order = _capture()
         for _ in range(self._skip_inside):
             next(indices, None)
         if self._position is not None and not self._ahead and not self._known.workers_count:

@@ -88,6 +88,18 @@ def streamed() -> Step:
     return lambda epoch: iter(loader)
 
 
+PATTERNS = [
+    shuffled,
+    own_generator,
+    generator_of_the_sampler,
+    two_at_once,
+    made_anew_each_epoch,
+    with_an_evaluation_of_the_same_kind,
+    unbatched,
+    streamed,
+]
+
+
 def seed() -> None:
     random.seed(1)
     np.random.seed(2)
@@ -112,20 +124,8 @@ def watch(tmp_path: Path) -> Iterator[Callable[[], Loaders]]:
         one.close()
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 5, 7, 11])
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        shuffled,
-        own_generator,
-        generator_of_the_sampler,
-        two_at_once,
-        made_anew_each_epoch,
-        with_an_evaluation_of_the_same_kind,
-        unbatched,
-        streamed,
-    ],
-)
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 11])
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_what_is_left_is_handed_out_as_if_nothing_had_happened(
     watch: Callable[[], Loaders], tmp_path: Path, pattern: Callable[[], Step], stop_at: int
 ) -> None:
@@ -155,6 +155,24 @@ def test_what_is_left_is_handed_out_as_if_nothing_had_happened(
     assert rest == twin[stop_at:]
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_between_two_epochs_the_next_one_is_as_if_nothing_had_happened(
+    watch: Callable[[], Loaders], tmp_path: Path, pattern: Callable[[], Step]
+) -> None:
+    seed()
+    loaders, step = watch(), pattern()
+    for _ in step(0):
+        torch.rand(1)
+    saved, now = loaders.save(tmp_path, 0), capture()
+    rest = [flat(batch) for batch in step(1)]
+    loaders.close()
+    seed()
+    loaders, step = watch(), pattern()
+    restore(now)
+    loaders.resume(saved, now, tmp_path, 1)
+    assert [flat(batch) for batch in step(1)] == rest
+
+
 def test_nothing_that_was_trained_is_loaded_again(watch: Callable[[], Loaders], tmp_path: Path) -> None:
     asked: list[int] = []
 
@@ -175,11 +193,26 @@ def test_nothing_that_was_trained_is_loaded_again(watch: Callable[[], Loaders], 
     assert asked == list(range(4, 2 * BATCHES))
 
 
-def test_a_loop_that_is_left_is_not_under_way(watch: Callable[[], Loaders], tmp_path: Path) -> None:
+def under_way(loaders: Loaders, folder: Path) -> list[int | None]:
+    return [entry["under_way"] and entry["under_way"]["handed_out"] for entry in loaders.save(folder, 0)]
+
+
+def test_a_loop_that_is_left_or_at_its_end_is_not_under_way(watch: Callable[[], Loaders], tmp_path: Path) -> None:
     loaders, loader = watch(), DataLoader(Noisy(), batch_size=2)
     for _ in loader:
         break
-    assert [entry["under_way"] for entry in loaders.save(tmp_path, 0)] == [None]
+    assert under_way(loaders, tmp_path) == [None]
+    used_up = iter(loader)
+    list(used_up)
+    assert under_way(loaders, tmp_path) == [None]
+
+
+def test_a_look_at_another_loader_is_not_under_way_unless_it_is_named(watch: Callable[[], Loaders], tmp_path: Path) -> None:
+    loaders, (looked_at, loader) = watch(), (DataLoader(Noisy(), batch_size=size) for size in (1, 2))
+    look, batches = iter(looked_at), iter(loader)
+    next(look), next(batches), next(batches)
+    assert under_way(loaders, tmp_path) == [None, 2]
+    assert [entry["main"] for entry in loaders.save(tmp_path, 0, [looked_at])] == [True, False]
 
 
 def test_a_loader_is_what_it_was_when_nobody_watches(watch: Callable[[], Loaders]) -> None:
