@@ -31,7 +31,7 @@ from hf_spot.policy.restarts import patience_s
 from hf_spot.run.hook import Hook, hook_url
 from hf_spot.run.journal import CheckpointRef
 from hf_spot.run.machine import about_this_machine
-from hf_spot.run.progress import alert, bar, show_log
+from hf_spot.run.progress import Bar, alert, show_log
 from hf_spot.run.restore import bring, restore_newest, take
 from hf_spot.run.run import Checkpoint, CommitRequest, Run
 from hf_spot.run.upload import Uploader
@@ -333,7 +333,7 @@ class LoopManager:
         def act() -> tuple[Checkpoint, Path]:
             if self._runtime is not None:
                 take(self._runtime, ref.entry, self._local_dir, lambda: time.sleep(_LOOK_S))
-            progress = partial(bar, "restore")
+            progress = partial(Bar, "restore")
             return bring(self.run, ref, self._local_dir, ranks=ranks, world_size=self._ranks, progress=progress)
 
         return self._on_each_disk(act)
