@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_spot.arguments import SpotArguments
+    from hf_spot.economics.shown import Run
     from hf_spot.errors import (
         AccessDenied,
         BucketNotFound,
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
         StoreError,
         StoreNotFencing,
         StoreUnavailable,
+        TrainingInterrupted,
         TrainingPreempted,
         Untrusted,
     )
     from hf_spot.notices.notice import NoticeKind, NoticeSource, PreemptionNotice
-    from hf_spot.run.run import Checkpoint, Run
+    from hf_spot.run.run import Checkpoint
     from hf_spot.storage.store import ObjectStore
     from hf_spot.training.callback import SpotCallback
 
@@ -58,6 +60,7 @@ __all__ = [
     "StoreError",
     "StoreNotFencing",
     "StoreUnavailable",
+    "TrainingInterrupted",
     "TrainingPreempted",
     "Untrusted",
     "__version__",
@@ -69,7 +72,7 @@ _HOMES = {
     "NoticeSource": "hf_spot.notices.notice",
     "ObjectStore": "hf_spot.storage.store",
     "PreemptionNotice": "hf_spot.notices.notice",
-    "Run": "hf_spot.run.run",
+    "Run": "hf_spot.economics.shown",
     "SpotArguments": "hf_spot.arguments",
     "SpotCallback": "hf_spot.training.callback",
 }

@@ -168,7 +168,7 @@ class SpotArguments:
         if self.save_total_limit is not None and self.save_total_limit < 0:
             raise ConfigError(f"save_total_limit={self.save_total_limit} must not be negative", hint="0 keeps all")
         if not self.drain_timeout_s > 0:
-            raise ConfigError(f"drain_timeout_s={self.drain_timeout_s} must be positive")
+            raise ConfigError(f"drain_timeout_s={self.drain_timeout_s} must be positive", hint="--drain-timeout-s 600")
         if not self.peer_timeout_s >= 5:
             raise ConfigError(
                 f"peer_timeout_s={self.peer_timeout_s} is less than 5: machines say each second that they live",
@@ -182,7 +182,7 @@ class SpotArguments:
         if self.save_memory_gb is not None and not self.save_memory_gb >= 0:
             raise ConfigError(f"save_memory_gb={self.save_memory_gb} must not be negative", hint="0 saves as Trainer does")
         if self.upload_workers < 1:
-            raise ConfigError(f"upload_workers={self.upload_workers} must be at least 1")
+            raise ConfigError(f"upload_workers={self.upload_workers} must be at least 1", hint="--upload-workers 4")
 
 
 def check_hook(url: str, name: str) -> None:

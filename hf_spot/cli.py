@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import gc
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hf_spot import __version__
 from hf_spot.arguments import SpotArguments
+from hf_spot.completion import SHELLS
 from hf_spot.errors import EXIT_USAGE, ConfigError, CorruptCheckpoint, SpotError
 
 if TYPE_CHECKING:
@@ -48,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Callable[[argparse.Namespace], int] = args.command
         return command(args)
     except SpotError as error:
-        print(f"hf-spot: error: {error}", file=sys.stderr)
+        # Not of launch: what stands behind its script is the script's.
+        print(
+            _as_json(error) if "--json" in arguments and arguments[0] != "launch" else f"hf-spot: error: {error}",
+            file=sys.stderr,
+        )
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -57,9 +64,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _as_json(error: SpotError) -> str:
+    told = {"error": error.args[0], "kind": type(error).__name__, "hint": error.hint, "exit_code": error.exit_code}
+    return json.dumps(told)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are said as all others are, with what to type next instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = f"{self.prog} --help"
+        if wrong := re.search(r"invalid choice: '([^']*)'", message):
+            known = [str(name) for action in self._actions for name in action.choices or ()]
+            if near := difflib.get_close_matches(wrong[1], known, 1):
+                hint = f"{self.prog} {near[0]}"
+        raise ConfigError(message, hint=hint)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of everything but ``launch``."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="hf-spot",
         description="Fine-tune with Hugging Face on machines that can be taken away.",
         epilog=_EXIT_CODES,
@@ -72,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("launch", help="accelerate launch, made preemptible (hf-spot launch --help)", add_help=False)
 
     demo = _add(commands, "demo", _demo, "the whole story on this machine in about a minute")
-    demo.add_argument("--store", help="run against this URL; default: a directory that is deleted afterwards")
+    demo.add_argument("--store", metavar="URL", help="run against this URL; default: a directory that is deleted afterwards")
     demo.add_argument("--plot", metavar="FILE", type=Path, help="where the loss curve goes (PNG)")
     demo.add_argument("--keep", metavar="DIR", type=Path, help="keep everything that the demo writes in this folder")
     _json(demo)
@@ -88,7 +112,9 @@ def parser() -> argparse.ArgumentParser:
     _json(verify)
     pull = _add(actions, "pull", _pull, "downloads a checkpoint, verified")
     _run(pull)
-    pull.add_argument("into", type=Path, nargs="?", default=Path(), help="folder that gets checkpoint-STEP (default: here)")
+    pull.add_argument(
+        "into", metavar="INTO", type=Path, nargs="?", default=Path(), help="folder that gets checkpoint-STEP (default: here)"
+    )
     pull.add_argument("--step", type=int, help="default: the newest")
     _json(pull)
     push = _add(
@@ -190,6 +216,9 @@ def parser() -> argparse.ArgumentParser:
     checks = doctor.add_subparsers(title="checks", metavar="CHECK")
     iam = _add(checks, "iam", _doctor_iam, "prints the least that a role must be allowed, as an IAM policy (JSON)")
     iam.add_argument("--store", metavar="URL", required=True, help="s3://bucket/prefix of the run")
+
+    completion = _add(commands, "completion", _completion, "prints a script that makes a shell complete commands and options")
+    completion.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
     return top
 
 
@@ -291,7 +320,7 @@ def _ls(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from hf_spot.run.inspect import is_checkpoint_folder, problems_in
-    from hf_spot.run.progress import bar
+    from hf_spot.run.progress import Bar
 
     if is_checkpoint_folder(Path(args.run)):
         found = {args.run: problems_in(Path(args.run))}
@@ -300,8 +329,8 @@ def _verify(args: argparse.Namespace) -> int:
         run.find(args.step)
         chosen = [ref for ref in run.journal.state.checkpoints if args.step in (None, ref.step)]
         names = {ref.entry: ref.prefix for ref in run.journal.state.checkpoints}
-        progress = bar("verify", sum(ref.size_bytes for ref in chosen))
-        found = {names[entry]: problems for entry, problems in run.verify(args.step, progress=progress).items()}
+        with Bar("verify", sum(ref.size_bytes for ref in chosen)) as bar:
+            found = {names[entry]: problems for entry, problems in run.verify(args.step, progress=bar).items()}
     if args.json:
         _print_json(found)
     else:
@@ -313,11 +342,12 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _pull(args: argparse.Namespace) -> int:
-    from hf_spot.run.progress import bar
+    from hf_spot.run.progress import Bar
 
     run = _open(args.run)
     checkpoint = run.find(args.step)
-    folder = run.fetch(checkpoint, args.into, progress=bar("pull", checkpoint.ref.size_bytes))
+    with Bar("pull", checkpoint.ref.size_bytes) as bar:
+        folder = run.fetch(checkpoint, args.into, progress=bar)
     if args.json:
         _print_json({"folder": str(folder)})
     else:
@@ -326,16 +356,16 @@ def _pull(args: argparse.Namespace) -> int:
 
 
 def _push(args: argparse.Namespace) -> int:
-    from hf_spot.run.progress import bar
+    from hf_spot.run.progress import Bar
 
     if args.what.startswith("hf://"):
         return _publish(args)
     if args.private or args.all:
         raise ConfigError("--private and --all are for models", hint=f"hf-spot checkpoints push {args.run} hf://owner/name")
     folder = Path(args.what)
-    size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     run = _open(args.run, allow_unfenced_store=args.allow_unfenced_store)
-    checkpoint = run.push(folder, args.step, progress=bar("push", size_bytes))
+    with Bar("push", sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())) as bar:
+        checkpoint = run.push(folder, args.step, progress=bar)
     if args.json:
         _print_json(dataclasses.asdict(checkpoint.ref))
     else:
@@ -346,7 +376,7 @@ def _push(args: argparse.Namespace) -> int:
 def _publish(args: argparse.Namespace) -> int:
     from hf_spot.economics.report import summarise
     from hf_spot.economics.table import story
-    from hf_spot.run.progress import bar
+    from hf_spot.run.progress import Bar
 
     run = _open(args.run)
     _open(args.what)  # tells what is missing here, where something is
@@ -359,7 +389,7 @@ def _publish(args: argparse.Namespace) -> int:
         private=args.private,
         everything=args.all,
         story=story(summarise(run.events())),
-        progress=lambda size_bytes: bar("push", size_bytes),
+        progress=lambda size_bytes: Bar("push", size_bytes),
     )
     if args.json:
         _print_json(dataclasses.asdict(done))
@@ -567,6 +597,8 @@ def _sky(args: argparse.Namespace) -> int:
     from hf_spot.cloud import sky
     from hf_spot.cloud.job import load
 
+    if args.logs and args.json:
+        raise ConfigError("--logs shows what the training prints, which is no JSON", hint=f"hf-spot sky {args.job} --logs")
     job = load(args.job)
     if args.logs:
         return sky.logs(job)
@@ -618,6 +650,13 @@ def _recipe(args: argparse.Namespace) -> int:
 
     values = {name: value for name, value in vars(args).items() if name not in ("command", "recipe")}
     print(getattr(render, args.recipe)(**values), end="")
+    return 0
+
+
+def _completion(args: argparse.Namespace) -> int:
+    from hf_spot.completion import script
+
+    print(script(parser(), args.shell))
     return 0
 
 

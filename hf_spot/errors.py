@@ -19,6 +19,7 @@
     └── Fenced                     a newer launch owns the run (exit_code 76)
 
     TrainingPreempted              a SystemExit with code 75, so that no line behind ``train()`` runs
+    └── TrainingInterrupted        the same after a Ctrl-C; a KeyboardInterrupt, too
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class TrainingPreempted(SystemExit):
     It is a ``SystemExit`` with code 75, so an unaware script ends instead of evaluating or publishing a half-trained model.
 
     Args:
-        message: one line for a person: step, store, and how to go on.
+        message: for a person: step, store, and how to go on.
         step: the last optimizer step that is committed, or None when none is.
     """
 
@@ -142,11 +143,18 @@ class TrainingPreempted(SystemExit):
         self.step = step
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_preempted, (self.message, self.step))
+        return (_rebuild_preempted, (type(self), self.message, self.step))
 
     def __str__(self) -> str:
         return self.message or "training was preempted"
 
 
-def _rebuild_preempted(message: str, step: int | None) -> TrainingPreempted:
-    return TrainingPreempted(message, step=step)
+def _rebuild_preempted(cls: type[TrainingPreempted], message: str, step: int | None) -> TrainingPreempted:
+    return cls(message, step=step)
+
+
+class TrainingInterrupted(TrainingPreempted, KeyboardInterrupt):
+    """A person stopped the training with Ctrl-C, or with a notebook's "interrupt"; it has saved first.
+
+    It is a ``KeyboardInterrupt`` as well, for programs that expect one.
+    """

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hf_spot.cli import main
+from hf_spot.cli import main, parser
 from hf_spot.run.run import CommitRequest, Run
 
 NAMES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -110,6 +112,55 @@ def test_errors_are_one_line_and_a_hint(
     assert printed.startswith("hf-spot: error: ")
     assert word in printed
     assert "Try:" in printed
+
+
+WRONG_USES = [
+    (["lanch"], "lanch", "hf-spot launch"),
+    (["checkpoints", "pul", "x"], "pul", "hf-spot checkpoints pull"),
+    (["checkpoints", "pull"], "RUN", "hf-spot checkpoints pull --help"),
+    (["prices"], "TYPE", "hf-spot prices --help"),
+    (["report", "x", "--plt", "y"], "--plt", "--help"),
+    (["checkpoints", "pull", "x", "--step", "three"], "three", "hf-spot checkpoints pull --help"),
+    (["sky", "job.yaml", "--logs", "--json"], "--logs", "hf-spot sky job.yaml --logs"),
+]
+
+
+@pytest.mark.parametrize(("argv", "word", "hint"), WRONG_USES)
+def test_a_wrong_use_is_answered_with_what_to_type_next(
+    capsys: pytest.CaptureFixture[str], argv: list[str], word: str, hint: str
+) -> None:
+    assert main([*argv, "--json"] if "--json" not in argv else argv) == 2
+    out, err = capsys.readouterr()
+    told = json.loads(err)
+    assert out == ""
+    assert word in told["error"]
+    assert told["hint"].startswith(hint) or hint in told["hint"]
+
+
+def test_errors_are_json_where_the_answer_would_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoints", "pull", str(tmp_path / "none"), "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    told = json.loads(err)
+    assert (told["kind"], told["exit_code"]) == ("NoCheckpoint", 2)
+    assert str(tmp_path) in told["error"]
+    assert told["hint"].startswith("hf-spot ")
+
+
+PRINT_A_FILE = {"completion", "recipe kubernetes", "recipe slurm", "recipe sagemaker", "doctor iam"}  # the last one is JSON
+
+
+def commands_without_json(parser: argparse.ArgumentParser, name: str = "") -> Iterator[str]:
+    if parser.get_default("command") and not any("--json" in action.option_strings for action in parser._actions):
+        yield name
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for one, below in action.choices.items():
+                yield from commands_without_json(below, f"{name} {one}".strip())
+
+
+def test_every_command_that_answers_can_answer_in_json() -> None:
+    assert set(commands_without_json(parser())) == PRINT_A_FILE
 
 
 def test_report(url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,6 +103,30 @@ def test_an_impure_policy_would_be_found(source: str) -> None:
     assert list(impurities(source))
 
 
+# -- errors say what to do --------------------------------------------------------------------------------------------
+
+
+def without_hint(source: str) -> Iterator[str]:
+    """Where a value that the user gave is refused, and he isn't told what to type instead."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("ConfigError", "Invalid"):
+            named = {keyword.arg for keyword in node.keywords}
+            if not {"hint", None} & named:
+                yield f"{node.lineno}: {ast.unparse(node)}"
+
+
+def test_whoever_gives_a_wrong_value_is_told_a_right_one() -> None:
+    found = {str(path.relative_to(ROOT)): list(without_hint(path.read_text())) for path in PACKAGE.rglob("*.py")}
+    assert {path: calls for path, calls in found.items() if calls} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "count"), [("ConfigError('x')", 1), ("ConfigError('x', hint='y')", 0), ("KeyError('x')", 0)]
+)
+def test_an_error_without_a_hint_would_be_found(source: str, count: int) -> None:
+    assert len(list(without_hint(source))) == count
+
+
 # -- what is in the files ---------------------------------------------------------------------------------------------
 
 TOP_LEVEL = {
@@ -127,7 +151,7 @@ def project_files() -> Iterator[Path]:
     for entry in sorted(ROOT.iterdir()):
         if entry.is_file():
             yield entry
-        elif entry.name in TOP_LEVEL | {".ci"}:
+        elif entry.name in TOP_LEVEL | {".ci", ".github"}:
             yield from (path for path in sorted(entry.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
 
 

@@ -40,6 +40,7 @@ ERROR_TREE = {
     "Untrusted": "SpotError",
     "Fenced": "SpotError",
     "TrainingPreempted": "SystemExit",
+    "TrainingInterrupted": "TrainingPreempted",
 }
 OTHER_NAMES = {
     "Checkpoint",

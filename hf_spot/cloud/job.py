@@ -385,7 +385,7 @@ class Job:
             if key.lower().startswith(("aws:", _OWN_TAGS)) or key == "Name":
                 raise Invalid(("tags", key), "is not yours to set", hint="another key")
             if not 0 < len(key) <= 128 or len(value) > 256:
-                raise Invalid(("tags", key), "is too long: 128 characters for a key, 256 for a value")
+                raise Invalid(("tags", key), "is too long: 128 characters for a key, 256 for a value", hint="a shorter one")
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------

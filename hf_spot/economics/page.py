@@ -43,17 +43,13 @@ def write_page(path: Path, report: Report, url: str, picture: str | None) -> Non
 
 def page(report: Report, url: str, picture: str | None) -> str:
     """The whole text of the file; see `write_page`."""
-    state = "finished" if report.finished else "not finished"
-    head = f"{state}, step {report.committed_step} committed, {report.interruptions} interruptions"
-    told = [f"<h1>{escape(url)}</h1>", f"<p>{escape(head)}: {report.steps_lost} steps lost, {report.steps_redone} redone.</p>"]
-    if picture is None:
-        told.append("<p>Nobody has launched this run yet.</p>")
-    else:
+    told = [f"<h1>{escape(url)}</h1>", f"<p>{escape(summary(report))}</p>"]
+    if picture is not None:
         told += [f'<figure role="img" aria-label="timeline of the run">{picture}</figure>']
-        told += ["<h2>What the time went to</h2>", _table([["", "time", "share", ""], *time_rows(report)])]
-        told += ["<h2>Launches</h2>", _table(launch_rows(report))]
+        told += ["<h2>What the time went to</h2>", table([["", "time", "share", ""], *time_rows(report)])]
+        told += ["<h2>Launches</h2>", table(launch_rows(report))]
         machines = machine_rows(report)
-        told += ["<h2>Machines and prices</h2>", _table(machines)] if len(machines) > 1 else []
+        told += ["<h2>Machines and prices</h2>", table(machines)] if len(machines) > 1 else []
         told += ["<h2>Cost</h2>", *(f"<p>{escape(line)}</p>" for line in money_lines(report))]
     return "\n".join(
         [
@@ -70,7 +66,17 @@ def page(report: Report, url: str, picture: str | None) -> str:
     )
 
 
-def _table(rows: list[list[str]]) -> str:
+def summary(report: Report) -> str:
+    """How the run stands, in one sentence."""
+    if not report.launches:
+        return "Nobody has launched this run yet."
+    state = "finished" if report.finished else "not finished"
+    head = f"{state}, step {report.committed_step} committed, {report.interruptions} interruptions"
+    return f"{head}: {report.steps_lost} steps lost, {report.steps_redone} redone."
+
+
+def table(rows: list[list[str]]) -> str:
+    """A table of plain text; the first row are its titles."""
     head, *body = rows
     cells = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
     titles = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)

@@ -157,13 +157,17 @@ def build(value: Any) -> Plan:
         raise Invalid(("rows",), "is no list of rows", hint=_EXAMPLE)
     made["rows"] = tuple(_row(row, ("rows", index)) for index, row in enumerate(rows))
     if not isinstance(notes := made.get("notes", []), list) or not all(isinstance(note, str) for note in notes):
-        raise Invalid(("notes",), "is no list of lines")
+        raise Invalid(("notes",), "is no list of lines", hint="notes: [one line, another line]")
     share = made.get("unannounced_share", 0)
     if share > 1:
         raise Invalid(("unannounced_share",), f"{share} is more than 1", hint="unannounced_share: 0.05")
     stall_s, commit_s = made.get("save_stall_seconds", Plan.save_stall_seconds), made.get("commit_seconds", Plan.commit_seconds)
     if commit_s < stall_s:
-        raise Invalid(("commit_seconds",), f"a save is committed after {commit_s} s, while it stalls training for {stall_s}")
+        raise Invalid(
+            ("commit_seconds",),
+            f"a save is committed after {commit_s} s, while it stalls training for {stall_s}",
+            hint=f"commit_seconds: {stall_s}",
+        )
     return Plan(**{**made, "notes": tuple(notes)})
 
 
@@ -183,7 +187,7 @@ def _row(value: Any, path: tuple[Any, ...]) -> Row:
 def _rung(value: Any, path: tuple[Any, ...]) -> Rung:
     made = _made(Rung, value, path)
     if made.get("market", SPOT) not in (SPOT, ON_DEMAND):
-        raise Invalid((*path, "market"), f"{made['market']!r} is neither {SPOT} nor {ON_DEMAND}")
+        raise Invalid((*path, "market"), f"{made['market']!r} is neither {SPOT} nor {ON_DEMAND}", hint=f"market: {SPOT}")
     if isinstance(made["date"], (date, int)) and made["date"] is not True:  # YAML has read 2026-01-31, or 2026, as what it is
         made["date"] = str(made["date"])[:10]
     for key in ("source", "date", "instance_type"):
@@ -210,7 +214,8 @@ def _made(kind: Any, value: Any, path: tuple[Any, ...]) -> dict[str, Any]:
                 continue
             right = isinstance(number, (int, float)) and not isinstance(number, bool) and 0 <= number < math.inf
             if not right or (number == 0 and name in _POSITIVE):
-                raise Invalid((*path, name), f"{number!r} is no number {'above' if name in _POSITIVE else 'from'} 0")
+                least = "above" if name in _POSITIVE else "from"
+                raise Invalid((*path, name), f"{number!r} is no number {least} 0", hint=f"{name}: 1")
     return dict(value)
 
 

@@ -55,7 +55,10 @@ def replay(entries: Iterable[Entry]) -> Replay:
     steps = report.committed_step
     timings = [timing for launch in launches for timing in newest_timings(launch).values() if timing.steps]
     if not steps or not timings or not commits:
-        raise ConfigError("this run's journal tells too little to replay it: no training in it was measured and committed")
+        raise ConfigError(
+            "this run's journal tells too little to replay it: no training in it was measured and committed",
+            hint="hf-spot report RUN shows what it tells",
+        )
     step_s = sum(timing.steps_s for timing in timings) / sum(timing.steps for timing in timings)
     gaps = [
         after.step - before.step

@@ -160,7 +160,7 @@ def money_lines(report: Report) -> list[str]:
     """What it cost, as far as prices are known; each line is a sentence."""
     machine_s = sum(launch.wall_s * launch.machines for launch in report.launches)
     if report.unpriced_s == machine_s:
-        return ["Cost: no price is known of any launch; the README tells how a machine is told its price."]
+        return ["""Cost: no price is known. Before the next launch: export HF_SPOT_MACHINE='{"price_usd_per_hour": 9.83}'"""]
     lines = [
         f"Spent: ${report.cost_usd:,.2f}, counted from each claim to the last word: booting and shutting down come on top."
     ]

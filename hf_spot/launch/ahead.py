@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hf_spot.errors import SpotError
 from hf_spot.run.journal import CheckpointRef
-from hf_spot.run.progress import bar
+from hf_spot.run.progress import Bar
 from hf_spot.run.run import Run
 from hf_spot.runtime import Runtime
 from hf_spot.storage.threads import Workers
@@ -74,11 +74,11 @@ class Ahead:
         name = hashlib.sha256(self._run.url.encode()).hexdigest()[:12]
         self._folder = beside / f".hf_spot-restore-{name}"
         shutil.rmtree(self._folder, ignore_errors=True)  # of a launch that was killed
-        show = bar("restore", ref.size_bytes)
+        with Bar("restore", ref.size_bytes) as bar:
 
-        def moved(count: int) -> None:
-            if self._ended or not self._needed():
-                raise _NotNeeded("nobody needs it any more")
-            show(count)
+            def moved(count: int) -> None:
+                if self._ended or not self._needed():
+                    raise _NotNeeded("nobody needs it any more")
+                bar(count)
 
-        return self._run.fetch(checkpoint, self._folder, progress=moved)
+            return self._run.fetch(checkpoint, self._folder, progress=moved)

@@ -10,11 +10,15 @@ from typing import Protocol, runtime_checkable
 
 
 class NoticeKind(str, Enum):
-    """How serious a notice is."""
+    """How serious a notice is.
 
-    TERMINATE = "TERMINATE"  # the machine will be taken: save, commit, stop
-    ADVISORY = "ADVISORY"  # the machine may be taken (rebalance recommendation): save and go on
-    CANCELLED = "CANCELLED"  # an earlier notice no longer holds
+    ``TERMINATE``: the machine will be taken; save, commit, stop. ``ADVISORY``: it may be taken, as a rebalance recommendation
+    says; save and go on. ``CANCELLED``: an earlier notice no longer holds.
+    """
+
+    TERMINATE = "TERMINATE"
+    ADVISORY = "ADVISORY"
+    CANCELLED = "CANCELLED"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ log = logging.getLogger("hf_spot")
 # The first two can't be caught. After the others the faulty instruction runs again, so a handler that returns hangs.
 _UNUSABLE = {"SIGKILL", "SIGSTOP", "SIGSEGV", "SIGFPE", "SIGILL", "SIGBUS"}
 
+# A terminal sends SIGINT to every process, and a launcher such as torchrun passes its own on: the same Ctrl-C, heard twice.
+_SAME_KEY_S = 1.0
+
 
 class SignalSource:
     """Hears signals sent to this process, from `install` to `restore`.
@@ -121,6 +124,51 @@ class SignalSource:
         elif earlier is not signal.SIG_IGN and signal.getsignal(number) == self._handle:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+class KeyboardSource:
+    """Hears Ctrl-C, or a notebook's "interrupt", from `install` to `restore`: the first is a notice, and the next interrupts
+    at once, as ever.
+
+    A program that has a handler of its own for SIGINT, or ignores it, keeps it. So does one that trains outside the main
+    thread, where Python can set none.
+
+    Args:
+        now: the wall clock; called inside a signal handler.
+    """
+
+    name = "keyboard"
+    interval_s = 0.1
+
+    def __init__(self, *, now: Callable[[], datetime] = lambda: datetime.now(timezone.utc)) -> None:
+        self._now = now
+        self._heard_at: datetime | None = None
+        self._pid = 0
+
+    def install(self) -> None:
+        """Starts listening."""
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._pid = os.getpid()
+            signal.signal(signal.SIGINT, self._handle)
+
+    def restore(self) -> None:
+        """Stops listening."""
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGINT) == self._handle:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def poll(self) -> PreemptionNotice | None:
+        """TERMINATE once it was heard. There is no deadline: a person waits."""
+        if self._heard_at is None:
+            return None
+        return PreemptionNotice(NoticeKind.TERMINATE, self.name, f"SIGINT {self._heard_at.isoformat()}")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = self._now()
+        if os.getpid() != self._pid or (self._heard_at is not None and (now - self._heard_at).total_seconds() > _SAME_KEY_S):
+            signal.default_int_handler(number, frame)
+        self._heard_at = self._heard_at or now
 
 
 def _signal(name: str) -> signal.Signals:

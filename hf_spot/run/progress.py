@@ -3,30 +3,66 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import threading
+from collections.abc import Mapping
 
 from tqdm.auto import tqdm
-
-from hf_spot.storage.store import Progress
 
 log = logging.getLogger("hf_spot")
 
 
-def bar(what: str, size_bytes: int) -> Progress:
-    """A callback that shows how much of ``size_bytes`` has moved, and clears the line at the end.
+class Bar:
+    """A `Progress` that shows how much of ``size_bytes`` has moved, and clears its line when all of it has, or on `close`.
+
+    Nothing is shown where standard error is no terminal, and where Hugging Face's own bars are switched off
+    (``HF_HUB_DISABLE_PROGRESS_BARS``, ``huggingface_hub.utils.disable_progress_bars``, ``transformers.utils.logging.
+    disable_progress_bar``).
 
     Args:
         what: one word or two.
         size_bytes: of everything that is to be moved.
+        delay_s: a transfer that takes no longer is not shown.
     """
-    shown = tqdm(total=size_bytes, unit="B", unit_scale=True, desc=f"hf-spot {what}", disable=None, leave=False)
 
-    def moved(count: int) -> None:
-        shown.update(count)
-        if shown.n >= size_bytes:
-            shown.close()
+    def __init__(self, what: str, size_bytes: int, *, delay_s: float = 0.0) -> None:
+        self._size_bytes = size_bytes
+        self._lock = threading.Lock()
+        self._shown = tqdm(
+            total=size_bytes,
+            unit="B",
+            unit_scale=True,
+            desc=f"hf-spot {what}",
+            disable=True if _switched_off(os.environ) else None,
+            leave=False,
+            delay=delay_s,
+        )
 
-    return moved
+    def __call__(self, count: int) -> None:
+        """As `Progress`; below zero for what has to be moved again."""
+        with self._lock:
+            self._shown.update(count)
+            if self._shown.n >= self._size_bytes:
+                self._shown.close()  # from now on nothing is shown
+
+    def close(self) -> None:
+        """Clears the line. More than once is no harm."""
+        with self._lock:  # another thread could draw it anew
+            self._shown.close()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _switched_off(environ: Mapping[str, str]) -> bool:
+    hub = sys.modules.get("huggingface_hub.utils")  # who has not imported it, has switched nothing off but by the variable
+    if hub is not None:
+        return bool(hub.are_progress_bars_disabled())
+    return environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def alert(text: str) -> None:

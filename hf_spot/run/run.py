@@ -177,7 +177,10 @@ class Run:
         into.mkdir(parents=True, exist_ok=True)
         missing = missing_for_resume((file.path for file in checkpoint.files), checkpoint.details.get("world_size", 1))
         if missing and checkpoint.reason != "push":
-            raise IncompleteCheckpoint(f"{checkpoint.name} of {self.url} lacks {', '.join(missing)}")
+            raise IncompleteCheckpoint(
+                f"{checkpoint.name} of {self.url} lacks {', '.join(missing)}",
+                hint=f"another --step of: hf-spot checkpoints ls {self.url}",
+            )
         transfer.download(self.store, checkpoint.ref.prefix, files, folder, workers=self._workers, progress=progress)
         self._unchanged.note(checkpoint.ref.prefix, files)
         return folder
@@ -190,7 +193,9 @@ class Run:
         """
         files = [file for file in checkpoint.files if file.path == path]
         if not files:
-            raise CorruptCheckpoint(f"{checkpoint.name} of {self.url} has no {path}")
+            raise CorruptCheckpoint(
+                f"{checkpoint.name} of {self.url} has no {path}", hint=f"hf-spot checkpoints verify {self.url}"
+            )
         with tempfile.TemporaryDirectory(prefix="hf_spot-read-") as scratch:
             folder = Path(scratch) / "file"
             transfer.download(self.store, checkpoint.ref.prefix, files, folder)

@@ -16,6 +16,7 @@ from hf_spot.policy.preemption import Measured
 from hf_spot.run import transfer
 from hf_spot.run.journal import Entry
 from hf_spot.run.manifest import FileEntry, files_in
+from hf_spot.run.progress import Bar
 from hf_spot.run.run import CommitRequest, Run
 from hf_spot.storage.threads import stand_back
 
@@ -25,6 +26,7 @@ _FIRST_RETRY_S = 1.0
 _LONGEST_RETRY_S = 30.0
 _PART_POLL_S = 0.5
 _ASK_S = 0.2
+_SHOWN_AFTER_S = 1.0  # who waits no longer need not be told what for
 _CLOSE_S = 2.0
 _TELLING_S = 2.0  # an upload that has run for so long tells what the network is like today
 
@@ -140,16 +142,23 @@ class Uploader:
             interrupted: asked again and again, from this thread; True ends the wait.
         """
         give_up_at = time.monotonic() + timeout_s
-        with self._changed:
+        with self._changed, Bar("upload", self._left_bytes(), delay_s=_SHOWN_AFTER_S) as bar:
             self._awaited += 1
             self._changed.notify_all()  # a retry that sleeps tries at once
+            left_bytes = self._left_bytes()
             while not self.idle and self._fenced is None and not interrupted():
                 left_s = give_up_at - time.monotonic()
                 if left_s <= 0:
                     break
                 self._changed.wait(min(left_s, _ASK_S))
+                before, left_bytes = left_bytes, self._left_bytes()
+                bar(before - left_bytes)
             self._awaited -= 1
             return self.idle and self._fenced is None
+
+    def _left_bytes(self) -> int:
+        under_way = max(0, self._current.size_bytes - self._moved_bytes) if self._current else 0
+        return under_way + sum(job.size_bytes for job in self._waiting)
 
     def close(self) -> None:
         """Ends the thread without waiting for uploads, and removes the pins. Call `drain` first."""

@@ -283,7 +283,7 @@ def model_card(metadata: dict[str, Any], text: str) -> str:
     """A README.md for the Hub.
 
     Args:
-        metadata: of `huggingface_hub.ModelCardData`.
+        metadata: of ``huggingface_hub.ModelCardData``.
         text: Markdown.
     """
     return str(ModelCard(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{text}"))

@@ -12,6 +12,7 @@ TEMPORARY_FOLDER = ".hf_spot-tmp"
 # Not every server keeps a backslash: SeaweedFS makes a slash of it.
 _UNKEPT = re.compile(r"[\x00-\x1f\x7f\\]")
 _LONGEST_BYTES = 900  # S3 takes 1024, of which the run's own prefix needs some
+_HINT = "a plain path, such as runs/my-run"
 
 
 def check_key(key: str) -> str:
@@ -23,9 +24,11 @@ def check_key(key: str) -> str:
     _check_text(key)
     for segment in key.split("/"):
         if segment in ("", ".", ".."):
-            raise ConfigError(f"{key!r} is no key: keys are relative, '/'-separated, without empty parts, '.' or '..'")
+            raise ConfigError(
+                f"{key!r} is no key: keys are relative, '/'-separated, without empty parts, '.' or '..'", hint=_HINT
+            )
     if key.split("/", 1)[0] == TEMPORARY_FOLDER:
-        raise ConfigError(f"{key!r} is no key: {TEMPORARY_FOLDER}/ belongs to the store itself")
+        raise ConfigError(f"{key!r} is no key: {TEMPORARY_FOLDER}/ belongs to the store itself", hint=_HINT)
     return key
 
 
@@ -37,7 +40,7 @@ def check_prefix(prefix: str) -> str:
     """
     _check_text(prefix)
     if prefix.startswith("/") or ".." in prefix.split("/"):
-        raise ConfigError(f"{prefix!r} is no prefix: keys are relative and without '..'")
+        raise ConfigError(f"{prefix!r} is no prefix: keys are relative and without '..'", hint=_HINT)
     return prefix
 
 
@@ -45,8 +48,8 @@ def _check_text(text: str) -> None:
     try:
         length_bytes = len(text.encode())
     except UnicodeEncodeError:
-        raise ConfigError(f"{text!r} is no key: it is not valid Unicode") from None
+        raise ConfigError(f"{text!r} is no key: it is not valid Unicode", hint=_HINT) from None
     if length_bytes > _LONGEST_BYTES:
-        raise ConfigError(f"{text[:60]!r}… is no key: {length_bytes} bytes are more than {_LONGEST_BYTES}")
+        raise ConfigError(f"{text[:60]!r}… is no key: {length_bytes} bytes are more than {_LONGEST_BYTES}", hint=_HINT)
     if _UNKEPT.search(text):
-        raise ConfigError(f"{text!r} is no key: it holds a backslash or a control character")
+        raise ConfigError(f"{text!r} is no key: it holds a backslash or a control character", hint=_HINT)

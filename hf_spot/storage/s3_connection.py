@@ -86,7 +86,7 @@ class _Credentials:
         self._lock = threading.Lock()
 
     def load_credentials(self) -> _Credentials | None:
-        """Called by botocore, which signs each request with what `get_frozen_credentials` gives then."""
+        """Called by botocore, which signs each request with what ``get_frozen_credentials`` gives then."""
         self._held = self._first.load_credentials()
         return None if self._held is None else self
 

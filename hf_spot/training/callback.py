@@ -28,6 +28,7 @@ from hf_spot.training.exactness import (
     dispatched_batches_skipped,
     set_epoch,
 )
+from hf_spot.training.notebook import shows_errors
 from hf_spot.training.saves import Saves
 from hf_spot.training.session import SAVE_IS_DUE, Session
 from hf_spot.training.streams import chance_is_named, resumed_in_its_pass
@@ -263,7 +264,8 @@ class SpotCallback(TrainerCallback):
                     result = train(trainer, folder, *args, **kwargs)
                 session.end(trainer.state.global_step)
             except TrainingPreempted as preempted:
-                log.warning("%s", preempted)
+                if not shows_errors():
+                    log.warning("%s", preempted)
                 raise
             except BaseException as error:
                 self._saves.settle()

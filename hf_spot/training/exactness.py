@@ -281,7 +281,7 @@ def carry_counters(trainer: Trainer, counted: dict[str, int]) -> None:
 
 
 def carry_callback_states(trainer: Trainer) -> None:
-    """Gives stateful callbacks (`EarlyStoppingCallback`) back what they knew at the checkpoint.
+    """Gives stateful callbacks (``EarlyStoppingCallback``) back what they knew at the checkpoint.
 
     Trainer does it only with ``restore_callback_states_from_checkpoint``, and then by making new callbacks.
     """

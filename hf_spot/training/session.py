@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError, SpotError, StoreError, TrainingPreempted
+from hf_spot.errors import ConfigError, SpotError, StoreError, TrainingInterrupted, TrainingPreempted
 from hf_spot.notices.detect import sources
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
+from hf_spot.notices.signals import KeyboardSource
 from hf_spot.notices.watcher import Watcher
 from hf_spot.policy.preemption import Action, Decision, Measured, decide, gives_way, leaves_step
 from hf_spot.policy.restarts import patience_s
@@ -28,7 +29,7 @@ from hf_spot.run import history
 from hf_spot.run.hook import Hook, hook_url
 from hf_spot.run.journal import CheckpointRef, Entry
 from hf_spot.run.machine import about_this_machine
-from hf_spot.run.progress import alert, bar
+from hf_spot.run.progress import Bar, alert
 from hf_spot.run.restore import bring, holds_own_checkpoints, restore_newest, set_aside_uncommitted, sweep, take
 from hf_spot.run.run import Checkpoint, CommitRequest, Run
 from hf_spot.run.upload import Uploader
@@ -42,6 +43,7 @@ from hf_spot.training.disks import find_disk
 from hf_spot.training.exactness import RandomStates
 from hf_spot.training.journalist import Journalist
 from hf_spot.training.metrics import Metrics
+from hf_spot.training.notebook import forget_the_agents_handlers, how_to_go_on, hush_advice_on_exits
 from hf_spot.training.saves import check_output_dir
 from hf_spot.training.snapshot import WriteBehind
 from hf_spot.training.timing import Timing
@@ -199,7 +201,18 @@ class Session:
         if self.run.epoch:
             data = {"step": step, "committed_step": step, "why": "before the first step", **self._timing.to_details(step)}
             self._record("preempted", data, patience_s=_LAST_WORD_S)
-        raise TrainingPreempted("the machine is going; nothing was trained in this launch", step=step or None)
+        why = "interrupted" if self._is_interrupt else "the machine is going"
+        raise self._ending(f"{why}; nothing was trained in this launch.", step or None)
+
+    @property
+    def _is_interrupt(self) -> bool:
+        """Whether a person ends the training, and not a cloud."""
+        return self._heard is not None and self._heard.source == KeyboardSource.name
+
+    def _ending(self, what: str, step: int | None) -> TrainingPreempted:
+        hush_advice_on_exits()
+        kind = TrainingInterrupted if self._is_interrupt else TrainingPreempted
+        return kind(f"{what}\n{how_to_go_on()}", step=step)
 
     def _claim(self) -> int:
         if self._runtime is not None:
@@ -267,7 +280,7 @@ class Session:
 
     def _watched_bar(self, label: str, size_bytes: int) -> Progress:
         """A bar for a restore that ends when the machine goes: nobody would train with it."""
-        shown = bar(label, size_bytes)
+        shown = Bar(label, size_bytes)
 
         def moved(count: int) -> None:
             if self._hear_end() is not None:
@@ -329,7 +342,11 @@ class Session:
         def on_notice(notice: PreemptionNotice) -> None:
             self._heard = None if notice.kind is NoticeKind.CANCELLED else notice
 
-        self._watcher = Watcher(sources(self._arguments, environ=os.environ), on_notice)
+        forget_the_agents_handlers()
+        listened_to = sources(self._arguments, environ=os.environ)
+        if listened_to:
+            listened_to.append(KeyboardSource())
+        self._watcher = Watcher(listened_to, on_notice)
         self._closed.enter_context(self._watcher)
 
     def _learn(self) -> None:
@@ -567,11 +584,8 @@ class Session:
         if self.preempted is not None:
             data = {"step": step, "committed_step": committed, "stage": self.stage, "why": self.preempted.why}
             self._record("preempted", {**data, **self._timing.to_details(step)}, patience_s=_LAST_WORD_S)
-            raise TrainingPreempted(
-                f"preempted at step {step}; step {committed} is committed to {self.run.url}. "
-                "Start the same command again to go on.",
-                step=committed,
-            )
+            how = "interrupted" if self._is_interrupt else "preempted"
+            raise self._ending(f"{how} at step {step}; step {committed} is committed to {self.run.url}.", committed)
         if not drained or committed < step:
             folder, timeout_s = self.output_dir / f"checkpoint-{step}", self._arguments.drain_timeout_s
             why = f"after {timeout_s:.0f} s: {self._uploader.trouble}" if not drained else "(the log says why)"
@@ -611,12 +625,16 @@ class Session:
         """The training raised: commits what is under way, and says so in the journal when no launcher will."""
         if self._forked or self._uploader is None or self._uploader.fenced is not None:
             return
-        if not self._uploader.idle:
-            log.warning("finishing the upload in flight")
-        self._uploader.drain(min(60.0, self._arguments.drain_timeout_s))
+        # Who presses Ctrl-C a second time has seen what there is to wait for.
+        impatient = isinstance(error, KeyboardInterrupt) and self._is_interrupt
+        if not impatient:
+            if not self._uploader.idle:
+                log.warning("finishing the upload in flight")
+            self._uploader.drain(min(60.0, self._arguments.drain_timeout_s))
         if self._runtime is None:
             step = self.trainer.state.global_step
-            self._record("failed", {"error": type(error).__name__, "stage": self.stage, **self._timing.to_details(step)})
+            told = {"error": type(error).__name__, "stage": self.stage, **self._timing.to_details(step)}
+            self._record("failed", told, patience_s=_LAST_WORD_S if impatient else None)
 
     def close(self) -> None:
         """Stops listening and uploading; gives back what was taken."""

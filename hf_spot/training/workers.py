@@ -1,7 +1,8 @@
 """DataLoader workers that outlive a signal to the whole job.
 
-Some schedulers send SIGTERM to every process (systemd, ``scancel --full``, a container's init). The training hears it and
-saves; its DataLoader workers would die of it, and the training with them in its next step, before it could save.
+Some schedulers send SIGTERM to every process (systemd, ``scancel --full``, a container's init), and a terminal or Jupyter
+sends Ctrl-C's SIGINT. The training hears it and saves; its DataLoader workers would die of it, and the training with them in
+its next step, before it could save.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.utils.data._utils import worker as torch_worker
 
 from hf_spot.training.worker_states import Asked, Made, Worker, WorkerStates
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _plain_loop = torch_worker._worker_loop
 _plain_start = dataloader._MultiProcessingDataLoaderIter.__init__
 

@@ -1,0 +1,84 @@
+"""What a run looks like in a notebook: its checkpoints, its launches, and a picture of both."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+
+from hf_spot.economics.page import summary, table
+from hf_spot.economics.plots import timeline_svg
+from hf_spot.economics.report import Report, summarise
+from hf_spot.economics.table import launch_rows, money_lines, time_rows
+from hf_spot.economics.timeline import draw_up, losses_in
+from hf_spot.errors import SpotError
+from hf_spot.run import run as plain
+from hf_spot.run.journal import CheckpointRef, Entry
+
+_ROWS = 20  # of a table; the newest are worth the room
+
+
+class Run(plain.Run):
+    """A run's journal and checkpoints, which shows itself in a notebook: tables, and a timeline where matplotlib is installed.
+
+    Args:
+        url: ``s3://bucket/prefix``, a directory, or an `ObjectStore`.
+        allow_unfenced_store: accept a store that can't keep two machines apart.
+        workers: files moved at the same time.
+
+    ``$HF_SPOT_JOURNAL_KEY`` signs the journal (`hf_spot.run.seal`).
+
+    Raises:
+        ConfigError: the URL or the key can't be used.
+    """
+
+    def _repr_html_(self) -> str:
+        """For Jupyter, which asks for it when a cell ends with a run. `repr` asks nobody anything."""
+        try:
+            entries = list(self.events())
+            report = summarise(entries)
+            parts = [escape(summary(report)), *self._picture(report), *_tables(report, entries)]
+        except SpotError as error:
+            parts = [escape(str(error)).replace("\n", "<br>")]
+        return "\n".join([f"<div><strong>{escape(self.url)}</strong>", *(f"<div>{part}</div>" for part in parts), "</div>"])
+
+    def _picture(self, report: Report) -> list[str]:
+        if not report.launches:
+            return []
+        newest = self.journal.state.latest()
+        try:
+            losses = losses_in(self.read(self.checkpoint(newest), "trainer_state.json")) if newest else {}
+            svg = timeline_svg(draw_up(report, losses, newest.stage if newest else 1), "")
+        except SpotError as error:  # without matplotlib the tables are still worth having
+            return [f"<em>{escape(str(error))}</em>"]
+        # As an image of its own: the ids of two pictures in one page would be mistaken for each other.
+        data = base64.b64encode(svg.encode()).decode()
+        return [f'<img alt="timeline of the run" style="background: white" src="data:image/svg+xml;base64,{data}">']
+
+
+def _tables(report: Report, entries: list[Entry]) -> list[str]:
+    refs = entries[-1].state.checkpoints if entries else ()
+    reasons = {entry.number: str(entry.data.get("reason", "")) for entry in entries if entry.kind == "commit"}
+    times = {entry.number: f"{entry.time:%Y-%m-%d %H:%M:%S}" for entry in entries}
+    found = []
+    if refs:
+        titles = ["checkpoint", "size", "launch", "saved because of", "committed (UTC)", ""]
+        rows = [_checkpoint_row(ref, reasons[ref.entry], times[ref.entry]) for ref in refs]
+        found.append(_newest(titles, rows))
+    if report.launches:
+        titles, *rows = launch_rows(report)
+        found.append(_newest(titles, rows))
+        spent = table([["", "time", "share", ""], *time_rows(report)])
+        cost = "<br>".join(map(escape, money_lines(report)))
+        found.append(f"<details><summary>What the time went to, and the cost</summary>{spent}<p>{cost}</p></details>")
+    return found
+
+
+def _checkpoint_row(ref: CheckpointRef, reason: str, time: str) -> list[str]:
+    marks = " ".join(word for word, holds in (("best", ref.best), ("complete", ref.complete)) if holds)
+    name = f"checkpoint-{ref.step}" + (f" of stage {ref.stage}" if ref.stage > 1 else "")
+    return [name, f"{ref.size_bytes / 1e6:,.1f} MB", str(ref.epoch), reason, time, marks]
+
+
+def _newest(titles: list[str], rows: list[list[str]]) -> str:
+    older = len(rows) - _ROWS
+    return table([titles, *rows[-_ROWS:]]) + (f"<p>and {older} older ones</p>" if older > 0 else "")

@@ -1,0 +1,126 @@
+"""Trainings in a real Jupyter kernel: interrupted, forked, and in a thread."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from hf_spot.run.run import Run
+from tests.notebooks.kernels import Kernel, kernel
+from tests.servers import free_ports
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SETUP = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import threading
+import time
+from pathlib import Path
+
+
+def train(slow_from=1000, store="run", **settings):
+    from hf_spot import SpotCallback
+    from tests.training.conftest import Recorder, make_trainer
+
+    class Slow(Recorder):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step >= slow_from:
+                print(f"rank {{args.process_index}} has done {{state.global_step}}\\n", end="", flush=True)
+                time.sleep(0.2)
+
+    make_trainer(Path("out"), Slow(), SpotCallback(store), **settings).train()
+    print("trained\\n", end="", flush=True)
+
+
+class SlowData:
+    def __len__(self):
+        return 200
+
+    def __getitem__(self, at):
+        import torch
+
+        time.sleep(0.1)
+        row = torch.tensor([at % 64] * 16)
+        return {{"input_ids": row, "labels": row}}
+"""
+
+
+@contextmanager
+def started(folder: Path) -> Iterator[Kernel]:
+    with kernel(folder, {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}) as found:
+        assert found.run(SETUP).status == "ok"
+        yield found
+
+
+@pytest.fixture(scope="module")
+def kernel_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
+    with started(tmp_path_factory.mktemp("kernel")) as found:
+        yield found
+
+
+@pytest.fixture
+def notebook(kernel_of_all: Kernel, tmp_path: Path) -> Kernel:
+    """One kernel for several tests, as people use it: each in a folder of its own."""
+    assert kernel_of_all.run(f"import os; os.chdir({str(tmp_path)!r})").status == "ok"
+    return kernel_of_all
+
+
+def told(notebook: Kernel, *, pressing: bool = False) -> str:
+    """The error below the cell that ended, without colours."""
+    outcome = notebook.outcome(pressing=pressing)
+    assert outcome.status == "error" and len(outcome.errors) == 1, outcome
+    assert "To exit" not in outcome.shown and "Warning" not in outcome.shown, outcome.shown
+    return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(outcome.errors[0]["traceback"]))
+
+
+def test_the_stop_button_commits_first_and_the_cell_goes_on_when_it_is_run_again(notebook: Kernel, tmp_path: Path) -> None:
+    # The next step wants data which its worker has not made yet: the worker must outlive the interrupt.
+    cell = "train(train_dataset=SlowData, max_steps=8, dataloader_num_workers=1, dataloader_prefetch_factor=1)"
+    notebook.start(cell)
+    notebook.wait_until_shown("has done 2")
+    notebook.interrupt()
+    error = told(notebook)
+    step = Run(tmp_path / "run").latest().step  # type: ignore[union-attr]
+    assert f"interrupted at step {step}; step {step} is committed to {tmp_path / 'run'}" in error
+    assert "Run this cell again" in error
+    assert len(error.strip().splitlines()) <= 5
+    assert 2 < step < 8
+    again = notebook.run(cell)
+    assert again.status == "ok" and f"going on from step {step}" in again.shown
+    assert notebook.run("import signal; assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN").status == "ok"
+
+
+def test_whoever_presses_stop_again_does_not_wait_for_the_step(notebook: Kernel, tmp_path: Path) -> None:
+    notebook.start(
+        "class Stuck(SlowData):\n    def __getitem__(self, at):\n        print('stuck', flush=True)\n        time.sleep(600)\n"
+        "train(train_dataset=Stuck)"
+    )
+    notebook.wait_until_shown("stuck")
+    assert "KeyboardInterrupt" in told(notebook, pressing=True)
+    assert [entry.kind for entry in Run(tmp_path / "run").events()] == ["claim", "failed"]
+    assert notebook.run("1 + 1").status == "ok"
+
+
+def test_a_training_in_a_thread_goes_on_without_signals(notebook: Kernel, tmp_path: Path) -> None:
+    outcome = notebook.run("thread = threading.Thread(target=train)\nthread.start()\nthread.join()")
+    assert outcome.status == "ok" and "trained" in outcome.shown
+    assert "signals (SIGTERM,SIGUSR1) are not heard: training does not run in the main thread" in outcome.shown
+    assert Run(tmp_path / "run").state().checkpoints[-1].complete
+
+
+@pytest.mark.slow
+def test_the_workers_of_a_notebook_launcher_commit_before_they_end(tmp_path: Path) -> None:
+    launch = "from accelerate import notebook_launcher\nnotebook_launcher(train, (2,), num_processes=2, use_port='%d')"
+    with started(tmp_path) as notebook:
+        notebook.start(launch % free_ports(1)[0])
+        notebook.wait_until_shown("rank 0 has done 2")
+        notebook.interrupt()
+        outcome = notebook.outcome()
+    latest = Run(tmp_path / "run").latest()
+    assert latest is not None and latest.reason == "notice" and latest.details["world_size"] == 2
+    assert f"interrupted at step {latest.step}; step {latest.step} is committed" in outcome.shown
+    assert "Restart the kernel" in outcome.shown and outcome.status == "error"
