@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import shutil
@@ -30,10 +31,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# While tests are collected, torch and transformers are imported, and the collector would look for garbage in them again and
+# again.
+gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    # Trainer collects garbage before each training. What torch and transformers have imported is none.
+    # Trainer collects garbage before each training. What was imported is none.
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -55,6 +62,29 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if lines:
         terminalreporter.section("counted")
         terminalreporter.write_line("\n".join(sorted(lines)))
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Gives a folder that is filled once, by whoever of xdist's workers wants it first; the others wait for it.
+
+    What it is called with: a name, and a function that fills the folder, which it is given.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder = shared / f"once-{name}"
+        with open(shared / f"once-{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                filling = shared / f"filling-{name}-{worker_id}"
+                filling.mkdir()
+                fill(filling)
+                filling.rename(folder)  # one that could not be filled is tried again, by another
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,23 +129,49 @@ def launcher(tmp_path: Path) -> Iterator[Launcher]:
 
 @dataclass(frozen=True)
 class Twin:
-    """What plain.py gives when nobody interrupts it, under plain ``python``."""
+    """What plain.py gives when nobody interrupts it; of one process, under plain ``python``."""
 
     weights: bytes
     lines: dict[int, dict[str, Any]]
 
 
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> Twin:
-    folder = tmp_path_factory.mktemp("twin")
-    subprocess.run(
-        [sys.executable, PLAIN, "--output_dir", "out", "--diary", "diary", "--weights", "weights"],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        check=True,
-        capture_output=True,
-        timeout=PATIENCE_S,
-    )
+def twin(made_once: Once) -> Twin:
+    def train(folder: Path) -> None:
+        subprocess.run(
+            [sys.executable, PLAIN, "--output_dir", "out", "--diary", "diary", "--weights", "weights"],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            check=True,
+            capture_output=True,
+            timeout=PATIENCE_S,
+        )
+
+    folder = made_once("twin", train)
     lines = {line["step"]: line for line in read_diary(folder / "diary") if "loss" in line}
     assert sorted(lines) == list(range(1, 33))
     return Twin((folder / "weights" / "model.safetensors").read_bytes(), lines)
+
+
+@pytest.fixture(scope="session")
+def twin_of_ranks(made_once: Once) -> Callable[[int], Twin]:
+    """What plain.py gives on so many ranks of one machine, with nobody to disturb them."""
+
+    def of(ranks: int) -> Twin:
+        def train(folder: Path) -> None:
+            launcher = Launcher(folder)
+            launch = launcher.plain(str(folder / "run"), options=["--multi_gpu", "--num_processes", str(ranks)])
+            try:
+                assert launch.wait() == 0, launch.text()
+            finally:
+                if launch.process.poll() is None:
+                    launch.kill_tree()
+
+        folder = made_once(f"twin-of-{ranks}", train)
+        lines = {line["step"]: line for line in read_diary(folder / "diary-1") if "loss" in line}
+        return Twin((folder / "weights-1" / "model.safetensors").read_bytes(), lines)
+
+    return of

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from hf_spot.run.run import Run
 from tests.gate import Gate
 from tests.hosts import Hosts, kill, why_not
-from tests.launch.conftest import PLAIN, SCRIPTS, Launcher, Lines, read_diary
+from tests.launch.conftest import PLAIN, SCRIPTS, Launcher, Lines, Twin, read_diary
 from tests.matrix.runner import SCRIPT as TRAIN
 from tests.servers import SeaweedFS
 from tests.waiting import PATIENCE_S, wait_for
@@ -111,17 +111,10 @@ def cluster(request: pytest.FixtureRequest, seaweedfs: SeaweedFS, tmp_path: Path
         yield Cluster(hosts, f"s3://{bucket}/run", env)
 
 
-def in_peace(launcher: Launcher, ranks: int) -> tuple[bytes, dict[int, object]]:
-    """The same ranks on one machine, with nobody to disturb them."""
-    launch = launcher.plain(str(launcher.tmp_path / "peace"), options=["--multi_gpu", "--num_processes", str(ranks)])
-    assert launch.wait() == 0, launch.text()
-    return launcher.weights(), {line["step"]: line for line in launch.lines()}
-
-
 def test_a_notice_on_one_machine_stops_both_and_each_disk_is_committed_and_restored(
-    cluster: Cluster, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, twin_of_ranks: Callable[[int], Twin], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed, steps = in_peace(launcher, 2)
+    undisturbed = twin_of_ranks(2)
     with open(cluster.hosts.folder(1) / "imds", "wb") as out:
         cluster.hosts.start(1, [sys.executable, "-m", "hf_spot.testing"], cluster.env, stdout=out)
     told = cluster.hosts.folder(1) / "imds"
@@ -148,8 +141,8 @@ def test_a_notice_on_one_machine_stops_both_and_each_disk_is_committed_and_resto
     assert cluster.wait() == [0, 0], cluster.text()
     second = {line["step"]: line for line in cluster.lines()}
     assert min(second) == newest.step + 1
-    assert first | second == steps
-    assert cluster.weights() == undisturbed
+    assert first | second == undisturbed.lines
+    assert cluster.weights() == undisturbed.weights
     # Each machine fetched what its own ranks read.
     restored = cluster.hosts.folder(1) / "out-2" / newest.name
     assert not (restored / "rng_state_0.pth").exists()
@@ -159,36 +152,45 @@ def test_a_notice_on_one_machine_stops_both_and_each_disk_is_committed_and_resto
 
 
 @pytest.mark.parametrize("cluster", [3], indirect=True)
-@pytest.mark.parametrize("dead", [2, 0])
 def test_when_a_machine_dies_without_a_word_the_others_end_soon_and_all_go_on_together(
-    cluster: Cluster, launcher: Launcher, monkeypatch: pytest.MonkeyPatch, dead: int
+    cluster: Cluster, twin_of_ranks: Callable[[int], Twin], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed, steps = in_peace(launcher, 3)
+    undisturbed = twin_of_ranks(3)
     run = run_of(cluster, monkeypatch)
-    cluster.hold_at(6)
-    wait_for(lambda: run.state().latest() is not None, "for a commit")
-    cluster.hosts.unplug(dead)
-    began = time.monotonic()
-    cluster.go_on()
-    others = [process for host, process in enumerate(cluster.running) if host != dead]
-    assert [process.wait(PATIENCE_S) for process in others] == [75, 75], cluster.text()
-    assert time.monotonic() - began < PEER_TIMEOUT_S + 20
-    kill(cluster.running[dead])
-    cluster.hosts.plug_in(dead)
-    newest = run.latest()
-    assert newest is not None
+    committed = 0
+
+    def newest() -> int:
+        found = run.state().latest()
+        return found.step if found else 0
+
+    def check_what_was_resumed() -> None:
+        lines = {line["step"]: line for line in cluster.lines()}
+        assert min(lines) == committed + 1
+        assert all(line == undisturbed.lines[step] for step, line in lines.items())
+
+    for dead, step in ((2, 6), (0, 11)):  # one of the others, and the one by which they hear of each other
+        cluster.hold_at(step)
+        wait_for(lambda before=committed: newest() > before, "for a commit")
+        check_what_was_resumed()
+        cluster.hosts.unplug(dead)
+        began = time.monotonic()
+        cluster.go_on()
+        others = [process for host, process in enumerate(cluster.running) if host != dead]
+        assert [process.wait(PATIENCE_S) for process in others] == [75, 75], cluster.text()
+        assert time.monotonic() - began < PEER_TIMEOUT_S + 20
+        kill(cluster.running[dead])
+        cluster.hosts.plug_in(dead)
+        committed = newest()
     cluster.launch()
     assert cluster.wait() == [0, 0, 0], cluster.text()
-    second = {line["step"]: line for line in cluster.lines()}
-    assert min(second) == newest.step + 1
-    assert all(line == steps[step] for step, line in second.items())
-    assert cluster.weights() == undisturbed
+    check_what_was_resumed()
+    assert cluster.weights() == undisturbed.weights
 
 
 def test_a_training_that_fails_on_one_machine_starts_again_on_all(
-    cluster: Cluster, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, twin_of_ranks: Callable[[int], Twin], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed, _ = in_peace(launcher, 2)
+    undisturbed = twin_of_ranks(2)
     run = run_of(cluster, monkeypatch)
     cluster.hold_at(6)
     wait_for(lambda: run.state().latest() is not None, "for a commit")
@@ -197,7 +199,7 @@ def test_a_training_that_fails_on_one_machine_starts_again_on_all(
     cluster.go_on()
     assert cluster.wait() == [0, 0], cluster.text()
     assert [entry.kind for entry in run.events()].count("claim") == 2
-    assert cluster.weights() == undisturbed
+    assert cluster.weights() == undisturbed.weights
 
 
 def test_the_shards_of_two_machines_are_one_checkpoint(
