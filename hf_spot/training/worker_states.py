@@ -17,6 +17,7 @@ import logging
 import mmap
 import os
 import struct
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ log = logging.getLogger("hf_spot")
 
 _NUMBER = struct.Struct("<q")
 _STATE_BYTES = len(pack(capture()))
+_START_S = 5.0
+_LOOK_S = 0.01
 _SLOT_BYTES = _NUMBER.size + _STATE_BYTES
 
 
@@ -208,11 +211,19 @@ class WorkerStates:
     def _read(self, handed_out: int) -> list[bytes]:
         assert self._ring is not None
         last = [worker + (handed_out - 1 - worker) // self._workers * self._workers for worker in range(self._workers)]
-        states = [state for batch in last if (state := self._ring.read(batch)) is not None]
+        states = [state for batch in last if (state := self._noted(batch)) is not None]
         if len(states) == self._workers:
             return states
         log.warning("the random states of DataLoader workers are not known: what they draw will differ after a resume")
         return []
+
+    def _noted(self, batch: int) -> bytes | None:
+        """The state after a batch; a worker that has made none yet may still be starting, while others have."""
+        assert self._ring is not None
+        give_up_at = time.monotonic() + _START_S
+        while (state := self._ring.read(batch)) is None and batch < 0 and time.monotonic() < give_up_at:
+            time.sleep(_LOOK_S)
+        return state
 
     def close(self) -> None:
         """Removes the file."""

@@ -34,6 +34,7 @@ def run_script(script: str, argv: list[str], log: str, env: dict[str, str], home
     import torch
 
     torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds that torch waits at the end for each worker
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that a shell has started, for DataLoader workers
     sys.argv = [script, *argv]
     if home_made:
         import hf_spot

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import random
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from hf_spot.training.generators import capture, restore
 from hf_spot.training.loaders import Loaders
+from tests.waiting import PATIENCE_S
 
 EPOCHS, BATCHES = 3, 5
 
@@ -213,6 +217,23 @@ def test_a_look_at_another_loader_is_not_under_way_unless_it_is_named(watch: Cal
     next(look), next(batches), next(batches)
     assert under_way(loaders, tmp_path) == [None, 2]
     assert [entry["main"] for entry in loaders.save(tmp_path, 0, [looked_at])] == [True, False]
+
+
+def test_a_worker_that_is_slow_to_start_is_waited_for(watch: Callable[[], Loaders], tmp_path: Path) -> None:
+    may_start = multiprocessing.Event()
+
+    def init(worker: int) -> None:
+        assert worker == 0 or may_start.wait(PATIENCE_S)
+
+    loaders, loader = watch(), DataLoader(Noisy(), batch_size=2, num_workers=2, worker_init_fn=init)
+    batches = iter(loader)
+    next(batches)
+    timer = threading.Timer(0.2, may_start.set)
+    timer.start()
+    [entry] = loaders.save(tmp_path, 0)
+    timer.join()
+    assert len(json.loads((tmp_path / entry["workers"]).read_text())["states"]) == 2
+    list(batches)
 
 
 def test_a_loader_is_what_it_was_when_nobody_watches(watch: Callable[[], Loaders]) -> None:
