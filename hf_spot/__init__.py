@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hf_spot.run.run import Checkpoint
     from hf_spot.storage.store import ObjectStore
     from hf_spot.training.callback import SpotCallback
+    from hf_spot.training.manager import SpotCheckpointManager
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ __all__ = [
     "Run",
     "SpotArguments",
     "SpotCallback",
+    "SpotCheckpointManager",
     "SpotError",
     "StoreError",
     "StoreNotFencing",
@@ -75,6 +77,7 @@ _HOMES = {
     "Run": "hf_spot.economics.shown",
     "SpotArguments": "hf_spot.arguments",
     "SpotCallback": "hf_spot.training.callback",
+    "SpotCheckpointManager": "hf_spot.training.manager",
 }
 
 

@@ -51,6 +51,7 @@ OTHER_NAMES = {
     "Run",
     "SpotArguments",
     "SpotCallback",
+    "SpotCheckpointManager",
     "__version__",
 }
 

@@ -338,6 +338,8 @@ class Supervisor:
         newest = state.latest()
         data: dict[str, Any] = {"exit_code": code, "step": step, "committed_step": newest.step if newest else 0}
         if verdict is Verdict.FINISHED:
+            if state.ended == verdict.value:  # a loop of one's own has said so itself
+                return
             if newest is None or not newest.complete:
                 log.warning("the script ended well, but no training of it was committed to its end: not marked as finished")
                 return

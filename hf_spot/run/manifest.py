@@ -87,7 +87,7 @@ _WEIGHTS = r"(model|adapter_model|pytorch_model)[^/]*\.(safetensors|bin)|pytorch
 _NEEDED = {
     "weights (model.safetensors)": rf"({_WEIGHTS}|.+/adapter_model\.(safetensors|bin))",
     "optimizer.pt": r"(optimizer\.(pt|bin)|optimizer_\d+/.+|global_step\d+/.+)",
-    "scheduler.pt": r"(scheduler\.pt|global_step\d+/.+)",  # DeepSpeed may keep a schedule of its own
+    "scheduler.pt": r"(scheduler\.(pt|bin)|global_step\d+/.+)",  # DeepSpeed may keep a schedule of its own
     "trainer_state.json": r"trainer_state\.json",
 }
 

@@ -95,3 +95,10 @@ class AboveBars(logging.Handler):
                 print(text, file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
+
+
+def show_log() -> None:
+    """What happens to a run has to be seen even in a script that never set up logging."""
+    if not log.handlers and not logging.getLogger().handlers:
+        log.addHandler(AboveBars())
+        log.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)

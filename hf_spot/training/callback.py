@@ -15,7 +15,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutp
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, SpotError, TrainingPreempted
 from hf_spot.policy.preemption import Action, Decision
-from hf_spot.run.progress import AboveBars
+from hf_spot.run.progress import show_log
 from hf_spot.run.run import CommitRequest
 from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.training.accumulation import Accumulation
@@ -67,7 +67,7 @@ class SpotCallback(TrainerCallback):
                 )
             self._store = self._runtime.store
         self.args = args or (self._runtime.arguments if self._runtime else SpotArguments())
-        _show_log()
+        show_log()
         self._session: Session | None = None
         self._evaluations: Evaluations | None = None
         self._saves: Saves | None = None
@@ -344,13 +344,6 @@ class SpotCallback(TrainerCallback):
             line.get("step") == state.global_step and any(key.startswith("eval_") for key in line) for line in state.log_history
         )
         return self._evaluation_skipped or (at_epoch_end and not evaluated)
-
-
-def _show_log() -> None:
-    """What happens to a run has to be seen even in a script that never set up logging."""
-    if not log.handlers and not logging.getLogger().handlers:
-        log.addHandler(AboveBars())
-        log.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
 
 
 def _has_evaluated(checkpoint: Path) -> bool:

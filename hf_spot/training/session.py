@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
@@ -111,6 +111,8 @@ class Session:
         self._uploader: Uploader | None = None
         self._watcher: Watcher | None = None
         self._heard: PreemptionNotice | None = None
+        self._elsewhere: PreemptionNotice | None = None
+        self._parted = False
         self._notice_mtime_ns = 0
         self._advisories: set[str] = set()
         self._asked_advisory: str | None = None
@@ -565,6 +567,8 @@ class Session:
         if self._forked:
             return
         self._order_uploads()
+        if not self.agreement.is_main:
+            self._listen_on()
         self.agreement.from_main(lambda: self._end_on_main(step))
         self.stage_finished()
 
@@ -572,11 +576,40 @@ class Session:
         """The next ``train()`` of this process is another training, and doesn't resume this one."""
         _finished_stages[self._url] = self.stage
 
+    def _listen_on(self) -> None:
+        """While rank 0 waits for the last commit, the others tell what they hear: files of theirs may be on their way, too."""
+        hurried = False
+        while self._meet(waits=False):
+            if self._uploader is not None and self._elsewhere is not None and not hurried:
+                self._uploader.hurry(give_way=gives_way(self._elsewhere.seconds_left(self._now()), self._measured()))
+                hurried = True
+
+    def _meet(self, *, waits: bool) -> bool:
+        """One round after the last step, of all ranks: what was heard anywhere, and whether rank 0 waits any longer."""
+        if self.agreement.alone or self._parted:
+            return False
+        notice = self._hear_end()
+        left = notice.seconds_left(self._now()) if notice else None
+        self.agreement.ask(float(notice is not None), 0.0, 0.0, -_NEVER if left is None else -left, float(waits))
+        try:
+            terminate, _, _, soonest, waiting = self.agreement.answer()
+        except RuntimeError as error:
+            log.warning("a rank is gone, and the last commit is waited for without it: %s", error)
+            self._parted = True
+            return False
+        if terminate and notice is None and self._elsewhere is None:
+            deadline = None if soonest == -_NEVER else self._now() + timedelta(seconds=-soonest)
+            self._elsewhere = PreemptionNotice(NoticeKind.TERMINATE, "another rank", "after the last step", deadline)
+        return bool(waiting)
+
     def _end_on_main(self, step: int) -> None:
+        try:
+            if self._uploader is not None and self._uploader.fenced is None:
+                drained = self._drain(self._uploader)
+        finally:
+            self._meet(waits=False)  # the others wait for this word
         if self._uploader is None:
             return
-        if self._uploader.fenced is None:
-            drained = self._drain(self._uploader)
         if self._uploader.fenced is not None:
             raise self._uploader.fenced
         newest = self.run.journal.state.latest(self.stage)
@@ -608,7 +641,12 @@ class Session:
 
         if self.preempted is not None:
             return uploader.drain(patience())
-        if uploader.drain(patience(), lambda: self._hear_end() is not None):
+
+        def is_heard() -> bool:
+            self._meet(waits=True)
+            return self._hear_end() is not None
+
+        if uploader.drain(patience(), is_heard):
             return True
         notice = self._hear_end()
         if notice is None:
@@ -665,9 +703,9 @@ class Session:
         return os.getpid() != self._process
 
     def _hear_end(self) -> PreemptionNotice | None:
-        """The termination that was heard on this node and still holds."""
+        """The termination that was heard on this node and still holds, or after the last step by another rank."""
         notice = self._hear()
-        return notice if notice is not None and notice.kind is NoticeKind.TERMINATE else None
+        return notice if notice is not None and notice.kind is NoticeKind.TERMINATE else self._elsewhere
 
     @staticmethod
     def _is_going(answer: tuple[float, ...]) -> bool:

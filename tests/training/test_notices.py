@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +23,7 @@ from hf_spot.errors import StoreUnavailable
 from hf_spot.policy.preemption import Measured
 from hf_spot.storage.memory import MemoryStore
 from hf_spot.training.session import Session
+from tests.servers import free_ports
 from tests.training.conftest import STEPS, Patient, Recorder, SaveRecorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, kinds, preempt, steps, train_until_preempted
 from tests.waiting import wait_for
@@ -159,7 +162,7 @@ def test_a_notice_during_a_restore_ends_it_at_once_and_loses_nothing(
 
         return go
 
-    monkeypatch.setattr("hf_spot.training.session.bar", bar)
+    monkeypatch.setattr("hf_spot.training.session.Bar", bar)
     recorder = Recorder()
     settings = SpotArguments(notice="signal", upload_workers=1)
     with pytest.raises(TrainingPreempted) as caught:
@@ -320,6 +323,33 @@ def test_when_the_last_upload_outlasts_the_deadline_the_next_launch_finishes_the
     assert list(recorder.losses) == list(range(committed + 1, STEPS + 1))
     assert same(weights(trainer), peace[0])
     assert kinds(from_store)[-1] == "finished"
+
+
+def test_a_notice_that_only_another_rank_hears_after_the_last_step_ends_the_wait_for_the_last_upload(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(Path(__file__).parent / "scripts" / "late_notice.py")]
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [75, 75], said
+    *_, last = Run(str(tmp_path / "run")).events()
+    assert (last.kind, last.data["step"], last.data["committed_step"]) == ("preempted", 4, 2)
+    assert "TERMINATE from another rank" in said[0]
 
 
 # -- with an upload in flight -----------------------------------------------------------------------------------------
