@@ -71,6 +71,8 @@ def api() -> str:
 def _about(named: griffe.Object | griffe.Alias, name: str, public: set[str]) -> Iterator[str]:
     found = named.final_target if isinstance(named, griffe.Alias) else named
     yield f"## {name}"
+    if isinstance(found, griffe.Function):
+        yield f"```py\n{_called(name, found)}\n```"
     if not found.is_class:
         yield from _docstring(found, public)
         return
@@ -92,13 +94,17 @@ def _about(named: griffe.Object | griffe.Alias, name: str, public: set[str]) -> 
         if member.name.startswith(("_", "on_")) or not member.docstring or isinstance(member, griffe.Alias):
             continue  # on_…: what Trainer calls
         if isinstance(member, griffe.Function):
-            result = f" -> {member.returns}" if member.returns is not None and str(member.returns) != "None" else ""
             yield f"### {name}.{member.name}"
-            yield f"```py\n{_signature(member.name, member.parameters)}{result}\n```"
+            yield f"```py\n{_called(member.name, member)}\n```"
             yield from _docstring(member, public)
         elif member.is_attribute and "property" in member.labels:
             yield f"### {name}.{member.name}"
             yield from _docstring(member, public)
+
+
+def _called(name: str, function: griffe.Function) -> str:
+    result = "" if function.returns is None or str(function.returns) == "None" else f" -> {function.returns}"
+    return _signature(name, function.parameters) + result
 
 
 def _signature(name: str, parameters: griffe.Parameters) -> str:

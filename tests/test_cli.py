@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def test_errors_are_json_where_the_answer_would_be(tmp_path: Path, capsys: pytes
     assert told["hint"].startswith("hf-spot ")
 
 
-PRINT_A_FILE = {"completion", "recipe kubernetes", "recipe slurm", "recipe sagemaker", "doctor iam"}  # the last one is JSON
+PRINT_A_FILE = {"completion", "recipe", "doctor iam"}  # the last one is JSON
 
 
 def commands_without_json(parser: argparse.ArgumentParser, name: str = "") -> Iterator[str]:
@@ -160,7 +161,7 @@ def commands_without_json(parser: argparse.ArgumentParser, name: str = "") -> It
 
 
 def test_every_command_that_answers_can_answer_in_json() -> None:
-    assert set(commands_without_json(parser())) == PRINT_A_FILE
+    assert {re.sub(r"^recipe .*", "recipe", name) for name in commands_without_json(parser())} == PRINT_A_FILE
 
 
 def test_report(url: str, capsys: pytest.CaptureFixture[str]) -> None:

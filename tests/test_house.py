@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_spot"
@@ -169,6 +170,71 @@ def test_no_file_names_a_place_on_somebodys_machine() -> None:
 def test_the_top_level_holds_only_what_belongs_there() -> None:
     visible = {entry.name for entry in ROOT.iterdir() if not entry.name.startswith(".")}
     assert sorted(name for name in visible - TOP_LEVEL if not BUILT.fullmatch(name)) == []
+
+
+# -- what GitHub shows to who opens an issue --------------------------------------------------------------------------
+
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+# https://docs.github.com/en/communities/using-templates-to-encourage-useful-issues-and-pull-requests/syntax-for-githubs-form-schema
+ATTRIBUTES = {
+    "markdown": {"value"},
+    "textarea": {"label", "description", "placeholder", "value", "render"},
+    "input": {"label", "description", "placeholder", "value"},
+    "dropdown": {"label", "description", "multiple", "options", "default"},
+    "checkboxes": {"label", "description", "options"},
+}
+
+
+def wrong_in_form(text: str) -> Iterator[str]:
+    """Why GitHub would not show this form."""
+    form = yaml.safe_load(text)
+    if not {"name", "description", "body"} <= set(form) <= {"name", "description", "body", "title", "labels", "assignees"}:
+        yield f"keys {sorted(form)}"
+    fields = [field for field in form.get("body") or () if field.get("type") != "markdown"]
+    if not fields:
+        yield "nothing is asked"
+    for name in ("id", "label"):
+        values = [field.get("id") if name == "id" else field["attributes"].get("label") for field in fields]
+        if len({value for value in values if isinstance(value, str)}) < len(fields):
+            yield f"an {name} is missing, no text, or there twice"
+    for field in form.get("body") or ():
+        attributes = field.get("attributes", {})
+        if not set(attributes) <= ATTRIBUTES.get(field.get("type"), set()):
+            yield f"{field.get('type')} with {sorted(attributes)}"
+        if not set(field) <= {"type", "id", "attributes", "validations"}:
+            yield f"keys {sorted(field)}"
+        if not isinstance(field.get("validations", {}).get("required", False), bool):
+            yield "required is neither true nor false"
+        if field.get("type") == "dropdown" and not all(isinstance(option, str) for option in attributes.get("options") or [0]):
+            yield "options are no texts"  # YAML takes No for false
+
+
+@pytest.mark.parametrize("path", [path for path in FORMS if path.name != "config.yml"], ids=lambda path: path.name)
+def test_a_form_for_issues_is_one_that_github_shows(path: Path) -> None:
+    assert list(wrong_in_form(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("name: ", "nme: "),
+        ('- "No"', "- No"),
+        ("id: doctor", "id: command"),
+        ("type: dropdown", "type: droplist"),
+        ("render: text", "rendr: text"),
+        ("required: true", "required: perhaps"),
+    ],
+)
+def test_a_form_that_github_refuses_would_be_found(right: str, wrong: str) -> None:
+    text = (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text()
+    assert right in text
+    assert list(wrong_in_form(text.replace(right, wrong)))
+
+
+def test_the_choice_of_forms_can_be_read() -> None:
+    chosen = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "config.yml").read_text())
+    assert set(chosen) <= {"blank_issues_enabled", "contact_links"}
+    assert {path.name for path in FORMS} >= {"bug.yml", "feature.yml", "config.yml"}
 
 
 # -- what the README promises is what CI runs -------------------------------------------------------------------------
