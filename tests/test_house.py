@@ -32,8 +32,8 @@ LIGHT_STARTS = {
     "import hf_spot": "import hf_spot",
     "hf-spot --help": HELP.format(start="from hf_spot.cli import main; sys.exit(main())"),
     "python -m hf_spot --help": HELP.format(start="runpy.run_module('hf_spot', run_name='__main__', alter_sys=True)"),
-    "public names but SpotCallback": (
-        "import hf_spot\nfor name in hf_spot.__all__:\n    if name != 'SpotCallback': getattr(hf_spot, name)"
+    "public names but those of a training": (
+        "import hf_spot\nfor name in set(hf_spot.__all__) - {'SpotCallback', 'SpotCheckpointManager'}: getattr(hf_spot, name)"
     ),
 }
 

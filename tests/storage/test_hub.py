@@ -19,6 +19,7 @@ from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import probe
 from tests.storage.fake_http import Answer
 from tests.storage.fake_hub import READER, FakeHub, Repo
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture(autouse=True)
@@ -35,17 +36,25 @@ def run_one_checkpoint(run: Run, folder: Path, step: int) -> None:
     run.commit(request, run.upload(folder, request))
 
 
-def test_a_checkpoint_costs_a_commit_for_each_four_files_and_two_for_the_journal(
+def test_files_on_their_way_at_the_same_time_are_one_commit_and_the_journal_takes_two(
     logged_in: FakeHub, hub_repo_url: str, make_checkpoint: Callable[[int], Path]
 ) -> None:
-    run, repo = Run(hub_repo_url), repo_of(logged_in, hub_repo_url)
+    run, repo, gate = Run(hub_repo_url, workers=6), repo_of(logged_in, hub_repo_url), threading.Barrier(6)
     run.claim()
     before = len(repo.commits)
+    ask = run.store.hub.ask  # type: ignore[attr-defined]
+
+    def meet(method: str, url: str, **request: object) -> object:
+        if "/preupload/" in url:
+            gate.wait(PATIENCE_S)  # all six files have begun before one has arrived
+        return ask(method, url, **request)
+
+    run.store.hub.ask = meet  # type: ignore[attr-defined]
 
     run_one_checkpoint(run, make_checkpoint(5), 5)
 
-    # Six files by four workers, the journal's entry, and the hint where the newest entry is.
-    assert len(repo.commits) - before <= 2 + 2
+    # The files, the journal's entry, and the hint where the newest entry is.
+    assert len(repo.commits) - before == 1 + 2
 
 
 def test_a_run_goes_on_from_its_checkpoint_and_an_older_launch_is_fenced(
