@@ -12,6 +12,7 @@ import dataclasses
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -25,13 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / ".github" / "docs"
 
 GROUPS = {
-    "Training": ["SpotCallback", "SpotArguments", "TrainingPreempted", "TrainingInterrupted"],
+    "Training": ["SpotCallback", "SpotArguments", "SpotCheckpointManager", "TrainingPreempted", "TrainingInterrupted"],
     "Runs": ["Run", "Checkpoint"],
     "Extension points": ["NoticeSource", "PreemptionNotice", "NoticeKind", "ObjectStore"],
 }
 REST = "Errors"
 
 _SAY_SOMETHING = ("Exception", "SystemExit", "TrainerCallback")  # bases beside our own
+_LITERAL = re.compile(r"^::\n\n((?:    .*\n|\n)+(?:    .*)?)", re.MULTILINE)
 _CODE = re.compile(r"``(.+?)``", re.DOTALL)
 _REFERENCE = re.compile(r"(?<!`)`([A-Za-z_][\w.]*)`(?!`)")
 
@@ -54,6 +56,8 @@ def api() -> str:
     names = [name for name in loaded.exports or () if name != "__version__"]
     grouped = {name for group in GROUPS.values() for name in group}
     groups = GROUPS | {REST: [name for name in names if name not in grouped]}
+    lost = [name for name in groups[REST] if loaded[name].target_path != f"hf_spot.errors.{name}"]
+    assert not lost, f"{lost} belong into GROUPS of {__file__}"
     testing = [f"testing.{name}" for name in loaded["testing"].exports or ()]
     lines = [
         "# Every name in Python",
@@ -126,7 +130,10 @@ def _signature(name: str, parameters: griffe.Parameters) -> str:
 def _docstring(found: griffe.Object, public: set[str]) -> Iterator[str]:
     for section in found.docstring.parsed if found.docstring else ():
         if section.kind is griffe.DocstringSectionKind.text:
-            yield _linked(section.value, public)
+            for index, part in enumerate(_LITERAL.split(section.value)):
+                text = f"```py\n{textwrap.dedent(part).strip()}\n```" if index % 2 else _linked(part.strip(), public)
+                if text:
+                    yield text
         elif section.kind is griffe.DocstringSectionKind.parameters:
             yield "\n".join(f"- `{one.name}`: {_flat(one.description, public)}" for one in section.value)
         elif section.kind is griffe.DocstringSectionKind.raises:

@@ -162,7 +162,7 @@ def test_a_notice_during_a_restore_ends_it_at_once_and_loses_nothing(
 
         return go
 
-    monkeypatch.setattr("hf_spot.training.session.bar", bar)
+    monkeypatch.setattr("hf_spot.training.session.Bar", bar)
     recorder = Recorder()
     settings = SpotArguments(notice="signal", upload_workers=1)
     with pytest.raises(TrainingPreempted) as caught:
