@@ -207,7 +207,7 @@ def test_the_command_fails_when_something_does_not_work(tmp_path: Path, capsys: 
         (["--checkpoint-gb", "nan"], "--checkpoint-gb nan"),
         (["--grace-s", "-1"], "grace_s=-1"),
         (["--store", "s3://x"], "no bucket's name"),
-        (["--store", "gs://bucket/x"], "not supported yet"),
+        (["--store", "ftp://bucket/x"], "no kind of store"),
         (["--job", "no-such-file.yaml"], "no-such-file.yaml"),
     ],
 )
