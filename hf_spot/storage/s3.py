@@ -274,14 +274,14 @@ class S3Store:
     def _explained(self, doing: str, key: str) -> Iterator[None]:
         try:
             yield
-        except (aws.ClientError, aws.BotoCoreError, HTTPError) as error:
+        except (aws.ClientError, aws.BotoCoreError, HTTPError, RecursionError) as error:
+            if _is_recursion(error):
+                # botocore asks where a redirecting bucket is, is redirected, asks where that is, and so on.
+                raise ConfigError(
+                    f"can't {doing} s3://{self._bucket}/{self._base}{key}: the server redirects without saying where to",
+                    hint=f"has AWS_ENDPOINT_URL to begin with https://? Otherwise {explain('301', bucket=self._bucket).hint}",
+                ) from error
             raise self._explain(doing, key, error) from error
-        except RecursionError as error:
-            # botocore asks where a redirecting bucket is, is redirected, asks where that is, and so on.
-            raise ConfigError(
-                f"can't {doing} s3://{self._bucket}/{self._base}{key}: the server redirects without saying where to",
-                hint=f"has AWS_ENDPOINT_URL to begin with https://? Otherwise {explain('301', bucket=self._bucket).hint}",
-            ) from error
 
     def _explain(self, doing: str, key: str, error: Exception) -> SpotError:
         """What the server said no to, or what kept it from answering."""
@@ -345,3 +345,9 @@ def _again_if_broken(read: Callable[[], T]) -> T:
         with contextlib.suppress(*_BROKEN):
             return read()
     return read()
+
+
+def _is_recursion(error: Exception) -> bool:
+    """Where the depth is reached inside the HTTP client, as with Python 3.13, botocore takes it for a broken connection."""
+    inner = error.kwargs.get("error") if isinstance(error, aws.HTTPClientError) else error
+    return isinstance(inner, RecursionError)
