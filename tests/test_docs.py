@@ -97,7 +97,7 @@ def run(page: Path, folder: Path, environ: dict[str, str]) -> str:
                 env=environ,
                 capture_output=True,
                 text=True,
-                timeout=200,
+                timeout=400,
                 check=False,
             )
             assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
