@@ -1,11 +1,13 @@
-"""Which ranks write to the same disk: each disk's files are uploaded and restored once, by its leader."""
+"""The disks that ranks write to: whether they can, and which of them share one, whose leader uploads and restores its files."""
 
 from __future__ import annotations
 
+import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_spot.errors import ConfigError
 from hf_spot.training.agreement import Agreement
 
 
@@ -62,3 +64,22 @@ def find_disk(agreement: Agreement, rank: int, local_rank: int, output_dir: Path
         current.append(number)
     index = next(at for at, ranks in enumerate(disks) if rank in ranks)
     return Disk(index, len(disks), tuple(disks[index]), disks[index][0] == rank)
+
+
+def check_writable(folder: Path, *, setting: str) -> None:
+    """Makes the folder, and writes a file to it. Raises ConfigError where that can't be.
+
+    Args:
+        folder: for checkpoints.
+        setting: that names another one, as it is written: ``TrainingArguments(output_dir=…)``.
+    """
+    probe = folder / ".hf_spot" / f"probe-{os.uname().nodename}-{os.getpid()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{str(folder)!r} can't be written to on {os.uname().nodename}: {error.strerror or error}",
+            hint=f"findmnt -T {folder}; df -h {folder}; or another {setting}",
+        ) from error

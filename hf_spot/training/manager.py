@@ -39,7 +39,7 @@ from hf_spot.runtime import STORE_VARIABLE, Runtime, StepCounter
 from hf_spot.storage.local import LocalStore
 from hf_spot.storage.store import ObjectStore
 from hf_spot.training.agreement import Agreement
-from hf_spot.training.disks import Disk, find_disk
+from hf_spot.training.disks import Disk, check_writable, find_disk
 from hf_spot.training.generators import capture, capture_gpus, restore
 from hf_spot.training.journalist import Journalist
 from hf_spot.training.listener import Listener
@@ -241,7 +241,7 @@ class LoopManager:
         self._rank = dist.get_rank() if ranks > 1 else 0
         self._ranks = ranks
         self._agreement = Agreement(ranks)
-        self._agreement.together(self._check_local_dir)
+        self._agreement.together(partial(check_writable, self._local_dir, setting="SpotCheckpointManager(…, local_dir=…)"))
         self._disk: Disk = find_disk(
             self._agreement, self._rank, int(os.environ.get("LOCAL_RANK", self._rank)), self._local_dir
         )
@@ -266,18 +266,6 @@ class LoopManager:
             self._closing.callback(self._runtime.training_path.unlink, missing_ok=True)
             self._steps = StepCounter(self._runtime.step_path) if self._agreement.is_main else None
         self._begun = True
-
-    def _check_local_dir(self) -> None:
-        probe = self._local_dir / ".hf_spot" / f"probe-{os.uname().nodename}-{os.getpid()}"
-        try:
-            probe.parent.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise ConfigError(
-                f"{str(self._local_dir)!r} can't be written to on {os.uname().nodename}: {error.strerror or error}",
-                hint=f"findmnt -T {self._local_dir}; df -h {self._local_dir}; or SpotCheckpointManager(…, local_dir=…)",
-            ) from error
 
     def _claim(self) -> int:
         if self._runtime is not None:

@@ -17,7 +17,7 @@ import transformers.trainer
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer, TrainerCallback, TrainerControl
 
-from hf_spot.errors import ConfigError, SpotError
+from hf_spot.errors import SpotError
 from hf_spot.training.agreement import Agreement
 from hf_spot.training.disks import Disk
 from hf_spot.training.snapshot import WriteBehind
@@ -234,20 +234,6 @@ def _reads_checkpoints(callback: TrainerCallback) -> bool:
     if kind.__name__ == "WandbCallback":
         return str(getattr(callback._log_model, "value", "checkpoint")) == "checkpoint"
     return kind.__name__ != "TrackioCallback"
-
-
-def check_output_dir(output_dir: Path) -> None:
-    """Makes the folder, and writes a file to it. Raises ConfigError where that can't be."""
-    probe = output_dir / ".hf_spot" / f"probe-{os.uname().nodename}-{os.getpid()}"
-    try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir={str(output_dir)!r} can't be written to on {os.uname().nodename}: {error.strerror or error}",
-            hint=f"findmnt -T {output_dir}; df -h {output_dir}; or another TrainingArguments(output_dir=…)",
-        ) from error
 
 
 def is_of_a_disk(error: BaseException) -> bool:

@@ -39,12 +39,11 @@ from hf_spot.storage.threads import Workers
 from hf_spot.training.agreement import Agreement
 from hf_spot.training.batches import keep_samples
 from hf_spot.training.cadence import Cadence
-from hf_spot.training.disks import find_disk
+from hf_spot.training.disks import check_writable, find_disk
 from hf_spot.training.exactness import RandomStates
 from hf_spot.training.journalist import Journalist
 from hf_spot.training.metrics import Metrics
 from hf_spot.training.notebook import forget_the_agents_handlers, how_to_go_on, hush_advice_on_exits
-from hf_spot.training.saves import check_output_dir
 from hf_spot.training.snapshot import WriteBehind
 from hf_spot.training.timing import Timing
 
@@ -103,7 +102,7 @@ class Session:
         self.stage = _finished_stages[url] + 1
         self._process = os.getpid()
         self.agreement = Agreement(trainer.args.world_size)
-        self.agreement.together(lambda: check_output_dir(self.output_dir))
+        self.agreement.together(partial(check_writable, self.output_dir, setting="TrainingArguments(output_dir=…)"))
         self.disk = find_disk(self.agreement, trainer.args.process_index, trainer.args.local_process_index, self.output_dir)
         self.run = Run(url, allow_unfenced_store=arguments.allow_unfenced_store, workers=arguments.upload_workers)
         self.restored: Checkpoint | None = None
