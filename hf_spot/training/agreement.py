@@ -36,17 +36,13 @@ class Agreement:
             self._options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
         self._work: Any = None
         self._alone: tuple[float, ...] = ()
+        self.alone = world_size == 1  # nothing need be asked ahead of time
         self._asked = False
 
     @property
     def is_main(self) -> bool:
         """True on rank 0."""
         return self._group is None or dist.get_rank() == 0
-
-    @property
-    def alone(self) -> bool:
-        """True when there is one rank: nothing need be asked ahead of time."""
-        return self._group is None
 
     @property
     def asked(self) -> bool:

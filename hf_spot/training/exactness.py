@@ -21,7 +21,7 @@ from torch.utils.data import BatchSampler, IterableDataset
 from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import ExportableState
 
-from hf_spot.training.generators import capture, capture_gpus, pack, restore, unpack
+from hf_spot.training.generators import capture, capture_gpus, forget, pack, restore, unpack
 from hf_spot.training.worker_states import WorkerStates
 
 log = logging.getLogger("hf_spot")
@@ -139,6 +139,7 @@ class RandomStates:
     def return_to_remembered(self) -> None:
         """Returns to it."""
         type(self._trainer)._load_rng_state(self._trainer, str(self._remembered))
+        forget()
 
     def close(self) -> None:
         """Gives the trainer its method back, and removes the folder."""
@@ -194,6 +195,7 @@ class RandomStates:
             if found is not None:
                 shutil.copy(found, states / name)
         type(self._trainer)._load_rng_state(self._trainer, str(states))
+        forget()
 
     def _mark(self) -> dict[str, Any] | None:
         """The state of now, if it had to be taken."""
@@ -210,6 +212,7 @@ class RandomStates:
         if not self._restored:
             self._restored = True
             type(self._trainer)._load_rng_state(self._trainer, checkpoint)
+            forget()
             self._then()
 
 

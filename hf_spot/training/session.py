@@ -425,7 +425,11 @@ class Session:
         """Called by every rank after every optimizer step: what to do if something was heard by anyone, else None."""
         if self._steps is not None:
             self._steps.tell(step)
-        if self.agreement.alone or not self.agreement.asked:
+        if self.agreement.alone:
+            if self._is_quiet():
+                return None
+            self.ask()
+        elif not self.agreement.asked:
             self.ask()
         terminate, advisory, fenced, soonest, due = self.agreement.answer()
         if fenced:
@@ -442,6 +446,11 @@ class Session:
         if decision.action in (Action.SAVE_AND_STOP, Action.FINISH_UPLOAD_AND_STOP):
             self._stop(decision, seconds_left)
         return decision
+
+    def _is_quiet(self) -> bool:
+        """Whether this rank has nothing to tell, as after nearly every step: microseconds are paid for no more than that."""
+        fenced = self._uploader is not None and self._uploader.fenced is not None
+        return self._hear() is None and not fenced and not self._cadence.is_due()
 
     def _stop(self, decision: Decision, seconds_left: float | None) -> None:
         self.preempted = decision

@@ -1,7 +1,8 @@
 """What SpotCallback costs a step: ``python tests/benchmarks/steps.py [--steps 400] [--json FILE]``.
 
 The time spent in the callback's methods and in what it does where a batch is drawn, per step of a real Trainer, with one rank
-and with two (gloo). The model and the optimizer work for ``--work-ms`` each: the ranks agree while the optimizer works.
+and with two (gloo), less what reading the clock takes. The model and the optimizer work for ``--work-ms`` each: the ranks agree
+while the optimizer works.
 """
 
 from __future__ import annotations
@@ -32,22 +33,30 @@ def measure(rank: int, ranks: int, folder: str, steps: int, work_ms: float) -> N
     from hf_spot import SpotArguments, SpotCallback
     from hf_spot.training.exactness import RandomStates
 
-    spent = [0.0]
-    depth = [0]
+    class Stopwatch:
+        """Seconds in methods that are wrapped, and how often one was called."""
 
-    def timed(act: Any) -> Any:
-        @functools.wraps(act)
-        def timing(*args: Any, **kwargs: Any) -> Any:
-            depth[0] += 1
-            began = time.perf_counter()
-            try:
-                return act(*args, **kwargs)
-            finally:
-                depth[0] -= 1
-                if not depth[0]:
-                    spent[0] += time.perf_counter() - began
+        def __init__(self) -> None:
+            self.spent_s, self.calls, self._depth = 0.0, 0, 0
 
-        return timing
+        def wrap(self, act: Any) -> Any:
+            @functools.wraps(act)
+            def timing(*args: Any, **kwargs: Any) -> Any:
+                self._depth += 1
+                began = time.perf_counter()
+                try:
+                    return act(*args, **kwargs)
+                finally:
+                    self._depth -= 1
+                    if not self._depth:
+                        self.spent_s += time.perf_counter() - began
+                        self.calls += 1
+
+            return timing
+
+        def take(self) -> tuple[float, int]:
+            taken, self.spent_s, self.calls = (self.spent_s, self.calls), 0.0, 0
+            return taken
 
     def work() -> None:
         until = time.perf_counter() + work_ms / 1e3
@@ -68,17 +77,27 @@ def measure(rank: int, ranks: int, folder: str, steps: int, work_ms: float) -> N
             work()
             return super().step(*args, **kwargs)
 
+    ours, nothing = Stopwatch(), Stopwatch()
+
+    class Nothing(TrainerCallback):
+        """Shows what the stopwatch itself takes."""
+
+        @nothing.wrap
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            """As little as can be done."""
+
     class Diary(TrainerCallback):
         def __init__(self) -> None:
-            self.per_step: list[float] = []
+            self.ours: list[tuple[float, int]] = []
+            self.nothing: list[tuple[float, int]] = []
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.per_step.append(spent[0])
-            spent[0] = 0.0
+            self.ours.append(ours.take())
+            self.nothing.append(nothing.take())
 
     for name in [name for name in vars(SpotCallback) if name.startswith("on_")]:
-        setattr(SpotCallback, name, timed(getattr(SpotCallback, name)))
-    RandomStates.drawn = timed(RandomStates.drawn)  # type: ignore[method-assign]
+        setattr(SpotCallback, name, ours.wrap(getattr(SpotCallback, name)))
+    RandomStates.drawn = ours.wrap(RandomStates.drawn)  # type: ignore[method-assign]
     data = [{"x": torch.randn(8), "labels": torch.zeros(1)} for _ in range(64)]
     arguments = TrainingArguments(
         output_dir=f"{folder}/out",
@@ -92,10 +111,12 @@ def measure(rank: int, ranks: int, folder: str, steps: int, work_ms: float) -> N
     spot = SpotCallback(f"{folder}/run", SpotArguments(notice=f"signal,file:{folder}/notice"))
     model = Model()
     diary = Diary()
-    callbacks: Any = [spot, diary]
+    callbacks: Any = [Nothing(), spot, diary]
     Trainer(model, arguments, train_dataset=data, callbacks=callbacks, optimizers=(Optimizer(model.parameters()), None)).train()
     if rank == 0:
-        Path(folder, "out.json").write_text(json.dumps(statistics.median(diary.per_step[10:-1]) * 1e6))
+        clock_s = statistics.median(spent / calls for spent, calls in diary.nothing[10:-1])
+        each_s = [spent - calls * clock_s for spent, calls in diary.ours[10:-1]]
+        Path(folder, "out.json").write_text(json.dumps(statistics.median(each_s) * 1e6))
     if ranks > 1:
         torch.distributed.destroy_process_group()
 
