@@ -1,4 +1,5 @@
-"""Several hosts on this machine: network namespaces joined by a bridge, each with its own address, loopback and folder."""
+"""Several hosts on this machine: network namespaces joined by a bridge, each with its own address, loopback, shared memory and
+folder."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+# `ip netns exec` has given the command a mount namespace of its own.
+_WITH_OWN_MEMORY = 'mount -t tmpfs tmpfs /dev/shm && exec "$0" "$@"'
 
 
 def why_not() -> str | None:
@@ -76,7 +80,7 @@ class Hosts:
 
     def start(self, host: int, command: Sequence[str | Path], env: Mapping[str, str], **more: Any) -> psutil.Popen:
         """Runs a command on a host, in its folder."""
-        within = ["ip", "netns", "exec", self.space(host), *map(str, command)]
+        within = ["ip", "netns", "exec", self.space(host), "sh", "-c", _WITH_OWN_MEMORY, *map(str, command)]
         process = psutil.Popen(within, env=dict(env), cwd=self.folder(host), **more)
         self.processes.append(process)
         return process

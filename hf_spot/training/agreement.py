@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from hf_spot.training import board
+
 T = TypeVar("T")
 
 VALUES = 5
@@ -21,7 +23,8 @@ _PATIENCE = timedelta(hours=2)
 class Agreement:
     """A private gloo group on the CPU, so that agreeing neither disturbs the GPUs nor depends on the training's backend.
 
-    With one process everything is answered at once. All ranks must call the same methods in the same order.
+    What is asked in every step goes over a `Board` where all ranks are on one machine. With one process everything is answered
+    at once. All ranks must call the same methods in the same order.
 
     Args:
         world_size: number of ranks; ``torch.distributed`` must be initialised when there are several.
@@ -38,11 +41,9 @@ class Agreement:
         self._alone: tuple[float, ...] = ()
         self.alone = world_size == 1  # nothing need be asked ahead of time
         self._asked = False
-
-    @property
-    def is_main(self) -> bool:
-        """True on rank 0."""
-        return self._group is None or dist.get_rank() == 0
+        rank = dist.get_rank() if world_size > 1 else 0
+        self.is_main = rank == 0
+        self._board = None if self.alone else board.open_together(rank, world_size, VALUES, self.from_main, self.gather)
 
     @property
     def asked(self) -> bool:
@@ -60,15 +61,24 @@ class Agreement:
         if self._group is None:
             self._alone = values
             return
+        if self._board is not None:
+            self._board.show(*values)
+            return
         self._values[:] = array("d", values)
         # Not by `dist.all_reduce`, which takes twice as long to begin.
         self._work = self._group.allreduce([self._tensor], self._options)
 
     def answer(self) -> tuple[float, ...]:
-        """Element by element the largest value that any rank brought with its last `ask`; empty when nothing was asked."""
+        """Element by element the largest value that any rank brought with its last `ask`; empty when nothing was asked.
+
+        Raises:
+            RuntimeError: a rank is gone.
+        """
         if not self._asked:
             return ()
         self._asked = False
+        if self._board is not None:
+            return self._board.largest(_PATIENCE.total_seconds())
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -118,6 +128,9 @@ class Agreement:
 
     def close(self) -> None:
         """Gives the group back: gloo sometimes aborts at interpreter exit when it is left to it."""
+        if self._board is not None:
+            self._board.close()
+            self._board = None
         if self._group is not None:
             self._work = None
             dist.destroy_process_group(self._group)
