@@ -81,28 +81,26 @@ def test_all_read_the_largest_numbers_of_the_same_round(path: Path) -> None:
 
 @pytest.mark.parametrize("ends", [signal.SIGKILL, "by itself"])
 def test_a_process_that_has_ended_is_not_waited_for(path: Path, ends: Any) -> None:
-    with playing(meet, path, range(1, 2)) as [(process, told)]:
-        with closing(Board(path, 0, 2, 1)) as here:
-            here.show(-1.0)
-            assert here.largest(PATIENCE_S) == told.recv() == (1.0,)
-            here.show(0.0)
-            if ends == "by itself":
-                told.send("leave")
-            else:
-                os.kill(process.pid, ends)
-            with pytest.raises(Gone, match="rank 1 has ended"):
-                here.largest(PATIENCE_S)
+    with playing(meet, path, range(1, 2)) as [(process, told)], closing(Board(path, 0, 2, 1)) as here:
+        here.show(-1.0)
+        assert here.largest(PATIENCE_S) == told.recv() == (1.0,)
+        here.show(0.0)
+        if ends == "by itself":
+            told.send("leave")
+        else:
+            os.kill(process.pid, ends)
+        with pytest.raises(Gone, match="rank 1 has ended"):
+            here.largest(PATIENCE_S)
 
 
 def test_a_process_that_lives_and_says_nothing_is_waited_for_as_long_as_is_wanted(path: Path) -> None:
-    with playing(meet, path, range(1, 2)) as [(_, told)]:
-        with closing(Board(path, 0, 2, 1)) as here:
-            here.show(-1.0)
-            here.largest(PATIENCE_S)
-            told.recv()
-            here.show(0.0)
-            with pytest.raises(Gone, match="rank 1 has said nothing for 1 s"):
-                here.largest(0.8)
+    with playing(meet, path, range(1, 2)) as [(_, told)], closing(Board(path, 0, 2, 1)) as here:
+        here.show(-1.0)
+        here.largest(PATIENCE_S)
+        told.recv()
+        here.show(0.0)
+        with pytest.raises(Gone, match="rank 1 has said nothing for 1 s"):
+            here.largest(0.8)
 
 
 def test_half_written_numbers_are_not_read(path: Path) -> None:
