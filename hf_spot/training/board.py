@@ -32,7 +32,8 @@ class Board:
 
     A round's numbers carry their own checksum, so that it does not matter in which order a processor lets others see what was
     written. Two slots per rank are enough: nobody begins the round after next before all have read this one. That a process
-    lives is told by its lock on a byte of the file, which the kernel takes back when it ends, however it ends.
+    lives is told by its lock on a byte of the file, which the kernel takes back when it ends, however it ends: all must have
+    opened the board before one of them waits for another.
 
     Args:
         path: a file that `create` made.

@@ -30,6 +30,7 @@ import torch
 import torch.serialization
 
 from hf_spot.storage.threads import stand_back
+from hf_spot.training.device import Arrivals, Pins, in_order, taken_over
 
 log = logging.getLogger("hf_spot")
 
@@ -62,32 +63,54 @@ class Arena:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self._memory: mmap.mmap | None = None
+        self._address = 0
         self._used = 0
+        self._pins: Pins | None = None
+        self._arrivals = Arrivals()
 
     def clear(self) -> None:
         """Forgets the copies. Nobody may be reading them any more."""
         self._used = 0
+        self._arrivals.clear()
 
     def copy(self, source: torch.Tensor) -> torch.Tensor | None:
-        """A copy of these bytes, or None when there is no room for it.
+        """A copy of these bytes, which may be read after `wait`; or None when there is no room for it.
 
         Args:
-            source: one-dimensional, uint8, in CPU memory.
+            source: one-dimensional, uint8, wherever it is.
         """
         count = source.numel()
         if count == 0:
-            return source.clone()
+            return source.cpu().clone()
         begin = -(-self._used // _ALIGNMENT) * _ALIGNMENT
         if begin + count > self.limit_bytes or not self._reserved():
             return None
         self._used = begin + count
         target = torch.frombuffer(self._memory, dtype=torch.uint8, offset=begin, count=count)
+        if in_order(source.device):
+            self._arrivals.expect(source, target, begin)
+            return target
         return target.copy_(source)
+
+    def holds(self, address: int) -> bool:
+        """Whether a copy begins there."""
+        return self._address <= address < self._address + self._used
+
+    def wait(self) -> None:
+        """Returns when all copies are whole."""
+        self._arrivals.wait()
 
     def touch(self, count: int) -> None:
         """Takes the memory for so many bytes: the first copy into memory that is fresh is three times as slow."""
         if self._reserved():
-            torch.frombuffer(self._memory, dtype=torch.uint8, count=max(1, min(count, self.limit_bytes))).zero_()
+            count = max(1, min(count, self.limit_bytes))
+            torch.frombuffer(self._memory, dtype=torch.uint8, count=count).zero_()
+            self.pin(count)
+
+    def pin(self, count: int | None = None) -> None:
+        """Makes copies from a GPU into the first ``count`` bytes fast; None for those in use. For the thread that writes."""
+        if self._pins is not None:
+            self._pins.reach(self._used if count is None else count)
 
     def _reserved(self) -> bool:
         if self._memory is None and self.limit_bytes:
@@ -98,11 +121,15 @@ class Arena:
                 return False
             if hasattr(mmap, "MADV_DONTFORK"):  # DataLoader workers would share it, and have it copied page by page
                 self._memory.madvise(mmap.MADV_DONTFORK)
+            self._address = torch.frombuffer(self._memory, dtype=torch.uint8, count=1).data_ptr()
+            self._pins = Pins(self._address, self.limit_bytes)
         return self._memory is not None
 
     def close(self) -> None:
         """Gives the memory back, as soon as the last copy is gone."""
-        self._memory = None
+        if self._pins is not None:
+            self._pins.close()
+        self._memory = self._pins = None
         self.limit_bytes = 0
 
 
@@ -154,7 +181,8 @@ class WriteBehind:
         safetensors.torch.serialize_file = self._serialize  # type: ignore[assignment]
         self._pending = []
         try:
-            yield
+            with taken_over(self._take):
+                yield
         finally:
             if _plain_open is not None:
                 torch.serialization._open_zipfile_writer = _plain_open
@@ -162,6 +190,8 @@ class WriteBehind:
             self._owner = 0
         for write in self._pending:
             self._submit(write)
+        if self._pending:
+            self._submit(self._make_arena().pin)  # the next save copies faster
 
     def then(self, act: Callable[[], None]) -> None:
         """Calls ``act`` when all that was captured so far is written, or at once if it is; not if the writing failed."""
@@ -208,12 +238,14 @@ class WriteBehind:
     def _serialize(self, tensors: Any, filename: Any, metadata: Any = None) -> None:
         kept = self._keep_all(tensors) if threading.get_ident() == self._owner else None
         if kept is None:
+            self._arrive()
             _plain_serialize(tensors, filename, metadata=metadata)
             return
         specs, copies = kept
         filename = os.fspath(filename)
 
         def write() -> None:
+            self._arrive()
             _plain_serialize(specs, filename, metadata=metadata)
             copies.clear()  # they had to live until here
 
@@ -235,9 +267,18 @@ class WriteBehind:
             )
         return specs, copies
 
+    def _take(self, storage: torch.UntypedStorage, begin: int, count: int) -> torch.Tensor | None:
+        return self.keep(_bytes_of(storage)[begin : begin + count])
+
+    def _arrive(self) -> None:
+        if self._arena is not None:
+            self._arena.wait()
+
     def keep(self, source: torch.Tensor) -> torch.Tensor | None:
         """A copy of these bytes until they are written; None when there is no room, which is said once."""
         assert self._arena is not None
+        if source.device.type == "cpu" and self._arena.holds(source.data_ptr()):
+            return source  # brought from a device just now
         copy = self._arena.copy(source)
         if copy is None and not self._said:
             self._said = True
@@ -290,8 +331,7 @@ class _Captured:
     def write_record(self, name: str, data: Any, size: int) -> None:
         """As the real one's."""
         if self._at_once is None and isinstance(data, torch.UntypedStorage):
-            source = torch.empty(0, dtype=torch.uint8).set_(data)[:size]  # type: ignore[call-overload]
-            kept = self._behind.keep(source)
+            kept = self._behind.keep(_bytes_of(data)[:size])
             if kept is None:
                 self._write_at_once()
             else:
@@ -299,6 +339,7 @@ class _Captured:
         if self._at_once is None:
             self._records.append((name, data, size))
         else:
+            self._behind._arrive()
             self._at_once.file_like.write_record(name, data, size)
 
     def __getattr__(self, name: str) -> Any:
@@ -311,6 +352,7 @@ class _Captured:
 
     def _open_and_replay(self) -> Any:
         assert _plain_open is not None
+        self._behind._arrive()
         opened = _plain_open(self._path)
         opened.__enter__()
         for record in self._records:
@@ -320,3 +362,7 @@ class _Captured:
 
     def _write(self) -> None:
         self._open_and_replay().__exit__(None, None, None)
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload,no-any-return]

@@ -43,6 +43,7 @@ def play(path: Path, rank: int, told: Connection) -> None:
 def meet(path: Path, rank: int, told: Connection) -> None:
     """Shows one round, and never another."""
     one = Board(path, rank, 2, 1)
+    told.send("here")
     one.show(float(rank))
     told.send(one.largest(PATIENCE_S))
     told.recv()
@@ -82,6 +83,7 @@ def test_all_read_the_largest_numbers_of_the_same_round(path: Path) -> None:
 @pytest.mark.parametrize("ends", [signal.SIGKILL, "by itself"])
 def test_a_process_that_has_ended_is_not_waited_for(path: Path, ends: Any) -> None:
     with playing(meet, path, range(1, 2)) as [(process, told)], closing(Board(path, 0, 2, 1)) as here:
+        assert told.recv() == "here"
         here.show(-1.0)
         assert here.largest(PATIENCE_S) == told.recv() == (1.0,)
         here.show(0.0)
@@ -95,9 +97,9 @@ def test_a_process_that_has_ended_is_not_waited_for(path: Path, ends: Any) -> No
 
 def test_a_process_that_lives_and_says_nothing_is_waited_for_as_long_as_is_wanted(path: Path) -> None:
     with playing(meet, path, range(1, 2)) as [(_, told)], closing(Board(path, 0, 2, 1)) as here:
+        assert told.recv() == "here"
         here.show(-1.0)
-        here.largest(PATIENCE_S)
-        told.recv()
+        assert here.largest(PATIENCE_S) == told.recv()
         here.show(0.0)
         with pytest.raises(Gone, match="rank 1 has said nothing for 1 s"):
             here.largest(0.8)

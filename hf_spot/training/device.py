@@ -1,0 +1,152 @@
+"""Copies from a device (a GPU) to the memory of a save.
+
+They are queued on the stream on which the training queues its own work: behind all that makes the state, and before all that
+changes it again. So no copy sees a later step, and the training thread waits for none. What makes them fast is memory whose
+pages are pinned: the device then writes to it by itself, at the speed of the wire.
+
+Source: https://docs.nvidia.com/cuda/cuda-runtime-api/api-sync-behavior.html.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import safetensors.torch
+import torch
+
+log = logging.getLogger("hf_spot")
+
+_PIECE_BYTES = 64 << 20  # that are pinned at once; a copy may not cross from one into the next
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of this process
+_plain_to_ndarray = getattr(safetensors.torch, "_to_ndarray", None)
+
+
+class Pins:
+    """Pins memory from its begin on, as far as it is used. A driver that will not leaves the rest as it is.
+
+    Args:
+        address: of the memory, at the begin of a page.
+        size_bytes: of it.
+    """
+
+    def __init__(self, address: int, size_bytes: int) -> None:
+        self._address = address
+        self._size_bytes = size_bytes
+        self._pinned: list[int] = []
+        self._refused = False
+
+    def reach(self, end: int) -> None:
+        """Pins it as far as ``end``, in bytes from its begin. No copy may be under way.
+
+        Not for the training's thread: an error of CUDA stays with the thread that met it, and would be raised by what it does
+        next.
+        """
+        while _in_use() and not self._refused and (begin := len(self._pinned) * _PIECE_BYTES) < end:
+            address, size = self._address + begin, min(_PIECE_BYTES, self._size_bytes - begin)
+            self._refused = not _succeeded("cudaHostRegister", address, size, _PORTABLE)
+            if not self._refused:
+                self._pinned.append(address)
+
+    def close(self) -> None:
+        """Gives it back. No copy may be under way."""
+        while self._pinned:
+            _succeeded("cudaHostUnregister", self._pinned.pop())
+        self._refused = True
+
+
+def _in_use() -> bool:
+    in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return in_use
+
+
+def _succeeded(name: str, *arguments: int) -> bool:
+    code = int(getattr(torch.cuda.cudart(), name)(*arguments))  # type: ignore[no-untyped-call]
+    if code:
+        log.info("%s answered %d: saves copy from the GPU without pinned memory", name, code)
+    return code == 0
+
+
+class Arrivals:
+    """The copies of one save, and when they have arrived."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, torch.Event] = {}
+
+    def expect(self, source: torch.Tensor, target: torch.Tensor, begin: int) -> None:
+        """Queues a copy. The target is complete after `wait`.
+
+        Args:
+            source: one-dimensional, uint8, on a device for which `in_order` holds.
+            target: the same in CPU memory.
+            begin: where the target lies, in bytes from where the pinned memory begins.
+        """
+        count, at = source.numel(), 0
+        while at < count:
+            end = min(count, at + _PIECE_BYTES - (begin + at) % _PIECE_BYTES)
+            target[at:end].copy_(source[at:end], non_blocking=True)
+            at = end
+        self._last[source.device.index or 0] = torch.accelerator.current_stream(source.device).record_event()
+
+    def wait(self) -> None:
+        """Returns when all that was started has arrived. From any thread."""
+        for event in list(self._last.values()):
+            event.synchronize()
+
+    def clear(self) -> None:
+        """Before the next save."""
+        self._last.clear()
+
+
+def in_order(device: torch.device) -> bool:
+    """Whether what is queued for this device, copies to the CPU among it, is done in the order of one current stream."""
+    if device.type in ("cpu", "meta", "mps"):  # mps: copies have a queue of their own
+        return False
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator is not None and accelerator.type == device.type
+
+
+@contextmanager
+def taken_over(take: Callable[[Any, int, int], torch.Tensor | None]) -> Iterator[None]:
+    """Within it, what ``torch.save`` and safetensors bring from a device to the CPU, this thread's, is copied by ``take``.
+
+    Seen with torch 2.13 and safetensors 0.8.
+
+    Args:
+        take: copies so many bytes of an untyped storage from an offset on; None when it does not, and the library does.
+    """
+    thread = threading.get_ident()
+    kind: Any = torch.UntypedStorage
+    own, plain_cpu = vars(kind).get("cpu"), kind.cpu
+
+    def cpu(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        if threading.get_ident() == thread and in_order(storage.device) and storage.nbytes():
+            copy = take(storage, 0, storage.nbytes())
+            if copy is not None:
+                return copy.untyped_storage()
+        plain: torch.UntypedStorage = plain_cpu(storage)
+        return plain
+
+    def to_ndarray(tensor: torch.Tensor) -> Any:
+        assert _plain_to_ndarray is not None
+        if threading.get_ident() == thread and in_order(tensor.device) and tensor.nbytes:
+            copy = take(tensor.untyped_storage(), int(tensor.storage_offset()) * tensor.itemsize, tensor.nbytes)
+            if copy is not None:
+                tensor = torch.empty(0, dtype=tensor.dtype).set_(copy.untyped_storage(), 0, tensor.shape, tensor.stride())
+        return _plain_to_ndarray(tensor)
+
+    kind.cpu = cpu
+    if _plain_to_ndarray is not None:
+        safetensors.torch._to_ndarray = to_ndarray  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if own is None:
+            del kind.cpu
+        else:
+            kind.cpu = own
+        if _plain_to_ndarray is not None:
+            safetensors.torch._to_ndarray = _plain_to_ndarray
