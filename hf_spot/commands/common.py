@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_command(commands: Any, name: str, function: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-    """A command that is done by `function`, which returns its exit code."""
+    """A command that is done by ``function``, which returns its exit code."""
     added: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
     added.set_defaults(command=function)
     return added
