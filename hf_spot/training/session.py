@@ -269,7 +269,7 @@ class Session:
 
         def act() -> tuple[Checkpoint, Path]:
             if self._runtime is not None:
-                take(self._runtime, ref.entry, self.output_dir, self._wait_for_launcher)
+                take(self._runtime, ref.entry, self.output_dir, self._wait_for_launcher, ranks=ranks)
             return bring(self.run, ref, self.output_dir, ranks=ranks, world_size=args.world_size, progress=progress)
 
         return self._on_each_disk(act)
