@@ -40,6 +40,11 @@ class Agreement:
         self._asked = False
 
     @property
+    def group(self) -> Any:
+        """For the collectives of others; None with one process."""
+        return self._group
+
+    @property
     def is_main(self) -> bool:
         """True on rank 0."""
         return self._group is None or dist.get_rank() == 0
