@@ -19,6 +19,10 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 Kept = Callable[[torch.Tensor], "torch.Tensor | None"]
 
 
+class Unknown(Exception):
+    """What is saved, or how, is nothing that could be kept."""
+
+
 class StagedPlanner(SavePlanner):
     """Plans as another planner does, with data that does not change any more.
 
@@ -54,18 +58,22 @@ class StagedPlanner(SavePlanner):
 
 
 def stage(keep: Kept, *, is_coordinator: bool, **save: Any) -> StagedPlanner | None:
-    """Copies what this rank has to write; None when that is not known, or does not fit.
+    """Copies what this rank has to write; None when that does not fit.
 
     Args:
         keep: gives a copy of one-dimensional bytes, or None when there is no room.
         is_coordinator: of the ranks that save together.
         save: arguments of ``torch.distributed.checkpoint.save``, as accelerate gives them.
+
+    Raises:
+        Unknown: only torch itself can save this.
     """
     if save.keys() != {"state_dict", "storage_writer", "planner"}:
-        return None
+        raise Unknown(f"it is called with {sorted(save)}")
     planner, writer = save["planner"], save["storage_writer"]
     if type(planner) is not DefaultSavePlanner or type(writer) is not FileSystemWriter:
-        return None  # it may look at what it writes, or write elsewhere
+        # They may look at what they write, or write elsewhere.
+        raise Unknown(f"{type(planner).__name__} and {type(writer).__name__} may do more than write files")
     planner.set_up_planner(save["state_dict"], writer.storage_meta(), is_coordinator)
     plan = planner.create_local_plan()
     data = {}
@@ -82,10 +90,9 @@ def stage(keep: Kept, *, is_coordinator: bool, **save: Any) -> StagedPlanner | N
 def _keep(value: torch.Tensor, keep: Kept) -> torch.Tensor | None:
     """A copy with the strides that the library would write."""
     value = value.detach()
-    if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_quantized:
-        return None
-    if value.is_conj() or value.is_neg():
-        return None
+    plain = type(value) is torch.Tensor and value.layout == torch.strided and not value.is_quantized
+    if not plain or value.is_conj() or value.is_neg():
+        raise Unknown(f"a {type(value).__name__} of {value.dtype} and {value.layout} has more to it than its bytes")
     if not value.is_contiguous():
         value = value.clone()  # as the library does, unless it fills its storage: the clone then has the same strides
     # A contiguous tensor is its memory from its first element on; a clone fills its own, in whatever order.

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hf_spot.storage.threads import stand_back
 from hf_spot.training.agreement import Agreement
-from hf_spot.training.shards import StagedPlanner, stage
+from hf_spot.training.shards import StagedPlanner, Unknown, stage
 
 log = logging.getLogger("hf_spot")
 
@@ -273,23 +273,28 @@ class WriteBehind:
         def save(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != self._owner or self._ranks.alone:
                 return plain(*args, **kwargs)
-            staged = self._stage(kwargs) if not args else None
-            if not all(self._ranks.gather(staged is not None)):
-                self._say_once()
+            staged, why = self._stage(args, kwargs)
+            reasons = [one for one in self._ranks.gather(why) if one is not None]
+            if reasons:
+                self._say_once(reasons[0])
+            if reasons or staged is None:
                 return plain(*args, **kwargs)
-            assert staged is not None
             self._pending.append(_Together(self, staged, kwargs["storage_writer"]))
             return None
 
         return save
 
-    def _stage(self, save: dict[str, Any]) -> StagedPlanner | None:
+    def _stage(self, args: tuple[Any, ...], save: dict[str, Any]) -> tuple[StagedPlanner | None, str | None]:
+        """What this rank writes, or why it can't be kept."""
         assert self._arena is not None
         try:
-            return stage(self._arena.copy, is_coordinator=self._ranks.is_main, **save)
-        except Exception:  # the others wait for a word, and torch's own save will meet the same
-            log.info("a sharded save can't be written behind the training", exc_info=True)
-            return None
+            if args:
+                raise Unknown("its arguments have no names")
+            staged = stage(self._arena.copy, is_coordinator=self._ranks.is_main, **save)
+        except Exception as error:  # the others wait for a word; torch's own save will meet what is really wrong
+            words = str(error) if isinstance(error, Unknown) else repr(error)
+            return None, f"sharded checkpoints are written while training waits: {words}"
+        return staged, None if staged is not None else self._too_large()
 
     def _keep_all(self, tensors: Any) -> tuple[dict[str, Any], list[torch.Tensor]] | None:
         specs, copies = {}, []
@@ -312,17 +317,19 @@ class WriteBehind:
         assert self._arena is not None
         copy = self._arena.copy(source)
         if copy is None:
-            self._say_once()
+            self._say_once(self._too_large())
         return copy
 
-    def _say_once(self) -> None:
+    def _too_large(self) -> str:
         assert self._arena is not None
+        return (
+            f"a checkpoint does not fit into the {self._arena.limit_bytes / 1e9:.1f} GB of memory that saves may take: the "
+            "rest of it is written while training waits"
+        )
+
+    def _say_once(self, why: str) -> None:
         if not self._said and self._ranks.is_main:
-            log.warning(
-                "a checkpoint does not fit into the %.1f GB of memory that saves may take: the rest of it is written while "
-                "training waits",
-                self._arena.limit_bytes / 1e9,
-            )
+            log.warning("%s", why)
         self._said = True
 
     # -- the thread -----------------------------------------------------------------------------------------------------

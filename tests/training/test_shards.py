@@ -82,16 +82,23 @@ def content(metadata: Path) -> Any:
 
 
 def test_a_sharded_save_never_mixes_two_steps_and_what_one_rank_can_not_write_is_gone_for_all(tmp_path: Path) -> None:
-    codes, said = launch(tmp_path, "mutating", "no_memory", "trouble")
+    codes, said = launch(tmp_path, "mutating", "odd", "no_memory", "one_reads", "trouble")
     assert codes == [0, 0], "\n".join(said)
     for seen in facts(tmp_path, "mutating"):
         assert seen["each"] == [{"written at once": False, "one step": True}] * 3
         assert seen["places"] == 1  # the memory of one save is that of the next
 
+    main, other = facts(tmp_path, "odd")
+    for seen in (main, other):
+        assert seen["each"] == [{"at once": False, "same": True}, {"at once": True, "same": True}]
+    assert len(main["said"]) == 1 and "torch.sparse_coo has more to it" in main["said"][0]
+
     main, other = facts(tmp_path, "no_memory")
     assert main["there"] == other["there"] == [True, True]  # at once, on both
-    assert len(main["said"]) == 1 and "does not fit" in main["said"][0]
+    assert len(main["said"]) == 1 and "does not fit into the 0.0 GB" in main["said"][0]
     assert other["said"] == []
+
+    assert facts(tmp_path, "one_reads")[1]["there"] == [[True, True]] * 2  # it finds the shards of all ranks
 
     main, other = facts(tmp_path, "trouble")
     for seen in (main, other):

@@ -5,6 +5,7 @@ All scenes of a launch are one after the other in the same processes, because im
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -204,6 +205,7 @@ def mutating(folder: Path) -> dict[str, Any]:
             assert behind._arena is not None
             places.add((behind._arena._used, id(behind._arena._memory)))
             written_at_once = path.exists()
+            dist.barrier()  # behind it the other rank begins to write
         written, changes = threading.Event(), 0
         behind.then(written.set)
         while not written.is_set() or changes < 3:
@@ -237,6 +239,53 @@ def no_memory(folder: Path) -> dict[str, Any]:
             assert behind.wait(PATIENCE_S)
     behind.close()
     return {"there": there, "said": log.lines}
+
+
+@scene
+def odd(folder: Path) -> dict[str, Any]:
+    """Whatever a rank may have, written by torch at once, and behind a training; and one that can only be written at once."""
+    wide = torch.randn(6, 8)
+    values: dict[str, Any] = {
+        "turned": wide.t(),
+        "a view": wide[2:4],
+        "every other": wide[:, ::2],
+        "one column": wide[:, 3:4],
+        "nothing": torch.empty(0, 3),
+        "flags": torch.tensor([True, False]),
+        "half": torch.randn(3).to(torch.bfloat16),
+        "number": torch.tensor(3),
+        "trained": torch.nn.Parameter(torch.randn(3)),
+        "no tensors": {"lr": 0.1, "betas": (0.9, 0.999), "name": "ä" * 100},
+    }
+    behind = WriteBehind(ranks=Agreement(2))
+    found, said = [], Log()
+    for more in ({}, {"sparse": torch.eye(3).to_sparse()} if RANK == 1 else {}):
+        state = {"state": {f"{name} of {RANK}": value for name, value in (values | more).items()}}
+        for kind, captures in (("plain", contextlib.nullcontext()), ("spot", behind.capturing())):
+            path = folder / f"{kind}-{len(found)}"
+            with captures, said:
+                dcp.save(state_dict=state, storage_writer=dcp.FileSystemWriter(path), planner=dcp.DefaultSavePlanner())
+                at_once = path.exists()
+                dist.barrier()
+        assert behind.wait(PATIENCE_S)
+        kinds = [(folder / f"{kind}-{len(found)}" / f"__{RANK}_0.distcp").read_bytes() for kind in ("plain", "spot")]
+        found.append({"at once": at_once, "same": kinds[0] == kinds[1]})
+    behind.close()
+    return {"each": found, "said": said.lines}
+
+
+@scene
+def one_reads(folder: Path) -> dict[str, Any]:
+    """A callback of rank 1 alone may read what is saved."""
+    out, there = folder / "out", []
+
+    class Reads(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+            there.append([shard(out, state.global_step, rank).exists() for rank in (0, 1)])
+
+    callback = spot(folder / "run")
+    sharding(out, 2, callback, *[Reads()] * RANK, max_steps=4, save_steps=2).train()
+    return {"there": there}
 
 
 @scene
