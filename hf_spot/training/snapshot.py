@@ -378,11 +378,14 @@ class _Together:
         self._behind = behind
         self._staged = staged
         self._writer = writer
+        # Each thread has one of its own, the first of the machine if it is not told: all ranks would take memory there.
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # type: ignore[no-untyped-call]
 
     def __call__(self) -> None:
         group = self._behind._ranks.group
         try:
-            _plain_save_together({}, storage_writer=self._writer, planner=self._staged, process_group=group)
+            with torch.cuda.device(self._device):
+                _plain_save_together({}, storage_writer=self._writer, planner=self._staged, process_group=group)
         except CheckpointException as error:  # raised on all ranks; each speaks for itself: see `_conclude`
             if (rank := torch.distributed.get_rank()) in error.failures:
                 raise error.failures[rank][0] from None

@@ -149,9 +149,14 @@ def behind_the_training(folder: Path, version: int, out: Path) -> dict[str, Any]
         dist.barrier()
         may_end.touch()
 
+    def before_9() -> None:
+        settled(callback)
+        dist.barrier()  # rank 0 rotates
+        seen["older ones afterwards"] = sorted(path.name for path in out.glob("checkpoint-*"))
+
     callback = spot(run)
     acts: dict[int, Callable[[], None]] = {5: before_5, 6: lambda: settled(callback), 8: before_8}
-    acts |= {step: lambda: settled(callback) for step in (9, 11)}
+    acts |= {9: before_9, 11: lambda: settled(callback)}
     trainer = sharding(out, version, callback, Before(acts), save_total_limit=1)
     snapshot._plain_save_together, snapshot._plain_open = together, opened
     try:
@@ -259,7 +264,7 @@ def odd(folder: Path) -> dict[str, Any]:
     }
     behind = WriteBehind(ranks=Agreement(2))
     found, said = [], Log()
-    for more in ({}, {"sparse": torch.eye(3).to_sparse()} if RANK == 1 else {}):
+    for more in ({}, {"conjugate": torch.randn(3, dtype=torch.complex64).conj()} if RANK == 1 else {}):
         state = {"state": {f"{name} of {RANK}": value for name, value in (values | more).items()}}
         for kind, captures in (("plain", contextlib.nullcontext()), ("spot", behind.capturing())):
             path = folder / f"{kind}-{len(found)}"
