@@ -41,10 +41,12 @@ class Restore:
     Args:
         entry: number of the commit; None while it is under way.
         folder: where it stands, verified; None when it could not be fetched.
+        ranks: whose files are there; None for those of all.
     """
 
     entry: int | None = None
     folder: Path | None = None
+    ranks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,10 @@ class Runtime:
         """A checkpoint is about to be fetched: whoever wants one waits for `tell_restore`."""
         self._restore_path.touch()
 
-    def tell_restore(self, entry: int, folder: Path | None) -> None:
-        """The download has ended, with ``folder`` or without."""
-        write_atomically(self._restore_path, json.dumps([entry, folder and str(folder)]))
+    def tell_restore(self, restore: Restore) -> None:
+        """The download has ended, with a folder or without."""
+        folder = None if restore.folder is None else str(restore.folder)
+        write_atomically(self._restore_path, json.dumps([restore.entry, folder, restore.ranks]))
 
     def read_restore(self) -> Restore | None:
         """What is being fetched or has been; None when nothing is."""
@@ -171,8 +174,8 @@ class Runtime:
             return None
         if not text:
             return Restore()
-        entry, folder = json.loads(text)
-        return Restore(entry, None if folder is None else Path(folder))
+        entry, folder, ranks = json.loads(text)
+        return Restore(entry, None if folder is None else Path(folder), None if ranks is None else tuple(ranks))
 
     def write_notice(self, notice: PreemptionNotice) -> None:
         """Replaces what was heard before."""

@@ -223,9 +223,8 @@ class Supervisor:
             if self._heard.is_set() and self._notice is not None:
                 runtime.write_notice(self._notice)
             with contextlib.ExitStack() as stack:
-                if self._machines.count == 1:
-                    ahead = Ahead(self._run, runtime, lambda: not self._heard.is_set())
-                    stack.callback(ahead.close)
+                ahead = Ahead(self._run, runtime, lambda: not self._heard.is_set(), self._machines)
+                stack.callback(ahead.close)
                 tree = ProcessTree(self._command.argv, {**self._command.environ, **runtime.to_environ()})
                 stack.callback(tree.end)
                 code = self._wait(tree, runtime)

@@ -80,20 +80,22 @@ def bring(
     return checkpoint, run.fetch(checkpoint, output_dir, ranks=ranks, progress=progress(ref.size_bytes))
 
 
-def take(runtime: Runtime, entry: int, into: Path, wait: Callable[[], None]) -> None:
-    """Moves what the launcher has fetched to its place in ``into``, if it is that entry's.
+def take(runtime: Runtime, entry: int, into: Path, wait: Callable[[], None], *, ranks: Collection[int] | None = None) -> None:
+    """Moves what the launcher has fetched to its place in ``into``, if it is that entry's, and all that is wanted.
 
     Args:
         runtime: of the launch.
         entry: number of the commit that is wanted.
         into: folder that gets ``checkpoint-<step>``.
         wait: called between looks while the download is under way; what it raises ends the wait.
+        ranks: whose files are wanted; None for those of all.
     """
     while (told := runtime.read_restore()) is not None:
         if told.entry is None:
             wait()
             continue
-        if told.entry == entry and told.folder is not None and not (into / told.folder.name).exists():
+        enough = told.ranks is None or (ranks is not None and set(ranks) <= set(told.ranks))
+        if told.entry == entry and told.folder is not None and enough and not (into / told.folder.name).exists():
             into.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(OSError):  # another disk, or no longer there
                 os.rename(told.folder, into / told.folder.name)

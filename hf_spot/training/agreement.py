@@ -46,6 +46,11 @@ class Agreement:
         self._board = None if self.alone else board.open_together(rank, world_size, VALUES, self.from_main, self.gather)
 
     @property
+    def group(self) -> Any:
+        """For the collectives of others; None with one process."""
+        return self._group
+
+    @property
     def asked(self) -> bool:
         """True between `ask` and `answer`; on all ranks or on none."""
         return self._asked

@@ -72,21 +72,26 @@ class Saves:
     def watch(self) -> None:
         """Called when the training has its state: from now on."""
         self._best = self._best_now()
-        if self._may_go_on() and not self._trainer.is_fsdp_enabled:  # of which rank 0 may write little
-            self._behind.expect(_size_bytes(self._trainer.model))
+        if self._may_go_on() and (self._agreement.is_main or is_sharded(self._trainer)):
+            self._behind.expect(_size_bytes(self._trainer.model, here=is_sharded(self._trainer)))
         plain_save = self._trainer._save_checkpoint
 
         def save(*args: Any, **kwargs: Any) -> None:
-            recovers = not self.settle()
+            whole = self.settle()
+            # What could not be written last time is met where it happens.
+            goes_on = all(self._agreement.gather(whole and self._may_go_on()))
             self._folder = self._output_dir / f"checkpoint-{self._trainer.state.global_step}"
             self._trouble = None
             self._at_the_end = []
-            # What could not be written last time is met where it happens.
-            behind = self._behind.capturing(self._give_up) if not recovers and self._may_go_on() else contextlib.nullcontext()
+            behind = self._behind.capturing(self._in_words, self._give_up) if goes_on else contextlib.nullcontext()
             with self._forgiving(), behind:
                 plain_save(*args, **kwargs)
                 self._attempt(self._finish)(self._folder)
-            self._conclude()
+                # Trainer has no barrier at the end of a save; this is one.
+                failure = next((one for one in self._agreement.gather(self._trouble) if one is not None), None)
+                if failure is not None and goes_on:
+                    self._behind.forget()
+            self._conclude(failure)
 
         self._trainer._save_checkpoint = save
 
@@ -95,34 +100,34 @@ class Saves:
         self._behind.wait()
         return self._behind.take_error() is None
 
-    def _give_up(self, error: BaseException) -> None:
-        """Called by the thread that writes behind the training."""
-        log.error("%s; training goes on, and the next save tries again", self._explain(error).args[0])
-        shutil.rmtree(self._folder, ignore_errors=True)
+    def _in_words(self, error: BaseException) -> str:
+        return str(self._explain(error).args[0])
+
+    def _give_up(self, why: str) -> None:
+        """Called by the thread that writes behind the training, when that of no rank writes any more."""
+        if self._agreement.is_main:
+            log.error("%s; training goes on, and the next save tries again", why)
+        if self._disk.leads:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _may_go_on(self) -> bool:
-        """Whether training goes on while the files of this save are written. Not when it ends anyway, or when somebody may read
-        them in the save or right after it; and on rank 0 only, which writes almost everything."""
+        """Whether training goes on while the files of this save are written; all ranks must agree. Not when it ends anyway, or
+        when somebody may read them in the save or right after it."""
         trainer = self._trainer
         ends = trainer.control.should_training_stop or trainer.state.global_step >= trainer.state.max_steps
         read = trainer.args.push_to_hub or any(map(_reads_checkpoints, trainer.callback_handler.callbacks))
         known = all(map(_is_known, [(trainer, name) for name in _OF_A_SAVE] + [(trainer.model, "save_pretrained")]))
-        return self._agreement.is_main and known and not (ends or read or trainer.is_deepspeed_enabled)
+        return known and not (ends or read or trainer.is_deepspeed_enabled or self._behind.parted)
 
     def close(self) -> None:
         """Gives the trainer its method back, when all is written."""
         self.settle()
         self._trainer.__dict__.pop("_save_checkpoint", None)
 
-    def _conclude(self) -> None:
-        # Trainer has no barrier at the end of a save; this is one.
-        failure = next((one for one in self._agreement.gather(self._trouble) if one is not None), None)
+    def _conclude(self, failure: SpotError | None) -> None:
         if failure is None:
             for act in self._at_the_end:
-                if self._disk.count == 1:
-                    self._behind.then(act)  # an older checkpoint goes when the new one is there
-                else:
-                    act()  # the other disks rotate next, as this one has
+                self._behind.then(act)  # an older checkpoint goes when the new one is there
             self._best = self._best_now()
             return
         self._agreement.together(lambda: shutil.rmtree(self._folder, ignore_errors=True) if self._disk.leads else None)
@@ -211,12 +216,22 @@ class Saves:
         )
 
 
-def _size_bytes(model: Any) -> int:
-    """Of a checkpoint: what is saved of the weights, and AdamW's two moments of each that is trained."""
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether each rank writes a part of the weights, and not rank 0 all of them."""
+    return trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+
+
+def _size_bytes(model: Any, *, here: bool) -> int:
+    """Of a checkpoint: what is saved of the weights, and AdamW's two moments of each that is trained.
+
+    Args:
+        model: that is trained.
+        here: only what this rank holds.
+    """
     weights = list(model.parameters())
     trained = [one for one in weights if one.requires_grad]
     saved = trained if hasattr(model, "peft_config") else weights
-    return sum(one.nbytes for one in saved + 2 * trained)
+    return sum((one.to_local() if here and hasattr(one, "to_local") else one).nbytes for one in saved + 2 * trained)
 
 
 def _is_known(method: tuple[Any, str]) -> bool:

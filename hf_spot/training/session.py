@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -25,6 +26,7 @@ from hf_spot.run.progress import alert
 from hf_spot.run.run import Checkpoint, CommitRequest
 from hf_spot.runtime import Runtime
 from hf_spot.storage.threads import Workers
+from hf_spot.training.agreement import Agreement
 from hf_spot.training.batches import keep_samples
 from hf_spot.training.cadence import Cadence
 from hf_spot.training.exactness import RandomStates
@@ -32,6 +34,7 @@ from hf_spot.training.last_commit import LastCommit
 from hf_spot.training.metrics import Metrics
 from hf_spot.training.notebook import forget_the_agents_handlers, how_to_go_on, hush_advice_on_exits
 from hf_spot.training.resumption import Going, Resumption
+from hf_spot.training.saves import is_sharded
 from hf_spot.training.snapshot import WriteBehind
 from hf_spot.training.tenure import LAST_WORD_S, Tenure, as_value, from_value
 
@@ -95,7 +98,9 @@ class Session(Tenure):
         self.random_states = RandomStates(trainer, scratch / f"random-states-{trainer.args.process_index}")
         self.closing.callback(self.random_states.close)
         memory_gb = arguments.save_memory_gb
-        self.behind = WriteBehind(None if memory_gb is None else int(memory_gb * 1e9))
+        writers = Agreement(trainer.args.world_size)  # of its own: the ranks agree on something else meanwhile
+        self.closing.callback(writers.close)
+        self.behind = WriteBehind(None if memory_gb is None else int(memory_gb * 1e9), writers, self._share_of_memory())
         self.closing.callback(self.behind.close)
         self._cadence = Cadence(trainer, arguments, self._is_busy, now, clock)
         self._metrics = Metrics(trainer, {"next_save_in_s": self._cadence.due_in_s})
@@ -311,7 +316,7 @@ class Session(Tenure):
     def saved(self, folder: Path, request: CommitRequest) -> None:
         """Called by every rank when all parts of a checkpoint are written; rank 0 hands the folder to the uploader."""
         if self.disk.count > 1:
-            self._rotate_as_on_main()
+            self.behind.then_together(self._rotate_as_on_main)
         began, self._save_began = self._save_began, None
         stall_s = None if began is None else self.clock() - began
         self.timing.stalled(stall_s)
@@ -350,9 +355,15 @@ class Session(Tenure):
         """For the launches after this one; nothing as long as the past is not known."""
         return history.to_details(self._past.now(self.now())) if self._past else {}
 
-    def _rotate_as_on_main(self) -> None:
+    def _share_of_memory(self) -> float:
+        """This rank's, when several of its machine write much."""
+        node = os.uname().nodename
+        ranks = self.agreement.gather(node).count(node)
+        return 1.0 if self.agreement.is_main and not is_sharded(self.trainer) else 1 / ranks
+
+    def _rotate_as_on_main(self, ranks: Agreement) -> None:
         """Trainer rotates on rank 0's disk alone; the others would fill up with shards."""
-        kept = self.agreement.from_main(lambda: {path.name for path in self.output_dir.glob("checkpoint-*")})
+        kept = ranks.from_main(lambda: {path.name for path in self.output_dir.glob("checkpoint-*")})
         if self.disk.leads:
             for path in self.output_dir.glob("checkpoint-*"):
                 if path.name not in kept:

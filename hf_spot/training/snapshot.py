@@ -5,9 +5,11 @@ What takes the time of a Trainer's save is checksums and files, not the state: a
 ``torch.save`` or safetensors is copied at the last moment: when the bytes of a tensor would go to the file. The same code of
 torch and safetensors then writes the same bytes from the copies, in a thread; both give up the GIL for it.
 
-Only the training thread is captured, and only files that are named by a path: ``torch.distributed.checkpoint`` (sharded FSDP)
-writes to streams, and so writes at once. Seen with torch 2.13 and safetensors 0.8; where these look different, files are
-written at once, too.
+So is what all ranks write together by ``torch.distributed.checkpoint.save`` (FSDP's shards; see `shards`). Either all ranks
+write a save behind their training or none does, and it has an end when the last of them has written.
+
+Only the training thread is captured, and only files that are named by a path. Seen with torch 2.13 and safetensors 0.8; where
+these look different, files are written at once.
 """
 
 from __future__ import annotations
@@ -27,10 +29,14 @@ from typing import Any
 import psutil
 import safetensors.torch
 import torch
+import torch.distributed.checkpoint
 import torch.serialization
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hf_spot.storage.threads import stand_back
+from hf_spot.training.agreement import Agreement
 from hf_spot.training.device import Arrivals, Pins, in_order, taken_over
+from hf_spot.training.shards import StagedPlanner, Unknown, stage
 
 log = logging.getLogger("hf_spot")
 
@@ -40,6 +46,7 @@ _TENSOR_SPEC = getattr(safetensors.torch, "TensorSpec", None)
 _DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in getattr(safetensors.torch, "_TYPES", {}).items()}
 _plain_open = getattr(torch.serialization, "_open_zipfile_writer", None)
 _plain_serialize = safetensors.torch.serialize_file
+_plain_save_together = torch.distributed.checkpoint.save
 
 
 def free_bytes() -> int:
@@ -136,22 +143,31 @@ class Arena:
 class WriteBehind:
     """Writes the files of one save after the other, in a thread.
 
+    Several ranks must capture the same saves. What one of them can't write has failed for all, which they learn when all have
+    ended: only then nobody writes to the folder any more.
+
     Args:
         limit_bytes: of memory for copies; None takes half of what is free at the first save. A file that does not fit is
             written at once, as Trainer does it.
+        ranks: that save together; for these saves only, because others may agree on something else meanwhile.
+        share: of the memory that is this rank's, when there are others on its machine.
     """
 
-    def __init__(self, limit_bytes: int | None = None) -> None:
+    def __init__(self, limit_bytes: int | None = None, ranks: Agreement | None = None, share: float = 1.0) -> None:
         self._limit_bytes = limit_bytes
+        self._ranks = ranks or Agreement(1)
+        self._share = share
         self._arena: Arena | None = None
         self._owner = 0
         self._pending: list[Callable[[], None]] = []
-        self._jobs: queue.Queue[Callable[[], Any] | None] = queue.Queue()
+        self._forgotten = False
+        self._jobs: queue.Queue[tuple[Callable[[], Any], bool] | None] = queue.Queue()
         self._error: str | None = None
-        self._on_error: Callable[[BaseException], None] = lambda error: None
+        self._in_words: Callable[[BaseException], str] = str
         self._said = False
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
+        self.parted = False  # a rank is gone: nothing can be written together any more
 
     def expect(self, size_bytes: int) -> None:
         """A first save of about this size will come: takes the memory for it, in the background."""
@@ -160,45 +176,79 @@ class WriteBehind:
 
     def _make_arena(self) -> Arena:
         if self._arena is None:
-            self._arena = Arena(int(free_bytes() * _SHARE) if self._limit_bytes is None else self._limit_bytes)
+            limit_bytes = free_bytes() * _SHARE if self._limit_bytes is None else self._limit_bytes
+            self._arena = Arena(int(limit_bytes * self._share))
         return self._arena
 
     @contextmanager
-    def capturing(self, on_error: Callable[[BaseException], None] = lambda error: None) -> Iterator[None]:
+    def capturing(
+        self, in_words: Callable[[BaseException], str] = str, on_error: Callable[[str], None] = lambda why: None
+    ) -> Iterator[None]:
         """Within it, what this thread saves is copied, and written after its end.
 
         Waits for the files of the save before, because the memory is the same.
 
         Args:
-            on_error: called when a file can't be written, from the thread that writes.
+            in_words: says why a file can't be written here.
+            on_error: called with these words on every rank when one can't write and none writes any more, from the thread
+                that writes.
         """
         self.wait()
-        self._on_error = on_error
+        self._in_words = in_words
         self._make_arena().clear()
         self._owner = threading.get_ident()
+        save_together = torch.distributed.checkpoint.save
+        torch.distributed.checkpoint.save = self._capture_together(save_together)
         if _plain_open is not None:
             torch.serialization._open_zipfile_writer = self._open  # type: ignore[assignment]
         safetensors.torch.serialize_file = self._serialize  # type: ignore[assignment]
-        self._pending = []
+        self._pending, self._forgotten = [], False
         try:
             with taken_over(self._take):
                 yield
         finally:
+            torch.distributed.checkpoint.save = save_together
             if _plain_open is not None:
                 torch.serialization._open_zipfile_writer = _plain_open
             safetensors.torch.serialize_file = _plain_serialize
             self._owner = 0
+        if self._forgotten:
+            return
         for write in self._pending:
-            self._submit(write)
+            # The others wait for this one in the middle of what they write together.
+            self._submit(write, always=isinstance(write, _Together))
         if self._pending:
             self._submit(self._make_arena().pin)  # the next save copies faster
+        self._submit(lambda: self._conclude(on_error), always=True)
+
+    def forget(self) -> None:
+        """Within `capturing`: what was captured is not to be written after all; all ranks must call it, or none."""
+        self._pending.clear()
+        self._forgotten = True
 
     def then(self, act: Callable[[], None]) -> None:
-        """Calls ``act`` when all that was captured so far is written, or at once if it is; not if the writing failed."""
+        """Calls ``act`` when all that was captured so far is written by all ranks, or at once if it is; not if the writing
+        failed."""
         if self._jobs.unfinished_tasks:
             self._submit(act)
         elif self._error is None:
             act()
+
+    def then_together(self, act: Callable[[Agreement], None]) -> None:
+        """As `then`, for what all ranks do together; all must call it.
+
+        Args:
+            act: given the ranks, to agree with.
+        """
+
+        def agreed() -> None:
+            if not self.parted and not any(self._ranks.gather(self._error is not None)):
+                act(self._ranks)
+
+        if self._jobs.unfinished_tasks:
+            self._submit(agreed, always=True)
+        else:
+            agreed()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits until everything is written; False when it is not after ``timeout_s`` seconds. A forked child, in which the
@@ -209,8 +259,8 @@ class WriteBehind:
             return self._jobs.all_tasks_done.wait_for(lambda: not self._jobs.unfinished_tasks, timeout_s)
 
     def take_error(self) -> str | None:
-        """What the writing of the newest save failed with, once. In words only: the error itself holds half-written files
-        open, whose space must become free."""
+        """What the writing of the newest save failed with on any rank, once. In words only: the error itself holds
+        half-written files open, whose space must become free."""
         error, self._error = self._error, None
         return error
 
@@ -251,6 +301,33 @@ class WriteBehind:
 
         self._pending.append(write)
 
+    def _capture_together(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def save(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self._owner or self._ranks.alone:
+                return plain(*args, **kwargs)
+            staged, why = self._stage(args, kwargs)
+            reasons = [one for one in self._ranks.gather(why) if one is not None]
+            if reasons:
+                self._say_once(reasons[0])
+            if reasons or staged is None:
+                return plain(*args, **kwargs)
+            self._pending.append(_Together(self, staged, kwargs["storage_writer"]))
+            return None
+
+        return save
+
+    def _stage(self, args: tuple[Any, ...], save: dict[str, Any]) -> tuple[StagedPlanner | None, str | None]:
+        """What this rank writes, or why it can't be kept."""
+        assert self._arena is not None
+        try:
+            if args:
+                raise Unknown("its arguments have no names")
+            staged = stage(self._arena.copy, is_coordinator=self._ranks.is_main, **save)
+        except Exception as error:  # the others wait for a word; torch's own save will meet what is really wrong
+            words = str(error) if isinstance(error, Unknown) else repr(error)
+            return None, f"sharded checkpoints are written while training waits: {words}"
+        return staged, None if staged is not None else self._too_large()
+
     def _keep_all(self, tensors: Any) -> tuple[dict[str, Any], list[torch.Tensor]] | None:
         specs, copies = {}, []
         for name, spec in tensors.items():
@@ -280,34 +357,83 @@ class WriteBehind:
         if source.device.type == "cpu" and self._arena.holds(source.data_ptr()):
             return source  # brought from a device just now
         copy = self._arena.copy(source)
-        if copy is None and not self._said:
-            self._said = True
-            log.warning(
-                "a checkpoint does not fit into the %.1f GB of memory that saves may take: the rest of it is written while "
-                "training waits",
-                self._arena.limit_bytes / 1e9,
-            )
+        if copy is None:
+            self._say_once(self._too_large())
         return copy
+
+    def _too_large(self) -> str:
+        assert self._arena is not None
+        return (
+            f"a checkpoint does not fit into the {self._arena.limit_bytes / 1e9:.1f} GB of memory that saves may take: the "
+            "rest of it is written while training waits"
+        )
+
+    def _say_once(self, why: str) -> None:
+        if not self._said and self._ranks.is_main:
+            log.warning("%s", why)
+        self._said = True
 
     # -- the thread -----------------------------------------------------------------------------------------------------
 
-    def _submit(self, act: Callable[[], Any]) -> None:
+    def _submit(self, act: Callable[[], Any], *, always: bool = False) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="hf_spot-writer", daemon=True)
             self._thread.start()
-        self._jobs.put(act)
+        self._jobs.put((act, always))
 
     def _work(self) -> None:
         stand_back()
-        while (act := self._jobs.get()) is not None:
-            if self._error is None:
+        while (job := self._jobs.get()) is not None:
+            act, always = job
+            if self._error is None or (always and not self.parted):
                 try:
                     act()
                 except BaseException as error:  # told to the training thread: see `take_error`
-                    self._error = str(error) or repr(error)
-                    self._on_error(error)
-            del act  # and with it the copies
+                    self._error = self._error or self._in_words(error) or repr(error)
+            del act, job  # and with them the copies
             self._jobs.task_done()
+
+    def _conclude(self, on_error: Callable[[str], None]) -> None:
+        """The end of a save: no rank writes any more, and all learn whether one could not."""
+        try:
+            errors = self._ranks.gather(self._error)
+        except Exception as error:
+            self._part(error)
+            raise
+        self._error = next((error for error in errors if error is not None), None)
+        if self._error is not None:
+            on_error(self._error)
+
+    def _part(self, error: BaseException) -> None:
+        """A rank is gone in the middle of what all do together. Its launch ends, and the next start sets aside what is torn:
+        the others may be writing to it."""
+        log.warning("a checkpoint is not written to its end, because a rank is gone: %s", error)
+        self.parted = True
+        self._ranks.close()  # those who wait for this one learn it by that
+
+
+class _Together:
+    """Writes what was staged of a sharded save, with the other ranks."""
+
+    def __init__(self, behind: WriteBehind, staged: StagedPlanner, writer: Any) -> None:
+        self._behind = behind
+        self._staged = staged
+        self._writer = writer
+        # Each thread has one of its own, the first of the machine if it is not told: all ranks would take memory there.
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # type: ignore[no-untyped-call]
+
+    def __call__(self) -> None:
+        group = self._behind._ranks.group
+        self._behind._arrive()
+        try:
+            with torch.cuda.device(self._device):
+                _plain_save_together({}, storage_writer=self._writer, planner=self._staged, process_group=group)
+        except CheckpointException as error:  # raised on all ranks; each speaks for itself: see `_conclude`
+            if (rank := torch.distributed.get_rank()) in error.failures:
+                raise error.failures[rank][0] from None
+        except Exception as error:
+            self._behind._part(error)
+            raise
 
 
 class _Captured:

@@ -217,7 +217,7 @@ class Tenure:
 
         def act() -> tuple[Checkpoint, Path]:
             if self.runtime is not None:
-                take(self.runtime, ref.entry, self.output_dir, wait_for_launcher)
+                take(self.runtime, ref.entry, self.output_dir, wait_for_launcher, ranks=ranks)
             return bring(self.run, ref, self.output_dir, ranks=ranks, world_size=self.world_size, progress=watched_bar)
 
         return self.on_each_disk(act)

@@ -3,12 +3,16 @@
 Three trainings of the same model on the CPU, each in a process of its own: one that never saves, Trainer's own with its saves,
 and one with a `SpotCallback` whose run is a directory. The peers are Trainer's own save, and one copy of the state into memory
 that is there already (weights, and AdamW's two moments).
+
+``--ranks 2`` trains under DDP, ``--ranks 2 --fsdp`` with the model sharded by FSDP2; the figures are those of rank 0, and a
+copy is one of what this rank holds. Trainer's own sharded save also waits until the disk has its files (fsync).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -51,15 +55,24 @@ class Stopwatch:
         trainer._maybe_log_save_evaluate, trainer.training_step = after, step
 
 
-def train(kind: str, layers: int, threads: int, folder: Path) -> dict[str, Any]:
-    """One training; what it took."""
+def train(kind: str, layers: int, threads: int, folder: Path, sharded: bool) -> dict[str, Any]:
+    """One training; what it took this rank."""
     import torch
+    import torch.distributed as dist
+    from accelerate.state import PartialState
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
     from hf_spot import Run, SpotArguments, SpotCallback
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
+    more: dict[str, Any] = {}
+    if sharded:
+        wraps = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["GPT2Block"]}
+        more = {"fsdp": "full_shard", "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", **wraps}}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=20_000, n_positions=64, n_embd=WIDTH, n_layer=layers))
     data = [{"input_ids": row, "labels": row} for row in torch.randint(0, 20_000, (64, 16))]
     arguments = TrainingArguments(
@@ -73,13 +86,19 @@ def train(kind: str, layers: int, threads: int, folder: Path) -> dict[str, Any]:
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
+        **more,
     )
+    if sharded:
+        PartialState(cpu=True)
+        # accelerate shards on GPUs alone; on the CPU it has to be told that this is one.
+        PartialState._shared_state |= {"distributed_type": "MULTI_GPU", "device": torch.device("cpu")}
     callbacks = [SpotCallback(str(folder / "run"), SpotArguments(notice="none", save_total_limit=0))] if kind == "spot" else []
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)  # type: ignore[arg-type]
     watch = Stopwatch(trainer)
     trainer.train()
     state = [value.data for value in model.parameters()]
     state += [one for kept in trainer.optimizer.state.values() for one in kept.values() if one.numel() > 1]
+    state = [one.to_local() if hasattr(one, "to_local") else one for one in state]
     targets = [torch.empty_like(one) for one in state]
     copies_s = []
     for _ in range(4):
@@ -108,21 +127,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=12, help="of GPT-2, 7 million parameters each, beside 15 million (12)")
     parser.add_argument("--threads", type=int, default=1, help="that train; one core is then free on a machine of two (1)")
+    parser.add_argument("--ranks", type=int, default=1, help="that train together (1)")
+    parser.add_argument("--fsdp", action="store_true", help="they shard the model, and each writes its shards")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=("none", "trainer", "spot"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="hf_spot-saves-") as scratch:
-        if options.only:
-            found = train(options.only, options.layers, options.threads, Path(scratch))
+    if options.fsdp and options.ranks < 2:
+        parser.error("--fsdp needs --ranks 2")
+    if options.only:
+        found = train(options.only, options.layers, options.threads, options.folder, options.fsdp)
+        if os.environ.get("RANK", "0") == "0":
             options.json.write_text(json.dumps(found))
-            return
-        each = {}
-        for kind in ("none", "trainer", "spot"):
-            out = Path(scratch) / f"{kind}.json"
-            sizes = ["--layers", str(options.layers), "--threads", str(options.threads)]
-            command = [sys.executable, __file__, "--only", kind, "--json", str(out), *sizes]
-            subprocess.run(command, check=True, capture_output=True)
-            each[kind] = json.loads(out.read_text())
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads sometimes abort a process whose interpreter is ending
+    each = {}
+    for kind in ("none", "trainer", "spot"):
+        with tempfile.TemporaryDirectory(prefix="hf_spot-saves-") as scratch:
+            _launch(kind, options, Path(scratch))
+            each[kind] = json.loads(Path(scratch, "found.json").read_text())
     copy_s = min(one["copy_s"] for one in each.values())
     # The first save meets fresh memory; the last one ends the training, and nothing goes on meanwhile.
     first, later = ({kind: pick(each[kind]["saves_s"]) for kind in ("trainer", "spot")} for pick in (_first, _middle))
@@ -130,6 +153,8 @@ def main() -> None:
     found = {
         "state_gb": each["spot"]["state_bytes"] / 1e9,
         "threads": options.threads,
+        "ranks": options.ranks,
+        "sharded": options.fsdp,
         "copy_s": copy_s,
         "save_s": later,
         "first_save_s": first,
@@ -137,7 +162,10 @@ def main() -> None:
         "busy_step_s": busy_s,
         "peak_mb": {kind: one["peak_mb"] for kind, one in each.items()},
     }
-    print(f"{found['state_gb']:.2f} GB of state, {options.threads} of {psutil.cpu_count()} cores train")
+    of_rank = "" if options.ranks == 1 else f" on each of {options.ranks} ranks, {'sharded' if options.fsdp else 'DDP'}"
+    print(
+        f"{found['state_gb']:.2f} GB of state{of_rank}, {options.ranks * options.threads} of {psutil.cpu_count()} cores train"
+    )
     print(f"a copy of the state           {copy_s:6.3f} s")
     for kind, name in (("trainer", "Trainer's own save"), ("spot", "with SpotCallback")):
         against = f"{later[kind] / later['trainer']:.2f} of Trainer's, {later[kind] / copy_s:.2f} copies"
@@ -146,6 +174,24 @@ def main() -> None:
     print(f"... while one is under way    {busy_s:6.3f} s ({busy_s / steps_s:.2f} of it)")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
+
+
+def _launch(kind: str, options: argparse.Namespace, folder: Path) -> None:
+    sizes = ["--layers", str(options.layers), "--threads", str(options.threads)]
+    sizes += ["--ranks", str(options.ranks), *["--fsdp"] * options.fsdp]
+    command = [sys.executable, __file__, "--only", kind, "--json", str(folder / "found.json"), "--folder", str(folder), *sizes]
+    shared = {"WORLD_SIZE": str(options.ranks), "LOCAL_WORLD_SIZE": str(options.ranks), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": "0"}  # they meet in a file
+    of_ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(options.ranks)] if options.ranks > 1 else []
+    environments = [os.environ | shared | own for own in of_ranks] or [dict(os.environ)]
+    said = [folder / f"said-{number}" for number in range(len(environments))]
+    ranks = []
+    for path, environment in zip(said, environments, strict=True):
+        with path.open("w") as file:
+            ranks.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
+    for rank, path in zip(ranks, said, strict=True):
+        if rank.wait():
+            raise SystemExit(path.read_text())
 
 
 def _first(seconds: list[float]) -> float:

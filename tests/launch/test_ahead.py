@@ -13,6 +13,7 @@ import pytest
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.launch.ahead import Ahead
+from hf_spot.launch.command import Machines
 from hf_spot.run.restore import take
 from hf_spot.run.run import CommitRequest, Run
 from hf_spot.runtime import Restore, Runtime
@@ -35,12 +36,18 @@ def run(tmp_path: Path, make_checkpoint: Make) -> Run:
 
 @pytest.fixture
 def runtime(run: Run, tmp_path: Path) -> Runtime:
-    (tmp_path / "runtime").mkdir()
-    return Runtime(run.url, run.epoch, tmp_path / "runtime", SpotArguments())
+    return runtime_in(tmp_path / "runtime", run)
 
 
-def fetched(run: Run, runtime: Runtime, needed: Callable[[], bool] = lambda: True) -> tuple[Ahead, Restore]:
-    ahead = Ahead(run, runtime, needed)
+def runtime_in(folder: Path, run: Run) -> Runtime:
+    folder.mkdir()
+    return Runtime(run.url, run.epoch, folder, SpotArguments())
+
+
+def fetched(
+    run: Run, runtime: Runtime, needed: Callable[[], bool] = lambda: True, machines: Machines | None = None
+) -> tuple[Ahead, Restore]:
+    ahead = Ahead(run, runtime, needed, machines)
     wait_for(lambda: (told := runtime.read_restore()) is not None and told.entry is not None, "for the launcher")
     told = runtime.read_restore()
     assert told is not None
@@ -112,6 +119,47 @@ def test_a_run_without_commits_has_nothing_to_wait_for(runtime: Runtime, tmp_pat
     assert not (tmp_path / "out-2").exists()
 
 
+@pytest.fixture
+def of_two(run: Run, tmp_path: Path, make_checkpoint: Make) -> Run:
+    """Its newest commit is one of two ranks."""
+    folder = make_checkpoint(3)
+    for rank in (0, 1):
+        (folder / f"rng_state_{rank}.pth").write_text(f"of rank {rank}")
+    details = {"output_dir": str(tmp_path / "other" / "out"), "world_size": 2}
+    request = CommitRequest(step=3, world_size=2, details=details)
+    run.commit(request, run.upload(folder, request))
+    return run
+
+
+def test_of_two_machines_each_fetches_what_its_own_ranks_need(of_two: Run, runtime: Runtime, tmp_path: Path) -> None:
+    ahead, told = fetched(of_two, runtime, machines=Machines(count=2, rank=1))
+    other, not_mine = fetched(of_two, runtime_in(tmp_path / "runtime-0", of_two), machines=Machines(count=2, rank=0))
+    assert told.folder is not None and not_mine.folder is not None and told.folder != not_mine.folder
+    assert {path.name for path in told.folder.glob("rng_state_*")} == {"rng_state_1.pth"}
+    assert {path.name for path in not_mine.folder.glob("rng_state_*")} == {"rng_state_0.pth"}
+    for wanted in (None, (0,), (0, 1)):
+        take(runtime, told.entry or 0, tmp_path / "out-2", never, ranks=wanted)
+        assert not (tmp_path / "out-2").exists()
+    take(runtime, told.entry or 0, tmp_path / "out-2", never, ranks=(1,))
+    assert of_two.compare(of_two.find(), tmp_path / "out-2" / "checkpoint-3", ranks=(1,)) == []
+    ahead.close()
+    other.close()
+
+
+def test_a_disk_that_the_machines_may_share_is_left_to_machine_0(
+    of_two: Run, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_spot.launch.ahead._OF_ONE_MACHINE", ("none of these",))
+    ahead, told = fetched(of_two, runtime, machines=Machines(count=2, rank=1))
+    assert told.folder is None
+    ahead.close()
+    on_main = runtime_in(tmp_path / "on-main", of_two)
+    ahead, told = fetched(of_two, on_main, machines=Machines(count=2, rank=0))
+    take(on_main, told.entry or 0, tmp_path / "out-2", never)
+    assert of_two.compare(of_two.find(), tmp_path / "out-2" / "checkpoint-3") == []
+    ahead.close()
+
+
 def test_who_wants_it_waits_while_it_is_under_way_and_may_leave(runtime: Runtime, tmp_path: Path) -> None:
     class Going(Exception):
         pass
@@ -126,7 +174,7 @@ def test_who_wants_it_waits_while_it_is_under_way_and_may_leave(runtime: Runtime
     asker = threading.Thread(target=take, args=(runtime, 1, tmp_path / "out-2", waits.set))
     asker.start()
     assert waits.wait(60)
-    runtime.tell_restore(1, None)
+    runtime.tell_restore(Restore(1))
     asker.join(60)
     assert not asker.is_alive()
 

@@ -13,7 +13,9 @@ from hf_spot.training import device
 from hf_spot.training.snapshot import WriteBehind
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True)
-pytestmark = pytest.mark.skipif(DEVICE is None, reason="no accelerator on this machine: nothing can be copied from one")
+pytestmark = pytest.mark.skipif(
+    DEVICE is None, reason="no accelerator on this machine; on an emulated one: python -m tests.emulated"
+)
 
 
 def make_state() -> dict[str, Any]:
