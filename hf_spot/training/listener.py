@@ -8,6 +8,7 @@ from collections.abc import Callable
 from hf_spot.arguments import SpotArguments
 from hf_spot.notices.detect import sources
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
+from hf_spot.notices.signals import KeyboardSource
 from hf_spot.notices.watcher import Watcher
 from hf_spot.runtime import Runtime
 
@@ -19,21 +20,31 @@ class Listener:
         arguments: which sources.
         runtime: of the launch, which then listens itself.
         on_notice: called by a thread with each new notice that a watcher of this process hears.
+        keyboard: Ctrl-C is heard, too, where anything is.
     """
 
     def __init__(
-        self, arguments: SpotArguments, runtime: Runtime | None, on_notice: Callable[[PreemptionNotice], None]
+        self,
+        arguments: SpotArguments,
+        runtime: Runtime | None,
+        on_notice: Callable[[PreemptionNotice], None] = lambda notice: None,
+        *,
+        keyboard: bool = False,
     ) -> None:
         self._runtime = runtime
         self._on_notice = on_notice
-        self._heard: PreemptionNotice | None = None
+        self.newest: PreemptionNotice | None = None  # that held when somebody looked last
         self._mtime_ns = 0
-        self._watcher = None if runtime else Watcher(sources(arguments, environ=os.environ), self._hears)
-        if self._watcher is not None:
-            self._watcher.start()
+        self.watcher: Watcher | None = None
+        if runtime is None:
+            listened_to = sources(arguments, environ=os.environ)
+            if listened_to and keyboard:
+                listened_to.append(KeyboardSource())
+            self.watcher = Watcher(listened_to, self._hears)
+            self.watcher.start()
 
     def _hears(self, notice: PreemptionNotice) -> None:
-        self._heard = None if notice.kind is NoticeKind.CANCELLED else notice
+        self.newest = None if notice.kind is NoticeKind.CANCELLED else notice
         self._on_notice(notice)
 
     def heard(self) -> PreemptionNotice | None:
@@ -46,8 +57,8 @@ class Listener:
             if mtime_ns != self._mtime_ns:
                 self._mtime_ns = mtime_ns
                 notice = self._runtime.read_notice()
-                self._heard = None if notice is None or notice.kind is NoticeKind.CANCELLED else notice
-        return self._heard
+                self.newest = None if notice is None or notice.kind is NoticeKind.CANCELLED else notice
+        return self.newest
 
     def heard_end(self) -> PreemptionNotice | None:
         """The termination that holds now."""
@@ -56,5 +67,5 @@ class Listener:
 
     def close(self) -> None:
         """Stops listening."""
-        if self._watcher is not None:
-            self._watcher.stop()
+        if self.watcher is not None:
+            self.watcher.stop()

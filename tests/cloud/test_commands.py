@@ -32,7 +32,7 @@ ladder:
 
 @pytest.fixture
 def job(aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("hf_spot.cli._cloud", lambda: Cloud(aws.session()))
+    monkeypatch.setattr("hf_spot.commands.machines._cloud", lambda: Cloud(aws.session()))
     path = tmp_path / "job.yaml"
     path.write_text(JOB.format(store=tmp_path / "run", image=aws.image("us-east-1")))
     return path

@@ -280,7 +280,7 @@ def test_a_notice_that_is_taken_back_while_it_ends_an_evaluation_loses_nothing(
     plain = Session.step_ended
 
     def step_ended(self: Session, step: int) -> Any:
-        self._heard = None
+        self.listener.newest = None
         return plain(self, step)
 
     monkeypatch.setattr(Session, "step_ended", step_ended)

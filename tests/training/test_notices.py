@@ -22,6 +22,7 @@ from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.errors import StoreUnavailable
 from hf_spot.policy.preemption import Measured
 from hf_spot.storage.memory import MemoryStore
+from hf_spot.training.last_commit import LastCommit
 from hf_spot.training.session import Session
 from tests.servers import free_ports
 from tests.training.conftest import STEPS, Patient, Recorder, SaveRecorder, make_trainer, same, weights
@@ -44,7 +45,7 @@ class At(TrainerCallback):
 def heard(callback: SpotCallback) -> Any:
     session = callback._session
     assert session is not None
-    return session._heard
+    return session.listener.newest
 
 
 def listening(notice: Path) -> SpotCallback:
@@ -83,18 +84,20 @@ def test_a_second_sigterm_while_the_commit_is_on_its_way_does_not_stop_it(
     store: str, tmp_path: Path, peace: Any, held: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     callback = SpotCallback(store, SpotArguments(notice="signal"))
-    drain = Session._drain
+    wait = LastCommit.wait
 
-    def second(self: Session, *args: Any) -> bool:
-        assert self._uploader is not None
-        assert not self._uploader.idle
-        assert self._watcher is not None
+    def second(self: LastCommit) -> bool:
+        session = callback._session
+        assert session is not None and session.uploader is not None
+        assert not session.uploader.idle
+        watcher = session.listener.watcher
+        assert watcher is not None
         os.kill(os.getpid(), signal.SIGTERM)
-        wait_for(lambda: self._watcher.sources[0].count == 2)  # type: ignore[union-attr]
+        wait_for(lambda: watcher.sources[0].count == 2)  # type: ignore[attr-defined]
         held.set()
-        return drain(self, *args)
+        return wait(self)
 
-    monkeypatch.setattr(Session, "_drain", second)
+    monkeypatch.setattr(LastCommit, "wait", second)
     with pytest.raises(TrainingPreempted) as caught:
         make_trainer(tmp_path / "one", callback, Recorder(5, preempt(callback)), save_steps=100).train()
     assert (caught.value.code, caught.value.step) == (75, 5)
@@ -151,18 +154,18 @@ def test_a_notice_during_a_restore_ends_it_at_once_and_loses_nothing(
 ) -> None:
     train_until_preempted(store, tmp_path / "one", 5)
     sessions: list[Session] = []
-    listen, moved = Session._listen, []
-    monkeypatch.setattr(Session, "_listen", lambda self: (sessions.append(self), listen(self))[1])
+    begin, moved = Session.begin, []
+    monkeypatch.setattr(Session, "begin", lambda self, *args: (sessions.append(self), begin(self, *args))[1])
 
     def bar(what: str, size_bytes: int) -> Callable[[int], None]:
         def go(count: int) -> None:
             moved.append(count)
             os.kill(os.getpid(), signal.SIGTERM)
-            wait_for(lambda: sessions[0]._heard is not None)
+            wait_for(lambda: sessions[0].listener.newest is not None)
 
         return go
 
-    monkeypatch.setattr("hf_spot.training.session.Bar", bar)
+    monkeypatch.setattr("hf_spot.training.tenure.Bar", bar)
     recorder = Recorder()
     settings = SpotArguments(notice="signal", upload_workers=1)
     with pytest.raises(TrainingPreempted) as caught:
@@ -256,9 +259,9 @@ def test_a_notice_that_stands_before_the_start_trains_nothing(from_store: str, t
     callback, recorder = listening(notice), Recorder()
     claim = Session._claim
 
-    def heard_first(self: Session) -> int:
-        wait_for(lambda: self._heard)
-        return claim(self)
+    def heard_first(self: Session, unless_complete: bool) -> int:
+        wait_for(lambda: self.listener.newest)
+        return claim(self, unless_complete)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Session, "_claim", heard_first)
@@ -368,7 +371,7 @@ def test_an_upload_in_flight_ends_for_the_newer_checkpoint_that_alone_can_make_i
     monkeypatch.setattr(MemoryStore, "put_file", put_slowly)
     # As if the link were so slow that one checkpoint takes ten seconds.
     slow = Measured(bytes_per_s=1e5, in_flight_bytes=10**6, waiting_bytes=10**6)
-    monkeypatch.setattr(Session, "_measured", lambda self: replace(slow, save_s=0.1, size_bytes=10**6))
+    monkeypatch.setattr(Session, "measured", lambda self: replace(slow, save_s=0.1, size_bytes=10**6))
     callback = listening(tmp_path / "notice")
 
     def act() -> None:
@@ -386,7 +389,7 @@ def test_a_save_that_can_not_be_committed_is_skipped_for_the_upload_in_flight(
     from_store: str, tmp_path: Path, peace: Any, held: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     huge = Measured(save_s=60.0, size_bytes=10**9, bytes_per_s=1e6, in_flight_bytes=10**7)
-    monkeypatch.setattr(Session, "_measured", lambda self: huge)
+    monkeypatch.setattr(Session, "measured", lambda self: huge)
     callback, recorder = listening(tmp_path / "notice"), SaveRecorder()
 
     def act() -> None:

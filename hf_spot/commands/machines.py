@@ -1,0 +1,232 @@
+"""Commands about machines: on EC2, by SkyPilot, and this one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_spot.commands.common import add_command, open_run, print_json, setting_help, takes_job, takes_json, takes_run
+from hf_spot.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hf_spot.cloud.ec2 import Cloud
+
+
+def add_to(commands: Any) -> None:
+    """Adds ``provision``, ``prices``, ``quotas``, ``terminate``, ``status``, ``sky`` and ``doctor``."""
+    provision = add_command(
+        commands, "provision", _provision, "gets a machine on EC2 that trains a job, by a ladder of fallbacks"
+    )
+    takes_job(provision)
+    provision.add_argument("--dry-run", action="store_true", help="check everything, show what would be tried, start nothing")
+    provision.add_argument("--watch", action="store_true", help="replace machines until the run is finished")
+    provision.add_argument(
+        "--api",
+        choices=("fleet", "spot-request", "spot-fleet"),
+        default="fleet",
+        help="how to ask for spot machines; AWS calls spot-request and spot-fleet legacy: only for accounts bound to them",
+    )
+    takes_json(provision)
+
+    prices = add_command(commands, "prices", _prices, "what machines cost on EC2, now and before: spot and on demand, by zone")
+    prices.add_argument("types", metavar="TYPE", nargs="+", help="an instance type, such as p4d.24xlarge")
+    prices.add_argument("--region", action="append", metavar="NAME", help="may be given again (default: all of the account)")
+    prices.add_argument("--days", type=float, default=7.0, metavar="N", help="of history, up to 90 (default: 7)")
+    takes_json(prices)
+
+    quotas = add_command(commands, "quotas", _quotas, "which quota blocks which rung of a job's ladder, and how to raise it")
+    takes_job(quotas)
+    takes_json(quotas)
+
+    terminate = add_command(commands, "terminate", _terminate, "ends all machines of a run; the training saves first")
+    takes_run(terminate)
+    takes_json(terminate)
+
+    status = add_command(commands, "status", _status, "a run's machines, what they cost, and how far the training is")
+    takes_run(status)
+    takes_json(status)
+
+    sky = add_command(commands, "sky", _sky, "the same job as a SkyPilot managed job: SkyPilot finds the machines")
+    takes_job(sky)
+    ways = sky.add_mutually_exclusive_group()
+    ways.add_argument("--print", action="store_true", help="print the task as YAML (default)")
+    ways.add_argument("--launch", action="store_true", help="start it")
+    ways.add_argument("--status", action="store_true", help="SkyPilot's jobs of this name")
+    ways.add_argument("--logs", action="store_true", help="follow the newest one's output")
+    ways.add_argument("--cancel", action="store_true", help="end them; the training saves first")
+    takes_json(sky)
+
+    doctor = add_command(commands, "doctor", _doctor, "checks this machine, a store and the AWS account, and names each repair")
+    doctor.add_argument("--store", metavar="URL", help="of a run; what is written there is deleted again")
+    doctor.add_argument("--job", metavar="FILE", type=Path, help="a job file: check the account for it, and its store")
+    doctor.add_argument(
+        "--checkpoint-gb", type=float, metavar="N", help="size of a checkpoint in 10^9 bytes (default: of the run's newest)"
+    )
+    doctor.add_argument("--grace-s", type=float, metavar="S", help=setting_help("grace_s"))
+    takes_json(doctor)
+    checks = doctor.add_subparsers(title="checks", metavar="CHECK")
+    iam = add_command(checks, "iam", _doctor_iam, "prints the least that a role must be allowed, as an IAM policy (JSON)")
+    iam.add_argument("--store", metavar="URL", required=True, help="s3://bucket/prefix of the run")
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+def _cloud() -> Cloud:
+    from hf_spot.cloud.ec2 import Cloud
+
+    return Cloud()
+
+
+def _provision(args: argparse.Namespace) -> int:
+    from hf_spot.cloud.job import load
+    from hf_spot.cloud.provision import FLEET, Provisioner, render_plan
+
+    def say(text: str, event: dict[str, Any]) -> None:
+        if args.json:
+            print(json.dumps({"time": _now().isoformat(), **event}), flush=True)
+        else:
+            print(f"{_now():%H:%M:%S} {text}", flush=True)
+
+    job = load(args.job)
+    if args.api != FLEET:
+        say(f"AWS calls the API behind --api {args.api} legacy, and recommends --api fleet", {"event": "note"})
+    provisioner = Provisioner(job, open_run(job.store), _cloud(), api=args.api, now=_now, sleep=time.sleep, say=say)
+    if args.dry_run:
+        provisioner.check()
+        provisioner.book.refresh()
+        for plan in provisioner.plans():
+            say(render_plan(plan), {"event": "plan", **plan.to_dict()})
+        left = provisioner.left_usd()
+        say(f"${left:.2f} of ${job.max_spend:.2f} are left; nothing was started", {"event": "budget", "left_usd": left})
+    elif args.watch:
+        provisioner.watch()
+    elif provisioner.provision() is None:
+        say(f"{job.store} is finished: nothing to do", {"event": "finished"})
+    return 0
+
+
+def _prices(args: argparse.Namespace) -> int:
+    from hf_spot.cloud.prices import LONGEST_DAYS, look_up, render
+
+    if not 0 < args.days <= LONGEST_DAYS:
+        raise ConfigError(f"--days {args.days:g}: EC2 remembers {LONGEST_DAYS} days", hint="--days 7")
+    cloud, now = _cloud(), _now()
+    since = now - timedelta(days=args.days)
+    known = cloud.regions()
+    cloud.check_regions(args.region or (), known)
+    rows, notes = look_up(cloud, args.types, args.region or known, since, now)
+    if args.json:
+        print_json({"rows": [row.to_dict() for row in rows], "notes": notes})
+    else:
+        print(render(rows, notes, since, now))
+    return 0
+
+
+def _quotas(args: argparse.Namespace) -> int:
+    from hf_spot.cloud.job import load
+    from hf_spot.cloud.quotas import needs, render
+
+    job, cloud = load(args.job), _cloud()
+    known = cloud.regions(job.region)
+    cloud.check_regions(job.named_regions(), known)
+    found = needs(cloud, job, known)
+    if args.json:
+        print_json([{**dataclasses.asdict(need), "blocked": need.blocked, "command": need.command} for need in found])
+    else:
+        print(render(found, job))
+    return 0
+
+
+def _terminate(args: argparse.Namespace) -> int:
+    from hf_spot.cloud.book import Book
+    from hf_spot.cloud.status import terminate
+
+    cloud = _cloud()
+    gone = terminate(Book(open_run(args.run), cloud, now=_now), cloud)
+    if args.json:
+        print_json([machine.to_data() for machine in gone])
+    else:
+        lines = [f"{one.instance_id} in {one.zone} is ended: ${one.cost_usd or 0.0:.2f}" for one in gone]
+        print("\n".join(lines) or f"{args.run}: no machine is running")
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from hf_spot.cloud.book import Book
+    from hf_spot.cloud.status import render_status, status
+
+    cloud = _cloud()
+    known = status(Book(open_run(args.run), cloud, now=_now), cloud)
+    if args.json:
+        print_json(known)
+    else:
+        print(render_status(known))
+    return 0
+
+
+def _sky(args: argparse.Namespace) -> int:
+    from hf_spot.cloud import sky
+    from hf_spot.cloud.job import load
+
+    if args.logs and args.json:
+        raise ConfigError("--logs shows what the training prints, which is no JSON", hint=f"hf-spot sky {args.job} --logs")
+    job = load(args.job)
+    if args.logs:
+        return sky.logs(job)
+    if args.launch:
+        ids = sky.launch(job)
+        for note in sky.notes(job):
+            print(f"hf-spot: {note}", file=sys.stderr)
+        if args.json:
+            print_json({"job_ids": ids})
+        else:
+            print(f"SkyPilot job {', '.join(map(str, ids))}; hf-spot sky {args.job} --status")
+    elif args.status:
+        found = sky.status(job)
+        if args.json:
+            print_json(found)
+        else:
+            lines = (
+                f"{one['job_id']:<5} {one['status']:<12} {one['recoveries']} recoveries  {one['infra'] or '-'}" for one in found
+            )
+            print("\n".join(lines) or f"SkyPilot has no job {job.name}")
+    elif args.cancel:
+        sky.cancel(job)
+        print(json.dumps({"cancelled": job.name}) if args.json else f"{job.name} is cancelled")
+    elif args.json:
+        print_json(sky.task(job, os.environ))
+    else:
+        print(sky.render(job, os.environ), end="")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from hf_spot.cloud.doctor.examine import examine
+    from hf_spot.cloud.doctor.finding import FAIL
+    from hf_spot.cloud.job import load
+
+    job = load(args.job) if args.job else None
+    findings = []
+    for found in examine(os.environ, store=args.store, job=job, checkpoint_gb=args.checkpoint_gb, grace_s=args.grace_s):
+        findings.append(found)
+        if not args.json:
+            print(found, flush=True)
+    if args.json:
+        print_json([dataclasses.asdict(found) for found in findings])
+    return 1 if any(found.level == FAIL for found in findings) else 0
+
+
+def _doctor_iam(args: argparse.Namespace) -> int:
+    from hf_spot.storage.iam import policy
+
+    print_json(policy(args.store))
+    return 0

@@ -1,0 +1,257 @@
+"""Commands about runs: their checkpoints, what became of them and what one would cost."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_spot.commands.common import add_command, megabytes, open_run, print_json, takes_json, takes_run, takes_unfenced
+from hf_spot.errors import ConfigError, CorruptCheckpoint
+
+if TYPE_CHECKING:
+    from hf_spot.economics.report import Report
+    from hf_spot.run.run import Run
+
+
+def add_to(commands: Any) -> None:
+    """Adds ``checkpoints``, ``report`` and ``simulate``."""
+    checkpoints = commands.add_parser("checkpoints", help="what is in a run", allow_abbrev=False)
+    actions = checkpoints.add_subparsers(title="actions", metavar="ACTION", required=True)
+    ls = add_command(actions, "ls", _ls, "lists the committed checkpoints")
+    takes_run(ls)
+    takes_json(ls)
+    verify = add_command(actions, "verify", _verify, "reads every file back and compares it with the journal")
+    verify.add_argument("run", metavar="RUN|FOLDER", help="URL of a run, or a local checkpoint folder")
+    verify.add_argument("--step", type=int, help="only this checkpoint")
+    takes_json(verify)
+    pull = add_command(actions, "pull", _pull, "downloads a checkpoint, verified")
+    takes_run(pull)
+    pull.add_argument(
+        "into", metavar="INTO", type=Path, nargs="?", default=Path(), help="folder that gets checkpoint-STEP (default: here)"
+    )
+    pull.add_argument("--step", type=int, help="default: the newest")
+    takes_json(pull)
+    push = add_command(
+        actions, "push", _push, "uploads and commits a local checkpoint folder; or publishes a checkpoint as a model on the Hub"
+    )
+    takes_run(push)
+    push.add_argument("what", metavar="FOLDER|MODEL", help="a local folder, or hf://owner/name")
+    push.add_argument(
+        "--step", type=int, help="needed when the folder is not named checkpoint-STEP; of a model: default: the best or newest"
+    )
+    push.add_argument("--private", action="store_true", help="a model's new repository is for its owner alone")
+    push.add_argument("--all", action="store_true", help="publish the optimizer and all else that a resume needs, too")
+    takes_unfenced(push)
+    takes_json(push)
+    prune = add_command(actions, "prune", _prune, "takes old checkpoints out of a run and deletes their files")
+    takes_run(prune)
+    takes_unfenced(prune)
+    prune.add_argument(
+        "--save-total-limit", type=int, required=True, metavar="N", help="newest ones that stay, besides the best"
+    )
+    takes_json(prune)
+
+    report = add_command(commands, "report", _report, "what a run's time went to, launch by launch, and what it cost")
+    takes_run(report)
+    report.add_argument("--plot", metavar="FILE", type=Path, help="draw the timeline and the loss (PNG, SVG or PDF)")
+    report.add_argument("--html", metavar="FILE", type=Path, help="write all of it as one page")
+    takes_json(report)
+
+    simulate = add_command(
+        commands, "simulate", _simulate, "what a training should cost and how long it should take, interrupted"
+    )
+    simulate.add_argument(
+        "plan", metavar="PLAN", type=Path, nargs="?", help="YAML file: the training, and ways to get machines"
+    )
+    simulate.add_argument("--preset", metavar="NAME", help="a plan that comes with hf_spot: blog")
+    simulate.add_argument("--replay", metavar="RUN", help="compare a run with what is simulated for its machines")
+    simulate.add_argument(
+        "--trace", metavar="FILE", type=Path, action="append", help="capacity of a zone, may be given again (default: a model)"
+    )
+    simulate.add_argument("--nodes", type=int, default=1, metavar="N", help="machines of a trace that the training needs (1)")
+    simulate.add_argument("--seeds", type=int, default=1000, metavar="N", help="trainings simulated for each row (1000)")
+    simulate.add_argument("--prices", metavar="FILE", type=Path, help="take prices from what hf-spot prices --json has printed")
+    simulate.add_argument("--plot", metavar="FILE", type=Path, help="draw cost and time (PNG, SVG or PDF)")
+    takes_json(simulate)
+
+
+def _ls(args: argparse.Namespace) -> int:
+    refs = open_run(args.run).state().checkpoints
+    if args.json:
+        print_json([dataclasses.asdict(ref) for ref in refs])
+        return 0
+    if not refs:
+        print(f"{args.run}: no checkpoints")
+    for ref in refs:
+        marks = " ".join(word for word, holds in (("best", ref.best), ("complete", ref.complete)) if holds)
+        stage = "" if ref.stage == 1 else f" stage {ref.stage}"
+        print(f"checkpoint-{ref.step:<8}{stage} {megabytes(ref.size_bytes):>14}  launch {ref.epoch:<4} {marks}".rstrip())
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from hf_spot.run.inspect import is_checkpoint_folder, problems_in
+    from hf_spot.run.progress import Bar
+
+    if is_checkpoint_folder(Path(args.run)):
+        found = {args.run: problems_in(Path(args.run))}
+    else:
+        run = open_run(args.run)
+        run.find(args.step)
+        chosen = [ref for ref in run.journal.state.checkpoints if args.step in (None, ref.step)]
+        names = {ref.entry: ref.prefix for ref in run.journal.state.checkpoints}
+        with Bar("verify", sum(ref.size_bytes for ref in chosen)) as bar:
+            found = {names[entry]: problems for entry, problems in run.verify(args.step, progress=bar).items()}
+    if args.json:
+        print_json(found)
+    else:
+        for name, problems in found.items():
+            print(f"{name}: {'whole' if not problems else ''}")
+            for problem in problems:
+                print(f"  {problem}")
+    return 1 if any(found.values()) else 0
+
+
+def _pull(args: argparse.Namespace) -> int:
+    from hf_spot.run.progress import Bar
+
+    run = open_run(args.run)
+    checkpoint = run.find(args.step)
+    with Bar("pull", checkpoint.ref.size_bytes) as bar:
+        folder = run.fetch(checkpoint, args.into, progress=bar)
+    if args.json:
+        print_json({"folder": str(folder)})
+    else:
+        print(folder)
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    from hf_spot.run.progress import Bar
+
+    if args.what.startswith("hf://"):
+        return _publish(args)
+    if args.private or args.all:
+        raise ConfigError("--private and --all are for models", hint=f"hf-spot checkpoints push {args.run} hf://owner/name")
+    folder = Path(args.what)
+    run = open_run(args.run, allow_unfenced_store=args.allow_unfenced_store)
+    with Bar("push", sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())) as bar:
+        checkpoint = run.push(folder, args.step, progress=bar)
+    if args.json:
+        print_json(dataclasses.asdict(checkpoint.ref))
+    else:
+        print(f"{checkpoint.name} committed to {args.run}: {megabytes(checkpoint.ref.size_bytes)}")
+    return 0
+
+
+def _publish(args: argparse.Namespace) -> int:
+    from hf_spot.economics.report import summarise
+    from hf_spot.economics.table import story
+    from hf_spot.run.progress import Bar
+
+    run = open_run(args.run)
+    open_run(args.what)  # tells what is missing here, where something is
+    from hf_spot.run.publish import publish
+
+    done = publish(
+        run,
+        args.what,
+        step=args.step,
+        private=args.private,
+        everything=args.all,
+        story=story(summarise(run.events())),
+        progress=lambda size_bytes: Bar("push", size_bytes),
+    )
+    if args.json:
+        print_json(dataclasses.asdict(done))
+    else:
+        print(f"step {done.step} published as {done.url}: {len(done.files)} files, {megabytes(done.size_bytes)}")
+    return 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    run = open_run(args.run, allow_unfenced_store=args.allow_unfenced_store)
+    run.find()  # a typo in the URL must not make a new run
+    run.join()
+    gone = run.prune(args.save_total_limit)
+    if args.json:
+        print_json([dataclasses.asdict(ref) for ref in gone])
+    else:
+        print("\n".join(f"checkpoint-{ref.step} pruned, {megabytes(ref.size_bytes)}" for ref in gone) or "nothing to prune")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from hf_spot.economics.report import summarise
+    from hf_spot.economics.table import render_report
+
+    run = open_run(args.run)
+    report = summarise(run.events())
+    if args.plot or args.html:
+        _draw(args, run, report)
+    if args.json:
+        print_json({"run": args.run, **report.to_dict()})
+    else:
+        print(render_report(report, args.run))
+    return 0
+
+
+def _draw(args: argparse.Namespace, run: Run, report: Report) -> None:
+    from hf_spot.economics.page import write_page
+    from hf_spot.economics.plots import plot_timeline, timeline_svg
+    from hf_spot.economics.timeline import draw_up, losses_in
+
+    if not report.launches:
+        raise ConfigError(f"{args.run}: nobody has launched this run yet, so there is nothing to draw", hint="hf-spot launch")
+    newest, losses = run.latest(), {}
+    if newest is not None:
+        try:
+            losses = losses_in(run.read(newest, "trainer_state.json"))
+        except CorruptCheckpoint as error:
+            print(f"hf-spot: the loss is not drawn: {error}", file=sys.stderr)
+    timeline = draw_up(report, losses, newest.ref.stage if newest else 1)
+    if args.plot:
+        plot_timeline(args.plot, timeline, args.run)
+    if args.html:
+        write_page(args.html, report, args.run, timeline_svg(timeline, ""))
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from hf_spot.economics.plan import PRESETS, load, preset, with_prices
+    from hf_spot.economics.replay import replay
+    from hf_spot.economics.simulate import simulate
+    from hf_spot.economics.table import render_simulation
+    from hf_spot.economics.traces import MODEL_SOURCE, load_all
+    from hf_spot.yaml_file import read
+
+    if [args.plan, args.preset, args.replay].count(None) != 2:
+        raise ConfigError("one of PLAN, --preset and --replay is wanted", hint="hf-spot simulate --preset blog")
+    if args.replay:
+        found = replay(open_run(args.replay).events())
+        if args.json:
+            print_json(dataclasses.asdict(found))
+        else:
+            print(found)
+        return 0
+    if args.preset and args.preset not in PRESETS:
+        raise ConfigError(f"--preset {args.preset}: there are {', '.join(PRESETS)}", hint="hf-spot simulate --preset blog")
+    if args.seeds < 1 or args.nodes < 1:
+        raise ConfigError("--seeds and --nodes must be at least 1", hint="--seeds 1000 --nodes 1")
+    plan = preset(args.preset) if args.preset else load(args.plan)
+    if args.prices:
+        plan = with_prices(plan, read(args.prices), str(args.prices))
+    traces = load_all(args.trace, args.nodes) if args.trace else None
+    results = simulate(plan, traces, jobs=args.seeds)
+    if args.plot:
+        from hf_spot.economics.plots import plot_simulation
+
+        plot_simulation(args.plot, results, args.preset or str(args.plan))
+    if args.json:
+        print_json([result.to_dict() for result in results])
+    else:
+        capacity = ", ".join(str(path) for path in args.trace) if args.trace else MODEL_SOURCE
+        print(render_simulation(plan, results, f"{capacity}; {args.seeds} trainings a row"))
+    return 0
