@@ -186,7 +186,8 @@ class WriteBehind:
             self._owner = 0
         if self._forgotten:
             return
-        for write in self._pending:
+        while self._pending:
+            write = self._pending.pop(0)
             # The others wait for this one in the middle of what they write together.
             self._submit(write, always=isinstance(write, _Together))
         self._submit(lambda: self._conclude(on_error), always=True)
