@@ -214,7 +214,8 @@ class WriteBehind:
             self._owner = 0
         if self._forgotten:
             return
-        for write in self._pending:
+        while self._pending:
+            write = self._pending.pop(0)
             # The others wait for this one in the middle of what they write together.
             self._submit(write, always=isinstance(write, _Together))
         if self._pending:
