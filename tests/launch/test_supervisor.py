@@ -219,7 +219,7 @@ def test_a_crash_in_training_goes_on_from_the_last_commit(launcher, store, twin,
 def test_two_ranks_are_preempted_together_and_end_with_the_model_of_two_ranks_left_in_peace(launcher, tmp_path) -> None:  # type: ignore[no-untyped-def]
     ranks = ["--multi_gpu", "--num_processes", "2"]
     # An evaluation after every step: whichever step the notice stops, the resumed launch has one to make up for.
-    script = ("--evaluate", "steps", "--eval_steps", "1", "--best", "--epochs", "1")
+    script = ("--evaluate", "steps", "--eval_steps", "1", "--best")
     peace = launcher.plain(str(tmp_path / "peace"), *script, options=ranks)
     assert peace.wait() == 0, peace.text()
     undisturbed = launcher.weights()
