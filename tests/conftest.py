@@ -7,6 +7,8 @@ import gc
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.servers import Azurite, FakeGCS, SeaweedFS
+from tests.waiting import PATIENCE_S
 
 if TYPE_CHECKING:
     from tests.storage.fake_azure import FakeAzure
@@ -85,6 +88,40 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Calla
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def plain_in_peace(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """What plain.py leaves when nobody interrupts it, under plain ``python``: ``losses.jsonl`` and ``out/final``."""
+
+    def train(folder: Path) -> None:
+        script = Path(__file__).parent / "training" / "scripts" / "plain.py"
+        subprocess.run(
+            [sys.executable, script, "--output_dir", "out", "--diary", "losses.jsonl", "--weights", "out/final"],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            check=True,
+            capture_output=True,
+            timeout=PATIENCE_S,
+        )
+
+    return made_once("plain-in-peace", train)
+
+
+@pytest.fixture(scope="session")
+def case_in_peace(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Callable[[str], Path]:
+    """What a case of the matrix leaves when nobody interrupts it."""
+
+    def of(name: str) -> Path:
+        def train(folder: Path) -> None:
+            from tests.matrix.runner import in_peace
+
+            code, said = in_peace(name, folder)
+            assert code == 0, said
+
+        return made_once(f"case-{name.replace(' ', '-')}", train)
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument(
         "--min_step_s", type=float, default=0.0, help="make a step last at least so many seconds, as a larger model would"
     )
+    parser.add_argument("--epochs", type=int, default=2)
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -92,7 +93,7 @@ def main() -> None:
             output_dir=str(options.output_dir),
             per_device_train_batch_size=8,
             gradient_accumulation_steps=2,
-            num_train_epochs=2,
+            num_train_epochs=options.epochs,
             learning_rate=3e-3,
             warmup_steps=20,
             lr_scheduler_type="cosine",

@@ -24,6 +24,7 @@ from hf_spot.errors import ConfigError
 from hf_spot.runtime import STORE_VARIABLE
 
 MAX_RESTARTS = 3
+_AGENT = "hf_spot.launch.agent"
 _BOOTSTRAP = "hf_spot.training.bootstrap"
 _GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
 _LOOPBACK = re.compile(r"localhost$|127\.|::1$")  # whoever says so has all "machines" on one
@@ -114,7 +115,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
     _refuse_what_is_not_supported(args, config)
     machines = _machines(args)
     if _is_distributed(args):
-        command = [sys.executable, "-m", "accelerate.commands.launch", *_of_accelerate(options), "-m", _BOOTSTRAP, *script]
+        command = [sys.executable, "-m", _AGENT, *_of_accelerate(options), "-m", _BOOTSTRAP, *script]
         env = dict(environ)
     else:
         command = [sys.executable, "-m", _BOOTSTRAP, *script]

@@ -32,7 +32,7 @@ def test_one_process_runs_under_the_bootstrap_alone(script: str) -> None:
 def test_several_processes_run_under_accelerate_with_its_own_options_only(script: str) -> None:
     options = ["--notice", "imds", "--multi_gpu", "--max_restarts=5", "--num-processes", "4", "--save_total_limit", "7"]
     command = parse(["--store", "s3://b/r", *options, script, "-m"], {})
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num-processes", "4"]
+    launcher = [sys.executable, "-m", "hf_spot.launch.agent", "--multi_gpu", "--num-processes", "4"]
     assert command.argv == [*launcher, *BOOTSTRAP[1:], script, "-m"]
     assert (command.max_restarts, command.arguments.save_total_limit, command.arguments.notice) == (5, 7, "imds")
 

@@ -18,7 +18,7 @@ import torch
 from hf_spot.run.run import Run
 from tests.gate import Gate
 from tests.hosts import Hosts, kill, why_not
-from tests.launch.conftest import PLAIN, SCRIPTS, Launcher, Lines, Twin, read_diary
+from tests.launch.conftest import PLAIN, SCRIPTS, Lines, Twin, read_diary
 from tests.matrix.runner import SCRIPT as TRAIN
 from tests.servers import SeaweedFS
 from tests.waiting import PATIENCE_S, wait_for
@@ -98,6 +98,11 @@ class Cluster:
         for host in range(self.hosts.count):
             (self.hosts.folder(host) / f"out-{self.launches}" / "go-on").touch()
 
+    def hold_again(self) -> None:
+        """A launch that starts again holds at that step, too. To be called before it gets there."""
+        for host in range(self.hosts.count):
+            (self.hosts.folder(host) / f"out-{self.launches}" / "go-on").unlink()
+
     def weights(self) -> bytes:
         return (self.hosts.folder(0) / f"weights-{self.launches}" / "model.safetensors").read_bytes()
 
@@ -152,65 +157,73 @@ def test_a_notice_on_one_machine_stops_both_and_each_disk_is_committed_and_resto
 
 
 @pytest.mark.parametrize("cluster", [3], indirect=True)
-def test_when_a_machine_dies_without_a_word_the_others_end_soon_and_all_go_on_together(
+def test_when_one_of_the_others_dies_without_a_word_all_end_soon(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machine 1 hears of machine 2 by machine 0. It is the launchers' business: what they start only waits."""
+    run = run_of(cluster, monkeypatch)
+    script = tmp_path / "waits.py"
+    script.write_text("import signal; open('waits', 'w').close(); signal.pause()")
+    cluster.start([script])
+    waits = [cluster.hosts.folder(host) / "waits" for host in range(3)]
+    wait_for(lambda: all(path.exists() for path in waits), f"for all scripts: {cluster.text()}")
+    cluster.hosts.unplug(2)
+    began = time.monotonic()
+    assert [process.wait(PATIENCE_S) for process in cluster.running[:2]] == [75, 75], cluster.text()
+    assert time.monotonic() - began < PEER_TIMEOUT_S + 20
+    assert [entry.kind for entry in run.events()] == ["claim", "preempted"]
+
+
+def test_a_training_fails_on_one_machine_then_machine_0_dies_without_a_word_and_each_time_all_go_on_together(
     cluster: Cluster, twin_of_ranks: Callable[[int], Twin], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed = twin_of_ranks(3)
+    undisturbed = twin_of_ranks(2)
     run = run_of(cluster, monkeypatch)
-    committed = 0
+
+    def epochs() -> list[int]:
+        return [entry.epoch for entry in run.events() if entry.kind == "claim"]
 
     def newest() -> int:
         found = run.state().latest()
         return found.step if found else 0
 
-    def check_what_was_resumed() -> None:
-        lines = {line["step"]: line for line in cluster.lines()}
-        assert min(lines) == committed + 1
-        assert all(line == undisturbed.lines[step] for step, line in lines.items())
-
-    for dead, step in ((2, 6), (0, 11)):  # one of the others, and the one by which they hear of each other
-        cluster.hold_at(step)
-        wait_for(lambda before=committed: newest() > before, "for a commit")
-        check_what_was_resumed()
-        cluster.hosts.unplug(dead)
-        began = time.monotonic()
-        cluster.go_on()
-        others = [process for host, process in enumerate(cluster.running) if host != dead]
-        assert [process.wait(PATIENCE_S) for process in others] == [75, 75], cluster.text()
-        assert time.monotonic() - began < PEER_TIMEOUT_S + 20
-        kill(cluster.running[dead])
-        cluster.hosts.plug_in(dead)
-        committed = newest()
-    cluster.launch()
-    assert cluster.wait() == [0, 0, 0], cluster.text()
-    check_what_was_resumed()
-    assert cluster.weights() == undisturbed.weights
-
-
-def test_a_training_that_fails_on_one_machine_starts_again_on_all(
-    cluster: Cluster, twin_of_ranks: Callable[[int], Twin], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undisturbed = twin_of_ranks(2)
-    run = run_of(cluster, monkeypatch)
+    # Both machines start again by themselves: the launchers are the same processes.
     cluster.hold_at(6)
-    wait_for(lambda: run.state().latest() is not None, "for a commit")
+    wait_for(lambda: newest() == 5, "for a commit")
     ranks = [one for one in cluster.running[1].children(recursive=True) if "RANK" in one.environ()]
+    assert ranks
     ranks[-1].kill()
     cluster.go_on()
+    wait_for(lambda: len(epochs()) == 2, f"for the next launch: {cluster.text()}")
+    cluster.hold_again()
+    wait_for(lambda: [line["step"] for line in cluster.lines()] == [1, 2, 3, 4, 5, 6, 6], f"for step 6: {cluster.text()}")
+
+    # Machine 0 is the one by which the others hear of each other.
+    assert all(process.poll() is None for process in cluster.running), cluster.text()
+    cluster.hosts.unplug(0)
+    began = time.monotonic()
+    cluster.go_on()
+    assert cluster.running[1].wait(PATIENCE_S) == 75, cluster.text()
+    assert time.monotonic() - began < PEER_TIMEOUT_S + 20
+    kill(cluster.running[0])
+    cluster.hosts.plug_in(0)
+    assert newest() == 5
+    first = cluster.lines()
+
+    cluster.launch()
     assert cluster.wait() == [0, 0], cluster.text()
-    assert [entry.kind for entry in run.events()].count("claim") == 2
+    last = cluster.lines()
+    assert [line["step"] for line in last] == list(range(6, max(undisturbed.lines) + 1))
+    assert all(line == undisturbed.lines[line["step"]] for line in [*first, *last])
     assert cluster.weights() == undisturbed.weights
+    assert epochs() == [1, 2, 3]
 
 
 def test_the_shards_of_two_machines_are_one_checkpoint(
-    cluster: Cluster, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, case_in_peace: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = "FSDP2, sharded state"
-    (launcher.tmp_path / "peace").mkdir()
-    peace = launcher.start(
-        str(launcher.tmp_path / "peace-run"), [TRAIN, case, "peace"], options=["--multi_gpu", "--num_processes", "2"]
-    )
-    assert peace.wait() == 0, peace.text()
+    peace = case_in_peace(case)
     run = run_of(cluster, monkeypatch)
     cluster.env |= {"MATRIX_STOP": "notice@3", "MATRIX_NOTICE": str(cluster.hosts.folder(0) / "notice")}
     for number, codes in ((1, [75, 75]), (2, [0, 0])):
@@ -225,9 +238,7 @@ def test_the_shards_of_two_machines_are_one_checkpoint(
             assert newest is not None and newest.reason == "notice"
             shards = {file.path for file in newest.files if file.path.endswith(".distcp")}
             assert {Path(path).name for path in shards} == {"__0_0.distcp", "__1_0.distcp"}
-    ended, undisturbed = (
-        torch.load(path) for path in (cluster.hosts.folder(0) / "launch-2/final.pt", launcher.tmp_path / "peace/final.pt")
-    )
+    ended, undisturbed = (torch.load(path) for path in (cluster.hosts.folder(0) / "launch-2/final.pt", peace / "final.pt"))
     assert ended.keys() == undisturbed.keys()
     assert all(torch.equal(ended[name], undisturbed[name]) for name in ended)
 

@@ -14,7 +14,7 @@ from tests.matrix.runner import HEADER, run, to_json
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
     parser.add_argument("names", nargs="*", help="parts of the names of cases (all)")
-    parser.add_argument("--quick", action="store_true", help="the cases that CI runs")
+    parser.add_argument("--quick", action="store_true", help="the cases that CI runs, and their stops")
     parser.add_argument("--list", action="store_true", help="only print the names")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave everything that was written there")
@@ -28,7 +28,7 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory(prefix="hf_spot-matrix-") as scratch:
         for number, name in enumerate(chosen):
-            rows.append(run(name, (options.keep or Path(scratch)) / str(number)))
+            rows.append(run(name, (options.keep or Path(scratch)) / str(number), quick=options.quick))
             print(rows[-1], flush=True)
     if options.json:
         options.json.write_text(to_json(rows))

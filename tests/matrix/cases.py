@@ -48,7 +48,7 @@ class Case:
         needs: packages beyond the test extra.
         impossible: why the row can't be identical; empty when it must be.
         refused: the launch must end with 2, and say this.
-        quick: part of CI.
+        quick: part of CI, with these stops alone: the other kinds are played with the same training elsewhere.
     """
 
     make: Callable[[Path], Trainer] | None = None
@@ -58,7 +58,7 @@ class Case:
     needs: tuple[str, ...] = ()
     impossible: str = ""
     refused: str = ""
-    quick: bool = False
+    quick: tuple[str, ...] = ()
 
 
 CASES: dict[str, Case] = {}
@@ -213,7 +213,8 @@ def masked(length: int = LENGTH) -> tuple[Any, list[dict[str, Any]]]:
     return DataCollatorForLanguageModeling(tokenizer(), mlm_probability=0.3), data
 
 
-@case("masked tokens (MLM)", quick=True, stops=("notice@4", "kill@15"))
+# tests/training/test_exactness.py gives notice to trainings with masked tokens.
+@case("masked tokens (MLM)", quick=("kill@15",), stops=("notice@4", "kill@15"))
 def _(output_dir: Path) -> Trainer:
     collator, data = masked()
     return plain(output_dir, data=data, collator=collator, eval_strategy="no")
@@ -404,7 +405,7 @@ def _(output_dir: Path) -> Trainer:
 # -- several ranks ----------------------------------------------------------------------------------------------------
 
 TWO = {"ranks": 2, "stops": ("notice@3", "kill@8")}
-simple("DDP", {}, quick=True, **TWO)
+simple("DDP", {}, quick=("kill@8",), **TWO)  # tests/launch/test_supervisor.py and test_machines.py give notice
 simple("DDP, accumulated", {"gradient_accumulation_steps": 2}, ranks=2, stops=("notice@2", "term@5"))
 simple("DDP, group_by_length", {"train_sampling_strategy": "group_by_length"}, **TWO)
 simple("DDP, dispatched batches", {"accelerator_config": {"dispatch_batches": True}}, **TWO)
@@ -442,7 +443,11 @@ def sharded(output_dir: Path, state_dict_type: str, **more: Any) -> Trainer:
     return Trainer(model=llama(), args=args, train_dataset=texts())
 
 
-CASES["FSDP2, sharded state"] = Case(lambda output_dir: sharded(output_dir, "SHARDED_STATE_DICT"), quick=True, **TWO)
+CASES["FSDP2, sharded state"] = Case(
+    lambda output_dir: sharded(output_dir, "SHARDED_STATE_DICT"),
+    quick=("kill@8",),  # tests/launch/test_machines.py gives notice
+    **TWO,
+)
 CASES["FSDP2, full state"] = Case(lambda output_dir: sharded(output_dir, "FULL_STATE_DICT"), **TWO)
 CASES["FSDP2, sharded state, accumulated"] = Case(
     lambda output_dir: sharded(output_dir, "SHARDED_STATE_DICT", gradient_accumulation_steps=2),

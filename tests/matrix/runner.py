@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,23 @@ class Row:
 HEADER = f"{'case':46} ranks {'interruption':26} identical {'weights':>9}  LR loss data  seconds"
 
 
-def run(name: str, folder: Path) -> Row:
-    """Trains the case in ``folder``, which is made."""
+def in_peace(name: str, folder: Path) -> tuple[int, str]:
+    """Trains the case in ``folder`` under ``python`` or ``accelerate launch``; exit code, and what was said in the end."""
+    return _python(CASES[name], name, folder)
+
+
+def run(name: str, folder: Path, *, peace: Path | None = None, quick: bool = False) -> Row:
+    """Trains the case in ``folder``, which is made.
+
+    Args:
+        name: of the case.
+        folder: for everything.
+        peace: one of `in_peace`; None trains it here.
+        quick: with the stops that CI has time for.
+    """
     case = CASES[name]
+    if quick:
+        case = replace(case, stops=case.quick)
     began = time.monotonic()
 
     def row(identical: bool | None, expected: bool, why: str, *numbers: Any) -> Row:
@@ -68,8 +82,10 @@ def run(name: str, folder: Path) -> Row:
     if missing:
         return row(None, True, f"skipped: needs {', '.join(missing)}")
     folder.mkdir(parents=True)
-    if not case.refused:
-        code, said = _python(case, name, folder / "peace")
+    if peace is not None:
+        (folder / "peace").symlink_to(peace)
+    elif not case.refused:
+        code, said = in_peace(name, folder / "peace")
         if code:
             return row(None, False, f"the undisturbed training ended with {code}: {said}")
     for number, stop in enumerate([*case.stops, ""], 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from tests.matrix.runner import run
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.quick])
-def test_an_interrupted_training_ends_with_the_bits_of_one_left_in_peace(name: str, tmp_path: Path) -> None:
-    row = run(name, tmp_path / "case")
+def test_an_interrupted_training_ends_with_the_bits_of_one_left_in_peace(
+    name: str, tmp_path: Path, case_in_peace: Callable[[str], Path]
+) -> None:
+    row = run(name, tmp_path / "case", peace=case_in_peace(name), quick=True)
     logs = "\n".join(f"== {log}\n{log.read_text(errors='replace')}" for log in sorted((tmp_path / "case").glob("*.log")))
     assert row.identical, f"{row}\n{logs}"
     assert row.as_expected, f"{row}\n{logs}"

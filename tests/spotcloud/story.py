@@ -177,6 +177,7 @@ class Story:
         acts: in order.
         speed: so many times shorter than in life are the waits of ``--watch``.
         say: is told what happens, line by line.
+        twin: where the script has been left in peace already; None trains that, too, meanwhile.
     """
 
     def __init__(
@@ -188,7 +189,9 @@ class Story:
         *,
         speed: float,
         say: Callable[[str], None],
+        twin: Path | None = None,
     ) -> None:
+        self.twin = twin or folder
         self.folder, self.s3, self.script, self.acts, self.speed, self.say = folder, s3, script, acts, speed, say
         self.machines: list[str] = []
         self._watcher: psutil.Popen | None = None
@@ -214,26 +217,26 @@ class Story:
 
     def play(self) -> Outcome:
         """From the job file to the bill."""
-        twin = self._start([sys.executable, *self.script.arguments(self.folder)], "twin")
+        twin = self._start_twin()
         self.cloud.market.close()
         self._open(self.acts[0])
         self._start_watcher()
         for act, next_ in zip(self.acts, [*self.acts[1:], None], strict=True):
             self._play(act, next_)
         assert self._watcher is not None and self._watcher.wait(_GIVE_UP_S) == 0, self.text()
-        assert twin.wait(_GIVE_UP_S) == 0, (self.folder / "twin.log").read_text()
+        assert twin is None or twin.wait(_GIVE_UP_S) == 0, (self.folder / "twin.log").read_text()
         return self._compare()
 
     def play_weather(self, changes: Sequence[Change]) -> Outcome:
         """The same, with machines that come and go as a seed has it, and not when a step is reached."""
-        twin = self._start([sys.executable, *self.script.arguments(self.folder)], "twin")
+        twin = self._start_twin()
         self.cloud.market.close()
         for pool in {change.pool for change in changes}:
             self.cloud.market.open(pool.instance_type, pool.zone, pool.market)
         self.cloud.play(changes)
         self._start_watcher()
         assert self._watcher is not None and self._watcher.wait(_GIVE_UP_S) == 0, self.text()
-        assert twin.wait(_GIVE_UP_S) == 0, (self.folder / "twin.log").read_text()
+        assert twin is None or twin.wait(_GIVE_UP_S) == 0, (self.folder / "twin.log").read_text()
         self.machines = [name for name in self.cloud.machines if self._losses(name)]
         return self._compare()
 
@@ -326,6 +329,11 @@ class Story:
         self.say("story: --watch is killed")
         self._watcher = None
 
+    def _start_twin(self) -> psutil.Popen | None:
+        if self.twin != self.folder:
+            return None
+        return self._start([sys.executable, *self.script.arguments(self.folder)], "twin")
+
     def _start(self, command: Sequence[str], name: str) -> psutil.Popen:
         with open(self.folder / f"{name}.log", "wb") as out:
             process = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=ROOT, start_new_session=True)
@@ -350,7 +358,7 @@ ladder:
 
     def _compare(self) -> Outcome:
         final = self.run.pull(self.folder)
-        twin = _read(self.folder / "losses.jsonl")
+        twin = _read(self.twin / "losses.jsonl")
         losses = [self._losses(name) for name in self.machines]
         seen = {step for one in losses for step in one}
         equal = seen == twin.keys() and all(line == twin[step] for one in losses for step, line in one.items())
@@ -363,7 +371,7 @@ ladder:
         templates = [self.cloud.client(region=region).describe_launch_templates()["LaunchTemplates"] for region in regions]
         return Outcome(
             sha256=_sha256(final / "model.safetensors"),
-            sha256_twin=_sha256(self.folder / "out" / "final" / "model.safetensors"),
+            sha256_twin=_sha256(self.twin / "out" / "final" / "model.safetensors"),
             losses_equal=equal,
             final_step=max(seen),
             pools=[stay.pool for stay in stays.values()],

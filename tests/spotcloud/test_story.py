@@ -18,9 +18,9 @@ WITHOUT_MACHINES = pytest.mark.skipif(why_not() is not None, reason=str(why_not(
 @pytest.mark.slow
 @WITHOUT_MACHINES
 def test_a_training_that_is_moved_to_another_region_type_and_market_ends_with_the_same_model(
-    tmp_path: Path, seaweedfs: SeaweedFS
+    tmp_path: Path, seaweedfs: SeaweedFS, plain_in_peace: Path
 ) -> None:
-    with Story(tmp_path, seaweedfs, PLAIN, SHORT, speed=100, say=print) as story:
+    with Story(tmp_path, seaweedfs, PLAIN, SHORT, speed=100, say=print, twin=plain_in_peace) as story:
         outcome = story.play()
     assert outcome.identical, outcome
     assert outcome.pools == [act.pool for act in SHORT]  # and none twice, though --watch was killed as one was launched

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,35 @@ def peace(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
     trainer = make_trainer(tmp_path_factory.mktemp("peace"), recorder)
     trainer.train()
     return weights(trainer), recorder.losses
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What a training gives when nobody interrupts it."""
+
+    weights: dict[str, Any]
+    losses: dict[int, float]
+    evaluated: list[int]
+    max_steps: int
+    epoch: float
+    best_metric: float | None
+    num_input_tokens_seen: int
+
+
+@pytest.fixture(scope="session")
+def in_peace(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Callable[..., Undisturbed]:
+    """Trains what `make_trainer` makes of the settings, without hf_spot; once for each name, which goes with the settings."""
+
+    def train(name: str, **settings: Any) -> Undisturbed:
+        def fill(folder: Path) -> None:
+            recorder = Recorder()
+            trainer = make_trainer(folder / "out", recorder, **settings)
+            trainer.train()
+            seen = (trainer.state.epoch, trainer.state.best_metric, trainer.state.num_input_tokens_seen)
+            found = (weights(trainer), recorder.losses, recorder.evaluated, trainer.state.max_steps, *seen)
+            torch.save(found, folder / "found.pt")
+
+        folder = made_once(re.sub(r"\W+", "-", name), fill)
+        return Undisturbed(*torch.load(folder / "found.pt"))
+
+    return train

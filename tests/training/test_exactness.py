@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from transformers import EarlyStoppingCallback, Qwen3MoeConfig, Qwen3MoeForCausa
 from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.training.accumulation import Accumulation
 from hf_spot.training.session import Session
-from tests.training.conftest import Recorder, SaveRecorder, make_trainer, same, weights
+from tests.training.conftest import Recorder, SaveRecorder, Undisturbed, make_trainer, same, weights
 from tests.training.test_callback import QUIET, kinds, preempt, train_until_preempted
+
+InPeace = Callable[..., Undisturbed]
 
 
 def mask(batch: list[dict[str, Any]]) -> dict[str, Any]:
@@ -93,18 +95,16 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("at_step", [2, -1, 1], ids=["in the first epoch", "at its end", "in the second"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_resumed_training_ends_the_same(store: str, tmp_path: Path, case: str, at_step: int) -> None:
+def test_a_resumed_training_ends_the_same(store: str, tmp_path: Path, in_peace: InPeace, case: str, at_step: int) -> None:
     settings = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "save_steps": 100, **CASES[case]}
-    in_peace = Recorder()
-    undisturbed = make_trainer(tmp_path / "peace", in_peace, **settings)
-    undisturbed.train()
-    half = max(in_peace.losses) // 2
+    undisturbed = in_peace(f"resumed: {case}", **settings)
+    half = max(undisturbed.losses) // 2
     first = train_until_preempted(store, tmp_path / "one", at_step if at_step == 2 else half + max(0, at_step), **settings)
     second = Recorder()
     trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), second, **settings)
     trainer.train()
-    assert first.losses | second.losses == in_peace.losses
-    assert same(weights(trainer), weights(undisturbed))
+    assert first.losses | second.losses == undisturbed.losses
+    assert same(weights(trainer), undisturbed.weights)
 
 
 def test_a_trainer_that_loads_in_its_own_way_is_resumed_in_that_way(
@@ -124,23 +124,30 @@ def test_a_trainer_that_loads_in_its_own_way_is_resumed_in_that_way(
     assert same(weights(trainer), peace[0])
 
 
+STREAMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated over the end of a pass": {"gradient_accumulation_steps": 3},
+    "random in workers": {"dataloader_num_workers": 2, "data_collator": mask},
+}
+
+
 @pytest.mark.parametrize("at_step", [3, 5, 6, 13], ids=["first pass", "its end", "second pass", "third pass"])
-@pytest.mark.parametrize(
-    "case",
-    [{}, {"gradient_accumulation_steps": 3}, {"dataloader_num_workers": 2, "data_collator": mask}],
-    ids=["plain", "accumulated over the end of a pass", "random in workers"],
-)
-def test_a_stream_goes_on_in_its_pass(store: str, tmp_path: Path, case: dict[str, Any], at_step: int) -> None:
-    settings = {"max_steps": 16, "per_device_train_batch_size": 4, "save_steps": 100, "train_dataset": Stream, **case}
-    in_peace, second = Recorder(), Recorder()
-    undisturbed = make_trainer(tmp_path / "peace", in_peace, **settings)
-    undisturbed.train()
+@pytest.mark.parametrize("case", STREAMS)
+def test_a_stream_goes_on_in_its_pass(store: str, tmp_path: Path, in_peace: InPeace, case: str, at_step: int) -> None:
+    settings = {
+        "max_steps": 16,
+        "per_device_train_batch_size": 4,
+        "save_steps": 100,
+        "train_dataset": Stream,
+        **STREAMS[case],
+    }
+    undisturbed, second = in_peace(f"stream: {case}", **settings), Recorder()
     first = train_until_preempted(store, tmp_path / "one", at_step, **settings)
     trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), second, **settings)
     trainer.train()
-    assert first.losses | second.losses == in_peace.losses
-    assert same(weights(trainer), weights(undisturbed))
-    assert trainer.state.epoch == undisturbed.state.epoch
+    assert first.losses | second.losses == undisturbed.losses
+    assert same(weights(trainer), undisturbed.weights)
+    assert trainer.state.epoch == undisturbed.epoch
 
 
 @pytest.mark.parametrize(
@@ -221,43 +228,50 @@ class PreemptEvaluation(TrainerCallback):
             self.act()
 
 
+EVALUATIONS: dict[str, dict[str, Any]] = {
+    "steps": {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 100},
+    "best reloaded": {
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "save_steps": 4,
+        "load_best_model_at_end": True,
+        "save_total_limit": 1,
+    },
+    "epochs": {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "num_train_epochs": 3},
+    "best saved": {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "best", "metric_for_best_model": "loss"},
+    "plateau, saved before the evaluation": {
+        "eval_strategy": "epoch",
+        "save_steps": 12,
+        "num_train_epochs": 3,
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+    },
+}
+
+
 @pytest.mark.parametrize("number", [1, 2, 3])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 100},
-        {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "load_best_model_at_end": True, "save_total_limit": 1},
-        {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "num_train_epochs": 3},
-        {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "best", "metric_for_best_model": "loss"},
-        {"eval_strategy": "epoch", "save_steps": 12, "num_train_epochs": 3, "lr_scheduler_type": "reduce_lr_on_plateau"},
-    ],
-    ids=["steps", "best reloaded", "epochs", "best saved", "plateau, saved before the evaluation"],
-)
+@pytest.mark.parametrize("case", EVALUATIONS)
 def test_a_notice_ends_an_evaluation_and_the_next_launch_makes_up_for_it(
-    store: str, tmp_path: Path, settings: dict[str, Any], number: int
+    store: str, tmp_path: Path, in_peace: InPeace, case: str, number: int
 ) -> None:
-    settings = {"per_device_eval_batch_size": 2, **settings}
-    in_peace = Recorder()
-    undisturbed = make_trainer(tmp_path / "peace", in_peace, **settings)
-    undisturbed.train()
+    settings = {"per_device_eval_batch_size": 2, **EVALUATIONS[case]}
+    undisturbed = in_peace(f"evaluation: {case}", **settings)
     callback, first, second = SpotCallback(store, SpotArguments(notice="signal")), SaveRecorder(), Recorder()
     with pytest.raises(TrainingPreempted) as caught:
         make_trainer(tmp_path / "one", first, PreemptEvaluation(callback, number), callback, **settings).train()
-    assert caught.value.step == in_peace.evaluated[number - 1] == max(first.losses)
-    assert first.evaluated == in_peace.evaluated[: number - 1]
+    assert caught.value.step == undisturbed.evaluated[number - 1] == max(first.losses)
+    assert first.evaluated == undisturbed.evaluated[: number - 1]
     assert len(set(first.saved)) == len(first.saved)  # a folder that is being uploaded is not written again
     trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), second, **settings)
     trainer.train()
-    assert first.losses | second.losses == in_peace.losses
-    assert first.evaluated + second.evaluated == in_peace.evaluated
-    assert same(weights(trainer), weights(undisturbed))
-    assert trainer.state.best_metric == undisturbed.state.best_metric
+    assert first.losses | second.losses == undisturbed.losses
+    assert first.evaluated + second.evaluated == undisturbed.evaluated
+    assert same(weights(trainer), undisturbed.weights)
+    assert trainer.state.best_metric == undisturbed.best_metric
 
 
-def test_a_notice_in_an_evaluation_that_is_made_up_for_loses_nothing(store: str, tmp_path: Path) -> None:
-    settings = {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 100, "per_device_eval_batch_size": 2}
-    undisturbed = make_trainer(tmp_path / "peace", **settings)
-    undisturbed.train()
+def test_a_notice_in_an_evaluation_that_is_made_up_for_loses_nothing(store: str, tmp_path: Path, in_peace: InPeace) -> None:
+    settings = {"per_device_eval_batch_size": 2, **EVALUATIONS["steps"]}
+    undisturbed = in_peace("evaluation: steps", **settings)
     for launch in ("one", "two"):
         callback = SpotCallback(store, SpotArguments(notice="signal"))
         with pytest.raises(TrainingPreempted) as caught:
@@ -267,15 +281,14 @@ def test_a_notice_in_an_evaluation_that_is_made_up_for_loses_nothing(store: str,
     trainer = make_trainer(tmp_path / "three", SpotCallback(store, QUIET), recorder, **settings)
     trainer.train()
     assert recorder.evaluated == [4, 8, 12]
-    assert same(weights(trainer), weights(undisturbed))
+    assert same(weights(trainer), undisturbed.weights)
 
 
 def test_a_notice_that_is_taken_back_while_it_ends_an_evaluation_loses_nothing(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: str, tmp_path: Path, in_peace: InPeace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 100, "per_device_eval_batch_size": 2}
-    undisturbed = make_trainer(tmp_path / "peace", **settings)
-    undisturbed.train()
+    settings = {"per_device_eval_batch_size": 2, **EVALUATIONS["steps"]}
+    undisturbed = in_peace("evaluation: steps", **settings)
     callback = SpotCallback(store, SpotArguments(notice="signal"))
     plain = Session.step_ended
 
@@ -289,7 +302,7 @@ def test_a_notice_that_is_taken_back_while_it_ends_an_evaluation_loses_nothing(
     monkeypatch.undo()
     trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), **settings)
     trainer.train()
-    assert same(weights(trainer), weights(undisturbed))
+    assert same(weights(trainer), undisturbed.weights)
 
 
 def test_what_a_callback_evaluates_by_itself_is_left_alone(store: str, tmp_path: Path) -> None:
@@ -349,7 +362,7 @@ class Normed(torch.nn.Module):
 @pytest.mark.parametrize("step", [1, 3, 4, 5, 6], ids=["first", "middle", "saved before", "first of an epoch", "after it"])
 @pytest.mark.parametrize("case", ["plain", "masked tokens", "batch norm", "evaluated"])
 def test_a_notice_in_the_middle_of_a_step_does_not_wait_for_its_end(
-    store: str, tmp_path: Path, case: str, step: int, monkeypatch: pytest.MonkeyPatch
+    store: str, tmp_path: Path, in_peace: InPeace, case: str, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more: dict[str, Any] = {
         "plain": {},
@@ -358,10 +371,8 @@ def test_a_notice_in_the_middle_of_a_step_does_not_wait_for_its_end(
         "evaluated": {"eval_strategy": "steps", "eval_steps": 1},
     }[case]
     settings = {"num_train_epochs": 2, "gradient_accumulation_steps": 3, "save_steps": 3, **more}
-    in_peace = Recorder()
-    undisturbed = make_trainer(tmp_path / "peace", in_peace, **settings)
-    undisturbed.train()
-    assert undisturbed.state.max_steps == 8
+    undisturbed = in_peace(f"middle of a step: {case}", **settings)
+    assert undisturbed.max_steps == 8
     callback, first, second = SpotCallback(store, SpotArguments(notice="signal")), SaveRecorder(), Recorder()
     slow = Slow(callback, step, 1)
     monkeypatch.setattr("hf_spot.training.callback.Accumulation", functools.partial(Accumulation, clock=slow.clock))
@@ -372,7 +383,7 @@ def test_a_notice_in_the_middle_of_a_step_does_not_wait_for_its_end(
     assert len(set(first.saved)) == len(first.saved)
     trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), second, **settings)
     trainer.train()
-    assert first.losses | second.losses == in_peace.losses
-    assert first.evaluated + second.evaluated == in_peace.evaluated
-    assert same(weights(trainer), weights(undisturbed))
-    assert trainer.state.num_input_tokens_seen == undisturbed.state.num_input_tokens_seen
+    assert first.losses | second.losses == undisturbed.losses
+    assert first.evaluated + second.evaluated == undisturbed.evaluated
+    assert same(weights(trainer), undisturbed.weights)
+    assert trainer.state.num_input_tokens_seen == undisturbed.num_input_tokens_seen
