@@ -135,6 +135,8 @@ class Arena:
     def close(self) -> None:
         """Gives the memory back, as soon as the last copy is gone."""
         if self._pins is not None:
+            with contextlib.suppress(RuntimeError):  # of a device that has failed
+                self.wait()
             self._pins.close()
         self._memory = self._pins = None
         self.limit_bytes = 0

@@ -42,6 +42,7 @@ class Stopwatch:
             if self._step_began is not None:
                 self.steps_s.append(began - self._step_began)
                 self.step_ended_at.append(time.time())
+                self._step_began = None  # Trainer comes here once more when all has ended, and the last save with it
             saves = trainer.control.should_save
             plain_after(*args, **kwargs)
             if saves:
