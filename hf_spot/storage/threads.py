@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from functools import partial
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,9 +18,6 @@ T = TypeVar("T")
 _Job = tuple["Future[Any]", Callable[[], Any]]
 
 
-_STATE, _PROCESSOR = 0, 36  # of the fields behind the name: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
-# Of this process, before OpenMP may bind the main thread to one of them, which threads that it starts inherit.
-_PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
 _NICE = 5  # a quarter of a processor, where training wants it; all of it, where nobody does
 
 
@@ -30,17 +26,6 @@ def stand_back() -> None:
     if hasattr(os, "setpriority"):
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
-
-
-def step_aside() -> None:
-    """Leaves to the main thread, where training runs, the processor that it is on; the calling thread may use all others, and
-    all of them while the main thread waits. A scheduler may keep both on one for long, while another is idle."""
-    if hasattr(os, "sched_setaffinity"):
-        with contextlib.suppress(OSError):
-            main = Path(f"/proc/self/task/{os.getpid()}/stat").read_text().rpartition(")")[2].split()
-            others = _PROCESSORS - {int(main[_PROCESSOR])} if main[_STATE] == "R" else _PROCESSORS
-            if others:
-                os.sched_setaffinity(0, others)  # 0 is the calling thread
 
 
 class Workers(Executor):
@@ -99,7 +84,6 @@ def _work(jobs: SimpleQueue[_Job | None], idle: threading.Semaphore) -> None:
     while (job := jobs.get()) is not None:
         future, act = job
         if future.set_running_or_notify_cancel():
-            step_aside()
             try:
                 future.set_result(act())
             except BaseException as error:

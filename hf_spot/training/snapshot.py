@@ -33,7 +33,7 @@ import torch.distributed.checkpoint
 import torch.serialization
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hf_spot.storage.threads import stand_back, step_aside
+from hf_spot.storage.threads import stand_back
 from hf_spot.training.agreement import Agreement
 from hf_spot.training.device import Arrivals, Pins, in_order, taken_over
 from hf_spot.training.shards import StagedPlanner, Unknown, stage
@@ -388,7 +388,6 @@ class WriteBehind:
         stand_back()
         while (job := self._jobs.get()) is not None:
             act, always = job
-            step_aside()
             if self._error is None or (always and not self.parted):
                 try:
                     act()

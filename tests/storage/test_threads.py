@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
-import zlib
 from concurrent.futures import wait
-from pathlib import Path
 
 import pytest
 
-from hf_spot.storage.threads import Workers, step_aside
+from hf_spot.storage.threads import Workers
 from tests.waiting import wait_for
 
 
@@ -55,29 +52,3 @@ def test_threads_end_when_nobody_can_ask_them_any_more() -> None:
 def test_a_call_that_never_returns_keeps_no_process_alive() -> None:
     code = "import threading; from hf_spot.storage.threads import Workers; Workers(1).submit(threading.Event().wait)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-@pytest.mark.skipif(
-    len(getattr(os, "sched_getaffinity", lambda _: [0])(0)) < 2, reason="one processor, or a system that has no affinity"
-)
-def test_they_leave_its_processor_to_a_main_thread_that_works_and_take_it_when_that_waits() -> None:
-    everywhere = os.sched_getaffinity(0)
-    work, seen = bytes(1 << 20), set()
-
-    def where() -> frozenset[int]:
-        step_aside()
-        return frozenset(os.sched_getaffinity(0))
-
-    def where_while_main_waits() -> frozenset[int]:
-        state = Path(f"/proc/self/task/{os.getpid()}/stat")
-        wait_for(lambda: state.read_text().rpartition(")")[2].split()[0] == "S", "for the main thread to wait")
-        return where()
-
-    with Workers(1) as workers:
-        for _ in range(50):
-            job = workers.submit(where)
-            while not job.done():
-                zlib.crc32(work)  # without the interpreter's lock
-            seen.add(len(job.result()))
-        assert len(everywhere) - 1 in seen
-        assert workers.submit(where_while_main_waits).result() == everywhere
