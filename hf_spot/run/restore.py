@@ -59,9 +59,10 @@ def bring(
     ranks: Collection[int] | None = None,
     world_size: int = 1,
     progress: Callable[[int], Progress | None] = lambda size_bytes: None,
+    take: Callable[[Collection[int] | None], bool] = lambda ranks: False,
 ) -> tuple[Checkpoint, Path]:
-    """One commit as the folder ``output_dir/checkpoint-<step>``: the one that is there if it is the same to the byte, else
-    downloaded and verified.
+    """One commit as the folder ``output_dir/checkpoint-<step>``: taken from whoever has fetched and verified it already; or the
+    one that is there if it is the same to the byte; else downloaded and verified.
 
     Args:
         run: to read from.
@@ -70,18 +71,23 @@ def bring(
         ranks: that read this disk, when not all do: only what they need is fetched.
         world_size: ranks in all. If there were others when it was saved, everything is fetched.
         progress: makes a progress callback for a download of so many bytes.
+        take: puts a folder that holds what these ranks need into its place, and tells whether it had one.
     """
     checkpoint = run.checkpoint(ref)
     folder = output_dir / checkpoint.name
     if checkpoint.details.get("world_size") != world_size:
         ranks = None
-    if folder.exists() and (problems := run.compare(checkpoint, folder, ranks=ranks)):
+    if not take(ranks) and folder.exists() and (problems := run.compare(checkpoint, folder, ranks=ranks)):
         set_aside(folder, problems[0])
-    return checkpoint, run.fetch(checkpoint, output_dir, ranks=ranks, progress=progress(ref.size_bytes))
+    if not folder.exists():
+        return checkpoint, run.fetch(checkpoint, output_dir, ranks=ranks, progress=progress(ref.size_bytes))
+    run.remember(checkpoint, ranks=ranks)
+    return checkpoint, folder
 
 
-def take(runtime: Runtime, entry: int, into: Path, wait: Callable[[], None], *, ranks: Collection[int] | None = None) -> None:
-    """Moves what the launcher has fetched to its place in ``into``, if it is that entry's, and all that is wanted.
+def take(runtime: Runtime, entry: int, into: Path, wait: Callable[[], None], *, ranks: Collection[int] | None = None) -> bool:
+    """Moves what the launcher has fetched, and verified as it came, to its place in ``into``, if it is that entry's, and all
+    that is wanted. Whether it did.
 
     Args:
         runtime: of the launch.
@@ -99,7 +105,9 @@ def take(runtime: Runtime, entry: int, into: Path, wait: Callable[[], None], *, 
             into.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(OSError):  # another disk, or no longer there
                 os.rename(told.folder, into / told.folder.name)
-        return
+                return True
+        break
+    return False
 
 
 def set_aside(folder: Path, why: str) -> Path:

@@ -168,7 +168,7 @@ class Run:
         if folder.exists():
             problems = self.compare(checkpoint, folder, ranks=ranks)
             if not problems:
-                self._unchanged.note(checkpoint.ref.prefix, files)
+                self.remember(checkpoint, ranks=ranks)
                 return folder
             raise CorruptCheckpoint(
                 f"{folder} stands in the way and is not this checkpoint: {problems[0]}",
@@ -182,8 +182,14 @@ class Run:
                 hint=f"another --step of: hf-spot checkpoints ls {self.url}",
             )
         transfer.download(self.store, checkpoint.ref.prefix, files, folder, workers=self._workers, progress=progress)
-        self._unchanged.note(checkpoint.ref.prefix, files)
+        self.remember(checkpoint, ranks=ranks)
         return folder
+
+    def remember(self, checkpoint: Checkpoint, *, ranks: Collection[int] | None = None) -> None:
+        """This machine goes on from it (``ranks`` as for `fetch`): what a later checkpoint has of its files is copied in the
+        store, and not sent again."""
+        files = checkpoint.files if ranks is None else needed_by(checkpoint.files, ranks)
+        self._unchanged.note(checkpoint.ref.prefix, files)
 
     def read(self, checkpoint: Checkpoint, path: str) -> bytes:
         """One small file of a checkpoint, verified.

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -215,12 +215,20 @@ class Tenure:
 
             return moved
 
-        def act() -> tuple[Checkpoint, Path]:
-            if self.runtime is not None:
-                take(self.runtime, ref.entry, self.output_dir, wait_for_launcher, ranks=ranks)
-            return bring(self.run, ref, self.output_dir, ranks=ranks, world_size=self.world_size, progress=watched_bar)
+        def take_over(wanted: Collection[int] | None) -> bool:
+            return self.runtime is not None and take(self.runtime, ref.entry, self.output_dir, wait_for_launcher, ranks=wanted)
 
-        return self.on_each_disk(act)
+        return self.on_each_disk(
+            lambda: bring(
+                self.run,
+                ref,
+                self.output_dir,
+                ranks=ranks,
+                world_size=self.world_size,
+                progress=watched_bar,
+                take=take_over,
+            )
+        )
 
     def start_uploader(self, on_commit: Callable[[Entry], None] = lambda entry: None) -> None:
         """On the leader of each disk: from now on `submit` has somebody to hand a checkpoint to.

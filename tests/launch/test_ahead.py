@@ -14,7 +14,8 @@ import pytest
 from hf_spot.arguments import SpotArguments
 from hf_spot.launch.ahead import Ahead
 from hf_spot.launch.command import Machines
-from hf_spot.run.restore import take
+from hf_spot.run.digest import digest_of
+from hf_spot.run.restore import bring, take
 from hf_spot.run.run import CommitRequest, Run
 from hf_spot.runtime import Restore, Runtime
 from tests.launch.conftest import Launcher
@@ -74,6 +75,34 @@ def test_the_newest_checkpoint_is_fetched_to_the_disk_of_its_output_dir_and_move
     take(runtime, told.entry, out, never)
     ahead.close()
     assert [*tmp_path.glob(".hf_spot*")] == []
+
+
+def test_what_was_verified_as_it_came_is_not_read_again_and_a_folder_that_stands_there_is_read_once(
+    run: Run, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead, told = fetched(run, runtime)
+    read: list[str] = []
+    monkeypatch.setattr(
+        "hf_spot.run.manifest.digest_of", lambda path, *hash: (read.append(path.name), digest_of(path, *hash))[1]
+    )
+    ref, out = run.find().ref, tmp_path / "elsewhere" / "out"
+    checkpoint, folder = bring(run, ref, out, take=lambda ranks: take(runtime, ref.entry, out, never, ranks=ranks))
+    assert told.folder is not None and not told.folder.exists()
+    assert read == []
+    again, same_folder = bring(run, ref, out, take=lambda ranks: take(runtime, ref.entry, out, never, ranks=ranks))
+    assert (again, same_folder) == (checkpoint, folder)
+    assert sorted(read) == sorted(Path(file.path).name for file in checkpoint.files)
+    ahead.close()
+
+
+def test_what_was_saved_by_another_number_of_ranks_is_brought_whole(of_two: Run, runtime: Runtime, tmp_path: Path) -> None:
+    ahead, told = fetched(of_two, runtime, machines=Machines(count=2, rank=1))
+    ref, out = of_two.find().ref, tmp_path / "elsewhere" / "out"
+    take_over = lambda ranks: take(runtime, ref.entry, out, never, ranks=ranks)  # noqa: E731
+    checkpoint, folder = bring(of_two, ref, out, ranks=(1,), world_size=4, take=take_over)
+    assert told.folder is not None and told.folder.exists(), "it holds what rank 1 of two needs, and no more"
+    assert of_two.compare(checkpoint, folder) == []
+    ahead.close()
 
 
 def test_another_commit_than_the_one_that_is_wanted_is_left_where_it_is_and_goes_with_the_launch(
