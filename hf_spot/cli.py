@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import gc
 import json
 import os
 import re
@@ -35,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["launch"]:
-            gc.disable()  # accelerate imports torch, and the collector would look for garbage in it
-            from hf_spot.launch.supervisor import launch  # its parser is accelerate's: it can't be a sub-parser of ours
+            from hf_spot.launch.command import Reading
 
-            gc.freeze()
-            gc.enable()
-            return launch(arguments[1:])
+            reading = Reading(arguments[1:])  # its parser is accelerate's: it can't be a sub-parser of ours
+            from hf_spot.launch.supervisor import launch
+
+            return launch(reading)
         args = parser().parse_args(arguments)
         command: Callable[[argparse.Namespace], int] = args.command
         return command(args)

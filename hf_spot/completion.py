@@ -33,7 +33,7 @@ def script(top: argparse.ArgumentParser, shell: str) -> str:
         raise ConfigError(
             f"hf-spot completion needs shtab, which can't be imported: {error}", hint="pip install shtab"
         ) from error
-    from hf_spot.launch.command import parser as launch_parser
+    from hf_spot.launch.options import parser as launch_parser
 
     commands = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction))
     commands.choices["launch"] = _spelt_once(launch_parser())  # the same object that shtab walks

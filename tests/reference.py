@@ -200,12 +200,12 @@ def _in_scope(found: griffe.Object, reference: str) -> bool:
 
 def command_line() -> str:
     """The page about the commands. Of ``launch`` it has hf_spot's own options."""
-    from hf_spot.launch import command
+    from hf_spot.launch import options
 
     with mock.patch.dict(os.environ, clear=False):
         os.environ.pop("HF_SPOT_STORE", None)
         top = cli.parser()
-    launch = command.parser()
+    launch = options.parser()
     restarts = [one for one in launch._actions if one.dest == "max_restarts"]  # accelerate's, which means more here
     lines = [
         "# Every command",

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -127,13 +128,16 @@ FLAG = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
 
 def help_of(*command: str) -> str:
     """What ``hf-spot COMMAND --help`` prints."""
+    width = {"COLUMNS": "200", "NO_COLOR": "1"}
+    if command == ("launch",):  # another process prints it
+        words = [sys.executable, "-m", "hf_spot", *command, "--help"]
+        return subprocess.run(words, env={**os.environ, **width}, check=True, capture_output=True, text=True).stdout
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(sys, "argv", ["hf-spot", *command, "--help"])  # accelerate's help depends on it
-        patch.setenv("COLUMNS", "200")
-        patch.setenv("NO_COLOR", "1")
+        for name, value in width.items():
+            patch.setenv(name, value)
         try:
-            code: object = main()
+            code: object = main([*command, "--help"])
         except SystemExit as end:
             code = end.code
     assert not code

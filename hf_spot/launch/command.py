@@ -1,38 +1,21 @@
-"""The command line of ``hf-spot launch``: accelerate's parser with a group of ours, and the command that trains."""
+"""What a launch is to run. The command line is read by a process of its own (`hf_spot.launch.options`): accelerate's parser
+imports torch, which the launcher neither waits for nor keeps in memory while others train."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import json
 import os
-import re
-import socket
+import subprocess
 import sys
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NoReturn
-
-import psutil
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.commands.utils import CustomArgumentParser
-from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError
 from hf_spot.runtime import STORE_VARIABLE
 
-MAX_RESTARTS = 3
-_AGENT = "hf_spot.launch.agent"
-_BOOTSTRAP = "hf_spot.training.bootstrap"
-_GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
-_LOOPBACK = re.compile(r"localhost$|127\.|::1$")  # whoever says so has all "machines" on one
-_EXAMPLE = "hf-spot launch --store s3://bucket/runs/my-run train.py"
-_MAX_RESTARTS_HELP = (
-    "Launches in a row that may crash without committing anything before hf-spot gives up; preemptions don't count, and 0 "
-    f"never restarts (default: {MAX_RESTARTS}). The restarts of torchrun's own agent stay off."
-)
+_OPTIONS = "hf_spot.launch.options"
 
 
 @dataclass(frozen=True)
@@ -64,150 +47,73 @@ class Command:
     environ: dict[str, str]
     machines: Machines = field(default_factory=lambda: Machines())
 
+    def to_json(self) -> str:
+        """For `from_json`."""
+        return json.dumps(dataclasses.asdict(self))
 
-def parser() -> argparse.ArgumentParser:
-    """accelerate's parser, our group in front of its others."""
-    made: argparse.ArgumentParser = launch_command_parser()
-    made.prog = "hf-spot launch"
-    made.description = (
-        "Runs a training script as `accelerate launch` does, hears preemption notices, and goes on from the newest committed "
-        "checkpoint. All options of `accelerate launch` may be given."
-    )
-    # accelerate's own formatter hides every group that it doesn't know.
-    made.formatter_class = argparse.HelpFormatter
-    made.usage = "hf-spot launch --store URL [options of hf-spot and of accelerate launch] SCRIPT [its own arguments]"
-    _add_options(made.add_argument_group("hf-spot"))
-    made._action_groups.insert(0, made._action_groups.pop())
-    for action in made._actions:
-        if action.dest == "max_restarts":
-            action.default, action.help = MAX_RESTARTS, _MAX_RESTARTS_HELP
-    made.error = _fail  # type: ignore[method-assign]
-    return made
+    @classmethod
+    def from_json(cls, text: str) -> Command:
+        """What `to_json` was called on. Raises ConfigError for a `refusal`."""
+        told = json.loads(text)
+        if "refused" in told:
+            raise ConfigError(told["refused"], hint=told["hint"])
+        return cls(**{**told, "arguments": SpotArguments(**told["arguments"]), "machines": Machines(**told["machines"])})
 
 
-def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Command:
-    """Checks everything that can be checked before anything starts.
+def refusal(error: ConfigError) -> str:
+    """For `Command.from_json`, in place of a command."""
+    return json.dumps({"refused": error.args[0], "hint": error.hint})
+
+
+def likely_store(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> str | None:
+    """The URL of the run, as far as it can be told before accelerate's options are known; None when it may be anything.
 
     Args:
         argv: what stands behind ``hf-spot launch``.
         environ: the environment.
-
-    Raises:
-        ConfigError: something is missing, can't be used, or is not supported.
     """
-    args = parser().parse_args(list(argv))
-    arguments = SpotArguments(**{f.name: getattr(args, f.name) for f in dataclasses.fields(SpotArguments)})
-    store = args.store or environ.get(STORE_VARIABLE)
-    if not store:
-        raise ConfigError("hf-spot launch: no store is named", hint=f"{_EXAMPLE}, or export {STORE_VARIABLE}")
-    if args.max_restarts < 0:
-        raise ConfigError(f"--max-restarts {args.max_restarts} must not be negative", hint="0 never restarts")
-    if args.no_python:
-        raise ConfigError("--no_python: hf-spot can only make Python scripts preemptible", hint=_EXAMPLE)
-    if not args.module and not Path(args.training_script).exists():
-        raise ConfigError(f"{args.training_script}: there is no such script", hint=f"ls {Path(args.training_script).parent}")
-    script = [*(["--module"] if args.module else []), args.training_script, *args.training_script_args]
-    options = list(argv[: len(argv) - 1 - len(args.training_script_args)])
-    try:
-        args, config, _ = _validate_launch_command(args)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"accelerate launch: {error}", hint="hf-spot launch --help, or accelerate config") from error
-    _refuse_what_is_not_supported(args, config)
-    machines = _machines(args)
-    if _is_distributed(args):
-        command = [sys.executable, "-m", _AGENT, *_of_accelerate(options), "-m", _BOOTSTRAP, *script]
-        env = dict(environ)
-    else:
-        command = [sys.executable, "-m", _BOOTSTRAP, *script]
-        env = prepare_simple_launcher_cmd_env(args)[1]
-    if machines.count > 1 and _GLOO_VARIABLE not in env and (interface := interface_to(machines.main_ip)):
-        # Where a machine's name stands for 127.0.1.1, as Debian has it, gloo would listen where nobody can reach it.
-        if interface == "lo" and not _LOOPBACK.match(machines.main_ip):
-            raise ConfigError(
-                f"--main_process_ip {machines.main_ip}: on this machine that name stands for a loopback address, which no "
-                "other machine reaches",
-                hint=f"an address that `hostname -I` prints there, or export {_GLOO_VARIABLE}=eth0 (see ip -br addr)",
-            )
-        env[_GLOO_VARIABLE] = interface
-    return Command(store, arguments, args.max_restarts, command, env, machines)
+    for number, word in enumerate(argv):
+        if word in ("-m", "--module") or word.endswith(".py"):  # what follows may be the script's own
+            break
+        if word == "--store":
+            return next(iter(argv[number + 1 :]), None)
+        if word.startswith("--store="):
+            return word.partition("=")[2]
+    return None if any(word.startswith("--store") for word in argv) else environ.get(STORE_VARIABLE)
 
 
-def interface_to(address: str) -> str | None:
-    """The network interface by which this machine reaches another one, or None."""
-    try:
-        family, *_, where = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(where)  # sends nothing
-            own = probe.getsockname()[0]
-    except OSError:
-        return None
-    found = [name for name, parts in psutil.net_if_addrs().items() if any(part.address == own for part in parts)]
-    return found[0] if found else None
+class Reading:
+    """A command line that is being read, by a process that begins at once.
 
+    Args:
+        argv: what stands behind ``hf-spot launch``.
+    """
 
-def _machines(args: argparse.Namespace) -> Machines:
-    count = args.num_machines or 1
-    if count == 1:
-        return Machines()
-    example = "--num_machines 2 --machine_rank 0 --main_process_ip 10.0.0.1 --main_process_port 29500"
-    if args.machine_rank is None or not args.main_process_ip:
-        raise ConfigError(
-            f"--num_machines {count}: --machine_rank and --main_process_ip must be named on every machine", hint=example
-        )
-    if not 0 <= args.machine_rank < count:
-        raise ConfigError(f"--machine_rank {args.machine_rank} is none of 0 to {count - 1}", hint=example)
-    if not _is_distributed(args):
-        raise ConfigError(
-            f"--num_machines {count} needs --multi_gpu, --use_fsdp or --use_deepspeed", hint=f"--multi_gpu {example}"
-        )
-    if args.num_processes % count:
-        raise ConfigError(
-            f"--num_processes {args.num_processes} counts those of all {count} machines, and must be a multiple of {count}",
-            hint=f"--num_processes {count}",
-        )
-    return Machines(count, int(args.machine_rank), args.main_process_ip)
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.argv = argv
+        ours, theirs = os.pipe()
+        try:
+            # In a session of its own: Ctrl-C is for the launcher, and would make a traceback here.
+            command = [sys.executable, "-m", _OPTIONS, str(theirs), *argv]
+            self._process = subprocess.Popen(command, env=os.environ, pass_fds=[theirs], start_new_session=True)
+        finally:
+            os.close(theirs)
+        self._answer = os.fdopen(ours)
 
+    def result(self) -> Command:
+        """Waits for it.
 
-def _add_options(group: Any) -> None:
-    group.add_argument(
-        "--store",
-        metavar="URL",
-        help=f"the run: s3://bucket/prefix, gs://…, az://…, hf://…, or a directory (default: ${STORE_VARIABLE})",
-    )
-    types = typing.get_type_hints(SpotArguments)
-    for setting in dataclasses.fields(SpotArguments):
-        flag, text = f"--{setting.name}", str(setting.metadata["help"])  # accelerate's groups add the spelling with hyphens
-        if types[setting.name] is bool:
-            group.add_argument(flag, action="store_true", default=setting.default, help=text)
-            continue
-        shown = "" if setting.default is None else f" (default: {setting.default})"
-        kind = next(one for one in (*typing.get_args(types[setting.name]), types[setting.name]) if one is not type(None))
-        group.add_argument(flag, type=kind, default=setting.default, metavar=kind.__name__.upper(), help=text + shown)
-
-
-def _of_accelerate(options: list[str]) -> list[str]:
-    """The options without those that hf-spot answers itself."""
-    ours = CustomArgumentParser(add_help=False, allow_abbrev=False)
-    _add_options(ours.add_argument_group("hf-spot"))
-    ours.add_argument("--max_restarts")
-    ours.add_argument("-m", "--module", action="store_true")
-    rest: list[str] = ours.parse_known_args(options)[1]
-    return rest
-
-
-def _is_distributed(args: argparse.Namespace) -> bool:
-    return not args.cpu and any((args.use_deepspeed, args.use_fsdp, args.use_megatron_lm, args.multi_gpu))
-
-
-def _refuse_what_is_not_supported(args: argparse.Namespace, config: Any) -> None:
-    sagemaker = config is not None and "SAGEMAKER" in str(config.compute_environment)
-    if args.tpu or sagemaker:
-        raise ConfigError(
-            "hf-spot launch does not know TPUs and SageMaker", hint="accelerate launch, and SpotCallback in the script"
-        )
-    if args.mpirun_hostfile:
-        raise ConfigError("--mpirun_hostfile is not supported", hint="--multi_gpu --num_processes N")
-
-
-def _fail(message: str) -> NoReturn:
-    raise ConfigError(f"hf-spot launch: {message}", hint=f"{_EXAMPLE}; all options: hf-spot launch --help")
+        Raises:
+            ConfigError: the command line can't be used.
+            SystemExit: ``--help`` was asked for and printed, or the reading failed, and has said why.
+        """
+        try:
+            with self._answer:
+                text = self._answer.read()
+            code = self._process.wait()
+        except KeyboardInterrupt:
+            self._process.kill()
+            raise
+        if not text:
+            raise SystemExit(code if code >= 0 else 128 - code)
+        return Command.from_json(text)

@@ -10,10 +10,11 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from hf_spot.errors import (
     StoreError,
     StoreUnavailable,
 )
-from hf_spot.launch.ahead import Ahead
-from hf_spot.launch.command import Command, parse
+from hf_spot.launch.ahead import Ahead, newest_of
+from hf_spot.launch.command import Command, Reading, likely_store
 from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.process import ProcessTree
 from hf_spot.notices.detect import grace_s, sources
@@ -60,31 +61,38 @@ _TICK_S = 0.1
 _LAST_WORD_S = 5.0
 
 
-def launch(argv: Sequence[str]) -> int:
+def launch(reading: Reading) -> int:
     """Runs ``hf-spot launch`` and returns its exit code.
 
     Args:
-        argv: what stands behind ``hf-spot launch``.
+        reading: of what stands behind ``hf-spot launch``.
 
     Raises:
         SpotError: the command line or the store can't be used; nothing was started.
     """
-    command = parse(argv)
     if not log.handlers:
         log.addHandler(AboveBars())
         log.setLevel(logging.INFO)
         log.propagate = False
-    run = Run(
-        command.store,
-        allow_unfenced_store=command.arguments.allow_unfenced_store,
-        workers=command.arguments.upload_workers,
-    )
-    state = run.state()
-    if state.ended == "finished":
-        newest = state.latest()
-        log.info("%s is finished at step %d: nothing to do", run.url, newest.step if newest else 0)
-        return EXIT_FINISHED
-    return Supervisor(run, command).supervise()
+    store = likely_store(reading.argv)
+    early = None if store is None else Ahead(partial(newest_of, store))
+    with contextlib.ExitStack() as stack:
+        if early is not None:
+            stack.callback(early.close)
+        command = reading.result()
+        run = Run(
+            command.store,
+            allow_unfenced_store=command.arguments.allow_unfenced_store,
+            workers=command.arguments.upload_workers,
+        )
+        state = run.state()
+        if state.ended == "finished":
+            newest = state.latest()
+            log.info("%s is finished at step %d: nothing to do", run.url, newest.step if newest else 0)
+            return EXIT_FINISHED
+        if early is not None and (command.store != store or command.machines.count > 1):
+            early.close()
+        return Supervisor(run, command, early).supervise()
 
 
 class Supervisor:
@@ -93,6 +101,7 @@ class Supervisor:
     Args:
         run: that is trained.
         command: what to start.
+        early: a download of the run's newest checkpoint that has begun already.
         now: the wall clock.
         clock: seconds, monotonic.
     """
@@ -101,12 +110,14 @@ class Supervisor:
         self,
         run: Run,
         command: Command,
+        early: Ahead | None = None,
         *,
         now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run = run
         self._command = command
+        self._early = early
         self._now = now
         self._clock = clock
         made = sources(command.arguments, environ=command.environ)
@@ -223,8 +234,7 @@ class Supervisor:
             if self._heard.is_set() and self._notice is not None:
                 runtime.write_notice(self._notice)
             with contextlib.ExitStack() as stack:
-                ahead = Ahead(self._run, runtime, lambda: not self._heard.is_set(), self._machines)
-                stack.callback(ahead.close)
+                self._fetch_ahead(runtime, stack)
                 tree = ProcessTree(self._command.argv, {**self._command.environ, **runtime.to_environ()})
                 stack.callback(tree.end)
                 code = self._wait(tree, runtime)
@@ -232,6 +242,15 @@ class Supervisor:
         finally:
             self._runtime = None
             shutil.rmtree(directory, ignore_errors=True)
+
+    def _fetch_ahead(self, runtime: Runtime, stack: contextlib.ExitStack) -> None:
+        newest = self._run.journal.state.latest()
+        ahead, self._early = self._early, None
+        if newest is not None:
+            if ahead is None or not ahead.serves(newest):
+                ahead = Ahead(lambda: (self._run, newest), self._machines)
+            stack.callback(ahead.close)
+            ahead.hand_to(runtime, needed=lambda: not self._heard.is_set())
 
     def _wait(self, tree: ProcessTree, runtime: Runtime) -> int:
         alone_since: float | None = None

@@ -7,12 +7,13 @@ import shutil
 import textwrap
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.launch.ahead import Ahead
+from hf_spot.launch.ahead import Ahead, newest_of
 from hf_spot.launch.command import Machines
 from hf_spot.run.digest import digest_of
 from hf_spot.run.restore import bring, take
@@ -48,11 +49,20 @@ def runtime_in(folder: Path, run: Run) -> Runtime:
 def fetched(
     run: Run, runtime: Runtime, needed: Callable[[], bool] = lambda: True, machines: Machines | None = None
 ) -> tuple[Ahead, Restore]:
-    ahead = Ahead(run, runtime, needed, machines)
+    newest = run.journal.refresh().latest()
+    assert newest is not None
+    handed = threading.Event()
+    ahead = Ahead(lambda: (run, newest) if handed.wait(60) else (run, None), machines or Machines())
+    ahead.hand_to(runtime, needed)
+    handed.set()
+    return ahead, told_by(runtime)
+
+
+def told_by(runtime: Runtime) -> Restore:
     wait_for(lambda: (told := runtime.read_restore()) is not None and told.entry is not None, "for the launcher")
     told = runtime.read_restore()
     assert told is not None
-    return ahead, told
+    return told
 
 
 def never() -> None:
@@ -139,13 +149,37 @@ def test_nothing_is_fetched_for_a_machine_that_is_going(run: Run, runtime: Runti
     ahead.close()
 
 
-def test_a_run_without_commits_has_nothing_to_wait_for(runtime: Runtime, tmp_path: Path) -> None:
-    fresh = Run(tmp_path / "fresh")
-    fresh.claim()
-    Ahead(fresh, runtime, lambda: True).close()
-    take(runtime, 1, tmp_path / "out-2", never)
-    assert runtime.read_restore() is None
-    assert not (tmp_path / "out-2").exists()
+@pytest.mark.parametrize("why", ["it has no commits", "it is finished", "it can't be read"])
+def test_a_run_that_nothing_will_be_trained_from_is_not_fetched(run: Run, runtime: Runtime, tmp_path: Path, why: str) -> None:
+    if why == "it is finished":
+        run.record("finished", {})
+    url = {"it is finished": run.url, "it has no commits": str(tmp_path / "fresh")}.get(why, "ftp://nowhere/run")
+    ahead = Ahead(partial(newest_of, url))
+    ahead.hand_to(runtime, lambda: True)
+    assert told_by(runtime).folder is None
+    assert not ahead.serves(run.find().ref)
+    assert [*tmp_path.glob(".hf_spot*")] == []
+
+
+def test_a_download_that_began_before_the_options_were_known_serves_its_own_commit_alone(run: Run, tmp_path: Path) -> None:
+    older, newest = run.state().checkpoints
+    ahead = Ahead(partial(newest_of, run.url))
+    wait_for(lambda: [*tmp_path.glob(".hf_spot-restore-*/checkpoint-2")], "for the download")
+    assert ahead.serves(newest)
+    assert not ahead.serves(older), "a launch that has died has just committed another"
+    assert [*tmp_path.glob(".hf_spot*")] == []
+    assert not ahead.serves(newest), "it is closed"
+
+
+def test_before_the_machines_are_known_a_disk_that_they_may_share_is_left_alone(
+    run: Run, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_spot.launch.ahead._OF_ONE_MACHINE", ("none of these",))
+    ahead = Ahead(partial(newest_of, run.url))
+    ahead.hand_to(runtime, lambda: True)
+    assert told_by(runtime).folder is None
+    assert not ahead.serves(run.find().ref)
+    assert [*tmp_path.glob(".hf_spot*")] == []
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import pytest
 
 from hf_spot.cli import main
 from hf_spot.errors import ConfigError
-from hf_spot.launch.command import Machines, parse
+from hf_spot.launch.command import Machines, Reading, likely_store
+from hf_spot.launch.options import parse
 from tests.servers import CannedS3, Rclone, SeaweedFS
 
 BOOTSTRAP = [sys.executable, "-m", "hf_spot.training.bootstrap"]
@@ -53,7 +54,7 @@ def test_the_machines_are_known_and_gloo_listens_where_they_reach_it(script: str
 def test_a_name_that_stands_for_the_loopback_of_this_machine_alone_is_refused_unless_gloo_is_told_where_to_listen(
     script: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_spot.launch.command.interface_to", lambda address: "lo")  # as Debian's /etc/hosts has it
+    monkeypatch.setattr("hf_spot.launch.options.interface_to", lambda address: "lo")  # as Debian's /etc/hosts has it
     argv = [*TWO, "--machine_rank", "0", "--main_process_port", "29500", "--multi_gpu", "--num_processes", "2"]
     with pytest.raises(ConfigError, match="--main_process_ip node-a") as caught:
         parse([*argv, "--main_process_ip", "node-a", script], {})
@@ -150,9 +151,46 @@ def test_a_bad_url_is_refused_before_training(store: str, script: str, capsys: p
     assert refused(capsys, script, store)
 
 
-def test_the_help_shows_our_options_before_those_of_accelerate(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_shows_our_options_before_those_of_accelerate(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["launch", "--help"])
     assert end.value.code == 0
-    text = capsys.readouterr().out
+    text = capfd.readouterr().out
     assert 0 < text.index("--store") < text.index("--mixed_precision")
+
+
+def test_what_is_read_in_a_process_of_its_own_is_what_would_be_read_here(script: str) -> None:
+    argv = ["--store", "s3://b/ö", *AT, "--num_machines", "2", "--machine_rank", "1", "--multi_gpu", "--num_processes", "4"]
+    argv += ["--grace-s", "30", "--save_total_limit", "7", script, "--name", "\udcff", ""]
+    assert Reading(argv).result() == parse(argv)
+
+
+def test_a_command_line_that_can_not_be_used_is_told_in_the_same_words(script: str) -> None:
+    argv = ["--store", "s3://b/r", "--max-restarts", "-1", script]
+    with pytest.raises(ConfigError) as here:
+        parse(argv)
+    with pytest.raises(ConfigError) as there:
+        Reading(argv).result()
+    assert (str(there.value), there.value.hint) == (str(here.value), here.value.hint)
+
+
+def test_a_reader_that_dies_has_said_why_and_its_code_is_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_spot.launch.command._OPTIONS", "no.such.module")
+    with pytest.raises(SystemExit) as end:
+        Reading([]).result()
+    assert end.value.code == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "store"),
+    [
+        (["--store", "s3://b/r", "train.py"], "s3://b/r"),
+        (["--num_processes", "1", "--store=s3://b/r", "train.py", "--store", "its own"], "s3://b/r"),
+        (["train.py", "--store", "its own"], None),
+        (["-m", "package.train", "--store", "its own"], None),
+        (["--mixed_precision", "bf16", "train.py"], "s3://from/environment"),
+        (["--store"], None),
+    ],
+)
+def test_the_run_is_known_before_the_options_unless_there_is_a_doubt(argv: list[str], store: str | None) -> None:
+    assert likely_store(argv, {"HF_SPOT_STORE": "s3://from/environment"}) == store

@@ -114,12 +114,12 @@ def test_what_is_said_reaches_the_launch_word_for_word(recipe: Print, kind: str)
 def test_hf_spot_launch_takes_the_command(
     recipe: Print, kind: str, gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_spot.launch import command
+    from hf_spot.launch import options
 
     monkeypatch.chdir(tmp_path)
     Path("train.py").touch()
     words = launch_words(kind, recipe(kind, "--gpus", str(gpus), "--script", "train.py --epochs 3"))
-    read = command.parse(words[1:])
+    read = options.parse(words[1:])
     assert read.store == render.STORE
     assert read.argv[-3:] == ["train.py", "--epochs", "3"]
 
@@ -229,12 +229,12 @@ def test_every_pod_of_several_knows_its_number_and_finds_the_first_by_the_name_t
 
 def machines_of(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int, str]:
     """How many machines ``hf-spot launch`` reads there, which of them this is, and where the first is."""
-    from hf_spot.launch import command
+    from hf_spot.launch import options
 
     monkeypatch.chdir(folder)
     Path("train.py").touch()
-    monkeypatch.setattr(command, "interface_to", lambda address: None)  # nobody answers to these names here
-    machines = command.parse(words, {}).machines
+    monkeypatch.setattr(options, "interface_to", lambda address: None)  # nobody answers to these names here
+    machines = options.parse(words, {}).machines
     return machines.count, machines.rank, machines.main_ip
 
 
