@@ -4,38 +4,39 @@ nothing is read twice."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import os
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
 from hf_spot.storage.store import Progress
+from hf_spot.storage.threads import Workers
 
 PART_BYTES = 64 << 20  # part of the format
 _BLOCK_BYTES = 1 << 20
+_THREADS = min(4, os.cpu_count() or 1)  # each hashes as much as a fast disk reads
 _WHOLE, _PARTS = "blake3", "blake3-64m"
 _HASHES: dict[str, Callable[[], Any]] = {_WHOLE: blake3, "sha256": hashlib.sha256}
 NAMES = (*_HASHES, _PARTS)
 
 
 def digest_of(path: Path, hash: str | None = None) -> str:
-    """The digest of a file as a `hf_spot.run.manifest.FileEntry` has it, read in blocks.
+    """The digest of a file as a `hf_spot.run.manifest.FileEntry` has it, read in blocks; a large one by several threads.
 
     Args:
         path: of the file.
         hash: one of `NAMES`; by default the one for new files of this size.
     """
-    name = hash or _name_for(path.stat().st_size)
+    size_bytes = path.stat().st_size
+    name = hash or _name_for(size_bytes)
     if name != _PARTS:
-        digest = _HASHES[name]()
-        for _, block in _blocks(path):
-            digest.update(block)
-        return f"{name}:{digest.hexdigest()}"
-    passing = Passing(path.stat().st_size)
-    for at, block in _blocks(path):
-        passing.see(at, block)
-    return f"{_PARTS}:{passing.combined()}"
+        return f"{name}:{_hashed(_HASHES[name](), path).hexdigest()}"
+    with Workers(_THREADS, "hf_spot-digest") as pool:
+        parts = [pool.submit(_hashed, blake3(), path, at, PART_BYTES) for at in range(0, size_bytes, PART_BYTES)]
+        return f"{_PARTS}:{_combined(part.result() for part in parts)}"
 
 
 class Passing:
@@ -77,20 +78,24 @@ class Passing:
             return None
         if _name_for(self._size_bytes) == _WHOLE:
             return f"{_WHOLE}:{(self._parts[0][0] if self._parts else blake3()).hexdigest()}"
-        return f"{_PARTS}:{self.combined()}"
-
-    def combined(self) -> str:
-        """BLAKE3, in hex, of the BLAKE3 digests of the parts."""
-        return blake3(b"".join(part.digest() for _, (part, _) in sorted(self._parts.items()))).hexdigest()
+        return f"{_PARTS}:{_combined(part for _, (part, _) in sorted(self._parts.items()))}"
 
 
 def _name_for(size_bytes: int) -> str:
     return _WHOLE if size_bytes <= PART_BYTES else _PARTS
 
 
-def _blocks(path: Path) -> Iterator[tuple[int, memoryview]]:
-    block, at = memoryview(bytearray(_BLOCK_BYTES)), 0
+def _combined(parts: Iterable[Any]) -> str:
+    """BLAKE3, in hex, of the BLAKE3 digests of the parts."""
+    return blake3(b"".join(part.digest() for part in parts)).hexdigest()
+
+
+def _hashed(hash: Any, path: Path, at: int = 0, count_bytes: int = sys.maxsize) -> Any:
+    """Has seen so many bytes of the file."""
+    block = memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            yield at, block[:count]
-            at += count
+        file.seek(at)
+        while count := file.readinto(block[:count_bytes]):
+            hash.update(block[:count])
+            count_bytes -= count
+    return hash

@@ -33,7 +33,7 @@ def upload(
     """Puts every file of ``folder`` under ``prefix`` and returns the manifest that a commit needs.
 
     A file that stands in the store already is copied there. Others are hashed as they are sent, or afterwards where the store
-    shows nothing of them. Memory does not grow with the files: at most ``workers`` x 4 MB (a block of each file that is
+    shows nothing of them. Memory does not grow with the files: at most ``workers`` x 4 MB (blocks of each file that is
     copied), and for S3 1 MB for each connection, because parts are read from the file as they go out.
 
     Raises:
