@@ -1,11 +1,13 @@
 """How long training stands still for a save, and how fast its steps are meanwhile: ``python tests/benchmarks/saves.py``.
 
-Three trainings of the same model on the CPU, each in a process of its own: one that never saves, Trainer's own with its saves,
-and one with a `SpotCallback` whose run is a directory. The peers are Trainer's own save, and one copy of the state into memory
-that is there already (weights, and AdamW's two moments).
+Three trainings of the same model, on the CPU or with ``--gpu`` on a GPU, each in a process of its own: one that never saves,
+Trainer's own with its saves, and one with a `SpotCallback` whose run is a directory. The peers are Trainer's own save, and one
+copy of the state into memory that is there already (weights, and AdamW's two moments).
 
 ``--ranks 2`` trains under DDP, ``--ranks 2 --fsdp`` with the model sharded by FSDP2; the figures are those of rank 0, and a
 copy is one of what this rank holds. Trainer's own sharded save also waits until the disk has its files (fsync).
+
+On a GPU all that is queued counts, too: the watch is stopped when the GPU has done it, and the copy goes to pinned memory.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,14 @@ STEPS, SAVE_STEPS, WIDTH = 50, 10, 768
 
 
 class Stopwatch:
-    """Seconds of each save, with all that follows it before the next step; of each step without that; and when they ended."""
+    """Seconds of each save, with all that follows it before the next step; of each step without that; and when they ended.
 
-    def __init__(self, trainer: Any) -> None:
+    Args:
+        trainer: whose saves and steps.
+        settle: waits until what was queued has been done.
+    """
+
+    def __init__(self, trainer: Any, settle: Callable[[], None]) -> None:
         self.saves_s: list[float] = []
         self.steps_s: list[float] = []
         self.saved_at: list[float] = []
@@ -38,6 +46,7 @@ class Stopwatch:
         self._step_began: float | None = None
 
         def after(*args: Any, **kwargs: Any) -> None:
+            settle()
             began = time.perf_counter()
             if self._step_began is not None:
                 self.steps_s.append(began - self._step_began)
@@ -46,6 +55,7 @@ class Stopwatch:
             saves = trainer.control.should_save
             plain_after(*args, **kwargs)
             if saves:
+                settle()
                 self.saves_s.append(time.perf_counter() - began)
                 self.saved_at.append(time.time())
 
@@ -56,7 +66,7 @@ class Stopwatch:
         trainer._maybe_log_save_evaluate, trainer.training_step = after, step
 
 
-def train(kind: str, layers: int, threads: int, folder: Path, sharded: bool) -> dict[str, Any]:
+def train(kind: str, layers: int, threads: int, folder: Path, sharded: bool, gpu: bool) -> dict[str, Any]:
     """One training; what it took this rank."""
     import torch
     import torch.distributed as dist
@@ -85,7 +95,7 @@ def train(kind: str, layers: int, threads: int, folder: Path, sharded: bool) -> 
         save_total_limit=1,
         logging_strategy="no",
         report_to="none",
-        use_cpu=True,
+        use_cpu=not gpu,
         disable_tqdm=True,
         **more,
     )
@@ -95,17 +105,19 @@ def train(kind: str, layers: int, threads: int, folder: Path, sharded: bool) -> 
         PartialState._shared_state |= {"distributed_type": "MULTI_GPU", "device": torch.device("cpu")}
     callbacks = [SpotCallback(str(folder / "run"), SpotArguments(notice="none", save_total_limit=0))] if kind == "spot" else []
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)  # type: ignore[arg-type]
-    watch = Stopwatch(trainer)
+    settle = torch.accelerator.synchronize if gpu else lambda: None
+    watch = Stopwatch(trainer, settle)
     trainer.train()
     state = [value.data for value in model.parameters()]
     state += [one for kept in trainer.optimizer.state.values() for one in kept.values() if one.numel() > 1]
     state = [one.to_local() if hasattr(one, "to_local") else one for one in state]
-    targets = [torch.empty_like(one) for one in state]
+    targets = [torch.empty_like(one, device="cpu", pin_memory=gpu) for one in state]
     copies_s = []
     for _ in range(4):
         began = time.perf_counter()
         for target, one in zip(targets, state, strict=True):
-            target.copy_(one)
+            target.copy_(one, non_blocking=gpu)
+        settle()
         copies_s.append(time.perf_counter() - began)
     commits = [one.time.timestamp() for one in Run(str(folder / "run")).events() if one.kind == "commit"] if callbacks else []
     return {
@@ -130,14 +142,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="that train; one core is then free on a machine of two (1)")
     parser.add_argument("--ranks", type=int, default=1, help="that train together (1)")
     parser.add_argument("--fsdp", action="store_true", help="they shard the model, and each writes its shards")
+    parser.add_argument("--gpu", action="store_true", help="train on the GPU, not on the CPU")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=("none", "trainer", "spot"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.fsdp and options.ranks < 2:
         parser.error("--fsdp needs --ranks 2")
+    if options.gpu and (options.ranks > 1 or not _has_gpu()):
+        parser.error("--gpu needs a GPU that torch can use, and is for one rank")
     if options.only:
-        found = train(options.only, options.layers, options.threads, options.folder, options.fsdp)
+        found = train(options.only, options.layers, options.threads, options.folder, options.fsdp, options.gpu)
         if os.environ.get("RANK", "0") == "0":
             options.json.write_text(json.dumps(found))
         sys.stdout.flush()
@@ -156,6 +171,7 @@ def main() -> None:
         "threads": options.threads,
         "ranks": options.ranks,
         "sharded": options.fsdp,
+        "gpu": options.gpu,
         "copy_s": copy_s,
         "save_s": later,
         "first_save_s": first,
@@ -164,9 +180,8 @@ def main() -> None:
         "peak_mb": {kind: one["peak_mb"] for kind, one in each.items()},
     }
     of_rank = "" if options.ranks == 1 else f" on each of {options.ranks} ranks, {'sharded' if options.fsdp else 'DDP'}"
-    print(
-        f"{found['state_gb']:.2f} GB of state{of_rank}, {options.ranks * options.threads} of {psutil.cpu_count()} cores train"
-    )
+    trains = "a GPU trains" if options.gpu else f"{options.ranks * options.threads} of {psutil.cpu_count()} cores train"
+    print(f"{found['state_gb']:.2f} GB of state{of_rank}, {trains}")
     print(f"a copy of the state           {copy_s:6.3f} s")
     for kind, name in (("trainer", "Trainer's own save"), ("spot", "with SpotCallback")):
         against = f"{later[kind] / later['trainer']:.2f} of Trainer's, {later[kind] / copy_s:.2f} copies"
@@ -179,7 +194,7 @@ def main() -> None:
 
 def _launch(kind: str, options: argparse.Namespace, folder: Path) -> None:
     sizes = ["--layers", str(options.layers), "--threads", str(options.threads)]
-    sizes += ["--ranks", str(options.ranks), *["--fsdp"] * options.fsdp]
+    sizes += ["--ranks", str(options.ranks), *["--fsdp"] * options.fsdp, *["--gpu"] * options.gpu]
     command = [sys.executable, __file__, "--only", kind, "--json", str(folder / "found.json"), "--folder", str(folder), *sizes]
     shared = {"WORLD_SIZE": str(options.ranks), "LOCAL_WORLD_SIZE": str(options.ranks), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": "0"}  # they meet in a file
@@ -193,6 +208,12 @@ def _launch(kind: str, options: argparse.Namespace, folder: Path) -> None:
     for rank, path in zip(ranks, said, strict=True):
         if rank.wait():
             raise SystemExit(path.read_text())
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 def _first(seconds: list[float]) -> float:

@@ -5,8 +5,9 @@ whose uploads are bound to the journal by a digest and whose restores are verifi
 AWS CLI, of which those that are not installed are left out; and the ceiling, which is plain sockets with nothing checked. Each
 is measured in a process of its own, in turn; what counts is the best of ``--rounds``, and its processor seconds.
 
-The second half commits a checkpoint of which nine tenths are unchanged to real servers, beside the full upload: SeaweedFS,
-which moves the bytes of what it copies, and JuiceFS, if that is installed, which points to them.
+The second half goes to real servers: SeaweedFS, which moves the bytes of what it copies, and JuiceFS, if that is installed,
+which points to them. What a server takes at most is measured with bare parts over plain sockets, signed beforehand. Beside it
+a full upload, and that of a checkpoint of which nine tenths are unchanged.
 """
 
 from __future__ import annotations
@@ -219,10 +220,12 @@ def main() -> None:
         found[where] = {**best[where], "of_best_peer": min(peers) / ours, "of_ceiling": best[where]["ceiling"]["s"] / ours}
         print(f"  hf_spot is {min(peers) / ours:.2f} of the best peer, {best[where]['ceiling']['s'] / ours:.2f} of the ceiling")
     servers = {"SeaweedFS": seaweedfs(), **({"JuiceFS": juicefs()} if shutil.which("juicefs") else {})}
-    found["unchanged"] = {name: nine_tenths_unchanged(min(size_bytes, 10**9), server) for name, server in servers.items()}
-    for name, took in found["unchanged"].items():
-        full, second = took["full_s"], took["second_s"]
-        print(f"nine tenths unchanged, {name}: {second:.2f} s instead of {full:.2f} s ({second / full:.2f} of it)")
+    size_bytes = min(size_bytes, 10**9)
+    found["servers"] = {name: real_server(size_bytes, options.rounds, server) for name, server in servers.items()}
+    for name, took in found["servers"].items():
+        bare, full, second = took["bare_s"], took["full_s"], took["second_s"]
+        print(f"{name}: it takes {size_bytes / bare / 1e9:.2f} GB/s, and {bare / full:.2f} of that from hf_spot")
+        print(f"  nine tenths unchanged: {second:.2f} s instead of {full:.2f} s ({second / full:.2f} of it)")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 
@@ -263,25 +266,63 @@ def sink(folder: Path) -> Iterator[None]:
         server.wait()
 
 
-def nine_tenths_unchanged(size_bytes: int, server: AbstractContextManager[str]) -> dict[str, float]:
-    """Seconds of a full upload, and of one of which a tenth is new; the server gives its bucket's URL."""
+def real_server(size_bytes: int, rounds: int, server: AbstractContextManager[str]) -> dict[str, float]:
+    """Seconds for the bytes of a checkpoint alone, for a full upload with its commit, and for one of which a tenth is new: the
+    best of each. The server gives its bucket's URL."""
     sys.path.insert(0, str(HERE.parent.parent))
     from hf_spot.run.run import CommitRequest, Run
 
     with server as url, tempfile.TemporaryDirectory(prefix="hf_spot-transfers-", dir="/dev/shm") as scratch:
-        run = Run(f"{url}/run", allow_unfenced_store=True)
-        run.claim()
         folder = make_checkpoint(Path(scratch) / "checkpoint-1", size_bytes // 10)
         with (folder / "base.safetensors").open("wb") as file:
             for _ in range(size_bytes * 9 // 10 // (1 << 20)):
                 file.write(os.urandom(1 << 20))
-        took: Callable[[int], float] = lambda step: _seconds(lambda: _commit(run, folder, CommitRequest(step=step)))  # noqa: E731
-        full_s = took(1)
-        block = os.urandom(1 << 20)
-        for name in ("optimizer.pt", "model.safetensors"):
-            with (folder / name).open("r+b") as file:
-                file.write(block)
-        return {"full_s": full_s, "second_s": took(2)}
+        took: list[tuple[float, ...]] = []
+        for number in range(rounds):
+            run = Run(f"{url}/run-{number}", allow_unfenced_store=True)
+            run.claim()
+            commit: Callable[[int], float] = lambda step: _seconds(lambda: _commit(run, folder, CommitRequest(step=step)))  # noqa: B023, E731
+            bare_s = min(bare_parts(folder, f"bare-{number}-{connections}", connections) for connections in (2, 4))
+            full_s = commit(1)
+            block = os.urandom(1 << 20)
+            for name in ("optimizer.pt", "model.safetensors"):
+                with (folder / name).open("r+b") as file:
+                    file.write(block)
+            took.append((bare_s, full_s, commit(2)))
+        return dict(zip(("bare_s", "full_s", "second_s"), map(min, zip(*took, strict=True)), strict=True))
+
+
+def bare_parts(folder: Path, name: str, connections: int) -> float:
+    """Seconds for sending a folder's files with ``sendfile``, nothing hashed or checked: what a client of this server can
+    reach. What is asked before and after is not counted."""
+    import boto3
+
+    client = boto3.client("s3")
+    uploads = {}
+    pieces: list[tuple[Path, int, int, str]] = []
+    for path, first, count in _pieces(folder):
+        where = {"Bucket": "tests", "Key": f"{name}/{path.name}"}
+        if path not in uploads:
+            uploads[path] = client.create_multipart_upload(**where)["UploadId"]
+        part = {**where, "UploadId": uploads[path], "PartNumber": first // PART_BYTES + 1}
+        pieces.append((path, first, count, client.generate_presigned_url("upload_part", Params=part)))
+
+    def send(piece: tuple[Path, int, int, str]) -> None:
+        path, first, count, url = piece
+        where = urlsplit(url)
+        with path.open("rb") as file, _connected() as connection:
+            head = f"PUT {where.path}?{where.query} HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Length: {count}\r\n\r\n"
+            connection.sendall(head.encode())
+            connection.sendfile(file, first, count)
+            response = http.client.HTTPResponse(connection)
+            response.begin()
+            assert response.status == 200, response.read()
+
+    with ThreadPoolExecutor(connections) as pool:
+        took_s = _seconds(lambda: list(pool.map(send, pieces)))
+    for path, upload in uploads.items():
+        client.abort_multipart_upload(Bucket="tests", Key=f"{name}/{path.name}", UploadId=upload)
+    return took_s
 
 
 @contextmanager
@@ -325,7 +366,7 @@ def _commit(run: Any, folder: Path, request: Any) -> None:
     run.commit(request, run.upload(folder, request))
 
 
-def _seconds(act: Callable[[], None]) -> float:
+def _seconds(act: Callable[[], Any]) -> float:
     began = time.perf_counter()
     act()
     return time.perf_counter() - began
