@@ -58,6 +58,7 @@ class Ahead:
         self._machines = machines
         self._needed: Callable[[], bool] = lambda: True
         self._ended = False
+        self.run: Run | None = None  # once it is found
         self._ref: CheckpointRef | None = None
         self._folder: Path | None = None
         worker = Workers(1, "hf_spot-ahead")
@@ -96,8 +97,8 @@ class Ahead:
 
     def _fetch(self) -> Restore:
         try:
-            run, self._ref = self._find()
-            return Restore(0) if self._ref is None else self._try(run, self._ref)
+            self.run, self._ref = self._find()
+            return Restore(0) if self._ref is None else self._try(self.run, self._ref)
         except _NotNeeded:
             log.log(logging.DEBUG if self._ended else logging.INFO, "the download of the newest checkpoint was given up")
         except (SpotError, OSError) as error:

@@ -80,8 +80,9 @@ def launch(reading: Reading) -> int:
         if early is not None:
             stack.callback(early.close)
         command = reading.result()
+        found = early.run if early is not None and command.store == store else None
         run = Run(
-            command.store,
+            command.store if found is None else found.store,  # it has met its server already
             allow_unfenced_store=command.arguments.allow_unfenced_store,
             workers=command.arguments.upload_workers,
         )

@@ -3,6 +3,8 @@
 A training of GPT-2's size is preempted, and its checkpoint lies in an S3 server (SeaweedFS, on this machine). Then two ways to
 go on, on an empty disk. The peer does one thing after the other: it downloads the checkpoint, starts ``accelerate launch``,
 imports, loads, and steps. ``hf-spot launch`` downloads while Python imports.
+
+The server, which would have processors of its own, takes only what the client leaves idle (nice 19).
 """
 
 from __future__ import annotations
@@ -78,7 +80,11 @@ def main() -> None:
     sys.path.insert(0, str(HERE.parent.parent))
     from tests.servers import SeaweedFS
 
-    with SeaweedFS() as server, tempfile.TemporaryDirectory(prefix="hf_spot-resume-") as scratch:
+    class Aside(SeaweedFS):
+        def command(self) -> list[str]:
+            return ["nice", "-n", "19", *super().command()]
+
+    with Aside() as server, tempfile.TemporaryDirectory(prefix="hf_spot-resume-") as scratch:
         server.make_bucket("tests")
         settings = {"LAYERS": str(options.layers), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         os.environ.update(server.env())
