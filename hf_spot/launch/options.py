@@ -1,6 +1,6 @@
 """The options of ``hf-spot launch``: accelerate's parser with a group of ours, and the command that they make.
 
-``python -m hf_spot.launch.options FD ARGUMENTS…`` writes it to a file descriptor, for `hf_spot.launch.command.read`.
+``python -m hf_spot.launch.options FD ARGUMENTS…`` writes it to a file descriptor, for `hf_spot.launch.command.Reading`.
 """
 
 from __future__ import annotations
