@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import textwrap
 import threading
 from collections.abc import Callable
@@ -13,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from hf_spot.arguments import SpotArguments
+from hf_spot.errors import ConfigError
 from hf_spot.launch.ahead import Ahead, newest_of
-from hf_spot.launch.command import Machines
+from hf_spot.launch.command import Command, Machines, Reading
+from hf_spot.launch.supervisor import launch
 from hf_spot.run.digest import digest_of
 from hf_spot.run.restore import bring, take
 from hf_spot.run.run import CommitRequest, Run
@@ -169,6 +173,28 @@ def test_a_download_that_began_before_the_options_were_known_serves_its_own_comm
     assert not ahead.serves(older), "a launch that has died has just committed another"
     assert [*tmp_path.glob(".hf_spot*")] == []
     assert not ahead.serves(newest), "it is closed"
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_it_is_under_way_before_the_options_are_known_and_gone_without_a_trace_if_they_are_wrong(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: bool
+) -> None:
+    class Late(Reading):
+        def result(self) -> Command:
+            wait_for(lambda: [*tmp_path.glob(".hf_spot-restore-*/checkpoint-2")], "for the download")
+            return super().result()
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit(7)")
+    options = ["--num_processes", "1", "--notice", "none", "--max-restarts", "-1" if wrong else "0"]
+    reading = Late(["--store", run.url, *options, str(script)])
+    if wrong:
+        with pytest.raises(ConfigError, match="-1"):
+            launch(reading)
+    else:
+        assert launch(reading) == 7
+    assert [*tmp_path.glob(".hf_spot*")] == []
 
 
 def test_before_the_machines_are_known_a_disk_that_they_may_share_is_left_alone(
