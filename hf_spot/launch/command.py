@@ -111,8 +111,9 @@ class Reading:
             with self._answer:
                 text = self._answer.read()
             code = self._process.wait()
-        except KeyboardInterrupt:
+        except BaseException:  # Ctrl-C, or a SIGTERM
             self._process.kill()
+            self._process.wait()
             raise
         if not text:
             raise SystemExit(code if code >= 0 else 128 - code)

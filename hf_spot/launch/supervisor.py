@@ -7,15 +7,17 @@ import json
 import logging
 import platform
 import shutil
+import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hf_spot.errors import (
@@ -79,21 +81,41 @@ def launch(reading: Reading) -> int:
     with contextlib.ExitStack() as stack:
         if early is not None:
             stack.callback(early.close)
-        command = reading.result()
-        found = early.run if early is not None and command.store == store else None
-        run = Run(
-            command.store if found is None else found.store,  # it has met its server already
-            allow_unfenced_store=command.arguments.allow_unfenced_store,
-            workers=command.arguments.upload_workers,
-        )
-        state = run.state()
-        if state.ended == "finished":
-            newest = state.latest()
-            log.info("%s is finished at step %d: nothing to do", run.url, newest.step if newest else 0)
-            return EXIT_FINISHED
-        if early is not None and (command.store != store or command.machines.count > 1):
-            early.close()
-        return Supervisor(run, command, early).supervise()
+        with _nothing_to_lose():
+            command = reading.result()
+            found = early.run if early is not None and command.store == store else None
+            run = Run(
+                command.store if found is None else found.store,  # it has met its server already
+                allow_unfenced_store=command.arguments.allow_unfenced_store,
+                workers=command.arguments.upload_workers,
+            )
+            state = run.state()
+            if state.ended == "finished":
+                newest = state.latest()
+                log.info("%s is finished at step %d: nothing to do", run.url, newest.step if newest else 0)
+                return EXIT_FINISHED
+            if early is not None and (command.store != store or command.machines.count > 1):
+                early.close()
+            supervisor = Supervisor(run, command, early)
+        return supervisor.supervise()
+
+
+@contextlib.contextmanager
+def _nothing_to_lose() -> Iterator[None]:
+    """Before a run is claimed, a SIGTERM is a preemption that ends the launch at once."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        log.warning("preempted before anything began; start the same command again to go on")
+        raise SystemExit(EXIT_PREEMPTED)
+
+    own = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if own:
+        signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        if own:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Supervisor:
@@ -130,6 +152,7 @@ class Supervisor:
         self._watcher = Watcher([self._signals, *others], self._on_notice)
         self._heard = threading.Event()  # a TERMINATE
         self._heard_at = 0.0
+        self._trained_s = 0.0  # after it
         self._notice: PreemptionNotice | None = None
         self._runtime: Runtime | None = None
         self._journalist = Workers(1, "hf_spot-journalist")  # what is asked at the end comes behind what was told
@@ -275,10 +298,14 @@ class Supervisor:
         notice = self._notice
         left = notice.seconds_left(self._now()) if notice else None
         since_heard_s = self._clock() - self._heard_at
+        training = runtime.training_path.exists()
+        if training:
+            self._trained_s = since_heard_s
         return patience_s(
             None if left is None else left + since_heard_s,
-            training=runtime.training_path.exists(),
+            training=training,
             drain_timeout_s=self._command.arguments.drain_timeout_s,
+            trained_s=self._trained_s,
         )
 
     @property
@@ -393,7 +420,7 @@ class Supervisor:
                 log.error("the training can't be told of it, and will be killed in the end: %s", error)
         if notice.kind is NoticeKind.TERMINATE:
             if not self._heard.is_set():
-                self._heard_at = self._clock()
+                self._heard_at, self._trained_s = self._clock(), 0.0
             self._heard.set()
         elif notice.kind is NoticeKind.CANCELLED:
             self._heard.clear()

@@ -76,14 +76,16 @@ def pause_s(fruitless: int) -> float:
     return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** max(0, fruitless - 1))
 
 
-def patience_s(seconds_left: float | None, *, training: bool, drain_timeout_s: float) -> float:
+def patience_s(seconds_left: float | None, *, training: bool, drain_timeout_s: float, trained_s: float = 0.0) -> float:
     """How many seconds after a TERMINATE the training process may still run before it is killed.
 
     Args:
         seconds_left: until the deadline when the notice came; None when it names none.
         training: ``trainer.train()`` is running: there is something to save.
         drain_timeout_s: the patience for the last upload without a deadline.
+        trained_s: seconds after the TERMINATE until ``trainer.train()`` ended, with the save; what the script does when that is
+            done has its own grace.
     """
     if seconds_left is None:
-        return drain_timeout_s if training else IDLE_GRACE_S
+        return drain_timeout_s if training else trained_s + IDLE_GRACE_S
     return max(0.0, seconds_left) + (LATE_S if training else 0.0)

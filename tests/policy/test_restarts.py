@@ -47,6 +47,7 @@ def test_patience_follows_the_deadline_and_not_a_constant() -> None:
     assert patience_s(-5.0, training=False, drain_timeout_s=600) == 0.0
     assert patience_s(None, training=True, drain_timeout_s=600) == 600
     assert patience_s(None, training=False, drain_timeout_s=600) == 10.0
+    assert patience_s(None, training=False, drain_timeout_s=600, trained_s=45.0) == 55.0
 
 
 def test_a_training_that_fails_because_another_machine_went_is_preempted() -> None:
