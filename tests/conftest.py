@@ -109,6 +109,19 @@ def plain_in_peace(made_once: Callable[[str, Callable[[Path], object]], Path]) -
 
 
 @pytest.fixture(scope="session")
+def loop_of_ranks_in_peace(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """What ddp_loop.py leaves on two ranks of one machine that nobody interrupts: the run ``twin`` and its diary."""
+
+    def train(folder: Path) -> None:
+        from tests.training.loops import loops_in
+
+        with loops_in(folder) as loops:
+            loops.run("twin", script="ddp_loop.py", ranks=2)
+
+    return made_once("loop-of-ranks", train)
+
+
+@pytest.fixture(scope="session")
 def case_in_peace(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Callable[[str], Path]:
     """What a case of the matrix leaves when nobody interrupts it."""
 

@@ -18,7 +18,7 @@ from hf_spot.errors import ConfigError, CorruptCheckpoint, IncompleteCheckpoint,
 from hf_spot.policy.retention import to_prune
 from hf_spot.run import transfer
 from hf_spot.run.journal import BY_HAND, CheckpointRef, Entry, Journal, RunState
-from hf_spot.run.manifest import FileEntry, difference, files_in, missing_for_resume, needed_by
+from hf_spot.run.manifest import FileEntry, check_names, difference, files_in, missing_for_resume, needed_by
 from hf_spot.run.seal import key_from, seal, unseal
 from hf_spot.run.unchanged import Unchanged
 from hf_spot.storage.open import open_store
@@ -314,8 +314,10 @@ class Run:
         Raises:
             Fenced: a newer launch owns the run.
             IncompleteCheckpoint: a file that a resume needs is missing.
+            CorruptCheckpoint: two machines have uploaded a file of one name.
         """
         if request.parts > 1:
+            check_names(files)
             _check_whole(request, [file.path for file in files], self._prefix(request))
         data = {
             "step": request.step,

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -148,11 +148,13 @@ def _get(store: ObjectStore, key: str, path: Path, size_bytes: int, passing: Pas
     passing(size_bytes)
 
 
-def pin(folder: Path, into: Path) -> None:
+def pin(folder: Path, into: Path, without: Collection[str] = ()) -> None:
     """Makes ``into`` hold the files of ``folder`` as they are now, by hard links: milliseconds, no space, and Trainer's
     rotation can't hurt it. Where the filesystem has no hard links the files are copied."""
     try:
         for name in files_in(folder):
+            if name in without:
+                continue
             target = into / name
             target.parent.mkdir(parents=True, exist_ok=True)
             try:

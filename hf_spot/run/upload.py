@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -107,10 +107,23 @@ class Uploader:
 
     # -- called by the training thread --------------------------------------------------------------------------------
 
-    def submit(self, folder: Path, request: CommitRequest) -> None:
-        """Pins ``folder`` and queues it. Returns at once; what goes wrong later is told by `trouble` and `fenced`."""
+    def submit(self, folder: Path, request: CommitRequest, elsewhere: Collection[str] = ()) -> None:
+        """Pins ``folder`` and queues it. Returns at once; what goes wrong later is told by `trouble` and `fenced`.
+
+        Args:
+            folder: with the files.
+            request: for the commit.
+            elsewhere: names of files that another machine uploads.
+
+        Raises:
+            OSError: it can't be pinned; machine 0 will not wait for it.
+        """
         pinned = self._pins / f"{request.stage}-{request.step}-{uuid.uuid4().hex[:8]}"
-        transfer.pin(folder, pinned)
+        try:
+            transfer.pin(folder, pinned, elsewhere)
+        except OSError:
+            self._note_given_up(request)
+            raise
         size_bytes = _size_bytes(pinned)
         with self._changed:
             for job in [job for job in self._waiting if job.request.step != request.best_step]:
@@ -229,7 +242,7 @@ class Uploader:
                 else:
                     self._waiting.insert(0, job)
                 if failed is not None and job not in self._waiting:
-                    self._note_given_up(job)
+                    self._note_given_up(job.request)
                 self._changed.notify_all()
                 if failed is not None and not overtaken and not self._closing and self._waiting:
                     # A new submission or a drain ends the wait early.
@@ -330,11 +343,11 @@ class Uploader:
     def _drop(self, job: _Job) -> None:
         self._waiting.remove(job)
         self._discard(job)
-        self._note_given_up(job)
+        self._note_given_up(job.request)
 
-    def _note_given_up(self, job: _Job) -> None:
-        if job.request.part:
-            self._given_up.append(job.request)  # machine 0 waits for it
+    def _note_given_up(self, request: CommitRequest) -> None:
+        if request.part:
+            self._given_up.append(request)  # machine 0 waits for it
 
     def _discard(self, job: _Job) -> None:
         shutil.rmtree(job.folder, ignore_errors=True)

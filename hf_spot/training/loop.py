@@ -299,10 +299,10 @@ class LoopManager:
                 **tenure.timing.to_details(step),
             },
         )
-        tenure.on_each_disk(lambda: self._submit(folder, request))
+        tenure.agreement.together(lambda: self._submit(folder, request))
 
     def _submit(self, folder: Path, request: CommitRequest) -> None:
-        if self._tenure.submit(folder, request):
+        if self._tenure.submit(folder, request, self._tenure.agreement):
             shutil.rmtree(folder, ignore_errors=True)  # its files live on under the uploader's names until they are committed
 
     # -- interruptions ------------------------------------------------------------------------------------------------

@@ -324,18 +324,23 @@ class Session(Tenure):
         self._metrics.put("stall_s", stall_s)
         details = {**(request.details or {}), **self.timing.to_details(request.step), **self._carried()}
         request = replace(request, details=details)
-        if self.uploader is not None:
-            self.behind.then(partial(self._submit, folder, request, began, stall_s))
+        submit = partial(self._submit, folder, request, began, stall_s)
+        if self.disk.count > 1:
+            self.behind.then_together(submit)
+        elif self.uploader is not None:
+            self.behind.then(partial(submit, self.agreement))
         self.order_uploads()
 
-    def _submit(self, folder: Path, request: CommitRequest, began: float | None, stall_s: float | None) -> None:
+    def _submit(
+        self, folder: Path, request: CommitRequest, began: float | None, stall_s: float | None, ranks: Agreement
+    ) -> None:
         """Called when all files are written, by whoever wrote them."""
         if began is not None:
             self.save_s = self.clock() - began
             self._metrics.put("checkpoint_s", self.save_s)
         seconds = {"save_s": self.save_s, "stall_s": stall_s}
         details = {**(request.details or {}), **{name: took and round(took, 3) for name, took in seconds.items()}}
-        self.submit(folder, replace(request, details=details))
+        self.submit(folder, replace(request, details=details), ranks)
 
     def _committed(self, entry: Entry) -> None:
         """Called after each commit, from the uploader's thread."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import logging
 import mmap
 import os
@@ -47,6 +48,7 @@ _DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in getattr(sa
 _plain_open = getattr(torch.serialization, "_open_zipfile_writer", None)
 _plain_serialize = safetensors.torch.serialize_file
 _plain_save_together = torch.distributed.checkpoint.save
+_SAVES_ALONE = "no_dist" in inspect.signature(_plain_save_together).parameters
 
 
 def free_bytes() -> int:
@@ -306,7 +308,7 @@ class WriteBehind:
 
     def _capture_together(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         def save(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != self._owner or self._ranks.alone:
+            if threading.get_ident() != self._owner or (self._ranks.alone and not _SAVES_ALONE):
                 return plain(*args, **kwargs)
             staged, why = self._stage(args, kwargs)
             reasons = [one for one in self._ranks.gather(why) if one is not None]
@@ -426,13 +428,15 @@ class _Together:
         self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # type: ignore[no-untyped-call]
 
     def __call__(self) -> None:
-        group = self._behind._ranks.group
+        ranks = self._behind._ranks
+        # Never the training's own group, which is at work.
+        how: dict[str, Any] = {"no_dist": True} if ranks.alone else {"process_group": ranks.group}
         self._behind._arrive()
         try:
             with torch.cuda.device(self._device):
-                _plain_save_together({}, storage_writer=self._writer, planner=self._staged, process_group=group)
+                _plain_save_together({}, storage_writer=self._writer, planner=self._staged, **how)
         except CheckpointException as error:  # raised on all ranks; each speaks for itself: see `_conclude`
-            if (rank := torch.distributed.get_rank()) in error.failures:
+            if (rank := 0 if ranks.alone else torch.distributed.get_rank()) in error.failures:
                 raise error.failures[rank][0] from None
         except Exception as error:
             self._behind._part(error)

@@ -23,6 +23,7 @@ from hf_spot.policy.preemption import Decision, Measured, decide, gives_way
 from hf_spot.run.hook import Hook, hook_url
 from hf_spot.run.journal import CheckpointRef, Entry
 from hf_spot.run.machine import about_this_machine
+from hf_spot.run.manifest import files_in
 from hf_spot.run.progress import Bar
 from hf_spot.run.restore import bring, take
 from hf_spot.run.run import Checkpoint, CommitRequest, Run
@@ -218,7 +219,7 @@ class Tenure:
         def take_over(wanted: Collection[int] | None) -> bool:
             return self.runtime is not None and take(self.runtime, ref.entry, self.output_dir, wait_for_launcher, ranks=wanted)
 
-        return self.on_each_disk(
+        checkpoint, _ = self.on_each_disk(
             lambda: bring(
                 self.run,
                 ref,
@@ -229,6 +230,7 @@ class Tenure:
                 take=take_over,
             )
         )
+        return checkpoint, self.output_dir / checkpoint.name  # machines may call their folders differently
 
     def start_uploader(self, on_commit: Callable[[Entry], None] = lambda entry: None) -> None:
         """On the leader of each disk: from now on `submit` has somebody to hand a checkpoint to.
@@ -292,21 +294,33 @@ class Tenure:
 
     # -- uploads ------------------------------------------------------------------------------------------------------
 
-    def submit(self, folder: Path, request: CommitRequest) -> bool:
-        """On the leader of each disk: has a checkpoint uploaded, once all its files are written; False when that can't be.
+    def submit(self, folder: Path, request: CommitRequest, ranks: Agreement) -> bool:
+        """Has a checkpoint uploaded, once all its files are written: True on the leader of a disk whose part is on its way.
+
+        All ranks must call it when there are several disks.
 
         Args:
             folder: its part on this disk.
             request: for all of it.
+            ranks: to agree with, when there are several disks.
         """
-        assert self.uploader is not None
+        elsewhere = self._on_earlier_disks(folder, ranks)
+        if self.uploader is None:
+            return False
         try:
-            self.uploader.submit(folder, replace(request, part=self.disk.index, parts=self.disk.count))
+            self.uploader.submit(folder, replace(request, part=self.disk.index, parts=self.disk.count), elsewhere)
             self._size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         except OSError as error:
             log.error("%s can't be queued for upload, training goes on: %s", folder, error)
             return False
         return True
+
+    def _on_earlier_disks(self, folder: Path, ranks: Agreement) -> set[str]:
+        """Files that are uploaded from another disk: with ``save_on_each_node`` each has what rank 0 writes."""
+        if self.disk.count == 1:
+            return set()
+        told = ranks.gather((self.disk.index, files_in(folder) if self.disk.leads else []))
+        return {name for index, names in told if index < self.disk.index for name in names}
 
     def order_uploads(self) -> None:
         """After a notice: the newest checkpoint goes first, and what is in flight may have to give way to it."""

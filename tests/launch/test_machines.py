@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason
 
 PEER_TIMEOUT_S = 5
 MORE_SAVES = SCRIPTS / "more_saves.py"
+LOOP = SCRIPTS / "ddp_loop.py"
 
 
 @dataclass
@@ -49,7 +50,8 @@ class Cluster:
         """The same, and a save is added."""
         number = self.launches + 1
         files = ["--output_dir", f"out-{number}", "--diary", f"diary-{number}", "--weights", f"weights-{number}"]
-        self.start([MORE_SAVES, *files, "--save_steps", "100", "--hold_at", "12"])  # no other gets in the way of its upload
+        # No other save gets in the way of its upload.
+        self.start([MORE_SAVES, *files, "--save_steps", "100", "--hold_at", "12", "--save_on_each_node"])
         self.wait_for_step(12)
 
     def start(self, script: Sequence[str | Path], *options: str, only: list[int] | None = None) -> None:
@@ -65,8 +67,9 @@ class Cluster:
         options += ["--main_process_ip", self.hosts.address(0), "--main_process_port", 29500]
         options += ["--peer-timeout-s", PEER_TIMEOUT_S, "--store", self.url, *more]
         command = [sys.executable, "-m", "hf_spot", "launch", *map(str, [*options, *script])]
+        env = {**self.env, "XDG_CACHE_HOME": str(self.hosts.folder(host) / "cache")}  # each has a user of its own
         with open(self.hosts.folder(host) / f"log-{self.launches}", "wb") as out:
-            return self.hosts.start(host, command, self.env, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+            return self.hosts.start(host, command, env, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
     def wait(self) -> list[int]:
         return [process.wait(PATIENCE_S) for process in self.running]
@@ -88,9 +91,9 @@ class Cluster:
         wait_for(there, f"for step {step}: {self.text()}")
         assert all(process.poll() is None for process in self.running), self.text()
 
-    def hold_at(self, step: int) -> None:
+    def hold_at(self, step: int, *more: str) -> None:
         """All ranks wait behind this step, until `go_on`: whatever a test does then comes in the middle of the training."""
-        self.launch("--hold_at", str(step))
+        self.launch("--hold_at", str(step), *more)
         self.wait_for_step(step)
 
     def go_on(self, when: str = "") -> None:
@@ -128,7 +131,7 @@ def test_a_notice_on_one_machine_stops_both_and_each_disk_is_committed_and_resto
     address = dict(line.removeprefix("export ").split("=", 1) for line in told.read_text().splitlines())
     run = run_of(cluster, monkeypatch)
     cluster.env |= address  # machine 0 finds nobody there
-    cluster.hold_at(7)
+    cluster.hold_at(7, "--save_on_each_node")  # Trainer then writes on machine 1 what rank 0 writes on machine 0
     [child] = metadata_service.children() or [metadata_service]
     child.send_signal(signal.SIGUSR1)
     cluster.go_on(when="TERMINATE from imds")
@@ -217,6 +220,37 @@ def test_a_training_fails_on_one_machine_then_machine_0_dies_without_a_word_and_
     assert all(line == undisturbed.lines[line["step"]] for line in [*first, *last])
     assert cluster.weights() == undisturbed.weights
     assert epochs() == [1, 2, 3]
+
+
+def test_a_loop_of_ones_own_goes_on_after_a_death_and_ends_with_a_notice_as_if_nothing_had_happened(
+    cluster: Cluster, loop_of_ranks_in_peace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(cluster, monkeypatch)
+    cluster.start([LOOP, "--diary", "diary-1", "--hold_at", "6"])
+    cluster.wait_for_step(6)
+    wait_for(run.latest, f"for the commit of step 4: {cluster.text()}")
+    cluster.running[1].kill()  # the launcher alone: what it has started must not outlive it
+    assert cluster.running[0].wait(PATIENCE_S) == 75, cluster.text()
+    first = cluster.lines()
+
+    cluster.start([LOOP, "--diary", "diary-2", "--hold_at", "15"], "--notice", "file:notice")
+    cluster.wait_for_step(15)
+    (cluster.hosts.folder(1) / "notice").touch()
+    wait_for(lambda: "TERMINATE from file" in cluster.text(), f"for the notice: {cluster.text()}")
+    (cluster.hosts.folder(0) / "diary-2.go-on").touch()
+    assert cluster.wait() == [75, 75], cluster.text()
+
+    twin = {line["step"]: line for line in read_diary(loop_of_ranks_in_peace / "twin.json")}
+    second = cluster.lines()
+    assert [line["step"] for line in second] == list(range(5, 17))
+    assert all(line == twin[line["step"]] for line in [*first, *second])
+    # Weights, optimizer, and the random states of each rank: bit for bit those of the loop that nobody has interrupted.
+    ended, undisturbed = run.latest(), Run(loop_of_ranks_in_peace / "twin").latest()
+    assert ended is not None and undisturbed is not None and ended.step == undisturbed.step == 16
+    digests = [{file.path: file.digest for file in one.files} for one in (ended, undisturbed)]
+    assert {"model.safetensors", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"} < digests[0].keys()
+    assert digests[0] == digests[1]
+    assert [entry.kind for entry in run.events() if entry.kind in ("claim", "preempted")] == ["claim", "preempted"] * 2
 
 
 def test_the_shards_of_two_machines_are_one_checkpoint(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -292,6 +293,39 @@ def test_a_part_that_is_given_up_is_not_waited_for(
     uploader.submit(parts[3][0], CommitRequest(step=3, world_size=2, part=0, parts=2))
     assert uploader.drain(PATIENCE_S)
     assert steps(store) == [3]
+
+
+def test_a_part_that_its_disk_has_no_room_for_is_not_waited_for(
+    store: FaultyStore, uploader: Uploader, other_uploader: Uploader, make_checkpoint: Make, tmp_path: Path
+) -> None:
+    for step in (1, 2):
+        mine, theirs = halves(make_checkpoint, step, tmp_path)
+        request = CommitRequest(step=step, world_size=2, part=0, parts=2)
+        uploader.submit(mine, request)
+        if step == 1:
+            other_uploader._pins.touch()  # no folder can be made there
+            with pytest.raises(NotADirectoryError):
+                other_uploader.submit(theirs, replace(request, part=1))
+            other_uploader._pins.unlink()
+        else:
+            other_uploader.submit(theirs, replace(request, part=1))
+    assert uploader.drain(PATIENCE_S)
+    assert steps(store) == [2]
+
+
+def test_a_file_that_two_machines_have_is_uploaded_by_one_or_nothing_is_committed(
+    store: FaultyStore, uploader: Uploader, other_uploader: Uploader, make_checkpoint: Make, tmp_path: Path
+) -> None:
+    for step, elsewhere in ((1, ()), (2, ("optimizer.pt",))):
+        mine, theirs = halves(make_checkpoint, step, tmp_path)
+        (theirs / "optimizer.pt").write_bytes(b"as this machine has it")
+        request = CommitRequest(step=step, world_size=2, part=0, parts=2)
+        other_uploader.submit(theirs, replace(request, part=1), elsewhere)
+        assert other_uploader.drain(PATIENCE_S)
+        uploader.submit(mine, request)
+        assert uploader.drain(PATIENCE_S)
+    assert steps(store) == [2]
+    Run(store.inner).pull(tmp_path / "pulled")
 
 
 def test_a_checkpoint_that_lacks_a_rank_of_another_machine_is_not_committed(

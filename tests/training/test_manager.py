@@ -21,7 +21,7 @@ from hf_spot import ConfigError, Fenced, Run, SpotArguments, SpotCheckpointManag
 from hf_spot.errors import StoreUnavailable
 from hf_spot.storage.memory import MemoryStore
 from tests.small_disk import SmallDisk, why_not
-from tests.training.loops import SCRIPTS, Loops, loops_in
+from tests.training.loops import SCRIPTS, Loop, Loops, loops_in
 from tests.waiting import wait_for
 
 
@@ -63,8 +63,12 @@ def test_a_loop_ends_as_its_home_made_twin_after_kills_and_a_notice(loops: Loops
 
 
 @pytest.mark.parametrize("accelerate", [[], ["--accelerate"]])
-def test_two_ranks_stop_at_the_same_step_and_go_on_exactly(loops: Loops, accelerate: list[str]) -> None:
-    twin = loops.run("twin", *accelerate, script="ddp_loop.py", ranks=2)
+def test_two_ranks_stop_at_the_same_step_and_go_on_exactly(
+    loops: Loops, accelerate: list[str], loop_of_ranks_in_peace: Path
+) -> None:
+    twin = Loop([], loop_of_ranks_in_peace / "twin.json", loop_of_ranks_in_peace / "twin.log")
+    if accelerate:
+        twin = loops.run("twin", *accelerate, script="ddp_loop.py", ranks=2)
 
     killed = loops.start("run", *accelerate, "--hold_at", "5", script="ddp_loop.py", ranks=2)
     killed.wait_for_step(5)

@@ -19,9 +19,9 @@ SCRIPT = Path(__file__).parent / "scripts" / "sharded.py"
 STEPS = [3, 6, 9, 12]
 
 
-def launch(folder: Path, *scenes: str) -> tuple[list[int], list[str]]:
-    """Two ranks, as machines of their own: what each ended with, and what it said."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
+def launch(folder: Path, *scenes: str, count: int = 2) -> tuple[list[int], list[str]]:
+    """So many ranks, as machines of their own: what each ended with, and what it said."""
+    shared = {"WORLD_SIZE": str(count), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), *scenes]
     ranks = [
         subprocess.Popen(
@@ -31,7 +31,7 @@ def launch(folder: Path, *scenes: str) -> tuple[list[int], list[str]]:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     try:
         said = [rank.communicate(timeout=PATIENCE_S)[0] for rank in ranks]
@@ -92,6 +92,7 @@ def test_a_sharded_save_never_mixes_two_steps_and_what_one_rank_can_not_write_is
     main, other = facts(tmp_path, "odd")
     for seen in (main, other):
         assert seen["each"] == [{"at once": False, "same": True}, {"at once": True, "same": True}]
+        assert seen["alone"] == {"at once": False, "same": True}
     assert len(main["said"]) == 1 and "torch.complex64 and torch.strided has more to it" in main["said"][0]
 
     main, other = facts(tmp_path, "no_memory")
@@ -112,8 +113,9 @@ def test_a_sharded_save_never_mixes_two_steps_and_what_one_rank_can_not_write_is
 
 
 def test_a_rank_that_is_killed_in_the_middle_of_its_shards_leaves_no_commit_and_nobody_waiting(tmp_path: Path) -> None:
-    (survivor, killed), said = launch(tmp_path, "killed")
+    (main, killed, other), said = launch(tmp_path, "killed", count=3)
     assert killed == -9, said[1]
-    assert survivor not in (0, -9), said[0]
-    assert "because a rank is gone" in said[0]
+    for survivor, words in ((main, said[0]), (other, said[2])):  # who plans for all, and who waits for the plan
+        assert survivor not in (0, -9), words
+        assert "because a rank is gone" in words
     assert [entry.data["step"] for entry in Run(tmp_path / "killed/run").events() if entry.kind == "commit"] == [3]

@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--best", action="store_true")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--save_on_each_node", action="store_true")
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -80,6 +81,7 @@ def main() -> None:
         lr_scheduler_type="cosine",
         logging_steps=1,
         save_steps=options.save_steps,
+        save_on_each_node=options.save_on_each_node,
         eval_strategy=options.evaluate,
         eval_steps=options.eval_steps,
         save_total_limit=2,

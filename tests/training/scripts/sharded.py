@@ -1,4 +1,4 @@
-"""``sharded.py FOLDER SCENE…``: one of two ranks that shard their model, by FSDP on the CPU; what they see is kept as JSON.
+"""``sharded.py FOLDER SCENE…``: one of the ranks that shard their model, by FSDP on the CPU; what they see is kept as JSON.
 
 All scenes of a launch are one after the other in the same processes, because importing torch takes longer than training.
 """
@@ -276,7 +276,19 @@ def odd(folder: Path) -> dict[str, Any]:
         kinds = [(folder / f"{kind}-{len(found)}" / f"__{RANK}_0.distcp").read_bytes() for kind in ("plain", "spot")]
         found.append({"at once": at_once, "same": kinds[0] == kinds[1]})
     behind.close()
-    return {"each": found, "said": said.lines}
+
+    alone = WriteBehind(ranks=Agreement(1))  # of a training of one rank: nobody else is asked
+    state = {"state": values}
+    folders = [folder / f"alone-{RANK}-{kind}" for kind in ("plain", "spot")]
+    for path, captures, how in zip(
+        folders, (contextlib.nullcontext(), alone.capturing()), ({"no_dist": True}, {}), strict=True
+    ):
+        with captures:
+            dcp.save(state_dict=state, storage_writer=dcp.FileSystemWriter(path), planner=dcp.DefaultSavePlanner(), **how)
+            at_once = path.exists()
+    alone.close()
+    kinds = [(path / "__0_0.distcp").read_bytes() for path in folders]
+    return {"each": found, "said": said.lines, "alone": {"at once": at_once, "same": kinds[0] == kinds[1]}}
 
 
 @scene
@@ -341,7 +353,7 @@ def killed(folder: Path) -> dict[str, Any]:
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=RANK, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=RANK, world_size=int(os.environ["WORLD_SIZE"]))
     for name in sys.argv[2:]:
         (folder / name).mkdir(exist_ok=True)
         facts = SCENES[name](folder / name)
