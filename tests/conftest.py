@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests import leftovers
 from tests.servers import Azurite, FakeGCS, SeaweedFS
 from tests.waiting import PATIENCE_S
 
@@ -37,6 +38,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # While tests are collected, torch and transformers are imported, and the collector would look for garbage in them again and
 # again.
 gc.disable()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # once, and not by each of xdist's workers
+        leftovers.remove()
 
 
 def pytest_collection_finish() -> None:

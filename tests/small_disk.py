@@ -7,6 +7,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from tests import leftovers
+
 _FILLER = "filler"
 
 
@@ -36,7 +38,7 @@ class SmallDisk:
 
     def __enter__(self) -> SmallDisk:
         self.path.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self._size_kb}k", "none", self.path], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self._size_kb}k", leftovers.name(), self.path], check=True)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -15,12 +15,15 @@ from hf_spot.run.manifest import files_in
 from hf_spot.run.restore import bring, restore_newest, set_aside_uncommitted, sweep
 from hf_spot.run.run import CommitRequest, Run
 from hf_spot.run.upload import Uploader
+from hf_spot.storage.local import LocalStore
 from hf_spot.storage.open import open_store
 from hf_spot.storage.store import ObjectInfo, ObjectStore, Progress
+from tests import leftovers
 from tests.run.crashes import Crash, PowerCut, kill
 
 NAMES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 SAVES, PATIENCE_S = 2, 60.0
+MOST_CHECKPOINTS = 20  # two stay, and a launch that dies behind its first commit leaves the older ones to the next
 NOTHING_WRONG = "0 commits lost, 0 hangs, 0 wrong resumes"  # said by a test that has asserted it at each point
 
 
@@ -112,22 +115,17 @@ class Machine:
     def start(self, crash_at: int, make_end: Callable[[], Callable[[], None]] = lambda: kill) -> bool:
         """One launch that ends at its operation ``crash_at``; True when it came to its end before."""
         told = self.folder / "told"
-        child = os.fork()
-        if child == 0:
-            try:
-                with Crash(crash_at, make_end(), self.folder) as crash:
-                    launch(Watched(open_store(self.url), crash), self.disk / "out", lambda step: tell(told, step))
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert ended in (0, -9), f"the launch that was to crash at {crash_at} ended with {ended}"
+
+        def act() -> None:
+            with Crash(crash_at, make_end(), self.folder) as crash:
+                launch(Watched(open_store(self.url), crash), self.disk / "out", lambda step: tell(told, step))
+
         self.tried += 1
-        return ended == 0
+        return comes_to_its_end(act)
 
     def check(self) -> None:
-        """Nothing that was committed is lost, and everything that is in the run is whole."""
+        """Nothing that was committed is lost, everything that is in the run is whole, and launches that die don't leave ever
+        more to do to the next: none would come to its end before it crashes."""
         run = Run(self.url)
         told = self.folder / "told"
         self.committed = max(self.committed, *map(int, told.read_text().split())) if told.exists() else self.committed
@@ -135,6 +133,29 @@ class Machine:
         assert (newest.step if newest else 0) >= self.committed
         if newest is not None:
             assert run.verify(newest.step) == {newest.ref.entry: []}
+        standing = {info.key: info.size for info in run.store.list("e")}
+        assert wanted(run).items() <= standing.items(), "files of a checkpoint that is in the run are gone"
+        assert len(run.state().checkpoints) < MOST_CHECKPOINTS, "old ones stay"
+
+
+def wanted(run: Run) -> dict[str, int]:
+    """What the journal names: keys and sizes."""
+    return {f"{one.ref.prefix}/{file.path}": file.size for one in run.checkpoints() for file in one.files}
+
+
+def comes_to_its_end(act: Callable[[], None]) -> bool:
+    """Whether ``act`` does, in a process of its own, or is killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert ended in (0, -9), f"what was to crash ended with {ended}"
+    return ended == 0
 
 
 def tell(path: Path, step: int) -> None:
@@ -146,8 +167,8 @@ def tell(path: Path, step: int) -> None:
 def folder(tmp_path: Path) -> Iterator[Path]:
     """In memory, where that is possible. What a killed process has written stays there as on a disk, and what a power cut
     would leave is `PowerCut`'s business; a disk would only take its time for ten thousand syncs."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="hf_spot-", dir=memory if os.access(memory, os.W_OK) else tmp_path) as made:
+    memory = leftovers.MEMORY if os.access(leftovers.MEMORY, os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(prefix=leftovers.name(), dir=memory) as made:
         yield Path(made)
 
 
@@ -183,6 +204,58 @@ def test_the_power_is_cut_at_any_operation(folder: Path, counted: Callable[[str]
     counted(f"launches whose machine lost its power: {machine.tried} points, {NOTHING_WRONG}")
 
 
+def test_what_a_directory_has_taken_or_given_outlives_a_power_cut(folder: Path) -> None:
+    disk, after = folder / "disk", folder / "after"
+    disk.mkdir()
+    data = b"whatever"
+
+    def act() -> None:
+        cut_the_power = PowerCut(disk, after)
+        store = LocalStore(disk / "run")
+        (folder / "source").write_bytes(data)
+        store.put("put/x", data)
+        store.create("create/x", data)
+        store.put_file("put_file/x", folder / "source")
+        store.copy("put/x", "copy/x")
+        store.get_file("put/x", disk / "got")
+        cut_the_power()
+
+    assert not comes_to_its_end(act)
+    assert {info.key: LocalStore(after / "run").get(info.key) for info in LocalStore(after / "run").list()} == {
+        f"{how}/x": data for how in ("copy", "create", "put", "put_file")
+    }
+    assert (after / "got").read_bytes() == data
+
+
+def test_a_checkpoint_that_is_pulled_while_the_power_is_cut_is_there_as_a_whole_or_not_at_all(folder: Path) -> None:
+    disk, after = folder / "disk", folder / "after"
+    saved = save(folder / "checkpoint-5", 5)
+    (saved / "sub").mkdir()
+    (saved / "sub" / "more").write_bytes(b"more")
+    Run(folder / "run").push(saved)
+    ended, at = False, 0
+    while not ended:
+        at += 1
+        (disk / "out").mkdir(parents=True)
+
+        def act(at: int = at) -> None:
+            cut_the_power = PowerCut(disk, after)
+            with Crash(at, cut_the_power, disk) as crash:
+                Run(folder / "run").pull(disk / "out")
+                if crash.count < at:  # behind its last operation
+                    (folder / "done").touch()
+                    cut_the_power()
+
+        assert not comes_to_its_end(act)
+        ended = (folder / "done").exists()
+        found = after / "out" / "checkpoint-5"
+        assert found.exists() or not ended
+        assert not found.exists() or Run(folder / "run").compare(Run(folder / "run").find(), found) == []
+        shutil.rmtree(disk)
+        shutil.rmtree(after)
+    assert at > len(NAMES)
+
+
 def nothing_grows(machine: Machine) -> None:
     """After a launch that came to its end there is nothing but what the journal names.
 
@@ -190,8 +263,7 @@ def nothing_grows(machine: Machine) -> None:
     """
     assert machine.start(10**9)
     run = Run(machine.url)
-    wanted = {f"{c.ref.prefix}/{file.path}" for c in run.checkpoints() for file in c.files}
-    assert {info.key for info in run.store.list("e")} == wanted
+    assert {info.key: info.size for info in run.store.list("e")} == wanted(run)
     assert run.store.abort(lambda key: key.startswith("e")) == 0
     left = {path.name for path in (machine.disk / "out").iterdir()}
     newest = run.latest()

@@ -102,6 +102,6 @@ class NFSLike(fuse.Operations):
 
 
 if __name__ == "__main__":
-    backing, mount, faults, cache_s = sys.argv[1:]
+    backing, mount, faults, cache_s, source = sys.argv[1:]
     cached = {name: float(cache_s) for name in ("entry_timeout", "attr_timeout", "negative_timeout")}
-    fuse.FUSE(NFSLike(Path(backing), Path(faults)), mount, foreground=True, direct_io=True, **cached)
+    fuse.FUSE(NFSLike(Path(backing), Path(faults)), mount, foreground=True, direct_io=True, fsname=source, **cached)

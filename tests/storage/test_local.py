@@ -16,6 +16,7 @@ from hf_spot.errors import AccessDenied, BucketNotFound, StoreError, StoreUnavai
 from hf_spot.storage.keys import TEMPORARY_FOLDER
 from hf_spot.storage.local import LocalStore
 from hf_spot.storage.probe import probe
+from tests.small_disk import SmallDisk, why_not
 
 
 @pytest.fixture
@@ -203,13 +204,10 @@ def test_a_folder_without_write_permission_is_access_denied(tmp_path: Path, requ
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", mount], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("needs the right to mount")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
+    if why := why_not():
+        pytest.skip(why)
+    with SmallDisk(tmp_path / "disk", size_kb=256) as disk:
+        yield disk.path
 
 
 def test_a_full_disk_is_unavailable_leaves_no_part_and_recovers(small_disk: Path, tmp_path: Path) -> None:

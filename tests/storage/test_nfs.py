@@ -18,6 +18,7 @@ from hf_spot.errors import Fenced, ObjectNotFound, StoreUnavailable
 from hf_spot.run.run import CommitRequest, Run
 from hf_spot.storage.local import LocalStore
 from hf_spot.storage.probe import probe
+from tests import leftovers
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ needs_fuse = pytest.mark.skipif(bool(why_not()), reason=why_not() or "not skippe
 def mounted(tmp_path: Path, name: str, cache_s: float) -> Iterator[Path]:
     for folder in ("backing", "faults", name):
         (tmp_path / folder).mkdir(exist_ok=True)
-    arguments = [str(tmp_path / "backing"), str(tmp_path / name), str(tmp_path / "faults"), str(cache_s)]
+    arguments = [str(tmp_path / "backing"), str(tmp_path / name), str(tmp_path / "faults"), str(cache_s), leftovers.name()]
     process = subprocess.Popen([sys.executable, "-m", "tests.storage.nfs_like", *arguments], cwd=ROOT)
     try:
         wait_for(lambda: process.poll() is not None or os.path.ismount(tmp_path / name), "for a mount")
