@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         Untrusted,
     )
     from hf_spot.notices.notice import NoticeKind, NoticeSource, PreemptionNotice
-    from hf_spot.run.run import Checkpoint
+    from hf_spot.run.checkpoint import Checkpoint
     from hf_spot.storage.store import ObjectStore
     from hf_spot.training.callback import SpotCallback
     from hf_spot.training.manager import SpotCheckpointManager
@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Checkpoint": "hf_spot.run.run",
+    "Checkpoint": "hf_spot.run.checkpoint",
     "NoticeKind": "hf_spot.notices.notice",
     "NoticeSource": "hf_spot.notices.notice",
     "ObjectStore": "hf_spot.storage.store",

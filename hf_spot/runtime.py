@@ -20,7 +20,7 @@ from hf_spot.notices.notice import PreemptionNotice
 _STEP = struct.Struct("<q")
 _RESERVE_BYTES = 64 << 10
 STORE_VARIABLE = "HF_SPOT_STORE"
-_EPOCH_VARIABLE = "HF_SPOT_EPOCH"
+_LAUNCH_VARIABLE = "HF_SPOT_LAUNCH"
 _DIRECTORY_VARIABLE = "HF_SPOT_RUNTIME_DIR"
 _LAUNCHER_VARIABLE = "HF_SPOT_LAUNCHER_PID"
 _CLAIMED_VARIABLE = "HF_SPOT_CLAIMED_AT"
@@ -55,7 +55,7 @@ class Runtime:
 
     Args:
         store: URL of the run.
-        epoch: the number of the claim under which this launch writes.
+        launch: the number of the claim under which this launch writes.
         directory: a folder on the node's own disk, shared by the launcher and its workers, gone after the launch.
         arguments: the settings given to the launcher.
         launcher: process id of the launcher.
@@ -63,7 +63,7 @@ class Runtime:
     """
 
     store: str
-    epoch: int
+    launch: int
     directory: Path
     arguments: SpotArguments
     launcher: int = field(default_factory=os.getpid)
@@ -76,7 +76,7 @@ class Runtime:
             return None
         return cls(
             store=environ[STORE_VARIABLE],
-            epoch=int(environ[_EPOCH_VARIABLE]),
+            launch=int(environ[_LAUNCH_VARIABLE]),
             directory=Path(environ[_DIRECTORY_VARIABLE]),
             arguments=SpotArguments(**json.loads(environ[_ARGUMENTS_VARIABLE])),
             launcher=int(environ[_LAUNCHER_VARIABLE]),
@@ -87,7 +87,7 @@ class Runtime:
         """The variables that `from_environ` reads."""
         return {
             STORE_VARIABLE: self.store,
-            _EPOCH_VARIABLE: str(self.epoch),
+            _LAUNCH_VARIABLE: str(self.launch),
             _DIRECTORY_VARIABLE: str(self.directory),
             _LAUNCHER_VARIABLE: str(self.launcher),
             _CLAIMED_VARIABLE: self.claimed_at.isoformat() if self.claimed_at else "",

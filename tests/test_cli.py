@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from hf_spot.cli import main, parser
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.run import Run
 
 NAMES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 

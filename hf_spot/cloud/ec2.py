@@ -19,7 +19,7 @@ from botocore import exceptions as aws
 from botocore.config import Config
 
 from hf_spot.aws_errors import code_of, message_of
-from hf_spot.cloud.explain import LATER, explain
+from hf_spot.cloud.ec2_errors import LATER, explain
 from hf_spot.cloud.job import ON_DEMAND, SPOT
 from hf_spot.cloud.ladder import Price
 from hf_spot.errors import CloudError, ConfigError

@@ -1,7 +1,7 @@
 """From a job file to a machine that trains it: walks the ladder, and with ``--watch`` again until the run is finished.
 
 Whoever does this may die at any moment and start again elsewhere. What has to be known stands in the run's journal and in
-the instances' tags (`hf_spot.cloud.book`); nothing is remembered here but what can be asked again.
+the instances' tags (`hf_spot.cloud.machine_records`); nothing is remembered here but what can be asked again.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from hf_spot.cloud import ec2, orders, quotas
-from hf_spot.cloud.book import Book
 from hf_spot.cloud.ec2 import Cloud, Image, Instance, Subnet
-from hf_spot.cloud.explain import NEXT_RUNG, explain
+from hf_spot.cloud.ec2_errors import NEXT_RUNG, explain
 from hf_spot.cloud.job import ANY, SHUTDOWN, SPOT, Job, Rung
 from hf_spot.cloud.ladder import Pool, Price, in_order, minutes_affordable, pause_s, too_dear, untried
 from hf_spot.cloud.ledger import FRUITLESS_MACHINES, Machine
 from hf_spot.cloud.machine import LOGS
+from hf_spot.cloud.machine_records import MachineRecords
 from hf_spot.cloud.orders import Order, Outcome
 from hf_spot.cloud.user_data import render
 from hf_spot.errors import CloudError, ConfigError, NoCapacity, SpotError, StoreUnavailable
@@ -94,7 +94,7 @@ class Provisioner:
         self._known: list[str] = []
         self._needs: list[quotas.Need] = []
         self._sites: dict[str, tuple[Image, list[Subnet]]] = {}
-        self.book = Book(run, cloud, now=now)
+        self.book = MachineRecords(run, cloud, now=now)
 
     # -- before anything costs money ----------------------------------------------------------------------------------
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from hf_spot.cloud.book import Book
 from hf_spot.cloud.ec2 import Cloud
 from hf_spot.cloud.ledger import Machine
+from hf_spot.cloud.machine_records import MachineRecords
 
 
-def terminate(book: Book, cloud: Cloud) -> list[Machine]:
+def terminate(book: MachineRecords, cloud: Cloud) -> list[Machine]:
     """Ends all machines of a run, tells a ``--watch`` to start no other, and removes what is left of their launch.
 
     Raises:
@@ -33,7 +33,7 @@ def terminate(book: Book, cloud: Cloud) -> list[Machine]:
     return [machine for machine in book.ledger.machines if machine.instance_id in ids]
 
 
-def status(book: Book, cloud: Cloud) -> dict[str, Any]:
+def status(book: MachineRecords, cloud: Cloud) -> dict[str, Any]:
     """What is known of a run and its machines; changes nothing. JSON values.
 
     Raises:

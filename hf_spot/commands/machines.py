@@ -147,11 +147,11 @@ def _quotas(args: argparse.Namespace) -> int:
 
 
 def _terminate(args: argparse.Namespace) -> int:
-    from hf_spot.cloud.book import Book
+    from hf_spot.cloud.machine_records import MachineRecords
     from hf_spot.cloud.status import terminate
 
     cloud = _cloud()
-    gone = terminate(Book(open_run(args.run), cloud, now=_now), cloud)
+    gone = terminate(MachineRecords(open_run(args.run), cloud, now=_now), cloud)
     if args.json:
         print_json([machine.to_data() for machine in gone])
     else:
@@ -161,11 +161,11 @@ def _terminate(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from hf_spot.cloud.book import Book
+    from hf_spot.cloud.machine_records import MachineRecords
     from hf_spot.cloud.status import render_status, status
 
     cloud = _cloud()
-    known = status(Book(open_run(args.run), cloud, now=_now), cloud)
+    known = status(MachineRecords(open_run(args.run), cloud, now=_now), cloud)
     if args.json:
         print_json(known)
     else:
@@ -210,9 +210,9 @@ def _sky(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from hf_spot.cloud.doctor.examine import examine
-    from hf_spot.cloud.doctor.finding import FAIL
     from hf_spot.cloud.job import load
+    from hf_spot.doctor.examine import examine
+    from hf_spot.doctor.finding import FAIL
 
     job = load(args.job) if args.job else None
     findings = []

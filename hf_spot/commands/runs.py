@@ -88,12 +88,12 @@ def _ls(args: argparse.Namespace) -> int:
     for ref in refs:
         marks = " ".join(word for word, holds in (("best", ref.best), ("complete", ref.complete)) if holds)
         stage = "" if ref.stage == 1 else f" stage {ref.stage}"
-        print(f"checkpoint-{ref.step:<8}{stage} {megabytes(ref.size_bytes):>14}  launch {ref.epoch:<4} {marks}".rstrip())
+        print(f"checkpoint-{ref.step:<8}{stage} {megabytes(ref.size_bytes):>14}  launch {ref.launch:<4} {marks}".rstrip())
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from hf_spot.run.inspect import is_checkpoint_folder, problems_in
+    from hf_spot.run.folder_check import is_checkpoint_folder, problems_in
     from hf_spot.run.progress import Bar
 
     if is_checkpoint_folder(Path(args.run)):

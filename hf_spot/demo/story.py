@@ -158,7 +158,7 @@ class _Story:
             imds.interrupt(in_s=120)
             self.say(f"launch {number}: step {reached}: the metadata service announces that the machine goes in 120 s")
             _expect(_wait(process), EXIT_PREEMPTED, f"launch {number}", self._log(number))
-        entries = [one for one in self.run.events() if one.epoch == number and one.kind == "commit"]
+        entries = [one for one in self.run.events() if one.launch == number and one.kind == "commit"]
         took_s = round((entries[-1].time - announced).total_seconds(), 2)
         committed = self._committed_step()
         self._ended(number, committed, "notice")

@@ -91,11 +91,11 @@ class Launch:
     """One claim of the run and what came of it.
 
     Args:
-        epoch: number of the launch.
+        number: of the launch.
         began: when it claimed the run; when the same process had launched before, the end of that launch, because it held
             the machine in between.
         hostname: the machine's name, where it was recorded.
-        machine: what the claim told of the machine and its price (see `hf_spot.run.machine`).
+        machine: what the claim told of the machine and its price (see `hf_spot.run.machine_info`).
         machines: how many train together; the price of the first is taken for all.
         resumed_step: the step from which it trained.
         committed_step: the newest committed step of it and those before.
@@ -114,7 +114,7 @@ class Launch:
         cost_usd: ``wall_s`` at its price; None when that is not known.
     """
 
-    epoch: int
+    number: int
     began: datetime
     hostname: str | None
     machine: dict[str, Any]
@@ -257,7 +257,7 @@ def _claimed(entry: Entry, now: datetime, step: int, before: Launch | None) -> L
     began = before.last_heard if before and stayed and before.ended != "no word" else now
     machines = data.get("machines")
     return Launch(
-        epoch=entry.epoch,
+        number=entry.launch,
         began=began,
         hostname=data.get("hostname"),
         machine=machine,

@@ -76,7 +76,7 @@ def _tables(report: Report, entries: list[Entry]) -> list[str]:
 def _checkpoint_row(ref: CheckpointRef, reason: str, time: str) -> list[str]:
     marks = " ".join(word for word, holds in (("best", ref.best), ("complete", ref.complete)) if holds)
     name = f"checkpoint-{ref.step}" + (f" of stage {ref.stage}" if ref.stage > 1 else "")
-    return [name, f"{ref.size_bytes / 1e6:,.1f} MB", str(ref.epoch), reason, time, marks]
+    return [name, f"{ref.size_bytes / 1e6:,.1f} MB", str(ref.launch), reason, time, marks]
 
 
 def _newest(titles: list[str], rows: list[list[str]]) -> str:

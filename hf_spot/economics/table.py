@@ -101,7 +101,7 @@ def launch_rows(report: Report) -> list[list[str]]:
         answered = "" if launch.notice_to_commit_s is None else f"{launch.notice_to_commit_s:.1f} s"
         rows.append(
             [
-                str(launch.epoch),
+                str(launch.number),
                 f"{launch.began:%Y-%m-%d %H:%M:%S}",
                 duration(launch.waited_s),
                 duration(launch.wall_s),
@@ -130,7 +130,7 @@ def machine_rows(report: Report) -> list[list[str]]:
         times = "" if launch.machines == 1 else f"{launch.machines} x "
         rows.append(
             [
-                str(launch.epoch),
+                str(launch.number),
                 times + launch.name,
                 str(told.get("instance_type") or "?"),
                 str(told.get("zone") or told.get("region") or "?"),

@@ -3,7 +3,7 @@
 torchrun's agents bring the ranks together, but start too early (a machine comes back before the others know that it was
 gone) and notice too late: a machine that dies without a word leaves the others in a collective for half an hour. So:
 
-* Machine 0 claims the run, listens on a port, and puts it into the store under its new epoch, with a nonce. The others read
+* Machine 0 claims the run, listens on a port, and puts it into the store under its new launch, with a nonce. The others read
   it and connect. When all are there it says go. A connection is proof of life, so a meeting left behind by a dead launch
   misleads nobody.
 * From then on everybody sends a line each second. Silence for ``timeout_s``, or a connection that closes without a last
@@ -247,13 +247,13 @@ def join(
         machine: rank of this machine.
         machines: how many there are.
         address: of machine 0.
-        read_invitation: the newest epoch and what machine 0 put into the store under it, or None.
+        read_invitation: the newest launch and what machine 0 put into the store under it, or None.
         wait: see `Wait`.
         timeout_s: of the `Peers`, and of machine 0, which says each second that it waits.
         patience_s: how long to look.
 
     Returns:
-        The epoch of the launch, and the connections; None when ``wait`` said that there is no point.
+        The launch of the launch, and the connections; None when ``wait`` said that there is no point.
 
     Raises:
         Refused: the machines were started with numbers that don't fit together.
@@ -263,10 +263,10 @@ def join(
     while True:
         invitation = read_invitation()
         if invitation is not None:
-            epoch, found = invitation
+            launch, found = invitation
             connection = _knock(machine, machines, address, found, wait, timeout_s)
             if connection is not None:
-                return epoch, Peers({0: connection}, timeout_s)
+                return launch, Peers({0: connection}, timeout_s)
         if time.monotonic() - said > _SAY_EVERY_S:
             said = time.monotonic()
             log.info("waiting for machine 0 at %s", address)

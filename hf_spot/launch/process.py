@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 
-from hf_spot import leash
+from hf_spot import process_guard
 
 _GONE_S = 10.0
 
@@ -30,9 +30,9 @@ class ProcessTree:
     """
 
     def __init__(self, command: Sequence[str], environ: Mapping[str, str]) -> None:
-        leash.adopt_orphans()
+        process_guard.adopt_orphans()
         self._strangers = set(psutil.Process().children(recursive=True))
-        held = [sys.executable, "-S", "-E", leash.__file__, str(os.getpid()), *command]
+        held = [sys.executable, "-S", "-E", process_guard.__file__, str(os.getpid()), *command]
         self._process = subprocess.Popen(held, env=dict(environ), start_new_session=True)
 
     def wait(self, timeout_s: float) -> int | None:

@@ -30,9 +30,9 @@ from hf_spot.errors import (
     StoreError,
     StoreUnavailable,
 )
-from hf_spot.launch.ahead import Ahead, newest_of
 from hf_spot.launch.command import Command, Reading, likely_store
 from hf_spot.launch.peers import Host, Peers, Refused, join
+from hf_spot.launch.prefetch import Prefetch, newest_of
 from hf_spot.launch.process import ProcessTree
 from hf_spot.notices.detect import grace_s, sources
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
@@ -48,11 +48,12 @@ from hf_spot.policy.restarts import (
     patience_s,
     pause_s,
 )
-from hf_spot.run.hook import Hook, hook_url
 from hf_spot.run.journal import RunState
-from hf_spot.run.machine import about_this_machine
+from hf_spot.run.machine_info import about_this_machine
+from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.progress import AboveBars, alert
 from hf_spot.run.run import Run
+from hf_spot.run.webhook import Hook, hook_url
 from hf_spot.runtime import Runtime, StepCounter
 from hf_spot.storage.threads import Workers
 
@@ -77,7 +78,7 @@ def launch(reading: Reading) -> int:
         log.setLevel(logging.INFO)
         log.propagate = False
     store = likely_store(reading.argv)
-    early = None if store is None else Ahead(partial(newest_of, store))
+    early = None if store is None else Prefetch(partial(newest_of, store))
     with contextlib.ExitStack() as stack:
         if early is not None:
             stack.callback(early.close)
@@ -133,7 +134,7 @@ class Supervisor:
         self,
         run: Run,
         command: Command,
-        early: Ahead | None = None,
+        early: Prefetch | None = None,
         *,
         now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
         clock: Callable[[], float] = time.monotonic,
@@ -196,9 +197,9 @@ class Supervisor:
         met = self._meet()
         if met is None:
             return Verdict.PREEMPTED, EXIT_PREEMPTED
-        epoch, self._peers = met
+        launch, self._peers = met
         try:
-            verdict, code = self._train(epoch)
+            verdict, code = self._train(launch)
             if self._peers is not None:
                 self._peers.tell(self._machines.rank, verdict, code)
             return verdict, code
@@ -207,7 +208,7 @@ class Supervisor:
                 self._peers.close()
 
     def _meet(self) -> tuple[int, Peers | None] | None:
-        """Takes the run, together with the other machines if there are any: the epoch; None when a notice came first."""
+        """Takes the run, together with the other machines if there are any: the launch; None when a notice came first."""
         machines, arguments = self._machines, self._command.arguments
         about = about_this_machine("hf-spot launch", self._command.environ)
         if machines.count == 1:
@@ -215,15 +216,15 @@ class Supervisor:
         try:
             if machines.rank == 0:
                 host = Host(machines.count)
-                epoch = self._run.claim({**about, "machines": machines.count})
-                self._run.invite(host.invitation)
+                launch = self._run.claim({**about, "machines": machines.count})
+                Mailbox(self._run).invite(host.invitation)
                 peers = host.meet(self._heard.wait, arguments.peer_timeout_s, MEETING_S)
-                return None if peers is None else (epoch, peers)
+                return None if peers is None else (launch, peers)
             found = join(
                 machines.rank,
                 machines.count,
                 machines.main_ip,
-                self._run.invitation,
+                Mailbox(self._run).invitation,
                 self._heard.wait,
                 arguments.peer_timeout_s,
                 MEETING_S,
@@ -239,16 +240,16 @@ class Supervisor:
                 f"machine 0 does not take this one: {error}", hint="the same --num_machines everywhere"
             ) from error
 
-    def _train(self, epoch: int) -> tuple[Verdict, int]:
-        log.info("launch %d of %s", epoch, self._run.url)
+    def _train(self, launch: int) -> tuple[Verdict, int]:
+        log.info("launch %d of %s", launch, self._run.url)
         try:
             directory = Path(tempfile.mkdtemp(prefix="hf_spot-"))
         except OSError as error:
             raise _no_room(error) from error
         if self._machines.rank == 0:
-            self._hook.tell(f"launch {epoch} has begun on {platform.node()}")
+            self._hook.tell(f"launch {launch} has begun on {platform.node()}")
         arguments = replace(self._command.arguments, on_event=None)  # it is told here
-        runtime = Runtime(self._run.url, epoch, directory, arguments, claimed_at=self._run.journal.claimed_at)
+        runtime = Runtime(self._run.url, launch, directory, arguments, claimed_at=self._run.journal.claimed_at)
         try:
             try:
                 runtime.reserve()
@@ -272,7 +273,7 @@ class Supervisor:
         ahead, self._early = self._early, None
         if newest is not None:
             if ahead is None or not ahead.serves(newest):
-                ahead = Ahead(lambda: (self._run, newest), self._machines)
+                ahead = Prefetch(lambda: (self._run, newest), self._machines)
             stack.callback(ahead.close)
             ahead.hand_to(runtime, needed=lambda: not self._heard.is_set())
 
@@ -316,7 +317,7 @@ class Supervisor:
 
     def _conclude(self, runtime: Runtime, code: int) -> tuple[Verdict, int]:
         state = self._read_at_the_end()
-        newer = state is not None and state.epoch > runtime.epoch
+        newer = state is not None and state.launch > runtime.launch
         fenced = newer and self._machines.rank == 0  # on the others it may be machine 0's next launch, which they join
         other = None
         if self._peers is not None:
@@ -355,7 +356,7 @@ class Supervisor:
     def _all_is_committed(self) -> bool:
         """Whether this launch's training has said in the journal that every step which it made is committed."""
         state = self._run.journal.state
-        if not self._heard.is_set() or state.ended != "preempted" or state.epoch != self._run.epoch:
+        if not self._heard.is_set() or state.ended != "preempted" or state.launch != self._run.launch:
             return False
         asked = self._journalist.submit(self._last_word, state)
         if not wait([asked], self._left_for_words_s).done:

@@ -4,7 +4,7 @@ Protocol (invariants in capitals are what the tests attack):
 
 * Entry *n* is the object ``journal/{n:08d}.json``. Whoever creates it has read entry *n-1*: NUMBERS HAVE NO GAPS, and
   every entry carries the state of the run after it, so reading the newest one is enough.
-* ``claim`` raises the epoch by one. A writer holds one epoch and may append only while it is the newest:
+* ``claim`` begins the next launch. A writer belongs to one launch and may append only while that is the newest:
   AN ENTRY OF AN OLDER EPOCH NEVER FOLLOWS A NEWER CLAIM. It finds its number taken, reads who took it, and raises `Fenced`.
 * An answer can be lost. Every draft has an ``id``; after trouble the writer reads the number back, and finding its own
   id means success: ONE DRAFT BECOMES AT MOST ONE ENTRY.
@@ -51,7 +51,7 @@ class CheckpointRef:
 
     Args:
         entry: number of the commit's entry.
-        epoch: the launch that wrote it.
+        launch: the launch that wrote it.
         stage: which call of ``trainer.train()`` in the script it belongs to, from 1.
         step: optimizer steps done.
         size_bytes: of all its files.
@@ -61,7 +61,7 @@ class CheckpointRef:
     """
 
     entry: int
-    epoch: int
+    launch: int
     stage: int
     step: int
     size_bytes: int
@@ -76,13 +76,13 @@ class RunState:
 
     Args:
         number: of the newest entry.
-        epoch: of the newest claim.
+        launch: of the newest claim.
         checkpoints: those that exist, oldest first: in the order of their commits, but those of one launch by their steps.
         ended: how the newest launch ended (one of `ENDINGS`), or None while it runs or when it died unheard.
     """
 
     number: int = 0
-    epoch: int = 0
+    launch: int = 0
     checkpoints: tuple[CheckpointRef, ...] = ()
     ended: str | None = None
 
@@ -98,16 +98,16 @@ class Entry:
 
     number: int
     kind: str
-    epoch: int
+    launch: int
     id: str
     time: datetime
     data: dict[str, Any]
     state: RunState = field(repr=False)
 
 
-def fold(state: RunState, number: int, kind: str, epoch: int, data: dict[str, Any]) -> RunState:
+def fold(state: RunState, number: int, kind: str, launch: int, data: dict[str, Any]) -> RunState:
     """The state after an entry, from the state before it. Pure."""
-    after = replace(state, number=number, epoch=epoch)
+    after = replace(state, number=number, launch=launch)
     if kind == "claim":
         return replace(after, ended=None)
     if kind in ENDINGS:
@@ -118,7 +118,7 @@ def fold(state: RunState, number: int, kind: str, epoch: int, data: dict[str, An
     if kind == "commit":
         new = CheckpointRef(
             entry=number,
-            epoch=epoch,
+            launch=launch,
             stage=data["stage"],
             step=data["step"],
             size_bytes=sum(file["size"] for file in data["files"]),
@@ -141,7 +141,25 @@ def fold(state: RunState, number: int, kind: str, epoch: int, data: dict[str, An
 def _follows(one: CheckpointRef, other: CheckpointRef) -> bool:
     """Whether the same training of the same launch wrote ``one`` after ``other``: side by side, with more steps."""
     beside = one.prefix.rpartition("/")[0] == other.prefix.rpartition("/")[0]
-    return one.epoch == other.epoch and beside and one.step > other.step
+    return one.launch == other.launch and beside and one.step > other.step
+
+
+# The one word that format 1 spells otherwise than the code does.
+_LAUNCH_KEY = "epoch"
+
+
+def _to_disk(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `RunState` or a `CheckpointRef`, in their order, under the keys of format 1."""
+    if "checkpoints" in fields:
+        fields["checkpoints"] = [_to_disk(ref) for ref in fields["checkpoints"]]
+    return {_LAUNCH_KEY if name == "launch" else name: value for name, value in fields.items()}
+
+
+def _from_disk(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass from the keys of format 1. Raises TypeError for a key that format 1 does not have."""
+    if "launch" in fields:
+        raise TypeError("format 1 has no key 'launch'")
+    return {"launch" if name == _LAUNCH_KEY else name: value for name, value in fields.items()}
 
 
 def encode(entry: Entry, key: bytes | None = None) -> bytes:
@@ -150,11 +168,11 @@ def encode(entry: Entry, key: bytes | None = None) -> bytes:
         "format": FORMAT,
         "number": entry.number,
         "kind": entry.kind,
-        "epoch": entry.epoch,
+        _LAUNCH_KEY: entry.launch,
         "id": entry.id,
         "time": entry.time.astimezone(timezone.utc).isoformat(),
         "data": entry.data,
-        "state": asdict(entry.state),
+        "state": _to_disk(asdict(entry.state)),
     }
     return seal(written, key)
 
@@ -176,9 +194,10 @@ def decode(data: bytes, key: bytes | None = None) -> Entry:
             )
         state = written["state"]
         refs = tuple(_ref(**ref) for ref in state.pop("checkpoints"))
+        state = _typed(RunState(checkpoints=refs, **_from_disk(state)))
         written_at = datetime.fromisoformat(written["time"])
-        number, kind, epoch, id, told = (written[name] for name in ("number", "kind", "epoch", "id", "data"))
-        return _typed(Entry(number, kind, epoch, id, written_at, told, _typed(RunState(checkpoints=refs, **state))))
+        number, kind, launch, id, told = (written[name] for name in ("number", "kind", _LAUNCH_KEY, "id", "data"))
+        return _typed(Entry(number, kind, launch, id, written_at, told, state))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpoint(f"not a journal entry: {data[:80]!r} ({error})") from error
 
@@ -208,7 +227,7 @@ def _typed(found: T) -> T:
 
 @lru_cache(maxsize=1024, typed=True)  # the entries of a journal repeat each other's checkpoints
 def _ref(**fields: Any) -> CheckpointRef:
-    return _typed(CheckpointRef(**fields))
+    return _typed(CheckpointRef(**_from_disk(fields)))
 
 
 class Journal:
@@ -230,13 +249,13 @@ class Journal:
         new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     ) -> None:
         self._store = store
-        self._key = key
+        self.key = key
         self._now = now
         self._new_id = new_id
         self._lock = threading.RLock()
         self._state = RunState()
         self._doubtful: dict[str, int] = {}  # drafts that may stand: the first number that each may stand under
-        self.epoch = 0  # the claim held by this writer; 0 when it holds none
+        self.launch = 0  # under whose claim this writer writes; 0 when it only reads
         self.claimed_at: datetime | None = None  # when this writer made it itself
 
     @property
@@ -262,7 +281,7 @@ class Journal:
             return self._read(number)
 
     def _read(self, number: int) -> Entry:
-        entry = decode(self._store.get(_name(number)), self._key)
+        entry = decode(self._store.get(_name(number)), self.key)
         if not entry.number == entry.state.number == number:  # a signature says who wrote it, and not where it was put
             raise CorruptCheckpoint(f"entry {entry.number} of {self._store.url} stands under the number {number}")
         return entry
@@ -291,21 +310,21 @@ class Journal:
                 yield from entries
 
     def claim(self, data: dict[str, Any]) -> Entry:
-        """Takes the run over: a new epoch, which fences every writer before it."""
+        """Begin a new launch, which fences every earlier writer."""
         with self._lock:
             self.refresh()
-            entry = self._append("claim", data, self._new_id(), lambda state: state.epoch + 1)
-            self.epoch, self.claimed_at = entry.epoch, entry.time
+            entry = self._append("claim", data, self._new_id(), lambda state: state.launch + 1)
+            self.launch, self.claimed_at = entry.launch, entry.time
             return entry
 
-    def adopt(self, epoch: int) -> None:
+    def adopt(self, launch: int) -> None:
         """Goes on under a claim made by another process of the same launch. Raises Fenced when it is not the newest."""
         with self._lock:
-            self.epoch = epoch
+            self.launch = launch
             self._holds(self.refresh())
 
     def append(self, kind: str, data: dict[str, Any], *, id: str | None = None) -> Entry:
-        """Adds an entry under this writer's epoch.
+        """Adds an entry under this writer's launch.
 
         Args:
             kind: one of `KINDS`.
@@ -320,21 +339,21 @@ class Journal:
             return self._append(kind, data, id or self._new_id(), self._holds)
 
     def _holds(self, state: RunState) -> int:
-        if state.epoch != self.epoch:
+        if state.launch != self.launch:
             raise Fenced(
-                f"launch {state.epoch} has taken over {self._store.url}; this one is launch {self.epoch} and stops",
+                f"launch {state.launch} has taken over {self._store.url}; this one is launch {self.launch} and stops",
                 hint=f"hf-spot report {self._store.url}",
             )
-        return self.epoch
+        return self.launch
 
-    def _append(self, kind: str, data: dict[str, Any], id: str, epoch_for: Callable[[RunState], int]) -> Entry:
+    def _append(self, kind: str, data: dict[str, Any], id: str, launch_for: Callable[[RunState], int]) -> Entry:
         if (standing := self._find_doubtful(id)) is not None:
             return standing
         while True:
-            epoch = epoch_for(self._state)
+            launch = launch_for(self._state)
             number = self._state.number + 1
-            state = fold(self._state, number, kind, epoch, data)
-            draft = Entry(number, kind, epoch, id, self._now(), data, state)
+            state = fold(self._state, number, kind, launch, data)
+            draft = Entry(number, kind, launch, id, self._now(), data, state)
             try:
                 standing = self._create(draft)
             except StoreUnavailable:
@@ -358,7 +377,7 @@ class Journal:
     def _create(self, draft: Entry) -> Entry:
         """The entry that stands under the draft's number afterwards: the draft, or whoever came first."""
         try:
-            if self._store.create(_name(draft.number), encode(draft, self._key)):
+            if self._store.create(_name(draft.number), encode(draft, self.key)):
                 return draft
         except StoreUnavailable as trouble:
             try:

@@ -12,7 +12,8 @@ from typing import Any
 
 from hf_spot.errors import ConfigError
 from hf_spot.run import transfer
-from hf_spot.run.run import Checkpoint, Run
+from hf_spot.run.checkpoint import Checkpoint
+from hf_spot.run.run import Run
 from hf_spot.storage.hub import open_model
 from hf_spot.storage.hub_connection import model_card
 from hf_spot.storage.store import Progress

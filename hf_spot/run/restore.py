@@ -11,8 +11,9 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from hf_spot.errors import CorruptCheckpoint, IncompleteCheckpoint, ObjectNotFound
+from hf_spot.run.checkpoint import Checkpoint
 from hf_spot.run.journal import CheckpointRef
-from hf_spot.run.run import Checkpoint, Run
+from hf_spot.run.run import Run
 from hf_spot.runtime import Runtime
 from hf_spot.storage.store import Progress
 
@@ -42,7 +43,7 @@ def restore_newest(
         try:
             return bring_one(ref)
         except (CorruptCheckpoint, IncompleteCheckpoint, ObjectNotFound) as error:
-            log.error("checkpoint-%d of launch %d can't be restored, trying the one before: %s", ref.step, ref.epoch, error)
+            log.error("checkpoint-%d of launch %d can't be restored, trying the one before: %s", ref.step, ref.launch, error)
     if refs:
         raise CorruptCheckpoint(
             f"none of the {len(refs)} checkpoints of {url} is whole",

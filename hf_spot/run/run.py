@@ -7,77 +7,27 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from collections.abc import Collection, Iterator
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from hf_spot.errors import ConfigError, CorruptCheckpoint, IncompleteCheckpoint, NoCheckpoint, ObjectNotFound
+from hf_spot.errors import ConfigError, CorruptCheckpoint, IncompleteCheckpoint, NoCheckpoint
 from hf_spot.policy.retention import to_prune
 from hf_spot.run import transfer
+from hf_spot.run.checkpoint import Checkpoint, CommitRequest, check_whole
+from hf_spot.run.dedup import Unchanged
 from hf_spot.run.journal import BY_HAND, CheckpointRef, Entry, Journal, RunState
 from hf_spot.run.manifest import FileEntry, check_names, difference, files_in, missing_for_resume, needed_by
-from hf_spot.run.seal import key_from, seal, unseal
-from hf_spot.run.unchanged import Unchanged
+from hf_spot.run.seal import key_from
 from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import leftovers, probe
 from hf_spot.storage.store import ObjectStore, Progress
-from hf_spot.storage.threads import Workers
 
 log = logging.getLogger("hf_spot")
 
-_PARTS = ".parts"
-_ASKED_AT_ONCE = 16  # machines, for their parts of a checkpoint
-_EPOCH_FOLDER = re.compile(r"^e(\d{4,})/")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint.
-
-    Args:
-        ref: what the journal's state remembers of it.
-        time: when it was committed, by the writer's clock.
-        reason: why it was saved: ``schedule``, ``cadence``, ``notice``, ``advisory``, ``end`` or ``push``.
-        files: its manifest.
-        details: everything else that the commit recorded (world size, batch sizes, seconds measured, …).
-    """
-
-    ref: CheckpointRef
-    time: datetime
-    reason: str
-    files: tuple[FileEntry, ...]
-    details: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return self.ref.step
-
-    @property
-    def name(self) -> str:
-        """The folder's name, as Trainer would write it."""
-        return f"checkpoint-{self.ref.step}"
-
-
-@dataclass(frozen=True)
-class CommitRequest:
-    """What is to be said about a checkpoint when it is committed; `Checkpoint` gives the meanings.
-
-    ``part`` of ``parts``: which disk's files these are, when a training's machines each write to their own.
-    """
-
-    step: int
-    stage: int = 1
-    reason: str = "schedule"
-    complete: bool = False
-    best_step: int | None = None
-    world_size: int = 1
-    details: dict[str, Any] | None = None
-    part: int = 0
-    parts: int = 1
+_LAUNCH_FOLDER = re.compile(r"^e(\d{4,})/")
 
 
 class Run:
@@ -98,8 +48,7 @@ class Run:
 
     def __init__(self, url: str | PathLike[str] | ObjectStore, *, allow_unfenced_store: bool = False, workers: int = 4) -> None:
         self.store = open_store(url)
-        self._sealing = key_from(os.environ)
-        self.journal = Journal(self.store, key=self._sealing)
+        self.journal = Journal(self.store, key=key_from(os.environ))
         self._allow_unfenced_store = allow_unfenced_store
         self._workers = workers
         self._unchanged = Unchanged()
@@ -110,9 +59,9 @@ class Run:
         return self.store.url
 
     @property
-    def epoch(self) -> int:
-        """The claim under which this object writes; 0 when it only reads."""
-        return self.journal.epoch
+    def launch(self) -> int:
+        """Number of the launch that this object writes for; 0 when it only reads."""
+        return self.journal.launch
 
     def __repr__(self) -> str:
         return f"Run({self.url!r})"
@@ -234,24 +183,24 @@ class Run:
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def claim(self, data: dict[str, Any] | None = None) -> int:
-        """Proves that the store can be used, then takes the run over under a new epoch, which is returned.
+        """Proves that the store can be used, then takes the run over under a new launch, which is returned.
 
         Raises:
             StoreError: the store can't be used; the message names the permission or the repair.
         """
         probe(self.store, allow_unfenced=self._allow_unfenced_store)
-        return self.journal.claim(data or {}).epoch
+        return self.journal.claim(data or {}).launch
 
-    def adopt(self, epoch: int) -> None:
+    def adopt(self, launch: int) -> None:
         """Writes on under a claim made by another process of the same launch. Raises Fenced."""
-        self.journal.adopt(epoch)
+        self.journal.adopt(launch)
 
     def join(self) -> None:
         """Writes beside the newest launch without fencing it; claims the run when nobody has yet."""
         probe(self.store, allow_unfenced=self._allow_unfenced_store)
-        epoch = self.state().epoch
-        if epoch:
-            self.adopt(epoch)
+        launch = self.state().launch
+        if launch:
+            self.adopt(launch)
         else:
             self.claim({"by": BY_HAND})
 
@@ -266,47 +215,11 @@ class Run:
             IncompleteCheckpoint: a file that a resume needs is missing.
         """
         if request.parts == 1:
-            _check_whole(request, files_in(folder), folder)
-        prefix = self._prefix(request)
+            check_whole(request, files_in(folder), folder)
+        prefix = request.prefix(self.launch)
         files = transfer.upload(self.store, folder, prefix, unchanged=self._unchanged, workers=self._workers, progress=progress)
         self._unchanged.note(prefix, files)
         return files
-
-    def hand_in(self, request: CommitRequest, files: list[FileEntry] | None) -> None:
-        """Tells machine 0 that a part of a checkpoint is in place, or with None that it never will be."""
-        key = self._part_key(request, request.part)
-        self._say(key, {"files": None if files is None else [asdict(file) for file in files]})
-
-    def other_parts(self, request: CommitRequest) -> list[FileEntry] | None:
-        """The files that all other machines have handed in; None while somebody's are not there yet.
-
-        Raises:
-            IncompleteCheckpoint: a machine has given its part up.
-        """
-        keys = [self._part_key(request, part) for part in range(1, request.parts)]
-        there = {info.key for info in self.store.list(f"{self._prefix(request)}/{_PARTS}/")} if keys else set()
-        if not there.issuperset(keys):
-            return None
-        with Workers(min(len(keys), _ASKED_AT_ONCE) or 1, "hf_spot-parts") as pool:
-            all_told = list(pool.map(self._heard, keys))
-        found: list[FileEntry] = []
-        for part, told in enumerate(all_told, 1):
-            if told is None:
-                return None
-            if told["files"] is None:
-                raise IncompleteCheckpoint(f"checkpoint-{request.step}: machine {part} went on to a newer one")
-            found += [FileEntry.of(file) for file in told["files"]]
-        return found
-
-    def invite(self, invitation: dict[str, Any]) -> None:
-        """Puts down where the other machines of this launch find machine 0."""
-        self._say(_invitation_key(self.epoch), invitation)
-
-    def invitation(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest epoch and the invitation of its machine 0, if there is one."""
-        epoch = self.state().epoch
-        found = self._heard(_invitation_key(epoch))
-        return None if found is None else (epoch, found)
 
     def commit(self, request: CommitRequest, files: list[FileEntry], *, id: str | None = None) -> Entry:
         """Makes an uploaded checkpoint exist. ``id``: the same one when repeating after a lost answer.
@@ -318,7 +231,7 @@ class Run:
         """
         if request.parts > 1:
             check_names(files)
-            _check_whole(request, [file.path for file in files], self._prefix(request))
+            check_whole(request, [file.path for file in files], request.prefix(self.launch))
         data = {
             "step": request.step,
             "stage": request.stage,
@@ -326,7 +239,7 @@ class Run:
             "complete": request.complete,
             "best_step": request.best_step,
             "world_size": request.world_size,
-            "prefix": self._prefix(request),
+            "prefix": request.prefix(self.launch),
             "files": [asdict(file) for file in files],
             **(request.details or {}),
         }
@@ -372,12 +285,12 @@ class Run:
     def collect_garbage(self) -> int:
         """Deletes files that older launches left without a commit, and aborts their uploads; returns how many went.
 
-        Only what older epochs wrote: those writers are fenced, so nothing of theirs can be committed any more.
+        Only what older launches wrote: those writers are fenced, so nothing of theirs can be committed any more.
         """
 
         def stale(key: str) -> bool:
-            match = _EPOCH_FOLDER.match(key)
-            return match is not None and int(match[1]) < self.epoch
+            match = _LAUNCH_FOLDER.match(key)
+            return match is not None and int(match[1]) < self.launch
 
         kept = tuple(f"{ref.prefix}/" for ref in self.journal.state.checkpoints)
         orphans = [info.key for info in self.store.list("e") if stale(info.key) and not info.key.startswith(kept)]
@@ -385,29 +298,7 @@ class Run:
         self.store.delete(orphans)
         return len(orphans) + self.store.abort(stale)
 
-    # What the machines of a launch tell each other is sealed like an entry, with the place that it was meant for.
-
-    def _say(self, key: str, told: dict[str, Any]) -> None:
-        self.store.put(key, seal({"key": key, "told": told}, self._sealing))
-
-    def _heard(self, key: str) -> dict[str, Any] | None:
-        try:
-            said = unseal(self.store.get(key), self._sealing)
-        except ObjectNotFound:
-            return None
-        if not isinstance(said, dict) or said.get("key") != key or not isinstance(said.get("told"), dict):
-            raise CorruptCheckpoint(f"{self.url}/{key} does not say what it should")
-        return cast(dict[str, Any], said["told"])
-
     # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _prefix(self, request: CommitRequest) -> str:
-        stage = "" if request.stage == 1 else f"/stage-{request.stage}"
-        pushed = "/pushed" if request.reason == "push" else ""  # never where the launch of this epoch writes
-        return f"e{self.epoch:04d}{pushed}{stage}/checkpoint-{request.step}"
-
-    def _part_key(self, request: CommitRequest, part: int) -> str:
-        return f"{self._prefix(request)}/{_PARTS}/{part}.json"
 
     def _from_entry(self, entry: Entry, ref: CheckpointRef) -> Checkpoint:
         details = dict(entry.data)
@@ -416,16 +307,3 @@ class Run:
             return Checkpoint(ref=ref, time=entry.time, reason=details["reason"], files=files, details=details)
         except (KeyError, TypeError) as error:
             raise CorruptCheckpoint(f"entry {entry.number} of {self.url} is no commit ({error})") from error
-
-
-def _invitation_key(epoch: int) -> str:
-    return f"e{epoch:04d}/meeting.json"
-
-
-def _check_whole(request: CommitRequest, paths: Iterable[str], where: object) -> None:
-    missing = missing_for_resume(paths, request.world_size)
-    if missing and request.reason != "push":
-        raise IncompleteCheckpoint(
-            f"{where} lacks {', '.join(missing)}: it can't be resumed from and is not committed",
-            hint="TrainingArguments(save_only_model=False)",
-        )

@@ -11,9 +11,9 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from hf_spot.errors import CorruptCheckpoint, ObjectNotFound, SpotError
+from hf_spot.run.dedup import Standing, Unchanged
 from hf_spot.run.digest import Passing, digest_of
 from hf_spot.run.manifest import FileEntry, check_names, difference, files_in
-from hf_spot.run.unchanged import Standing, Unchanged
 from hf_spot.storage.store import ObjectStore, Progress
 from hf_spot.storage.threads import Workers
 

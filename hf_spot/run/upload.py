@@ -14,10 +14,12 @@ from pathlib import Path
 from hf_spot.errors import Fenced, SpotError, StoreError
 from hf_spot.policy.preemption import Measured
 from hf_spot.run import transfer
+from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.journal import Entry
+from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.manifest import FileEntry, files_in
 from hf_spot.run.progress import Bar
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.run import Run
 from hf_spot.storage.threads import stand_back
 
 log = logging.getLogger("hf_spot")
@@ -83,6 +85,7 @@ class Uploader:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run = run
+        self._mailbox = Mailbox(run)
         self._pins = pins
         self._save_total_limit = save_total_limit
         self._on_commit = on_commit
@@ -268,12 +271,12 @@ class Uploader:
         name = f"checkpoint-{job.request.step}"
         try:
             while self._given_up:
-                self._run.hand_in(self._given_up[0], None)
+                self._mailbox.hand_in(self._given_up[0], None)
                 self._given_up.pop(0)
             files = self._run.upload(job.folder, job.request, progress=self._moved)
             upload_s = max(self._clock() - self._began, 1e-6)
             if job.request.part:
-                self._run.hand_in(job.request, files)
+                self._mailbox.hand_in(job.request, files)
                 entry = None
             else:
                 entry = self._commit(job, files)
@@ -309,7 +312,7 @@ class Uploader:
         return None
 
     def _commit(self, job: _Job, files: list[FileEntry]) -> Entry:
-        while (others := self._run.other_parts(job.request)) is None:
+        while (others := self._mailbox.other_parts(job.request)) is None:
             self._moved(0)  # may end the wait
             with self._changed:
                 self._changed.wait(_PART_POLL_S)

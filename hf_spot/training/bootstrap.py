@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import FrameType, ModuleType
 from typing import Any
 
-from hf_spot import leash
+from hf_spot import process_guard
 from hf_spot.errors import SpotError, StoreUnavailable
 from hf_spot.runtime import Runtime
 
@@ -76,7 +76,7 @@ def _at_the_top_of_the_script() -> bool:
 def main(argv: Sequence[str]) -> None:
     """Runs the script. What it raises goes on as it would without us, but for hf_spot's own errors, which are told in words."""
     runtime, process = Runtime.from_environ(os.environ), os.getpid()
-    leash.tie(runtime.launcher if runtime else None)
+    process_guard.tie(runtime.launcher if runtime else None)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         _leave_signals_to_the_launcher()
     sys.meta_path.insert(0, TrainerHook())

@@ -1,4 +1,4 @@
-"""SpotCallback: Trainer's events in, `Session`'s decisions out as ``control.should_*``; no policy of its own."""
+"""SpotCallback: Trainer's events in, `TrainerSession`'s decisions out as ``control.should_*``; no policy of its own."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutp
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, SpotError, TrainingPreempted
 from hf_spot.policy.preemption import Action, Decision
+from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.progress import show_log
-from hf_spot.run.run import CommitRequest
 from hf_spot.runtime import STORE_VARIABLE, Runtime
-from hf_spot.training.accumulation import Accumulation
-from hf_spot.training.batches import batches, from_details, to_details
-from hf_spot.training.evaluation import Evaluations, Stopped
-from hf_spot.training.exactness import (
+from hf_spot.training.data.worker_processes import shield
+from hf_spot.training.trainer.accumulation import Accumulation
+from hf_spot.training.trainer.batch_size import batches, from_details, to_details
+from hf_spot.training.trainer.evaluation import Evaluations, Stopped
+from hf_spot.training.trainer.notebook import shows_errors
+from hf_spot.training.trainer.resume_fixes import (
     carry_callback_states,
     carry_counters,
     counters,
     dispatched_batches_skipped,
     set_epoch,
 )
-from hf_spot.training.notebook import shows_errors
-from hf_spot.training.saves import Saves
-from hf_spot.training.session import SAVE_IS_DUE, Session
-from hf_spot.training.streams import chance_is_named, resumed_in_its_pass
-from hf_spot.training.weights import loaded_whole
-from hf_spot.training.workers import shield
+from hf_spot.training.trainer.saves import Saves
+from hf_spot.training.trainer.streams import chance_is_named, resumed_in_its_pass
+from hf_spot.training.trainer.trainer_session import SAVE_IS_DUE, TrainerSession
+from hf_spot.training.trainer.weights import loaded_whole
 
 log = logging.getLogger("hf_spot")
 
@@ -68,7 +68,7 @@ class SpotCallback(TrainerCallback):
             self._store = self._runtime.store
         self.args = args or (self._runtime.arguments if self._runtime else SpotArguments())
         show_log()
-        self._session: Session | None = None
+        self._session: TrainerSession | None = None
         self._evaluations: Evaluations | None = None
         self._saves: Saves | None = None
         self._saved_step = -1
@@ -226,7 +226,7 @@ class SpotCallback(TrainerCallback):
         """What ``trainer.train()`` does when this callback is among the trainer's."""
         url = self._store or os.environ.get(STORE_VARIABLE) or str(trainer.args.output_dir)
         self._saved_step, self._stop_reason, self._evaluation_skipped = -1, None, False
-        session = Session(trainer, url, self.args, self._runtime)
+        session = TrainerSession(trainer, url, self.args, self._runtime)
         with contextlib.closing(session):
             folder = session.begin(resume_from_checkpoint)
             self.resume_from_checkpoint = folder if session.restored else None
@@ -277,7 +277,7 @@ class SpotCallback(TrainerCallback):
                 self._session = self._evaluations = self._accumulation = self._saves = None
             return result
 
-    def _stream_resumed(self, trainer: Trainer, session: Session) -> contextlib.AbstractContextManager[None]:
+    def _stream_resumed(self, trainer: Trainer, session: TrainerSession) -> contextlib.AbstractContextManager[None]:
         details = session.restored.details if session.restored else {}
         before = from_details(details)
         if before is None or "epoch_of_data" not in details or trainer.args.ignore_data_skip:
@@ -355,7 +355,7 @@ def _is_epoch_end(state: TrainerState) -> bool:
     return state.epoch is not None and float(state.epoch).is_integer()
 
 
-def _load_finished(trainer: Trainer, folder: str, session: Session) -> TrainOutput:
+def _load_finished(trainer: Trainer, folder: str, session: TrainerSession) -> TrainOutput:
     """Leaves the trainer as ``train()`` left it when it finished, without training: Trainer itself would do one step more."""
     with loaded_whole(trainer):
         trainer._load_from_checkpoint(folder)

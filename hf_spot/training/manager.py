@@ -10,8 +10,8 @@ from torch import nn
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.storage.store import ObjectStore
-from hf_spot.training.loop import LoopManager
-from hf_spot.training.loop_states import AcceleratorState, PlainState
+from hf_spot.training.loop.loop_manager import LoopManager
+from hf_spot.training.loop.loop_states import AcceleratorState, PlainState
 
 
 class SpotCheckpointManager(LoopManager):

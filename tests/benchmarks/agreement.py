@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from hf_spot.training.agreement import Agreement
+from hf_spot.training.ranks.agreement import Agreement
 
 
 def measure(rank: int, ranks: int, meeting: str, steps: int, work_ms: float, out: str) -> None:

@@ -29,15 +29,15 @@ FILES = [{"path": f"file-{number}", "size": 1, "sha256": "0" * 64} for number in
 
 def write_journal(folder: Path, count: int) -> None:
     (folder / "journal").mkdir(parents=True)
-    state, epoch, step, own = RunState(), 0, 0, 0
+    state, launch, step, own = RunState(), 0, 0, 0
     for number in range(1, count + 1):
         timing = {"first_step_s": 20.0, "steps_s": 50.0 * own, "stalled_s": 1.0 * own, "steps": 10 * own, "step": step}
         data: dict[str, Any]
         if number % LAUNCH == 1:
-            kind, data, epoch, own = (
+            kind, data, launch, own = (
                 "claim",
-                {"hostname": f"host-{epoch}", "machine": {"price_usd_per_hour": 9.83}},
-                epoch + 1,
+                {"hostname": f"host-{launch}", "machine": {"price_usd_per_hour": 9.83}},
+                launch + 1,
                 0,
             )
         elif number % LAUNCH == 0:
@@ -46,12 +46,12 @@ def write_journal(folder: Path, count: int) -> None:
             kind, step, own = "commit", step + 10, own + 1
             timing |= {"steps_s": 50.0 * own, "stalled_s": 1.0 * own, "steps": 10 * own, "step": step}
             data = {"step": step, "stage": 1, "reason": "schedule", "complete": False, "files": FILES, "timing": timing}
-            data["prefix"] = f"e{epoch:04d}/checkpoint-{step}"
+            data["prefix"] = f"e{launch:04d}/checkpoint-{step}"
         else:
             kind, data = "prune", {"entries": [ref.entry for ref in state.checkpoints[:-3]], "steps": []}
-        state = fold(state, number, kind, epoch, data)
+        state = fold(state, number, kind, launch, data)
         time_of = datetime(2026, 1, 1, tzinfo=timezone.utc) + timedelta(minutes=number)
-        entry = Entry(number, kind, epoch, str(number), time_of, data, state)
+        entry = Entry(number, kind, launch, str(number), time_of, data, state)
         (folder / "journal" / f"{number:08d}.json").write_bytes(encode(entry))
 
 

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.run import Run
 from hf_spot.storage.faulty import FaultyStore
 from hf_spot.storage.memory import MemoryStore
 

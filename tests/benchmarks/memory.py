@@ -17,7 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.run import Run
 from hf_spot.run.upload import Uploader
 
 _SHARD_BYTES = 5_000_000_000  # as save_pretrained makes them, or somewhat larger

@@ -29,7 +29,7 @@ def train(layers: int, threads: int, folder: Path) -> dict[str, Any]:
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
     from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
-    from hf_spot.training.session import Session
+    from hf_spot.training.trainer.trainer_session import TrainerSession
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -47,13 +47,13 @@ def train(layers: int, threads: int, folder: Path) -> dict[str, Any]:
         disable_tqdm=True,
     )
     url, decided_at = "s3://sink/notice", []
-    plain_decide = Session._decide
+    plain_decide = TrainerSession._decide
 
-    def decide(self: Session, *args: Any) -> Any:
+    def decide(self: TrainerSession, *args: Any) -> Any:
         decided_at.append(time.time())
         return plain_decide(self, *args)
 
-    Session._decide = decide  # type: ignore[method-assign]
+    TrainerSession._decide = decide  # type: ignore[method-assign]
 
     class Announcer(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

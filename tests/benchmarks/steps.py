@@ -31,7 +31,7 @@ def measure(rank: int, ranks: int, folder: str, steps: int, work_ms: float) -> N
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from hf_spot import SpotArguments, SpotCallback
-    from hf_spot.training.exactness import RandomStates
+    from hf_spot.training.trainer.random_states import RandomStates
 
     class Stopwatch:
         """Seconds in methods that are wrapped, and how often one was called."""

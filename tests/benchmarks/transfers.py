@@ -51,7 +51,8 @@ SETTINGS = {
 
 
 def hf_spot_up(folder: Path, name: str) -> None:
-    from hf_spot.run.run import CommitRequest, Run
+    from hf_spot.run.checkpoint import CommitRequest
+    from hf_spot.run.run import Run
 
     run = Run(f"s3://sink/{name}")
     run.claim()
@@ -270,7 +271,8 @@ def real_server(size_bytes: int, rounds: int, server: AbstractContextManager[str
     """Seconds for the bytes of a checkpoint alone, for a full upload with its commit, and for one of which a tenth is new: the
     best of each. The server gives its bucket's URL."""
     sys.path.insert(0, str(HERE.parent.parent))
-    from hf_spot.run.run import CommitRequest, Run
+    from hf_spot.run.checkpoint import CommitRequest
+    from hf_spot.run.run import Run
 
     with server as url, tempfile.TemporaryDirectory(prefix="hf_spot-transfers-", dir="/dev/shm") as scratch:
         folder = make_checkpoint(Path(scratch) / "checkpoint-1", size_bytes // 10)

@@ -11,7 +11,7 @@ import pytest
 
 from hf_spot.cli import main
 from hf_spot.cloud.ec2 import Cloud
-from hf_spot.cloud.explain import NEXT_RUNG, explain
+from hf_spot.cloud.ec2_errors import NEXT_RUNG, explain
 from hf_spot.cloud.ladder import Price
 from hf_spot.cloud.prices import sparkline
 from hf_spot.run.run import Run

@@ -29,8 +29,8 @@ class Journal:
     def add(self, kind: str, data: dict[str, Any] | None = None, minutes: float = 1) -> Ledger:
         self.time += timedelta(minutes=minutes)
         number = self.ledger.number + 1
-        self.state = fold_run(self.state, number, kind, self.state.epoch + (kind == "claim"), data or {})
-        entry = Entry(number, kind, self.state.epoch, str(number), self.time, data or {}, self.state)
+        self.state = fold_run(self.state, number, kind, self.state.launch + (kind == "claim"), data or {})
+        entry = Entry(number, kind, self.state.launch, str(number), self.time, data or {}, self.state)
         self.ledger = fold(self.ledger, entry)
         return self.ledger
 

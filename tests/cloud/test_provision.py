@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from hf_spot.cloud import orders
-from hf_spot.cloud.book import Book
 from hf_spot.cloud.ec2 import Cloud
 from hf_spot.cloud.job import ANY, ON_DEMAND, SPOT, Job, Rung
+from hf_spot.cloud.machine_records import MachineRecords
 from hf_spot.cloud.provision import Provisioner
 from hf_spot.cloud.status import status, terminate
 from hf_spot.errors import CloudError, ConfigError, NoCapacity, SpotError
@@ -71,8 +71,8 @@ class Desk:
             **options,
         )
 
-    def book(self) -> Book:
-        return Book(self.run(), Cloud(self.aws.session()), now=self.aws.clock.now)
+    def book(self) -> MachineRecords:
+        return MachineRecords(self.run(), Cloud(self.aws.session()), now=self.aws.clock.now)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.said if event["event"] == kind]
@@ -382,7 +382,7 @@ def test_a_region_that_throttles_is_passed_over(desk: Desk) -> None:
 
 def test_a_machine_that_nobody_could_write_down_is_found_by_its_tags(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Book, "started", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(MachineRecords, "started", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             desk.provisioner().provision()
     machine = desk.provisioner().provision()

@@ -11,7 +11,7 @@ from hf_spot.cli import main
 from hf_spot.demo import story
 from hf_spot.demo.story import Outcome, _Story
 from hf_spot.economics.plots import Interruption
-from hf_spot.run.machine import KEYS
+from hf_spot.run.machine_info import KEYS
 from hf_spot.run.run import Run
 
 

@@ -14,7 +14,8 @@ from xml.etree import ElementTree
 import pytest
 
 from hf_spot.cli import main
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.run import Run
 from tests.economics.journals import claim, timing
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)

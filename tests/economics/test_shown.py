@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from hf_spot import Run
-from hf_spot.run.run import CommitRequest
+from hf_spot.run.checkpoint import CommitRequest
 from tests.economics.journals import claim, timing
 from tests.economics.test_page import MARKUP, Reader
 from tests.servers import free_ports

@@ -20,12 +20,13 @@ from hf_spot.testing import FakeAzure
 PREAMBLE = """
 import os, sys, time
 from pathlib import Path
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.run import Run
 from hf_spot.runtime import Runtime, StepCounter
 
 runtime = Runtime.from_environ(os.environ)
 run = Run(runtime.store)
-run.adopt(runtime.epoch)
+run.adopt(runtime.launch)
 Path("ready").touch()
 while runtime.read_notice() is None:
     time.sleep(0.01)

@@ -199,7 +199,7 @@ def test_a_machine_that_wakes_up_after_its_successor_has_changed_nothing(
 
 def test_of_two_launches_at_the_same_instant_exactly_one_owns_the_run(s3_url: str, launcher: Launcher, twin: Twin) -> None:
     both = [launcher.plain(s3_url, "--hold_at", "1", "--save_steps", "2", options=["--notice", "none"]) for _ in range(2)]
-    wait_for(lambda: Run(s3_url).state().epoch == 2, "for both claims")
+    wait_for(lambda: Run(s3_url).state().launch == 2, "for both claims")
     for launch in both:
         launch.output_dir.mkdir(exist_ok=True)
         (launch.output_dir / "go-on").touch()

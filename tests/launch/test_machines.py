@@ -190,8 +190,8 @@ def test_a_training_fails_on_one_machine_then_machine_0_dies_without_a_word_and_
     undisturbed = twin_of_ranks(2)
     run = run_of(cluster, monkeypatch)
 
-    def epochs() -> list[int]:
-        return [entry.epoch for entry in run.events() if entry.kind == "claim"]
+    def launches() -> list[int]:
+        return [entry.launch for entry in run.events() if entry.kind == "claim"]
 
     def newest() -> int:
         found = run.state().latest()
@@ -204,7 +204,7 @@ def test_a_training_fails_on_one_machine_then_machine_0_dies_without_a_word_and_
     assert ranks
     ranks[-1].kill()
     cluster.go_on()
-    wait_for(lambda: len(epochs()) == 2 or cluster.ended(), "for the next launch")
+    wait_for(lambda: len(launches()) == 2 or cluster.ended(), "for the next launch")
     assert not cluster.ended(), cluster.text()
     cluster.hold_again()
     wait_for(lambda: [line["step"] for line in cluster.lines()] == [1, 2, 3, 4, 5, 6, 6], f"for step 6: {cluster.text()}")
@@ -225,7 +225,7 @@ def test_a_training_fails_on_one_machine_then_machine_0_dies_without_a_word_and_
     assert [line["step"] for line in last] == list(range(6, max(undisturbed.lines) + 1))
     assert all(line == undisturbed.lines[line["step"]] for line in [*first, *last])
     assert cluster.weights() == undisturbed.weights
-    assert epochs() == [1, 2, 3]
+    assert launches() == [1, 2, 3]
 
 
 def test_a_loop_of_ones_own_goes_on_after_a_death_and_ends_with_a_notice_as_if_nothing_had_happened(

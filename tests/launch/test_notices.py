@@ -9,7 +9,7 @@ from pathlib import Path
 from hf_spot.run.run import Run
 from tests.gate import Gate
 from tests.launch.conftest import Launcher, Twin
-from tests.run.test_hook import SECRET, Listener
+from tests.run.test_webhook import SECRET, Listener
 from tests.servers import SeaweedFS
 from tests.waiting import wait_for
 

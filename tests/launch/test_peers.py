@@ -40,7 +40,7 @@ class Meeting:
         host = self.host(machines)
         guests = [self.guest(machine, machines, timeout_s) for machine in range(1, machines)]
         found = [guest.result() for guest in guests]
-        assert [epoch for epoch, _ in found] == [7] * (machines - 1)
+        assert [launch for launch, _ in found] == [7] * (machines - 1)
         self.peers = [host.result(), *(peers for _, peers in found)]
         return self.peers
 
@@ -114,9 +114,9 @@ def test_a_meeting_left_behind_misleads_nobody(meeting: Meeting) -> None:
     meeting.invitation = (6, {"port": port, "nonce": "of a dead launch"})
     guest = meeting.guest(1, 2)
     host = meeting.host(2)
-    epoch, peers = guest.result()
+    launch, peers = guest.result()
     meeting.peers = [host.result(), peers]
-    assert epoch == 7
+    assert launch == 7
 
 
 def test_strangers_are_sent_away(meeting: Meeting) -> None:
@@ -126,9 +126,9 @@ def test_strangers_are_sent_away(meeting: Meeting) -> None:
         with socket.create_connection(("127.0.0.1", meeting.invitation[1]["port"]), TIMEOUT_S) as stranger:
             stranger.sendall(hello)
             assert stranger.recv(100) == b""
-    epoch, peers = meeting.guest(1, 2).result()
+    launch, peers = meeting.guest(1, 2).result()
     meeting.peers = [host.result(), peers]
-    assert epoch == 7
+    assert launch == 7
 
 
 @pytest.mark.parametrize(("machine", "machines", "why"), [(1, 3, "--num_machines 2"), (5, 2, "there is no machine 5")])

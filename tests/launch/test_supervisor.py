@@ -180,7 +180,7 @@ def test_a_newer_launch_on_another_machine_stops_this_one(launcher, store) -> No
     launch.wait_for_step(3)
     Run(store).claim({"by": "a test"})
     assert launch.wait() == 76, launch.text()
-    assert [entry.epoch for entry in Run(store).events()][-1] == 2
+    assert [entry.launch for entry in Run(store).events()][-1] == 2
     assert "Traceback" not in launch.text()
 
 

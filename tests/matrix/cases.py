@@ -213,7 +213,7 @@ def masked(length: int = LENGTH) -> tuple[Any, list[dict[str, Any]]]:
     return DataCollatorForLanguageModeling(tokenizer(), mlm_probability=0.3), data
 
 
-# tests/training/test_exactness.py gives notice to trainings with masked tokens.
+# tests/training/trainer/test_exactness.py gives notice to trainings with masked tokens.
 @case("masked tokens (MLM)", quick=("kill@15",), stops=("notice@4", "kill@15"))
 def _(output_dir: Path) -> Trainer:
     collator, data = masked()

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.run import Run
 from hf_spot.run.upload import Uploader
 from hf_spot.storage.memory import MemoryStore
 from hf_spot.storage.s3 import S3Store

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.manifest import files_in
 from hf_spot.run.restore import bring, restore_newest, set_aside_uncommitted, sweep
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.run import Run
 from hf_spot.run.upload import Uploader
 from hf_spot.storage.local import LocalStore
 from hf_spot.storage.open import open_store
@@ -91,7 +92,7 @@ def launch(store: ObjectStore, output_dir: Path, acknowledge: Callable[[int], No
     if found:
         assert {name: (found[1] / name).read_bytes() for name in files_in(found[1])} == contents(step), "a wrong resume"
     set_aside_uncommitted(run, output_dir, step)
-    uploader = Uploader(run, output_dir / ".hf_spot" / f"pins-{run.epoch}", save_total_limit=2)
+    uploader = Uploader(run, output_dir / ".hf_spot" / f"pins-{run.launch}", save_total_limit=2)
     for _ in range(SAVES):
         step += 5
         uploader.submit(save(output_dir / f"checkpoint-{step}", step), CommitRequest(step=step))

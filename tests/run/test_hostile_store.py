@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from hf_spot.errors import StoreError
+from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.manifest import files_in
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.run import Run
 from hf_spot.run.upload import Uploader
 from hf_spot.storage.open import open_store
 from tests.hostile import Hostile

@@ -21,9 +21,10 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 
 from hf_spot.errors import Fenced, StoreUnavailable
+from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.journal import Journal, RunState, decode, fold
 from hf_spot.run.manifest import FileEntry
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.run import Run
 from hf_spot.storage.store import ObjectStore
 from tests.run.interleavings import Found, Stepped, SteppedLock, World, explore
 
@@ -54,7 +55,7 @@ class Writer:
 
     def commit(self, step: int) -> None:
         request = CommitRequest(step=step)
-        self.store.put(f"{self.run._prefix(request)}/{FILE.path}", b"data")
+        self.store.put(f"{request.prefix(self.run.launch)}/{FILE.path}", b"data")
         while True:
             try:
                 entry = self.run.commit(request, [FILE], id=f"{self.name}-commit-{step}")
@@ -78,7 +79,7 @@ def working(writer: Writer, work: Callable[[Writer], None]) -> Callable[[], None
         try:
             work(writer)
         except Fenced:
-            writer.told.fenced.append(writer.run.epoch)
+            writer.told.fenced.append(writer.run.launch)
         except StoreUnavailable:
             pass  # a claim that failed: nothing was started
 
@@ -92,9 +93,9 @@ def wrong(world: World, told: Told) -> str | None:
     for number, entry in enumerate(entries, 1):
         if entry.number != number:
             return f"entry {number} is missing"
-        if entry.epoch != state.epoch + (entry.kind == "claim"):
-            return f"entry {number}, a {entry.kind} of launch {entry.epoch}, follows launch {state.epoch}"
-        state = fold(state, number, entry.kind, entry.epoch, entry.data)
+        if entry.launch != state.launch + (entry.kind == "claim"):
+            return f"entry {number}, a {entry.kind} of launch {entry.launch}, follows launch {state.launch}"
+        state = fold(state, number, entry.kind, entry.launch, entry.data)
         if entry.state != state:
             return f"entry {number} does not carry the state after it"
     if len({entry.id for entry in entries}) != len(entries):
@@ -106,8 +107,8 @@ def wrong(world: World, told: Told) -> str | None:
             return f"{name} was told that {id} is its own"
     for ref in state.checkpoints:
         if f"{ref.prefix}/{FILE.path}" not in objects:
-            return f"checkpoint-{ref.step} of launch {ref.epoch} is in the run and has lost its files"
-    if any(epoch >= state.epoch for epoch in told.fenced):
+            return f"checkpoint-{ref.step} of launch {ref.launch} is in the run and has lost its files"
+    if any(launch >= state.launch for launch in told.fenced):
         return "a writer was fenced by nobody"
     return None
 
@@ -156,8 +157,8 @@ def test_two_launches_that_commit_prune_and_tidy_up(counted: Callable[[str], Non
 
 def test_a_push_beside_a_launch_that_tidies_up(counted: Callable[[str], None]) -> None:
     def push(writer: Writer) -> None:
-        if epoch := writer.run.state().epoch:
-            writer.run.adopt(epoch)
+        if launch := writer.run.state().launch:
+            writer.run.adopt(launch)
             writer.commit(10)
 
     found = search(launch(20), push)

@@ -62,7 +62,7 @@ def test_a_new_writer_fences_the_old_one(store: MemoryStore) -> None:
     old, new = Journal(store), Journal(store)
     old.claim({})
     old.append("commit", commit(10))
-    assert new.claim({}).epoch == 2
+    assert new.claim({}).launch == 2
     with pytest.raises(Fenced) as caught:
         old.append("commit", commit(20))
     assert "launch 2" in str(caught.value)
@@ -99,8 +99,8 @@ def test_listings_that_lag_behind_hide_no_entry_and_fence_nobody() -> None:
 
 def test_two_processes_of_one_launch_take_turns(store: MemoryStore) -> None:
     launcher, worker = Journal(store), Journal(store)
-    epoch = launcher.claim({}).epoch
-    worker.adopt(epoch)
+    launch = launcher.claim({}).launch
+    worker.adopt(launch)
     worker.append("commit", commit(10))
     launcher.append("notice", {"kind": "TERMINATE"})
     worker.append("preempted", {"step": 10})
@@ -109,10 +109,10 @@ def test_two_processes_of_one_launch_take_turns(store: MemoryStore) -> None:
 
 
 def test_adopting_an_old_claim_is_refused(store: MemoryStore) -> None:
-    epoch = Journal(store).claim({}).epoch
+    launch = Journal(store).claim({}).launch
     Journal(store).claim({})
     with pytest.raises(Fenced):
-        Journal(store).adopt(epoch)
+        Journal(store).adopt(launch)
 
 
 def test_a_lost_answer_makes_one_entry_and_not_two() -> None:
@@ -129,7 +129,7 @@ def test_repeating_a_draft_whose_entry_stands_adds_nothing(store: MemoryStore) -
     journal.claim({})
     first = journal.append("commit", commit(10), id="same")
     again = Journal(store)
-    again.epoch = 1  # has read nothing yet: it tries number 1 and works its way up
+    again.launch = 1  # has read nothing yet: it tries number 1 and works its way up
     with pytest.raises(Fenced):
         again.append("commit", commit(10), id="other")
     again.adopt(1)
@@ -170,7 +170,7 @@ def test_sixteen_claims_at_once_get_sixteen_epochs_and_one_owner(store: MemorySt
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(journal.epoch for journal in journals) == list(range(1, 17))
+    assert sorted(journal.launch for journal in journals) == list(range(1, 17))
     owners = 0
     for journal in journals:
         try:
@@ -238,13 +238,13 @@ class Interleavings(RuleBasedStateMachine):
     @rule(who=st.integers(0, 2), step=st.integers(1, 50), lost=st.booleans())
     def commit(self, who: int, step: int, lost: bool) -> None:
         writer = self.writers[who]
-        owner = Journal(self.store).refresh().epoch
+        owner = Journal(self.store).refresh().launch
         self.store.lose_answers = int(lost)
         try:
             entry = writer.append("commit", commit(step))
-            assert entry.epoch == writer.epoch == owner
+            assert entry.launch == writer.launch == owner
         except Fenced:
-            assert writer.epoch != owner
+            assert writer.launch != owner
         finally:
             self.store.lose_answers = 0
 
@@ -262,13 +262,13 @@ class Interleavings(RuleBasedStateMachine):
     def the_journal_is_whole(self) -> None:
         entries = list(Journal(self.store).entries())
         assert [entry.number for entry in entries] == list(range(1, len(entries) + 1))
-        epochs = [entry.epoch for entry in entries]
-        assert epochs == sorted(epochs)
+        launches = [entry.launch for entry in entries]
+        assert launches == sorted(launches)
         assert len({entry.id for entry in entries}) == len(entries)
         standing: list[tuple[int, int, int]] = []
         for entry in entries:
             if entry.kind == "commit":
-                standing.append((entry.epoch, entry.data["step"], entry.number))
+                standing.append((entry.launch, entry.data["step"], entry.number))
             elif entry.kind == "prune":
                 standing = [one for one in standing if one[-1] not in entry.data["entries"]]
             assert [ref.entry for ref in entry.state.checkpoints] == [number for *_, number in sorted(standing)]

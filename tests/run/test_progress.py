@@ -18,8 +18,9 @@ import pytest
 
 from hf_spot.cli import main
 from hf_spot.run import upload
+from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.progress import Bar
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.run import Run
 from hf_spot.run.upload import Uploader
 from hf_spot.storage.faulty import FaultyStore
 from hf_spot.storage.memory import MemoryStore

@@ -12,8 +12,9 @@ from huggingface_hub import ModelCard
 
 from hf_spot.cli import main
 from hf_spot.errors import AccessDenied, ConfigError, CorruptCheckpoint, NoCheckpoint, StoreError
+from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.publish import choose, publish
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.run import Run
 from hf_spot.storage.hub import HubRepoStore
 from tests.storage.fake_hub import READER, FakeHub
 

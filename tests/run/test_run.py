@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from hf_spot.errors import ConfigError, CorruptCheckpoint, Fenced, IncompleteCheckpoint, NoCheckpoint
+from hf_spot.run.checkpoint import Checkpoint, CommitRequest
 from hf_spot.run.restore import bring, restore_newest, set_aside_uncommitted
-from hf_spot.run.run import Checkpoint, CommitRequest, Run
+from hf_spot.run.run import Run
 from hf_spot.storage.memory import MemoryStore
 
 Make = Callable[..., Path]

@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_spot.errors import ConfigError, CorruptCheckpoint, SpotError, Untrusted
+from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.journal import Journal, RunState, decode
+from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.manifest import FileEntry, check_names
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.run import Run
 from hf_spot.run.seal import VARIABLE, seal, unseal
 from hf_spot.storage.memory import MemoryStore
 
@@ -117,7 +119,7 @@ def test_who_can_write_to_the_bucket_but_has_no_key_can_not_have_a_file_restored
     for key in (None, OTHER):
         planter = Run(store)
         planter.journal = Journal(store, key=key)
-        planter.journal._state, planter.journal.epoch = run.state(), run.epoch
+        planter.journal._state, planter.journal.launch = run.state(), run.launch
         commit(planter, evil)
 
         monkeypatch.setenv(VARIABLE, KEY.decode())
@@ -141,14 +143,14 @@ def test_what_a_machine_says_is_bound_to_the_place_it_was_meant_for(
     run = Run(store)
     run.claim()
     old, new = (CommitRequest(step=step, part=1, parts=2) for step in (5, 10))
-    run.hand_in(old, [FileEntry("optimizer.pt", 1, "blake3:" + "0" * 64)])
-    assert run.other_parts(old) == [FileEntry("optimizer.pt", 1, "blake3:" + "0" * 64)]
+    Mailbox(run).hand_in(old, [FileEntry("optimizer.pt", 1, "blake3:" + "0" * 64)])
+    assert Mailbox(run).other_parts(old) == [FileEntry("optimizer.pt", 1, "blake3:" + "0" * 64)]
     store.put("e0001/checkpoint-10/.parts/1.json", store.get("e0001/checkpoint-5/.parts/1.json"))
     with pytest.raises(CorruptCheckpoint):
-        run.other_parts(new)
+        Mailbox(run).other_parts(new)
     store.put("e0001/checkpoint-10/.parts/1.json", seal({"key": "e0001/checkpoint-10/.parts/1.json", "told": {}}, None))
     with pytest.raises(Untrusted):
-        run.other_parts(new)
+        Mailbox(run).other_parts(new)
 
 
 @pytest.mark.parametrize("key", [None, KEY])

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from hf_spot.errors import Fenced
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.run import Run
 from hf_spot.run.upload import Uploader
 from hf_spot.storage.faulty import Fault, FaultyStore
 from hf_spot.storage.memory import MemoryStore
@@ -256,7 +257,7 @@ def halves(make_checkpoint: Make, step: int, tmp_path: Path) -> tuple[Path, Path
 @pytest.fixture
 def other_uploader(run: Run, store: FaultyStore, tmp_path: Path) -> Iterator[Uploader]:
     its_run = Run(store)
-    its_run.adopt(run.epoch)
+    its_run.adopt(run.launch)
     made = Uploader(its_run, tmp_path / "other-pins", save_total_limit=None, keeps_house=False)
     yield made
     made.close()

@@ -15,8 +15,9 @@ import google_crc32c
 import pytest
 
 from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, Fenced, ObjectNotFound, StoreError, StoreUnavailable
+from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.restore import bring, restore_newest
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.run import Run
 from hf_spot.run.upload import Uploader
 from hf_spot.storage import azure, gcs
 from hf_spot.storage.open import open_store

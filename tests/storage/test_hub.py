@@ -13,7 +13,8 @@ import pytest
 from huggingface_hub import HfApi
 
 from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, Fenced, StoreNotFencing, StoreUnavailable
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.run import Run
 from hf_spot.storage import hub_connection
 from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import probe

@@ -11,7 +11,8 @@ import pytest
 
 from hf_spot.cli import main
 from hf_spot.errors import AccessDenied, ConfigError
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.run import Run
 from hf_spot.storage.iam import policy
 from tests.servers import SeaweedFS
 
@@ -54,17 +55,17 @@ def test_a_role_with_this_policy_can_do_all_that_a_run_needs_and_nothing_elsewhe
         monkeypatch.setenv(name, value)
     left = server.client().create_multipart_upload(Bucket="runs", Key="mine/e0001/checkpoint-5/optimizer.pt")
     assert left["UploadId"]
-    for epoch in (1, 2):
+    for launch in (1, 2):
         run = Run("s3://runs/mine")
-        assert run.claim() == epoch
+        assert run.claim() == launch
         run.collect_garbage()
-        for step in (5 * epoch, 5 * epoch + 1):
+        for step in (5 * launch, 5 * launch + 1):
             request = CommitRequest(step=step)
             folder = make_checkpoint(step)
             (folder / "base.safetensors").write_bytes(bytes(1 << 20))  # is copied in the store the second time
             run.commit(request, run.upload(folder, request))
         run.prune(1)
-        run.pull(tmp_path / f"pulled-{epoch}")
+        run.pull(tmp_path / f"pulled-{launch}")
     assert server.client().list_multipart_uploads(Bucket="runs").get("Uploads", []) == []
     with pytest.raises(AccessDenied):
         Run("s3://others/mine").claim()

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from hf_spot.errors import Fenced, ObjectNotFound, StoreUnavailable
-from hf_spot.run.run import CommitRequest, Run
+from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.run import Run
 from hf_spot.storage.local import LocalStore
 from hf_spot.storage.probe import probe
 from tests import leftovers

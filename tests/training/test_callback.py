@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_spot import ConfigError, CorruptCheckpoint, Run, SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.arguments import SpotArguments as Settings
 from hf_spot.errors import Fenced
-from hf_spot.run.machine import KEYS
+from hf_spot.run.machine_info import KEYS
 from hf_spot.storage.open import open_store
 from tests.training.conftest import STEPS, Patient, Recorder, make_trainer, same, weights
 from tests.waiting import wait_for
@@ -150,9 +150,10 @@ def test_a_finished_run_is_loaded_and_not_trained(store: str, tmp_path: Path, pe
     make_trainer(tmp_path / "one", SpotCallback(store, QUIET)).train()
     before = kinds(store)
     recorder = Recorder()
-    from hf_spot.training import session
 
-    session._finished_stages.clear()  # as in a new process
+    from hf_spot.training.trainer import trainer_session
+
+    trainer_session._finished_stages.clear()  # as in a new process
     trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), recorder)
     assert trainer.train().global_step == STEPS
     assert recorder.losses == {}

@@ -6,7 +6,7 @@ import os
 
 import plain
 
-from hf_spot.training.cadence import Cadence
+from hf_spot.training.trainer.save_schedule import Cadence
 
 
 def is_due(self: Cadence) -> bool:

@@ -25,9 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from hf_spot import Run, SpotArguments, SpotCallback
-from hf_spot.training import snapshot
-from hf_spot.training.agreement import Agreement
-from hf_spot.training.snapshot import WriteBehind
+from hf_spot.training.ranks.agreement import Agreement
+from hf_spot.training.saving import async_writer
+from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
 from tests.waiting import PATIENCE_S, wait_for
 
 RANK = int(os.environ["RANK"])
@@ -121,7 +121,7 @@ def behind_the_training(folder: Path, version: int, out: Path) -> dict[str, Any]
     plain = sharding(folder / "plain", version, save_total_limit=4)
     plain.train()
     run, may_write, may_end = folder / "run", folder / "may write", folder / "may end"
-    plain_together, plain_open, names = snapshot._plain_save_together, snapshot._plain_open, []
+    plain_together, plain_open, names = async_writer._plain_save_together, async_writer._plain_open, []
 
     def together(*args: Any, **kwargs: Any) -> None:
         names.append(threading.current_thread().name)
@@ -158,11 +158,11 @@ def behind_the_training(folder: Path, version: int, out: Path) -> dict[str, Any]
     acts: dict[int, Callable[[], None]] = {5: before_5, 6: lambda: settled(callback), 8: before_8}
     acts |= {9: before_9, 11: lambda: settled(callback)}
     trainer = sharding(out, version, callback, Before(acts), save_total_limit=1)
-    snapshot._plain_save_together, snapshot._plain_open = together, opened
+    async_writer._plain_save_together, async_writer._plain_open = together, opened
     try:
         trainer.train()
     finally:
-        snapshot._plain_save_together, snapshot._plain_open = plain_together, plain_open
+        async_writer._plain_save_together, async_writer._plain_open = plain_together, plain_open
     return seen | {"threads": names, "same": local(trainer) == local(plain), "commits": commits(run)}
 
 
@@ -199,7 +199,7 @@ def mutating(folder: Path) -> dict[str, Any]:
     parts = {f"layer {number}": torch.zeros(50_000) for number in range(10)} | {"turned": torch.zeros(300, 200).t()}
     state: dict[str, Any] = {name: DTensor.from_local(part, mesh, [Shard(0)]) for name, part in parts.items()}
     state["of all"] = parts["of all"] = torch.zeros(1000)
-    behind, group = WriteBehind(ranks=Agreement(2)), Agreement(2)
+    behind, group = AsyncCheckpointWriter(ranks=Agreement(2)), Agreement(2)
     found, places = [], set()
     for step in range(3):
         for part in parts.values():
@@ -229,7 +229,7 @@ def mutating(folder: Path) -> dict[str, Any]:
 @scene
 def no_memory(folder: Path) -> dict[str, Any]:
     """Rank 1 has no room for its shards; rank 0 has."""
-    behind = WriteBehind(limit_bytes=0 if RANK == 1 else None, ranks=Agreement(2))
+    behind = AsyncCheckpointWriter(limit_bytes=0 if RANK == 1 else None, ranks=Agreement(2))
     there = []
     with Log() as log:
         for number in range(2):
@@ -262,7 +262,7 @@ def odd(folder: Path) -> dict[str, Any]:
         "trained": torch.nn.Parameter(torch.randn(3)),
         "no tensors": {"lr": 0.1, "betas": (0.9, 0.999), "name": "ä" * 100},
     }
-    behind = WriteBehind(ranks=Agreement(2))
+    behind = AsyncCheckpointWriter(ranks=Agreement(2))
     found, said = [], Log()
     for more in ({}, {"conjugate": torch.randn(3, dtype=torch.complex64).conj()} if RANK == 1 else {}):
         state = {"state": {f"{name} of {RANK}": value for name, value in (values | more).items()}}
@@ -277,7 +277,7 @@ def odd(folder: Path) -> dict[str, Any]:
         found.append({"at once": at_once, "same": kinds[0] == kinds[1]})
     behind.close()
 
-    alone = WriteBehind(ranks=Agreement(1))  # of a training of one rank: nobody else is asked
+    alone = AsyncCheckpointWriter(ranks=Agreement(1))  # of a training of one rank: nobody else is asked
     state = {"state": values}
     folders = [folder / f"alone-{RANK}-{kind}" for kind in ("plain", "spot")]
     for path, captures, how in zip(
@@ -336,7 +336,7 @@ def trouble(folder: Path) -> dict[str, Any]:
 def killed(folder: Path) -> dict[str, Any]:
     """Rank 1 dies in the middle of the shards of step 6."""
     callback = spot(folder / "run")
-    plain_together, saves = snapshot._plain_save_together, []
+    plain_together, saves = async_writer._plain_save_together, []
 
     def together(*args: Any, **kwargs: Any) -> None:
         saves.append(0)
@@ -344,7 +344,7 @@ def killed(folder: Path) -> dict[str, Any]:
             os.kill(os.getpid(), signal.SIGKILL)
         plain_together(*args, **kwargs)
 
-    snapshot._plain_save_together = together
+    async_writer._plain_save_together = together
     trainer = sharding(folder / "out", 2, callback, Before({5: lambda: settled(callback)}))
     trainer.train()
     return {}

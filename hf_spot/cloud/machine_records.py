@@ -1,0 +1,207 @@
+"""A run's machines, kept in two places that survive whoever watches: the run's journal, and the tags of the instances."""
+
+from __future__ import annotations
+
+import os
+import platform
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+import psutil
+
+from hf_spot.cloud.ec2 import LIVE, RUNG_TAG, STOP_TAG, Cloud, Instance
+from hf_spot.cloud.job import SPOT
+from hf_spot.cloud.ladder import Pool, Price, billed_until, cost_usd, is_free
+from hf_spot.cloud.ledger import Ledger, Machine, fold, is_stale
+from hf_spot.errors import CloudError, Fenced
+from hf_spot.run.journal import Entry, RunState
+from hf_spot.run.run import Run
+from hf_spot.storage.probe import probe
+
+GONE = "Client.Unknown"  # EC2 has forgotten it
+
+
+class MachineRecords:
+    """Reads and writes what is known of a run's machines.
+
+    Args:
+        run: with the journal.
+        cloud: with the instances.
+        now: the wall clock.
+    """
+
+    def __init__(self, run: Run, cloud: Cloud, *, now: Callable[[], datetime]) -> None:
+        self.run = run
+        self.ledger = Ledger()
+        self.state = RunState()
+        self._cloud = cloud
+        self._now = now
+        self._me = f"{platform.node()} {os.getpid()} {psutil.Process().create_time()}"
+        self._probed = False
+
+    def refresh(self) -> Ledger:
+        """Reads what is new in the journal. Raises StoreUnavailable."""
+        self.state = self.run.state()
+        if self.ledger.number == 0 and self.state.number > 1:
+            for entry in self.run.events():
+                self.ledger = fold(self.ledger, entry)
+        for number in range(self.ledger.number + 1, self.state.number + 1):
+            self.ledger = fold(self.ledger, self.run.journal.read(number))
+        return self.ledger
+
+    def record(self, event: str, **data: Any) -> Entry:
+        """Writes an entry of the kind ``machine``, beside whatever launch is running. Raises StoreError."""
+        if not self._probed:
+            probe(self.run.store)
+            self._probed = True
+        while True:
+            self.run.adopt(self.run.state().launch)
+            try:
+                entry = self.run.record("machine", {"event": event, **data})
+            except Fenced:
+                continue  # a launch began in between: it is welcome
+            self.refresh()
+            return entry
+
+    # -- who walks ----------------------------------------------------------------------------------------------------
+
+    def ask(self, *, fresh: bool) -> str | None:
+        """Takes the right to walk the ladder: the token for its orders, or None while somebody else has it.
+
+        Args:
+            fresh: a person asked for it, so earlier failures do not count.
+        """
+        ledger = self.refresh()
+        data: dict[str, Any] = {"by": self._me, "token": uuid.uuid4().hex, "fresh": fresh}
+        if ledger.walk is not None:
+            # The same orders under the same token are the same machines, should the first one have got any.
+            data["token"] = ledger.walk_token
+            if not is_stale(ledger, self._now()) and not self._is_dead(ledger.walk_by):
+                return None
+            data["takes_over"] = ledger.walk
+        entry = self.record("asked", **data)
+        return self.ledger.walk_token if self.ledger.walk == entry.number else None
+
+    def _is_dead(self, by: str) -> bool:
+        host, pid, born = by.rsplit(" ", 2)
+        if host != platform.node():
+            return False
+        try:
+            return str(psutil.Process(int(pid)).create_time()) != born
+        except psutil.NoSuchProcess:
+            return True
+
+    # -- machines -----------------------------------------------------------------------------------------------------
+
+    def look(self, regions: Sequence[str]) -> list[Instance]:
+        """The run's instances in these regions, oldest first. Raises CloudError."""
+        found = self._cloud.each(regions, lambda region: self._cloud.instances(region, self.run.url))
+        return sorted((one for region in found for one in region), key=lambda one: (one.began, one.id))
+
+    def settle(self, found: Sequence[Instance], regions: Iterable[str]) -> list[Instance]:
+        """Writes down what the journal does not know yet, and returns the instances that live.
+
+        An instance that is shutting down may still be saving, so it lives; one that EC2 has forgotten is gone.
+
+        Args:
+            found: by `look`.
+            regions: that were looked into.
+        """
+        known = {machine.instance_id for machine in self.ledger.machines}
+        for one in found:
+            if one.id not in known:
+                self.record("started", machine=self._machine_of(one).to_data())
+        seen = {one.id: one for one in found}
+        for machine in self.ledger.live():
+            if machine.region in regions:
+                instance = seen.get(machine.instance_id)
+                if instance is None or instance.state not in LIVE:
+                    self.ended(machine, instance)
+        return [one for one in found if one.state in LIVE]
+
+    def started(self, instance_id: str, pool: Pool, rung: int) -> Machine:
+        """Writes down a new machine."""
+        price = pool.price
+        machine = Machine(
+            instance_id=instance_id,
+            region=pool.region,
+            zone=pool.zone,
+            instance_type=pool.instance_type,
+            market=pool.market,
+            rung=rung,
+            began=self._now(),
+            usd_per_hour=price.usd_per_hour if price else None,
+            price_source=price.source if price else "",
+            price_time=price.time if price else None,
+            on_demand_usd_per_hour=self.full_price(pool.instance_type, pool.region),
+        )
+        self.record("started", machine=machine.to_data())
+        return machine
+
+    def ended(self, machine: Machine, instance: Instance | None, *, stop: bool = False) -> None:
+        """Writes down that a machine is gone."""
+        now = self._now()
+        # Of one that EC2 has forgotten, the training's last word is the last thing that anybody knows.
+        heard = max(machine.began, min(self.ledger.heard or machine.began, now))
+        ended = heard if instance is None else max(machine.began, instance.ended or now)
+        reason = GONE if instance is None else instance.reason
+        free = is_free(machine.market, machine.began, ended, reason)
+        cost = 0.0 if free else self._cost(machine, ended)
+        stop = stop or (instance is not None and STOP_TAG in instance.tags)
+        done = replace(machine, ended=ended, reason=reason, cost_usd=round(cost, 6))
+        self.record("ended", machine=done.to_data(), stop=stop)
+
+    def spent_usd(self) -> float:
+        """What all machines of the run have cost until now."""
+        now = self._now()
+        ended = sum(machine.cost_usd or 0.0 for machine in self.ledger.machines)
+        return ended + sum(self._cost(machine, now) for machine in self.ledger.live())
+
+    def full_price(self, instance_type: str, region: str) -> float | None:
+        """Dollars per hour on demand; None when nobody says it."""
+        try:
+            price = self._cloud.on_demand_price(instance_type, region)
+        except CloudError:
+            return None
+        return price.usd_per_hour if price else None
+
+    def _cost(self, machine: Machine, until: datetime) -> float:
+        until = billed_until(machine.began, until)
+        return cost_usd(machine.began, until, machine.usd_per_hour or 0.0, self._history(machine, until))
+
+    def _history(self, machine: Machine, until: datetime) -> list[tuple[datetime, float]]:
+        if machine.market != SPOT:
+            return []
+        try:
+            found = self._cloud.spot_prices(machine.region, [machine.instance_type], machine.began, until)
+        except CloudError:
+            return []  # the price at the beginning is the next best
+        return [(price.time, price.usd_per_hour) for price in found.get((machine.instance_type, machine.zone), ())]
+
+    def _machine_of(self, one: Instance) -> Machine:
+        """An instance that was launched by somebody who could not write it down any more."""
+        price: Price | None = None
+        full = self.full_price(one.instance_type, one.region)
+        if one.market == SPOT:
+            try:
+                found = self._cloud.spot_prices(one.region, [one.instance_type], one.began, one.began)
+                price = next(iter(found.get((one.instance_type, one.zone), ())), None)
+            except CloudError:
+                price = None
+        usd = price.usd_per_hour if price else full
+        return Machine(
+            instance_id=one.id,
+            region=one.region,
+            zone=one.zone,
+            instance_type=one.instance_type,
+            market=one.market,
+            rung=int(one.tags.get(RUNG_TAG, 0)),
+            began=one.began,
+            usd_per_hour=usd,
+            price_source=price.source if price else "",
+            price_time=price.time if price else None,
+            on_demand_usd_per_hour=full,
+        )

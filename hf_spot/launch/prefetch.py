@@ -1,0 +1,146 @@
+"""Fetches the newest checkpoint while the command line is read and the training processes start: both import torch.
+
+Of several machines each fetches what its own ranks need, to its own disk. A file system that they may share is left to
+machine 0, whose training process, too, brings what stands there for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from pathlib import Path
+
+import psutil
+
+from hf_spot.errors import SpotError
+from hf_spot.launch.command import Machines
+from hf_spot.run.journal import CheckpointRef
+from hf_spot.run.progress import Bar
+from hf_spot.run.run import Run
+from hf_spot.runtime import Restore, Runtime
+from hf_spot.storage.threads import Workers
+
+_OF_ONE_MACHINE = ("apfs", "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs")
+
+_CLOSE_S = 1.0
+
+log = logging.getLogger("hf_spot")
+
+
+class _NotNeeded(SpotError):
+    """The machine is going, or the launch has ended: nobody trains with it."""
+
+
+def newest_of(url: str) -> tuple[Run, CheckpointRef | None]:
+    """For `Prefetch`: what a launch of this run will go on from; None when nothing is left to train."""
+    run = Run(url)
+    state = run.state()
+    return run, None if state.ended == "finished" else state.latest()
+
+
+class Prefetch:
+    """One download, verified as every restore is, to the disk of the folder that the checkpoint came from. The training process
+    moves it to where it wants it (`hf_spot.run.restore.take`); where it can't, it fetches the checkpoint itself.
+
+    It begins at once, in a thread.
+
+    Args:
+        find: gives the run, and the commit that is wanted.
+        machines: of the launch; None while that is not known yet, as if it were one whose disk may be another's, too.
+    """
+
+    def __init__(self, find: Callable[[], tuple[Run, CheckpointRef | None]], machines: Machines | None = None) -> None:
+        self._find = find
+        self._machines = machines
+        self._needed: Callable[[], bool] = lambda: True
+        self._ended = False
+        self.run: Run | None = None  # once it is found
+        self._ref: CheckpointRef | None = None
+        self._folder: Path | None = None
+        worker = Workers(1, "hf_spot-ahead")
+        self._fetched = worker.submit(self._fetch)
+        worker.shutdown(wait=False)
+
+    def serves(self, ref: CheckpointRef) -> bool:
+        """Whether it brings this commit, or has brought it; if not, it is closed."""
+        fruitless = self._fetched.done() and self._fetched.result().folder is None
+        if self._ended or self._ref != ref or fruitless:
+            self.close()
+        return not self._ended
+
+    def hand_to(self, runtime: Runtime, needed: Callable[[], bool]) -> None:
+        """From now on the training process of this launch waits for it.
+
+        Args:
+            runtime: of the launch.
+            needed: asked again and again; False ends the download.
+        """
+        self._needed = needed
+        runtime.expect_restore()
+
+        def tell(fetched: Future[Restore]) -> None:
+            with contextlib.suppress(OSError):  # the folder has gone with its launch
+                runtime.tell_restore(fetched.result())
+
+        self._fetched.add_done_callback(tell)
+
+    def close(self) -> None:
+        """The launch has ended; what nobody has moved away is deleted."""
+        self._ended = True
+        wait([self._fetched], _CLOSE_S)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _fetch(self) -> Restore:
+        try:
+            self.run, self._ref = self._find()
+            return Restore(0) if self._ref is None else self._try(self.run, self._ref)
+        except _NotNeeded:
+            log.log(logging.DEBUG if self._ended else logging.INFO, "the download of the newest checkpoint was given up")
+        except (SpotError, OSError) as error:
+            log.debug("the newest checkpoint is left to the training process: %s", error)
+        except Exception:
+            log.exception("the newest checkpoint is left to the training process")
+        return Restore(self._ref.entry if self._ref else 0)
+
+    def _try(self, run: Run, ref: CheckpointRef) -> Restore:
+        checkpoint = run.checkpoint(ref)
+        output_dir = checkpoint.details.get("output_dir")
+        if not isinstance(output_dir, str) or (Path(output_dir) / checkpoint.name).exists():
+            return Restore(ref.entry)
+        # Not into output_dir itself: scripts look whether it is empty, and what is in it.
+        beside = next(folder for folder in Path(output_dir).absolute().parents if folder.is_dir())
+        machines, shared = self._machines or Machines(), _may_be_shared(beside)
+        if shared and (machines.rank or self._machines is None):
+            return Restore(ref.entry)
+        ranks = None if shared else _ranks(machines, checkpoint.details.get("world_size", 1))
+        name = hashlib.sha256(f"{run.url} {machines.rank}".encode()).hexdigest()[:12]
+        self._folder = beside / f".hf_spot-restore-{name}"
+        shutil.rmtree(self._folder, ignore_errors=True)  # of a launch that was killed
+        with Bar("restore", ref.size_bytes) as bar:
+
+            def moved(count: int) -> None:
+                if self._ended or not self._needed():
+                    raise _NotNeeded("nobody needs it any more")
+                bar(count)
+
+            return Restore(ref.entry, run.fetch(checkpoint, self._folder, ranks=ranks, progress=moved), ranks)
+
+
+def _ranks(machines: Machines, world_size: int) -> tuple[int, ...] | None:
+    """Those of this machine, if there are as many as when the checkpoint was saved; None for all."""
+    each, rest = divmod(world_size, machines.count)
+    if machines.count == 1 or rest:
+        return None
+    return tuple(range(machines.rank * each, (machines.rank + 1) * each))
+
+
+def _may_be_shared(folder: Path) -> bool:
+    """Whether other machines may see the same folder, as far as the name of its file system tells."""
+    mounts = [one for one in psutil.disk_partitions(all=True) if folder.is_relative_to(one.mountpoint)]
+    nearest = max(mounts, key=lambda one: len(one.mountpoint), default=None)
+    return nearest is None or nearest.fstype not in _OF_ONE_MACHINE

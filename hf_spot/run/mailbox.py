@@ -1,0 +1,83 @@
+"""Messages between the machines of one launch, each an object in the store beside what it is about."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, cast
+
+from hf_spot.errors import CorruptCheckpoint, IncompleteCheckpoint, ObjectNotFound
+from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.manifest import FileEntry
+from hf_spot.run.run import Run
+from hf_spot.run.seal import seal, unseal
+from hf_spot.storage.threads import Workers
+
+_PARTS = ".parts"
+_READ_AT_ONCE = 16  # parts of a checkpoint
+
+
+class Mailbox:
+    """Sends and reads messages. Each is sealed as a journal entry is, together with the key that it was written to.
+
+    Args:
+        run: whose launch the machines belong to.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def hand_in(self, request: CommitRequest, files: list[FileEntry] | None) -> None:
+        """Tell machine 0 that this machine's part of a checkpoint is in place, or with None that it never will be."""
+        key = self._part_key(request, request.part)
+        self._send(key, {"files": None if files is None else [asdict(file) for file in files]})
+
+    def other_parts(self, request: CommitRequest) -> list[FileEntry] | None:
+        """Return the files that all other machines have handed in, or None while one of them has not.
+
+        Raises:
+            IncompleteCheckpoint: a machine has given up its part.
+        """
+        keys = [self._part_key(request, part) for part in range(1, request.parts)]
+        folder = f"{request.prefix(self._run.launch)}/{_PARTS}/"
+        there = {info.key for info in self._run.store.list(folder)} if keys else set()
+        if not there.issuperset(keys):
+            return None
+        with Workers(min(len(keys), _READ_AT_ONCE) or 1, "hf_spot-parts") as pool:
+            messages = list(pool.map(self._read, keys))
+        found: list[FileEntry] = []
+        for part, message in enumerate(messages, 1):
+            if message is None:
+                return None
+            if message["files"] is None:
+                raise IncompleteCheckpoint(f"checkpoint-{request.step}: machine {part} went on to a newer one")
+            found += [FileEntry.of(file) for file in message["files"]]
+        return found
+
+    def invite(self, invitation: dict[str, Any]) -> None:
+        """Write down where the other machines of this launch find machine 0."""
+        self._send(_invitation_key(self._run.launch), invitation)
+
+    def invitation(self) -> tuple[int, dict[str, Any]] | None:
+        """Return the newest launch and the invitation of its machine 0, or None where there is none yet."""
+        launch = self._run.state().launch
+        found = self._read(_invitation_key(launch))
+        return None if found is None else (launch, found)
+
+    def _part_key(self, request: CommitRequest, part: int) -> str:
+        return f"{request.prefix(self._run.launch)}/{_PARTS}/{part}.json"
+
+    def _send(self, key: str, message: dict[str, Any]) -> None:
+        self._run.store.put(key, seal({"key": key, "told": message}, self._run.journal.key))
+
+    def _read(self, key: str) -> dict[str, Any] | None:
+        try:
+            sealed = unseal(self._run.store.get(key), self._run.journal.key)
+        except ObjectNotFound:
+            return None
+        if not isinstance(sealed, dict) or sealed.get("key") != key or not isinstance(sealed.get("told"), dict):
+            raise CorruptCheckpoint(f"{self._run.url}/{key} is no message for this key")
+        return cast(dict[str, Any], sealed["told"])
+
+
+def _invitation_key(launch: int) -> str:
+    return f"e{launch:04d}/meeting.json"

@@ -1,0 +1,328 @@
+"""One iteration of a DataLoader, counted while it goes on, and brought to where another process left it.
+
+It begins from the random states that the one before began with, passes over what was trained without loading it, and hands out
+the rest. `hf_spot.training.data.loaders` says which iterations there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import BatchSampler, IterableDataset
+
+from hf_spot.training.data.rng import capture, capture_gpus, restore, set_states, states_of
+from hf_spot.training.data.worker_states import WorkerStates
+
+if TYPE_CHECKING:
+    from hf_spot.training.data.loaders import Loaders
+
+log = logging.getLogger("hf_spot")
+
+
+class TrackedLoader:
+    """A loader that has been iterated. It does not keep the loader alive.
+
+    Args:
+        loader: of torch or of accelerate.
+        order: of its first iteration among those of all loaders.
+        workers: the states of its workers.
+    """
+
+    def __init__(self, loader: Any, order: int, workers: WorkerStates) -> None:
+        self._loader = weakref.ref(loader)
+        self.order = order
+        self.kind = _kind(loader)
+        self.workers = workers
+        self.begun = 0
+        self.newest: Callable[[], TrackedIteration | None] = lambda: None
+        self.newest_made: list[int] = [0]
+        self.made_before = 0
+        self.workers_count: int = loader.num_workers
+        self.persistent = bool(loader.persistent_workers)
+        self.workers_are_shifted = False
+        self.generators = _generators(loader)
+
+    def current(self) -> TrackedIteration | None:
+        """Its newest iteration, if it is under way."""
+        newest = self.newest()
+        return None if newest is None or newest.ended else newest
+
+    def made(self) -> int:
+        """Batches that the newest iteration has handed out in this process."""
+        return self.newest_made[0]
+
+    @property
+    def iteration_of_accelerate(self) -> int | None:
+        """accelerate counts iterations to seed their order."""
+        return getattr(self._loader(), "iteration", None)
+
+    def set_iteration_of_accelerate(self, number: int | None) -> None:
+        """Goes on counting from there."""
+        loader: Any = self._loader()
+        if number is not None and hasattr(loader, "iteration"):
+            loader.iteration = number
+
+
+class TrackedIteration:
+    """What ``iter(dataloader)`` returns while somebody watches: hands out the same batches.
+
+    Args:
+        loaders: that watch.
+        known: the loader.
+        loader: itself, kept alive as long as it is iterated.
+        position: to begin at; None is the start.
+    """
+
+    def __init__(self, loaders: Loaders, known: TrackedLoader, loader: Any, position: dict[str, Any] | None) -> None:
+        self._loaders = loaders
+        self._known = known
+        self.loader = loader
+        self._position = position
+        self._skipped: int = position["handed_out"] if position else 0
+        self.made = [0]
+        self.last, self.before_last = 0, loaders.handed_out
+        self.ended = False
+        self._ahead = False
+        self._skip_inside = self._skipped
+        self._order: dict[str, Any] | None = None
+        self._attempts = 0
+        self._before_draw: dict[str, Any] | None = None
+        self._found: dict[str, Any] | None = None
+        self._entered = False
+        self._start: dict[str, Any] = {}
+        self._start_generators: list[torch.Tensor] = []
+        self._iteration_of_accelerate: int | None = None
+        self._batches: Iterator[Any] = iter(())
+
+    # -- the beginning ------------------------------------------------------------------------------------------------
+
+    def _enter(self) -> None:
+        """What draws first is next."""
+        self._entered = True
+        if self._position is not None:
+            self._found = _capture()
+            restore(self._position["start"])
+            set_states(self._known.generators, self._position["start_generators"])
+            self._known.set_iteration_of_accelerate(self._position["iteration"])
+        self._start, self._start_generators = _capture(), states_of(self._known.generators)
+        self._iteration_of_accelerate = self._known.iteration_of_accelerate
+
+    def over(self, plain: Callable[[Any], Iterator[Any]]) -> TrackedIteration:
+        """Iterates a loader of torch."""
+        self._enter()
+        self._batches = self.inside(self.loader, plain)
+        if isinstance(self.loader.dataset, IterableDataset):
+            self._read_over()
+        elif self.loader.num_workers:
+            self._arrive()
+        else:
+            self._put_back()
+        return self
+
+    def over_prepared(self, plain: Callable[[Any], Iterator[Any]]) -> TrackedIteration:
+        """Iterates a loader of accelerate, which takes a batch before it hands out the one before."""
+        dispatches = type(self.loader).__name__ == "DataLoaderDispatcher"
+        self._ahead = not dispatches
+        if dispatches and not self.loader.split_batches:
+            self._skip_inside *= self._loaders.ranks
+        self._batches = plain(self.loader)
+        if isinstance(self.loader.dataset, IterableDataset):
+            self._read_over()
+        return self
+
+    def _read_over(self) -> None:
+        if self._position is None:
+            return
+        log.warning(
+            "%s has no index: it is read again from its start up to batch %d, which is exact if it gives the same each time",
+            type(self.loader.dataset).__name__,
+            self._skipped,
+        )
+        if not self._entered:
+            self._enter()
+        before = self._loaders.drive(self)
+        try:
+            for _ in range(self._skipped):
+                next(self._batches, None)
+        finally:
+            self._loaders.drive(before)
+        self._arrive()
+
+    def inside(self, loader: Any, plain: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
+        """The iterator of a loader of torch, with its order watched."""
+        known = self._known
+        if known.workers_count:
+            known.workers.seeded_before = known.persistent and known.begun > 1
+        if known.workers_are_shifted and loader._iterator is not None:
+            # Each worker has done the work of another one since the resume: they begin anew in their places.
+            known.workers.go_on(known.made_before)
+            loader._iterator = None
+        known.workers_are_shifted = known.persistent and self._skipped > 0
+        if isinstance(loader.dataset, IterableDataset):
+            return plain(loader)
+        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        sampler = getattr(loader, name)
+        watched = _Order(sampler, self, known.workers if known.workers_count else None)
+        if loader._iterator is not None:
+            loader._iterator._index_sampler = watched
+        object.__setattr__(loader, name, watched)  # a DataLoader refuses such a change, for fear of one that has begun
+        try:
+            return plain(loader)
+        finally:
+            object.__setattr__(loader, name, sampler)
+
+    # -- called by the order, in its order ----------------------------------------------------------------------------
+
+    def order_begins(self, indices: Iterator[Any]) -> None:
+        """The first index is drawn next: passes over those of batches that were trained."""
+        if self._position is not None and self._position["order"] is not None:
+            if not self._ahead:
+                self._found = _capture()
+            restore(self._position["order"])
+        self._order = _capture()
+        for _ in range(self._skip_inside):
+            next(indices, None)
+        if self._position is not None and not self._ahead and not self._known.workers_count:
+            self._arrive()
+
+    def draws(self) -> None:
+        """An index is drawn next."""
+        self._attempts += 1
+        if self._position is not None and self._attempts > 1 and not self._known.workers_count:
+            self._arrive()
+
+    def drawn(self) -> None:
+        """An index was drawn, and its batch is made next."""
+        if self._ahead and not self._known.workers_count:
+            if self._position is not None and self._attempts == 1 and self._position["before_draw"] is not None:
+                restore(self._position["before_draw"])
+            self._before_draw = capture()
+
+    def _arrive(self) -> None:
+        """The loader stands where it stood, and the training goes on with the random states of the save."""
+        if self._position is None:
+            return
+        self._position = None
+        now = self._loaders.take_now()
+        if now is not None:
+            restore(now)
+            self._found = None
+        self._put_back()
+
+    def _put_back(self) -> None:
+        if self._found is not None:
+            restore(self._found)
+            self._found = None
+
+    # -- what the training sees ---------------------------------------------------------------------------------------
+
+    def __iter__(self) -> TrackedIteration:
+        return self
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]
+
+    def __next__(self) -> Any:
+        if not self._entered:
+            self._enter()
+        before = self._loaders.drive(self)
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            self._end()
+            raise
+        finally:
+            self._loaders.drive(before)
+        if self._position is not None:
+            self._arrive()
+        self.made[0] += 1
+        self.before_last, self.last = self.last or self.before_last, self._loaders.hands_out()
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_batches"], name)
+
+    def _end(self) -> None:
+        if self._position is not None:
+            self._arrive()
+        if not self.ended and self._iteration_of_accelerate is not None:
+            # With nothing left to train accelerate does not count it.
+            self._known.set_iteration_of_accelerate(self._iteration_of_accelerate + 1)
+        self.ended = True
+
+    def position(self) -> dict[str, Any]:
+        """Where it stands."""
+        return {
+            "handed_out": self._skipped + self.made[0],
+            "start": self._start,
+            "start_generators": self._start_generators,
+            "iteration": self._iteration_of_accelerate,
+            "order": self._order,
+            "before_draw": self._before_draw,
+        }
+
+
+class _Order(BatchSampler):
+    """A sampler that tells of each draw, and is the one inside in everything else."""
+
+    def __init__(self, inner: Any, iteration: TrackedIteration, worker_states: WorkerStates | None) -> None:
+        self._inner = inner
+        self._iteration = weakref.ref(iteration)
+        self.worker_states = worker_states
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._go(iter(self._inner))
+
+    def _go(self, indices: Iterator[Any]) -> Iterator[Any]:
+        # The iteration is asked for each time: held here, it would not end where a loop is left.
+        self._tell("order_begins", indices)
+        while True:
+            self._tell("draws")
+            try:
+                index = next(indices)
+            except StopIteration:
+                return
+            self._tell("drawn")
+            yield index
+
+    def _tell(self, what: str, *args: Any) -> None:
+        iteration = self._iteration()
+        if iteration is not None:
+            getattr(iteration, what)(*args)
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_inner"], name)
+
+
+def _capture() -> dict[str, Any]:
+    return capture() | capture_gpus()
+
+
+def _kind(loader: Any) -> str:
+    def size(one: Any) -> int | None:
+        try:
+            return len(one)
+        except TypeError:  # a stream has none
+            return None
+
+    return f"{type(loader.dataset).__name__} of {size(loader.dataset)} samples in {size(loader)} batches of {loader.batch_size}"
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """The generators that a loader and its samplers own, each once."""
+    found: dict[int, torch.Generator] = {}
+    looked_at = [loader]
+    for one in looked_at:
+        for name in ("generator", "synchronized_generator"):
+            if isinstance(generator := getattr(one, name, None), torch.Generator):
+                found[id(generator)] = generator
+        inner = [vars(one).get(name) for name in ("base_dataloader", "batch_sampler", "sampler")]
+        looked_at += [each for each in inner if hasattr(each, "__dict__")]
+    return list(found.values())

@@ -1,0 +1,249 @@
+"""Where the DataLoaders of a training stand, and how they get there again in another process.
+
+A loop of one's own says ``for batch in dataloader`` and knows nothing of resuming. While a `Loaders` watches, each iteration
+of a ``torch.utils.data.DataLoader`` (and of accelerate's) is counted, and the random states are noted from which it has drawn
+its order. A loader that is iterated for the first time after a resume begins from the same states, passes over what was
+trained without loading it, and goes on with the random states of the save.
+
+*Which loader is which* in another process is told by its kind (dataset, batches) and, among those of a kind that are alive, by
+the order of their first iterations. *Which iterations are under way:* the one that has handed out the newest batch and neither
+ended nor been thrown away, and those that have handed out one between the newest two of that one (``zip(one, other)``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sys
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from hf_spot.errors import ConfigError
+from hf_spot.training.data.iterations import TrackedIteration, TrackedLoader
+from hf_spot.training.data.rng import set_states, states_of
+from hf_spot.training.data.worker_processes import shield
+from hf_spot.training.data.worker_states import WorkerStates
+
+log = logging.getLogger("hf_spot")
+
+_ACCELERATE = "accelerate.data_loader"
+_AHEAD = 2  # batches that accelerate takes beyond the one that is trained, and one to spare
+
+_watching: list[Loaders] = []
+_plain_iter: dict[type, Callable[[Any], Iterator[Any]]] = {}
+
+
+class Loaders:
+    """The DataLoaders of this process, from `watch` to `close`.
+
+    Args:
+        scratch: folder on this machine for what workers share with the training; `close` empties it.
+        begins: called before each iteration; what it raises ends the training there.
+        ranks: that train together.
+    """
+
+    def __init__(self, scratch: Path, begins: Callable[[], None] = lambda: None, ranks: int = 1) -> None:
+        self._scratch = scratch
+        self._begins = begins
+        self._ranks = ranks
+        self._process = os.getpid()
+        self._known: weakref.WeakKeyDictionary[Any, TrackedLoader] = weakref.WeakKeyDictionary()
+        self._waiting: list[dict[str, Any]] = []
+        self._now: dict[str, Any] | None = None
+        self._orders = itertools.count()
+        self._handed_out = 0
+        self._driven: TrackedIteration | None = None
+
+    def watch(self) -> None:
+        """From now on, until `close`."""
+        shield()
+        if self not in _watching:
+            _watching.append(self)
+        _replace(DataLoader, _iterate)
+        # Only what somebody has imported: accelerate takes its time.
+        for name in ("DataLoaderShard", "DataLoaderDispatcher"):
+            if _ACCELERATE in sys.modules:
+                _replace(getattr(sys.modules[_ACCELERATE], name), _iterate_prepared)
+
+    def close(self) -> None:
+        """Loaders are what they were."""
+        if self in _watching:
+            _watching.remove(self)
+        if not _watching:
+            for kind, plain in _plain_iter.items():
+                kind.__iter__ = plain
+            _plain_iter.clear()
+        for known in self._known.values():
+            known.workers.close()
+
+    # -- saving and resuming ------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, rank: int, only: Collection[Any] | None = None) -> list[dict[str, Any]]:
+        """What `resume` needs to bring each loader to where it stands.
+
+        Args:
+            folder: of the checkpoint, for the states of workers.
+            rank: of this process.
+            only: loaders whose iterations count as under way; None finds them out.
+        """
+        if any(waiting["main"] for waiting in self._waiting):
+            log.warning("no DataLoader is the one that the checkpoint was in the middle of: its epoch began anew")
+            self._waiting = []
+        under_way = self._under_way() if only is None else [self._explicit(loader) for loader in only]
+        main = max(under_way, key=lambda one: one.last, default=None)
+        entries: list[dict[str, Any]] = []
+        for known in sorted(self._known.values(), key=lambda one: one.order):
+            entry: dict[str, Any] = {
+                "kind": known.kind,
+                "number": self._number(known),
+                "begun": known.begun,
+                "main": False,
+                "under_way": None,
+            }
+            entry |= {"generators": states_of(known.generators), "iteration": known.iteration_of_accelerate}
+            current = known.current()
+            if current is not None and current in under_way:
+                entry |= {"under_way": current.position(), "main": current is main}
+            if known.workers_count and (entry["under_way"] or known.persistent):
+                entry["workers"] = f"random_states/loader-{len(entries)}_{rank}.json"
+                (folder / "random_states").mkdir(exist_ok=True)
+                known.workers.save(folder / entry["workers"], known.made())
+            entries.append(entry)
+        return entries
+
+    def resume(self, entries: list[dict[str, Any]], now: dict[str, Any], folder: Path, ranks_before: int) -> None:
+        """The next iteration of each loader goes on where it stood.
+
+        Args:
+            entries: made by `save`.
+            now: the random states of that moment, which the training goes on with.
+            folder: of the checkpoint.
+            ranks_before: that trained together then.
+        """
+        self._now = now
+        for entry in entries:
+            states = WorkerStates(self._scratch, _AHEAD)
+            if "workers" in entry:
+                states.resume(folder / entry["workers"], middle=entry["under_way"] is not None)
+            if entry["under_way"] and ranks_before != self._ranks:
+                entry["under_way"]["handed_out"] = entry["under_way"]["handed_out"] * ranks_before // self._ranks
+            entry["states"] = states
+        self._waiting = entries
+
+    def _under_way(self) -> list[TrackedIteration]:
+        alive = [one for known in self._known.values() if (one := known.current()) is not None and one.last]
+        if not alive:
+            return []
+        main = max(alive, key=lambda one: one.last)
+        return [one for one in alive if one.last > main.before_last]
+
+    def _explicit(self, loader: Any) -> TrackedIteration:
+        known = self._known.get(loader)
+        current = known.current() if known else None
+        if current is None:
+            raise ConfigError(
+                f"dataloader={loader!r} is not being iterated: there is no position to save",
+                hint="leave dataloader= out between epochs",
+            )
+        return current
+
+    # -- iterations ---------------------------------------------------------------------------------------------------
+
+    def begin(self, loader: Any) -> TrackedIteration:
+        """An iteration of a loader begins."""
+        self._begins()
+        known = self._known.get(loader)
+        if known is None:
+            known = self._known[loader] = TrackedLoader(loader, next(self._orders), WorkerStates(self._scratch, _AHEAD))
+            entry = self._entry_for(known)
+            if entry is not None:
+                known.begun, known.workers = entry["begun"], entry["states"]
+                if entry["under_way"] is None:
+                    set_states(known.generators, entry["generators"])
+                    known.set_iteration_of_accelerate(entry["iteration"])
+        else:
+            entry = None
+        position = entry["under_way"] if entry else None
+        if position is None:
+            known.begun += 1
+        iteration = TrackedIteration(self, known, loader, position)
+        known.newest = weakref.ref(iteration)
+        known.made_before, known.newest_made = known.made(), iteration.made
+        return iteration
+
+    def _entry_for(self, known: TrackedLoader) -> dict[str, Any] | None:
+        place = (known.kind, self._number(known))
+        found = next((entry for entry in self._waiting if (entry["kind"], entry["number"]) == place), None)
+        if found is not None:
+            self._waiting.remove(found)
+        return found
+
+    def _number(self, known: TrackedLoader) -> int:
+        return sum(other.kind == known.kind and other.order < known.order for other in self._known.values())
+
+    def take_now(self) -> dict[str, Any] | None:
+        """The random states to go on with, for the first that arrives where it stood: the others follow it."""
+        now, self._now = self._now, None
+        return now
+
+    @property
+    def handed_out(self) -> int:
+        """Batches, of all loaders."""
+        return self._handed_out
+
+    def hands_out(self) -> int:
+        """A batch is handed out: its number."""
+        self._handed_out += 1
+        return self._handed_out
+
+    @property
+    def is_here(self) -> bool:
+        """False in a process that the training has forked."""
+        return os.getpid() == self._process
+
+    @property
+    def ranks(self) -> int:
+        """That train together."""
+        return self._ranks
+
+    def drive(self, iteration: TrackedIteration | None) -> TrackedIteration | None:
+        """accelerate's iteration that is at work from now on, and whose loader inside belongs to it; the one before."""
+        before, self._driven = self._driven, iteration
+        return before
+
+    def driven(self, inside: Any) -> TrackedIteration | None:
+        """The iteration that a loader inside one of accelerate's belongs to."""
+        driven = self._driven
+        return driven if driven is not None and getattr(driven.loader, "base_dataloader", None) is inside else None
+
+
+def _iterate(self: Any) -> Iterator[Any]:
+    """Takes the place of ``DataLoader.__iter__``."""
+    plain = _plain_iter[DataLoader]
+    loaders = _watching[-1] if _watching else None
+    if loaders is None or not loaders.is_here:
+        return plain(self)
+    driven = loaders.driven(self)
+    if driven is not None:
+        return driven.inside(self, plain)
+    return loaders.begin(self).over(plain)
+
+
+def _iterate_prepared(self: Any) -> Iterator[Any]:
+    """Takes the place of ``__iter__`` of accelerate's loaders."""
+    plain = next(_plain_iter[kind] for kind in type(self).__mro__ if kind in _plain_iter)
+    loaders = _watching[-1] if _watching else None
+    if loaders is None or not loaders.is_here or self.use_stateful_dataloader:
+        return plain(self)
+    return loaders.begin(self).over_prepared(plain)
+
+
+def _replace(kind: type, iterate: Callable[[Any], Iterator[Any]]) -> None:
+    if kind not in _plain_iter:
+        _plain_iter[kind] = kind.__iter__
+        kind.__iter__ = iterate

@@ -1,0 +1,103 @@
+"""DataLoader workers that outlive a signal to the whole job.
+
+Some schedulers send SIGTERM to every process (systemd, ``scancel --full``, a container's init), and a terminal or Jupyter
+sends Ctrl-C's SIGINT. The training hears it and saves; its DataLoader workers would die of it, and the training with them in
+its next step, before it could save.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from typing import Any
+
+import torch
+from torch.utils.data import dataloader
+from torch.utils.data._utils import worker as torch_worker
+
+from hf_spot.training.data.worker_states import Asked, Made, Worker, WorkerStates
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_plain_loop = torch_worker._worker_loop
+_plain_start = dataloader._MultiProcessingDataLoaderIter.__init__
+
+
+_would_be_there = False
+
+
+def shield() -> None:
+    """From now on the workers of every DataLoader end only when the process that started them says so."""
+    dataloader._MultiProcessingDataLoaderIter.__init__ = _start
+    torch_worker._worker_loop = shielded_loop
+
+
+@contextmanager
+def seeded_before(would_be_there: bool) -> Iterator[None]:
+    """Within it, workers that persist draw no seed when they start: without an interruption they would be there already.
+
+    Args:
+        would_be_there: False changes nothing.
+    """
+    global _would_be_there
+    before, _would_be_there = _would_be_there, would_be_there
+    try:
+        yield
+    finally:
+        _would_be_there = before
+
+
+def _start(self: Any, loader: Any) -> None:
+    states = _states_of(loader)
+    init, generator = loader.worker_init_fn, loader.generator
+    if states is not None:
+        loader.worker_init_fn = states.to_worker(loader)
+    persisted = states.seeded_before if states is not None else _would_be_there and loader.persistent_workers
+    if persisted:  # their seed must not be drawn from the training's random numbers a second time
+        loader.generator = torch.Generator()
+    try:
+        _start_shielded(self, loader)
+    finally:
+        loader.worker_init_fn, loader.generator = init, generator
+
+
+def _states_of(loader: Any) -> WorkerStates | None:
+    """Set on the batch sampler of the training's loader; in a resumed epoch behind the sampler that skips."""
+    sampler = getattr(loader, "batch_sampler", None)
+    for one in (sampler, getattr(sampler, "batch_sampler", None)):
+        states = getattr(one, "worker_states", None)
+        if isinstance(states, WorkerStates):
+            return states
+    return None
+
+
+def _start_shielded(self: Any, loader: Any) -> None:
+    # The workers inherit it with their first instruction: blocked by themselves, it would miss the threads that the import
+    # of numpy has made by then.
+    if (loader.multiprocessing_context or multiprocessing).get_start_method() == "spawn":
+        resource_tracker.ensure_running()  # otherwise the first worker starts it, and that unblocks SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        _plain_start(self, loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def shielded_loop(*args: Any, **kwargs: Any) -> None:
+    """What a worker runs. Public for pickle's sake: with ``spawn`` it travels by name."""
+    threading.Thread(target=_obey_the_parent, args=(os.getppid(),), name="hf_spot-shield", daemon=True).start()
+    # dataset_kind, dataset, index_queue, data_queue, …, init_fn (9), worker_id (10), … as torch 2.6 to 2.13 pass them
+    worker = args[9] if len(args) > 10 else None
+    if isinstance(worker, Worker):
+        args = (*args[:2], Asked(args[2], worker, args[10]), Made(args[3], worker), *args[4:])
+    _plain_loop(*args, **kwargs)
+
+
+def _obey_the_parent(parent: int) -> None:
+    while signal.sigwaitinfo(_SIGNALS).si_pid != parent:
+        continue
+    os._exit(0)  # as torch's own handler does for a SIGTERM from the parent

@@ -1,0 +1,429 @@
+"""What `SpotCheckpointManager` and `AcceleratorCheckpointManager` have in common: when a loop is restored, saved and ended."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from functools import partial
+from multiprocessing.util import Finalize
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from hf_spot.arguments import SpotArguments
+from hf_spot.errors import ConfigError, Fenced, SpotError, StoreError, TrainingPreempted
+from hf_spot.notices.notice import NoticeKind, PreemptionNotice
+from hf_spot.policy.preemption import Action
+from hf_spot.policy.restarts import patience_s
+from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.progress import alert, show_log
+from hf_spot.run.restore import restore_newest
+from hf_spot.run.run import Run
+from hf_spot.runtime import STORE_VARIABLE, Runtime
+from hf_spot.storage.local import LocalStore
+from hf_spot.storage.store import ObjectStore
+from hf_spot.training.data.loaders import Loaders
+from hf_spot.training.loop.loop_files import LoopFiles
+from hf_spot.training.loop.loop_states import LoopState
+from hf_spot.training.session.run_session import LAST_WORD_S, RunSession, as_value, from_value
+
+log = logging.getLogger("hf_spot")
+
+T = TypeVar("T")
+
+_FAILED_DRAIN_S = 60.0
+
+
+class LoopManager:
+    """A loop's side of a `RunSession`, which is taken when it is first needed. The two managers differ in what they are given.
+
+    Args:
+        checkpoint_dir: the run; None is that of `hf-spot launch`.
+        save_every_n_steps: for the loop to read.
+        args: settings; None takes those of `hf-spot launch`, or the defaults.
+        local_dir: for files on their way.
+        now: the wall clock.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        checkpoint_dir: str | os.PathLike[str] | ObjectStore | None = None,
+        save_every_n_steps: int = 500,
+        *,
+        args: SpotArguments | None = None,
+        local_dir: str | os.PathLike[str] | None = None,
+        now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if isinstance(save_every_n_steps, bool) or not isinstance(save_every_n_steps, int) or save_every_n_steps < 1:
+            raise ConfigError(
+                f"save_every_n_steps={save_every_n_steps!r} must be a whole number of steps, 1 or more",
+                hint="SpotCheckpointManager(checkpoint_dir, save_every_n_steps=500)",
+            )
+        show_log()
+        self.save_every_n_steps = save_every_n_steps
+        runtime = Runtime.from_environ(os.environ)
+        arguments = args or (runtime.arguments if runtime else SpotArguments())
+        url = _url(checkpoint_dir, runtime)
+        self._tenure = RunSession("SpotCheckpointManager", url, arguments, runtime, now=now, clock=clock)
+        self.run = self._tenure.run
+        self._local_dir = _local_dir(self.run.store, local_dir)
+        self._begun = self._closed = False
+        self._saved_step: int | None = None
+        self._left = False
+        self._step = 0
+        self._told_advisories: set[str] = set()
+        self._tenure.listen(self._hears)
+        # `atexit` is not heard in processes that multiprocessing has started (``accelerate.notebook_launcher``).
+        self._tenure.closing.callback(Finalize(None, self._at_exit, exitpriority=100).cancel)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.run.url!r}, save_every_n_steps={self.save_every_n_steps})"
+
+    # -- what a loop asks ---------------------------------------------------------------------------------------------
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the machine is being taken: save now, and leave the loop. With several ranks each must ask, equally often,
+        and all get the same answer at the same step.
+
+        Raises:
+            Fenced: a newer launch owns the run.
+        """
+        self._begin()
+        tenure = self._tenure
+        if tenure.preempted is not None:
+            return True
+        notice = tenure.listener.heard_end()
+        left = notice.seconds_left(tenure.now()) if notice else None
+        fenced = tenure.uploader is not None and tenure.uploader.fenced is not None
+        tenure.agreement.ask(float(notice is not None), 0.0, float(fenced), as_value(left), 0.0)
+        terminate, _, fence, soonest, _ = tenure.agreement.answer()
+        if fence:
+            raise self._fenced()
+        self._tell_advisory()
+        if not terminate:
+            return False
+        seconds_left, say = from_value(soonest), partial(log.warning, "%s")
+        decision = tenure.agreement.from_main(lambda: tenure.decide(NoticeKind.TERMINATE, seconds_left, notice, say))
+        tenure.stop(decision, seconds_left)
+        return True
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Waits until everything saved so far is committed.
+
+        Args:
+            timeout_s: how long at most, in seconds; None is ``SpotArguments(drain_timeout_s=…)``.
+
+        Raises:
+            StoreError: it is not.
+            Fenced: a newer launch owns the run.
+        """
+        if self._begun and not self._closed:
+            at_most_s = self._tenure.arguments.drain_timeout_s if timeout_s is None else timeout_s
+            self._tenure.agreement.together(lambda: self._wait(at_most_s))
+
+    def finish(self) -> None:
+        """The loop has come to its end: waits for the last commit, and says in the journal that the run is finished.
+
+        `hf-spot launch` then has nothing left to do for this run. What has not been saved is not in it. After an interruption
+        nothing is finished.
+
+        Raises:
+            TrainingPreempted: the loop was left for an interruption.
+            StoreError: the last checkpoint could not be committed.
+            Fenced: a newer launch owns the run.
+        """
+        if self._closed:
+            return
+        self._begin()
+        tenure = self._tenure
+        try:
+            if tenure.preempted is not None:
+                self._leave(self._step)
+                raise self._preempted()
+            self.wait()
+            committed = tenure.agreement.from_main(lambda: tenure.committed_step)
+            data = {"step": committed, "stage": tenure.stage, **tenure.timing.to_details(committed)}
+            tenure.record("finished", data, patience_s=tenure.arguments.drain_timeout_s)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stops listening, watching and uploading; waits for nothing. `finish`, or the end of a ``with`` block, calls it."""
+        if not self._closed and not self._tenure.forked:
+            self._closed = True
+            self._tenure.close()
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if error is None:
+            self.finish()
+        elif not self._closed and not self._tenure.forked:
+            self._end_badly(error)
+
+    # -- the start ----------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Takes the run, when it is first used: ranks may not know each other before."""
+        if self._closed:
+            raise ConfigError("this manager is closed: its loop has ended", hint="make a new SpotCheckpointManager")
+        if self._begun:
+            return
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if ranks == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not initialised",
+                hint="torch.distributed.init_process_group(…), or Accelerator(), before manager.load_latest(…)",
+            )
+        tenure, rank = self._tenure, dist.get_rank() if ranks > 1 else 0
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        tenure.join(ranks, rank, local_rank, self._local_dir, setting="SpotCheckpointManager(…, local_dir=…)")
+        tenure.take()
+        tenure.on_each_disk(lambda: _empty(self._local_dir))  # of what was on its way when an earlier launch was killed
+        tenure.start_uploader()
+        scratch = self._local_dir / ".hf_spot" / f"workers-{rank}"
+        loaders = Loaders(scratch, self._iteration_begins, ranks)
+        loaders.watch()
+        tenure.closing.callback(shutil.rmtree, scratch, ignore_errors=True)
+        tenure.closing.callback(loaders.close)
+        self._files = LoopFiles(loaders, rank, ranks, self.run.url)
+        tenure.tell_launcher()
+        self._begun = True
+
+    # -- restoring ----------------------------------------------------------------------------------------------------
+
+    def _load(self, state: LoopState, optimizer: Any = None) -> tuple[int, int]:
+        self._begin()
+        if self._saved_step is not None:
+            self.wait()  # what was saved may be what is asked for
+        tenure = self._tenure
+        began = tenure.clock()
+        refs = tenure.agreement.from_main(lambda: list(self.run.state().checkpoints))
+        found = restore_newest(refs, tenure.bring, self.run.url)
+        self._count_steps(optimizer)
+        if found is None:
+            return 0, 0
+        checkpoint, folder = found
+        try:
+            told = tenure.agreement.together(lambda: self._files.read(folder, state))
+        finally:
+            tenure.on_each_disk(lambda: shutil.rmtree(folder, ignore_errors=True))
+        self._saved_step = self._step = checkpoint.step
+        tenure.timing.restored(tenure.clock() - began)
+        log.info("going on from step %d, committed by launch %d", checkpoint.step, checkpoint.ref.launch)
+        return checkpoint.step, int(told["epoch"])
+
+    def _count_steps(self, optimizer: Any) -> None:
+        """Tells the launcher of steps between two saves, which it can't hear from a loop."""
+        inner, steps = getattr(optimizer, "optimizer", optimizer), self._tenure.steps
+        if steps is None or not hasattr(inner, "register_step_post_hook"):
+            return
+
+        def stepped(*_: Any) -> None:
+            self._step += 1
+            steps.tell(self._step)
+
+        self._tenure.closing.callback(inner.register_step_post_hook(stepped).remove)
+
+    def _iteration_begins(self) -> None:
+        if self._left:
+            raise self._preempted()  # nobody would keep what it trains, and an evaluation would take what time is left
+        if self._tenure.timing.step_begins(self._step):
+            log.debug("the first batch is asked for")
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def _save(self, state: LoopState, step: int, epoch: int, loss: Any, dataloader: Any) -> None:
+        self._begin()
+        self._check_step(step)
+        if self._left and step != self._saved_step:
+            raise self._preempted()
+        self._step = step
+        preempted = self._tenure.preempted
+        finishes_only = preempted is not None and preempted.action is Action.FINISH_UPLOAD_AND_STOP
+        if step != self._saved_step and not finishes_only:
+            self._tenure.timing.step_begins(max(0, step - 1))
+            self._save_now(state, step, epoch, loss, dataloader)
+        if preempted is not None:
+            self._leave(step)
+
+    def _check_step(self, step: int) -> None:
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ConfigError(f"step={step!r} is no number of steps", hint="step += 1 after each optimizer.step()")
+        if self._saved_step is not None and step < self._saved_step:
+            raise ConfigError(
+                f"step={step} comes after step {self._saved_step}: steps count through all epochs",
+                hint="step, epoch = manager.load_latest(model, optimizer, scheduler), and step += 1 from there",
+            )
+
+    def _save_now(self, state: LoopState, step: int, epoch: int, loss: Any, dataloader: Any) -> None:
+        tenure = self._tenure
+        began = tenure.clock()
+        folder = self._local_dir / f"checkpoint-{step}"
+        only = None if dataloader is None else list(dataloader) if isinstance(dataloader, (list, tuple)) else [dataloader]
+        tenure.on_each_disk(lambda: _empty(folder))
+        told = {"step": step, "epoch": epoch, "loss": _number(loss)}
+        try:
+            tenure.agreement.together(lambda: self._files.write(folder, state, told, only))
+        except SpotError as error:
+            tenure.on_each_disk(lambda: shutil.rmtree(folder, ignore_errors=True))
+            if isinstance(error, ConfigError) or (tenure.preempted is None and tenure.arguments.on_save_error == "stop"):
+                tenure.agreement.together(lambda: tenure.finish_uploads(self._patience_s()))
+                raise
+            log.error("%s; %s", error.args[0], "the last commit stands" if tenure.preempted else "the next save tries again")
+            return
+        self._saved_step = step
+        tenure.save_s = tenure.clock() - began
+        tenure.timing.stalled(tenure.save_s)
+        seconds = round(tenure.save_s, 3)
+        request = CommitRequest(
+            step=step,
+            reason="schedule" if tenure.preempted is None else "notice",
+            world_size=tenure.world_size,
+            details={
+                "epoch_of_data": epoch,
+                "output_dir": str(self._local_dir),
+                "save_s": seconds,
+                "stall_s": seconds,
+                **tenure.timing.to_details(step),
+            },
+        )
+        tenure.agreement.together(lambda: self._submit(folder, request))
+
+    def _submit(self, folder: Path, request: CommitRequest) -> None:
+        if self._tenure.submit(folder, request, self._tenure.agreement):
+            shutil.rmtree(folder, ignore_errors=True)  # its files live on under the uploader's names until they are committed
+
+    # -- interruptions ------------------------------------------------------------------------------------------------
+
+    def _hears(self, notice: PreemptionNotice) -> None:
+        left = notice.seconds_left(self._tenure.now())
+        told = f"{notice.kind.value} from {notice.source}{'' if left is None else f', {left:.0f} s left'}"
+        alert(told)
+        self._tenure.hook.tell(told)
+
+    def _tell_advisory(self) -> None:
+        notice = self._tenure.listener.heard() if self._tenure.runtime is None else None
+        if notice is None or notice.kind is not NoticeKind.ADVISORY or notice.id in self._told_advisories:
+            return
+        self._told_advisories.add(notice.id)
+        self._tenure.note(notice, "the machine may be taken")
+
+    def _patience_s(self) -> float:
+        return patience_s(self._tenure.left_s, training=True, drain_timeout_s=self._tenure.arguments.drain_timeout_s)
+
+    def _leave(self, step: int) -> None:
+        """The machine goes: what is saved gets committed before this returns, if there is time for it."""
+        tenure = self._tenure
+        assert tenure.preempted is not None
+        if self._left:
+            return
+        self._left = True
+        tenure.order_uploads()
+        tenure.agreement.together(lambda: tenure.finish_uploads(self._patience_s()))
+        if tenure.uploader is not None and tenure.uploader.fenced is not None and tenure.agreement.alone:
+            raise tenure.uploader.fenced
+        if tenure.agreement.is_main:
+            committed = tenure.committed_step
+            data = {"step": step, "committed_step": committed, "stage": tenure.stage, "why": tenure.preempted.why}
+            tenure.record("preempted", {**data, **tenure.timing.to_details(step)}, patience_s=LAST_WORD_S)
+            log.warning("%s", self._preempted())
+
+    def _preempted(self) -> TrainingPreempted:
+        committed = self._tenure.committed_step if self._tenure.agreement.alone else self._saved_step or 0
+        return TrainingPreempted(
+            f"preempted at step {self._step}; step {committed} is committed to {self.run.url}. "
+            "Start the same command again to go on.",
+            step=committed or None,
+        )
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def _fenced(self) -> Fenced:
+        fenced = self._tenure.uploader.fenced if self._tenure.uploader is not None else None
+        return fenced or Fenced(f"a newer launch owns {self.run.url}")
+
+    def _wait(self, timeout_s: float) -> None:
+        tenure, uploader, listener = self._tenure, self._tenure.uploader, self._tenure.listener
+        if uploader is None:
+            return
+        drained = uploader.drain(timeout_s, lambda: listener.heard_end() is not None and tenure.preempted is None)
+        if uploader.fenced is not None:
+            raise uploader.fenced
+        notice = listener.heard_end()
+        if not drained and notice is not None:  # no longer than the machine lives
+            left = notice.seconds_left(tenure.now())
+            drained = uploader.drain(min(timeout_s, patience_s(left, training=True, drain_timeout_s=timeout_s)))
+        saved = self._saved_step or 0
+        if tenure.agreement.is_main and (not drained or tenure.committed_step < saved):
+            raise StoreError(
+                f"step {saved} was saved, but only step {tenure.committed_step} is in {self.run.url} "
+                f"after {timeout_s:.0f} s: {uploader.trouble or '(the log says why)'}",
+                hint="start the same command again: it goes on from there",
+            )
+
+    def _end_badly(self, error: BaseException) -> None:
+        """The loop was left by an error or an exit; the other ranks may not know of it, so they are not asked."""
+        tenure = self._tenure
+        if self._begun and tenure.uploader is not None and tenure.uploader.fenced is None:
+            ended = isinstance(error, SystemExit)
+            tenure.finish_uploads(self._patience_s() if ended else min(_FAILED_DRAIN_S, self._patience_s()))
+            if not ended and not self._left and tenure.runtime is None:
+                data = {"error": type(error).__name__, "stage": tenure.stage, **tenure.timing.to_details(self._step)}
+                tenure.record("failed", data, patience_s=LAST_WORD_S)
+        self._closed = True
+        tenure.close(alone=True)
+
+    def _at_exit(self) -> None:
+        """The process ends, and has not said how: what was saved gets committed."""
+        if self._closed or self._tenure.forked:
+            return
+        error = getattr(sys, "last_value", None)
+        self._end_badly(error if isinstance(error, BaseException) else SystemExit())
+
+
+def _url(checkpoint_dir: str | os.PathLike[str] | ObjectStore | None, runtime: Runtime | None) -> Any:
+    told = runtime.store if runtime else os.environ.get(STORE_VARIABLE)
+    if checkpoint_dir is None:
+        if told is None:
+            raise ConfigError(
+                f"no checkpoint_dir, and ${STORE_VARIABLE} is not set",
+                hint='SpotCheckpointManager("s3://bucket/runs/my-run"), or hf-spot launch --store …',
+            )
+        return told
+    given = os.fspath(checkpoint_dir) if isinstance(checkpoint_dir, os.PathLike) else checkpoint_dir
+    if runtime is not None and Run(given).url != Run(runtime.store).url:
+        raise ConfigError(
+            f"the script says checkpoint_dir={str(given)!r}, hf-spot launch says --store {runtime.store}",
+            hint=f"hf-spot launch --store {given} …, or SpotCheckpointManager() without a directory",
+        )
+    return given
+
+
+def _local_dir(store: ObjectStore, given: str | os.PathLike[str] | None) -> Path:
+    """A folder that nobody else writes to."""
+    if given is None and not isinstance(store, LocalStore):
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        given = Path(cache) / "hf_spot" / hashlib.sha256(store.url.encode()).hexdigest()[:16]
+    return Path(store.url if given is None else given).expanduser() / ".hf_spot" / "loop"
+
+
+def _number(loss: Any) -> float | None:
+    return None if loss is None else float(loss.item() if hasattr(loss, "item") else loss)
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)

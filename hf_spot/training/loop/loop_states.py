@@ -1,0 +1,138 @@
+"""What a loop of one's own consists of, as files of a checkpoint: with the names that Trainer gives to its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from hf_spot.errors import ConfigError
+from hf_spot.training.saving.disk_errors import says_full
+
+_SHOWN = 5  # names of weights, in an error
+
+
+class LoopState(Protocol):
+    """What is saved and loaded, besides random states and loaders."""
+
+    def write(self, folder: Path, *, is_main: bool) -> None:
+        """Called on every rank."""
+
+    def read(self, folder: Path) -> None:
+        """Called on every rank. Raises ConfigError where it is that of another training."""
+
+
+class PlainState:
+    """A model, and what steps it. Ranks hold the same (DDP): rank 0 writes it.
+
+    Args:
+        model: in whatever wraps it.
+        optimizer: None where there is none.
+        scheduler: None where there is none.
+
+    Raises:
+        ConfigError: the model is split among ranks.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+        self._model = _unwrapped(model)
+        self._others = {"optimizer.pt": optimizer, "scheduler.pt": scheduler}
+
+    def write(self, folder: Path, *, is_main: bool) -> None:
+        """model.safetensors, optimizer.pt and scheduler.pt."""
+        if not is_main:
+            return
+        try:
+            save_model(self._model, str(folder / "model.safetensors"))
+        except (RuntimeError, AttributeError, KeyError) as error:
+            # Tensors that overlap without being the same, or state that is no tensor: safetensors has no words for it.
+            if says_full(error):
+                raise
+            (folder / "model.safetensors").unlink(missing_ok=True)
+            torch.save(self._model.state_dict(), folder / "pytorch_model.bin")
+        for name, part in self._others.items():
+            torch.save(None if part is None else part.state_dict(), folder / name)
+
+    def read(self, folder: Path) -> None:
+        """The files have been verified: what is unpickled is what this run has written."""
+        try:
+            if (folder / "model.safetensors").exists():
+                missing, unexpected = load_model(self._model, str(folder / "model.safetensors"), strict=False)
+            else:
+                state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=False)
+                missing, unexpected = self._model.load_state_dict(state, strict=False)
+        except RuntimeError as error:  # torch names the tensors whose shapes differ
+            raise _of_another(folder, f"{type(self._model).__name__}: {error}") from error
+        if missing or unexpected:
+            told = [f"{what} {_some(names)}" for what, names in (("it lacks", missing), ("it has", unexpected)) if names]
+            raise _of_another(folder, f"for {type(self._model).__name__} {'; '.join(told)}")
+        for name, part in self._others.items():
+            state = torch.load(folder / name, map_location="cpu", weights_only=False)
+            if part is None:
+                continue
+            if state is None:
+                raise _of_another(folder, f"it was saved without the state for {type(part).__name__}")
+            try:
+                part.load_state_dict(state)
+            except (ValueError, KeyError, RuntimeError) as error:
+                raise _of_another(folder, f"{type(part).__name__}: {error}") from error
+
+
+class AcceleratorState:
+    """What an ``accelerate.Accelerator`` has prepared and registered, by its own ``save_state`` and ``load_state``.
+
+    Args:
+        accelerator: that knows model, optimizer and schedule already.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+
+    def write(self, folder: Path, *, is_main: bool) -> None:
+        """As accelerate names them."""
+        self._accelerator.save_state(str(folder))
+        if is_main and not any(folder.glob("scheduler*")):
+            torch.save(None, folder / "scheduler.pt")
+
+    def read(self, folder: Path) -> None:
+        """Into what is prepared."""
+        try:
+            self._accelerator.load_state(str(folder))
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise _of_another(folder, str(error)) from error
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile's
+            model = model._orig_mod
+        else:
+            break
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"a {type(model).__name__} is no model", hint="manager.save(model, optimizer, scheduler, step, epoch, loss)"
+        )
+    if any(hasattr(value, "full_tensor") for value in model.parameters()) or "FullySharded" in type(model).__name__:
+        raise ConfigError(
+            "the model is split among ranks (FSDP): one rank can't save it",
+            hint="manager = SpotCheckpointManager.for_accelerator(accelerator, checkpoint_dir)",
+        )
+    return model
+
+
+def _of_another(folder: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"{folder.name} was saved from another model or optimizer: {why}",
+        hint="the model that this run was begun with, or another checkpoint_dir",
+    )
+
+
+def _some(names: Any) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:_SHOWN]) + (f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else "")

@@ -1,0 +1,142 @@
+"""How the ranks of one training learn the same thing at the same step."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from hf_spot.training.ranks import shared_board
+
+T = TypeVar("T")
+
+VALUES = 5
+
+# Rank 0 may be restoring or draining a large checkpoint while the others wait for its word.
+_PATIENCE = timedelta(hours=2)
+
+
+class Agreement:
+    """A private gloo group on the CPU, so that agreeing neither disturbs the GPUs nor depends on the training's backend.
+
+    What is asked in every step goes over a `Board` where all ranks are on one machine. With one process everything is answered
+    at once. All ranks must call the same methods in the same order.
+
+    Args:
+        world_size: number of ranks; ``torch.distributed`` must be initialised when there are several.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if world_size > 1 else None
+        self._values = array("d", [0.0] * VALUES)
+        self._tensor = torch.frombuffer(self._values, dtype=torch.float64)  # the same memory: no tensor is made in a step
+        self._options = dist.AllreduceOptions() if world_size > 1 else None
+        if self._options is not None:
+            self._options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
+        self._work: Any = None
+        self._alone: tuple[float, ...] = ()
+        self.alone = world_size == 1  # nothing need be asked ahead of time
+        self._asked = False
+        rank = dist.get_rank() if world_size > 1 else 0
+        self.is_main = rank == 0
+        self._board = None if self.alone else shared_board.open_together(rank, world_size, VALUES, self.from_main, self.gather)
+
+    @property
+    def group(self) -> Any:
+        """For the collectives of others; None with one process."""
+        return self._group
+
+    @property
+    def asked(self) -> bool:
+        """True between `ask` and `answer`; on all ranks or on none."""
+        return self._asked
+
+    def ask(self, *values: float) -> None:
+        """Brings this rank's values, `VALUES` of them, and returns at once: what comes next hides the time that the ranks
+        need to agree.
+
+        An answer that nobody has taken is given up.
+        """
+        self.answer()
+        self._asked = True
+        if self._group is None:
+            self._alone = values
+            return
+        if self._board is not None:
+            self._board.show(*values)
+            return
+        self._values[:] = array("d", values)
+        # Not by `dist.all_reduce`, which takes twice as long to begin.
+        self._work = self._group.allreduce([self._tensor], self._options)
+
+    def answer(self) -> tuple[float, ...]:
+        """Element by element the largest value that any rank brought with its last `ask`; empty when nothing was asked.
+
+        Raises:
+            RuntimeError: a rank is gone.
+        """
+        if not self._asked:
+            return ()
+        self._asked = False
+        if self._board is not None:
+            return self._board.largest(_PATIENCE.total_seconds())
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return tuple(self._values) if self._group is not None else self._alone
+
+    def from_main(self, act: Callable[[], T]) -> T:
+        """Lets rank 0 act; every rank gets its result, or its exception."""
+        if self._group is None:
+            return act()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = act()
+            except BaseException as error:  # the others wait for this word, whatever it is
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: T = outcome[0]
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """What every rank brings, in the order of ranks."""
+        if self._group is None:
+            return [value]
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def together(self, act: Callable[[], T]) -> T:
+        """Every rank acts; when one fails all do, with its own error or the first rank's that has one."""
+        outcome: list[Any] = [None, None]
+        try:
+            outcome[0] = act()
+        except BaseException as error:  # the others wait for this word, whatever it is
+            outcome[1] = error
+        errors = [error for error in self.gather(outcome[1]) if error is not None]
+        if errors:
+            raise outcome[1] or errors[0]
+        result: T = outcome[0]
+        return result
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
+        if self._group is not None:
+            dist.barrier(group=self._group)
+
+    def close(self) -> None:
+        """Gives the group back: gloo sometimes aborts at interpreter exit when it is left to it."""
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+        if self._group is not None:
+            self._work = None
+            dist.destroy_process_group(self._group)
+            self._group = None

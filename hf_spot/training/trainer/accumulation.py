@@ -1,0 +1,83 @@
+"""An optimizer step of several micro-batches, and the way back to before it began.
+
+Trainer saves what the last finished step left. A step that is given up in its middle must leave no trace in that: its
+forward passes have drawn random numbers, moved buffers (the running statistics of BatchNorm) and counted tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from hf_spot.training.trainer.random_states import RandomStates
+from hf_spot.training.trainer.resume_fixes import carry_counters, counters
+
+_MOST_BUFFER_BYTES = 64_000_000  # copied once a step
+_DEVICES = ("cpu", "cuda")  # those whose random state `RandomStates` can return to in the middle of a training
+
+
+class Accumulation:
+    """Times the micro-batches of a step, and can take back those that were done.
+
+    Args:
+        trainer: whose steps are meant.
+        random_states: of this training.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, trainer: Trainer, random_states: RandomStates, clock: Callable[[], float] = time.monotonic) -> None:
+        self._trainer = trainer
+        self._random_states = random_states
+        self._clock = clock
+        self._buffers: list[torch.Tensor] | None = None
+        self._before: list[torch.Tensor] = []
+        self._counted: tuple[Any, Any, dict[str, int]] = (0.0, 0, {})
+        self._began = 0.0
+        self._done = 0
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._random_states.step_begins()
+        if self._buffers is None:
+            self._buffers = self._find_buffers()
+            self._before = [torch.empty_like(buffer) for buffer in self._buffers] if self._can_rewind() else []
+        if self._before:
+            torch._foreach_copy_(self._before, self._buffers)
+        self._counted = (self._trainer.current_flos, self._trainer.state.num_input_tokens_seen, counters(self._trainer))
+        self._began, self._done = self._clock(), 0
+
+    def micro_batch_ended(self) -> float:
+        """A micro-batch, not the last of its step, is done: seconds that the rest of the step should need."""
+        self._done += 1
+        each_s = (self._clock() - self._began) / self._done
+        return each_s * (self._trainer.current_gradient_accumulation_steps - self._done)
+
+    def rewindable(self) -> bool:
+        """Whether `rewind` can be called: not for very large buffers, those that a forward pass replaces, or devices whose
+        random state is not known."""
+        now = self._find_buffers()
+        return (
+            self._buffers is not None
+            and self._can_rewind()
+            and len(now) == len(self._buffers)
+            and all(one is other for one, other in zip(now, self._buffers, strict=True))
+        )
+
+    def rewind(self) -> None:
+        """Makes all as it was before the step began. The gradients stay: nothing saves them."""
+        self._random_states.rewind()
+        if self._before and self._buffers:
+            torch._foreach_copy_(self._buffers, self._before)
+        self._trainer.current_flos, self._trainer.state.num_input_tokens_seen, counted = self._counted
+        carry_counters(self._trainer, counted)
+
+    def _find_buffers(self) -> list[torch.Tensor]:
+        return list(self._trainer.model.buffers())  # type: ignore[union-attr]
+
+    def _can_rewind(self) -> bool:
+        size_bytes = sum(buffer.nbytes for buffer in self._buffers or [])
+        return self._trainer.args.device.type in _DEVICES and size_bytes <= _MOST_BUFFER_BYTES

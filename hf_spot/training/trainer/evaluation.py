@@ -1,0 +1,111 @@
+"""Evaluations that a notice can end: nobody evaluates through the last two minutes of a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import Trainer
+
+from hf_spot.training.data.worker_processes import seeded_before
+from hf_spot.training.trainer.random_states import RandomStates
+
+
+class _Cut(Exception):
+    """Ends an evaluation from inside."""
+
+
+class Stopped(Exception):
+    """Ends a resumed training before its first step: the evaluation that was made up for says so."""
+
+
+class Evaluations:
+    """Takes over a trainer's evaluations until `close`.
+
+    One that is cut leaves the training as it was before: random state, log, mode of the model. The launch after it makes up
+    for it, from that same state.
+
+    Args:
+        trainer: whose evaluations are meant.
+        random_states: of this training.
+        when_cut: called after a cut; it decides whether to save.
+        evaluated_before: the training is resumed, and was evaluated before that.
+    """
+
+    def __init__(
+        self, trainer: Trainer, random_states: RandomStates, when_cut: Callable[[], None], evaluated_before: bool
+    ) -> None:
+        self._trainer = trainer
+        self._random_states = random_states
+        self._when_cut = when_cut
+        self._evaluated_before = evaluated_before
+        self.was_cut = False
+        self.running = False  # on every rank at once, so that they can agree: not so in what callbacks evaluate themselves
+        self._on_evaluate = trainer.callback_handler.on_evaluate
+        trainer.callback_handler.on_evaluate = self._evaluated
+        trainer._evaluate = self._evaluate
+        trainer._determine_best_metric = self._determine_best_metric
+        trainer._run_epoch = self._run_epoch
+
+    def cut(self) -> None:
+        """Called from an event of the evaluation: does not return."""
+        raise _Cut
+
+    def make_up(self) -> None:
+        """The evaluation that a notice suppressed or cut in the launch before."""
+        metrics = self._trainer._evaluate(None, None)
+        self._trainer._determine_best_metric(metrics=metrics, trial=None)
+        self._trainer.model.train()  # type: ignore[union-attr]
+        if self._trainer.control.should_training_stop and not self.was_cut:
+            raise Stopped  # EarlyStoppingCallback, say; Trainer would look only after one step more
+
+    def close(self) -> None:
+        """Gives the trainer its methods back."""
+        for name in ("_evaluate", "_determine_best_metric", "_run_epoch"):
+            self._trainer.__dict__.pop(name, None)
+        self._trainer.callback_handler.__dict__.pop("on_evaluate", None)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        plain_run: Any = type(self._trainer)._run_epoch
+        try:
+            plain_run(self._trainer, *args, **kwargs)
+        except Stopped:
+            # What Trainer does after the loop that it would have left; the checkpoint has to say that it is the last one.
+            trainer = self._trainer
+            trainer.control = trainer.callback_handler.on_epoch_end(trainer.args, trainer.state, trainer.control)
+            trainer.control.should_save = True
+            trainer.control.should_log = trainer.control.should_evaluate = False
+            rate, began = trainer._get_learning_rate(), kwargs["start_time"]
+            trainer._maybe_log_save_evaluate(
+                trainer._tr_loss, None, kwargs["model"], kwargs["trial"], kwargs["epoch"], None, began, learning_rate=rate
+            )
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        logged = len(self._trainer.state.log_history)
+        self._random_states.remember()
+        self.running = True
+        try:
+            with seeded_before(self._evaluated_before):
+                return type(self._trainer)._evaluate(self._trainer, *args, **kwargs)
+        except _Cut:
+            self._random_states.return_to_remembered()
+            del self._trainer.state.log_history[logged:]  # several evaluation sets log one by one
+            self._trainer.model.train()  # type: ignore[union-attr]
+            self.was_cut = True
+            self._when_cut()
+            return {}
+        finally:
+            self.running = False
+
+    def _evaluated(self, *args: Any, **kwargs: Any) -> Any:
+        before, self.running = self.running, False
+        try:
+            return self._on_evaluate(*args, **kwargs)
+        finally:
+            self.running = before  # there may be several evaluation sets
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if self.was_cut:
+            # With save_strategy="best" Trainer saves if this is true.
+            return bool(self._trainer.control.should_save)
+        return bool(type(self._trainer)._determine_best_metric(self._trainer, metrics=metrics, trial=trial))

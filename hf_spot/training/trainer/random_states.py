@@ -1,0 +1,238 @@
+"""What Trainer leaves out of a checkpoint, or does otherwise when it resumes, and an interrupted run needs to end the same.
+
+Each repair is applied from outside, to a resumed training only: an uninterrupted one stays as Trainer makes it. Seen with
+transformers 5.23 and accelerate 1.15.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate.data_loader import DataLoaderDispatcher
+from torch.utils.data import BatchSampler
+from transformers import Trainer
+
+from hf_spot.training.data.rng import capture, capture_gpus, forget, pack, restore, unpack
+from hf_spot.training.data.worker_states import WorkerStates
+
+log = logging.getLogger("hf_spot")
+
+_FOLDER = "random_states"  # inside a checkpoint; a rank's file has the name that Trainer gives to `rng_state`
+
+
+class RandomStates:
+    """Adds to each checkpoint the random states of two earlier moments, and returns to them when it is resumed.
+
+    *The start of the epoch.* A sampler that draws its order from the global generators (``group_by_length``,
+    ``use_seedable_sampler=False``) draws it there. Trainer saves the state of the middle alone.
+
+    *The draw of the next batch.* accelerate fetches a batch before it hands out the one before: at a save in the middle of
+    an epoch the next batch has been made already. A collator or a dataset that draws random numbers (masked language
+    modelling, augmentation) must draw those of that moment for it again, and those after the save for the batches behind
+    it; Trainer makes all of them first and restores the generators afterwards. With workers (``dataloader_num_workers``)
+    batches are made elsewhere, and this is not repaired.
+
+    Args:
+        trainer: whose generators are saved and restored, by its own methods.
+        folder: on this machine, for the state of the epoch under way; `close` removes it.
+    """
+
+    def __init__(self, trainer: Trainer, folder: Path) -> None:
+        self._trainer = trainer
+        self._folder = folder
+        self._remembered = folder.with_name(f"{folder.name}-remembered")
+        self._draws = 0
+        self._before_draw: dict[str, Any] | None = None
+        self._workers = WorkerStates(folder.with_name(f"{folder.name}-workers"), trainer.args.gradient_accumulation_steps)
+        self._micro_batches = self._handed_out = 0
+        self._watched: list[_Watched] = []
+        self._step_ended = False
+        self._between_steps: tuple[dict[str, Any], dict[str, Any] | None, int] | None = None
+        self._resumed: Path | None = None
+        self._resumed_draw: dict[str, Any] | None = None
+        self._restored = False
+        self._then: Callable[[], None] = lambda: None
+
+    def resume(self, then: Callable[[], None]) -> None:
+        """Takes over the moment at which Trainer returns to the state of the checkpoint.
+
+        Args:
+            then: called once, right after it.
+        """
+        self._then = then
+        self._trainer._load_rng_state = self._return_to_checkpoint
+
+    def begin_epoch(self, dataloader: Any, resumed: Path | None, *, middle: bool = True) -> None:
+        """An epoch begins.
+
+        Args:
+            dataloader: of the epoch.
+            resumed: the checkpoint, if this is the first epoch after a resume.
+            middle: that checkpoint is not one of the end of an epoch.
+        """
+        if getattr(dataloader, "persistent_workers", False):
+            self._workers.seeded_before = int(self._trainer.state.epoch or 0) > 0
+            if resumed is None and self._resumed is not None:
+                self._workers.go_on(self._micro_batches)
+            elif resumed is not None:
+                self._workers.resume(resumed / _FOLDER / self._workers_name, middle=middle)
+        elif resumed is not None and middle:
+            self._workers.resume(resumed / _FOLDER / self._workers_name, middle=True)
+        self._micro_batches = self._handed_out = 0
+        resumed = resumed if middle else None
+        self._draws, self._resumed, self._resumed_draw = 0, resumed, None
+        if resumed is not None and (resumed / _FOLDER).is_dir():
+            self._load_start_of_epoch(resumed / _FOLDER)
+            if (resumed / _FOLDER / self._draw_name).exists():
+                self._resumed_draw = json.loads((resumed / _FOLDER / self._draw_name).read_bytes())
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._trainer._save_rng_state(str(self._folder))
+        self._watch(dataloader)
+        self._step_ended = True
+        self._mark()
+
+    def micro_batch_ended(self) -> None:
+        """A batch has been trained; called before `step_ended`."""
+        self._micro_batches += 1
+
+    def step_ended(self) -> None:
+        """An optimizer step is done. What follows it (an evaluation, a save) still belongs to it."""
+        self._handed_out = self._micro_batches
+        self._step_ended = True
+
+    def step_begins(self) -> None:
+        """The micro-batches of the next step have been made."""
+        self._mark()
+
+    def rewind(self) -> None:
+        """Returns to the moment between the last step and the one under way, as if that had not begun.
+
+        A checkpoint that is saved now is one of the last finished step.
+        """
+        assert self._between_steps is not None
+        state, self._before_draw, self._draws = self._between_steps
+        restore(state)
+
+    def save(self, checkpoint: Path) -> None:
+        """Adds this rank's states to a checkpoint."""
+        if self._folder.is_dir():
+            shutil.copytree(self._folder, checkpoint / _FOLDER, dirs_exist_ok=True)
+            if self._before_draw is not None:
+                state = base64.b64encode(pack(self._before_draw)).decode()
+                (checkpoint / _FOLDER / self._draw_name).write_text(json.dumps({"draws": self._draws, "state": state}))
+            self._workers.save(checkpoint / _FOLDER / self._workers_name, self._handed_out)
+
+    def remember(self) -> None:
+        """Keeps the random state of this moment for `return_to_remembered`."""
+        self._remembered.mkdir(parents=True, exist_ok=True)
+        self._trainer._save_rng_state(str(self._remembered))
+
+    def return_to_remembered(self) -> None:
+        """Returns to it."""
+        type(self._trainer)._load_rng_state(self._trainer, str(self._remembered))
+        forget()
+
+    def close(self) -> None:
+        """Gives the trainer its method back, and removes the folder."""
+        self._trainer.__dict__.pop("_load_rng_state", None)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._remembered, ignore_errors=True)
+        self._workers.close()
+        # They would tie trainer and loaders into a cycle; torch is slow to end workers that the garbage collector finds.
+        for watched in self._watched:
+            watched.release()
+
+    @property
+    def _draw_name(self) -> str:
+        return f"next_batch_{self._trainer.args.process_index}.json"
+
+    @property
+    def _workers_name(self) -> str:
+        return f"workers_{self._trainer.args.process_index}.json"
+
+    def _watch(self, dataloader: Any) -> None:
+        sampler = getattr(dataloader, "batch_sampler", None)
+        # A dispatcher draws on one rank only, and an evaluation there would wait for the others for ever.
+        if sampler is None or isinstance(dataloader, DataLoaderDispatcher):
+            self._before_draw = None
+            return
+        if isinstance(sampler, _Watched):
+            return
+        # A DataLoader refuses such a change, for fear of one that has begun to iterate; accelerate's keep theirs inside.
+        object.__setattr__(
+            getattr(dataloader, "base_dataloader", dataloader),
+            "batch_sampler",
+            _Watched(sampler, self, self._workers if dataloader.num_workers else None),
+        )
+
+    def drawn(self) -> None:
+        """The indices of a batch have been drawn, and the batch is made next, in this process."""
+        now = self._mark()
+        self._draws += 1
+        if self._resumed_draw is not None:
+            if self._draws == self._resumed_draw["draws"]:
+                restore(unpack(base64.b64decode(self._resumed_draw["state"])))
+            elif self._draws > self._resumed_draw["draws"]:
+                self._return_to_checkpoint(str(self._resumed))
+                self._resumed_draw = None
+            now = None
+        self._before_draw = now or capture()
+
+    def _load_start_of_epoch(self, states: Path) -> None:
+        args = self._trainer.args
+        name = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+        if not (states / name).exists():  # other ranks than before: the order of the data is that of rank 0
+            found = next((path for path in (states / "rng_state_0.pth", states / "rng_state.pth") if path.exists()), None)
+            if found is not None:
+                shutil.copy(found, states / name)
+        type(self._trainer)._load_rng_state(self._trainer, str(states))
+        forget()
+
+    def _mark(self) -> dict[str, Any] | None:
+        """The state of now, if it had to be taken."""
+        if not self._step_ended:
+            return None
+        self._step_ended = False
+        now = capture()
+        if self._trainer.args.gradient_accumulation_steps > 1:  # a step of one micro-batch is never left in its middle
+            now |= capture_gpus()
+        self._between_steps = (now, self._before_draw, self._draws)
+        return now
+
+    def _return_to_checkpoint(self, checkpoint: str | None) -> None:
+        if not self._restored:
+            self._restored = True
+            type(self._trainer)._load_rng_state(self._trainer, checkpoint)
+            forget()
+            self._then()
+
+
+class _Watched(BatchSampler):
+    """A batch sampler that tells `RandomStates` of each draw, and is the one inside in everything else."""
+
+    def __init__(self, inner: Any, states: RandomStates, worker_states: WorkerStates | None) -> None:
+        self._inner = inner
+        self._states: RandomStates | None = states
+        self.worker_states = worker_states
+
+    def release(self) -> None:
+        """From now on it tells nobody."""
+        self._states = self.worker_states = None
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self._inner:
+            if self._states is not None and self.worker_states is None:
+                self._states.drawn()
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_inner"], name)

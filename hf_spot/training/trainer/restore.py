@@ -1,0 +1,94 @@
+"""What Trainer resumes from: the run's newest commit, brought to where Trainer looks, or what was there before hf_spot."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from hf_spot.errors import SpotError
+from hf_spot.run.checkpoint import Checkpoint
+from hf_spot.run.restore import holds_own_checkpoints, restore_newest, set_aside_uncommitted, sweep
+from hf_spot.training.session.run_session import RunSession
+
+log = logging.getLogger("hf_spot")
+
+
+class Going(Exception):
+    """The machine goes: ends a start that leads to no training."""
+
+
+class Resumption:
+    """Every rank must call every method. A restore ends with `Going` when the machine goes: nobody would train with it.
+
+    Args:
+        tenure: of the run, taken already.
+    """
+
+    def __init__(self, tenure: RunSession) -> None:
+        self._tenure = tenure
+        self._run = tenure.run
+        self._output_dir = tenure.output_dir
+        self._had_own = False
+
+    def restore(self, resume_from_checkpoint: str | bool | None) -> tuple[Checkpoint, Path] | None:
+        """The newest commit of this stage, if one is wanted and there is one; local folders that would mislead are cleared
+        away.
+
+        Raises:
+            CorruptCheckpoint: there are commits, and none of them is whole.
+            StoreError: the store could not be asked.
+        """
+        tenure, found = self._tenure, None
+        tenure.on_each_disk(lambda: sweep(self._output_dir))
+        if resume_from_checkpoint is not False:
+            refs = tenure.agreement.from_main(
+                lambda: [ref for ref in self._run.state().checkpoints if ref.stage == tenure.stage]
+            )
+            found = restore_newest(refs, lambda ref: tenure.bring(ref, look=self._look), self._run.url)
+        self._had_own = tenure.agreement.from_main(lambda: holds_own_checkpoints(self._run, self._output_dir))
+        step = found[0].step if found else 0
+        tenure.on_each_disk(lambda: set_aside_uncommitted(self._run, self._output_dir, step))
+        return found
+
+    def foreign(self, resume_from_checkpoint: Any) -> Any:
+        """What Trainer shall resume from when the run has nothing: a checkpoint from before hf_spot is Trainer's business."""
+        return self._tenure.agreement.from_main(lambda: self._foreign(resume_from_checkpoint))
+
+    def _foreign(self, resume_from_checkpoint: Any) -> Any:
+        if resume_from_checkpoint is True and not any(self._output_dir.glob("checkpoint-*")):
+            return None
+        own = _is_own(resume_from_checkpoint, self._output_dir) and self._had_own
+        return None if own or resume_from_checkpoint in (None, False) else resume_from_checkpoint
+
+    def bring_best(self, restored: Checkpoint) -> Path | None:
+        """The folder of the best checkpoint so far, which may be the one that is resumed from; None when there is none, or it
+        can't be restored."""
+        tenure = self._tenure
+        bests = [ref for ref in self._run.journal.state.checkpoints if ref.stage == tenure.stage and ref.best]
+        best = tenure.agreement.from_main(lambda: bests[0] if bests else None)
+        if best is None:
+            return None
+        resumed = self._output_dir / restored.name
+        if best.step == restored.step:
+            return resumed
+        try:
+            _, folder = tenure.bring(best, "restore best", self._look)
+        except SpotError as error:
+            log.error("the best checkpoint so far can't be restored; a later one will be taken for the best: %s", error)
+            return None
+        # Rotation goes by modification time: what is resumed from must count as the newer one.
+        tenure.on_each_disk(lambda: os.utime(resumed))
+        return folder
+
+    def _look(self) -> None:
+        if self._tenure.listener.heard_end() is not None:
+            raise Going
+
+
+def _is_own(resume_from_checkpoint: str | bool | None, output_dir: Path) -> bool:
+    """True for what ``get_last_checkpoint(output_dir)`` may have given the script: the run's own newest commit is better."""
+    if isinstance(resume_from_checkpoint, str):
+        return Path(resume_from_checkpoint).resolve().parent == output_dir.resolve()
+    return resume_from_checkpoint is True

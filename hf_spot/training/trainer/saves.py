@@ -1,0 +1,264 @@
+"""Saves that fail because of a disk: all ranks learn of it, what is torn goes away, and nobody takes it for a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint
+import transformers.trainer
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import Trainer, TrainerCallback, TrainerControl
+
+from hf_spot.errors import SpotError
+from hf_spot.training.ranks.agreement import Agreement
+from hf_spot.training.ranks.disks import Disk
+from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
+from hf_spot.training.saving.disk_errors import free_gb, in_words, is_of_a_disk
+
+log = logging.getLogger("hf_spot")
+
+
+_OF_A_SAVE = ("_save_checkpoint", "save_model", "_save", "_save_optimizer_and_scheduler")
+_ONLY_WRITE = ("transformers", "trl", "sentence_transformers", "peft")
+
+
+class Saves:
+    """Takes the place of ``trainer._save_checkpoint`` from `watch` to `close`.
+
+    A rank that can't write goes on with the save as if it could, because the others may wait for it in the middle of it.
+    At the end all ranks know: if one could not write, each disk's part of the folder is removed, which frees its space,
+    nothing is rotated away or pushed to the Hub for it, and no callback hears of a save.
+
+    Args:
+        trainer: whose saves these are.
+        agreement: of its ranks.
+        disk: that this rank writes to.
+        behind: writes the files while training goes on.
+        finish: writes what Trainer leaves out of a checkpoint; given its folder, on every rank.
+        failed: called by every rank after a save that failed. What it raises ends the training.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        agreement: Agreement,
+        disk: Disk,
+        behind: AsyncCheckpointWriter,
+        finish: Callable[[Path], None],
+        failed: Callable[[SpotError], None],
+    ) -> None:
+        self._trainer = trainer
+        self._agreement = agreement
+        self._disk = disk
+        self._behind = behind
+        self._finish = finish
+        self._failed = failed
+        self._output_dir = Path(trainer.args.output_dir or ".")
+        self._trouble: SpotError | None = None
+        self._folder = self._output_dir
+        self._saving: int | None = None  # the thread
+        self._at_the_end: list[Callable[[], None]] = []
+        self._best: tuple[Any, Any, Any] = (None, None, None)
+
+    def watch(self) -> None:
+        """Called when the training has its state: from now on."""
+        self._best = self._best_now()
+        if self._may_go_on() and (self._agreement.is_main or is_sharded(self._trainer)):
+            self._behind.expect(_size_bytes(self._trainer.model, here=is_sharded(self._trainer)))
+        plain_save = self._trainer._save_checkpoint
+
+        def save(*args: Any, **kwargs: Any) -> None:
+            whole = self.settle()
+            # What could not be written last time is met where it happens.
+            goes_on = all(self._agreement.gather(whole and self._may_go_on()))
+            self._folder = self._output_dir / f"checkpoint-{self._trainer.state.global_step}"
+            self._trouble = None
+            self._at_the_end = []
+            behind = self._behind.capturing(self._in_words, self._give_up) if goes_on else contextlib.nullcontext()
+            with self._forgiving(), behind:
+                plain_save(*args, **kwargs)
+                self._attempt(self._finish)(self._folder)
+                # Trainer has no barrier at the end of a save; this is one.
+                failure = next((one for one in self._agreement.gather(self._trouble) if one is not None), None)
+                if failure is not None and goes_on:
+                    self._behind.forget()
+            self._conclude(failure)
+
+        self._trainer._save_checkpoint = save
+
+    def settle(self) -> bool:
+        """Waits for the files of the newest save; False when they could not be written, and are gone."""
+        self._behind.wait()
+        return self._behind.take_error() is None
+
+    def _in_words(self, error: BaseException) -> str:
+        return str(self._explain(error).args[0])
+
+    def _give_up(self, why: str) -> None:
+        """Called by the thread that writes behind the training, when that of no rank writes any more."""
+        if self._agreement.is_main:
+            log.error("%s; training goes on, and the next save tries again", why)
+        if self._disk.leads:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _may_go_on(self) -> bool:
+        """Whether training goes on while the files of this save are written; all ranks must agree. Not when it ends anyway, or
+        when somebody may read them in the save or right after it."""
+        trainer = self._trainer
+        ends = trainer.control.should_training_stop or trainer.state.global_step >= trainer.state.max_steps
+        read = trainer.args.push_to_hub or any(map(_reads_checkpoints, trainer.callback_handler.callbacks))
+        known = all(map(_is_known, [(trainer, name) for name in _OF_A_SAVE] + [(trainer.model, "save_pretrained")]))
+        return known and not (ends or read or trainer.is_deepspeed_enabled or self._behind.parted)
+
+    def close(self) -> None:
+        """Gives the trainer its method back, when all is written."""
+        self.settle()
+        self._trainer.__dict__.pop("_save_checkpoint", None)
+
+    def _conclude(self, failure: SpotError | None) -> None:
+        if failure is None:
+            for act in self._at_the_end:
+                self._behind.then(act)  # an older checkpoint goes when the new one is there
+            self._best = self._best_now()
+            return
+        self._agreement.together(lambda: shutil.rmtree(self._folder, ignore_errors=True) if self._disk.leads else None)
+        state = self._trainer.state
+        if state.best_global_step == state.global_step:
+            # What isn't there can't be loaded at the end; a later one may be better than the one before.
+            state.best_metric, state.best_global_step, state.best_model_checkpoint = self._best
+        self._tell_nobody()
+        self._failed(failure)
+
+    def _best_now(self) -> tuple[Any, Any, Any]:
+        state = self._trainer.state
+        return state.best_metric, state.best_global_step, state.best_model_checkpoint
+
+    def _tell_nobody(self) -> None:
+        """Trainer tells its callbacks next that it has saved: they would look for the folder."""
+        handler: Any = self._trainer.callback_handler
+
+        def on_save(args: Any, state: Any, control: TrainerControl) -> TrainerControl:
+            del handler.on_save
+            control.should_save = False
+            return control
+
+        handler.on_save = on_save
+
+    # -- during a save ------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """Within it, what only writes fails in silence, and what should follow a save is kept for later.
+
+        The rest of Trainer's save may be a collective, and is left alone.
+        """
+        trainer, state = self._trainer, self._trainer.state
+        self._saving = threading.get_ident()
+        with contextlib.ExitStack() as undo:
+            for owner, name, wrap in (
+                (trainer, "_save", self._attempt),
+                (trainer, "_save_rng_state", self._attempt),
+                (state, "save_to_json", self._attempt),
+                (torch, "save", self._attempt),
+                (torch.distributed.checkpoint, "save", self._attempt_together),
+                (trainer, "_push_from_checkpoint", self._postpone),
+                (transformers.trainer, "rotate_checkpoints", self._postpone),
+            ):
+                if hasattr(owner, name):
+                    undo.enter_context(_replaced(owner, name, wrap(getattr(owner, name))))
+            try:
+                yield
+            finally:
+                self._saving = None
+
+    def _attempt(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*args: Any, **kwargs: Any) -> Any:
+            if self._saving != threading.get_ident():
+                return write(*args, **kwargs)
+            if self._trouble is not None:
+                return None
+            return self._note_trouble(write, *args, **kwargs)
+
+        return attempt
+
+    def _attempt_together(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        """For what all ranks do together: it raises on all of them, and must not be left out on one."""
+        return lambda *args, **kwargs: self._note_trouble(write, *args, **kwargs)
+
+    def _note_trouble(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return write(*args, **kwargs)
+        except (Exception, CheckpointException) as error:
+            if not is_of_a_disk(error):
+                raise
+            # In words only: the error's traceback holds half-written files open, whose space must become free.
+            self._trouble = self._trouble or self._explain(error)
+            return None
+
+    def _postpone(self, act: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self._at_the_end.append(lambda: act(*args, **kwargs))
+
+    def _explain(self, error: BaseException) -> SpotError:
+        return SpotError(
+            f"{self._folder.name} can't be saved: {in_words(error, self._output_dir)}; "
+            f"{os.uname().nodename}:{self._output_dir} has {free_gb(self._output_dir)}",
+            hint=f"df -h {self._output_dir}; free some space, or lower TrainingArguments(save_total_limit=…), and start the "
+            "same command again: it goes on from the newest commit. To train on without it: --on-save-error go-on",
+        )
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether each rank writes a part of the weights, and not rank 0 all of them."""
+    return trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+
+
+def _size_bytes(model: Any, *, here: bool) -> int:
+    """Of a checkpoint: what is saved of the weights, and AdamW's two moments of each that is trained.
+
+    Args:
+        model: that is trained.
+        here: only what this rank holds.
+    """
+    weights = list(model.parameters())
+    trained = [one for one in weights if one.requires_grad]
+    saved = trained if hasattr(model, "peft_config") else weights
+    return sum((one.to_local() if here and hasattr(one, "to_local") else one).nbytes for one in saved + 2 * trained)
+
+
+def _is_known(method: tuple[Any, str]) -> bool:
+    """Whether it is as a library has it that only writes; a script's own may read what it has written."""
+    owner, name = method
+    definer = next((kind for kind in type(owner).__mro__ if name in vars(kind)), None)
+    return definer is None or definer.__module__.partition(".")[0] in _ONLY_WRITE
+
+
+def _reads_checkpoints(callback: TrainerCallback) -> bool:
+    kind = type(callback)
+    hears = getattr(callback.on_save, "__func__", None) is not TrainerCallback.on_save
+    if not hears or kind.__module__.startswith(("hf_spot.", "transformers.trainer_callback")):
+        return False
+    if kind.__name__ == "WandbCallback":
+        return str(getattr(callback._log_model, "value", "checkpoint")) == "checkpoint"
+    return kind.__name__ != "TrackioCallback"
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = vars(owner)
+    before = own.get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)

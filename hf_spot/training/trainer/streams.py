@@ -1,0 +1,93 @@
+"""Datasets without a length: gone through more than once, and drawing random numbers.
+
+Trainer takes such a training for one epoch of ``max_steps`` steps: on resume it skips all batches that were ever trained, as
+if the first pass had held them. Its own ``state.epoch`` tells better: whole passes before the point, and behind it the
+batches of the pass under way, in units of ``max_steps`` times the accumulation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.utils.data import IterableDataset
+from transformers import Trainer
+from transformers.trainer_utils import has_length
+
+from hf_spot.policy.resize import Batches
+from hf_spot.training.data.rng import capture, pack
+
+log = logging.getLogger("hf_spot")
+
+_LOOKS = 4
+
+
+@contextmanager
+def resumed_in_its_pass(trainer: Trainer, details: dict[str, Any], before: Batches, now: Batches) -> Iterator[None]:
+    """Within it, a training on a stream resumes in the pass of the checkpoint, behind what that pass had given.
+
+    Args:
+        trainer: about to resume.
+        details: of the commit that it resumes from.
+        before: how its steps were put together then.
+        now: and are now.
+    """
+    if not isinstance(trainer.train_dataset, IterableDataset) or has_length(trainer.train_dataset):
+        yield
+        return
+    plain_init = trainer._init_training_state
+    passes = int(details["epoch_of_data"])
+    done = round((details["epoch_of_data"] - passes) * details["max_steps"] * before.accumulation)
+    in_pass = done * before.per_device * before.world_size // (now.per_device * now.world_size)
+
+    def init_training_state(*args: Any, **kwargs: Any) -> tuple[int, int]:
+        plain_init(*args, **kwargs)
+        return passes, in_pass
+
+    trainer._init_training_state = init_training_state
+    try:
+        yield
+    finally:
+        trainer.__dict__.pop("_init_training_state", None)
+
+
+@contextmanager
+def chance_is_named(trainer: Trainer) -> Iterator[None]:
+    """Within it, a stream that draws from the global generators of this process is told of, when it does so: a resumed
+    training reads it from its start again, between other draws, and gets other samples.
+
+    Args:
+        trainer: about to train.
+    """
+    if not isinstance(trainer.train_dataset, IterableDataset) or trainer.args.dataloader_num_workers:
+        yield
+        return
+    plain_get = trainer.get_batch_samples
+    begun: Any = None
+    looks = _LOOKS
+
+    def get_batch_samples(epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal begun, looks
+        if not looks or epoch_iterator is not begun:  # the first fetch of each epoch also draws the seed of its DataLoader
+            begun = epoch_iterator
+            return plain_get(epoch_iterator, *args, **kwargs)
+        before = pack(capture())
+        fetched = plain_get(epoch_iterator, *args, **kwargs)
+        looks -= 1
+        if pack(capture()) != before:
+            looks = 0
+            log.warning(
+                "%s draws random numbers from the global generators of the training process: resumed in the middle of an epoch "
+                "it gives other samples than without an interruption; to be exact set dataloader_num_workers=1, or give it a "
+                "generator of its own",
+                type(trainer.train_dataset).__name__,
+            )
+        return fetched
+
+    trainer.get_batch_samples = get_batch_samples
+    try:
+        yield
+    finally:
+        trainer.__dict__.pop("get_batch_samples", None)

@@ -1,0 +1,65 @@
+"""Weights that a checkpoint names otherwise than the model does.
+
+``save_pretrained`` writes the names of the Hub (mixtures of experts, vision transformers, vision-language models), and
+``from_pretrained`` translates them back; Trainer's resume does not: it goes on with those layers as they were initialised
+and says so in a warning among others (https://github.com/huggingface/transformers/issues/48805, seen with 5.23).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer
+
+from hf_spot.errors import CorruptCheckpoint
+from hf_spot.training.data.rng import capture, capture_gpus, restore
+
+log = logging.getLogger("hf_spot")
+
+
+@contextmanager
+def loaded_whole(trainer: Trainer) -> Iterator[None]:
+    """Within it, resuming a checkpoint loads all of its weights."""
+    plain_load = trainer._load_from_checkpoint
+
+    def load(resume_from_checkpoint: str, *model: torch.nn.Module) -> None:  # sentence-transformers' takes no model
+        results: list[Any] = []
+        trainer.__dict__["_issue_warnings_after_load"] = results.append
+        try:
+            plain_load(resume_from_checkpoint, *model)
+        finally:
+            del trainer._issue_warnings_after_load
+        target = model[0] if model else trainer.model
+        for result in results:
+            if result.missing_keys and result.unexpected_keys and isinstance(target, PreTrainedModel):
+                _load_translated(target, resume_from_checkpoint)
+            else:
+                trainer._issue_warnings_after_load(result)
+
+    trainer.__dict__["_load_from_checkpoint"] = load
+    try:
+        yield
+    finally:
+        trainer.__dict__.pop("_load_from_checkpoint", None)
+
+
+def _load_translated(model: PreTrainedModel, checkpoint: str) -> None:
+    # One that holds every weight without rounding: `from_pretrained` gives all of them the same.
+    dtype = functools.reduce(torch.promote_types, {value.dtype for value in model.parameters()}, torch.bfloat16)
+    before = capture() | capture_gpus()
+    load: Any = type(model).from_pretrained
+    loaded, told = load(checkpoint, config=model.config, dtype=dtype, output_loading_info=True)
+    restore(before)
+    if lost := {*told["missing_keys"], *map(str, told["mismatched_keys"])}:
+        raise CorruptCheckpoint(
+            f"{checkpoint} does not hold all of {type(model).__name__}; missing: {', '.join(sorted(lost)[:5])}",
+            hint="is it the model that this run was begun with?",
+        )
+    model.load_state_dict(loaded.state_dict(), strict=False)
+    model.tie_weights()
+    log.info("the checkpoint's weights were translated from the Hub's names: Trainer would have left some as initialised")
