@@ -12,7 +12,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import wait
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -25,7 +24,6 @@ from hf_spot.errors import (
     EXIT_FINISHED,
     EXIT_PREEMPTED,
     ConfigError,
-    Fenced,
     SpotError,
     StoreError,
     StoreUnavailable,
@@ -39,8 +37,6 @@ from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import SignalSource
 from hf_spot.notices.watcher import Watcher
 from hf_spot.policy.restarts import (
-    LAST_WORD_S,
-    MEETING_S,
     Verdict,
     judge,
     may_restart,
@@ -49,19 +45,19 @@ from hf_spot.policy.restarts import (
     pause_s,
 )
 from hf_spot.run.journal import RunState
+from hf_spot.run.journal_writer import JournalWriter
 from hf_spot.run.machine_info import about_this_machine
 from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.progress import AboveBars, alert
 from hf_spot.run.run import Run
 from hf_spot.run.webhook import Hook, hook_url
 from hf_spot.runtime import Runtime, StepCounter
-from hf_spot.storage.threads import Workers
+from hf_spot.timeouts import JOURNAL_LAST_WORD_S, MEETING_S, PEER_LAST_WORD_S
 
 log = logging.getLogger("hf_spot")
 
 EXIT_INTERRUPTED = 130
 _TICK_S = 0.1
-_LAST_WORD_S = 5.0
 
 
 def launch(reading: Reading) -> int:
@@ -156,7 +152,7 @@ class Supervisor:
         self._trained_s = 0.0  # after it
         self._notice: PreemptionNotice | None = None
         self._runtime: Runtime | None = None
-        self._journalist = Workers(1, "hf_spot-journalist")  # what is asked at the end comes behind what was told
+        self._journal_writer = JournalWriter(run)  # what is asked at the end comes behind what was written
         self._hook = Hook(hook_url(command.arguments, command.environ), run.url)
         self._machines = command.machines
         self._peers: Peers | None = None
@@ -322,7 +318,7 @@ class Supervisor:
         other = None
         if self._peers is not None:
             spoken = code in (EXIT_FINISHED, EXIT_PREEMPTED, EXIT_FENCED)
-            other = self._peers.ended(0.0 if spoken else LAST_WORD_S)
+            other = self._peers.ended(0.0 if spoken else PEER_LAST_WORD_S)
         lost = other is not None and other.verdict in (Verdict.LOST, Verdict.PREEMPTED)
         ended = state.ended if state is not None and not newer else None
         verdict = judge(code, ended, fenced=fenced, noticed=self._heard.is_set(), lost=lost)
@@ -343,8 +339,8 @@ class Supervisor:
         self._hook.tell(f"{verdict.value}{f', exit code {code}' if verdict is Verdict.FAILED else ''}{committed}")
 
     def _read_at_the_end(self) -> RunState | None:
-        asked = self._journalist.submit(self._run.state)
-        if not wait([asked], self._left_for_words_s).done:
+        asked = self._journal_writer.ask(self._run.state, patience_s=self._left_for_words_s)
+        if asked is None:
             log.error("%s can't be read after the training: no answer", self._run.url)
             return None
         try:
@@ -358,8 +354,8 @@ class Supervisor:
         state = self._run.journal.state
         if not self._heard.is_set() or state.ended != "preempted" or state.launch != self._run.launch:
             return False
-        asked = self._journalist.submit(self._last_word, state)
-        if not wait([asked], self._left_for_words_s).done:
+        asked = self._journal_writer.ask(partial(self._last_word, state), patience_s=self._left_for_words_s)
+        if asked is None:
             return False
         try:
             said = asked.result()
@@ -379,7 +375,7 @@ class Supervisor:
         if not self._heard.is_set():
             return None
         left = self._notice.seconds_left(self._now()) if self._notice else None
-        return max(_LAST_WORD_S, left or 0.0)
+        return max(JOURNAL_LAST_WORD_S, left or 0.0)
 
     def _write_ending(self, verdict: Verdict, state: RunState, code: int, step: int | None) -> None:
         newest = state.latest()
@@ -394,14 +390,7 @@ class Supervisor:
             log.info("%s is finished at step %d", self._run.url, newest.step)
         elif state.ended is not None or verdict is Verdict.FENCED:
             return
-        told = self._journalist.submit(self._run.record, verdict.value, data)
-        try:
-            if not wait([told], self._left_for_words_s).done:
-                log.error("the journal could not be told %r: %s does not answer", verdict.value, self._run.url)
-                return
-            told.result()
-        except (StoreError, Fenced) as error:
-            log.error("the journal could not be told %r: %s", verdict.value, error)
+        self._journal_writer.record(verdict.value, data, patience_s=self._left_for_words_s)
 
     # -- notices ------------------------------------------------------------------------------------------------------
 
@@ -427,13 +416,7 @@ class Supervisor:
             self._heard.clear()
         if runtime is not None:
             # The journal may be slow to answer, and neither the other sources nor the training shall wait for it.
-            self._journalist.submit(self._tell_journal, notice)
-
-    def _tell_journal(self, notice: PreemptionNotice) -> None:
-        try:
-            self._run.record("notice", json.loads(notice.to_json()))
-        except SpotError as error:
-            log.warning("the journal could not be told of the notice: %s", error)
+            self._journal_writer.record("notice", json.loads(notice.to_json()), patience_s=0.0)
 
 
 def _no_room(error: OSError) -> SpotError:

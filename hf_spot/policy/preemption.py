@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from hf_spot.notices.notice import NoticeKind
+from hf_spot.timeouts import HASTE_S
 
 SAFETY = 1.5  # a fifth slower than usual, where what was measured was a fifth faster: see tests/policy/deadlines.py
-HASTE_S = 5.0  # what a step may still take after a notice that names no deadline; Kubernetes on spot nodes gives 15 s in all
 
 
 class Action(str, Enum):

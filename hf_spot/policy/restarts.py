@@ -5,11 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from hf_spot.errors import EXIT_FENCED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE
-
-FIRST_PAUSE_S = 1.0
-LONGEST_PAUSE_S = 60.0
-IDLE_GRACE_S = 10.0  # for a script that is not training and names no deadline: it may be about to begin, or about to end
-LATE_S = 30.0  # machines have been seen to live a little longer than they said
+from hf_spot.timeouts import FIRST_PAUSE_S, IDLE_GRACE_S, LATE_S, LONGEST_PAUSE_S, NEIGHBOUR_FAILED_S
 
 
 class Verdict(str, Enum):
@@ -20,11 +16,6 @@ class Verdict(str, Enum):
     FENCED = "fenced"
     FAILED = "failed"
     LOST = "lost"  # of another machine only: it went without a word
-
-
-MEETING_S = 1800.0  # a machine that is replaced may take its time
-LAST_WORD_S = 3.0  # a training that failed because of another machine may end before that one's launcher says so
-_NEIGHBOUR_FAILED_S = 5.0
 
 
 def judge(exit_code: int, ended: str | None, *, fenced: bool, noticed: bool, lost: bool = False) -> Verdict:
@@ -57,7 +48,7 @@ def outlives_s(other: Verdict, drain_timeout_s: float) -> float:
     """
     if other is Verdict.LOST:
         return 0.0
-    return _NEIGHBOUR_FAILED_S if other in (Verdict.FAILED, Verdict.FENCED) else drain_timeout_s + LATE_S
+    return NEIGHBOUR_FAILED_S if other in (Verdict.FAILED, Verdict.FENCED) else drain_timeout_s + LATE_S
 
 
 def may_restart(exit_code: int, fruitless: int, max_restarts: int) -> bool:

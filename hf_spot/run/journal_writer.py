@@ -1,10 +1,11 @@
-"""Tells the journal, and who listens, what becomes of a training, one thing after the other."""
+"""Write to the journal from a thread of its own: the store may be slow to answer, or never answer again."""
 
 from __future__ import annotations
 
 import logging
-from concurrent.futures import wait
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar
 
 from hf_spot.errors import SpotError
 from hf_spot.run.journal import ENDINGS
@@ -14,43 +15,66 @@ from hf_spot.storage.threads import Workers
 
 log = logging.getLogger("hf_spot")
 
+T = TypeVar("T")
+
 
 class JournalWriter:
-    """Writes from a thread of its own: a journal may be slow to answer, or never answer again.
+    """Performs one request after the other, in the order of the calls.
 
     Args:
-        run: that is told of.
-        hook: of the user; an ending is told there, too.
+        run: whose journal is written.
+        hook: the user's webhook, which is told of endings too; None tells nobody.
     """
 
-    def __init__(self, run: Run, hook: Hook) -> None:
+    def __init__(self, run: Run, hook: Hook | None = None) -> None:
         self._run = run
         self._hook = hook
-        self._worker = Workers(1, "hf_spot-journalist")
+        self._worker = Workers(1, "hf_spot-journal-writer")
 
     def record(self, kind: str, data: dict[str, Any], *, patience_s: float | None = None) -> None:
-        """Appends an entry, and waits ``patience_s`` for it; None waits as long as it takes. Trouble is logged."""
-        if kind in ENDINGS:
+        """Append an entry, and wait for it.
+
+        Trouble is logged, not raised: what the journal lacks must not change how a training ends.
+
+        Args:
+            kind: of the entry.
+            data: JSON values.
+            patience_s: how long to wait at most; None waits as long as it takes, 0 does not wait.
+        """
+        if kind in ENDINGS and self._hook is not None:
             self._hook.tell(_in_words(kind, data))
-        told = self._worker.submit(self._tell, kind, data)
-        if not wait([told], patience_s).done and patience_s:
-            log.error("the journal could not be told %r: %s does not answer", kind, self._run.url)
+        written = self._worker.submit(self._write, kind, data)
+        if not wait([written], patience_s).done and patience_s:
+            log.error("%r could not be written to the journal: %s does not answer", kind, self._run.url)
+
+    def ask(self, request: Callable[[], T], *, patience_s: float | None = None) -> Future[T] | None:
+        """Perform a request after everything that was recorded before.
+
+        Args:
+            request: reads from the store.
+            patience_s: how long to wait at most; None waits as long as it takes.
+
+        Returns:
+            The finished request, or None when there was no answer in time.
+        """
+        asked = self._worker.submit(request)
+        return asked if wait([asked], patience_s).done else None
 
     def close(self) -> None:
-        """Takes no more, and waits for nothing."""
+        """Take no more requests, and wait for nothing."""
         self._worker.shutdown(wait=False)
 
-    def _tell(self, kind: str, data: dict[str, Any]) -> None:
+    def _write(self, kind: str, data: dict[str, Any]) -> None:
         try:
             self._run.record(kind, data)
         except SpotError as error:
-            log.error("the journal could not be told %r: %s", kind, error)
+            log.error("%r could not be written to the journal: %s", kind, error)
         except Exception:
-            log.exception("the journal could not be told %r", kind)
+            log.exception("%r could not be written to the journal", kind)
 
 
 def _in_words(kind: str, data: dict[str, Any]) -> str:
-    told = f"{kind} at step {data['timing']['step']}"
+    text = f"{kind} at step {data['timing']['step']}"
     if "error" in data:
-        told += f", by {data['error']}"
-    return f"{told}; step {data['committed_step']} is committed" if "committed_step" in data else told
+        text += f", by {data['error']}"
+    return f"{text}; step {data['committed_step']} is committed" if "committed_step" in data else text

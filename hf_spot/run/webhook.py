@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 
 from hf_spot.arguments import SpotArguments, check_hook
 from hf_spot.storage.threads import Workers
+from hf_spot.timeouts import WEBHOOK_LAST_WORD_S
 
 log = logging.getLogger("hf_spot")
 
 VARIABLE = "HF_SPOT_ON_EVENT"
-LAST_WORD_S = 2.0  # for what is still on its way when a launch ends
 _TIMEOUT_S = 5.0
 _PAUSE_S = 1.0
 
@@ -31,7 +31,7 @@ def hook_url(arguments: SpotArguments, environ: Mapping[str, str]) -> str | None
 
 
 class Hook:
-    """Posts one event after the other, in a thread: nobody waits for it but `close`, for at most `LAST_WORD_S`.
+    """Posts one event after the other, in a thread: nobody waits for it but `close`, for at most `WEBHOOK_LAST_WORD_S`.
 
     The URL is a secret, as Slack's holds the token, and appears in no message.
 
@@ -52,9 +52,9 @@ class Hook:
             self._told.append(self._worker.submit(self._post_or_log, f"hf_spot: {self._about}: {text}"))
 
     def close(self, patience_s: float | None = None) -> None:
-        """Waits for what is on its way: `LAST_WORD_S`, if nothing else is said."""
+        """Waits for what is on its way: `WEBHOOK_LAST_WORD_S`, if nothing else is said."""
         if self._worker is not None:
-            wait(self._told, LAST_WORD_S if patience_s is None else patience_s)
+            wait(self._told, WEBHOOK_LAST_WORD_S if patience_s is None else patience_s)
             self._worker.shutdown(wait=False, cancel_futures=True)
 
     def _post_or_log(self, text: str) -> None:

@@ -30,16 +30,15 @@ from hf_spot.run.run import Run
 from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.storage.local import LocalStore
 from hf_spot.storage.store import ObjectStore
+from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.data.loaders import Loaders
 from hf_spot.training.loop.loop_files import LoopFiles
 from hf_spot.training.loop.loop_states import LoopState
-from hf_spot.training.session.run_session import LAST_WORD_S, RunSession, as_value, from_value
+from hf_spot.training.session.run_session import RunSession, as_value, from_value
 
 log = logging.getLogger("hf_spot")
 
 T = TypeVar("T")
-
-_FAILED_DRAIN_S = 60.0
 
 
 class LoopManager:
@@ -338,7 +337,7 @@ class LoopManager:
         if tenure.agreement.is_main:
             committed = tenure.committed_step
             data = {"step": step, "committed_step": committed, "stage": tenure.stage, "why": tenure.preempted.why}
-            tenure.record("preempted", {**data, **tenure.timing.to_details(step)}, patience_s=LAST_WORD_S)
+            tenure.record("preempted", {**data, **tenure.timing.to_details(step)}, patience_s=JOURNAL_LAST_WORD_S)
             log.warning("%s", self._preempted())
 
     def _preempted(self) -> TrainingPreempted:
@@ -379,10 +378,10 @@ class LoopManager:
         tenure = self._tenure
         if self._begun and tenure.uploader is not None and tenure.uploader.fenced is None:
             ended = isinstance(error, SystemExit)
-            tenure.finish_uploads(self._patience_s() if ended else min(_FAILED_DRAIN_S, self._patience_s()))
+            tenure.finish_uploads(self._patience_s() if ended else min(FAILED_DRAIN_S, self._patience_s()))
             if not ended and not self._left and tenure.runtime is None:
                 data = {"error": type(error).__name__, "stage": tenure.stage, **tenure.timing.to_details(self._step)}
-                tenure.record("failed", data, patience_s=LAST_WORD_S)
+                tenure.record("failed", data, patience_s=JOURNAL_LAST_WORD_S)
         self._closed = True
         tenure.close(alone=True)
 

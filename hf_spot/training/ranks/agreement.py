@@ -10,14 +10,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from hf_spot.timeouts import RANKS_S
 from hf_spot.training.ranks import shared_board
 
 T = TypeVar("T")
 
 VALUES = 5
-
-# Rank 0 may be restoring or draining a large checkpoint while the others wait for its word.
-_PATIENCE = timedelta(hours=2)
 
 
 class Agreement:
@@ -31,7 +29,7 @@ class Agreement:
     """
 
     def __init__(self, world_size: int) -> None:
-        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if world_size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=RANKS_S)) if world_size > 1 else None
         self._values = array("d", [0.0] * VALUES)
         self._tensor = torch.frombuffer(self._values, dtype=torch.float64)  # the same memory: no tensor is made in a step
         self._options = dist.AllreduceOptions() if world_size > 1 else None
@@ -83,7 +81,7 @@ class Agreement:
             return ()
         self._asked = False
         if self._board is not None:
-            return self._board.largest(_PATIENCE.total_seconds())
+            return self._board.largest(RANKS_S)
         if self._work is not None:
             self._work.wait()
             self._work = None

@@ -41,7 +41,6 @@ log = logging.getLogger("hf_spot")
 
 T = TypeVar("T")
 
-LAST_WORD_S = 5.0  # for the journal, when the machine goes
 _NEVER = 1e18  # seconds, for a notice that names no deadline
 _LOOK_S = 0.02
 
@@ -106,8 +105,8 @@ class RunSession:
         self.closing = contextlib.ExitStack()
         self.hook = Hook(None if runtime else hook_url(arguments, os.environ), self.run.url)  # a launcher tells it itself
         self.closing.callback(self.hook.close)
-        self._journalist = JournalWriter(self.run, self.hook)
-        self.closing.callback(self._journalist.close)
+        self._journal_writer = JournalWriter(self.run, self.hook)
+        self.closing.callback(self._journal_writer.close)
 
     # -- the start ----------------------------------------------------------------------------------------------------
 
@@ -353,7 +352,7 @@ class RunSession:
     def record(self, kind: str, data: dict[str, Any], *, patience_s: float | None = None) -> None:
         """On rank 0: an entry for the journal, as `JournalWriter.record` has it."""
         if self.agreement.is_main:
-            self._journalist.record(kind, data, patience_s=patience_s)
+            self._journal_writer.record(kind, data, patience_s=patience_s)
 
     @property
     def forked(self) -> bool:

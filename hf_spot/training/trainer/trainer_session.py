@@ -26,10 +26,11 @@ from hf_spot.run.journal import Entry
 from hf_spot.run.progress import alert
 from hf_spot.runtime import Runtime
 from hf_spot.storage.threads import Workers
+from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
 from hf_spot.training.session.final_drain import FinalDrain
-from hf_spot.training.session.run_session import LAST_WORD_S, RunSession, as_value, from_value
+from hf_spot.training.session.run_session import RunSession, as_value, from_value
 from hf_spot.training.trainer.batch_size import keep_samples
 from hf_spot.training.trainer.metrics import Metrics
 from hf_spot.training.trainer.notebook import forget_the_agents_handlers, how_to_go_on, hush_advice_on_exits
@@ -171,7 +172,7 @@ class TrainerSession(RunSession):
         """
         if self.run.launch:
             data = {"step": step, "committed_step": step, "why": "before the first step", **self.timing.to_details(step)}
-            self.record("preempted", data, patience_s=LAST_WORD_S)
+            self.record("preempted", data, patience_s=JOURNAL_LAST_WORD_S)
         why = "interrupted" if self._is_interrupt else "the machine is going"
         raise self._ending(f"{why}; nothing was trained in this launch.", step or None)
 
@@ -408,7 +409,7 @@ class TrainerSession(RunSession):
         committed = self.committed_step
         if self.preempted is not None:
             data = {"step": step, "committed_step": committed, "stage": self.stage, "why": self.preempted.why}
-            self.record("preempted", {**data, **self.timing.to_details(step)}, patience_s=LAST_WORD_S)
+            self.record("preempted", {**data, **self.timing.to_details(step)}, patience_s=JOURNAL_LAST_WORD_S)
             how = "interrupted" if self._is_interrupt else "preempted"
             raise self._ending(f"{how} at step {step}; step {committed} is committed to {self.run.url}.", committed)
         if not drained or committed < step:
@@ -430,11 +431,11 @@ class TrainerSession(RunSession):
         # Who presses Ctrl-C a second time has seen what there is to wait for.
         impatient = isinstance(error, KeyboardInterrupt) and self._is_interrupt
         if not impatient:
-            self.finish_uploads(min(60.0, self.arguments.drain_timeout_s))
+            self.finish_uploads(min(FAILED_DRAIN_S, self.arguments.drain_timeout_s))
         if self.runtime is None:
             step = self.trainer.state.global_step
             told = {"error": type(error).__name__, "stage": self.stage, **self.timing.to_details(step)}
-            self.record("failed", told, patience_s=LAST_WORD_S if impatient else None)
+            self.record("failed", told, patience_s=JOURNAL_LAST_WORD_S if impatient else None)
 
     @staticmethod
     def _is_going(answer: tuple[float, ...]) -> bool:

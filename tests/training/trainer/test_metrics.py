@@ -140,7 +140,7 @@ def test_a_webhook_hears_how_a_launch_goes(store: str, tmp_path: Path, caplog: p
 def test_a_webhook_that_hangs_holds_up_no_training(
     store: str, tmp_path: Path, peace: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_spot.run.webhook.LAST_WORD_S", 0.01)
+    monkeypatch.setattr("hf_spot.run.webhook.WEBHOOK_LAST_WORD_S", 0.01)
     with Listener(0) as listener:
         monkeypatch.setenv("HF_SPOT_ON_EVENT", listener.url)
         recorder = Recorder()
