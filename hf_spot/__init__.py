@@ -1,6 +1,6 @@
 """Fine-tune with the Hugging Face Trainer on machines that can be taken away.
 
-Every public name below is loaded when it is first used: ``import hf_spot`` alone loads neither torch nor boto3.
+Public names are imported on first use, so ``import hf_spot`` alone loads neither torch nor boto3.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ __all__ = [
     "__version__",
 ]
 
-_HOMES = {
+_MODULES = {
     "Checkpoint": "hf_spot.run.checkpoint",
     "NoticeKind": "hf_spot.notices.notice",
     "NoticeSource": "hf_spot.notices.notice",
@@ -84,7 +84,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES.get(name, "hf_spot.errors")), name)
+    value = getattr(importlib.import_module(_MODULES.get(name, "hf_spot.errors")), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""``python -m hf_spot`` is ``hf-spot``."""
+"""Run ``hf-spot`` as ``python -m hf_spot``."""
 
 from __future__ import annotations
 

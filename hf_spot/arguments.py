@@ -1,4 +1,4 @@
-"""SpotArguments: every setting of a SpotCallback, in one dataclass that HfArgumentParser understands."""
+"""SpotArguments: the settings of a SpotCallback as one dataclass, which HfArgumentParser can parse."""
 
 from __future__ import annotations
 
@@ -10,127 +10,125 @@ from urllib.parse import urlsplit
 from hf_spot.errors import ConfigError
 
 NOTICE_NAMES = ("auto", "imds", "gcp", "azure", "alibaba", "slurm", "signal", "file", "none")
-NOTICE_PLUGINS = "hf_spot.notices"  # the group of entry points that name further sources
-_TAKES_TEXT = ("file", "gcp", "slurm")
+NOTICE_PLUGINS = "hf_spot.notices"  # the entry point group for sources from other packages
+_TAKES_PARAMETER = ("file", "gcp", "slurm")
 SAVE_ERROR_ANSWERS = ("stop", "go-on")
 CADENCES = ("fixed", "auto")
 
 
 def notice_plugins() -> dict[str, EntryPoint]:
-    """Sources of notices in other installed packages, by the name for ``--notice``. None is imported by this."""
+    """Return the notice sources of other installed packages, by their name for ``--notice``, without importing them."""
     return {one.name: one for one in entry_points(group=NOTICE_PLUGINS) if one.name not in NOTICE_NAMES}
 
 
 @dataclass
 class SpotArguments:
-    """Settings shared by `SpotCallback` and `hf-spot launch`. Everything is checked at construction.
+    """Settings shared by `SpotCallback` and `hf-spot launch`, validated at construction.
 
     Raises:
-        ConfigError: a value that can't be used, naming the field.
+        ConfigError: a value can't be used; the message names the field.
     """
 
     notice: str = field(
         default="auto",
         metadata={
-            "help": "Where to listen for preemption: a comma-separated list of imds, gcp[:SECONDS], azure, alibaba, "
-            "slurm[:SECONDS], signal, file[:PATH], and the names of plugins; auto picks what this machine has; none listens to "
-            "nothing."
+            "help": "Sources of preemption notices: a comma-separated list of imds, gcp[:SECONDS], azure, alibaba, "
+            "slurm[:SECONDS], signal, file[:PATH], and the names of plugins; auto picks what this machine has; none disables "
+            "notices."
         },
     )
     signals: str = field(
         default="SIGTERM,SIGUSR1",
-        metadata={"help": "Signals that mean preemption, for the source 'signal'."},
+        metadata={"help": "Signals that the source 'signal' treats as a preemption notice."},
     )
     grace_s: float | None = field(
         default=None,
         metadata={
-            "help": "Seconds between such a signal and the kill, if you know them (Kubernetes: "
-            "terminationGracePeriodSeconds; default: $HF_SPOT_GRACE_S, or what the platform is known to give). A notice that "
-            "states its own deadline is believed instead."
+            "help": "Seconds between such a signal and the kill, if known (Kubernetes: "
+            "terminationGracePeriodSeconds; default: $HF_SPOT_GRACE_S, or the platform's known value). If a notice states a "
+            "deadline, that deadline counts instead."
         },
     )
-    # A run that saves as its TrainingArguments say must not save otherwise after an upgrade.
+    # After an upgrade, a run must still save exactly when its TrainingArguments say.
     cadence: str = field(
         default="fixed",
         metadata={
-            "help": "When to save: 'fixed' leaves it to Trainer's save_strategy; 'auto' adds saves between Trainer's, as often "
-            "as is worth it by what a save costs here and how often this run is interrupted. It removes none: "
-            "save_strategy='no' leaves everything to it."
+            "help": "When to save: 'fixed' follows Trainer's save_strategy; 'auto' adds saves between Trainer's, at the "
+            "interval that wastes the least time given what a save costs and how often this run is interrupted. It removes no "
+            "save: use save_strategy='no' to leave all saves to it."
         },
     )
     max_interval_s: float = field(
         default=1800.0,
-        metadata={
-            "help": "For --cadence auto: seconds of training after which a save is due, however cheap interruptions are."
-        },
+        metadata={"help": "For --cadence auto: maximum seconds of training between two saves, even if interruptions are rare."},
     )
     time_between_interruptions_s: float = field(
         default=14400.0,
         metadata={
-            "help": "For --cadence auto: seconds between two interruptions of this run, as far as you know. It counts as much "
-            "as the first interruption that the journal tells of."
+            "help": "For --cadence auto: expected seconds between two interruptions of this run. This estimate weighs as much "
+            "as the first interruption recorded in the journal."
         },
     )
     share_without_notice: float = field(
         default=0.1,
         metadata={
-            "help": "For --cadence auto: share of interruptions, from 0 to 1, that come without a notice or too soon after it, "
-            "as far as you know. It counts as much as the first two interruptions that the journal tells of."
+            "help": "For --cadence auto: expected share of interruptions, from 0 to 1, without a notice or with one too short "
+            "to save. This estimate weighs as much as the first two interruptions recorded in the journal."
         },
     )
     on_event: str | None = field(
         default=None,
         repr=False,
         metadata={
-            "help": 'URL that is posted {"text": …} when a launch claims the run, hears a notice, is preempted, finishes or '
-            "fails, such as a Slack webhook. It is kept secret; $HF_SPOT_ON_EVENT keeps it out of the list of processes, too."
+            "help": 'URL, such as a Slack webhook, to POST {"text": …} to when a launch claims the run, detects a notice, is '
+            "preempted, finishes or fails. It is kept secret; $HF_SPOT_ON_EVENT also keeps it out of the list of processes."
         },
     )
     save_total_limit: int | None = field(
         default=3,
-        metadata={"help": "Newest checkpoints kept in the store, besides the best one; 0 keeps all."},
+        metadata={"help": "Number of newest checkpoints to keep in the store, besides the best one; 0 keeps all."},
     )
     drain_timeout_s: float = field(
         default=600.0,
-        metadata={"help": "At the end of training, how many seconds the last upload may take before giving up."},
+        metadata={"help": "Maximum seconds to wait for the last upload at the end of training."},
     )
     peer_timeout_s: float = field(
         default=30.0,
         metadata={
-            "help": "With several machines: seconds without a word after which one is taken for dead, and the others end "
-            "with 75."
+            "help": "With several machines: seconds without a sign of life after which a machine is considered dead and the "
+            "others exit with 75."
         },
     )
-    # A full disk seldom empties by itself, and days of paid steps that nobody can save are worse than an error now: Trainer
-    # alone stops, too.
+    # A full disk seldom empties by itself, and days of paid steps that can't be saved are worse than an error now. Plain
+    # Trainer stops, too.
     on_save_error: str = field(
         default="stop",
         metadata={
             "help": "When a checkpoint can't be written to the local disk (full, read-only): 'stop' ends the training with an "
-            "error once the uploads under way are committed; 'go-on' trains on, and the next save tries again."
+            "error once the current uploads are committed; 'go-on' continues the training and retries at the next save."
         },
     )
     save_memory_gb: float | None = field(
         default=None,
         metadata={
-            "help": "Host memory, in 10^9 bytes, that copies of a checkpoint may take so that its files are written while "
-            "training goes on; what does not fit is written while it waits, and 0 saves as Trainer does (default: half of "
-            "what is free)."
+            "help": "Host memory, in 10^9 bytes, for copies of a checkpoint, so that its files are written while training "
+            "continues; what does not fit is written while training waits, and 0 saves as Trainer does (default: half of "
+            "the free memory)."
         },
     )
-    upload_workers: int = field(default=4, metadata={"help": "Files uploaded or downloaded at the same time."})
+    upload_workers: int = field(default=4, metadata={"help": "Number of files uploaded or downloaded at the same time."})
     allow_batch_change: bool = field(
         default=False,
         metadata={
-            "help": "Go on although an optimizer step has another number of samples than before: steps, learning rate and "
+            "help": "Continue although the number of samples per optimizer step has changed: steps, learning rate and "
             "data then differ from those of an uninterrupted run."
         },
     )
     allow_unfenced_store: bool = field(
         default=False,
         metadata={
-            "help": "Use a store that ignores create-if-absent. Two machines can then damage the run: "
-            "only for a store that one machine at a time uses."
+            "help": "Use a store that does not support create-if-absent. Two machines can then damage the run: "
+            "use it only if one machine at a time writes to the store."
         },
     )
 
@@ -138,22 +136,22 @@ class SpotArguments:
         names = [name.strip() for name in self.notice.split(",") if name.strip()]
         for name in names:
             base, _, text = name.partition(":")
-            if base in NOTICE_NAMES and (not text or base in _TAKES_TEXT):
+            if base in NOTICE_NAMES and (not text or base in _TAKES_PARAMETER):
                 continue
             plugins = {} if base in NOTICE_NAMES else notice_plugins()
             if base not in plugins:
                 raise ConfigError(
-                    f"notice={self.notice!r}: {name!r} is no source of notices",
-                    hint=f"one or more of {', '.join([*NOTICE_NAMES, *plugins])}, separated by commas (file may be "
-                    "file:/a/path; gcp and slurm may be gcp:SECONDS and slurm:SECONDS)",
+                    f"notice={self.notice!r}: {name!r} is not a source of notices",
+                    hint=f"one or more of {', '.join([*NOTICE_NAMES, *plugins])}, separated by commas (also "
+                    "file:/a/path, gcp:SECONDS and slurm:SECONDS)",
                 )
         if not names or (len(names) > 1 and {"auto", "none"} & set(names)):
             raise ConfigError(
-                f"notice={self.notice!r}: 'auto' and 'none' stand alone, and something must be named",
+                f"notice={self.notice!r}: name at least one source; 'auto' and 'none' can't be combined with others",
                 hint="--notice imds,signal",
             )
         if self.grace_s is not None and not self.grace_s > 0:
-            raise ConfigError(f"grace_s={self.grace_s} must be positive", hint="leave it out when it is not known")
+            raise ConfigError(f"grace_s={self.grace_s} must be positive", hint="omit it if it is unknown")
         if self.cadence not in CADENCES:
             raise ConfigError(f"cadence={self.cadence!r} must be one of {', '.join(CADENCES)}", hint=f"--cadence {CADENCES[1]}")
         for name in ("max_interval_s", "time_between_interruptions_s"):
@@ -171,7 +169,7 @@ class SpotArguments:
             raise ConfigError(f"drain_timeout_s={self.drain_timeout_s} must be positive", hint="--drain-timeout-s 600")
         if not self.peer_timeout_s >= 5:
             raise ConfigError(
-                f"peer_timeout_s={self.peer_timeout_s} is less than 5: machines say each second that they live",
+                f"peer_timeout_s={self.peer_timeout_s} is less than 5: machines send a sign of life once a second",
                 hint="--peer-timeout-s 30",
             )
         if self.on_save_error not in SAVE_ERROR_ANSWERS:
@@ -186,14 +184,14 @@ class SpotArguments:
 
 
 def check_hook(url: str, name: str) -> None:
-    """Refuses what can't be posted to, without saying what it is: the URL of a webhook is a secret.
+    """Refuse a webhook URL that can't be posted to, without printing it: the URL is a secret.
 
     Args:
-        url: of the webhook.
-        name: of the setting.
+        url: URL of the webhook.
+        name: name of the setting, for the error.
 
     Raises:
-        ConfigError: it is no HTTP URL.
+        ConfigError: it is not an HTTP URL.
     """
     try:
         parts = urlsplit(url)
@@ -202,4 +200,4 @@ def check_hook(url: str, name: str) -> None:
     except ValueError:
         usable = False
     if not usable:
-        raise ConfigError(f"{name} is no http:// or https:// URL", hint="--on-event https://hooks.slack.com/services/…")
+        raise ConfigError(f"{name} is not an http:// or https:// URL", hint="--on-event https://hooks.slack.com/services/…")

@@ -1,7 +1,7 @@
-"""What the errors of AWS mean, and what to type next: the one table by which everything in hf_spot explains them.
+"""The table that explains AWS errors, with the next command to type. All of hf_spot uses it.
 
-Pure. Errors are told by their code, because texts differ between servers and versions. The names of botocore's exceptions
-count as codes, too: those are for what went wrong before, or instead of, an answer. Sources: the error codes of EC2
+Pure. Errors are recognised by their code, because texts differ between servers and versions. The names of botocore's
+exceptions also count as codes: they cover failures before, or instead of, a response. Sources: the error codes of EC2
 (https://docs.aws.amazon.com/AWSEC2/latest/APIReference/errors-overview.html), of S3
 (https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html), and the states of spot requests
 (https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-request-status.html).
@@ -14,34 +14,34 @@ from enum import Enum
 from typing import Any
 
 HOP_LIMIT = "aws ec2 modify-instance-metadata-options --http-put-response-hop-limit 2 --instance-id ID"
-"""What lets a container on EC2 reach the metadata service."""
+"""The command that lets a container on EC2 reach the metadata service."""
 ELSEWHERE = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301", "307")
-"""How S3 says that a bucket is in another region."""
+"""Codes by which S3 says that a bucket is in another region."""
 
 
 class Kind(str, Enum):
-    """What sort of trouble a code stands for."""
+    """The kind of failure that a code stands for."""
 
-    GRANTED = "granted"  # a dry run that would have been carried out
-    PERMISSION = "permission"  # the identity is known, and may not
+    GRANTED = "granted"  # a dry run that would have succeeded
+    PERMISSION = "permission"  # the identity is known but not allowed
     CREDENTIALS = "credentials"  # missing, wrong or expired
-    SETTING = "setting"  # a value that can't be used there
-    MISSING = "missing"  # what a request names does not exist
+    SETTING = "setting"  # a value that can't be used with this service
+    MISSING = "missing"  # something that the request names does not exist
     BUSY = "busy"  # the same request may work later
-    CAPACITY = "capacity"  # no such machine there now: another zone, region or type may have one
-    QUOTA = "quota"  # the account may not have so many
+    CAPACITY = "capacity"  # no such machine available: another zone, region or type may have one
+    QUOTA = "quota"  # the account's limit is reached
     OTHER = "other"
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a code means.
+    """The meaning of a code.
 
     Args:
-        kind: of trouble.
-        means: in words.
-        hint: the next command to type or setting to change; empty when there is none. Braces name what the caller of
-            `explain` may know; what it does not know stays there in capitals.
+        kind: the kind of failure.
+        means: the explanation, for people.
+        hint: the next command to type or setting to change; empty when there is none. Names in braces are filled with what
+            the caller of `explain` knows; unknown ones appear in capitals.
     """
 
     kind: Kind
@@ -50,13 +50,13 @@ class Meaning:
 
 
 def explain(code: str, status: int = 0, message: str = "", **known: str) -> Meaning:
-    """What an error means; for a code that is not in the table, what its HTTP status says.
+    """Return the meaning of an error, by its code or else by its HTTP status.
 
     Args:
-        code: as the service sent it, or the name of botocore's exception; S3's answers to HEAD have the status for a code.
-        status: of the HTTP response, 0 when not known.
-        message: read for one thing only: whether a refusal to start a machine is about the role it would get.
-        known: what stands for the names in braces: ``bucket``, ``region``, ``permission``, ``resource``, ``instance_type``,
+        code: as the service sent it, or the name of botocore's exception; for S3's answers to HEAD the code is the status.
+        status: status of the HTTP response; 0 if unknown.
+        message: used only to tell whether a refusal to start a machine is about its role.
+        known: values for the names in braces: ``bucket``, ``region``, ``permission``, ``resource``, ``instance_type``,
             ``image``, ``role``.
     """
     filled = _Known(known)
@@ -77,8 +77,8 @@ def explain(code: str, status: int = 0, message: str = "", **known: str) -> Mean
 
 
 def code_of(error: BaseException | None) -> str:
-    """The code of an exception of botocore (or of one that such an exception caused), without importing botocore; empty
-    when it has none."""
+    """Return the code of a botocore exception, or of an exception caused by one, without importing botocore; empty if it
+    has none."""
     while error is not None:
         response: Any = getattr(error, "response", None)
         if isinstance(response, dict):
@@ -91,7 +91,7 @@ def code_of(error: BaseException | None) -> str:
 
 
 def message_of(error: BaseException | None) -> str:
-    """What the service said beside the code."""
+    """Return the message that the service sent with the code; empty if there is none."""
     while error is not None:
         response: Any = getattr(error, "response", None)
         if isinstance(response, dict):
@@ -109,11 +109,11 @@ class _Known(dict[str, str]):
 
 
 _LATER = "the same call should work later"
-_LOGIN = "aws sso login, or new ones in AWS_SESSION_TOKEN"
+_LOGIN = "aws sso login, or set a new AWS_SESSION_TOKEN"
 _CLOCK = "set the clock: timedatectl; sudo chronyc makestep"
 _WHO = "aws sts get-caller-identity"
 _QUOTAS = "hf-spot quotas job.yaml"
-_WAIT = "hf-spot provision job.yaml --watch, which tries the whole ladder again; more types or regions in the ladder help most"
+_WAIT = "hf-spot provision job.yaml --watch, which retries the whole ladder; more types or regions in the ladder help most"
 
 _EXPIRED = Meaning(Kind.CREDENTIALS, "the session has expired", _LOGIN)
 _FORBIDDEN = Meaning(
@@ -122,12 +122,14 @@ _FORBIDDEN = Meaning(
     f"allow {{permission}} on {{resource}} for the role or user of: {_WHO}",
 )
 _KEY_UNKNOWN = Meaning(
-    Kind.CREDENTIALS, "this access key is not known there", "aws configure list; is AWS_ENDPOINT_URL the right one?"
+    Kind.CREDENTIALS, "the service does not know this access key", "aws configure list; is AWS_ENDPOINT_URL correct?"
 )
-_SIGNATURE = Meaning(Kind.CREDENTIALS, "the secret key does not fit the access key", "aws configure")
+_SIGNATURE = Meaning(Kind.CREDENTIALS, "the secret key does not match the access key", "aws configure")
 _SKEWED = Meaning(Kind.CREDENTIALS, "this machine's clock is wrong", _CLOCK)
 _TOKEN = Meaning(
-    Kind.CREDENTIALS, "AWS_SESSION_TOKEN does not belong to this access key", "unset AWS_SESSION_TOKEN, or set all three anew"
+    Kind.CREDENTIALS,
+    "AWS_SESSION_TOKEN does not belong to this access key",
+    "unset AWS_SESSION_TOKEN, or set all three variables again",
 )
 _NO_BUCKET = Meaning(Kind.MISSING, "the bucket {bucket} does not exist", "check the bucket's name, or: aws s3 mb s3://{bucket}")
 _ELSEWHERE = Meaning(
@@ -135,19 +137,19 @@ _ELSEWHERE = Meaning(
     "the bucket is in another region",
     "set AWS_REGION to the answer of: aws s3api get-bucket-location --bucket {bucket}",
 )
-_THROTTLED = Meaning(Kind.BUSY, "too many requests: the service throttles them", _LATER)
-_IN_TROUBLE = Meaning(Kind.BUSY, "the service is busy or in trouble", _LATER)
-_DAMAGED = Meaning(Kind.BUSY, "the data was damaged or cut off on the way", _LATER)
-_DECIDED = Meaning(Kind.BUSY, "another request for the same is just being decided", _LATER)
-_REPLACED = Meaning(Kind.BUSY, "it was replaced meanwhile", _LATER)
+_THROTTLED = Meaning(Kind.BUSY, "too many requests: the service is throttling", _LATER)
+_IN_TROUBLE = Meaning(Kind.BUSY, "the service is overloaded or failing", _LATER)
+_DAMAGED = Meaning(Kind.BUSY, "the data was damaged or truncated in transit", _LATER)
+_DECIDED = Meaning(Kind.BUSY, "another request for the same object is still in progress", _LATER)
+_REPLACED = Meaning(Kind.BUSY, "the object was replaced in the meantime", _LATER)
 _KMS = Meaning(
     Kind.PERMISSION,
     "encryption failed",
-    "the bucket's KMS key, or $HF_SPOT_S3_SSE_KMS_KEY_ID: is it enabled, in this region, and allowed to you?",
+    "check the bucket's KMS key or $HF_SPOT_S3_SSE_KMS_KEY_ID: is it enabled, in this region, and are you allowed to use it?",
 )
 _PASS_ROLE = Meaning(
     Kind.PERMISSION,
-    "this identity may not give the instance its role",
+    "this identity may not pass the role to the instance",
     f"allow iam:PassRole on {{role}} for the role or user of: {_WHO}",
 )
 _LACKING = Meaning(
@@ -155,29 +157,29 @@ _LACKING = Meaning(
     "no AWS credentials were found",
     f"aws configure; on EC2 attach an instance profile, and for a container raise the metadata hop limit: {HOP_LIMIT}",
 )
-_NOT_LOGGED_IN = Meaning(Kind.CREDENTIALS, "nobody is logged in", "aws sso login")
-_SOURCE_FAILS = Meaning(Kind.BUSY, "the source of the credentials fails", _WHO)
+_NOT_LOGGED_IN = Meaning(Kind.CREDENTIALS, "you are not logged in", "aws sso login")
+_SOURCE_FAILS = Meaning(Kind.BUSY, "the credential source failed", _WHO)
 _UNREACHED = Meaning(
     Kind.BUSY,
     "no answer",
-    "does this machine reach {endpoint} (route, VPC endpoint, security group, proxy, AWS_ENDPOINT_URL)?",
+    "check that this machine can reach {endpoint} (route, VPC endpoint, security group, proxy, AWS_ENDPOINT_URL)",
 )
-_FULL = Meaning(Kind.CAPACITY, "AWS has no such machine to give there now", _WAIT)
+_FULL = Meaning(Kind.CAPACITY, "AWS has no capacity for this type there at the moment", _WAIT)
 _NOT_THERE = Meaning(
     Kind.CAPACITY,
-    "this zone does not have the type",
+    "this zone does not offer the type",
     "aws ec2 describe-instance-type-offerings --location-type availability-zone --region {region} "
     "--filters Name=instance-type,Values={instance_type}",
 )
 _NO_CAPACITY_EVER = Meaning(
     Kind.CAPACITY,
-    "no price history: nothing of this type is offered there as spot, and a request would wait in pending-evaluation",
-    "hf-spot prices {instance_type} shows where it is; name other regions or types in the ladder",
+    "no price history: this type is not offered there as spot, and a request would wait in pending-evaluation",
+    "hf-spot prices {instance_type} shows where it is offered; add other regions or types to the ladder",
 )
 _PRICE = Meaning(
     Kind.CAPACITY,
-    "the spot price is above the highest that was allowed",
-    "hf-spot prices {instance_type}; or a higher max_price",
+    "the spot price is above the maximum price",
+    "hf-spot prices {instance_type}, or raise max_price",
 )
 _SPOT_QUOTA = Meaning(Kind.QUOTA, "the account's spot quota is used up, or 0", _QUOTAS)
 _ON_DEMAND_QUOTA = Meaning(Kind.QUOTA, "the account's on-demand quota is used up, or 0", _QUOTAS)
@@ -189,7 +191,7 @@ _NO_IMAGE = Meaning(
 _NO_NETWORK = Meaning(Kind.MISSING, "{region} has no default network", "aws ec2 create-default-vpc --region {region}")
 
 TABLE: dict[str, Meaning] = {
-    # -- who asks
+    # -- credentials
     "AccessDenied": _FORBIDDEN,
     "AccessDeniedException": _FORBIDDEN,
     "AllAccessDisabled": _FORBIDDEN,
@@ -200,7 +202,7 @@ TABLE: dict[str, Meaning] = {
     "InvalidClientTokenId": _KEY_UNKNOWN,
     "UnrecognizedClientException": _KEY_UNKNOWN,
     "AuthFailure": Meaning(
-        Kind.CREDENTIALS, "the credentials are not known there, or the account has not switched the region on", _WHO
+        Kind.CREDENTIALS, "the credentials are unknown there, or the account has not enabled the region", _WHO
     ),
     "SignatureDoesNotMatch": _SIGNATURE,
     "IncompleteSignature": _SIGNATURE,
@@ -212,11 +214,13 @@ TABLE: dict[str, Meaning] = {
     "NotSignedUp": Meaning(Kind.CREDENTIALS, "this account is not signed up for the service", _WHO),
     "OptInRequired": Meaning(
         Kind.CREDENTIALS,
-        "this account has not switched the region or service on",
+        "this account has not enabled the region or service",
         "aws account enable-region --region-name {region}",
     ),
-    "AccountProblem": Meaning(Kind.CREDENTIALS, "AWS has a problem with this account, often an unpaid bill", "see the console"),
-    "PendingVerification": Meaning(Kind.CREDENTIALS, "AWS is still checking this account", "try again in some hours"),
+    "AccountProblem": Meaning(
+        Kind.CREDENTIALS, "AWS reports a problem with this account, often an unpaid bill", "look at the AWS console"
+    ),
+    "PendingVerification": Meaning(Kind.CREDENTIALS, "AWS is still verifying this account", "try again in a few hours"),
     "RequestTimeTooSkewed": _SKEWED,
     "RequestExpired": Meaning(
         Kind.CREDENTIALS, "this machine's clock is wrong, or the session has expired", f"{_CLOCK}; {_LOGIN}"
@@ -228,13 +232,15 @@ TABLE: dict[str, Meaning] = {
     "TokenRetrievalError": _NOT_LOGGED_IN,
     "CredentialRetrievalError": _SOURCE_FAILS,
     "MetadataRetrievalError": _SOURCE_FAILS,
-    "ProfileNotFound": Meaning(Kind.SETTING, "there is no such profile", "aws configure list-profiles"),
-    # -- where
-    "NoRegionError": Meaning(Kind.SETTING, "no region is set", "export AWS_REGION=us-east-1, the region of the bucket"),
+    "ProfileNotFound": Meaning(Kind.SETTING, "this profile does not exist", "aws configure list-profiles"),
+    # -- region and connection
+    "NoRegionError": Meaning(
+        Kind.SETTING, "no region is set", "set the region of the bucket, for example: export AWS_REGION=us-east-1"
+    ),
     "SSLError": Meaning(
         Kind.BUSY,
         "the server's certificate is not trusted",
-        "for a certificate of your own: export AWS_CA_BUNDLE=/path/to/ca.pem",
+        "for a private certificate authority: export AWS_CA_BUNDLE=/path/to/ca.pem",
     ),
     "ConnectionError": _UNREACHED,
     "HTTPClientError": _UNREACHED,
@@ -249,18 +255,18 @@ TABLE: dict[str, Meaning] = {
     "404": _NO_BUCKET,
     **dict.fromkeys(ELSEWHERE, _ELSEWHERE),
     "InvalidBucketName": Meaning(
-        Kind.SETTING, "no bucket can have this name", "s3://bucket/prefix, where bucket is an existing bucket's name"
+        Kind.SETTING, "this is not a valid bucket name", "use s3://bucket/prefix with the name of an existing bucket"
     ),
     "EntityTooLarge": Meaning(
-        Kind.SETTING, "the file is too large", "an object may have 5 TB at most, on some servers less: save sharded"
+        Kind.SETTING, "the file is too large", "objects are limited to 5 TB, on some servers less: save sharded checkpoints"
     ),
-    "KeyTooLongError": Meaning(Kind.SETTING, "the file's name is too long", "a shorter prefix in --store"),
+    "KeyTooLongError": Meaning(Kind.SETTING, "the file's name is too long", "use a shorter prefix in --store"),
     "InvalidRequest": Meaning(
         Kind.SETTING,
         "the server does not understand the request",
-        "is the server's S3 too old? Try: export AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
+        "for an older S3 server: export AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
     ),
-    "InvalidStorageClass": Meaning(Kind.SETTING, "no such storage class", "a storage class that this server knows"),
+    "InvalidStorageClass": Meaning(Kind.SETTING, "no such storage class", "use a storage class that this server supports"),
     "InvalidObjectState": Meaning(Kind.OTHER, "a lifecycle rule has archived the object", "aws s3api restore-object"),
     "SlowDown": _THROTTLED,
     "RequestLimitExceeded": _THROTTLED,
@@ -281,7 +287,7 @@ TABLE: dict[str, Meaning] = {
     "PreconditionFailed": _REPLACED,
     "412": _REPLACED,
     # -- EC2
-    "DryRunOperation": Meaning(Kind.GRANTED, "allowed; whether there is quota and capacity, a dry run does not tell"),
+    "DryRunOperation": Meaning(Kind.GRANTED, "allowed; a dry run does not check quota and capacity"),
     "AuthFailure.ServiceLinkedRoleCreationNotPermitted": Meaning(
         Kind.PERMISSION,
         "the account lacks the service-linked role for spot, and this identity may not create it",
@@ -308,12 +314,12 @@ TABLE: dict[str, Meaning] = {
     "InvalidFleetConfiguration": _NOT_THERE,
     "InsufficientFreeAddressesInSubnet": Meaning(
         Kind.CAPACITY,
-        "the subnet has no free address",
-        "aws ec2 describe-subnets --region {region}; name another in the job file",
+        "the subnet has no free IP address",
+        "aws ec2 describe-subnets --region {region}; then name another subnet in the job file",
     ),
     "InvalidAMIID.NotFound": _NO_IMAGE,
     "InvalidAMIID.Unavailable": _NO_IMAGE,
-    "InvalidAMIID.Malformed": Meaning(Kind.SETTING, "{image} is no image's id", "image_id: resolve:ssm:…, or ami-…"),
+    "InvalidAMIID.Malformed": Meaning(Kind.SETTING, "{image} is not an image id", "set image_id to resolve:ssm:… or ami-…"),
     "ParameterNotFound": Meaning(
         Kind.MISSING,
         "{region} has no such SSM parameter",

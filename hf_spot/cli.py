@@ -1,4 +1,4 @@
-"""The command line: its parser, and the commands that stand alone; `hf_spot.commands` has those that belong together."""
+"""The command line: the top-level parser and single commands; `hf_spot.commands` has the groups of commands."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from hf_spot.completion import SHELLS
 from hf_spot.errors import EXIT_USAGE, ConfigError, SpotError
 
 _EXIT_CODES = """exit codes:
-  0    done; of launch: the run is finished
-  1    verify found damage; doctor found what does not work; demo: the two models differ
-  2    usage, or a store or an account that can't be used
-  75   launch: preempted, start the same command again to go on; provision: no machine is to be had now
+  0    success; launch: the run is finished
+  1    verify: damage found; doctor: a check failed; demo: the two models differ
+  2    usage error, or the store or account can't be used
+  75   launch: preempted, run the same command again to resume; provision: no capacity available
   76   launch: a newer launch owns the run
   130  interrupted twice
-  any other code of launch is the script's own"""
+  any other exit code of launch is the script's own"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
+    """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["launch"]:
             from hf_spot.launch.command import Reading
 
-            reading = Reading(arguments[1:])  # its parser is accelerate's: it can't be a sub-parser of ours
+            reading = Reading(arguments[1:])  # accelerate's parser can't be a sub-parser of ours
             from hf_spot.launch.supervisor import launch
 
             return launch(reading)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Callable[[argparse.Namespace], int] = args.command
         return command(args)
     except SpotError as error:
-        # Not of launch: what stands behind its script is the script's.
+        # For launch, --json may be an argument of the script.
         print(
             _as_json(error) if "--json" in arguments and arguments[0] != "launch" else f"hf-spot: error: {error}",
             file=sys.stderr,
@@ -53,17 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader closed the pipe
         return 0
 
 
 def _as_json(error: SpotError) -> str:
-    told = {"error": error.args[0], "kind": type(error).__name__, "hint": error.hint, "exit_code": error.exit_code}
-    return json.dumps(told)
+    fields = {"error": error.args[0], "kind": type(error).__name__, "hint": error.hint, "exit_code": error.exit_code}
+    return json.dumps(fields)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Its errors are said as all others are, with what to type next instead of the whole usage."""
+    """A parser whose errors are `ConfigError` with a hint, instead of the whole usage text."""
 
     def error(self, message: str) -> NoReturn:
         hint = f"{self.prog} --help"
@@ -75,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of everything but ``launch``."""
+    """Return the parser of all commands but ``launch``, which has its own."""
     top = _Parser(
         prog="hf-spot",
         description="Fine-tune with Hugging Face on machines that can be taken away.",
@@ -88,17 +88,19 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser("launch", help="accelerate launch, made preemptible (hf-spot launch --help)", add_help=False)
 
-    demo = add_command(commands, "demo", _demo, "the whole story on this machine in about a minute")
-    demo.add_argument("--store", metavar="URL", help="run against this URL; default: a directory that is deleted afterwards")
-    demo.add_argument("--plot", metavar="FILE", type=Path, help="where the loss curve goes (PNG)")
-    demo.add_argument("--keep", metavar="DIR", type=Path, help="keep everything that the demo writes in this folder")
+    demo = add_command(
+        commands, "demo", _demo, "show an interrupted training and its uninterrupted twin on this machine, in about a minute"
+    )
+    demo.add_argument("--store", metavar="URL", help="use this run URL (default: a directory that is deleted afterwards)")
+    demo.add_argument("--plot", metavar="FILE", type=Path, help="write the loss curve to this file (PNG)")
+    demo.add_argument("--keep", metavar="DIR", type=Path, help="keep all files of the demo in this folder")
     takes_json(demo)
 
     runs.add_to(commands)
 
-    watch = add_command(commands, "watch", _watch, "prints preemption notices as they come")
+    watch = add_command(commands, "watch", _watch, "print preemption notices as they arrive")
     watch.add_argument("--notice", default="auto", help=setting_help("notice"))
-    watch.add_argument("--once", action="store_true", help="ask every source once and end")
+    watch.add_argument("--once", action="store_true", help="poll every source once and exit")
     takes_json(watch)
 
     _add_recipes(commands)
@@ -106,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     machines.add_to(commands)
 
     completion = add_command(
-        commands, "completion", _completion, "prints a script that makes a shell complete commands and options"
+        commands, "completion", _completion, "print a script that makes a shell complete commands and options"
     )
     completion.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
     return top
@@ -117,51 +119,51 @@ def _add_recipes(commands: Any) -> None:
 
     recipe = commands.add_parser(
         "recipe",
-        help="prints a job file for Kubernetes, Slurm, SageMaker or EC2",
-        description="Prints a job file. hf-spot provision and hf-spot sky need none: they start machines themselves.",
+        help="print a job file for Kubernetes, Slurm, SageMaker or EC2",
+        description="Print a job file. hf-spot provision and hf-spot sky need none: they start machines themselves.",
         allow_abbrev=False,
     )
     recipes = recipe.add_subparsers(title="recipes", metavar="RECIPE", required=True)
-    kubernetes = add_command(recipes, "kubernetes", _recipe, "a Job that is started again after a preemption (YAML)")
+    kubernetes = add_command(recipes, "kubernetes", _recipe, "a Job that restarts after a preemption (YAML)")
     slurm = add_command(recipes, "slurm", _recipe, "a batch script that requeues itself after a preemption")
     sagemaker = add_command(recipes, "sagemaker", _recipe, "a script that starts a managed spot training job")
     ec2 = add_command(
-        recipes, "ec2", _recipe, "user data for machines of an Auto Scaling group, a launch template or Terraform"
+        recipes, "ec2", _recipe, "user data for machines from an Auto Scaling group, a launch template or Terraform"
     )
     store = os.environ.get("HF_SPOT_STORE") or STORE
     for name, command in (("kubernetes", kubernetes), ("slurm", slurm), ("sagemaker", sagemaker), ("ec2", ec2)):
         command.set_defaults(recipe=name)
         command.add_argument(
-            "--store", metavar="URL", default=store, help="of the run (default: $HF_SPOT_STORE, or an example)"
+            "--store", metavar="URL", default=store, help="URL of the run (default: $HF_SPOT_STORE, or an example)"
         )
-        command.add_argument("--script", default="train.py", help="that trains, with its arguments (default: train.py)")
-        command.add_argument("--name", default="my-run", help="of the job (default: my-run)")
-        command.add_argument("--gpus", type=int, default=1, help="of each machine (default: 1)")
+        command.add_argument("--script", default="train.py", help="training script with its arguments (default: train.py)")
+        command.add_argument("--name", default="my-run", help="name of the job (default: my-run)")
+        command.add_argument("--gpus", type=int, default=1, help="GPUs of each machine (default: 1)")
     for command in (kubernetes, slurm):
         command.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that train together (default: 1)")
         command.add_argument(
-            "--grace-s", type=int, default=120, metavar="S", help="seconds from the notice to the end (default: 120)"
+            "--grace-s", type=int, default=120, metavar="S", help="seconds from the notice to the kill (default: 120)"
         )
     for command in (kubernetes, sagemaker):
         command.add_argument(
-            "--image", default="registry.example.com/train:latest", help="container image with hf_spot and the script"
+            "--image", default="registry.example.com/train:latest", help="container image that contains hf_spot and the script"
         )
-    slurm.add_argument("--time", default="24:00:00", help="time limit of one start, as Slurm writes it (default: 24:00:00)")
-    sagemaker.add_argument("--role", metavar="ARN", default="arn:aws:iam::123456789012:role/hf-spot", help="of the job")
-    sagemaker.add_argument("--instance-type", default="ml.g5.xlarge", help="default: ml.g5.xlarge")
-    sagemaker.add_argument("--hours", type=int, default=24, help="that the training may take (default: 24)")
-    ec2.add_argument("--region", metavar="NAME", default="us-east-1", help="of the machines (default: us-east-1)")
+    slurm.add_argument("--time", default="24:00:00", help="time limit of one launch, in Slurm's format (default: 24:00:00)")
+    sagemaker.add_argument("--role", metavar="ARN", default="arn:aws:iam::123456789012:role/hf-spot", help="role of the job")
+    sagemaker.add_argument("--instance-type", default="ml.g5.xlarge", help="instance type (default: ml.g5.xlarge)")
+    sagemaker.add_argument("--hours", type=int, default=24, help="maximum hours that the training may take (default: 24)")
+    ec2.add_argument("--region", metavar="NAME", default="us-east-1", help="region of the machines (default: us-east-1)")
     ec2.add_argument(
         "--setup",
         metavar="COMMANDS",
         default="git clone https://github.com/me/my-training .",
-        help="that a new machine runs first, such as fetching the script",
+        help="commands that a new machine runs first, for example to fetch the script",
     )
-    ec2.add_argument("--hours", type=int, default=48, help="after which a machine goes, whatever happens (default: 48)")
+    ec2.add_argument("--hours", type=int, default=48, help="hours after which a machine shuts down in any case (default: 48)")
     ec2.add_argument(
         "--auto-scaling-group",
         action="store_true",
-        help="leave the group when the training has ended, and shrink it",
+        help="when the training has ended, leave the group and shrink it",
     )
 
 

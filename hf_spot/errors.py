@@ -4,22 +4,22 @@
 
     SpotError                      exit_code 2 unless said otherwise
     ├── ConfigError                a value given by the user can't be used
-    ├── StoreError                 the store said no, or said nothing
-    │   ├── StoreUnavailable       network, throttling, 5xx: worth another try later
+    ├── StoreError                 the store refused, or did not answer
+    │   ├── StoreUnavailable       network, throttling, 5xx: may work later
     │   ├── AccessDenied           credentials lack a permission, or are wrong or expired
     │   ├── BucketNotFound         the bucket (or the directory's parent) does not exist
     │   ├── ObjectNotFound         the key does not exist
     │   └── StoreNotFencing        the store ignores create-if-absent: two machines could both "win"
-    ├── CloudError                 EC2 said no; ``code`` is what it called it
-    │   └── NoCapacity             no rung of the ladder has a machine now: worth another try later (exit_code 75)
+    ├── CloudError                 EC2 or another cloud service refused; ``code`` is its error code
+    │   └── NoCapacity             no rung of the ladder has capacity: may work later (exit_code 75)
     ├── NoCheckpoint               the run has no commit to restore
     ├── CorruptCheckpoint          files differ from what the journal says was committed
-    ├── IncompleteCheckpoint       a file without which a resume would silently reset something is missing
+    ├── IncompleteCheckpoint       a file is missing, and resuming without it would silently reset something
     ├── Untrusted                  the journal was not signed with this machine's key
     └── Fenced                     a newer launch owns the run (exit_code 76)
 
-    TrainingPreempted              a SystemExit with code 75, so that no line behind ``train()`` runs
-    └── TrainingInterrupted        the same after a Ctrl-C; a KeyboardInterrupt, too
+    TrainingPreempted              a SystemExit with code 75, so that no line after ``train()`` runs
+    └── TrainingInterrupted        the same after Ctrl-C; also a KeyboardInterrupt
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXIT_FENCED = 76
 
 
 class SpotError(Exception):
-    """Base of every error raised on purpose.
+    """Base class of every error that hf_spot raises on purpose.
 
     Args:
         message: what went wrong and which value caused it.
@@ -49,7 +49,7 @@ class SpotError(Exception):
         return f"{message}\n  Try: {self.hint}" if self.hint else message
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Errors travel between ranks; the default would call __init__ without the keyword.
+        # Errors are pickled between ranks; the default would call __init__ without the keyword.
         return (_rebuild, (type(self), self.args, self.hint))
 
 
@@ -62,7 +62,7 @@ class ConfigError(SpotError):
 
 
 class StoreError(SpotError):
-    """The store said no, or said nothing."""
+    """The store refused a request, or did not answer."""
 
 
 class StoreUnavailable(StoreError):
@@ -74,11 +74,11 @@ class AccessDenied(StoreError):
 
 
 class BucketNotFound(StoreError):
-    """The bucket, or the place where the directory should stand, does not exist."""
+    """The bucket, or the parent of the directory, does not exist."""
 
 
 class ObjectNotFound(StoreError):
-    """There is no object under this key."""
+    """No object exists under this key."""
 
 
 class StoreNotFencing(StoreError):
@@ -86,12 +86,12 @@ class StoreNotFencing(StoreError):
 
 
 class CloudError(SpotError):
-    """EC2, or another service of the cloud, said no.
+    """EC2, or another cloud service, refused a request.
 
     Args:
         message: what went wrong.
-        hint: what to type next.
-        code: the error code of the service, such as ``VcpuLimitExceeded``; empty when it gave none.
+        hint: the next command to type.
+        code: the error code of the service, such as ``VcpuLimitExceeded``; empty if it sent none.
     """
 
     def __init__(self, message: str, *, hint: str = "", code: str = "") -> None:
@@ -100,7 +100,7 @@ class CloudError(SpotError):
 
 
 class NoCapacity(CloudError):
-    """No rung of the ladder has a machine now."""
+    """No rung of the ladder has capacity at the moment."""
 
     exit_code = EXIT_PREEMPTED
 
@@ -114,11 +114,11 @@ class CorruptCheckpoint(SpotError):
 
 
 class IncompleteCheckpoint(SpotError):
-    """A file is missing without which resuming would silently reset the optimizer, the schedule or the RNG."""
+    """A file is missing, and resuming without it would silently reset the optimizer, the schedule or the random state."""
 
 
 class Untrusted(SpotError):
-    """A journal entry is not signed with the key of this machine: it may have been planted."""
+    """A journal entry is not signed with this machine's key: someone may have planted it."""
 
 
 class Fenced(SpotError):
@@ -128,12 +128,12 @@ class Fenced(SpotError):
 
 
 class TrainingPreempted(SystemExit):
-    """Training stopped because the machine is being taken away; the newest checkpoint is committed or was not reachable.
+    """Training stopped because the machine is being taken away. `step` says which checkpoint is committed.
 
-    It is a ``SystemExit`` with code 75, so an unaware script ends instead of evaluating or publishing a half-trained model.
+    It is a ``SystemExit`` with code 75, so an unmodified script ends instead of evaluating or publishing a half-trained model.
 
     Args:
-        message: for a person: step, store, and how to go on.
+        message: for people: step, store, and how to resume.
         step: the last optimizer step that is committed, or None when none is.
     """
 
@@ -154,7 +154,7 @@ def _rebuild_preempted(cls: type[TrainingPreempted], message: str, step: int | N
 
 
 class TrainingInterrupted(TrainingPreempted, KeyboardInterrupt):
-    """A person stopped the training with Ctrl-C, or with a notebook's "interrupt"; it has saved first.
+    """Someone stopped the training with Ctrl-C or a notebook's stop button; it saved first.
 
-    It is a ``KeyboardInterrupt`` as well, for programs that expect one.
+    It is also a ``KeyboardInterrupt``, for programs that expect one.
     """

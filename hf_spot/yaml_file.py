@@ -1,4 +1,4 @@
-"""Reads a YAML file so that every complaint about it names the line."""
+"""Reading YAML files, with errors that name file and line."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ Path = tuple[Any, ...]
 
 
 class Invalid(ConfigError):
-    """A value of the file can't be used.
+    """A value in the file can't be used.
 
     Args:
-        path: the keys and indices that lead to it; empty for the whole file.
-        problem: with it.
-        hint: the repair.
+        path: the keys and indices that lead to the value; empty for the whole file.
+        problem: why it can't be used.
+        hint: how to fix it.
     """
 
     def __init__(self, path: Path, problem: str, *, hint: str = "") -> None:
-        super().__init__(f"{spelt(path)}: {problem}" if path else problem, hint=hint)
+        super().__init__(f"{dotted(path)}: {problem}" if path else problem, hint=hint)
         self.path = path
 
 
-def spelt(path: Path) -> str:
-    """Such as ``rows[1].ladder``."""
+def dotted(path: Path) -> str:
+    """Return a path as text, such as ``rows[1].ladder``."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
 
 
 def check_keys(value: dict[str, Any], known: Collection[str], path: Path) -> None:
-    """Raises Invalid for a key that is none of ``known``, and names the nearest."""
+    """Raise Invalid for a key that is not in ``known``, with the nearest known key as its hint."""
     for key in value:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            raise Invalid((*path, key), "there is no such key", hint=f"did you mean {near[0]}?" if near else ", ".join(known))
+            raise Invalid((*path, key), "unknown key", hint=f"did you mean {near[0]}?" if near else ", ".join(known))
 
 
 def read(path: FilePath) -> str:
-    """A file's text. Raises ConfigError."""
+    """Return the text of a file. Raises ConfigError."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -55,15 +55,15 @@ def read(path: FilePath) -> str:
 
 
 def parse(text: str, where: str, build: Callable[[Any], T]) -> T:
-    """What ``build`` makes of a file's plain values.
+    """Parse YAML and build an object from its plain values.
 
     Args:
-        text: of the file.
-        where: its name, for errors.
-        build: may raise `Invalid`, whose path becomes a line number.
+        text: content of the file.
+        where: name of the file, for errors.
+        build: takes the plain values and returns the result; may raise `Invalid`, whose path becomes a line number.
 
     Raises:
-        ConfigError: the text is no YAML, has a key twice, or holds what ``build`` refuses; with file and line.
+        ConfigError: the text is not YAML, has a duplicate key, or a value that ``build`` refuses; with file and line.
     """
     lines: dict[Path, int] = {}
     try:
@@ -71,16 +71,16 @@ def parse(text: str, where: str, build: Callable[[Any], T]) -> T:
         loader = yaml.SafeLoader("")
         for path, found in _walk(loader, node, ()) if node else ():
             if path in lines:
-                raise yaml.constructor.ConstructorError(None, None, f"{spelt(path)} is there twice", found.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{dotted(path)} appears twice", found.start_mark)
             lines[path] = found.start_mark.line + 1
         value = loader.construct_document(node) if node else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        what = "" if isinstance(error, yaml.constructor.ConstructorError) else "no YAML: "
+        what = "" if isinstance(error, yaml.constructor.ConstructorError) else "not YAML: "
         raise ConfigError(f"{where}{line}: {what}{error.problem or error.context}", hint=_SPECIFICATION) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a control character; a date that is none; a loop
-        raise ConfigError(f"{where}: no YAML that can be used: {error}", hint=_SPECIFICATION) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a control character, an invalid date, a recursive alias
+        raise ConfigError(f"{where}: this YAML can't be used: {error}", hint=_SPECIFICATION) from error
     try:
         return build(value)
     except Invalid as error:
@@ -97,7 +97,7 @@ def _walk(loader: Any, node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
         for key, value in node.value:
             name = loader.construct_object(key, deep=True)
             if not isinstance(name, str):
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is no key", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is not a text key", key.start_mark)
             yield (*path, name), key
             yield from _walk(loader, value, (*path, name))
     elif isinstance(node, yaml.SequenceNode):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_spot import yaml_file
-from hf_spot.yaml_file import Invalid, check_keys, spelt
+from hf_spot.yaml_file import Invalid, check_keys, dotted
 
 SPOT, ON_DEMAND = "spot", "on-demand"
 MARKETS = (SPOT, ON_DEMAND)
@@ -51,19 +51,19 @@ _EXAMPLES = {
 
 def _text(value: Any, path: tuple[Any, ...]) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise Invalid(path, f"{value!r} is no text", hint=_EXAMPLES.get(str(path[-1]), f'{spelt(path[-1:])}: "{value}"'))
+        raise Invalid(path, f"{value!r} is no text", hint=_EXAMPLES.get(str(path[-1]), f'{dotted(path[-1:])}: "{value}"'))
     return value
 
 
 def _match(value: Any, pattern: re.Pattern[str], path: tuple[Any, ...], example: str) -> str:
     if not pattern.fullmatch(_text(value, path)):
-        raise Invalid(path, f"{value!r} can't be right", hint=f"{spelt(path[:1])}: {example}")
+        raise Invalid(path, f"{value!r} can't be right", hint=f"{dotted(path[:1])}: {example}")
     return str(value)
 
 
 def _names(value: Any, path: tuple[Any, ...]) -> tuple[str, ...]:
     if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
-        raise Invalid(path, f"{value!r} is no list", hint=f"{spelt(path[-1:])}: [{value}]")
+        raise Invalid(path, f"{value!r} is no list", hint=f"{dotted(path[-1:])}: [{value}]")
     for index, item in enumerate(value):
         _text(item, (*path, index))
     twice = next((item for index, item in enumerate(value) if item in value[:index]), None)
@@ -97,7 +97,7 @@ def _choice(value: Any, allowed: Sequence[str], path: tuple[Any, ...]) -> None:
 
 def _positive(value: Any, path: tuple[Any, ...], unit: str, *, hint: str = "") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise Invalid(path, f"{value!r} must be a number of {unit} above 0", hint=hint or f"{spelt(path[-1:])}: 10")
+        raise Invalid(path, f"{value!r} must be a number of {unit} above 0", hint=hint or f"{dotted(path[-1:])}: 10")
     return float(value)
 
 

@@ -1,4 +1,4 @@
-"""What the parsers and the functions of all commands share."""
+"""Helpers shared by all commands: adding arguments, opening runs, printing."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ if TYPE_CHECKING:
 
 
 def add_command(commands: Any, name: str, function: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-    """A command that is done by ``function``, which returns its exit code."""
+    """Add a command that runs ``function``, which returns the exit code."""
     added: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
     added.set_defaults(command=function)
     return added
 
 
 def takes_run(command: argparse.ArgumentParser) -> None:
-    """Adds ``RUN``."""
+    """Add the argument ``RUN``."""
     command.add_argument("run", metavar="RUN", help="URL of a run: s3://bucket/prefix, gs://…, az://…, hf://…, or a directory")
 
 
 def takes_unfenced(command: argparse.ArgumentParser) -> None:
-    """Adds ``--allow-unfenced-store``."""
+    """Add the option ``--allow-unfenced-store``."""
     command.add_argument("--allow-unfenced-store", action="store_true", help=setting_help("allow_unfenced_store"))
 
 
 def takes_job(command: argparse.ArgumentParser) -> None:
-    """Adds ``JOB``."""
+    """Add the argument ``JOB``."""
     command.add_argument("job", metavar="JOB", type=Path, help="a job file (YAML)")
 
 
 def takes_json(command: argparse.ArgumentParser) -> None:
-    """Adds ``--json``."""
+    """Add the option ``--json``."""
     command.add_argument("--json", action="store_true", help="print JSON for scripts")
 
 
 def setting_help(field: str) -> str:
-    """What is said of a setting of `SpotArguments`."""
+    """Return the help text of a field of `SpotArguments`."""
     return next(str(f.metadata["help"]) for f in dataclasses.fields(SpotArguments) if f.name == field)
 
 
 def open_run(url: str, *, allow_unfenced_store: bool = False) -> Run:
-    """The run at ``url``. Raises ConfigError."""
+    """Return the run at ``url``. Raises ConfigError."""
     from hf_spot.run.run import Run
 
     return Run(url, allow_unfenced_store=allow_unfenced_store)
 
 
 def print_json(value: Any) -> None:
-    """What a command prints for scripts."""
+    """Print a value as indented JSON."""
     print(json.dumps(value, indent=2))
 
 
 def megabytes(size_bytes: int) -> str:
-    """A size, for people."""
+    """Format a size in megabytes, for people."""
     return f"{size_bytes / 1e6:,.1f} MB"

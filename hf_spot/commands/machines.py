@@ -1,4 +1,4 @@
-"""Commands about machines: on EC2, by SkyPilot, and this one."""
+"""Commands about machines: those on EC2, those of SkyPilot, and this one."""
 
 from __future__ import annotations
 
@@ -20,60 +20,71 @@ if TYPE_CHECKING:
 
 
 def add_to(commands: Any) -> None:
-    """Adds ``provision``, ``prices``, ``quotas``, ``terminate``, ``status``, ``sky`` and ``doctor``."""
+    """Add ``provision``, ``prices``, ``quotas``, ``terminate``, ``status``, ``sky`` and ``doctor``."""
     provision = add_command(
-        commands, "provision", _provision, "gets a machine on EC2 that trains a job, by a ladder of fallbacks"
+        commands, "provision", _provision, "start a machine on EC2 that trains a job, by a ladder of fallbacks"
     )
     takes_job(provision)
-    provision.add_argument("--dry-run", action="store_true", help="check everything, show what would be tried, start nothing")
+    provision.add_argument(
+        "--dry-run", action="store_true", help="check everything and show what would be tried, without starting anything"
+    )
     provision.add_argument("--watch", action="store_true", help="replace machines until the run is finished")
     provision.add_argument(
         "--api",
         choices=("fleet", "spot-request", "spot-fleet"),
         default="fleet",
-        help="how to ask for spot machines; AWS calls spot-request and spot-fleet legacy: only for accounts bound to them",
+        help="EC2 API for spot requests; AWS calls spot-request and spot-fleet legacy: for accounts that must use them",
     )
     takes_json(provision)
 
-    prices = add_command(commands, "prices", _prices, "what machines cost on EC2, now and before: spot and on demand, by zone")
+    prices = add_command(commands, "prices", _prices, "show current and past prices on EC2, spot and on-demand, by zone")
     prices.add_argument("types", metavar="TYPE", nargs="+", help="an instance type, such as p4d.24xlarge")
-    prices.add_argument("--region", action="append", metavar="NAME", help="may be given again (default: all of the account)")
-    prices.add_argument("--days", type=float, default=7.0, metavar="N", help="of history, up to 90 (default: 7)")
+    prices.add_argument(
+        "--region", action="append", metavar="NAME", help="region to look at; repeatable (default: all regions of the account)"
+    )
+    prices.add_argument("--days", type=float, default=7.0, metavar="N", help="days of history, up to 90 (default: 7)")
     takes_json(prices)
 
-    quotas = add_command(commands, "quotas", _quotas, "which quota blocks which rung of a job's ladder, and how to raise it")
+    quotas = add_command(
+        commands, "quotas", _quotas, "show which quotas block which rungs of a job's ladder, and how to raise them"
+    )
     takes_job(quotas)
     takes_json(quotas)
 
-    terminate = add_command(commands, "terminate", _terminate, "ends all machines of a run; the training saves first")
+    terminate = add_command(commands, "terminate", _terminate, "terminate all machines of a run; the training saves first")
     takes_run(terminate)
     takes_json(terminate)
 
-    status = add_command(commands, "status", _status, "a run's machines, what they cost, and how far the training is")
+    status = add_command(commands, "status", _status, "show a run's machines, their cost and the training's progress")
     takes_run(status)
     takes_json(status)
 
-    sky = add_command(commands, "sky", _sky, "the same job as a SkyPilot managed job: SkyPilot finds the machines")
+    sky = add_command(commands, "sky", _sky, "run the same job as a SkyPilot managed job: SkyPilot finds the machines")
     takes_job(sky)
-    ways = sky.add_mutually_exclusive_group()
-    ways.add_argument("--print", action="store_true", help="print the task as YAML (default)")
-    ways.add_argument("--launch", action="store_true", help="start it")
-    ways.add_argument("--status", action="store_true", help="SkyPilot's jobs of this name")
-    ways.add_argument("--logs", action="store_true", help="follow the newest one's output")
-    ways.add_argument("--cancel", action="store_true", help="end them; the training saves first")
+    actions = sky.add_mutually_exclusive_group()
+    actions.add_argument("--print", action="store_true", help="print the task as YAML (default)")
+    actions.add_argument("--launch", action="store_true", help="start the job")
+    actions.add_argument("--status", action="store_true", help="show SkyPilot's jobs of this name")
+    actions.add_argument("--logs", action="store_true", help="follow the output of the newest job")
+    actions.add_argument("--cancel", action="store_true", help="cancel the jobs; the training saves first")
     takes_json(sky)
 
-    doctor = add_command(commands, "doctor", _doctor, "checks this machine, a store and the AWS account, and names each repair")
-    doctor.add_argument("--store", metavar="URL", help="of a run; what is written there is deleted again")
-    doctor.add_argument("--job", metavar="FILE", type=Path, help="a job file: check the account for it, and its store")
+    doctor = add_command(
+        commands, "doctor", _doctor, "check this machine, a store and the AWS account, and say how to fix each problem"
+    )
+    doctor.add_argument("--store", metavar="URL", help="URL of a run to test; test objects are deleted again")
+    doctor.add_argument("--job", metavar="FILE", type=Path, help="a job file: check the account and the store for it")
     doctor.add_argument(
-        "--checkpoint-gb", type=float, metavar="N", help="size of a checkpoint in 10^9 bytes (default: of the run's newest)"
+        "--checkpoint-gb",
+        type=float,
+        metavar="N",
+        help="size of a checkpoint in 10^9 bytes (default: that of the run's newest)",
     )
     doctor.add_argument("--grace-s", type=float, metavar="S", help=setting_help("grace_s"))
     takes_json(doctor)
     checks = doctor.add_subparsers(title="checks", metavar="CHECK")
-    iam = add_command(checks, "iam", _doctor_iam, "prints the least that a role must be allowed, as an IAM policy (JSON)")
-    iam.add_argument("--store", metavar="URL", required=True, help="s3://bucket/prefix of the run")
+    iam = add_command(checks, "iam", _doctor_iam, "print the minimal IAM policy for a role (JSON)")
+    iam.add_argument("--store", metavar="URL", required=True, help="URL of the run: s3://bucket/prefix")
 
 
 def _now() -> datetime:
@@ -98,7 +109,7 @@ def _provision(args: argparse.Namespace) -> int:
 
     job = load(args.job)
     if args.api != FLEET:
-        say(f"AWS calls the API behind --api {args.api} legacy, and recommends --api fleet", {"event": "note"})
+        say(f"AWS calls the API of --api {args.api} legacy and recommends --api fleet", {"event": "note"})
     provisioner = Provisioner(job, open_run(job.store), _cloud(), api=args.api, now=_now, sleep=time.sleep, say=say)
     if args.dry_run:
         provisioner.check()
@@ -106,7 +117,7 @@ def _provision(args: argparse.Namespace) -> int:
         for plan in provisioner.plans():
             say(render_plan(plan), {"event": "plan", **plan.to_dict()})
         left = provisioner.left_usd()
-        say(f"${left:.2f} of ${job.max_spend:.2f} are left; nothing was started", {"event": "budget", "left_usd": left})
+        say(f"${left:.2f} of ${job.max_spend:.2f} left; nothing was started", {"event": "budget", "left_usd": left})
     elif args.watch:
         provisioner.watch()
     elif provisioner.provision() is None:
@@ -118,7 +129,7 @@ def _prices(args: argparse.Namespace) -> int:
     from hf_spot.cloud.prices import LONGEST_DAYS, look_up, render
 
     if not 0 < args.days <= LONGEST_DAYS:
-        raise ConfigError(f"--days {args.days:g}: EC2 remembers {LONGEST_DAYS} days", hint="--days 7")
+        raise ConfigError(f"--days {args.days:g}: EC2 keeps at most {LONGEST_DAYS} days of prices", hint="--days 7")
     cloud, now = _cloud(), _now()
     since = now - timedelta(days=args.days)
     known = cloud.regions()
@@ -155,7 +166,7 @@ def _terminate(args: argparse.Namespace) -> int:
     if args.json:
         print_json([machine.to_data() for machine in gone])
     else:
-        lines = [f"{one.instance_id} in {one.zone} is ended: ${one.cost_usd or 0.0:.2f}" for one in gone]
+        lines = [f"{one.instance_id} in {one.zone} terminated: ${one.cost_usd or 0.0:.2f}" for one in gone]
         print("\n".join(lines) or f"{args.run}: no machine is running")
     return 0
 
@@ -178,7 +189,7 @@ def _sky(args: argparse.Namespace) -> int:
     from hf_spot.cloud.job import load
 
     if args.logs and args.json:
-        raise ConfigError("--logs shows what the training prints, which is no JSON", hint=f"hf-spot sky {args.job} --logs")
+        raise ConfigError("--logs shows the training's output, which is not JSON", hint=f"hf-spot sky {args.job} --logs")
     job = load(args.job)
     if args.logs:
         return sky.logs(job)
@@ -201,7 +212,7 @@ def _sky(args: argparse.Namespace) -> int:
             print("\n".join(lines) or f"SkyPilot has no job {job.name}")
     elif args.cancel:
         sky.cancel(job)
-        print(json.dumps({"cancelled": job.name}) if args.json else f"{job.name} is cancelled")
+        print(json.dumps({"cancelled": job.name}) if args.json else f"{job.name} cancelled")
     elif args.json:
         print_json(sky.task(job, os.environ))
     else:

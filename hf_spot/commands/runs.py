@@ -1,4 +1,4 @@
-"""Commands about runs: their checkpoints, what became of them and what one would cost."""
+"""Commands about runs: checkpoints, reports and simulations."""
 
 from __future__ import annotations
 
@@ -17,63 +17,69 @@ if TYPE_CHECKING:
 
 
 def add_to(commands: Any) -> None:
-    """Adds ``checkpoints``, ``report`` and ``simulate``."""
-    checkpoints = commands.add_parser("checkpoints", help="what is in a run", allow_abbrev=False)
+    """Add ``checkpoints``, ``report`` and ``simulate``."""
+    checkpoints = commands.add_parser(
+        "checkpoints", help="list, verify, download, upload and prune the checkpoints of a run", allow_abbrev=False
+    )
     actions = checkpoints.add_subparsers(title="actions", metavar="ACTION", required=True)
-    ls = add_command(actions, "ls", _ls, "lists the committed checkpoints")
+    ls = add_command(actions, "ls", _ls, "list the committed checkpoints")
     takes_run(ls)
     takes_json(ls)
-    verify = add_command(actions, "verify", _verify, "reads every file back and compares it with the journal")
+    verify = add_command(actions, "verify", _verify, "read every file back and compare it with the journal")
     verify.add_argument("run", metavar="RUN|FOLDER", help="URL of a run, or a local checkpoint folder")
-    verify.add_argument("--step", type=int, help="only this checkpoint")
+    verify.add_argument("--step", type=int, help="verify only this checkpoint")
     takes_json(verify)
-    pull = add_command(actions, "pull", _pull, "downloads a checkpoint, verified")
+    pull = add_command(actions, "pull", _pull, "download a checkpoint and verify it")
     takes_run(pull)
     pull.add_argument(
-        "into", metavar="INTO", type=Path, nargs="?", default=Path(), help="folder that gets checkpoint-STEP (default: here)"
+        "into", metavar="INTO", type=Path, nargs="?", default=Path(), help="parent folder of checkpoint-STEP (default: here)"
     )
-    pull.add_argument("--step", type=int, help="default: the newest")
+    pull.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     takes_json(pull)
     push = add_command(
-        actions, "push", _push, "uploads and commits a local checkpoint folder; or publishes a checkpoint as a model on the Hub"
+        actions, "push", _push, "upload and commit a local checkpoint folder, or publish a checkpoint as a model on the Hub"
     )
     takes_run(push)
     push.add_argument("what", metavar="FOLDER|MODEL", help="a local folder, or hf://owner/name")
     push.add_argument(
-        "--step", type=int, help="needed when the folder is not named checkpoint-STEP; of a model: default: the best or newest"
+        "--step",
+        type=int,
+        help="step of a folder not named checkpoint-STEP; for a model, the checkpoint to publish (default: the best or newest)",
     )
-    push.add_argument("--private", action="store_true", help="a model's new repository is for its owner alone")
-    push.add_argument("--all", action="store_true", help="publish the optimizer and all else that a resume needs, too")
+    push.add_argument("--private", action="store_true", help="make a new model repository private")
+    push.add_argument("--all", action="store_true", help="also publish the optimizer and everything else that a resume needs")
     takes_unfenced(push)
     takes_json(push)
-    prune = add_command(actions, "prune", _prune, "takes old checkpoints out of a run and deletes their files")
+    prune = add_command(actions, "prune", _prune, "remove old checkpoints from a run and delete their files")
     takes_run(prune)
     takes_unfenced(prune)
     prune.add_argument(
-        "--save-total-limit", type=int, required=True, metavar="N", help="newest ones that stay, besides the best"
+        "--save-total-limit", type=int, required=True, metavar="N", help="newest checkpoints to keep, besides the best"
     )
     takes_json(prune)
 
-    report = add_command(commands, "report", _report, "what a run's time went to, launch by launch, and what it cost")
+    report = add_command(commands, "report", _report, "show where the time of a run went, launch by launch, and what it cost")
     takes_run(report)
     report.add_argument("--plot", metavar="FILE", type=Path, help="draw the timeline and the loss (PNG, SVG or PDF)")
-    report.add_argument("--html", metavar="FILE", type=Path, help="write all of it as one page")
+    report.add_argument("--html", metavar="FILE", type=Path, help="write the report as one page")
     takes_json(report)
 
-    simulate = add_command(
-        commands, "simulate", _simulate, "what a training should cost and how long it should take, interrupted"
+    simulate = add_command(commands, "simulate", _simulate, "estimate the cost and duration of a training with interruptions")
+    simulate.add_argument(
+        "plan", metavar="PLAN", type=Path, nargs="?", help="YAML file: the training and the ladders of machines to compare"
+    )
+    simulate.add_argument("--preset", metavar="NAME", help="a plan that is part of hf_spot: blog")
+    simulate.add_argument("--replay", metavar="RUN", help="compare a run with a simulation of its machines")
+    simulate.add_argument(
+        "--trace", metavar="FILE", type=Path, action="append", help="capacity trace of a zone; repeatable (default: a model)"
     )
     simulate.add_argument(
-        "plan", metavar="PLAN", type=Path, nargs="?", help="YAML file: the training, and ways to get machines"
+        "--nodes", type=int, default=1, metavar="N", help="machines of a trace that the training needs (default: 1)"
     )
-    simulate.add_argument("--preset", metavar="NAME", help="a plan that comes with hf_spot: blog")
-    simulate.add_argument("--replay", metavar="RUN", help="compare a run with what is simulated for its machines")
     simulate.add_argument(
-        "--trace", metavar="FILE", type=Path, action="append", help="capacity of a zone, may be given again (default: a model)"
+        "--seeds", type=int, default=1000, metavar="N", help="trainings simulated for each row (default: 1000)"
     )
-    simulate.add_argument("--nodes", type=int, default=1, metavar="N", help="machines of a trace that the training needs (1)")
-    simulate.add_argument("--seeds", type=int, default=1000, metavar="N", help="trainings simulated for each row (1000)")
-    simulate.add_argument("--prices", metavar="FILE", type=Path, help="take prices from what hf-spot prices --json has printed")
+    simulate.add_argument("--prices", metavar="FILE", type=Path, help="take prices from the output of hf-spot prices --json")
     simulate.add_argument("--plot", metavar="FILE", type=Path, help="draw cost and time (PNG, SVG or PDF)")
     takes_json(simulate)
 
@@ -84,7 +90,7 @@ def _ls(args: argparse.Namespace) -> int:
         print_json([dataclasses.asdict(ref) for ref in refs])
         return 0
     if not refs:
-        print(f"{args.run}: no checkpoints")
+        print(f"{args.run} has no checkpoints")
     for ref in refs:
         marks = " ".join(word for word, holds in (("best", ref.best), ("complete", ref.complete)) if holds)
         stage = "" if ref.stage == 1 else f" stage {ref.stage}"
@@ -135,7 +141,10 @@ def _push(args: argparse.Namespace) -> int:
     if args.what.startswith("hf://"):
         return _publish(args)
     if args.private or args.all:
-        raise ConfigError("--private and --all are for models", hint=f"hf-spot checkpoints push {args.run} hf://owner/name")
+        raise ConfigError(
+            f"--private and --all apply to a model, and {args.what} is a folder",
+            hint=f"hf-spot checkpoints push {args.run} hf://owner/name",
+        )
     folder = Path(args.what)
     run = open_run(args.run, allow_unfenced_store=args.allow_unfenced_store)
     with Bar("push", sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())) as bar:
@@ -153,7 +162,7 @@ def _publish(args: argparse.Namespace) -> int:
     from hf_spot.run.progress import Bar
 
     run = open_run(args.run)
-    open_run(args.what)  # tells what is missing here, where something is
+    open_run(args.what)  # raises when the client for this URL is missing here
     from hf_spot.run.publish import publish
 
     done = publish(
@@ -174,7 +183,7 @@ def _publish(args: argparse.Namespace) -> int:
 
 def _prune(args: argparse.Namespace) -> int:
     run = open_run(args.run, allow_unfenced_store=args.allow_unfenced_store)
-    run.find()  # a typo in the URL must not make a new run
+    run.find()  # a typo in the URL must not create a new run
     run.join()
     gone = run.prune(args.save_total_limit)
     if args.json:
@@ -205,7 +214,7 @@ def _draw(args: argparse.Namespace, run: Run, report: Report) -> None:
     from hf_spot.economics.timeline import draw_up, losses_in
 
     if not report.launches:
-        raise ConfigError(f"{args.run}: nobody has launched this run yet, so there is nothing to draw", hint="hf-spot launch")
+        raise ConfigError(f"{args.run} has not been launched yet, so there is nothing to draw", hint="hf-spot launch")
     newest, losses = run.latest(), {}
     if newest is not None:
         try:
@@ -228,7 +237,7 @@ def _simulate(args: argparse.Namespace) -> int:
     from hf_spot.yaml_file import read
 
     if [args.plan, args.preset, args.replay].count(None) != 2:
-        raise ConfigError("one of PLAN, --preset and --replay is wanted", hint="hf-spot simulate --preset blog")
+        raise ConfigError("give exactly one of PLAN, --preset and --replay", hint="hf-spot simulate --preset blog")
     if args.replay:
         found = replay(open_run(args.replay).events())
         if args.json:
@@ -237,9 +246,11 @@ def _simulate(args: argparse.Namespace) -> int:
             print(found)
         return 0
     if args.preset and args.preset not in PRESETS:
-        raise ConfigError(f"--preset {args.preset}: there are {', '.join(PRESETS)}", hint="hf-spot simulate --preset blog")
+        raise ConfigError(
+            f"--preset {args.preset}: unknown; known presets: {', '.join(PRESETS)}", hint="hf-spot simulate --preset blog"
+        )
     if args.seeds < 1 or args.nodes < 1:
-        raise ConfigError("--seeds and --nodes must be at least 1", hint="--seeds 1000 --nodes 1")
+        raise ConfigError(f"--seeds {args.seeds} --nodes {args.nodes}: both must be at least 1", hint="--seeds 1000 --nodes 1")
     plan = preset(args.preset) if args.preset else load(args.plan)
     if args.prices:
         plan = with_prices(plan, read(args.prices), str(args.prices))

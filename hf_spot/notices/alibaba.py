@@ -1,4 +1,4 @@
-"""Alibaba Cloud says on its metadata service when a preemptible instance will be released.
+"""Notices of Alibaba Cloud, whose metadata service announces when a preemptible instance will be released.
 
 https://www.alibabacloud.com/help/en/ecs/user-guide/query-the-interruption-events-of-preemptible-instances
 """
@@ -21,17 +21,17 @@ _STALE = timedelta(minutes=10)
 
 
 class AlibabaSource:
-    """The metadata service of Alibaba Cloud, with a session token where the instance knows them (hardened mode).
+    """The metadata service of Alibaba Cloud, with a session token if the instance supports it (hardened mode).
 
     Args:
         endpoint: ``http://host[:port]``.
-        timeout_s: how long the connection, and each part of an answer, may take.
+        timeout_s: limit for the connection, and for each part of a response.
         interval_s: seconds between polls.
-        clock: seconds, monotonic; the age of the session token is measured with it.
+        clock: monotonic seconds, for the age of the session token.
         now: the wall clock.
 
     Raises:
-        ConfigError: the endpoint is no HTTP URL.
+        ConfigError: the endpoint is not an HTTP URL.
     """
 
     name = "alibaba"
@@ -54,23 +54,23 @@ class AlibabaSource:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> AlibabaSource:
-        """The source at Alibaba's own address, or at $HF_SPOT_ALIBABA_METADATA_ENDPOINT. Raises ConfigError."""
+        """Return the source at Alibaba's address, or at $HF_SPOT_ALIBABA_METADATA_ENDPOINT. Raises ConfigError."""
         return cls(environ.get(ENDPOINT_VARIABLE) or _ENDPOINT)
 
     def poll(self) -> PreemptionNotice | None:
-        """What the metadata service says now.
+        """Return what the metadata service announces now.
 
-        TERMINATE: the instance will be released at that time. CANCELLED, once: that is no longer announced.
+        TERMINATE: the instance will be released at that time. CANCELLED, once: the release is no longer announced.
 
         Raises:
-            SpotError: no answer in time, or one that is no time.
+            SpotError: no response in time, or one that is not a time.
         """
-        said = self._session.ask(_TERMINATION)
-        if said is None:
-            return self._release.silent()
-        deadline = iso_time(said.decode("ascii", "replace"))
+        body = self._session.ask(_TERMINATION)
+        if body is None:
+            return self._release.withdrawn()
+        deadline = iso_time(body.decode("ascii", "replace"))
         if deadline is None:
-            raise SpotError(f"{self.where} answered {_TERMINATION} with something that is no time: {said[:200]!r}")
+            raise SpotError(f"{self.where} answered {_TERMINATION} with something that is not a time: {body[:200]!r}")
         if deadline < self._now() - _STALE:
-            return self._release.silent()  # of an earlier life of an instance that was stopped and started again
-        return self._release.heard("release", f"release {stamp(deadline)}", deadline)
+            return self._release.withdrawn()  # left over from before the instance was stopped and started again
+        return self._release.announced("release", f"release {stamp(deadline)}", deadline)

@@ -1,4 +1,4 @@
-"""EC2 says on its metadata service (IMDSv2) that a spot instance will be interrupted, and sometimes that it may be."""
+"""Notices of EC2, whose metadata service (IMDSv2) announces spot interruptions and rebalance recommendations."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ _LEAST_HOPS = {  # Linux; the socket module has no names for IP_MINTTL and IPV6_
 
 
 def is_disabled(environ: Mapping[str, str]) -> bool:
-    """True when the environment forbids to ask the metadata service."""
+    """Return True if the environment forbids queries to the metadata service."""
     return environ.get(DISABLED_VARIABLE, "").strip().lower() == "true"
 
 
 class IMDSSource:
-    """The instance metadata service of EC2, asked directly: a proxy named in the environment is never used.
+    """The instance metadata service of EC2. It is queried directly, never through a proxy named in the environment.
 
     Args:
         endpoint: ``http://host[:port]``.
-        timeout_s: how long one attempt waits for each part of an answer.
-        attempts: how often a request is tried within one poll. One is enough for a watcher, which polls again anyway.
-        interval_s: seconds between polls; AWS asks for 5 or fewer.
-        clock: seconds, monotonic; the age of the session token is measured with it.
+        timeout_s: limit of one attempt for each part of a response.
+        attempts: tries of a request within one poll. One is enough for a watcher, which polls again anyway.
+        interval_s: seconds between polls; AWS recommends 5 or fewer.
+        clock: monotonic seconds, for the age of the session token.
 
     Raises:
-        ConfigError: the endpoint is no HTTP URL, or a number is out of range.
+        ConfigError: the endpoint is not an HTTP URL, or a number is out of range.
     """
 
     name = "imds"
@@ -60,8 +60,8 @@ class IMDSSource:
     ) -> None:
         if not timeout_s > 0 or attempts < 1:
             raise ConfigError(
-                f"the metadata service can't be asked {attempts} times with a timeout of {timeout_s} s",
-                hint=f"at least one attempt, more than 0 seconds: {ATTEMPTS_VARIABLE}=1 {TIMEOUT_VARIABLE}=1",
+                f"the metadata service can't be queried with {attempts} attempts and a timeout of {timeout_s} s",
+                hint=f"use at least one attempt and more than 0 seconds: {ATTEMPTS_VARIABLE}=1 {TIMEOUT_VARIABLE}=1",
             )
         modify = "aws ec2 modify-instance-metadata-options"
         self._service = MetadataService(
@@ -84,19 +84,19 @@ class IMDSSource:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], *, timeout_s: float = 1.0) -> IMDSSource:
-        """The source as the variables that the AWS SDKs know describe it.
+        """Return the source that the AWS SDKs' environment variables describe.
 
         Args:
             environ: the environment.
-            timeout_s: where it names none.
+            timeout_s: used if the environment names no timeout.
 
         Raises:
             ConfigError: the metadata service is disabled, or a variable has a value that can't be used.
         """
         if is_disabled(environ):
             raise ConfigError(
-                f"{DISABLED_VARIABLE}=true forbids to ask the metadata service of EC2",
-                hint=f"unset {DISABLED_VARIABLE}, or leave imds out of --notice",
+                f"{DISABLED_VARIABLE}=true forbids queries to the metadata service of EC2",
+                hint=f"unset {DISABLED_VARIABLE}, or remove imds from --notice",
             )
         mode = environ.get(MODE_VARIABLE, "").strip().lower() or "ipv4"
         if mode not in _ENDPOINTS:
@@ -115,45 +115,45 @@ class IMDSSource:
         return cls(endpoint, timeout_s=timeout_s, attempts=attempts)
 
     def poll(self) -> PreemptionNotice | None:
-        """What the metadata service says now.
+        """Return what the metadata service announces now.
 
         TERMINATE: an interruption is scheduled (terminate, stop or hibernate; hibernation begins at once, so its
         deadline may be past). ADVISORY: a rebalance is recommended. CANCELLED, once: a scheduled interruption is no
         longer announced.
 
         Raises:
-            SpotError: no answer in time, or one that makes no sense.
+            SpotError: no response in time, or an invalid one.
         """
-        said = self._ask("spot/instance-action")
-        if said is not None:
-            return self._interrupted(said)
-        if (cancelled := self._interruption.silent()) is not None:
+        stated = self._ask("spot/instance-action")
+        if stated is not None:
+            return self._interrupted(stated)
+        if (cancelled := self._interruption.withdrawn()) is not None:
             return cancelled
-        said = self._ask("events/recommendations/rebalance")
-        if said is None:
+        stated = self._ask("events/recommendations/rebalance")
+        if stated is None:
             self._recommendation = None
         elif self._recommendation is None:
-            # The first date stays: a recommendation that the emulator has dated anew is not another one.
-            since = iso_time(said.get("noticeTime"))
+            # Keep the first date: AWS's emulator changes the date of the same recommendation.
+            since = iso_time(stated.get("noticeTime"))
             self._recommendation = PreemptionNotice(NoticeKind.ADVISORY, self.name, f"rebalance {stamp(since)}")
         return self._recommendation
 
-    def _interrupted(self, said: dict[str, Any]) -> PreemptionNotice:
-        action = said.get("action")
+    def _interrupted(self, stated: dict[str, Any]) -> PreemptionNotice:
+        action = stated.get("action")
         if not isinstance(action, str) or not re.fullmatch(r"[a-z-]{1,40}", action):
-            raise SpotError(f"{self.where} announces an interruption without an action: {said!r}")
-        deadline = iso_time(said.get("time"))
-        return self._interruption.heard(action, f"{action} {stamp(deadline)}", deadline)
+            raise SpotError(f"{self.where} announces an interruption without an action: {stated!r}")
+        deadline = iso_time(stated.get("time"))
+        return self._interruption.announced(action, f"{action} {stamp(deadline)}", deadline)
 
     def read(self, path: str) -> bytes | None:
-        """What stands under ``/latest/meta-data/`` and ``path``; None for 404. Raises SpotError."""
+        """Return the value of ``path`` below ``/latest/meta-data/``, or None for 404. Raises SpotError."""
         return self._session.ask(path)
 
     def has_a_hop_to_spare(self) -> bool:
-        """Whether a session token would also reach a container behind a bridge: one hop further than this process.
+        """Return whether a session token would also reach a container behind a bridge, one hop further than this process.
 
-        The kernel is asked to drop what arrives on its last hop (``IP_MINTTL``, see ip(7)), as the bridge would. Raises
-        SpotError when the service can't be reached at all.
+        The kernel is told to drop packets on their last hop (``IP_MINTTL``, see ip(7)), as the bridge would. Raises SpotError
+        if the service can't be reached at all.
         """
         self._session.token()
         connection, prefix = self._service.connect()
@@ -166,7 +166,7 @@ class IMDSSource:
         except TimeoutError:
             return False
         except (OSError, http.client.HTTPException) as error:
-            raise SpotError(f"{self.where} broke off: {error}") from error
+            raise SpotError(f"{self.where} closed the connection: {error}") from error
         finally:
             connection.close()
 

@@ -1,4 +1,4 @@
-"""Azure says in its Scheduled Events what will happen to a machine, and is told when that may begin.
+"""Notices of Azure, whose Scheduled Events announce what will happen to a machine and can be acknowledged.
 
 https://learn.microsoft.com/en-us/azure/virtual-machines/linux/scheduled-events
 """
@@ -22,7 +22,7 @@ ENDPOINT_VARIABLE = "HF_SPOT_AZURE_METADATA_ENDPOINT"
 _ENDPOINT = "http://169.254.169.254"
 _EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
 _NAME = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
-_MACHINE = re.compile(r"""[^\s\\/"'\[\]{}:|<>+=;,?*@&]{1,80}""")  # what Azure forbids in names, and braces
+_MACHINE = re.compile(r"""[^\s\\/"'\[\]{}:|<>+=;,?*@&]{1,80}""")  # excludes braces and what Azure forbids in names
 _FIRST_ANSWER_S = 120.0
 _LAST = ("Preempt", "Terminate")
 _ENDINGS = (*_LAST, "Redeploy", "Reboot")  # no process outlives these
@@ -39,7 +39,7 @@ class _Event:
 
     @classmethod
     def read(cls, stated: Any) -> _Event:
-        """Raises ValueError when that is no event."""
+        """Return the event that Azure stated. Raises ValueError if it is not an event."""
         try:
             found = cls(
                 id=stated["EventId"],
@@ -49,25 +49,25 @@ class _Event:
                 not_before=_time(stated.get("NotBefore")),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"no event: {stated!r}") from error
+            raise ValueError(f"not an event: {stated!r}") from error
         if not all(isinstance(text, str) and text for text in (found.id, found.type, found.status)):
-            raise ValueError(f"no event: {stated!r}")
+            raise ValueError(f"not an event: {stated!r}")
         return found
 
 
 class AzureSource:
-    """Scheduled Events of Azure. Those that don't name this machine are somebody else's.
+    """Scheduled Events of Azure. Events that don't name this machine are ignored.
 
-    The very first request of a machine makes Azure begin to watch it, and may take two minutes.
+    The very first request of a machine enables Scheduled Events for it, and may take two minutes.
 
     Args:
         endpoint: ``http://host[:port]``.
-        timeout_s: how long the connection, and each part of an answer, may take.
-        first_answer_s: how much longer the very first answer may take.
+        timeout_s: limit for the connection, and for each part of a response.
+        first_answer_s: additional seconds for the very first response.
         interval_s: seconds between polls; Azure recommends one.
 
     Raises:
-        ConfigError: the endpoint is no HTTP URL.
+        ConfigError: the endpoint is not an HTTP URL.
     """
 
     name = "azure"
@@ -90,26 +90,26 @@ class AzureSource:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> AzureSource:
-        """The source at Azure's own address, or at $HF_SPOT_AZURE_METADATA_ENDPOINT. Raises ConfigError."""
+        """Return the source at Azure's address, or at $HF_SPOT_AZURE_METADATA_ENDPOINT. Raises ConfigError."""
         return cls(environ.get(ENDPOINT_VARIABLE) or _ENDPOINT)
 
     def poll(self) -> PreemptionNotice | None:
-        """What is scheduled for this machine now.
+        """Return what is scheduled for this machine now.
 
-        TERMINATE: it is taken, deleted, moved to other hardware or restarted. ADVISORY: anything else, such as a pause
-        (Freeze). CANCELLED, once: its end is no longer scheduled.
+        TERMINATE: it will be preempted, deleted, moved to other hardware or restarted. ADVISORY: anything else, such as a
+        pause (Freeze). CANCELLED, once: the end of the machine is no longer scheduled.
 
         Raises:
-            SpotError: no answer in time, or one that makes no sense.
+            SpotError: no response in time, or an invalid one.
         """
         mine = self._events()
-        endings = [event for event in mine if event.type in _ENDINGS and not self._is_behind_us(event)]
+        endings = [event for event in mine if event.type in _ENDINGS and not self._began_before_this_process(event)]
         if endings:
             event = self._event = min(endings, key=_begins)
             key = f"{event.type} {event.id}"
-            return self._end.heard(key, f"{key} {stamp(event.not_before)}", event.not_before)
+            return self._end.announced(key, f"{key} {stamp(event.not_before)}", event.not_before)
         self._event = None
-        if (cancelled := self._end.silent()) is not None:
+        if (cancelled := self._end.withdrawn()) is not None:
             return cancelled
         mine = [event for event in mine if event.type not in _ENDINGS]
         if mine:
@@ -118,12 +118,12 @@ class AzureSource:
         return None
 
     def acknowledge(self) -> bool:
-        """Tells Azure that the end which is scheduled may begin now; whether there was one to tell.
+        """Tell Azure that the scheduled end may begin now. Return False if there was nothing to acknowledge.
 
-        An event that names other machines too is left alone: it would begin on all of them.
+        An event that also names other machines is not acknowledged: it would begin on all of them.
 
         Raises:
-            SpotError: Azure did not take it.
+            SpotError: Azure refused.
         """
         event = self._event
         if event is None or event.status != _SCHEDULED or len(event.resources) > 1:
@@ -131,8 +131,8 @@ class AzureSource:
         self._ask("POST", _EVENTS, json.dumps({"StartRequests": [{"EventId": event.id}]}).encode())
         return True
 
-    def _is_behind_us(self, event: _Event) -> bool:
-        """A restart that had begun before it was first heard of: this process came after it, and the event is still listed."""
+    def _began_before_this_process(self, event: _Event) -> bool:
+        """Return True for a restart that had begun when first seen: this process started after it; Azure still lists it."""
         known = self._event is not None and self._event.id == event.id
         return event.status != _SCHEDULED and event.type not in _LAST and not known
 
@@ -147,14 +147,14 @@ class AzureSource:
         try:
             events = [_Event.read(one) for one in stated]
         except ValueError as error:
-            raise SpotError(f"{self.where} announces {error}") from error
+            raise SpotError(f"{self.where} answered scheduledevents with something that is {error}") from error
         return [event for event in events if self._machine in event.resources]
 
     def _ask_name(self) -> str:
-        """Of this machine, as events have it. A wrong one would make every event somebody else's for ever."""
+        """Return the name of this machine in events. With a wrong name every event would be ignored."""
         name = self._ask("GET", _NAME).body.decode("utf-8", "replace").strip()
         if not _MACHINE.fullmatch(name):
-            raise SpotError(f"{self.where} answered with something that is no name of a machine: {name[:200]!r}")
+            raise SpotError(f"{self.where} answered with something that is not a machine name: {name[:200]!r}")
         return name.lower()
 
     def _ask(self, method: str, path: str, body: bytes | None = None, *, patience_s: float = 0.0) -> Answer:
@@ -166,12 +166,12 @@ class AzureSource:
 
 
 def _begins(event: _Event) -> float:
-    """For the order of events: one that has begun, and says no time any more, comes first."""
+    """Return a sort key for events: one that has begun states no time, and comes first."""
     return float("-inf") if event.not_before is None else event.not_before.timestamp()
 
 
 def _time(text: object) -> datetime | None:
-    """A time of RFC 1123, or None for anything else: an event at an unknown time is still one."""
+    """Parse a time of RFC 1123. Return None for anything else: an event at an unknown time is still an event."""
     try:
         moment = parsedate_to_datetime(str(text))
     except (ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""Which sources of notices to listen to on this machine, found without asking the network."""
+"""Choosing the sources of notices on this machine, without network access."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HYPERVISOR_UUID = Path("/sys/hypervisor/uuid")
 GRACE_VARIABLE = "HF_SPOT_GRACE_S"
 
 _SAGEMAKER_GRACE_S = 120.0  # https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_StoppingCondition.html
-_AZURE_ASSET_TAG = "7783-7084-3265-9085-8269-3286-77"  # of its machines alone; the vendor is that of every Hyper-V
+_AZURE_ASSET_TAG = "7783-7084-3265-9085-8269-3286-77"  # identifies Azure; the vendor is the same for all of Hyper-V
 
 
 def sources(
@@ -38,17 +38,17 @@ def sources(
     dmi: Path = DMI,
     hypervisor_uuid: Path = HYPERVISOR_UUID,
 ) -> list[NoticeSource]:
-    """The sources that ``arguments.notice`` names, ready to be given to a `Watcher`.
+    """Return the sources that ``arguments.notice`` names, for a `Watcher`.
 
-    ``auto`` is signals, the metadata service of the cloud that this machine is in, the time limit of a Slurm job, a file if
-    the environment names one, and those plugins that say that they belong here. What the machine is, is read from files that
-    the kernel fills (DMI) and from the environment: that takes a moment, not a timeout.
+    ``auto`` selects signals, the metadata service of this machine's cloud, the time limit of a Slurm job, a file if the
+    environment names one, and plugins that declare that they apply here. The machine is identified by files that the
+    kernel provides (DMI) and by the environment, which never has to wait for a timeout.
 
     Args:
         arguments: settings.
         environ: the environment.
         dmi: folder with ``sys_vendor``, ``product_name``, ``product_uuid`` and ``chassis_asset_tag``.
-        hypervisor_uuid: file of Xen machines.
+        hypervisor_uuid: file that exists on Xen machines.
 
     Raises:
         ConfigError: a named source can't be used here.
@@ -60,7 +60,7 @@ def sources(
     if names == ["auto"]:
         machine = _Machine(environ, dmi, hypervisor_uuid)
         names = ["signal", *(name for name, is_here in _IS_HERE.items() if is_here(machine))]
-        found = [made for name, plugin in notice_plugins().items() if (made := _offered(name, plugin, environ))]
+        found = [made for name, plugin in notice_plugins().items() if (made := _plugin_for_auto(name, plugin, environ))]
     for name in names:
         base, _, text = name.partition(":")
         make = _MAKERS.get(base) or _plugin(base)
@@ -69,10 +69,10 @@ def sources(
 
 
 def grace_s(arguments: SpotArguments, environ: Mapping[str, str]) -> float | None:
-    """Seconds from a signal to the kill: as set, as the environment says, as the platform is known to give, or None.
+    """Return the seconds from a signal to the kill: the setting, else the environment's, else the platform's, or None.
 
     Raises:
-        ConfigError: $HF_SPOT_GRACE_S is no positive number.
+        ConfigError: $HF_SPOT_GRACE_S is not a positive number.
     """
     if arguments.grace_s is not None:
         return arguments.grace_s
@@ -89,7 +89,7 @@ _Maker = Callable[[SpotArguments, Mapping[str, str], str], NoticeSource]
 def _make_file(arguments: SpotArguments, environ: Mapping[str, str], path: str) -> NoticeSource:
     path = path or environ.get(FILE_VARIABLE, "")
     if not path:
-        raise ConfigError("notice='file': no file is named", hint=f"--notice file:/a/path, or set {FILE_VARIABLE}")
+        raise ConfigError("notice='file' needs a path", hint=f"--notice file:/a/path, or set {FILE_VARIABLE}")
     return FileSource(path)
 
 
@@ -103,11 +103,11 @@ def _seconds(text: str, what: str, hint: str) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise ConfigError(f"{what} is no positive number of seconds", hint=hint)
+        raise ConfigError(f"{what} is not a positive number of seconds", hint=hint)
     return seconds
 
 
-# Another cloud is a line in each of the two tables, and its name in `hf_spot.arguments.NOTICE_NAMES`.
+# To add a cloud, add a line to both tables, and its name to `hf_spot.arguments.NOTICE_NAMES`.
 _MAKERS: dict[str, _Maker] = {
     "signal": lambda arguments, environ, text: SignalSource(arguments.signals.split(","), grace_s(arguments, environ)),
     "imds": lambda arguments, environ, text: IMDSSource.from_environ(environ),
@@ -120,7 +120,7 @@ _MAKERS: dict[str, _Maker] = {
 
 
 def is_ec2(environ: Mapping[str, str], dmi: Path = DMI, hypervisor_uuid: Path = HYPERVISOR_UUID) -> bool:
-    """Whether this machine is one of EC2, or the environment leads to a metadata service as EC2 has it."""
+    """Return whether this machine is on EC2, or the environment names a metadata service like that of EC2."""
     return _is_ec2(_Machine(environ, dmi, hypervisor_uuid))
 
 
@@ -137,7 +137,7 @@ def _plugin(name: str) -> _Maker:
             ) from error
         if not isinstance(made, NoticeSource):
             raise ConfigError(
-                f"notice={name!r}: {plugin.value} makes a {type(made).__name__}, which is no hf_spot.NoticeSource",
+                f"notice={name!r}: {plugin.value} returns a {type(made).__name__}, which is not a hf_spot.NoticeSource",
                 hint="it needs name, interval_s and poll()",
             )
         return made
@@ -145,14 +145,14 @@ def _plugin(name: str) -> _Maker:
     return make
 
 
-def _offered(name: str, plugin: EntryPoint, environ: Mapping[str, str]) -> NoticeSource | None:
-    """A plugin's source if its ``is_here(environ)`` says yes. What is only installed must not keep a training from starting."""
+def _plugin_for_auto(name: str, plugin: EntryPoint, environ: Mapping[str, str]) -> NoticeSource | None:
+    """Return a plugin's source if its ``is_here(environ)`` is true. A broken plugin must not keep a training from starting."""
     try:
         is_here = getattr(plugin.load(), "is_here", None)
         if is_here is not None and is_here(environ):
             return _plugin(name)(SpotArguments(), environ, "")
     except Exception as error:
-        log.warning("the source of notices %r (%s) is left out: %s: %s", name, plugin.value, type(error).__name__, error)
+        log.warning("skipping the source of notices %r (%s): %s: %s", name, plugin.value, type(error).__name__, error)
     return None
 
 
@@ -165,34 +165,34 @@ class _Machine:
     dmi: Path
     hypervisor_uuid: Path
 
-    def says(self, name: str) -> str:
+    def read(self, name: str) -> str:
         return _first_line(self.dmi / name)
 
 
 def _is_ec2(machine: _Machine) -> bool:
-    # A container of SageMaker runs on EC2, and reaches no metadata service.
+    # A SageMaker container runs on EC2 but can't reach the metadata service.
     if aws.is_disabled(machine.environ) or _is_sagemaker(machine.environ):
         return False
     return (
         bool(machine.environ.get(aws.ENDPOINT_VARIABLE))
-        or machine.says("sys_vendor") == "Amazon EC2"
+        or machine.read("sys_vendor") == "Amazon EC2"
         or _first_line(machine.hypervisor_uuid).lower().startswith("ec2")
-        or machine.says("product_uuid").lower().startswith("ec2")
+        or machine.read("product_uuid").lower().startswith("ec2")
     )
 
 
 def _is_gcp(machine: _Machine) -> bool:
     if machine.environ.get(gcp.DISABLED_VARIABLE, "").strip().lower() == "true":
         return False
-    return bool(machine.environ.get(gcp.HOST_VARIABLE)) or machine.says("product_name") in ("Google", "Google Compute Engine")
+    return bool(machine.environ.get(gcp.HOST_VARIABLE)) or machine.read("product_name") in ("Google", "Google Compute Engine")
 
 
 def _is_azure(machine: _Machine) -> bool:
-    return bool(machine.environ.get(azure.ENDPOINT_VARIABLE)) or machine.says("chassis_asset_tag") == _AZURE_ASSET_TAG
+    return bool(machine.environ.get(azure.ENDPOINT_VARIABLE)) or machine.read("chassis_asset_tag") == _AZURE_ASSET_TAG
 
 
 def _is_alibaba(machine: _Machine) -> bool:
-    return bool(machine.environ.get(alibaba.ENDPOINT_VARIABLE)) or machine.says("product_name") == "Alibaba Cloud ECS"
+    return bool(machine.environ.get(alibaba.ENDPOINT_VARIABLE)) or machine.read("product_name") == "Alibaba Cloud ECS"
 
 
 def _is_sagemaker(environ: Mapping[str, str]) -> bool:
@@ -210,7 +210,7 @@ _IS_HERE: dict[str, Callable[[_Machine], bool]] = {
 
 
 def _first_line(path: Path) -> str:
-    """Empty when the file is missing, or is for root only as product_uuid is."""
+    """Return the first line, or "" if the file is missing or readable by root only, as product_uuid is."""
     try:
         return path.read_text(errors="replace").strip().partition("\n")[0]
     except OSError:

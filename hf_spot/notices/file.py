@@ -1,4 +1,4 @@
-"""A file as a notice: for schedulers, scripts and people that have no other way to say it."""
+"""A file as a notice, for schedulers, scripts and people without another way to send one."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _SETTLE_S = 0.05
 
 
 class FileSource:
-    """While the file exists, a notice holds; when it is removed again, a termination is cancelled.
+    """A notice that stands while a file exists. Removing the file cancels a termination.
 
-    An empty file, or one with text that is no JSON object, is a TERMINATE without a deadline. A JSON object may state
-    ``kind``, ``id``, ``source``, and ``deadline`` (ISO time with zone) or ``deadline_s`` (seconds from the moment when
-    the file was last written, as the file system dates it).
+    An empty file, or one that is not a JSON object, is a TERMINATE without a deadline. A JSON object may state ``kind``,
+    ``id``, ``source``, and ``deadline`` (ISO time with zone) or ``deadline_s`` (seconds since the file was last written,
+    by its modification time).
 
     Args:
-        path: of the file; neither it nor its folder needs to exist.
+        path: path of the file; neither it nor its folder needs to exist.
         interval_s: seconds between polls.
-        sleep: waits some seconds; a file just found is read twice, a moment apart.
+        sleep: waits for some seconds; a new file is read twice, a moment apart.
     """
 
     name = "file"
@@ -47,17 +47,17 @@ class FileSource:
         self._held: PreemptionNotice | None = None
 
     def poll(self) -> PreemptionNotice | None:
-        """What the file says now.
+        """Return the notice that the file states now.
 
         Raises:
-            SpotError: a JSON object in it states something that can't be used.
-            OSError: it can't be read.
+            SpotError: the file holds a JSON object with a value that can't be used.
+            OSError: the file can't be read.
         """
         content, modified = self._read()
         if content is not None and content == self._content:
             return self._held
         if content is not None:
-            # Most writers open and then write: what a shell's ">" has only begun would read as "terminate".
+            # Most writers open and then write: a file that a shell's ">" has just opened would read as "terminate".
             self._sleep(_SETTLE_S)
             again, modified = self._read()
             if again != content:
@@ -68,8 +68,8 @@ class FileSource:
             if held is not None and held.kind is NoticeKind.TERMINATE:
                 return PreemptionNotice(NoticeKind.CANCELLED, self.name, f"cancelled {held.id}")
             return None
-        # The content names the notice, its date only the first time it is seen: a script that touches the file every
-        # few seconds repeats itself, and does not put the deadline off.
+        # The content identifies the notice; the date counts only the first time. A script that touches the file every few
+        # seconds repeats the same notice and does not postpone the deadline.
         self._held = self._parse(content, modified)
         self._content = content
         return self._held
@@ -99,7 +99,7 @@ class FileSource:
             )
         except (ValueError, OverflowError) as error:
             raise SpotError(
-                f"{self.path} holds no usable notice: {error}",
+                f"{self.path} does not contain a usable notice: {error}",
                 hint=f"""echo '{{"kind": "TERMINATE", "deadline_s": 120}}' > {self.path}""",
             ) from error
 

@@ -1,4 +1,4 @@
-"""Google Cloud says on its metadata server that a spot machine is preempted, and that its host is to be maintained.
+"""Notices of Google Cloud, whose metadata server announces preemptions and maintenance of the host.
 
 https://docs.cloud.google.com/compute/docs/instances/spot, https://docs.cloud.google.com/compute/docs/metadata/querying-metadata
 """
@@ -17,7 +17,7 @@ HOST_VARIABLE = "GCE_METADATA_HOST"
 IP_VARIABLE = "GCE_METADATA_IP"
 DISABLED_VARIABLE = "NO_GCE_CHECK"
 
-_ADDRESS = "169.254.169.254"  # and not its name, which a name server would be asked for
+_ADDRESS = "169.254.169.254"  # the host name would need a DNS query
 _FLAVOR = "Metadata-Flavor"
 _PREEMPTED = "preempted"
 _MAINTENANCE = "maintenance-event"
@@ -25,21 +25,21 @@ _NO_MAINTENANCE = "NONE"
 
 
 class GCPSource:
-    """The metadata server of Google Cloud: a long poll, which is answered at the moment when a preemption begins.
+    """The metadata server of Google Cloud: a long poll that is answered as soon as a preemption begins.
 
-    The server states no deadline. A machine made with ``--preemption-notice-duration=120s`` lives for 120 s after the
-    notice; others are shut down at once, in at most 30 s.
+    The server states no deadline. A machine created with ``--preemption-notice-duration=120s`` lives for 120 s after the
+    notice; others are shut down at once, within 30 s.
 
     Args:
         host: ``host[:port]``.
         lives_s: seconds from the notice to the end of the machine.
-        wait_s: how long one poll waits for news; the first one, and those after trouble or a notice, don't wait.
-        timeout_s: how much longer the server may take, and how long the connection.
+        wait_s: how long one poll waits for a change; the first poll, and those after a failure or a notice, don't wait.
+        timeout_s: limit for the connection, and for the response beyond ``wait_s``.
         interval_s: seconds between polls.
         now: the wall clock.
 
     Raises:
-        ConfigError: the host is none.
+        ConfigError: the host is not valid.
     """
 
     name = "gcp"
@@ -55,7 +55,7 @@ class GCPSource:
         now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
     ) -> None:
         if "/" in host:
-            raise ConfigError(f"{HOST_VARIABLE}={host!r} is no host", hint=f"{HOST_VARIABLE}={_ADDRESS}, without http://")
+            raise ConfigError(f"{HOST_VARIABLE}={host!r} is not a host", hint=f"{HOST_VARIABLE}={_ADDRESS}, without http://")
         self._service = MetadataService(f"http://{host}", HOST_VARIABLE, timeout_s=timeout_s)
         self.where = self._service.where
         self.interval_s = interval_s
@@ -68,11 +68,11 @@ class GCPSource:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], lives_s: float | None = None) -> GCPSource:
-        """The source as the variables that Google's libraries know describe it.
+        """Return the source that the environment variables of Google's libraries describe.
 
         Args:
             environ: the environment.
-            lives_s: as for the constructor, if it is known.
+            lives_s: as for the constructor; None for its default.
 
         Raises:
             ConfigError: a variable has a value that can't be used.
@@ -81,24 +81,24 @@ class GCPSource:
         return cls(host) if lives_s is None else cls(host, lives_s=lives_s)
 
     def poll(self) -> PreemptionNotice | None:
-        """What the metadata server says now, or as soon as it changes.
+        """Return what the metadata server announces now, or as soon as it changes.
 
-        TERMINATE: the machine is preempted. ADVISORY: its host is to be maintained, for which it moves to another, or is
-        ended without being told again. CANCELLED, once: the preemption is no longer announced.
+        TERMINATE: the machine is preempted. ADVISORY: maintenance of its host; the machine moves to another host, or ends
+        without a further notice. CANCELLED, once: the preemption is no longer announced.
 
         Raises:
-            SpotError: no answer in time, or one that makes no sense.
+            SpotError: no response in time, or an invalid one.
         """
-        etag, self._etag = self._etag, ""  # after trouble the next poll asks for what is, not for what changes
+        etag, self._etag = self._etag, ""  # after a failure the next poll asks for the state, not for a change
         wait = f"?wait_for_change=true&timeout_sec={self._wait_s}&last_etag={quote(etag, safe='')}" if etag else ""
         answer = self._ask(f"{_PREEMPTED}{wait}", patience_s=self._wait_s if etag else 0)
         value, etag = answer.body.strip(), answer.headers.get("ETag", "")
         if value == b"TRUE":
             deadline = self._now() + timedelta(seconds=self._lives_s)
-            return self._preemption.heard("preempted", f"preempted {etag}".strip(), deadline)
+            return self._preemption.announced("preempted", f"preempted {etag}".strip(), deadline)
         if value != b"FALSE":
             raise SpotError(f"{self.where} answered {_PREEMPTED} with neither TRUE nor FALSE: {value[:200]!r}")
-        if (cancelled := self._preemption.silent()) is not None:
+        if (cancelled := self._preemption.withdrawn()) is not None:
             return cancelled
         notice = self._maintained()
         self._etag = etag
@@ -118,8 +118,8 @@ class GCPSource:
         )
         hint = ""
         if answer.status == 404:
-            hint = "a pod of GKE is told by SIGTERM alone: --notice signal --grace-s 15"
+            hint = "a pod on GKE gets only SIGTERM: --notice signal --grace-s 15"
         self._service.expect_ok(answer, path.partition("?")[0], hint=hint)
         if answer.headers.get(_FLAVOR) != "Google":
-            raise SpotError(f"{self.where} is no metadata server of Google Cloud: its answer has no {_FLAVOR}: Google")
+            raise SpotError(f"{self.where} is not a metadata server of Google Cloud: its response has no {_FLAVOR}: Google")
         return answer

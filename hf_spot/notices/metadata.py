@@ -1,5 +1,5 @@
-"""What the metadata services of the clouds have in common: HTTP without proxies, session tokens, and one notice for what is
-announced again and again."""
+"""What the clouds' metadata services share: HTTP without proxies, session tokens, and one notice per announcement, however
+often it is repeated."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 
 _LONGEST_ANSWER_BYTES = 65536
 TOKEN_PATH = "/latest/api/token"
-_TOKEN_TTL_S = 21600  # the longest that AWS and Alibaba grant
+_TOKEN_TTL_S = 21600  # the maximum of AWS and Alibaba
 _RENEW_EARLY_S = 60.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Of an HTTP server. ``headers`` finds a name in whatever case."""
+    """The response of an HTTP server. Names in ``headers`` are case-insensitive."""
 
     status: int
     body: bytes
@@ -32,17 +32,17 @@ class Answer:
 
 
 class MetadataService:
-    """An HTTP server that is asked directly: a proxy named in the environment is never used.
+    """An HTTP server that is queried directly, never through a proxy named in the environment.
 
     Args:
         endpoint: ``http://host[:port]``.
-        variable: the environment variable that names another endpoint, for error messages.
-        timeout_s: how long one attempt waits for the connection, and then for each part of an answer.
-        attempts: how often a request is tried. One is enough for a watcher, which polls again anyway.
-        hint: what to try when there is no answer.
+        variable: the environment variable that overrides the endpoint, for error messages.
+        timeout_s: limit of one attempt for the connection, and then for each part of a response.
+        attempts: tries of a request. One is enough for a watcher, which polls again anyway.
+        hint: what to try when there is no response.
 
     Raises:
-        ConfigError: the endpoint is no HTTP URL.
+        ConfigError: the endpoint is not an HTTP URL.
     """
 
     def __init__(self, endpoint: str, variable: str, *, timeout_s: float, attempts: int = 1, hint: str = "") -> None:
@@ -55,17 +55,17 @@ class MetadataService:
     def request(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None, *, patience_s: float = 0.0
     ) -> Answer:
-        """Asks, and asks again after trouble while attempts are left.
+        """Send a request, and retry after a failure while attempts are left.
 
         Args:
-            method: of HTTP.
-            path: with its query.
-            headers: of the request.
-            body: of the request.
-            patience_s: how much longer than usual a server that is there may think about its answer.
+            method: HTTP method.
+            path: path with its query.
+            headers: headers of the request.
+            body: body of the request.
+            patience_s: additional seconds for the response, once the server is connected.
 
         Raises:
-            SpotError: no answer in time.
+            SpotError: no response in time.
         """
         for left in reversed(range(self._attempts)):
             try:
@@ -82,47 +82,47 @@ class MetadataService:
         raise AssertionError("unreachable: there is at least one attempt")
 
     def expect_ok(self, answer: Answer, path: str, *, hint: str = "") -> Answer:
-        """The answer, if its status is 200. Raises SpotError."""
+        """Return the response if its status is 200. Raises SpotError."""
         if answer.status != 200:
             raise SpotError(f"{self.where} answered {path} with status {answer.status}", hint=hint)
         return answer
 
     def json_object(self, body: bytes, path: str) -> dict[str, Any]:
-        """The JSON object in an answer. Raises SpotError."""
+        """Return the JSON object in a response. Raises SpotError."""
         try:
-            said = json.loads(body)
+            parsed = json.loads(body)
         except ValueError as error:
-            raise SpotError(f"{self.where} answered {path} with something that is no JSON: {body[:200]!r}") from error
-        if not isinstance(said, dict):
-            raise SpotError(f"{self.where} answered {path} with something that is no JSON object: {body[:200]!r}")
-        return said
+            raise SpotError(f"{self.where} answered {path} with something that is not JSON: {body[:200]!r}") from error
+        if not isinstance(parsed, dict):
+            raise SpotError(f"{self.where} answered {path} with something that is not a JSON object: {body[:200]!r}")
+        return parsed
 
     def _request_once(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, patience_s: float
     ) -> Answer:
         connection, prefix = self.connect()
         try:
-            connection.connect()  # nobody waits patiently for a server that is not there
+            connection.connect()  # patience_s applies to the response only, not to the connection
             connection.sock.settimeout(self._timeout_s + patience_s)
             connection.request(method, prefix + path, body, dict(headers))
             response = connection.getresponse()
-            said = response.read(_LONGEST_ANSWER_BYTES)
-            if response.length and len(said) < _LONGEST_ANSWER_BYTES:
-                raise http.client.IncompleteRead(said, response.length)  # half a time is another time
-            return Answer(response.status, said, response.headers)
+            content = response.read(_LONGEST_ANSWER_BYTES)
+            if response.length and len(content) < _LONGEST_ANSWER_BYTES:
+                raise http.client.IncompleteRead(content, response.length)  # a truncated time would be a wrong time
+            return Answer(response.status, content, response.headers)
         finally:
             connection.close()
 
 
 class Session:
-    """Asks below ``/latest/meta-data/`` with a session token, as EC2 (IMDSv2) and Alibaba have it.
+    """Queries below ``/latest/meta-data/`` with a session token, as on EC2 (IMDSv2) and Alibaba.
 
     Args:
-        service: that is asked.
-        header: which carries the token; with ``-ttl-seconds`` behind it, the one that asks for a token.
-        optional: go on without a token where the service knows none.
+        service: the service to query.
+        header: header that carries the token; with the suffix ``-ttl-seconds``, the header that requests one.
+        optional: continue without a token if the service does not support them.
         forbidden_hint: what to try after a 403.
-        clock: seconds, monotonic; the age of the token is measured with it.
+        clock: monotonic seconds, for the age of the token.
     """
 
     def __init__(
@@ -143,14 +143,14 @@ class Session:
         self._renew_at = float("-inf")
 
     def ask(self, path: str) -> bytes | None:
-        """What stands under ``path``; None for 404, which is how these services say "nothing".
+        """Return the value of ``path``, or None for 404, which is how these services say "nothing".
 
         Raises:
-            SpotError: no answer in time, or another status.
+            SpotError: no response in time, or another status.
         """
         answer = self._get(path)
         if answer.status == 401:
-            # The token can die before its time: the clock stood still in hibernation, or the service was restarted.
+            # The token can expire early: the clock stood still in hibernation, or the service was restarted.
             self._renew_at = float("-inf")
             answer = self._get(path)
         return None if answer.status == 404 else self._expect_ok(answer, path).body
@@ -161,7 +161,7 @@ class Session:
         return self._service.request("GET", f"/latest/meta-data/{path}", headers)
 
     def token(self) -> str:
-        """The token of the session, a new one when the old one is about to end. Raises SpotError."""
+        """Return the session token, renewed if it is about to expire. Raises SpotError."""
         if self._clock() >= self._renew_at:
             asked_at = self._clock()
             answer = self._service.request("PUT", TOKEN_PATH, {f"{self._header}-ttl-seconds": str(_TOKEN_TTL_S)})
@@ -170,7 +170,7 @@ class Session:
             else:
                 given = self._expect_ok(answer, TOKEN_PATH).body.strip()
                 if not re.fullmatch(rb"[!-~]+", given):
-                    raise SpotError(f"{self._service.where} gave something that is no session token")
+                    raise SpotError(f"{self._service.where} answered with something that is not a session token")
                 self._token = given.decode("ascii")
             self._renew_at = asked_at + _TOKEN_TTL_S - _RENEW_EARLY_S
         return self._token
@@ -180,7 +180,7 @@ class Session:
 
 
 class Announcement:
-    """The end of the machine as a source has heard it: one unbroken announcement is one notice.
+    """The announced end of the machine: while a source keeps announcing it, it is one notice.
 
     Args:
         source: name of the source.
@@ -191,15 +191,14 @@ class Announcement:
         self._key = ""
         self._held: PreemptionNotice | None = None
 
-    def heard(self, key: str, id: str, deadline: datetime | None) -> PreemptionNotice:
-        """It is announced now.
+    def announced(self, key: str, id: str, deadline: datetime | None) -> PreemptionNotice:
+        """Return the notice for an end that is announced now.
 
         Args:
-            key: tells one announcement from another.
-            id: of the notice, if this begins one.
-            deadline: as stated now. AWS's own emulator moves it two minutes ahead of every poll, and following it would
-                make it one that never comes; clouds themselves do not postpone. Of several the earliest is the one that it
-                is safe to be ready for.
+            key: distinguishes one announcement from another.
+            id: id of the notice, if this begins a new one.
+            deadline: as stated now. The earliest one counts: AWS's own emulator moves it two minutes ahead at every poll,
+                and following it would mean a deadline that never comes; real clouds do not postpone.
         """
         if self._held is None or key != self._key:
             self._key = key
@@ -208,8 +207,8 @@ class Announcement:
             self._held = replace(self._held, deadline=deadline)
         return self._held
 
-    def silent(self) -> PreemptionNotice | None:
-        """It is not announced now: CANCELLED, once, if it was before."""
+    def withdrawn(self) -> PreemptionNotice | None:
+        """Return CANCELLED, once, for an end that is no longer announced; None if there was none."""
         if self._held is None:
             return None
         gone, self._held = self._held, None
@@ -217,7 +216,7 @@ class Announcement:
 
 
 def iso_time(text: object) -> datetime | None:
-    """An ISO time, or None for anything else: an interruption at an unknown time is still one."""
+    """Parse an ISO time. Return None for anything else: an interruption at an unknown time is still an interruption."""
     try:
         # Python 3.10 does not know the suffix Z.
         moment = datetime.fromisoformat(str(text).strip().replace("Z", "+00:00"))
@@ -227,18 +226,18 @@ def iso_time(text: object) -> datetime | None:
 
 
 def stamp(moment: datetime | None) -> str:
-    """A time as part of a notice's id."""
+    """Format a time as part of a notice's id."""
     return "at an unknown time" if moment is None else moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _connector(endpoint: str, variable: str, timeout_s: float) -> Callable[[], tuple[http.client.HTTPConnection, str]]:
-    """Makes a connection and the path that goes before every request's. http.client knows of no proxies."""
+    """Return a function that returns a new connection and the path prefix of every request. http.client uses no proxies."""
     try:
         url = urlsplit(endpoint)
         host, port = url.hostname, url.port
     except ValueError as error:
-        raise ConfigError(f"{endpoint!r} is no URL: {error}", hint=f"{variable}=http://host:port") from error
+        raise ConfigError(f"{endpoint!r} is not a URL: {error}", hint=f"{variable}=http://host:port") from error
     classes = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
     if url.scheme not in classes or not host:
-        raise ConfigError(f"{endpoint!r} is no http:// URL", hint=f"{variable}=http://host:port")
+        raise ConfigError(f"{endpoint!r} is not an http:// URL", hint=f"{variable}=http://host:port")
     return lambda: (classes[url.scheme](host, port, timeout=timeout_s), url.path)

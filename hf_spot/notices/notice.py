@@ -1,4 +1,4 @@
-"""What a preemption notice is, and what a source of notices must be."""
+"""Preemption notices, and the protocol of their sources."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Protocol, runtime_checkable
 class NoticeKind(str, Enum):
     """How serious a notice is.
 
-    ``TERMINATE``: the machine will be taken; save, commit, stop. ``ADVISORY``: it may be taken, as a rebalance recommendation
-    says; save and go on. ``CANCELLED``: an earlier notice no longer holds.
+    ``TERMINATE``: the machine will be taken away; save, commit, stop. ``ADVISORY``: it may be taken away, for example after a
+    rebalance recommendation; save and continue. ``CANCELLED``: an earlier notice no longer stands.
     """
 
     TERMINATE = "TERMINATE"
@@ -23,13 +23,13 @@ class NoticeKind(str, Enum):
 
 @dataclass(frozen=True)
 class PreemptionNotice:
-    """One thing that was heard.
+    """One preemption notice.
 
     Args:
         kind: how serious it is.
-        source: the name of the `NoticeSource` that heard it, such as ``imds`` or ``signal``.
-        id: the same for the same notice however often it is polled, so that repeats are recognised.
-        deadline: when the machine goes, timezone-aware; None when the source does not say.
+        source: the name of the `NoticeSource` that detected it, such as ``imds`` or ``signal``.
+        id: identifies the notice; it is the same at every poll, so that repeats are recognised.
+        deadline: when the machine is taken away, timezone-aware; None if the source does not say.
     """
 
     kind: NoticeKind
@@ -43,17 +43,17 @@ class PreemptionNotice:
             raise ValueError(f"deadline {self.deadline!r} has no timezone; use datetime.now(timezone.utc)")
 
     def seconds_left(self, now: datetime) -> float | None:
-        """Seconds from ``now`` to the deadline (negative once past), or None without a deadline."""
+        """Return the seconds from ``now`` to the deadline (negative once past), or None without a deadline."""
         return None if self.deadline is None else (self.deadline - now).total_seconds()
 
     def to_json(self) -> str:
-        """One line of JSON; `from_json` reads it back."""
+        """Return the notice as one line of JSON; `from_json` reads it back."""
         deadline = None if self.deadline is None else self.deadline.astimezone(timezone.utc).isoformat()
         return json.dumps({"kind": self.kind.value, "source": self.source, "id": self.id, "deadline": deadline})
 
     @classmethod
     def from_json(cls, text: str) -> PreemptionNotice:
-        """Raises ValueError when ``text`` is no notice."""
+        """Return the notice that `to_json` wrote. Raises ValueError if ``text`` is not a notice."""
         try:
             fields = json.loads(text)
             deadline = fields.get("deadline")
@@ -69,17 +69,17 @@ class PreemptionNotice:
 
 @runtime_checkable
 class NoticeSource(Protocol):
-    """Something that can be asked whether this machine is being taken away. These three members are the whole surface.
+    """A source of preemption notices for this machine. These three members are the whole interface.
 
-    ``name`` is what `--notice` calls it; ``interval_s`` is how many seconds the watcher waits between two polls.
+    ``name`` is its name for `--notice`; ``interval_s`` is the pause between two polls, in seconds.
     """
 
     name: str
     interval_s: float
 
     def poll(self) -> PreemptionNotice | None:
-        """The notice that holds now, or None. Called from one thread, again and again; may block for a few seconds.
+        """Return the notice that stands now, or None. Called repeatedly from one thread; may block for a few seconds.
 
-        Returning the same notice (same ``id``) again is expected. An exception is logged by the watcher and polling
-        goes on: a source that has a bad minute must not end the watch.
+        Returning the same notice (same ``id``) again is expected. The watcher logs an exception and continues polling: a
+        temporary failure must not end the watch.
         """

@@ -1,4 +1,4 @@
-"""A signal as a notice: what Kubernetes, Slurm, SageMaker and an impatient operator have in common."""
+"""Signals as notices: how Kubernetes, Slurm, SageMaker and people end a process."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 
 log = logging.getLogger("hf_spot")
 
-# The first two can't be caught. After the others the faulty instruction runs again, so a handler that returns hangs.
+# The first two can't be caught. After the others the faulting instruction runs again, so a handler that returns hangs.
 _UNUSABLE = {"SIGKILL", "SIGSTOP", "SIGSEGV", "SIGFPE", "SIGILL", "SIGBUS"}
 
-# A terminal sends SIGINT to every process, and a launcher such as torchrun passes its own on: the same Ctrl-C, heard twice.
+# A terminal sends SIGINT to every process, and a launcher such as torchrun forwards its own: one Ctrl-C arrives twice.
 _SAME_KEY_S = 1.0
 
 
 class SignalSource:
-    """Hears signals sent to this process, from `install` to `restore`.
+    """Receives signals sent to this process, from `install` to `restore`.
 
-    The first signal is the notice; further ones, of whatever name, repeat it and raise `count`. A handler that the
-    program had set up before is called as well.
+    The first signal is the notice; further ones, of any name, repeat it and increase `count`. A handler that the program
+    installed before is also called.
 
     Args:
-        signals: their names.
+        signals: names of the signals.
         grace_s: seconds from the signal to the kill, if known; the notice's deadline follows from it.
         now: the wall clock; called inside a signal handler.
 
     Raises:
-        ConfigError: a name is no signal that can be used, or ``grace_s`` is not positive.
+        ConfigError: a name is not a usable signal, or ``grace_s`` is not positive.
     """
 
     name = "signal"
@@ -50,30 +50,30 @@ class SignalSource:
     ) -> None:
         self._signals = [_signal(name) for name in signals]
         if not self._signals:
-            raise ConfigError("no signal is named for the source 'signal'", hint="--signals SIGTERM,SIGUSR1")
+            raise ConfigError("signals='' names no signal for the source 'signal'", hint="--signals SIGTERM,SIGUSR1")
         if grace_s is not None and not grace_s > 0:
-            raise ConfigError(f"grace_s={grace_s} must be positive", hint="leave it out when it is not known")
+            raise ConfigError(f"grace_s={grace_s} must be positive", hint="omit it if it is unknown")
         self.where = ",".join(one.name for one in self._signals)
         self._grace_s = grace_s
         self._now = now
         # Appending to a deque is atomic and takes no lock: a handler may interrupt anything, another handler included.
-        self._heard: deque[tuple[str, datetime]] = deque()
+        self._received: deque[tuple[str, datetime]] = deque()
         self._earlier: dict[int, object] = {}
         self._pid = 0
 
     @property
     def count(self) -> int:
-        """How many signals were heard since the start, or since `reset`."""
-        return len(self._heard)
+        """Return the number of signals received since the start, or since `reset`."""
+        return len(self._received)
 
     def count_of(self, name: str) -> int:
-        """How many of them were the signal ``name``."""
-        return sum(heard == name for heard, _ in self._heard.copy())
+        """Return how many of them were the signal ``name``."""
+        return sum(received == name for received, _ in self._received.copy())
 
     def install(self) -> None:
-        """Starts listening. Outside the main thread Python can't: then this logs a warning and does nothing else."""
+        """Install the handlers. Outside the main thread Python can't: then log a warning and do nothing else."""
         if threading.current_thread() is not threading.main_thread():
-            log.warning("signals (%s) are not heard: training does not run in the main thread", self.where)
+            log.warning("signals (%s) can't be received: training does not run in the main thread", self.where)
             return
         if self._pid:
             return
@@ -83,36 +83,36 @@ class SignalSource:
             signal.signal(one, self._handle)
 
     def restore(self) -> None:
-        """Stops listening and puts the earlier handlers back, unless someone has put another above ours since."""
+        """Restore the earlier handlers, unless another one has been installed over ours since."""
         if not self._pid or threading.current_thread() is not threading.main_thread():
             return
         self._pid = 0
         for one in self._signals:
             earlier = self._earlier[one]
             if signal.getsignal(one) == self._handle:
-                # None stands for a handler set up outside Python, which Python can't bring back.
+                # None stands for a handler installed outside Python, which Python can't restore.
                 signal.signal(one, signal.SIG_DFL if earlier is None else earlier)  # type: ignore[arg-type]
 
     def reset(self) -> None:
-        """Forgets what was heard: the next signal is a new notice."""
-        self._heard.clear()
+        """Forget the received signals: the next one is a new notice."""
+        self._received.clear()
 
     def poll(self) -> PreemptionNotice | None:
-        """TERMINATE once a signal was heard; dated by the first of them."""
+        """Return TERMINATE after a signal was received; the first one sets its time."""
         try:
-            name, heard_at = self._heard[0]
+            name, received_at = self._received[0]
         except IndexError:
             return None
-        deadline = None if self._grace_s is None else heard_at + timedelta(seconds=self._grace_s)
-        return PreemptionNotice(NoticeKind.TERMINATE, self.name, f"{name} {heard_at.isoformat()}", deadline)
+        deadline = None if self._grace_s is None else received_at + timedelta(seconds=self._grace_s)
+        return PreemptionNotice(NoticeKind.TERMINATE, self.name, f"{name} {received_at.isoformat()}", deadline)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            # A forked child inherits the handler but has no watcher: swallowed there, a SIGTERM would make
-            # multiprocessing's Pool.terminate() wait for ever. The same path serves a handler that outlived `restore`.
+            # A forked child inherits the handler but has no watcher: if it swallowed a SIGTERM, multiprocessing's
+            # Pool.terminate() would wait forever. The same path serves a handler that outlived `restore`.
             self._as_before(number, frame)
             return
-        self._heard.append((signal.Signals(number).name, self._now()))
+        self._received.append((signal.Signals(number).name, self._now()))
         earlier = self._earlier[number]
         if callable(earlier) and earlier is not signal.default_int_handler:
             earlier(number, frame)
@@ -127,11 +127,11 @@ class SignalSource:
 
 
 class KeyboardSource:
-    """Hears Ctrl-C, or a notebook's "interrupt", from `install` to `restore`: the first is a notice, and the next interrupts
-    at once, as ever.
+    """Receives Ctrl-C, or a notebook's stop button, from `install` to `restore`: the first press is a notice, the next one
+    interrupts at once, as usual.
 
-    A program that has a handler of its own for SIGINT, or ignores it, keeps it. So does one that trains outside the main
-    thread, where Python can set none.
+    A program that has its own handler for SIGINT, or ignores it, keeps that. So does one that trains outside the main
+    thread, where Python can't install handlers.
 
     Args:
         now: the wall clock; called inside a signal handler.
@@ -142,39 +142,39 @@ class KeyboardSource:
 
     def __init__(self, *, now: Callable[[], datetime] = lambda: datetime.now(timezone.utc)) -> None:
         self._now = now
-        self._heard_at: datetime | None = None
+        self._first_at: datetime | None = None
         self._pid = 0
 
     def install(self) -> None:
-        """Starts listening."""
+        """Install the handler."""
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._pid = os.getpid()
             signal.signal(signal.SIGINT, self._handle)
 
     def restore(self) -> None:
-        """Stops listening."""
+        """Restore the default handler."""
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread and signal.getsignal(signal.SIGINT) == self._handle:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def poll(self) -> PreemptionNotice | None:
-        """TERMINATE once it was heard. There is no deadline: a person waits."""
-        if self._heard_at is None:
+        """Return TERMINATE after the first press. There is no deadline: a person is waiting."""
+        if self._first_at is None:
             return None
-        return PreemptionNotice(NoticeKind.TERMINATE, self.name, f"SIGINT {self._heard_at.isoformat()}")
+        return PreemptionNotice(NoticeKind.TERMINATE, self.name, f"SIGINT {self._first_at.isoformat()}")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = self._now()
-        if os.getpid() != self._pid or (self._heard_at is not None and (now - self._heard_at).total_seconds() > _SAME_KEY_S):
+        if os.getpid() != self._pid or (self._first_at is not None and (now - self._first_at).total_seconds() > _SAME_KEY_S):
             signal.default_int_handler(number, frame)
-        self._heard_at = self._heard_at or now
+        self._first_at = self._first_at or now
 
 
 def _signal(name: str) -> signal.Signals:
     usable = {one.name: one for one in signal.Signals if one.name not in _UNUSABLE}
     wanted = name.strip().upper()
     if wanted not in usable:
-        why = "can't be caught or survived" if wanted in _UNUSABLE else "is no signal of this system"
+        why = "can't be caught or survived" if wanted in _UNUSABLE else "is not a signal of this system"
         raise ConfigError(f"signals: {name!r} {why}", hint=f"one or more of {', '.join(sorted(usable))}")
     return usable[wanted]

@@ -1,4 +1,4 @@
-"""The time limit of a Slurm job, which Slurm states in the environment of the job: a deadline that needs no signal."""
+"""The time limit of a Slurm job as a notice: Slurm states it in the environment of the job, so no signal is needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ END_VARIABLE = "SLURM_JOB_END_TIME"
 
 
 def ends_at(environ: Mapping[str, str]) -> datetime | None:
-    """When this job ends at the latest; None outside Slurm, and where Slurm does not say (before 22.05)."""
+    """Return the time at which this job ends at the latest; None outside Slurm, and before Slurm 22.05."""
     text = environ.get(END_VARIABLE, "").strip()
     try:
         return datetime.fromtimestamp(int(text), timezone.utc) if text.isdecimal() and int(text) else None
@@ -22,12 +22,12 @@ def ends_at(environ: Mapping[str, str]) -> datetime | None:
 
 
 class SlurmSource:
-    """Announces the end of the job some time ahead. Preemption by Slurm comes as a signal, and is not heard here.
+    """Announces the end of the job in advance. Preemption by Slurm is a signal, which `SignalSource` receives.
 
     Args:
-        end: of the job.
-        ahead_s: how many seconds before the end the notice comes; at most half of what is left when this is made, so that a
-            short job does not end before it begins.
+        end: end of the job.
+        ahead_s: seconds before the end at which the notice comes; at most half of the time left at construction, so that a
+            short job does not stop before it begins.
         interval_s: seconds between polls.
         now: the wall clock.
     """
@@ -50,25 +50,25 @@ class SlurmSource:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], ahead_s: float | None = None) -> SlurmSource:
-        """The time limit that Slurm states.
+        """Return the source for the time limit that Slurm states.
 
         Args:
             environ: the environment.
-            ahead_s: as for the constructor, if another is wanted.
+            ahead_s: as for the constructor; None for its default.
 
         Raises:
-            ConfigError: Slurm states none.
+            ConfigError: Slurm states no time limit.
         """
         end = ends_at(environ)
         if end is None:
             raise ConfigError(
-                f"{END_VARIABLE}={environ.get(END_VARIABLE, '')!r}: this is no Slurm job that knows its time limit",
+                f"{END_VARIABLE}={environ.get(END_VARIABLE, '')!r}: not a Slurm job with a known time limit",
                 hint="#SBATCH --signal=USR1@120 and --notice signal --grace-s 120",
             )
         return cls(end) if ahead_s is None else cls(end, ahead_s=ahead_s)
 
     def poll(self) -> PreemptionNotice | None:
-        """TERMINATE when the end is near."""
+        """Return TERMINATE when the end is near."""
         if self._now() < self._from:
             return None
         return PreemptionNotice(NoticeKind.TERMINATE, self.name, self.where, self._end)

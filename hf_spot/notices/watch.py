@@ -1,4 +1,4 @@
-"""What `hf-spot watch` shows: which sources listen, what they answer now, and every notice as it comes."""
+"""The output of `hf-spot watch`: the active sources, what they answer now, and every notice as it arrives."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def watch(
     duration_s: float | None = None,
     now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
 ) -> bool:
-    """Asks every source once and prints its answer, then prints notices until Ctrl-C or for ``duration_s``.
+    """Poll every source once and print its answer, then print notices until Ctrl-C or for ``duration_s``.
 
     Args:
-        sources: what to listen to.
+        sources: the sources to poll.
         out: where to print; lines are flushed one by one.
-        as_json: one JSON object a line, told apart by its ``event``: ``source`` or ``notice``.
-        duration_s: seconds to listen after the first answers; 0 for these only, None for no end.
+        as_json: print one JSON object per line, whose ``event`` is ``source`` or ``notice``.
+        duration_s: seconds to listen after the first answers; 0 for the answers only, None for no limit.
         now: the wall clock.
 
     Returns:
-        True when every source could be asked.
+        True if every source could be polled.
     """
     sources = list(sources)
     all_answered = True
@@ -53,7 +53,7 @@ def watch(
             f"{source.name:<8}{where:<32}  {answer}",
         )
     if not sources:
-        say({"event": "source", "name": None, "where": None, "notice": None, "error": None}, "nothing listens here")
+        say({"event": "source", "name": None, "where": None, "notice": None, "error": None}, "no source of notices is active")
 
     def on_notice(notice: PreemptionNotice) -> None:
         heard_at = now()

@@ -1,4 +1,4 @@
-"""Watcher: polls sources of notices and tells one listener what changed. Threads here only move things."""
+"""Watcher: polls sources of notices and passes changes to one listener. Threads only pass things on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Protocol, runtime_checkable
 from hf_spot.notices.notice import NoticeKind, NoticeSource, PreemptionNotice
 
 _REPEAT_TROUBLE_AFTER = timedelta(minutes=1)
-_NEWS_S = 1.0  # a deadline that comes closer by less than this is the same deadline
+_SAME_DEADLINE_S = 1.0  # a deadline that moves closer by less than this is the same deadline
 _STOP_S = 0.2
 
 
 @runtime_checkable
 class Hooked(Protocol):
-    """A source that must be hooked into the process before it hears anything, from the main thread."""
+    """A source that must be installed in the process, from the main thread, before it can detect anything."""
 
     def install(self) -> None:
         """Called by `Watcher.start`."""
@@ -31,72 +31,72 @@ class Hooked(Protocol):
 
 @runtime_checkable
 class Acknowledging(Protocol):
-    """A source whose platform can be told that nothing keeps it waiting any more."""
+    """A source whose platform can be told that the machine may go now."""
 
     def acknowledge(self) -> bool:
-        """Says so about the end that was announced last; whether there was anybody to tell. Called from any thread."""
+        """Acknowledge the end that was announced last. Return False if there is none. Called from any thread."""
 
 
 class Belief:
-    """What the sources say together, and what of it the listener has not been told. Pure: no clock, no threads.
+    """The combined state of all sources, and what the listener does not know yet. Pure: no clock, no threads.
 
-    The rules: a TERMINATE stands until the source that said it cancels it. Of several, the one with the earliest
-    deadline counts, and any deadline counts more than none. While one stands, an ADVISORY is not worth telling.
-    A cancellation is told when nothing else stands. Hearing the same again changes nothing.
+    The rules: a TERMINATE stands until its source cancels it. Of several, the one with the earliest deadline counts, and
+    any deadline counts more than none. While one stands, an ADVISORY is not delivered. A cancellation is delivered when
+    no TERMINATE stands. Receiving the same notice again changes nothing.
     """
 
     def __init__(self) -> None:
         self._standing: dict[int, PreemptionNotice] = {}
-        self._told: tuple[int, PreemptionNotice] | None = None
-        self._told_advisories: set[tuple[int, str]] = set()
+        self._delivered: tuple[int, PreemptionNotice] | None = None
+        self._delivered_advisories: set[tuple[int, str]] = set()
         self._cancelled: PreemptionNotice | None = None
 
-    def hear(self, source: int, notice: PreemptionNotice) -> None:
-        """Takes in what the source with this number said."""
+    def receive(self, source: int, notice: PreemptionNotice) -> None:
+        """Add what the source with this number announced."""
         held = self._standing.get(source)
         if notice.kind is NoticeKind.CANCELLED:
-            # The same words after this are a new announcement.
-            self._told_advisories = {one for one in self._told_advisories if one[0] != source}
+            # After a cancellation the same notice is a new announcement.
+            self._delivered_advisories = {one for one in self._delivered_advisories if one[0] != source}
             if held is None:
                 return
             del self._standing[source]
-            if self._told is not None and self._told[0] == source:
-                self._told = None
+            if self._delivered is not None and self._delivered[0] == source:
+                self._delivered = None
             if not self._terminations():
                 self._cancelled = notice
         elif notice.kind is NoticeKind.TERMINATE or held is None or held.kind is NoticeKind.ADVISORY:
             self._standing[source] = notice
 
-    def news(self) -> tuple[int, PreemptionNotice] | None:
-        """The next thing to tell the listener, with the number of its source; None when it knows everything."""
+    def undelivered(self) -> tuple[int, PreemptionNotice] | None:
+        """Return the next notice for the listener, with the number of its source; None if it knows everything."""
         terminations = self._terminations()
         if terminations:
             source, notice = min(terminations.items(), key=lambda item: _deadline_s(item[1]))
-            if self._told is None or _is_news(source, notice, *self._told):
+            if self._delivered is None or _is_new(source, notice, *self._delivered):
                 return source, notice
             return None
         if self._cancelled is not None:
             return -1, self._cancelled
         for source, notice in self._standing.items():
-            if (source, notice.id) not in self._told_advisories:
+            if (source, notice.id) not in self._delivered_advisories:
                 return source, notice
         return None
 
-    def told(self, source: int, notice: PreemptionNotice) -> None:
-        """The listener has been told what `news` returned."""
+    def delivered(self, source: int, notice: PreemptionNotice) -> None:
+        """Record that the listener has received what `undelivered` returned."""
         if notice.kind is NoticeKind.ADVISORY:
-            self._told_advisories.add((source, notice.id))
+            self._delivered_advisories.add((source, notice.id))
             return
         self._cancelled = None
-        self._told = (source, notice) if notice.kind is NoticeKind.TERMINATE else None
+        self._delivered = (source, notice) if notice.kind is NoticeKind.TERMINATE else None
 
     def _terminations(self) -> dict[int, PreemptionNotice]:
         return {source: one for source, one in self._standing.items() if one.kind is NoticeKind.TERMINATE}
 
 
-def _is_news(source: int, notice: PreemptionNotice, told_source: int, told: PreemptionNotice) -> bool:
-    anew = source == told_source and notice.id != told.id
-    return anew or _deadline_s(notice) < _deadline_s(told) - _NEWS_S
+def _is_new(source: int, notice: PreemptionNotice, known_source: int, known: PreemptionNotice) -> bool:
+    announced_anew = source == known_source and notice.id != known.id
+    return announced_anew or _deadline_s(notice) < _deadline_s(known) - _SAME_DEADLINE_S
 
 
 def _deadline_s(notice: PreemptionNotice) -> float:
@@ -104,18 +104,18 @@ def _deadline_s(notice: PreemptionNotice) -> float:
 
 
 class Watcher:
-    """Polls every source in a thread of its own and calls ``on_notice`` with what is new, one call at a time.
+    """Polls every source in its own thread and calls ``on_notice`` with what is new, one call at a time.
 
-    A source that fails, and a listener that fails, are logged and tried again at the next poll: the first time, and
-    then at most once a minute for the same trouble.
+    A failure of a source or of the listener is retried at the next poll. It is logged the first time, and then at most
+    once a minute for the same failure.
 
-    Usable as a context manager; `start` must be called in the main thread if signals are to be heard.
+    Usable as a context manager; call `start` in the main thread if a source receives signals.
 
     Args:
         sources: what to poll.
         on_notice: the listener; called from the polling threads.
         now: the wall clock, timezone-aware.
-        log: where trouble is told.
+        log: logger for failures.
     """
 
     def __init__(
@@ -137,13 +137,13 @@ class Watcher:
         self._troubles: dict[tuple[str, str], datetime] = {}
 
     def start(self) -> None:
-        """Starts listening; every source is polled at once. May be called once.
+        """Start polling; every source is polled at once. May be called only once.
 
         Raises:
-            RuntimeError: it was started before.
+            RuntimeError: it has been started before.
         """
         if self._threads or self._stopped.is_set():
-            raise RuntimeError("a Watcher starts once; make a new one")
+            raise RuntimeError("a Watcher can be started only once; create a new one")
         for source in self.sources:
             if isinstance(source, Hooked):
                 source.install()
@@ -154,7 +154,7 @@ class Watcher:
             thread.start()
 
     def stop(self) -> None:
-        """Stops listening, without waiting for a poll that takes long; no call of the listener begins afterwards."""
+        """Stop polling, without waiting for a slow poll; no call of the listener begins afterwards."""
         self._stopped.set()
         give_up_at = time.monotonic() + _STOP_S
         for thread in self._threads:
@@ -165,12 +165,12 @@ class Watcher:
                 source.restore()
 
     def poll_once(self) -> None:
-        """Polls every source once, here and now: what the threads do, without threads."""
+        """Poll every source once, in the calling thread."""
         for number, source in enumerate(self.sources):
             self._poll(number, source)
 
     def acknowledge(self) -> None:
-        """Tells the platforms that the machine may go: everything that was to be committed is. Trouble is logged."""
+        """Tell the platforms that the machine may go, after the last commit. Failures are logged."""
         for source in self.sources:
             if isinstance(source, Acknowledging):
                 try:
@@ -199,22 +199,22 @@ class Watcher:
             trouble = error
         with self._lock:
             if trouble is not None:
-                self._complain(f"the source of notices {source.name!r} failed and will be asked again", trouble)
+                self._log_trouble(f"the source of notices {source.name!r} failed; it is polled again", trouble)
             if notice is not None:
-                self._belief.hear(number, notice)
+                self._belief.receive(number, notice)
             with contextlib.suppress(_ListenerFailed):
-                while (news := self._belief.news()) and not self._stopped.is_set():
-                    self._tell(news[1])
-                    self._belief.told(*news)
+                while (new := self._belief.undelivered()) and not self._stopped.is_set():
+                    self._deliver(new[1])
+                    self._belief.delivered(*new)
 
-    def _tell(self, notice: PreemptionNotice) -> None:
+    def _deliver(self, notice: PreemptionNotice) -> None:
         try:
             self._on_notice(notice)
         except Exception as error:
-            self._complain(f"a notice ({notice.kind.value} from {notice.source}) could not be passed on", error)
+            self._log_trouble(f"a notice ({notice.kind.value} from {notice.source}) could not be passed on", error)
             raise _ListenerFailed from error
 
-    def _complain(self, what: str, error: Exception) -> None:
+    def _log_trouble(self, what: str, error: Exception) -> None:
         now = self._now()
         self._troubles = {one: at for one, at in self._troubles.items() if abs(now - at) < _REPEAT_TROUBLE_AFTER}
         trouble = (what, f"{type(error).__name__}: {error}")
@@ -224,4 +224,4 @@ class Watcher:
 
 
 class _ListenerFailed(Exception):
-    """Ends one round of telling; the next poll tries again."""
+    """Ends one round of delivery; the next poll tries again."""

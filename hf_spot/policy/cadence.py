@@ -1,29 +1,28 @@
 """When to save next. Pure.
 
-A save makes training stand still for ``δ`` seconds, and an interruption without a usable notice (none was heard, or it came
-too late for a save and its upload) loses what was trained since the newest commit. One with a usable notice saves first, and
-loses next to nothing. With a mean time ``M`` between interruptions, a share ``q`` of them without a usable notice, saves
+A save pauses training for ``δ`` seconds. An interruption without a usable notice (none was detected, or it came too late
+for a save and its upload) loses what was trained since the newest commit. One with a usable notice saves first, and loses
+almost nothing. With a mean time ``M`` between interruptions, a share ``q`` of them without a usable notice, saves
 after every ``τ`` seconds of training, ``u`` seconds from a save to its commit, ``e`` seconds spent on a usable notice and
-``R`` seconds to start again, the share of time that is wasted is, as long as ``τ`` is short beside ``M``,
+``R`` seconds to start again, the wasted share of time is, for ``τ`` short compared with ``M``,
 
     w(τ) = δ/τ + [q·(τ/2 + u) + (1-q)·e + R] / M
 
-``u``, ``e`` and ``R`` do not depend on ``τ``: they are paid whatever the cadence. The derivative is zero where
+``u``, ``e`` and ``R`` do not depend on ``τ``: they cost the same at every cadence. The derivative is zero where
 ``δ/τ² = q/(2M)``, so
 
     τ* = √(2·δ·M/q)
 
-With ``q = 1`` this is Young's interval [1]. Interruptions without a usable notice come as if there were no others, with mean
-time ``M/q`` between them (a Poisson process, thinned), so Daly's correction [2] holds with ``M/q`` in the place of his ``M``:
+With ``q = 1`` this is Young's interval [1]. Interruptions without a usable notice are independent of the others, with mean
+time ``M/q`` between them (a thinned Poisson process), so Daly's correction [2] holds with ``M/q`` in place of Daly's ``M``:
 
     τ* = √(2·δ·M/q) · [1 + ⅓·√(δq/2M) + ⅑·(δq/2M)] - δ   where δ < 2M/q,   and M/q elsewhere
 
-An announced interruption within the interval is a save for nothing, which makes the true optimum a little longer. Where ``τ*``
-comes near to ``M`` it is missed most, and that costs a few hundredths of the waste: see `tests/policy/test_cadence.py`, which
-simulates it.
+An announced interruption shortly after a save makes that save useless, so the true optimum is a little longer. The error is
+largest where ``τ*`` is close to ``M``, and costs a few hundredths of the waste: `tests/policy/test_cadence.py` simulates it.
 
-``M`` and ``q`` are nobody's to publish. They start as settings and are learnt from what happened to the run (`learn`). The
-waste is linear in the rate ``1/M`` and in ``q``, so the means of the two are all that has to be known of them.
+No cloud publishes ``M`` and ``q``. They start as settings and are learnt from the history of the run (`learn`). The waste
+is linear in the rate ``1/M`` and in ``q``, so only the means of the two are needed.
 
 [1] J. W. Young, A first order approximation to the optimum checkpoint interval, 1974: https://doi.org/10.1145/361147.361115
 [2] J. T. Daly, A higher order estimate of the optimum checkpoint interval for restart dumps, 2006, equation 37:
@@ -35,18 +34,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-ASSUMED_STALL_S = 10.0  # until the first save has told: 1 to 2 s for each 10^9 bytes, where they are written by Trainer itself
-_PRIOR_INTERRUPTIONS = 1.0  # the settings count as much as the first interruption that is seen…
-_PRIOR_ANSWERS = 2.0  # …and as the first two that tell whether a notice was usable
+ASSUMED_STALL_S = 10.0  # until the first save is measured: 1 to 2 s per 10^9 bytes if Trainer itself writes them
+_PRIOR_INTERRUPTIONS = 1.0  # the settings weigh as much as the first observed interruption…
+_PRIOR_ANSWERS = 2.0  # …and as the first two that show whether a notice was usable
 
 
 @dataclass(frozen=True)
 class SaveCost:
-    """What a save of this training costs; None where nothing was measured yet.
+    """The measured cost of a save of this training; None where nothing has been measured yet.
 
     Args:
-        stall_s: how long training stands still.
-        commit_s: from the begin of a save to its commit.
+        stall_s: seconds for which training pauses.
+        commit_s: seconds from the start of a save to its commit.
     """
 
     stall_s: float | None = None
@@ -55,11 +54,11 @@ class SaveCost:
 
 @dataclass(frozen=True)
 class Interruptions:
-    """What is expected of the machines.
+    """The expected interruptions of the machines.
 
     Args:
-        mean_time_s: between two interruptions; positive.
-        unannounced_share: of them, those without a usable notice; from 0 to 1.
+        mean_time_s: mean seconds between two interruptions; positive.
+        unannounced_share: share of interruptions without a usable notice; from 0 to 1.
     """
 
     mean_time_s: float
@@ -68,12 +67,12 @@ class Interruptions:
 
 @dataclass(frozen=True)
 class History:
-    """What happened to a run.
+    """The past interruptions of a run.
 
     Args:
-        uptime_s: seconds that its machines have lived together.
-        announced: interruptions before which everything was committed.
-        unannounced: those that lost something.
+        uptime_s: total lifetime of its machines in seconds.
+        announced: number of interruptions before which everything was committed.
+        unannounced: number of interruptions that lost something.
     """
 
     uptime_s: float = 0.0
@@ -82,16 +81,16 @@ class History:
 
 
 def learn(prior: Interruptions, history: History) -> Interruptions:
-    """What to expect, after what happened.
+    """Return the interruptions to expect, given the run's history.
 
     The rate of interruptions has a gamma prior (shape 1, mean that of ``prior``), whose conjugate is the number of events of
     a Poisson process in a time; the unannounced share has a beta prior (weight 2, mean that of ``prior``), whose conjugate
-    are successes and failures. The means of both after the fact are the result:
+    are successes and failures. The result is the posterior mean of both:
     https://en.wikipedia.org/wiki/Conjugate_prior
 
     Args:
-        prior: from the settings.
-        history: of this run.
+        prior: expectation from the settings.
+        history: history of this run.
     """
     seen = history.announced + history.unannounced
     rate = (_PRIOR_INTERRUPTIONS + seen) / (_PRIOR_INTERRUPTIONS * prior.mean_time_s + history.uptime_s)
@@ -100,11 +99,11 @@ def learn(prior: Interruptions, history: History) -> Interruptions:
 
 
 def best_interval_s(stall_s: float, expected: Interruptions) -> float:
-    """Seconds of training between two saves for which the least time is wasted: τ* of this module's docstring.
+    """Return the seconds of training between two saves that waste the least time: τ* in the module's docstring.
 
     Args:
-        stall_s: how long a save makes training stand still; with 0 the answer is 0, because saves are then free.
-        expected: of the machines; when every notice is usable the answer is infinite.
+        stall_s: seconds for which a save pauses training; 0 gives 0, because saves are then free.
+        expected: expected interruptions; if every notice is usable, the result is infinite.
     """
     if expected.unannounced_share == 0:
         return math.inf
@@ -116,16 +115,17 @@ def best_interval_s(stall_s: float, expected: Interruptions) -> float:
 
 
 def next_save_s(cost: SaveCost, expected: Interruptions, max_interval_s: float, scheduled_s: float | None = None) -> float:
-    """Seconds after the end of a save at which the next is due; infinite when the one that is scheduled comes soon enough.
+    """Return the seconds from the end of a save to the next one; infinite if the scheduled save comes soon enough.
 
-    Never sooner than the commit of the save before, so that uploads don't queue; else never later than ``max_interval_s``.
-    Between two scheduled saves the added ones stand evenly: right before a scheduled one another would be wasted.
+    Never sooner than the commit of the previous save, so that uploads don't queue; otherwise never later than
+    ``max_interval_s``. Added saves are spread evenly between two scheduled ones: one right before a scheduled save would be
+    wasted.
 
     Args:
-        cost: of a save.
-        expected: of the machines.
-        max_interval_s: that may pass without a save.
-        scheduled_s: seconds after the save at which training will save anyway; None when that is not known.
+        cost: cost of a save.
+        expected: expected interruptions.
+        max_interval_s: maximum seconds without a save.
+        scheduled_s: seconds from the save to the next scheduled one; None if unknown.
     """
     stall_s = ASSUMED_STALL_S if cost.stall_s is None else cost.stall_s
     shortest_s = 0.0 if cost.commit_s is None else cost.commit_s

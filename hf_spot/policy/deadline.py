@@ -1,14 +1,14 @@
-"""When a training that must be finished in time pays the full price. Pure.
+"""When a training with a deadline switches to on-demand machines. Pure.
 
 The rule is Uniform Progress of Wu et al., "Can't Be Late: Optimizing Spot Instance Savings under Deadlines", NSDI 2024
 (https://www.usenix.org/conference/nsdi24/presentation/wu-zhanghao), section 5. With ``W`` seconds of work in all, ``c(t)`` of
 them done, a deadline ``D`` seconds after the start, and ``d`` seconds to change machines, uniform progress is
 ``e(t) = t·W/D``, and
 
-1. while nothing runs and ``c(t) < e(t)``, an on-demand machine makes up for it;
-2. a spot machine is taken whenever there is one, even then, and kept until it is taken away;
-3. an on-demand machine is kept until ``c(t) ≥ e(t + 2d)``, because a change costs;
-4. when the time that is left is no more than the work that is left and ``2d``, an on-demand machine finishes it.
+1. while nothing runs and ``c(t) < e(t)``, an on-demand machine catches up;
+2. a spot machine is used whenever one is available, even then, and kept until it is taken away;
+3. an on-demand machine is kept until ``c(t) ≥ e(t + 2d)``, because a change costs time;
+4. when the remaining time is no more than the remaining work and ``2d``, an on-demand machine finishes it.
 
 The rule needs no forecast of spot capacity, and meets every deadline that leaves room for its safety net.
 """
@@ -30,14 +30,14 @@ class Market(str, Enum):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is. All in seconds; work is counted in seconds of an uninterrupted training, saves included.
+    """The progress of a training. All in seconds; work is counted in seconds of an uninterrupted training, saves included.
 
     Args:
-        work_s: in all.
-        done_s: of it, safe.
-        elapsed_s: since the start.
-        deadline_s: after the start.
-        change_s: from the loss of a machine to where the training was, on the next one: start, and steps done again.
+        work_s: total work.
+        done_s: committed work.
+        elapsed_s: time since the start.
+        deadline_s: deadline, counted from the start.
+        change_s: time from the loss of a machine until the next one has caught up: start, and repeated steps.
     """
 
     work_s: float
@@ -48,17 +48,17 @@ class Progress:
 
     @property
     def slack_s(self) -> float:
-        """What is left beside the work that is left; the safety net needs twice ``change_s``."""
+        """Return the remaining time minus the remaining work; the safety net needs twice ``change_s``."""
         return self.deadline_s - self.elapsed_s - (self.work_s - self.done_s)
 
 
 def choose(progress: Progress, on: Market, *, spot: bool) -> Market:
-    """Where to go on.
+    """Return the market on which to continue.
 
     Args:
-        progress: of the training.
-        on: where it runs now.
-        spot: whether a spot machine is there, or can be had.
+        progress: progress of the training.
+        on: the market on which it runs now.
+        spot: whether a spot machine is running or available.
     """
     if on is Market.SPOT and spot:
         return Market.SPOT
@@ -72,11 +72,11 @@ def choose(progress: Progress, on: Market, *, spot: bool) -> Market:
 
 
 def holds_s(progress: Progress, on: Market) -> float:
-    """Seconds after which `choose` may say something else although nothing but time has passed.
+    """Return the seconds after which `choose` may decide differently although only time has passed.
 
     Args:
-        progress: of the training.
-        on: where it runs: nowhere, or on demand, where it makes a second of progress each second.
+        progress: progress of the training.
+        on: the market on which it runs; on-demand machines make one second of progress each second.
     """
     if on is Market.SPOT:
         return math.inf
@@ -88,5 +88,5 @@ def holds_s(progress: Progress, on: Market) -> float:
 
 
 def _lead_s(progress: Progress, ahead_s: float = 0.0) -> float:
-    """Work done beyond uniform progress, as it will be in ``ahead_s`` seconds."""
+    """Return the work done beyond uniform progress, ``ahead_s`` seconds from now."""
     return progress.done_s - (progress.elapsed_s + ahead_s) * progress.work_s / progress.deadline_s

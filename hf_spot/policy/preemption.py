@@ -1,4 +1,4 @@
-"""What to do with a notice, given its deadline and what was measured. Pure: no clock, no threads, no I/O."""
+"""How to act on a notice, given its deadline and the measured times. Pure: no clock, no threads, no I/O."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import Enum
 from hf_spot.notices.notice import NoticeKind
 from hf_spot.timeouts import HASTE_S
 
-SAFETY = 1.5  # a fifth slower than usual, where what was measured was a fifth faster: see tests/policy/deadlines.py
+SAFETY = 1.5  # covers a save a fifth slower than usual, measured a fifth too fast: see tests/policy/deadlines.py
 
 
 class Action(str, Enum):
@@ -22,15 +22,15 @@ class Action(str, Enum):
 
 @dataclass(frozen=True)
 class Measured:
-    """What this run has measured; None where nothing was measured yet, or nothing is there.
+    """The measurements of this run; None where nothing has been measured yet, or nothing is pending.
 
     Args:
-        save_s: how long Trainer's save takes.
-        size_bytes: of a checkpoint.
+        save_s: seconds of a save by Trainer.
+        size_bytes: size of a checkpoint.
         bytes_per_s: throughput of uploads.
-        commit_s: what an upload needs besides, whatever its size.
-        in_flight_bytes: what the upload under way has still to send.
-        waiting_bytes: of the newest checkpoint that waits behind it.
+        commit_s: fixed seconds of an upload, whatever its size.
+        in_flight_bytes: bytes that the current upload still has to send.
+        waiting_bytes: size of the newest checkpoint that waits behind it.
     """
 
     save_s: float | None = None
@@ -41,36 +41,36 @@ class Measured:
     waiting_bytes: int | None = None
 
     def upload_s(self, size_bytes: int | None) -> float | None:
-        """Seconds from a save to its commit, for so many bytes; None where that is not known."""
+        """Return the seconds from a save to its commit for a size; None if unknown."""
         if size_bytes is None or not self.bytes_per_s:
             return None
         return self.commit_s + size_bytes / self.bytes_per_s
 
     @property
     def new_s(self) -> float | None:
-        """Seconds that a new save and its upload need; None before there was one of each."""
+        """Return the seconds that a new save and its upload need; None before the first of each."""
         upload_s = self.upload_s(self.size_bytes)
         return None if self.save_s is None or upload_s is None else self.save_s + upload_s
 
 
 @dataclass(frozen=True)
 class Decision:
-    """An action, and why it was chosen: one line for the journal."""
+    """An action and its reason, one line for the journal."""
 
     action: Action
     why: str
 
 
 def decide(kind: NoticeKind, seconds_left: float | None, measured: Measured) -> Decision:
-    """The action for a notice, at the end of a step.
+    """Return the action for a notice, at the end of a step.
 
-    A new save is worth the most. It is given up only where it can't be committed in time and would keep disk and processor
-    from an upload that can.
+    A new save preserves the most work. It is skipped only if it can't be committed in time and would slow down an upload
+    that can.
 
     Args:
-        kind: of the notice.
-        seconds_left: until the deadline; None when the notice names none.
-        measured: by this run.
+        kind: kind of the notice.
+        seconds_left: seconds until the deadline; None if the notice names none.
+        measured: measurements of this run.
     """
     if kind is NoticeKind.CANCELLED:
         return Decision(Action.GO_ON, "the notice was cancelled")
@@ -81,7 +81,7 @@ def decide(kind: NoticeKind, seconds_left: float | None, measured: Measured) -> 
     left, save_s = f"{seconds_left:.0f} s left", measured.save_s
     if save_s is None:
         return Decision(Action.SAVE_AND_STOP, f"{left}; no save was measured yet")
-    new_s = save_s if measured.new_s is None else measured.new_s  # the first upload has not told its throughput
+    new_s = save_s if measured.new_s is None else measured.new_s  # before the first upload its throughput is unknown
     needed = f"about {new_s:.0f} s needed for a new save"
     if SAFETY * new_s <= seconds_left:
         return Decision(Action.SAVE_AND_STOP, f"{left}, {needed}")
@@ -94,14 +94,14 @@ def decide(kind: NoticeKind, seconds_left: float | None, measured: Measured) -> 
 
 
 def gives_way(seconds_left: float | None, measured: Measured) -> bool:
-    """Whether the upload under way has to end, unfinished, for the newer checkpoint that waits behind it.
+    """Return whether the current upload should be aborted for the newer checkpoint that waits behind it.
 
-    It goes on where there should be time for both, and where only it can be committed. It gives way to a newer one that
-    fits alone; where neither fits, to a smaller one.
+    It continues if there should be time for both, or if only it can be committed. It is aborted for a newer checkpoint that
+    fits alone or, if neither fits, for a smaller one.
 
     Args:
-        seconds_left: until the deadline; None when the notice names none.
-        measured: by this run.
+        seconds_left: seconds until the deadline; None if the notice names none.
+        measured: measurements of this run.
     """
     in_flight_s, waiting_s = measured.upload_s(measured.in_flight_bytes), measured.upload_s(measured.waiting_bytes)
     if seconds_left is None or in_flight_s is None or waiting_s is None:
@@ -112,14 +112,14 @@ def gives_way(seconds_left: float | None, measured: Measured) -> bool:
 
 
 def leaves_step(seconds_left: float | None, rest_of_step_s: float, measured: Measured) -> bool:
-    """Whether to stop between two micro-batches: the gradients so far are given up, and the next launch computes them again.
+    """Return whether to stop between two micro-batches. The next launch then recomputes the gradients of this step.
 
-    A step that can be finished in time is finished, because it is work done.
+    A step that can be finished in time is finished, so that its work counts.
 
     Args:
-        seconds_left: until the deadline; None when the notice names none.
-        rest_of_step_s: what the step should still need.
-        measured: by this run; where a save and its upload are not known, half of the time left is kept for them.
+        seconds_left: seconds until the deadline; None if the notice names none.
+        rest_of_step_s: estimated seconds that the step still needs.
+        measured: measurements of this run; if a save and its upload are unknown, half of the time left is reserved for them.
     """
     if seconds_left is None:
         return rest_of_step_s > HASTE_S

@@ -1,7 +1,7 @@
-"""May a run go on with other batches than it began with? Pure.
+"""Whether a run may continue with different batches than it began with. Pure.
 
-What must not change is the number of samples in one optimizer step: with it would change, in silence, how many steps there
-are, the learning rate of each, and which samples it sees.
+The number of samples in one optimizer step must not change: otherwise the number of steps, the learning rate of each step
+and the samples that it sees would change silently.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from enum import Enum
 
 
 class Fit(str, Enum):
-    """How the batches of a launch fit those of the checkpoint that it resumes."""
+    """How the batches of a launch compare with those of the checkpoint that it resumes."""
 
     SAME = "same"
     REGROUPED = "regrouped"  # the same samples in each step, added up in another order
@@ -20,12 +20,12 @@ class Fit(str, Enum):
 
 @dataclass(frozen=True)
 class Batches:
-    """How an optimizer step is put together.
+    """The composition of an optimizer step.
 
     Args:
         per_device: samples in one micro-batch of one rank.
-        accumulation: micro-batches in a step.
-        world_size: ranks.
+        accumulation: micro-batches of a rank in one step.
+        world_size: number of ranks.
     """
 
     per_device: int
@@ -34,7 +34,7 @@ class Batches:
 
     @property
     def total(self) -> int:
-        """Samples in one optimizer step."""
+        """Return the number of samples in one optimizer step."""
         return self.per_device * self.accumulation * self.world_size
 
     def __str__(self) -> str:
@@ -42,17 +42,17 @@ class Batches:
 
 
 def fit(before: Batches, now: Batches) -> Fit:
-    """Compares."""
+    """Compare the batches of a checkpoint with those of this launch."""
     if before == now:
         return Fit.SAME
     return Fit.REGROUPED if before.total == now.total else Fit.OTHER
 
 
 def keep_total(before: Batches, now: Batches) -> Batches | None:
-    """The batches nearest to those of this launch that keep the samples of a step; None when no whole number does, or when
-    nothing but the accumulation differs, which can only be meant.
+    """Return the batches nearest to those of this launch that keep the samples of a step. Return None if no whole number
+    does, or if only the accumulation differs, which must be deliberate.
 
-    Micro-batches never grow: it is not known whether more would fit into memory.
+    Micro-batches never grow: more might not fit into memory.
     """
     if (before.per_device, before.world_size) == (now.per_device, now.world_size) or before.total % now.world_size:
         return None
@@ -62,7 +62,7 @@ def keep_total(before: Batches, now: Batches) -> Batches | None:
 
 
 def repair(before: Batches, now: Batches) -> str:
-    """Which setting would bring the total back, as it is written on a command line; empty when no whole number does."""
+    """Return the option that would restore the total, as written on a command line; empty if no whole number does."""
     micro_batch = now.per_device * now.world_size
     if before.total % micro_batch == 0:
         return f"--gradient_accumulation_steps {before.total // micro_batch}"

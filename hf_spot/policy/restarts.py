@@ -1,4 +1,4 @@
-"""What a launch came to, whether to start another, and when to stop waiting for one. Pure."""
+"""How a launch ended, whether to restart it, and how long to wait for it. Pure."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ class Verdict(str, Enum):
     PREEMPTED = "preempted"
     FENCED = "fenced"
     FAILED = "failed"
-    LOST = "lost"  # of another machine only: it went without a word
+    LOST = "lost"  # of another machine only: it stopped without reporting an end
 
 
 def judge(exit_code: int, ended: str | None, *, fenced: bool, noticed: bool, lost: bool = False) -> Verdict:
-    """How a launch ended.
+    """Return how a launch ended.
 
     The journal counts more than the exit code: torchrun turns every code into 1, and a script may catch `SystemExit`.
 
     Args:
-        exit_code: of the training process.
-        ended: what the launch's own workers wrote into the journal, if anything.
+        exit_code: exit code of the training process.
+        ended: the end that the launch's own workers wrote into the journal, if any.
         fenced: a newer launch owns the run.
-        noticed: a TERMINATE was heard.
-        lost: another machine of this launch went without a word.
+        noticed: a TERMINATE was detected.
+        lost: another machine of this launch stopped without reporting an end.
     """
     if fenced or exit_code == EXIT_FENCED:
         return Verdict.FENCED
@@ -40,11 +40,11 @@ def judge(exit_code: int, ended: str | None, *, fenced: bool, noticed: bool, los
 
 
 def outlives_s(other: Verdict, drain_timeout_s: float) -> float:
-    """How many seconds the training of this machine may run on when that of another machine has ended.
+    """Return the seconds that the training on this machine may continue after that of another machine has ended.
 
     Args:
         other: how it ended there.
-        drain_timeout_s: the patience for the last upload.
+        drain_timeout_s: maximum wait for the last upload.
     """
     if other is Verdict.LOST:
         return 0.0
@@ -52,30 +52,30 @@ def outlives_s(other: Verdict, drain_timeout_s: float) -> float:
 
 
 def may_restart(exit_code: int, fruitless: int, max_restarts: int) -> bool:
-    """Whether to start again after a failed launch.
+    """Return whether to restart after a failed launch.
 
     Args:
-        exit_code: of the launch; 2 is a wrong command line or setting, which the next launch would meet again.
-        fruitless: launches in a row, this one included, that committed nothing.
-        max_restarts: how many of them may be followed by another.
+        exit_code: exit code of the launch; 2 is a usage error, which would fail again.
+        fruitless: launches in a row, including this one, that committed nothing.
+        max_restarts: how many of them may be restarted.
     """
     return exit_code != EXIT_USAGE and max_restarts > 0 and fruitless <= max_restarts
 
 
 def pause_s(fruitless: int) -> float:
-    """Seconds before the next launch: twice as long after each fruitless one."""
+    """Return the seconds to wait before the next launch; they double after each fruitless one."""
     return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** max(0, fruitless - 1))
 
 
 def patience_s(seconds_left: float | None, *, training: bool, drain_timeout_s: float, trained_s: float = 0.0) -> float:
-    """How many seconds after a TERMINATE the training process may still run before it is killed.
+    """Return the seconds after a TERMINATE for which the training process may run before it is killed.
 
     Args:
-        seconds_left: until the deadline when the notice came; None when it names none.
-        training: ``trainer.train()`` is running: there is something to save.
-        drain_timeout_s: the patience for the last upload without a deadline.
-        trained_s: seconds after the TERMINATE until ``trainer.train()`` ended, with the save; what the script does when that is
-            done has its own grace.
+        seconds_left: seconds to the deadline when the notice arrived; None if it names none.
+        training: ``trainer.train()`` is running, so there is something to save.
+        drain_timeout_s: maximum wait for the last upload without a deadline.
+        trained_s: seconds from the TERMINATE until ``trainer.train()`` ended, including the save; the script gets a separate
+            grace period for what it does afterwards.
     """
     if seconds_left is None:
         return drain_timeout_s if training else trained_s + IDLE_GRACE_S

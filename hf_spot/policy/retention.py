@@ -1,4 +1,4 @@
-"""Which checkpoints stay in the run."""
+"""Which checkpoints a run keeps. Pure."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from typing import Protocol, TypeVar
 
 
 class Kept(Protocol):
-    """What retention needs to know of a checkpoint."""
+    """The properties of a checkpoint that matter for retention."""
 
     @property
     def stage(self) -> int:
-        """Which training of the script it belongs to."""
+        """Return the number of the script's training that it belongs to."""
 
     @property
     def best(self) -> bool:
-        """Trainer holds it for the best of its stage."""
+        """Return whether Trainer considers it the best of its training."""
 
 
 T = TypeVar("T", bound=Kept)
 
 
 def to_prune(checkpoints: Sequence[T], save_total_limit: int | None) -> list[T]:
-    """The checkpoints that may go, oldest first.
+    """Return the checkpoints to delete, oldest first.
 
-    The newest ``save_total_limit`` stay, as with Trainer's argument of that name, and so do the best of every stage and
-    the newest of every stage: without them a script that trains twice could not go on.
+    The newest ``save_total_limit`` are kept, as with Trainer's argument of that name, and so are the best and the newest of
+    every training: without them a script with several trainings could not resume.
 
     Args:
-        checkpoints: oldest commit first.
-        save_total_limit: None or 0 keeps everything.
+        checkpoints: all checkpoints, oldest commit first.
+        save_total_limit: number to keep; None or 0 keeps everything.
     """
     if not save_total_limit:
         return []

@@ -52,7 +52,7 @@ def test_a_dry_run_shows_every_rung_and_starts_nothing(aws: Aws, job: Path, caps
     assert "p4d.24xlarge in us-east-1a: $9.0000/h (EC2 DescribeSpotPriceHistory, " in said
     assert "placement score 7 of 10" in said
     assert "p4d.24xlarge in us-east-1a: $22.0000/h (AWS Price List GetProducts, 2025-06-01" in said
-    assert "$100.00 of $100.00 are left; nothing was started" in said
+    assert "$100.00 of $100.00 left; nothing was started" in said
     assert aws.instances("running", "pending") == [] and aws.orders == []
     assert not (job.parent / "run").exists()
 
@@ -75,7 +75,7 @@ def test_from_provision_to_terminate(aws: Aws, job: Path, capsys: pytest.Capture
     code, said = call(capsys, "status", store)
     assert code == 0 and machine["instance_id"] in said and "running" in said and "$9.0000/h" in said
     code, said = call(capsys, "terminate", store)
-    assert code == 0 and f"{machine['instance_id']} in us-east-1a is ended: $" in said
+    assert code == 0 and f"{machine['instance_id']} in us-east-1a terminated: $" in said
     assert aws.instances("running", "pending") == []
     assert call(capsys, "terminate", store) == (0, f"{store}: no machine is running\n")
     code, said = call(capsys, "status", store, "--json")
@@ -92,14 +92,14 @@ def test_no_capacity_ends_with_75_so_that_a_scheduler_can_try_later(
 
 def test_a_legacy_api_is_called_legacy(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = call(capsys, "provision", job, "--dry-run", "--api", "spot-fleet")
-    assert code == 0 and "AWS calls the API behind --api spot-fleet legacy" in said
+    assert code == 0 and "AWS calls the API of --api spot-fleet legacy" in said
 
 
 def test_a_bad_job_file_is_an_error_of_usage(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job.write_text(job.read_text() + "laddr: []\n")
     for command in (["provision", job], ["quotas", job]):
         code, said = call(capsys, *command)
-        assert code == 2 and "job.yaml:10: laddr: there is no such key" in said and "did you mean ladder?" in said
+        assert code == 2 and "job.yaml:10: laddr: unknown key" in said and "did you mean ladder?" in said
 
 
 def test_quotas_names_the_command_for_what_blocks(aws: Aws, job: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,8 +131,8 @@ def test_prices_are_sorted_and_say_where_and_when_they_are_from(
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
-        (["p4d.24xlarge", "--days", "91"], "EC2 remembers 90 days"),
-        (["p4d.24xlarge", "--days", "0"], "EC2 remembers 90 days"),
+        (["p4d.24xlarge", "--days", "91"], "EC2 keeps at most 90 days of prices"),
+        (["p4d.24xlarge", "--days", "0"], "EC2 keeps at most 90 days of prices"),
         (["p4d.24xlarge", "--region", "us-esat-1"], "did you mean us-east-1?"),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_code_is_explained_by_what_it_means_and_keeps_its_name() -> None:
 def test_a_run_that_a_machine_was_asked_for_is_still_read_by_report(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call(capsys, "provision", job)
     store = job.parent / "run"
-    assert "nobody has launched this run yet" in call(capsys, "report", store)[1]
+    assert "has not been launched yet" in call(capsys, "report", store)[1]
     run = Run(store)
     run.claim({})
     run.record("preempted", {"step": 0})

@@ -90,7 +90,7 @@ def test_any_region_is_every_one_of_the_account_and_the_preferred_one_comes_firs
     [
         ("laddr: []", 1, ["laddr", "did you mean ladder?"]),
         ("colour: red", 1, ["colour", "max_spend"]),
-        ("name: other", 1, ["name is there twice"]),
+        ("name: other", 1, ["name appears twice"]),
         ("ladder: []", 1, ["ladder: has no rung", "leave it out"]),
         ("ladder: spot", 1, ["ladder: is no list"]),
         ("ladder: {market: spot}", 1, ["ladder: is no list"]),
@@ -127,9 +127,9 @@ def test_any_region_is_every_one_of_the_account_and_the_preferred_one_comes_firs
         ("deadline: 2030-01-31", 1, ["deadline", "time zone"]),
         ("requirements: hf_spot", 1, ["requirements", "[hf_spot]"]),
         ("setup: [a, b]", 1, ["setup"]),
-        ("? [a]\n: b", 1, ["no key"]),
-        ("setup: [", 2, ["no YAML"]),
-        ("\ttabs: no", 1, ["no YAML"]),
+        ("? [a]\n: b", 1, ["not a text key"]),
+        ("setup: [", 2, ["not YAML"]),
+        ("\ttabs: no", 1, ["not YAML"]),
     ],
 )
 def test_what_is_wrong_is_said_with_its_line_its_key_and_a_repair(added: str, line: int, words: list[str]) -> None:

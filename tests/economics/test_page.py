@@ -126,4 +126,4 @@ def test_where_nothing_can_be_written_is_said(run: Run, option: str, capsys: pyt
 
 def test_a_run_that_nobody_launched_has_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "empty"), "--plot", str(tmp_path / "x.png")]) == 2
-    assert "nobody has launched this run yet" in capsys.readouterr().err
+    assert "has not been launched yet" in capsys.readouterr().err

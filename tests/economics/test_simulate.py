@@ -278,10 +278,10 @@ def test_the_command_over_traces(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
-        ([], "one of PLAN, --preset and --replay is wanted"),
+        ([], "give exactly one of PLAN, --preset and --replay"),
         (["plan.yaml", "--preset", "blog"], "one of PLAN"),
-        (["--preset", "bolg"], "--preset bolg: there are blog"),
-        (["--preset", "blog", "--seeds", "0"], "--seeds and --nodes must be at least 1"),
+        (["--preset", "bolg"], "--preset bolg: unknown; known presets: blog"),
+        (["--preset", "blog", "--seeds", "0"], "--seeds 0 --nodes 1: both must be at least 1"),
         (["/no/such/plan.yaml"], "/no/such/plan.yaml can't be read"),
         (["--preset", "blog", "--prices", "/no/such/file"], "/no/such/file can't be read"),
         (["--preset", "blog", "--trace", "/no/such/file"], "/no/such/file can't be read"),

@@ -133,7 +133,7 @@ def test_what_is_neither_true_nor_false_is_an_error(google: FakeGCP, body: str) 
 def test_a_server_that_is_not_googles_is_not_believed() -> None:
     with FakeAlibaba(hardened=False) as other:
         other.fail(200, body="TRUE")
-        with pytest.raises(SpotError, match="no metadata server of Google Cloud"):
+        with pytest.raises(SpotError, match="not a metadata server of Google Cloud"):
             GCPSource(other.address).poll()
 
 
@@ -199,7 +199,7 @@ def test_an_answer_that_is_no_name_is_asked_for_again_and_not_taken_for_this_mac
     source = AzureSource(azure.endpoint)
     azure.interrupt()
     azure.name, real = name, azure.name
-    with pytest.raises(SpotError, match="no name of a machine"):
+    with pytest.raises(SpotError, match="not a machine name"):
         source.poll()
     azure.name = real
     assert heard(source).kind is NoticeKind.TERMINATE

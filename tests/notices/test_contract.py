@@ -458,7 +458,7 @@ def test_the_threads_of_a_watcher_hear_it_through_trouble_and_log_that_once(
         service.fake.cancel()
         wait_for(lambda: len(told) > 1)
     assert [notice.kind for notice in told] == [NoticeKind.TERMINATE, NoticeKind.CANCELLED]
-    assert sum("will be asked again" in record.message for record in caplog.records) == 1
+    assert sum("it is polled again" in record.message for record in caplog.records) == 1
 
 
 def test_the_variables_of_the_fake_lead_the_automatic_choice_to_it(service: Service, tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def test_the_automatic_choice_takes_the_plugins_that_say_that_they_are_here(
 ) -> None:
     assert names(machine) == ["signal"]
     assert sorted(names(machine, environ={"DRAINS": "yes"})) == ["drain", "signal"]
-    assert "'broken' (drains.gone:Drain) is left out" in caplog.text
+    assert "skipping the source of notices 'broken' (drains.gone:Drain)" in caplog.text
 
 
 def test_a_plugin_can_not_take_the_name_of_a_source_of_hf_spot(machine: Path, plugin: Path) -> None:
@@ -285,7 +285,7 @@ def test_a_plugin_can_not_take_the_name_of_a_source_of_hf_spot(machine: Path, pl
     assert type(source).__name__ == "IMDSSource"
 
 
-@pytest.mark.parametrize(("notice", "why"), [("broken", "drains.gone"), ("half", "no hf_spot.NoticeSource")])
+@pytest.mark.parametrize(("notice", "why"), [("broken", "drains.gone"), ("half", "not a hf_spot.NoticeSource")])
 def test_a_plugin_that_is_named_and_can_not_be_used_is_an_error(machine: Path, plugin: Path, notice: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why) as caught:
         found(machine, notice)

@@ -186,7 +186,7 @@ def test_a_token_with_a_line_break_is_refused_and_not_kept(imds: FakeIMDS) -> No
 
         thread = threading.Thread(target=serve)
         thread.start()
-        with pytest.raises(SpotError, match="no session token"):
+        with pytest.raises(SpotError, match="not a session token"):
             source.poll()
         thread.join()
 

@@ -53,7 +53,7 @@ def test_json_is_one_object_a_line() -> None:
 
 
 def test_no_source_is_said_in_words() -> None:
-    assert once()[1] == ["nothing listens here"]
+    assert once()[1] == ["no source of notices is active"]
 
 
 def test_it_ends_by_itself_after_the_duration_and_tells_what_came(tmp_path: Path) -> None:

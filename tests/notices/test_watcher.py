@@ -171,17 +171,17 @@ def test_whatever_is_said_the_listener_believes_in_a_termination_exactly_while_o
 ) -> None:
     belief, standing, believed = Belief(), set(), None
     for source, one in script:
-        belief.hear(source, one)
+        belief.receive(source, one)
         for _ in range(10):
-            news = belief.news()
+            news = belief.undelivered()
             if news is None:
                 break
-            belief.told(*news)
+            belief.delivered(*news)
             if news[1].kind is NoticeKind.ADVISORY:
                 assert believed is None
             else:
                 believed = news[1] if news[1].kind is NoticeKind.TERMINATE else None
-        assert belief.news() is None, "telling must come to an end"
+        assert belief.undelivered() is None, "delivery must come to an end"
         if one.kind is NoticeKind.TERMINATE:
             standing.add(source)
         elif one.kind is NoticeKind.CANCELLED:
