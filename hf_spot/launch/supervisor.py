@@ -26,7 +26,6 @@ from hf_spot.errors import (
     ConfigError,
     SpotError,
     StoreError,
-    StoreUnavailable,
 )
 from hf_spot.launch.command import Command, Reading, likely_store
 from hf_spot.launch.peers import Host, Peers, Refused, join
@@ -159,14 +158,15 @@ class Supervisor:
 
     def supervise(self) -> int:
         """Until the end; the exit code of ``hf-spot launch``."""
-        fruitless = 0
+        fruitless = launches = 0
         with self._watcher, contextlib.closing(self._hook):
             while True:
                 before = self._run.journal.state.latest()
                 try:
                     verdict, code = self._launch_once()
-                except StoreUnavailable as error:
-                    if not fruitless:
+                    launches += 1
+                except StoreError as error:
+                    if not launches:
                         raise
                     log.error("%s", error)
                     verdict, code = Verdict.FAILED, error.exit_code + 1
@@ -345,8 +345,8 @@ class Supervisor:
             return None
         try:
             return asked.result()
-        except StoreError as error:
-            log.error("%s can't be read after the training: %s", self._run.url, error)
+        except Exception as error:  # the exit code is the training's, whatever the journal, its store or a login says
+            log.error("%s can't be read after the training: %s", self._run.url, _told(error))
             return None
 
     def _all_is_committed(self) -> bool:
@@ -359,8 +359,8 @@ class Supervisor:
             return False
         try:
             said = asked.result()
-        except SpotError as error:
-            log.warning("%s can't be read before the machine goes: %s", self._run.url, error)
+        except Exception as error:
+            log.warning("%s can't be read before the machine goes: %s", self._run.url, _told(error))
             return False
         return said.get("step") is not None and bool(said["committed_step"] >= said["step"])
 
@@ -417,6 +417,10 @@ class Supervisor:
         if runtime is not None:
             # The journal may be slow to answer, and neither the other sources nor the training shall wait for it.
             self._journal_writer.record("notice", json.loads(notice.to_json()), patience_s=0.0)
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, SpotError) else f"{type(error).__name__}: {error}"
 
 
 def _no_room(error: OSError) -> SpotError:

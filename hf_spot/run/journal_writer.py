@@ -69,8 +69,9 @@ class JournalWriter:
             self._run.record(kind, data)
         except SpotError as error:
             log.error("%r could not be written to the journal: %s", kind, error)
-        except Exception:
-            log.exception("%r could not be written to the journal", kind)
+        except Exception as error:  # of a library's: the training goes on
+            log.error("%r could not be written to the journal: %s: %s", kind, type(error).__name__, error)
+            log.debug("writing %r to the journal", kind, exc_info=True)
 
 
 def _in_words(kind: str, data: dict[str, Any]) -> str:

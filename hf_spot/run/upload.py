@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hf_spot.errors import Fenced, SpotError, StoreError
+from hf_spot.errors import ConfigError, Fenced, SpotError, StoreError
 from hf_spot.policy.preemption import Measured
 from hf_spot.run import transfer
 from hf_spot.run.checkpoint import CommitRequest
@@ -237,7 +237,7 @@ class Uploader:
                     self._fenced = failed
                     self._closing = True
                 overtaken = isinstance(failed, _Cancelled)
-                if failed is None or not (overtaken or isinstance(failed, (StoreError, OSError))):
+                if failed is None or not (overtaken or _may_pass(failed)):
                     self._discard(job)
                     retry_s = _FIRST_RETRY_S
                 elif self._waiting and not self._is_best(job):
@@ -297,13 +297,15 @@ class Uploader:
                     self._run.url,
                 )
                 return SpotError(f"{name} was deleted from this disk before it was uploaded")
-            if not isinstance(error, (StoreError, OSError)):
+            if not _may_pass(error):
                 log.error("%s can't be committed: %s", name, error)
                 return error
             log.error("%s is not in %s yet; training goes on and the upload is retried. %s", name, self._run.url, error)
             return error
-        except Exception as error:
-            log.exception("%s can't be committed", name)
+        except Exception as error:  # of a library's that no store has translated
+            told = f"{type(error).__name__}: {error}"
+            log.error("%s is not in %s yet; training goes on and the upload is retried. %s", name, self._run.url, told)
+            log.debug("the upload of %s", name, exc_info=True)
             return error
         self._bytes_per_s, self._commit_s = job.size_bytes / upload_s, took_s - upload_s
         if entry is not None:
@@ -325,16 +327,16 @@ class Uploader:
             gone = self._run.prune(self._save_total_limit)
             if gone:
                 log.info("pruned from the run: %s", ", ".join(f"checkpoint-{ref.step}" for ref in gone))
-        except (StoreError, Fenced) as error:
-            log.warning("old checkpoints stay for now: %s", error)
+        except Exception as error:  # the commit stands, whatever follows it
+            log.warning("old checkpoints stay for now: %s", error or type(error).__name__)
 
     def _tidy(self) -> None:
         try:
             count = self._run.collect_garbage()
             if count:
                 log.info("deleted %d files that earlier launches left without a commit", count)
-        except SpotError as error:
-            log.warning("files of earlier launches were not tidied up: %s", error)
+        except Exception as error:  # the next launch tidies up, too
+            log.warning("files of earlier launches were not tidied up: %s", error or type(error).__name__)
 
     def _moved(self, count: int) -> None:
         with self._changed:
@@ -354,6 +356,12 @@ class Uploader:
 
     def _discard(self, job: _Job) -> None:
         shutil.rmtree(job.folder, ignore_errors=True)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same upload may succeed later. A checkpoint that lacks files, or has changed, stays so; a store, a setting of
+    it, a source of credentials or a disk may be put right."""
+    return isinstance(error, (StoreError, ConfigError)) or not isinstance(error, SpotError)
 
 
 def _size_bytes(folder: Path) -> int:

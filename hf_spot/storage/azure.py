@@ -26,6 +26,7 @@ from azure.identity import DefaultAzureCredential
 from azure.storage.blob import BlobBlock, BlobServiceClient, ContainerClient
 
 from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, ObjectNotFound, SpotError, StoreError, StoreUnavailable
+from hf_spot.storage.credential_source import GuardedSource, SourceFailed, credential_source
 from hf_spot.storage.keys import check_key, check_prefix
 from hf_spot.storage.parts import Job, write_at
 from hf_spot.storage.store import ObjectInfo, Progress
@@ -212,8 +213,9 @@ class AzureStore:
 
     @property
     def _container(self) -> Any:
-        container: ContainerClient = self._connection.service.get_container_client(self._name)
-        return container
+        with self._explained("reach", ""):
+            container: ContainerClient = self._connection.service.get_container_client(self._name)
+            return container
 
     @property
     def _connection(self) -> _Connection:
@@ -230,6 +232,10 @@ class AzureStore:
     def _explained(self, doing: str, key: str) -> Iterator[None]:
         try:
             yield
+        except SourceFailed as failed:
+            self._connections.pop(os.getpid(), None)  # somebody may log in while a training goes on
+            where = f"az://{self._name}/{self._base}{key}"
+            raise StoreUnavailable(f"can't {doing} {where}: {failed}", hint=failed.hint or _LOG_IN) from failed
         except azure.AzureError as error:
             raise self._explain(doing, key, error) from error
 
@@ -279,8 +285,14 @@ class _Connection:
                 raise ConfigError(f"AZURE_STORAGE_ACCOUNT={account!r} is no account's name", hint=_ACCOUNT_HINT)
             secret = environ.get("AZURE_STORAGE_KEY") or environ.get("AZURE_STORAGE_SAS_TOKEN")
             self.service = BlobServiceClient(
-                f"https://{account}.blob.core.windows.net", credential=secret or DefaultAzureCredential(), **settings
+                f"https://{account}.blob.core.windows.net", credential=secret or _found_credential(), **settings
             )
         else:
             raise ConfigError("which storage account? AZURE_STORAGE_ACCOUNT is not set", hint=_ACCOUNT_HINT)
         self.workers = Workers(_CONNECTIONS, "hf_spot-part")
+
+
+def _found_credential() -> Any:
+    """What Azure's own search finds. Raises SourceFailed, as what is returned does."""
+    with credential_source():
+        return GuardedSource(DefaultAzureCredential(), passed_on=(azure.AzureError,))

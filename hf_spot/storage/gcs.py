@@ -26,6 +26,7 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 from urllib3.exceptions import HTTPError
 
 from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, ObjectNotFound, SpotError, StoreError, StoreUnavailable
+from hf_spot.storage.credential_source import GuardedSource, SourceFailed, credential_source, passed_on
 from hf_spot.storage.keys import TEMPORARY_FOLDER, check_key, check_prefix
 from hf_spot.storage.parts import BLOCK_IN_BYTES, Job, Piece, Stopped, write_at
 from hf_spot.storage.store import ObjectInfo, Progress
@@ -258,6 +259,9 @@ class GoogleStore:
         what = f"can't {doing} {where}: {getattr(error, 'message', '') or error}"
         if isinstance(error, google.RetryError) and error.cause is not None:
             error = error.cause
+        if isinstance(error, SourceFailed):
+            self._connections.pop(os.getpid(), None)
+            return StoreUnavailable(what, hint=error.hint or _LOG_IN)
         if isinstance(error, login.TransportError):
             return StoreUnavailable(what)
         if isinstance(error, login.GoogleAuthError):
@@ -281,7 +285,15 @@ class GoogleStore:
         return StoreUnavailable(what)
 
 
-_TROUBLE = (google.GoogleAPIError, login.GoogleAuthError, requests.RequestException, HTTPError, DataCorruption, InvalidResponse)
+_TROUBLE = (
+    google.GoogleAPIError,
+    login.GoogleAuthError,
+    SourceFailed,
+    requests.RequestException,
+    HTTPError,
+    DataCorruption,
+    InvalidResponse,
+)
 
 
 class _Told:
@@ -315,8 +327,14 @@ class _Connection:
     """What one process holds open: a client, and the threads that move parts of files."""
 
     def __init__(self) -> None:
-        self.client = storage.Client(project=None, client_info=ClientInfo(user_agent="hf_spot"))
+        try:
+            with credential_source():
+                self.client = storage.Client(project=None, client_info=ClientInfo(user_agent="hf_spot"))
+        except SourceFailed as failed:
+            passed_on(failed, login.GoogleAuthError)
+            raise
         self.session = self.client._http  # its credentials, refreshed; no other way to them is public
+        self.session.credentials = GuardedSource(self.session.credentials, passed_on=(login.GoogleAuthError,))
         adapter = requests.adapters.HTTPAdapter(pool_connections=4, pool_maxsize=2 * _CONNECTIONS)
         self.session.mount("https://", adapter)
         self.session.mount("http://", adapter)

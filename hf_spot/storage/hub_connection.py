@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, ObjectNotFound, SpotError, StoreError, StoreUnavailable
+from hf_spot.storage.credential_source import SourceFailed, credential_source, passed_on
 
 try:
     import hf_xet
@@ -109,7 +110,8 @@ class Hub:
         Raises:
             SpotError: the Hub said no, or nothing.
         """
-        headers = {**self.headers(), **request.pop("headers", {})}
+        with self.explained(doing, key):
+            headers = {**self.headers(), **request.pop("headers", {})}
         for wait_s in (*_WAITS_S, None):
             with self.explained(doing, key):
                 try:
@@ -149,8 +151,13 @@ class Hub:
 
     def headers(self) -> dict[str, str]:
         """Of every request; the token is looked up each time, because somebody may log in while a training goes on."""
-        headers: dict[str, str] = build_hf_headers(library_name="hf_spot")
-        return headers
+        try:
+            with credential_source():  # the token may stand in a file
+                headers: dict[str, str] = build_hf_headers(library_name="hf_spot")
+                return headers
+        except SourceFailed as failed:
+            passed_on(failed, LocalTokenNotFoundError)
+            raise
 
     def about(self, paths: Iterable[str], *, doing: str) -> dict[str, HubFile]:
         """What is known of those of ``paths`` that are files."""
@@ -244,6 +251,8 @@ class Hub:
             return ConfigError(f"{what}: huggingface_hub is in offline mode", hint="unset HF_HUB_OFFLINE")
         if isinstance(error, LocalTokenNotFoundError):
             return AccessDenied(f"{what}: nobody is logged in", hint=log_in)
+        if isinstance(error, SourceFailed):
+            return StoreUnavailable(f"{what}: {error}", hint=error.hint or log_in)
         if not isinstance(error, HfHubHTTPError):
             return StoreUnavailable(
                 f"{what}: {error or type(error).__name__}", hint=f"does this machine have a way to {self.endpoint}?"
@@ -301,7 +310,7 @@ def _network_trouble() -> tuple[type[Exception], ...]:
 
 
 def _all_trouble() -> tuple[type[Exception], ...]:
-    return (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, *_network_trouble())
+    return (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, SourceFailed, *_network_trouble())
 
 
 def _wished_wait_s(answer: Any) -> float:

@@ -37,6 +37,7 @@ from hf_spot.errors import (
     StoreNotFencing,
     StoreUnavailable,
 )
+from hf_spot.storage.credential_source import SourceFailed
 from hf_spot.storage.keys import check_key, check_prefix
 from hf_spot.storage.s3_connection import Connection, reads_small
 from hf_spot.storage.s3_settings import KMS_KEY_VARIABLE, OWNER_VARIABLE, encryption, owner, parse
@@ -274,6 +275,8 @@ class S3Store:
     def _explained(self, doing: str, key: str) -> Iterator[None]:
         try:
             yield
+        except SourceFailed as failed:
+            raise self._explain_source(doing, key, failed) from failed
         except (aws.ClientError, aws.BotoCoreError, HTTPError, RecursionError) as error:
             if _is_recursion(error):
                 # botocore asks where a redirecting bucket is, is redirected, asks where that is, and so on.
@@ -282,6 +285,16 @@ class S3Store:
                     hint=f"has AWS_ENDPOINT_URL to begin with https://? Otherwise {explain('301', bucket=self._bucket).hint}",
                 ) from error
             raise self._explain(doing, key, error) from error
+
+    def _explain_source(self, doing: str, key: str, failed: SourceFailed) -> SpotError:
+        """What kept a request from being signed. A source that fails may work later; one that nobody has logged in to, too."""
+        self._ask_for_credentials_again()
+        cause = failed.__cause__
+        meaning = explain(code_of(cause)) if isinstance(cause, aws.BotoCoreError) else None
+        missing = meaning is not None and meaning.kind is Kind.CREDENTIALS
+        told = f"can't {doing} s3://{self._bucket}/{self._base}{key}: {meaning.means if meaning and missing else ''}"
+        hint = failed.hint or (meaning.hint if meaning else "") or "aws sts get-caller-identity"
+        return (AccessDenied if missing else StoreUnavailable)(f"{told}: {failed}".replace(": : ", ": "), hint=hint)
 
     def _explain(self, doing: str, key: str, error: Exception) -> SpotError:
         """What the server said no to, or what kept it from answering."""

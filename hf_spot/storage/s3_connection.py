@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
 import threading
 from contextvars import ContextVar
 from typing import Any
@@ -12,9 +14,11 @@ from urllib.parse import urlsplit
 import boto3
 import botocore.session
 from botocore.config import Config
+from botocore.exceptions import UnknownCredentialError
 from botocore.utils import determine_content_length
 
 from hf_spot.errors import ConfigError
+from hf_spot.storage.credential_source import SourceFailed, credential_source, passed_on
 from hf_spot.storage.s3_parts import Transfers
 
 # For all transfers of one store together. One connection to S3 carries less than 100 MB/s, and large machines have wide links.
@@ -82,16 +86,38 @@ class _Credentials:
 
     def __init__(self, session: Any) -> None:
         self._first: Any = session.get_component("credential_provider")
+        if not _has_terminal():
+            self._ask_nobody()
         self._held: Any = None
         self._lock = threading.Lock()
 
     def load_credentials(self) -> _Credentials | None:
         """Called by botocore, which signs each request with what ``get_frozen_credentials`` gives then."""
-        self._held = self._first.load_credentials()
+        with credential_source():
+            self._held = self._first.load_credentials()
         return None if self._held is None else self
 
+    def _ask_nobody(self) -> None:
+        """Raise at once where botocore would ask for a code (MFA) and wait for an answer that nobody can type."""
+
+        def refuse(prompt: str) -> str:
+            raise EOFError(prompt.rstrip(": "))
+
+        with contextlib.suppress(UnknownCredentialError):
+            self._first.get_provider("assume-role")._prompter = refuse
+
+    def get_frozen_credentials(self) -> Any:
+        """Called by botocore for each signature: may ask a service, or run a program. Raises SourceFailed."""
+        with credential_source():
+            return self._held.get_frozen_credentials()
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._held, name)
+        try:
+            with credential_source():
+                return getattr(self._held, name)
+        except SourceFailed as failed:
+            passed_on(failed, AttributeError)  # botocore asks what there is
+            raise
 
     def note_signer(self, request: Any, **kwargs: Any) -> None:
         """Called by botocore when it has signed a request."""
@@ -107,11 +133,24 @@ class _Credentials:
     def _has_others(self, refused: str) -> bool:
         with self._lock:
             if self._held.get_frozen_credentials().access_key == refused:  # else another thread has asked already
-                found = botocore.session.get_session().get_credentials()
-                if found is None or found.get_frozen_credentials().access_key == refused:
+                try:
+                    with credential_source():
+                        found = botocore.session.get_session().get_credentials()
+                        fresh = None if found is None else found.get_frozen_credentials().access_key
+                except SourceFailed:  # the refusal says more
+                    return False
+                if fresh in (None, refused):
                     return False
                 self._held = found
             return True
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+        return True
+    except OSError:
+        return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _limit_silence(request: Any, operation_name: str, **kwargs: Any) -> None:

@@ -161,7 +161,7 @@ class Transfers:
                 self._client.complete_multipart_upload(UploadId=upload_id, MultipartUpload={"Parts": parts}, **target)
         except BaseException:
             # What can't be aborted now is aborted by the next launch.
-            with contextlib.suppress(aws.ClientError, aws.BotoCoreError):
+            with contextlib.suppress(Exception):  # the first trouble is the one to be told
                 self._client.abort_multipart_upload(UploadId=upload_id, **target)
             raise
 
