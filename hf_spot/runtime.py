@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import struct
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,6 +20,7 @@ from hf_spot.notices.notice import PreemptionNotice
 
 _STEP = struct.Struct("<q")
 _RESERVE_BYTES = 64 << 10
+_LOOK_S = 0.02
 STORE_VARIABLE = "HF_SPOT_STORE"
 _LAUNCH_VARIABLE = "HF_SPOT_LAUNCH"
 _DIRECTORY_VARIABLE = "HF_SPOT_RUNTIME_DIR"
@@ -35,7 +37,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @dataclass(frozen=True)
-class Restore:
+class Prefetched:
     """What the launcher has fetched before anybody asked.
 
     Args:
@@ -125,7 +127,7 @@ class Runtime:
         return self.directory / "reserve"
 
     @property
-    def _restore_path(self) -> Path:
+    def _prefetched_path(self) -> Path:
         return self.directory / "restore.json"
 
     @property
@@ -157,25 +159,36 @@ class Runtime:
         except (FileNotFoundError, ValueError):
             return None
 
-    def expect_restore(self) -> None:
-        """A checkpoint is about to be fetched: whoever wants one waits for `tell_restore`."""
-        self._restore_path.touch()
+    def expect_prefetch(self) -> None:
+        """A checkpoint is about to be fetched: whoever wants one waits for `tell_prefetched`."""
+        self._prefetched_path.touch()
 
-    def tell_restore(self, restore: Restore) -> None:
+    def tell_prefetched(self, restore: Prefetched) -> None:
         """The download has ended, with a folder or without."""
         folder = None if restore.folder is None else str(restore.folder)
-        write_atomically(self._restore_path, json.dumps([restore.entry, folder, restore.ranks]))
+        write_atomically(self._prefetched_path, json.dumps([restore.entry, folder, restore.ranks]))
 
-    def read_restore(self) -> Restore | None:
+    def read_prefetched(self) -> Prefetched | None:
         """What is being fetched or has been; None when nothing is."""
         try:
-            text = self._restore_path.read_text()
+            text = self._prefetched_path.read_text()
         except FileNotFoundError:
             return None
         if not text:
-            return Restore()
+            return Prefetched()
         entry, folder, ranks = json.loads(text)
-        return Restore(entry, None if folder is None else Path(folder), None if ranks is None else tuple(ranks))
+        return Prefetched(entry, None if folder is None else Path(folder), None if ranks is None else tuple(ranks))
+
+    def wait_for_prefetched(self, look: Callable[[], None]) -> Prefetched | None:
+        """Return what the launcher has fetched, once it has; None when it fetches nothing.
+
+        Args:
+            look: called again and again meanwhile; what it raises ends the wait.
+        """
+        while (prefetched := self.read_prefetched()) is not None and prefetched.entry is None:
+            look()
+            time.sleep(_LOOK_S)
+        return prefetched
 
     def write_notice(self, notice: PreemptionNotice) -> None:
         """Replaces what was heard before."""

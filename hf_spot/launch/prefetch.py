@@ -21,7 +21,7 @@ from hf_spot.launch.command import Machines
 from hf_spot.run.journal import CheckpointRef
 from hf_spot.run.progress import Bar
 from hf_spot.run.run import Run
-from hf_spot.runtime import Restore, Runtime
+from hf_spot.runtime import Prefetched, Runtime
 from hf_spot.storage.threads import Workers
 
 _OF_ONE_MACHINE = ("apfs", "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs")
@@ -80,11 +80,11 @@ class Prefetch:
             needed: asked again and again; False ends the download.
         """
         self._needed = needed
-        runtime.expect_restore()
+        runtime.expect_prefetch()
 
-        def tell(fetched: Future[Restore]) -> None:
+        def tell(fetched: Future[Prefetched]) -> None:
             with contextlib.suppress(OSError):  # the folder has gone with its launch
-                runtime.tell_restore(fetched.result())
+                runtime.tell_prefetched(fetched.result())
 
         self._fetched.add_done_callback(tell)
 
@@ -95,28 +95,28 @@ class Prefetch:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _fetch(self) -> Restore:
+    def _fetch(self) -> Prefetched:
         try:
             self.run, self._ref = self._find()
-            return Restore(0) if self._ref is None else self._try(self.run, self._ref)
+            return Prefetched(0) if self._ref is None else self._try(self.run, self._ref)
         except _NotNeeded:
             log.log(logging.DEBUG if self._ended else logging.INFO, "the download of the newest checkpoint was given up")
         except (SpotError, OSError) as error:
             log.debug("the newest checkpoint is left to the training process: %s", error)
         except Exception:
             log.exception("the newest checkpoint is left to the training process")
-        return Restore(self._ref.entry if self._ref else 0)
+        return Prefetched(self._ref.entry if self._ref else 0)
 
-    def _try(self, run: Run, ref: CheckpointRef) -> Restore:
+    def _try(self, run: Run, ref: CheckpointRef) -> Prefetched:
         checkpoint = run.checkpoint(ref)
         output_dir = checkpoint.details.get("output_dir")
         if not isinstance(output_dir, str) or (Path(output_dir) / checkpoint.name).exists():
-            return Restore(ref.entry)
+            return Prefetched(ref.entry)
         # Not into output_dir itself: scripts look whether it is empty, and what is in it.
         beside = next(folder for folder in Path(output_dir).absolute().parents if folder.is_dir())
         machines, shared = self._machines or Machines(), _may_be_shared(beside)
         if shared and (machines.rank or self._machines is None):
-            return Restore(ref.entry)
+            return Prefetched(ref.entry)
         ranks = None if shared else _ranks(machines, checkpoint.details.get("world_size", 1))
         name = hashlib.sha256(f"{run.url} {machines.rank}".encode()).hexdigest()[:12]
         self._folder = beside / f".hf_spot-restore-{name}"
@@ -128,7 +128,7 @@ class Prefetch:
                     raise _NotNeeded("nobody needs it any more")
                 bar(count)
 
-            return Restore(ref.entry, run.fetch(checkpoint, self._folder, ranks=ranks, progress=moved), ranks)
+            return Prefetched(ref.entry, run.fetch(checkpoint, self._folder, ranks=ranks, progress=moved), ranks)
 
 
 def _ranks(machines: Machines, world_size: int) -> tuple[int, ...] | None:

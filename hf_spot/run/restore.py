@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 from hf_spot.errors import CorruptCheckpoint, IncompleteCheckpoint, ObjectNotFound
 from hf_spot.run.checkpoint import Checkpoint
 from hf_spot.run.journal import CheckpointRef
 from hf_spot.run.run import Run
-from hf_spot.runtime import Runtime
+from hf_spot.runtime import Prefetched
 from hf_spot.storage.store import Progress
 
 log = logging.getLogger("hf_spot")
@@ -22,63 +22,92 @@ log = logging.getLogger("hf_spot")
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _MARKER = ".hf_spot/run"
 
+Restored = tuple[Checkpoint, Path]  # and the folder on this machine
+
 
 def restore_newest(
-    refs: Sequence[CheckpointRef], bring_one: Callable[[CheckpointRef], tuple[Checkpoint, Path]], url: str
-) -> tuple[Checkpoint, Path] | None:
-    """The newest of these checkpoints that is whole, as a local folder; None when there are none.
+    run: Run,
+    refs: Sequence[CheckpointRef],
+    output_dir: Path,
+    *,
+    everywhere: Callable[[Callable[[], Restored]], Restored] = lambda restore: restore(),
+    prefetched: Prefetched | None = None,
+    ranks: Collection[int] | None = None,
+    world_size: int = 1,
+    progress: Callable[[int], Progress | None] = lambda size_bytes: None,
+) -> Restored | None:
+    """Restore the newest of these commits that is whole; None when there are none.
 
-    A commit whose files are damaged or gone is reported, and the one before it is taken.
+    A commit whose files are damaged or missing is reported, and the one before it is restored.
 
     Args:
+        run: to read from.
         refs: oldest commit first.
-        bring_one: brings one to this machine (see `bring`), or to all that train together.
-        url: of the run, for what is said.
+        output_dir: the Trainer's.
+        everywhere: runs the restore of one commit on each disk of the training; what it raises on one disk it raises on all.
+        prefetched: as `restore_checkpoint` has it, and so are the others.
 
     Raises:
-        CorruptCheckpoint: there are commits, and none of them is whole. Starting afresh in silence would lose the run.
+        CorruptCheckpoint: there are commits, and none of them is whole. Starting afresh without a word would lose the run.
         StoreError: the store could not be asked.
     """
     for ref in reversed(refs):
+        restore = partial(
+            restore_checkpoint,
+            run,
+            ref,
+            output_dir,
+            prefetched=prefetched,
+            ranks=ranks,
+            world_size=world_size,
+            progress=progress,
+        )
         try:
-            return bring_one(ref)
+            return everywhere(restore)
         except (CorruptCheckpoint, IncompleteCheckpoint, ObjectNotFound) as error:
             log.error("checkpoint-%d of launch %d can't be restored, trying the one before: %s", ref.step, ref.launch, error)
     if refs:
         raise CorruptCheckpoint(
-            f"none of the {len(refs)} checkpoints of {url} is whole",
-            hint=f"hf-spot checkpoints verify {url}; to start afresh: trainer.train(resume_from_checkpoint=False)",
+            f"none of the {len(refs)} checkpoints of {run.url} is whole",
+            hint=f"hf-spot checkpoints verify {run.url}; to start afresh: trainer.train(resume_from_checkpoint=False)",
         )
     return None
 
 
-def bring(
+def restore_checkpoint(
     run: Run,
     ref: CheckpointRef,
     output_dir: Path,
     *,
+    prefetched: Prefetched | None = None,
     ranks: Collection[int] | None = None,
     world_size: int = 1,
     progress: Callable[[int], Progress | None] = lambda size_bytes: None,
-    take: Callable[[Collection[int] | None], bool] = lambda ranks: False,
-) -> tuple[Checkpoint, Path]:
-    """One commit as the folder ``output_dir/checkpoint-<step>``: taken from whoever has fetched and verified it already; or the
-    one that is there if it is the same to the byte; else downloaded and verified.
+) -> Restored:
+    """Restore one commit as the folder ``output_dir/checkpoint-<step>``.
+
+    What has been prefetched and verified already is moved there; a folder that is there stays if it is the same to the byte;
+    otherwise the commit is downloaded and verified.
 
     Args:
         run: to read from.
         ref: the commit.
         output_dir: the Trainer's.
+        prefetched: what the launcher has fetched, this commit or another.
         ranks: that read this disk, when not all do: only what they need is fetched.
         world_size: ranks in all. If there were others when it was saved, everything is fetched.
         progress: makes a progress callback for a download of so many bytes.
-        take: puts a folder that holds what these ranks need into its place, and tells whether it had one.
+
+    Raises:
+        CorruptCheckpoint: its files are not what was committed.
+        StoreError: the store could not be asked.
     """
     checkpoint = run.checkpoint(ref)
     folder = output_dir / checkpoint.name
     if checkpoint.details.get("world_size") != world_size:
         ranks = None
-    if not take(ranks) and folder.exists() and (problems := run.compare(checkpoint, folder, ranks=ranks)):
+    adopted = prefetched is not None and adopt_prefetched(prefetched, ref.entry, output_dir, ranks=ranks)
+    if not adopted and folder.exists() and (problems := run.compare(checkpoint, folder, ranks=ranks)):
         set_aside(folder, problems[0])
     if not folder.exists():
         return checkpoint, run.fetch(checkpoint, output_dir, ranks=ranks, progress=progress(ref.size_bytes))
@@ -86,29 +115,25 @@ def bring(
     return checkpoint, folder
 
 
-def take(runtime: Runtime, entry: int, into: Path, wait: Callable[[], None], *, ranks: Collection[int] | None = None) -> bool:
-    """Moves what the launcher has fetched, and verified as it came, to its place in ``into``, if it is that entry's, and all
-    that is wanted. Whether it did.
+def adopt_prefetched(prefetched: Prefetched, entry: int, into: Path, *, ranks: Collection[int] | None = None) -> bool:
+    """Move a prefetched checkpoint, verified as it was downloaded, to its place; tell whether it could be.
 
     Args:
-        runtime: of the launch.
-        entry: number of the commit that is wanted.
+        prefetched: what the launcher has fetched.
+        entry: number of the commit to restore.
         into: folder that gets ``checkpoint-<step>``.
-        wait: called between looks while the download is under way; what it raises ends the wait.
-        ranks: whose files are wanted; None for those of all.
+        ranks: whose files are needed; None for those of all.
     """
-    while (told := runtime.read_restore()) is not None:
-        if told.entry is None:
-            wait()
-            continue
-        enough = told.ranks is None or (ranks is not None and set(ranks) <= set(told.ranks))
-        if told.entry == entry and told.folder is not None and enough and not (into / told.folder.name).exists():
-            into.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(OSError):  # another disk, or no longer there
-                os.rename(told.folder, into / told.folder.name)
-                return True
-        break
-    return False
+    enough = prefetched.ranks is None or (ranks is not None and set(ranks) <= set(prefetched.ranks))
+    if prefetched.entry != entry or prefetched.folder is None or not enough or (into / prefetched.folder.name).exists():
+        return False
+    into.mkdir(parents=True, exist_ok=True)
+    try:
+        os.rename(prefetched.folder, into / prefetched.folder.name)
+    except OSError as error:
+        log.info("%s can't be moved to %s, and is downloaded again: %s", prefetched.folder, into, error.strerror)
+        return False
+    return True
 
 
 def set_aside(folder: Path, why: str) -> Path:

@@ -1,4 +1,5 @@
-"""SpotCallback: Trainer's events in, `TrainerSession`'s decisions out as ``control.should_*``; no policy of its own."""
+"""SpotCallback: Trainer's events in, ``control.should_*`` out. It decides nothing: `TrainerSession` knows what holds, and
+`hf_spot.policy.trainer_flags` which flags follow."""
 
 from __future__ import annotations
 
@@ -10,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, SpotError, TrainingPreempted
-from hf_spot.policy.preemption import Action, Decision
+from hf_spot.policy.preemption import Decision
+from hf_spot.policy.trainer_flags import LoopState, Moment, flags_for, is_complete, reason_of_save
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.progress import show_log
 from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.training.data.worker_processes import shield
 from hf_spot.training.trainer.accumulation import Accumulation
 from hf_spot.training.trainer.batch_size import batches, from_details, to_details
+from hf_spot.training.trainer.entry import Entry
 from hf_spot.training.trainer.evaluation import Evaluations, Stopped
 from hf_spot.training.trainer.notebook import shows_errors
+from hf_spot.training.trainer.restore import load_finished
 from hf_spot.training.trainer.resume_fixes import (
     carry_callback_states,
     carry_counters,
@@ -32,7 +36,7 @@ from hf_spot.training.trainer.resume_fixes import (
 )
 from hf_spot.training.trainer.saves import Saves
 from hf_spot.training.trainer.streams import chance_is_named, resumed_in_its_pass
-from hf_spot.training.trainer.trainer_session import SAVE_IS_DUE, TrainerSession
+from hf_spot.training.trainer.trainer_session import TrainerSession
 from hf_spot.training.trainer.weights import loaded_whole
 
 log = logging.getLogger("hf_spot")
@@ -72,14 +76,18 @@ class SpotCallback(TrainerCallback):
         self._evaluations: Evaluations | None = None
         self._saves: Saves | None = None
         self._saved_step = -1
-        self._stop_reason: str | None = None
-        self._added: str | None = None  # why a save that Trainer did not ask for was added
+        self._stopping = False
+        self._added: str | None = None
         self._evaluation_skipped = False
         self._accumulation: Accumulation | None = None
-        self._save_at_epoch_end = False
+        self._save_is_owed = False
         self._resumed_epoch_is_ahead = False
         self.resume_from_checkpoint: str | None = None
-        patch(Trainer)
+        _entry.install(Trainer)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, deep or pickled, has the same settings and is in no training."""
+        return type(self), (self._store, self.args)
 
     # -- Trainer's events, in the order of the loop -------------------------------------------------------------------
 
@@ -121,18 +129,16 @@ class SpotCallback(TrainerCallback):
         decision = self._session.micro_batch_ended(rest_s, rewindable=self._accumulation.rewindable)
         if decision is None:
             return
-        log.warning("step %d is left in its middle; the next launch does it again", state.global_step + 1)
-        self._stop(decision, control)
-        # Trainer leaves its loop, and saves behind `on_epoch_end`. A step that has been saved is not saved twice.
-        self._save_at_epoch_end = control.should_save and state.global_step not in (0, self._saved_step)
-        if self._save_at_epoch_end:
+        log.warning("step %d is interrupted; the next launch does it again", state.global_step + 1)
+        self._set(Moment.SUBSTEP_END, decision, args, state, control)
+        if self._save_is_owed:
             self._accumulation.rewind()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The ranks agree while the optimizer works."""
-        if self._session is not None and not self._session.agreement.alone:
+        if self._session is not None and not self._session.run_session.agreement.alone:
             self._session.ask()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -142,17 +148,7 @@ class SpotCallback(TrainerCallback):
         self._added = None
         self._session.random_states.micro_batch_ended()
         self._session.random_states.step_ended()
-        decision = self._session.step_ended(state.global_step)
-        if decision is not None and decision.action is Action.SAVE_AND_GO_ON:
-            due = decision is SAVE_IS_DUE
-            if not self._saves_anyway(args, state) and not (due and self._can_wait(args, state, control)):
-                self._added = "cadence" if due else "advisory"
-                control.should_save = True
-        elif decision is not None:
-            self._evaluation_skipped = control.should_evaluate
-            control.should_evaluate = False
-            control.should_log = True
-            self._stop(decision, control)
+        self._set(Moment.STEP_END, self._session.step_ended(state.global_step), args, state, control)
         if control.should_save:
             self._session.save_begins()
 
@@ -176,27 +172,25 @@ class SpotCallback(TrainerCallback):
         if self._session is None or state.global_step == self._saved_step:
             return
         self._saved_step = state.global_step
-        stopping = self._stop_reason is not None
-        complete = state.global_step >= state.max_steps or (control.should_training_stop and not stopping)
-        reason = "notice" if stopping else self._added or ("end" if complete else "schedule")
+        loop = self._loop_state(args, state, control)
         request = CommitRequest(
             step=state.global_step,
-            stage=self._session.stage,
-            reason=reason,
-            complete=complete,
+            stage=self._session.run_session.stage,
+            reason=reason_of_save(loop, self._added),
+            complete=is_complete(loop),
             best_step=state.best_global_step,
             world_size=args.world_size,
             details={
                 "evaluation_pending": self._evaluation_pending(args, state),
                 "max_steps": state.max_steps,
-                "output_dir": str(self._session.output_dir),
+                "output_dir": str(self._session.run_session.output_dir),
                 "epoch_of_data": state.epoch,
                 "counters": counters(self._session.trainer),
                 **to_details(batches(self._session.trainer)),
             },
         )
-        self._session.saved(self._session.output_dir / f"checkpoint-{state.global_step}", request)
-        if stopping:
+        self._session.saved(self._session.run_session.output_dir / f"checkpoint-{state.global_step}", request)
+        if self._stopping:
             state.best_model_checkpoint = None  # as in `on_epoch_end`, which may have passed already
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -205,27 +199,18 @@ class SpotCallback(TrainerCallback):
             return
         if control.should_training_stop and self._saves is not None:
             self._saves.settle()  # the best model may be loaded from a file
-        if self._stop_reason is not None:
-            control.should_log = control.should_evaluate = False
-            control.should_save, self._save_at_epoch_end = self._save_at_epoch_end, False
-            if control.should_save:
-                self._session.save_begins()
-            # _finalize_training would load it, and with save_total_limit=1 delete the checkpoint just written.
-            state.best_model_checkpoint = None
-            return
-        if control.should_save and self._saved_step == state.global_step:
-            control.should_save = False  # the same step twice would rewrite a folder that is being uploaded
-        elif control.should_training_stop and self._saved_step != state.global_step:
-            control.should_save = True  # whatever the strategy: a finished run ends with its last step committed
+        self._set(Moment.EPOCH_END, None, args, state, control)
         if control.should_save:
             self._session.save_begins()
 
     # -- around train() -----------------------------------------------------------------------------------------------
 
-    def run(self, trainer: Trainer, train: Any, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
-        """What ``trainer.train()`` does when this callback is among the trainer's."""
+    def _train_within(
+        self, trainer: Trainer, train: Any, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Do what ``trainer.train()`` does when this callback is among the trainer's."""
         url = self._store or os.environ.get(STORE_VARIABLE) or str(trainer.args.output_dir)
-        self._saved_step, self._stop_reason, self._evaluation_skipped = -1, None, False
+        self._saved_step, self._stopping, self._evaluation_skipped, self._save_is_owed = -1, False, False, False
         session = TrainerSession(trainer, url, self.args, self._runtime)
         with contextlib.closing(session):
             folder = session.begin(resume_from_checkpoint)
@@ -233,13 +218,15 @@ class SpotCallback(TrainerCallback):
             if session.restored is not None and session.restored.ref.complete:
                 log.info("step %d was the last one: nothing is left to train", session.restored.step)
                 session.stage_finished()
-                return _load_finished(trainer, str(folder), session)
+                return load_finished(trainer, Path(str(folder)), session.restored, session.best_folder)
             if session.restored is not None:
                 self._saved_step = session.restored.step
                 pending = session.restored.details.get("evaluation_pending")
                 session.random_states.resume(self._make_up_for_evaluation if pending else lambda: None)
             shield()
-            evaluated_before = session.restored is not None and _has_evaluated(session.output_dir / session.restored.name)
+            evaluated_before = session.restored is not None and _has_evaluated(
+                session.run_session.output_dir / session.restored.name
+            )
             self._session = session
             self._accumulation = Accumulation(trainer, session.random_states)
             self._evaluations = Evaluations(
@@ -247,8 +234,8 @@ class SpotCallback(TrainerCallback):
             )
             self._saves = Saves(
                 trainer,
-                session.agreement,
-                session.disk,
+                session.run_session.agreement,
+                session.run_session.disk,
                 session.behind,
                 session.random_states.save,
                 functools.partial(self._save_failed, trainer),
@@ -284,41 +271,45 @@ class SpotCallback(TrainerCallback):
             return contextlib.nullcontext()
         return resumed_in_its_pass(trainer, details, before, batches(trainer))
 
-    @staticmethod
-    def _saves_anyway(args: TrainingArguments, state: TrainerState) -> bool:
-        """At the end of an epoch Trainer saves after its evaluation: that one is worth more."""
-        return args.save_strategy == SaveStrategy.EPOCH and _is_epoch_end(state)
+    def _loop_state(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> LoopState:
+        return LoopState(
+            step=state.global_step,
+            max_steps=state.max_steps,
+            saved_step=self._saved_step,
+            should_save=control.should_save,
+            should_evaluate=control.should_evaluate,
+            should_training_stop=control.should_training_stop,
+            is_epoch_end=_is_epoch_end(state),
+            saves_each_epoch=args.save_strategy == SaveStrategy.EPOCH,
+            loads_best_model=bool(args.load_best_model_at_end),
+            stopping=self._stopping,
+            save_is_owed=self._save_is_owed,
+        )
 
-    @staticmethod
-    def _can_wait(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
-        """Whether a save that is due can as well be that of a later step, where Trainer saves this one, or would take a
-        checkpoint of it for the best: without the added save there would be none to go back to at the end."""
-        might_be_best = args.load_best_model_at_end and control.should_evaluate
-        return control.should_save or might_be_best or state.global_step >= state.max_steps
-
-    def _stop(self, decision: Decision, control: TrainerControl) -> None:
-        self._stop_reason = decision.why
-        control.should_save = decision.action is Action.SAVE_AND_STOP
-        control.should_training_stop = True
+    def _set(
+        self, moment: Moment, decision: Decision | None, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        """Set the flags that follow from a decision, and remember what the next moments have to know of it."""
+        flags = flags_for(moment, decision, self._loop_state(args, state, control))
+        for name in ("should_save", "should_evaluate", "should_log", "should_training_stop"):
+            if (value := getattr(flags, name)) is not None:
+                setattr(control, name, value)
+        self._added, self._save_is_owed = flags.added, flags.owes_save
+        self._stopping = self._stopping or bool(decision and flags.should_training_stop)
+        self._evaluation_skipped = self._evaluation_skipped or flags.skips_evaluation
+        if flags.forgets_best:
+            state.best_model_checkpoint = None
 
     def _save_failed(self, trainer: Trainer, why: SpotError) -> None:
         assert self._session is not None
-        stopping = self._stop_reason is not None
-        if stopping:
+        if self._stopping:
             trainer.state.best_model_checkpoint = None  # as in `on_save`, which is not called
-        self._session.save_failed(why, stops=not stopping and self.args.on_save_error == "stop")
+        self._session.save_failed(why, stops=not self._stopping and self.args.on_save_error == "stop")
 
     def _evaluation_was_cut(self, trainer: Trainer) -> None:
         assert self._session is not None
-        self._evaluation_skipped = True
-        decision = self._session.step_ended(trainer.state.global_step)
-        if decision is None or decision.action is Action.SAVE_AND_GO_ON:
-            # The notice was taken back in this moment, but the evaluation is gone: the next launch makes up for it.
-            decision = Decision(Action.SAVE_AND_STOP, "a notice that has been taken back ended an evaluation")
-            self._session.preempted = decision
-        self._stop(decision, trainer.control)
-        if self._saved_step == trainer.state.global_step:
-            trainer.control.should_save = False  # it is committed with the evaluation pending
+        decision = self._session.stop_after_cut_evaluation(trainer.state.global_step)
+        self._set(Moment.EVALUATION_CUT, decision, trainer.args, trainer.state, trainer.control)
         if trainer.control.should_save:
             self._session.save_begins()
 
@@ -331,7 +322,7 @@ class SpotCallback(TrainerCallback):
         except Stopped:
             self._saved_step = -1  # the checkpoint that was resumed is the last one: it is saved again to say so
             raise
-        if self._stop_reason is not None:
+        if self._stopping:
             self._session.leave(self._session.restored.step if self._session.restored else 0)
 
     def _evaluation_pending(self, args: TrainingArguments, state: TrainerState) -> bool:
@@ -355,54 +346,9 @@ def _is_epoch_end(state: TrainerState) -> bool:
     return state.epoch is not None and float(state.epoch).is_integer()
 
 
-def _load_finished(trainer: Trainer, folder: str, session: TrainerSession) -> TrainOutput:
-    """Leaves the trainer as ``train()`` left it when it finished, without training: Trainer itself would do one step more."""
-    with loaded_whole(trainer):
-        trainer._load_from_checkpoint(folder)
-    trainer.state = TrainerState.load_from_json(os.path.join(folder, "trainer_state.json"))
-    trainer._load_rng_state(folder)
-    if session.restored is not None and session.restored.details.get("evaluation_pending"):
-        trainer._determine_best_metric(metrics=trainer.evaluate(), trial=None)
-        if trainer.state.best_global_step == session.restored.step:
-            session.best_folder = Path(folder)
-    if trainer.args.load_best_model_at_end and session.best_folder is not None:
-        trainer.state.best_model_checkpoint = str(session.best_folder)
-        trainer._load_best_model()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return TrainOutput(trainer.state.global_step, sum(losses) / len(losses) if losses else 0.0, {})
-
-
-def patch(trainer_class: type[Trainer], *, always: bool = False) -> None:
-    """Wraps ``Trainer.train`` once: a callback never sees the trainer, and ``on_train_begin`` is too late to resume.
-
-    Args:
-        trainer_class: ``transformers.Trainer``.
-        always: give a SpotCallback to every trainer that has none (under ``hf-spot launch``).
-    """
-    if always:
-        trainer_class._hf_spot_always = True
-    if hasattr(trainer_class.train, "_hf_spot_wraps"):
-        return
-    plain_train = trainer_class.train
-
-    @functools.wraps(plain_train)
-    def train(self: Trainer, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
-        callbacks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, SpotCallback)]
-        if len(callbacks) > 1:
-            raise ConfigError("this Trainer has two SpotCallbacks", hint="keep one of them")
-        if not callbacks and getattr(trainer_class, "_hf_spot_always", False):
-            callbacks = [SpotCallback()]
-            self.add_callback(callbacks[0])
-        if not callbacks or trial is not None or callbacks[0]._session is not None:
-            if callbacks and trial is not None:
-                log.warning("a hyperparameter search is not made preemptible: its trials are not one run")
-            return plain_train(self, resume_from_checkpoint, trial, *args, **kwargs)
-        return callbacks[0].run(self, plain_train, resume_from_checkpoint, trial, *args, **kwargs)
-
-    train._hf_spot_wraps = plain_train  # type: ignore[attr-defined]
-    trainer_class.train = train
+_entry = Entry(SpotCallback, SpotCallback._train_within, SpotCallback)
 
 
 def install(trainer_module: Any) -> None:
     """For `hf_spot.training.bootstrap`: from now on every Trainer of this process is preemptible."""
-    patch(trainer_module.Trainer, always=True)
+    _entry.install(trainer_module.Trainer, for_all=True)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from hf_spot.training.ranks.agreement import Agreement
+from hf_spot.training.ranks.ballot import Ballot
 
 
 def measure(rank: int, ranks: int, meeting: str, steps: int, work_ms: float, out: str) -> None:
@@ -34,7 +35,7 @@ def measure(rank: int, ranks: int, meeting: str, steps: int, work_ms: float, out
 
     def hidden() -> float:
         began = time.perf_counter()
-        agreement.ask(0.0, 0.0, 0.0, -1e18, 0.0)
+        agreement.ask(Ballot())
         asked = time.perf_counter()
         work()
         working = time.perf_counter()

@@ -21,9 +21,9 @@ from hf_spot.launch.prefetch import Prefetch, newest_of
 from hf_spot.launch.supervisor import launch
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.digest import digest_of
-from hf_spot.run.restore import bring, take
+from hf_spot.run.restore import adopt_prefetched, restore_checkpoint
 from hf_spot.run.run import Run
-from hf_spot.runtime import Restore, Runtime
+from hf_spot.runtime import Prefetched, Runtime
 from tests.launch.conftest import Launcher
 from tests.waiting import wait_for
 
@@ -53,7 +53,7 @@ def runtime_in(folder: Path, run: Run) -> Runtime:
 
 def fetched(
     run: Run, runtime: Runtime, needed: Callable[[], bool] = lambda: True, machines: Machines | None = None
-) -> tuple[Prefetch, Restore]:
+) -> tuple[Prefetch, Prefetched]:
     newest = run.journal.refresh().latest()
     assert newest is not None
     handed = threading.Event()
@@ -63,21 +63,17 @@ def fetched(
     return ahead, told_by(runtime)
 
 
-def told_by(runtime: Runtime) -> Restore:
-    wait_for(lambda: (told := runtime.read_restore()) is not None and told.entry is not None, "for the launcher")
-    told = runtime.read_restore()
+def told_by(runtime: Runtime) -> Prefetched:
+    wait_for(lambda: (told := runtime.read_prefetched()) is not None and told.entry is not None, "for the launcher")
+    told = runtime.read_prefetched()
     assert told is not None
     return told
-
-
-def never() -> None:
-    raise AssertionError("nothing is under way")
 
 
 def test_the_newest_checkpoint_is_fetched_to_the_disk_of_its_output_dir_and_moved_where_it_is_wanted(
     run: Run, runtime: Runtime, tmp_path: Path
 ) -> None:
-    assert runtime.read_restore() is None
+    assert runtime.read_prefetched() is None
     ahead, told = fetched(run, runtime)
     newest = run.find()
     assert told.entry == newest.ref.entry
@@ -85,9 +81,9 @@ def test_the_newest_checkpoint_is_fetched_to_the_disk_of_its_output_dir_and_move
     assert not (tmp_path / "other").exists(), "a script may look whether its output_dir is there"
 
     out = tmp_path / "elsewhere" / "out"
-    take(runtime, told.entry, out, never)
+    adopt_prefetched(told, told.entry, out)
     assert run.compare(newest, out / "checkpoint-2") == []
-    take(runtime, told.entry, out, never)
+    adopt_prefetched(told, told.entry, out)
     ahead.close()
     assert [*tmp_path.glob(".hf_spot*")] == []
 
@@ -101,10 +97,10 @@ def test_what_was_verified_as_it_came_is_not_read_again_and_a_folder_that_stands
         "hf_spot.run.manifest.digest_of", lambda path, *hash: (read.append(path.name), digest_of(path, *hash))[1]
     )
     ref, out = run.find().ref, tmp_path / "elsewhere" / "out"
-    checkpoint, folder = bring(run, ref, out, take=lambda ranks: take(runtime, ref.entry, out, never, ranks=ranks))
+    checkpoint, folder = restore_checkpoint(run, ref, out, prefetched=told)
     assert told.folder is not None and not told.folder.exists()
     assert read == []
-    again, same_folder = bring(run, ref, out, take=lambda ranks: take(runtime, ref.entry, out, never, ranks=ranks))
+    again, same_folder = restore_checkpoint(run, ref, out, prefetched=told)
     assert (again, same_folder) == (checkpoint, folder)
     assert sorted(read) == sorted(Path(file.path).name for file in checkpoint.files)
     ahead.close()
@@ -113,8 +109,7 @@ def test_what_was_verified_as_it_came_is_not_read_again_and_a_folder_that_stands
 def test_what_was_saved_by_another_number_of_ranks_is_brought_whole(of_two: Run, runtime: Runtime, tmp_path: Path) -> None:
     ahead, told = fetched(of_two, runtime, machines=Machines(count=2, rank=1))
     ref, out = of_two.find().ref, tmp_path / "elsewhere" / "out"
-    take_over = lambda ranks: take(runtime, ref.entry, out, never, ranks=ranks)  # noqa: E731
-    checkpoint, folder = bring(of_two, ref, out, ranks=(1,), world_size=4, take=take_over)
+    checkpoint, folder = restore_checkpoint(of_two, ref, out, ranks=(1,), world_size=4, prefetched=told)
     assert told.folder is not None and told.folder.exists(), "it holds what rank 1 of two needs, and no more"
     assert of_two.compare(checkpoint, folder) == []
     ahead.close()
@@ -124,7 +119,7 @@ def test_another_commit_than_the_one_that_is_wanted_is_left_where_it_is_and_goes
     run: Run, runtime: Runtime, tmp_path: Path
 ) -> None:
     ahead, told = fetched(run, runtime)
-    take(runtime, run.find(1).ref.entry, tmp_path / "out-2", never)
+    adopt_prefetched(told, run.find(1).ref.entry, tmp_path / "out-2")
     assert not (tmp_path / "out-2").exists()
     ahead.close()
     assert told.folder is not None and not told.folder.exists()
@@ -143,7 +138,7 @@ def test_a_damaged_one_is_left_to_the_training_process_which_knows_what_to_do(
     (tmp_path / "store" / run.find().ref.prefix / "optimizer.pt").write_bytes(b"x")
     ahead, told = fetched(run, runtime)
     assert told.folder is None
-    take(runtime, run.find().ref.entry, tmp_path / "out-2", never)
+    adopt_prefetched(told, run.find().ref.entry, tmp_path / "out-2")
     assert not (tmp_path / "out-2").exists()
     ahead.close()
 
@@ -228,9 +223,9 @@ def test_of_two_machines_each_fetches_what_its_own_ranks_need(of_two: Run, runti
     assert {path.name for path in told.folder.glob("rng_state_*")} == {"rng_state_1.pth"}
     assert {path.name for path in not_mine.folder.glob("rng_state_*")} == {"rng_state_0.pth"}
     for wanted in (None, (0,), (0, 1)):
-        take(runtime, told.entry or 0, tmp_path / "out-2", never, ranks=wanted)
+        adopt_prefetched(told, told.entry or 0, tmp_path / "out-2", ranks=wanted)
         assert not (tmp_path / "out-2").exists()
-    take(runtime, told.entry or 0, tmp_path / "out-2", never, ranks=(1,))
+    adopt_prefetched(told, told.entry or 0, tmp_path / "out-2", ranks=(1,))
     assert of_two.compare(of_two.find(), tmp_path / "out-2" / "checkpoint-3", ranks=(1,)) == []
     ahead.close()
     other.close()
@@ -245,7 +240,7 @@ def test_a_disk_that_the_machines_may_share_is_left_to_machine_0(
     ahead.close()
     on_main = runtime_in(tmp_path / "on-main", of_two)
     ahead, told = fetched(of_two, on_main, machines=Machines(count=2, rank=0))
-    take(on_main, told.entry or 0, tmp_path / "out-2", never)
+    adopt_prefetched(told, told.entry or 0, tmp_path / "out-2")
     assert of_two.compare(of_two.find(), tmp_path / "out-2" / "checkpoint-3") == []
     ahead.close()
 
@@ -257,14 +252,14 @@ def test_who_wants_it_waits_while_it_is_under_way_and_may_leave(runtime: Runtime
     def leave() -> None:
         raise Going
 
-    runtime.expect_restore()
+    runtime.expect_prefetch()
     with pytest.raises(Going):
-        take(runtime, 1, tmp_path / "out-2", leave)
+        runtime.wait_for_prefetched(leave)
     waits = threading.Event()
-    asker = threading.Thread(target=take, args=(runtime, 1, tmp_path / "out-2", waits.set))
+    asker = threading.Thread(target=runtime.wait_for_prefetched, args=(waits.set,))
     asker.start()
     assert waits.wait(60)
-    runtime.tell_restore(Restore(1))
+    runtime.tell_prefetched(Prefetched(1))
     asker.join(60)
     assert not asker.is_alive()
 
@@ -275,15 +270,13 @@ def test_a_launch_has_fetched_it_before_a_script_that_imports_for_long_asks(
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
-        import json, os, time
+        import json, os
         from pathlib import Path
-        from hf_spot.run.restore import take
+        from hf_spot.run.restore import adopt_prefetched
         from hf_spot.runtime import Runtime
         runtime = Runtime.from_environ(os.environ)
-        while runtime.read_restore().entry is None:
-            time.sleep(0.01)
-        told = runtime.read_restore()
-        take(runtime, told.entry, Path("here"), lambda: None)
+        told = runtime.wait_for_prefetched(lambda: None)
+        assert adopt_prefetched(told, told.entry, Path("here"))
         Path("told.json").write_text(json.dumps([told.entry, sorted(os.listdir("here/checkpoint-2"))]))
         raise SystemExit(7)
         """)

@@ -13,7 +13,7 @@ import pytest
 
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.manifest import files_in
-from hf_spot.run.restore import bring, restore_newest, set_aside_uncommitted, sweep
+from hf_spot.run.restore import restore_newest, set_aside_uncommitted, sweep
 from hf_spot.run.run import Run
 from hf_spot.run.upload import Uploader
 from hf_spot.storage.local import LocalStore
@@ -87,7 +87,7 @@ def launch(store: ObjectStore, output_dir: Path, acknowledge: Callable[[int], No
     run = Run(store)
     run.claim()
     sweep(output_dir)
-    found = restore_newest(run.state().checkpoints, lambda ref: bring(run, ref, output_dir), run.url)
+    found = restore_newest(run, run.state().checkpoints, output_dir)
     step = found[0].step if found else 0
     if found:
         assert {name: (found[1] / name).read_bytes() for name in files_in(found[1])} == contents(step), "a wrong resume"

@@ -10,7 +10,7 @@ import pytest
 
 from hf_spot.errors import ConfigError, CorruptCheckpoint, Fenced, IncompleteCheckpoint, NoCheckpoint
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest
-from hf_spot.run.restore import bring, restore_newest, set_aside_uncommitted
+from hf_spot.run.restore import restore_newest, set_aside_uncommitted
 from hf_spot.run.run import Run
 from hf_spot.storage.memory import MemoryStore
 
@@ -36,7 +36,7 @@ def commit(run: Run, folder: Path, **more: object) -> None:
 
 def restore(store: MemoryStore, into: Path) -> tuple[Checkpoint, Path] | None:
     run = Run(store)
-    return restore_newest(run.state().checkpoints, lambda ref: bring(run, ref, into), run.url)
+    return restore_newest(run, run.state().checkpoints, into)
 
 
 def same(a: Path, b: Path) -> bool:

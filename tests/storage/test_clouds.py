@@ -16,7 +16,7 @@ import pytest
 
 from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, Fenced, ObjectNotFound, StoreError, StoreUnavailable
 from hf_spot.run.checkpoint import CommitRequest
-from hf_spot.run.restore import bring, restore_newest
+from hf_spot.run.restore import restore_newest
 from hf_spot.run.run import Run
 from hf_spot.run.upload import Uploader
 from hf_spot.storage import azure, gcs
@@ -45,7 +45,7 @@ def test_a_run_is_saved_pruned_restored_and_fenced(
 
     second = open_run()
     second.claim({"host": "another"})
-    restored = restore_newest(second.state().checkpoints, lambda ref: bring(second, ref, tmp_path / "new"), second.url)
+    restored = restore_newest(second, second.state().checkpoints, tmp_path / "new")
 
     assert [ref.step for ref in second.state().checkpoints] == [10, 15]
     assert restored is not None and restored[1].name == "checkpoint-15"

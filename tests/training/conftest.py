@@ -70,9 +70,9 @@ class Patient(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         session = self._callback._session
-        if state.global_step < self._after_step or session.uploader.fenced:
+        if state.global_step < self._after_step or session.run_session.uploader.fenced:
             return
-        assert session.behind.wait(PATIENCE_S) and session.uploader.drain(PATIENCE_S)
+        assert session.behind.wait(PATIENCE_S) and session.run_session.uploader.drain(PATIENCE_S)
 
 
 def make_trainer(output_dir: Path, *callbacks: TrainerCallback, **settings: Any) -> Trainer:

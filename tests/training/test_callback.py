@@ -30,7 +30,7 @@ def preempt(callback: SpotCallback) -> Callable[[], None]:
         os.kill(os.getpid(), signal.SIGTERM)
         session = callback._session
         assert session is not None
-        wait_for(lambda: session.listener.newest is not None)
+        wait_for(lambda: session.run_session.listener.newest is not None)
 
     return act
 
@@ -239,7 +239,7 @@ def test_an_advisory_saves_and_goes_on(store: str, tmp_path: Path, peace) -> Non
         notice.write_text(json.dumps({"kind": "ADVISORY", "id": "one"}))
         session = callback._session
         assert session is not None
-        wait_for(lambda: session.listener.newest is not None)
+        wait_for(lambda: session.run_session.listener.newest is not None)
 
     trainer = make_trainer(tmp_path / "out", callback, Patient(callback), Recorder(5, act))
     trainer.train()

@@ -25,7 +25,6 @@ from hf_spot.policy.preemption import Action
 from hf_spot.policy.restarts import patience_s
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.progress import alert, show_log
-from hf_spot.run.restore import restore_newest
 from hf_spot.run.run import Run
 from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.storage.local import LocalStore
@@ -34,7 +33,7 @@ from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.data.loaders import Loaders
 from hf_spot.training.loop.loop_files import LoopFiles
 from hf_spot.training.loop.loop_states import LoopState
-from hf_spot.training.session.run_session import RunSession, as_value, from_value
+from hf_spot.training.session.run_session import RunSession
 
 log = logging.getLogger("hf_spot")
 
@@ -73,17 +72,17 @@ class LoopManager:
         runtime = Runtime.from_environ(os.environ)
         arguments = args or (runtime.arguments if runtime else SpotArguments())
         url = _url(checkpoint_dir, runtime)
-        self._tenure = RunSession("SpotCheckpointManager", url, arguments, runtime, now=now, clock=clock)
-        self.run = self._tenure.run
+        self._session = RunSession("SpotCheckpointManager", url, arguments, runtime, now=now, clock=clock)
+        self.run = self._session.run
         self._local_dir = _local_dir(self.run.store, local_dir)
         self._begun = self._closed = False
         self._saved_step: int | None = None
         self._left = False
         self._step = 0
         self._told_advisories: set[str] = set()
-        self._tenure.listen(self._hears)
+        self._session.listen(self._hears)
         # `atexit` is not heard in processes that multiprocessing has started (``accelerate.notebook_launcher``).
-        self._tenure.closing.callback(Finalize(None, self._at_exit, exitpriority=100).cancel)
+        self._session.closing.callback(Finalize(None, self._at_exit, exitpriority=100).cancel)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.run.url!r}, save_every_n_steps={self.save_every_n_steps})"
@@ -99,22 +98,21 @@ class LoopManager:
             Fenced: a newer launch owns the run.
         """
         self._begin()
-        tenure = self._tenure
-        if tenure.preempted is not None:
+        session = self._session
+        if session.preempted is not None:
             return True
-        notice = tenure.listener.heard_end()
-        left = notice.seconds_left(tenure.now()) if notice else None
-        fenced = tenure.uploader is not None and tenure.uploader.fenced is not None
-        tenure.agreement.ask(float(notice is not None), 0.0, float(fenced), as_value(left), 0.0)
-        terminate, _, fence, soonest, _ = tenure.agreement.answer()
-        if fence:
-            raise self._fenced()
+        notice = session.listener.heard_end()
+        session.agreement.ask(session.ballot(notice))
+        merged = session.agreement.answer()
+        assert merged is not None
+        if merged.fenced:
+            raise session.fenced or Fenced(f"a newer launch owns {self.run.url}")
         self._tell_advisory()
-        if not terminate:
+        if not merged.terminate:
             return False
-        seconds_left, say = from_value(soonest), partial(log.warning, "%s")
-        decision = tenure.agreement.from_main(lambda: tenure.decide(NoticeKind.TERMINATE, seconds_left, notice, say))
-        tenure.stop(decision, seconds_left)
+        seconds_left, say = merged.seconds_left, partial(log.warning, "%s")
+        decision = session.agreement.from_main(lambda: session.decide(NoticeKind.TERMINATE, seconds_left, notice, say))
+        session.stop(decision, seconds_left)
         return True
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -128,8 +126,8 @@ class LoopManager:
             Fenced: a newer launch owns the run.
         """
         if self._begun and not self._closed:
-            at_most_s = self._tenure.arguments.drain_timeout_s if timeout_s is None else timeout_s
-            self._tenure.agreement.together(lambda: self._wait(at_most_s))
+            at_most_s = self._session.arguments.drain_timeout_s if timeout_s is None else timeout_s
+            self._session.agreement.together(lambda: self._wait(at_most_s))
 
     def finish(self) -> None:
         """The loop has come to its end: waits for the last commit, and says in the journal that the run is finished.
@@ -145,23 +143,23 @@ class LoopManager:
         if self._closed:
             return
         self._begin()
-        tenure = self._tenure
+        session = self._session
         try:
-            if tenure.preempted is not None:
+            if session.preempted is not None:
                 self._leave(self._step)
                 raise self._preempted()
             self.wait()
-            committed = tenure.agreement.from_main(lambda: tenure.committed_step)
-            data = {"step": committed, "stage": tenure.stage, **tenure.timing.to_details(committed)}
-            tenure.record("finished", data, patience_s=tenure.arguments.drain_timeout_s)
+            committed = session.agreement.from_main(lambda: session.committed_step)
+            data = {"step": committed, "stage": session.stage, **session.timing.to_details(committed)}
+            session.record("finished", data, patience_s=session.arguments.drain_timeout_s)
         finally:
             self.close()
 
     def close(self) -> None:
         """Stops listening, watching and uploading; waits for nothing. `finish`, or the end of a ``with`` block, calls it."""
-        if not self._closed and not self._tenure.forked:
+        if not self._closed and not self._session.forked:
             self._closed = True
-            self._tenure.close()
+            self._session.close()
 
     def __enter__(self: T) -> T:
         return self
@@ -169,7 +167,7 @@ class LoopManager:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if error is None:
             self.finish()
-        elif not self._closed and not self._tenure.forked:
+        elif not self._closed and not self._session.forked:
             self._end_badly(error)
 
     # -- the start ----------------------------------------------------------------------------------------------------
@@ -186,19 +184,19 @@ class LoopManager:
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not initialised",
                 hint="torch.distributed.init_process_group(…), or Accelerator(), before manager.load_latest(…)",
             )
-        tenure, rank = self._tenure, dist.get_rank() if ranks > 1 else 0
+        session, rank = self._session, dist.get_rank() if ranks > 1 else 0
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        tenure.join(ranks, rank, local_rank, self._local_dir, setting="SpotCheckpointManager(…, local_dir=…)")
-        tenure.take()
-        tenure.on_each_disk(lambda: _empty(self._local_dir))  # of what was on its way when an earlier launch was killed
-        tenure.start_uploader()
+        session.join_ranks(ranks, rank, local_rank, self._local_dir, setting="SpotCheckpointManager(…, local_dir=…)")
+        session.claim()
+        session.on_each_disk(lambda: _empty(self._local_dir))  # of what was on its way when an earlier launch was killed
+        session.start_uploader()
         scratch = self._local_dir / ".hf_spot" / f"workers-{rank}"
         loaders = Loaders(scratch, self._iteration_begins, ranks)
         loaders.watch()
-        tenure.closing.callback(shutil.rmtree, scratch, ignore_errors=True)
-        tenure.closing.callback(loaders.close)
+        session.closing.callback(shutil.rmtree, scratch, ignore_errors=True)
+        session.closing.callback(loaders.close)
         self._files = LoopFiles(loaders, rank, ranks, self.run.url)
-        tenure.tell_launcher()
+        session.tell_launcher()
         self._begun = True
 
     # -- restoring ----------------------------------------------------------------------------------------------------
@@ -207,26 +205,25 @@ class LoopManager:
         self._begin()
         if self._saved_step is not None:
             self.wait()  # what was saved may be what is asked for
-        tenure = self._tenure
-        began = tenure.clock()
-        refs = tenure.agreement.from_main(lambda: list(self.run.state().checkpoints))
-        found = restore_newest(refs, tenure.bring, self.run.url)
+        session = self._session
+        began = session.clock()
+        found = session.restore_newest()
         self._count_steps(optimizer)
         if found is None:
             return 0, 0
         checkpoint, folder = found
         try:
-            told = tenure.agreement.together(lambda: self._files.read(folder, state))
+            told = session.agreement.together(lambda: self._files.read(folder, state))
         finally:
-            tenure.on_each_disk(lambda: shutil.rmtree(folder, ignore_errors=True))
+            session.on_each_disk(lambda: shutil.rmtree(folder, ignore_errors=True))
         self._saved_step = self._step = checkpoint.step
-        tenure.timing.restored(tenure.clock() - began)
+        session.timing.restored(session.clock() - began)
         log.info("going on from step %d, committed by launch %d", checkpoint.step, checkpoint.ref.launch)
         return checkpoint.step, int(told["epoch"])
 
     def _count_steps(self, optimizer: Any) -> None:
         """Tells the launcher of steps between two saves, which it can't hear from a loop."""
-        inner, steps = getattr(optimizer, "optimizer", optimizer), self._tenure.steps
+        inner, steps = getattr(optimizer, "optimizer", optimizer), self._session.steps
         if steps is None or not hasattr(inner, "register_step_post_hook"):
             return
 
@@ -234,12 +231,12 @@ class LoopManager:
             self._step += 1
             steps.tell(self._step)
 
-        self._tenure.closing.callback(inner.register_step_post_hook(stepped).remove)
+        self._session.closing.callback(inner.register_step_post_hook(stepped).remove)
 
     def _iteration_begins(self) -> None:
         if self._left:
             raise self._preempted()  # nobody would keep what it trains, and an evaluation would take what time is left
-        if self._tenure.timing.step_begins(self._step):
+        if self._session.timing.step_begins(self._step):
             log.debug("the first batch is asked for")
 
     # -- saving -------------------------------------------------------------------------------------------------------
@@ -250,10 +247,10 @@ class LoopManager:
         if self._left and step != self._saved_step:
             raise self._preempted()
         self._step = step
-        preempted = self._tenure.preempted
+        preempted = self._session.preempted
         finishes_only = preempted is not None and preempted.action is Action.FINISH_UPLOAD_AND_STOP
         if step != self._saved_step and not finishes_only:
-            self._tenure.timing.step_begins(max(0, step - 1))
+            self._session.timing.step_begins(max(0, step - 1))
             self._save_now(state, step, epoch, loss, dataloader)
         if preempted is not None:
             self._leave(step)
@@ -268,80 +265,81 @@ class LoopManager:
             )
 
     def _save_now(self, state: LoopState, step: int, epoch: int, loss: Any, dataloader: Any) -> None:
-        tenure = self._tenure
-        began = tenure.clock()
+        session = self._session
+        began = session.clock()
         folder = self._local_dir / f"checkpoint-{step}"
         only = None if dataloader is None else list(dataloader) if isinstance(dataloader, (list, tuple)) else [dataloader]
-        tenure.on_each_disk(lambda: _empty(folder))
+        session.on_each_disk(lambda: _empty(folder))
         told = {"step": step, "epoch": epoch, "loss": _number(loss)}
         try:
-            tenure.agreement.together(lambda: self._files.write(folder, state, told, only))
+            session.agreement.together(lambda: self._files.write(folder, state, told, only))
         except SpotError as error:
-            tenure.on_each_disk(lambda: shutil.rmtree(folder, ignore_errors=True))
-            if isinstance(error, ConfigError) or (tenure.preempted is None and tenure.arguments.on_save_error == "stop"):
-                tenure.agreement.together(lambda: tenure.finish_uploads(self._patience_s()))
+            session.on_each_disk(lambda: shutil.rmtree(folder, ignore_errors=True))
+            if isinstance(error, ConfigError) or (session.preempted is None and session.arguments.on_save_error == "stop"):
+                session.agreement.together(lambda: session.finish_uploads(self._patience_s()))
                 raise
-            log.error("%s; %s", error.args[0], "the last commit stands" if tenure.preempted else "the next save tries again")
+            log.error("%s; %s", error.args[0], "the last commit stands" if session.preempted else "the next save tries again")
             return
         self._saved_step = step
-        tenure.save_s = tenure.clock() - began
-        tenure.timing.stalled(tenure.save_s)
-        seconds = round(tenure.save_s, 3)
+        save_s = session.clock() - began
+        session.note_save(save_s)
+        session.timing.stalled(save_s)
+        seconds = round(save_s, 3)
         request = CommitRequest(
             step=step,
-            reason="schedule" if tenure.preempted is None else "notice",
-            world_size=tenure.world_size,
+            reason="schedule" if session.preempted is None else "notice",
+            world_size=session.world_size,
             details={
                 "epoch_of_data": epoch,
                 "output_dir": str(self._local_dir),
                 "save_s": seconds,
                 "stall_s": seconds,
-                **tenure.timing.to_details(step),
+                **session.timing.to_details(step),
             },
         )
-        tenure.agreement.together(lambda: self._submit(folder, request))
+        session.agreement.together(lambda: self._submit(folder, request))
 
     def _submit(self, folder: Path, request: CommitRequest) -> None:
-        if self._tenure.submit(folder, request, self._tenure.agreement):
+        if self._session.submit(folder, request, self._session.agreement):
             shutil.rmtree(folder, ignore_errors=True)  # its files live on under the uploader's names until they are committed
 
     # -- interruptions ------------------------------------------------------------------------------------------------
 
     def _hears(self, notice: PreemptionNotice) -> None:
-        left = notice.seconds_left(self._tenure.now())
+        left = notice.seconds_left(self._session.now())
         told = f"{notice.kind.value} from {notice.source}{'' if left is None else f', {left:.0f} s left'}"
         alert(told)
-        self._tenure.hook.tell(told)
+        self._session.hook.tell(told)
 
     def _tell_advisory(self) -> None:
-        notice = self._tenure.listener.heard() if self._tenure.runtime is None else None
+        notice = self._session.listener.heard() if self._session.runtime is None else None
         if notice is None or notice.kind is not NoticeKind.ADVISORY or notice.id in self._told_advisories:
             return
         self._told_advisories.add(notice.id)
-        self._tenure.note(notice, "the machine may be taken")
+        self._session.note(notice, "the machine may be taken")
 
     def _patience_s(self) -> float:
-        return patience_s(self._tenure.left_s, training=True, drain_timeout_s=self._tenure.arguments.drain_timeout_s)
+        return patience_s(self._session.left_s, training=True, drain_timeout_s=self._session.arguments.drain_timeout_s)
 
     def _leave(self, step: int) -> None:
         """The machine goes: what is saved gets committed before this returns, if there is time for it."""
-        tenure = self._tenure
-        assert tenure.preempted is not None
+        session = self._session
+        assert session.preempted is not None
         if self._left:
             return
         self._left = True
-        tenure.order_uploads()
-        tenure.agreement.together(lambda: tenure.finish_uploads(self._patience_s()))
-        if tenure.uploader is not None and tenure.uploader.fenced is not None and tenure.agreement.alone:
-            raise tenure.uploader.fenced
-        if tenure.agreement.is_main:
-            committed = tenure.committed_step
-            data = {"step": step, "committed_step": committed, "stage": tenure.stage, "why": tenure.preempted.why}
-            tenure.record("preempted", {**data, **tenure.timing.to_details(step)}, patience_s=JOURNAL_LAST_WORD_S)
+        session.order_uploads()
+        session.agreement.together(lambda: session.finish_uploads(self._patience_s()))
+        if session.fenced is not None and session.agreement.alone:
+            raise session.fenced
+        if session.agreement.is_main:
+            committed = session.committed_step
+            data = {"step": step, "committed_step": committed, "stage": session.stage, "why": session.preempted.why}
+            session.record("preempted", {**data, **session.timing.to_details(step)}, patience_s=JOURNAL_LAST_WORD_S)
             log.warning("%s", self._preempted())
 
     def _preempted(self) -> TrainingPreempted:
-        committed = self._tenure.committed_step if self._tenure.agreement.alone else self._saved_step or 0
+        committed = self._session.committed_step if self._session.agreement.alone else self._saved_step or 0
         return TrainingPreempted(
             f"preempted at step {self._step}; step {committed} is committed to {self.run.url}. "
             "Start the same command again to go on.",
@@ -350,44 +348,40 @@ class LoopManager:
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    def _fenced(self) -> Fenced:
-        fenced = self._tenure.uploader.fenced if self._tenure.uploader is not None else None
-        return fenced or Fenced(f"a newer launch owns {self.run.url}")
-
     def _wait(self, timeout_s: float) -> None:
-        tenure, uploader, listener = self._tenure, self._tenure.uploader, self._tenure.listener
+        session, uploader, listener = self._session, self._session.uploader, self._session.listener
         if uploader is None:
             return
-        drained = uploader.drain(timeout_s, lambda: listener.heard_end() is not None and tenure.preempted is None)
+        drained = uploader.drain(timeout_s, lambda: listener.heard_end() is not None and session.preempted is None)
         if uploader.fenced is not None:
             raise uploader.fenced
         notice = listener.heard_end()
         if not drained and notice is not None:  # no longer than the machine lives
-            left = notice.seconds_left(tenure.now())
+            left = notice.seconds_left(session.now())
             drained = uploader.drain(min(timeout_s, patience_s(left, training=True, drain_timeout_s=timeout_s)))
         saved = self._saved_step or 0
-        if tenure.agreement.is_main and (not drained or tenure.committed_step < saved):
+        if session.agreement.is_main and (not drained or session.committed_step < saved):
             raise StoreError(
-                f"step {saved} was saved, but only step {tenure.committed_step} is in {self.run.url} "
+                f"step {saved} was saved, but only step {session.committed_step} is in {self.run.url} "
                 f"after {timeout_s:.0f} s: {uploader.trouble or '(the log says why)'}",
                 hint="start the same command again: it goes on from there",
             )
 
     def _end_badly(self, error: BaseException) -> None:
         """The loop was left by an error or an exit; the other ranks may not know of it, so they are not asked."""
-        tenure = self._tenure
-        if self._begun and tenure.uploader is not None and tenure.uploader.fenced is None:
+        session = self._session
+        if self._begun and session.uploader is not None and session.uploader.fenced is None:
             ended = isinstance(error, SystemExit)
-            tenure.finish_uploads(self._patience_s() if ended else min(FAILED_DRAIN_S, self._patience_s()))
-            if not ended and not self._left and tenure.runtime is None:
-                data = {"error": type(error).__name__, "stage": tenure.stage, **tenure.timing.to_details(self._step)}
-                tenure.record("failed", data, patience_s=JOURNAL_LAST_WORD_S)
+            session.finish_uploads(self._patience_s() if ended else min(FAILED_DRAIN_S, self._patience_s()))
+            if not ended and not self._left and session.runtime is None:
+                data = {"error": type(error).__name__, "stage": session.stage, **session.timing.to_details(self._step)}
+                session.record("failed", data, patience_s=JOURNAL_LAST_WORD_S)
         self._closed = True
-        tenure.close(alone=True)
+        session.close(alone=True)
 
     def _at_exit(self) -> None:
         """The process ends, and has not said how: what was saved gets committed."""
-        if self._closed or self._tenure.forked:
+        if self._closed or self._session.forked:
             return
         error = getattr(sys, "last_value", None)
         self._end_badly(error if isinstance(error, BaseException) else SystemExit())

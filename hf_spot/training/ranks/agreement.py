@@ -12,10 +12,9 @@ import torch.distributed as dist
 
 from hf_spot.timeouts import RANKS_S
 from hf_spot.training.ranks import shared_board
+from hf_spot.training.ranks.ballot import VALUES, Ballot
 
 T = TypeVar("T")
-
-VALUES = 5
 
 
 class Agreement:
@@ -36,7 +35,7 @@ class Agreement:
         if self._options is not None:
             self._options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
         self._work: Any = None
-        self._alone: tuple[float, ...] = ()
+        self._own: Ballot | None = None
         self.alone = world_size == 1  # nothing need be asked ahead of time
         self._asked = False
         rank = dist.get_rank() if world_size > 1 else 0
@@ -53,39 +52,38 @@ class Agreement:
         """True between `ask` and `answer`; on all ranks or on none."""
         return self._asked
 
-    def ask(self, *values: float) -> None:
-        """Brings this rank's values, `VALUES` of them, and returns at once: what comes next hides the time that the ranks
-        need to agree.
+    def ask(self, ballot: Ballot) -> None:
+        """Cast this rank's ballot, and return at once: what the training does next hides the time that agreeing takes.
 
-        An answer that nobody has taken is given up.
+        An answer that nobody has taken is dropped.
         """
         self.answer()
         self._asked = True
         if self._group is None:
-            self._alone = values
+            self._own = ballot
             return
         if self._board is not None:
-            self._board.show(*values)
+            self._board.show(*ballot.to_values())
             return
-        self._values[:] = array("d", values)
+        self._values[:] = array("d", ballot.to_values())
         # Not by `dist.all_reduce`, which takes twice as long to begin.
         self._work = self._group.allreduce([self._tensor], self._options)
 
-    def answer(self) -> tuple[float, ...]:
-        """Element by element the largest value that any rank brought with its last `ask`; empty when nothing was asked.
+    def answer(self) -> Ballot | None:
+        """Return all ranks' last ballots, merged; None when nothing was asked.
 
         Raises:
             RuntimeError: a rank is gone.
         """
         if not self._asked:
-            return ()
+            return None
         self._asked = False
         if self._board is not None:
-            return self._board.largest(RANKS_S)
+            return Ballot.from_values(self._board.largest(RANKS_S))
         if self._work is not None:
             self._work.wait()
             self._work = None
-        return tuple(self._values) if self._group is not None else self._alone
+        return Ballot.from_values(self._values) if self._group is not None else self._own
 
     def from_main(self, act: Callable[[], T]) -> T:
         """Lets rank 0 act; every rank gets its result, or its exception."""

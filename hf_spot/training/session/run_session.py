@@ -1,4 +1,4 @@
-"""RunSession: what a training has of a run, from the claim to the last commit, whoever's loop it is."""
+"""RunSession: what a training does with its run, from the claim to the last commit, under Trainer or in a custom loop."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import contextlib
 import json
 import logging
 import os
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, overload
 
 import torch.distributed as dist
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError
+from hf_spot.errors import ConfigError, Fenced
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.policy.preemption import Decision, Measured, decide, gives_way
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest
@@ -26,13 +25,14 @@ from hf_spot.run.journal_writer import JournalWriter
 from hf_spot.run.machine_info import about_this_machine
 from hf_spot.run.manifest import files_in
 from hf_spot.run.progress import Bar
-from hf_spot.run.restore import bring, take
+from hf_spot.run.restore import restore_checkpoint, restore_newest
 from hf_spot.run.run import Run
 from hf_spot.run.upload import Uploader
 from hf_spot.run.webhook import Hook, hook_url
 from hf_spot.runtime import Runtime, StepCounter
 from hf_spot.storage.store import ObjectStore, Progress
 from hf_spot.training.ranks.agreement import Agreement
+from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.ranks.disks import Disk, check_writable, find_disk
 from hf_spot.training.session.notice_listener import NoticeListener
 from hf_spot.training.session.timing import Timing
@@ -41,24 +41,11 @@ log = logging.getLogger("hf_spot")
 
 T = TypeVar("T")
 
-_NEVER = 1e18  # seconds, for a notice that names no deadline
-_LOOK_S = 0.02
-
-
-def as_value(seconds_left: float | None) -> float:
-    """A deadline, for `Agreement.ask`: the largest value is that of the soonest one."""
-    return -_NEVER if seconds_left is None else -seconds_left
-
-
-def from_value(value: float) -> float | None:
-    """Seconds left until the deadline that `as_value` was given."""
-    return None if value == -_NEVER else -value
-
 
 class RunSession:
-    """Claims the run, listens for notices, brings checkpoints to this machine, uploads, and keeps the journal.
+    """Claims the run, listens for notices, restores checkpoints, uploads them, and writes the journal.
 
-    Until `join` this process is the only rank.
+    Until `join_ranks` this process is the only rank.
 
     Args:
         by: who claims, in words.
@@ -98,9 +85,9 @@ class RunSession:
         self.timing = Timing(now, clock)
         self.uploader: Uploader | None = None
         self.steps: StepCounter | None = None
-        self.save_s: float | None = None  # that the newest save took, its writing behind the training included
+        self._save_s: float | None = None
         self._size_bytes: int | None = None
-        self.preempted: Decision | None = None  # what a notice led to that ends the training
+        self._preempted: Decision | None = None
         self._gone_at: float | None = None  # by this process's clock
         self.closing = contextlib.ExitStack()
         self.hook = Hook(None if runtime else hook_url(arguments, os.environ), self.run.url)  # a launcher tells it itself
@@ -110,8 +97,8 @@ class RunSession:
 
     # -- the start ----------------------------------------------------------------------------------------------------
 
-    def join(self, world_size: int, rank: int, local_rank: int, output_dir: Path, *, setting: str) -> None:
-        """Meets the other ranks. All must call it.
+    def join_ranks(self, world_size: int, rank: int, local_rank: int, output_dir: Path, *, setting: str) -> None:
+        """Meet the other ranks. All must call it.
 
         Args:
             world_size: ranks of the training; ``torch.distributed`` must be initialised when there are several.
@@ -130,21 +117,21 @@ class RunSession:
         self.disk = find_disk(self.agreement, rank, local_rank, output_dir)
 
     def listen(self, on_notice: Callable[[PreemptionNotice], None] = lambda notice: None, *, keyboard: bool = False) -> None:
-        """Listens from now on, as a `NoticeListener` does."""
+        """Listen from now on, as a `NoticeListener` does."""
         self.listener = NoticeListener(self.arguments, self.runtime, on_notice, keyboard=keyboard)
         self.closing.callback(self.listener.close)
 
     def tell_launcher(self) -> None:
-        """From now on the launcher knows that there is something to save."""
+        """Let the launcher know that from now on there is something to save."""
         if self.runtime is not None:
             self.runtime.training_path.touch()
             self.closing.callback(self.runtime.training_path.unlink, missing_ok=True)
             self.steps = StepCounter(self.runtime.step_path) if self.agreement.is_main else None
 
-    def take(self, *, unless_complete: bool = False) -> None:
-        """Takes the run: rank 0 claims it, or adopts the launcher's claim, and the leaders of other disks write under that.
+    def claim(self, *, unless_complete: bool = False) -> None:
+        """Claim the run on rank 0, or adopt the launcher's claim; the leaders of other disks write under that claim.
 
-        A run that is taken already stays so.
+        A run that is claimed already stays so.
 
         Args:
             unless_complete: not where nothing is left to train, so nothing to write.
@@ -153,10 +140,10 @@ class RunSession:
             ConfigError: the machines see different stores.
             SpotError: the run can't be used.
         """
-        launch = self.agreement.from_main(lambda: self._claim(unless_complete))
+        launch = self.agreement.from_main(lambda: self._claim_on_main(unless_complete))
         self.agreement.together(lambda: self._follow(launch))
 
-    def _claim(self, unless_complete: bool) -> int:
+    def _claim_on_main(self, unless_complete: bool) -> int:
         if self.run.launch:
             return self.run.launch
         if self.runtime is not None:
@@ -187,50 +174,72 @@ class RunSession:
         result = self.agreement.together(lambda: act() if self.disk.leads else None)
         return self.agreement.from_main(lambda: cast(T, result))
 
-    def bring(
-        self, ref: CheckpointRef, label: str = "restore", look: Callable[[], None] = lambda: None
-    ) -> tuple[Checkpoint, Path]:
-        """One commit as a folder on each disk: what the launcher has fetched, what is there, or what is downloaded now.
+    def restore_newest(self, look: Callable[[], None] = lambda: None) -> tuple[Checkpoint, Path] | None:
+        """Restore the newest whole commit of this training to each disk; None when there are no commits.
+
+        Args:
+            look: called again and again meanwhile; what it raises ends the restore.
+
+        Raises:
+            CorruptCheckpoint: there are commits, and none of them is whole.
+            StoreError: the store could not be asked.
+        """
+        refs = self.agreement.from_main(lambda: [ref for ref in self.run.state().checkpoints if ref.stage == self.stage])
+        if not refs:
+            return None
+        runtime = self.runtime if self.disk.leads else None
+        prefetched = self.agreement.together(lambda: runtime.wait_for_prefetched(look) if runtime is not None else None)
+        return self._here(
+            restore_newest(
+                self.run,
+                refs,
+                self.output_dir,
+                everywhere=self.on_each_disk,
+                prefetched=prefetched,
+                ranks=self._ranks_here,
+                world_size=self.world_size,
+                progress=partial(_watched_bar, "restore", look),
+            )
+        )
+
+    def restore(self, ref: CheckpointRef, label: str, look: Callable[[], None] = lambda: None) -> tuple[Checkpoint, Path]:
+        """Restore one commit to each disk.
 
         Args:
             ref: the commit.
-            label: one word or two, for the bar.
-            look: called again and again meanwhile; what it raises ends it.
+            label: one word or two, for the progress bar.
+            look: called again and again meanwhile; what it raises ends the restore.
 
         Raises:
             CorruptCheckpoint: its files are not what was committed.
             StoreError: the store could not be asked.
         """
-        ranks = None if self.disk.count == 1 else self.disk.ranks
 
-        def wait_for_launcher() -> None:
-            look()
-            time.sleep(_LOOK_S)
-
-        def watched_bar(size_bytes: int) -> Progress:
-            shown = Bar(label, size_bytes)
-
-            def moved(count: int) -> None:
-                look()
-                shown(count)
-
-            return moved
-
-        def take_over(wanted: Collection[int] | None) -> bool:
-            return self.runtime is not None and take(self.runtime, ref.entry, self.output_dir, wait_for_launcher, ranks=wanted)
-
-        checkpoint, _ = self.on_each_disk(
-            lambda: bring(
+        def on_this_disk() -> tuple[Checkpoint, Path]:
+            return restore_checkpoint(
                 self.run,
                 ref,
                 self.output_dir,
-                ranks=ranks,
+                ranks=self._ranks_here,
                 world_size=self.world_size,
-                progress=watched_bar,
-                take=take_over,
+                progress=partial(_watched_bar, label, look),
             )
-        )
-        return checkpoint, self.output_dir / checkpoint.name  # machines may call their folders differently
+
+        return self._here(self.on_each_disk(on_this_disk))
+
+    @property
+    def _ranks_here(self) -> tuple[int, ...] | None:
+        return None if self.disk.count == 1 else self.disk.ranks
+
+    @overload
+    def _here(self, restored: tuple[Checkpoint, Path]) -> tuple[Checkpoint, Path]: ...
+
+    @overload
+    def _here(self, restored: tuple[Checkpoint, Path] | None) -> tuple[Checkpoint, Path] | None: ...
+
+    def _here(self, restored: tuple[Checkpoint, Path] | None) -> tuple[Checkpoint, Path] | None:
+        """What rank 0 restored, with the folder on this machine: machines may call their folders differently."""
+        return None if restored is None else (restored[0], self.output_dir / restored[0].name)
 
     def start_uploader(self, on_commit: Callable[[Entry], None] = lambda entry: None) -> None:
         """On the leader of each disk: from now on `submit` has somebody to hand a checkpoint to.
@@ -272,14 +281,37 @@ class RunSession:
         """Writes a notice to the journal, which may be slow to answer: the training shall not wait for it."""
         self.record("notice", {**json.loads(notice.to_json()), "why": why}, patience_s=0.0)
 
+    def ballot(
+        self, notice: PreemptionNotice | None, *, advisory: bool = False, save_is_due: bool = False, is_draining: bool = False
+    ) -> Ballot:
+        """Return what this rank tells the others.
+
+        Args:
+            notice: that holds on this machine.
+            advisory: as in `Ballot`, and so are the others.
+        """
+        return Ballot(
+            terminate=notice is not None and notice.kind is NoticeKind.TERMINATE,
+            advisory=advisory,
+            fenced=self.fenced is not None,
+            save_is_due=save_is_due,
+            is_draining=is_draining,
+            seconds_left=notice.seconds_left(self.now()) if notice else None,
+        )
+
+    @property
+    def preempted(self) -> Decision | None:
+        """The decision about a notice that ends the training, once there is one."""
+        return self._preempted
+
     def stop(self, decision: Decision, seconds_left: float | None) -> None:
-        """The training ends for a notice.
+        """End the training for a notice.
 
         Args:
             decision: that ends it.
             seconds_left: until the machine goes; None when nobody knows.
         """
-        self.preempted = decision
+        self._preempted = decision
         self._gone_at = None if seconds_left is None else self.clock() + seconds_left
 
     @property
@@ -290,7 +322,16 @@ class RunSession:
     def measured(self) -> Measured:
         """How long a save and its upload take."""
         measured = self.uploader.measured() if self.uploader else Measured()
-        return replace(measured, save_s=self.save_s, size_bytes=self._size_bytes)
+        return replace(measured, save_s=self._save_s, size_bytes=self._size_bytes)
+
+    def note_save(self, save_s: float) -> None:
+        """Remember how long the newest save took, with the writing of its files behind the training, in seconds."""
+        self._save_s = save_s
+
+    @property
+    def save_s(self) -> float | None:
+        """Seconds that the newest save took; None before the first."""
+        return self._save_s
 
     # -- uploads ------------------------------------------------------------------------------------------------------
 
@@ -322,9 +363,14 @@ class RunSession:
         told = ranks.gather((self.disk.index, files_in(folder) if self.disk.leads else []))
         return {name for index, names in told if index < self.disk.index for name in names}
 
+    @property
+    def fenced(self) -> Fenced | None:
+        """The error to raise once the uploader has met a newer launch that owns the run."""
+        return self.uploader.fenced if self.uploader is not None else None
+
     def order_uploads(self) -> None:
-        """After a notice: the newest checkpoint goes first, and what is in flight may have to give way to it."""
-        if self.preempted is None:
+        """After a notice: let the newest checkpoint go first; what is in flight may have to give way to it."""
+        if self._preempted is None:
             return
         give_way = self.agreement.from_main(lambda: gives_way(self.left_s, self.measured()))
         if self.uploader is not None:
@@ -336,7 +382,7 @@ class RunSession:
             return
         if not self.uploader.idle:
             log.warning("finishing the upload in flight")
-        if not self.uploader.drain(timeout_s) and self.uploader.fenced is None:
+        if not self.uploader.drain(timeout_s) and self.fenced is None:
             log.error(
                 "the newest checkpoint is not in %s: %s", self.run.url, self.uploader.trouble or "the upload took too long"
             )
@@ -371,3 +417,13 @@ class RunSession:
         self.closing.close()
         if not alone and (self.agreement.alone or dist.is_initialized()):
             self.agreement.close()
+
+
+def _watched_bar(label: str, look: Callable[[], None], size_bytes: int) -> Progress:
+    shown = Bar(label, size_bytes)
+
+    def moved(count: int) -> None:
+        look()
+        shown(count)
+
+    return moved

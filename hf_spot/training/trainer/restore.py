@@ -7,10 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
+
 from hf_spot.errors import SpotError
 from hf_spot.run.checkpoint import Checkpoint
-from hf_spot.run.restore import holds_own_checkpoints, restore_newest, set_aside_uncommitted, sweep
+from hf_spot.run.restore import holds_own_checkpoints, set_aside_uncommitted, sweep
 from hf_spot.training.session.run_session import RunSession
+from hf_spot.training.trainer.weights import loaded_whole
 
 log = logging.getLogger("hf_spot")
 
@@ -23,13 +27,13 @@ class Resumption:
     """Every rank must call every method. A restore ends with `Going` when the machine goes: nobody would train with it.
 
     Args:
-        tenure: of the run, taken already.
+        session: of the run, claimed already.
     """
 
-    def __init__(self, tenure: RunSession) -> None:
-        self._tenure = tenure
-        self._run = tenure.run
-        self._output_dir = tenure.output_dir
+    def __init__(self, session: RunSession) -> None:
+        self._session = session
+        self._run = session.run
+        self._output_dir = session.output_dir
         self._had_own = False
 
     def restore(self, resume_from_checkpoint: str | bool | None) -> tuple[Checkpoint, Path] | None:
@@ -40,21 +44,18 @@ class Resumption:
             CorruptCheckpoint: there are commits, and none of them is whole.
             StoreError: the store could not be asked.
         """
-        tenure, found = self._tenure, None
-        tenure.on_each_disk(lambda: sweep(self._output_dir))
+        session, found = self._session, None
+        session.on_each_disk(lambda: sweep(self._output_dir))
         if resume_from_checkpoint is not False:
-            refs = tenure.agreement.from_main(
-                lambda: [ref for ref in self._run.state().checkpoints if ref.stage == tenure.stage]
-            )
-            found = restore_newest(refs, lambda ref: tenure.bring(ref, look=self._look), self._run.url)
-        self._had_own = tenure.agreement.from_main(lambda: holds_own_checkpoints(self._run, self._output_dir))
+            found = session.restore_newest(self._look)
+        self._had_own = session.agreement.from_main(lambda: holds_own_checkpoints(self._run, self._output_dir))
         step = found[0].step if found else 0
-        tenure.on_each_disk(lambda: set_aside_uncommitted(self._run, self._output_dir, step))
+        session.on_each_disk(lambda: set_aside_uncommitted(self._run, self._output_dir, step))
         return found
 
     def foreign(self, resume_from_checkpoint: Any) -> Any:
         """What Trainer shall resume from when the run has nothing: a checkpoint from before hf_spot is Trainer's business."""
-        return self._tenure.agreement.from_main(lambda: self._foreign(resume_from_checkpoint))
+        return self._session.agreement.from_main(lambda: self._foreign(resume_from_checkpoint))
 
     def _foreign(self, resume_from_checkpoint: Any) -> Any:
         if resume_from_checkpoint is True and not any(self._output_dir.glob("checkpoint-*")):
@@ -65,25 +66,25 @@ class Resumption:
     def bring_best(self, restored: Checkpoint) -> Path | None:
         """The folder of the best checkpoint so far, which may be the one that is resumed from; None when there is none, or it
         can't be restored."""
-        tenure = self._tenure
-        bests = [ref for ref in self._run.journal.state.checkpoints if ref.stage == tenure.stage and ref.best]
-        best = tenure.agreement.from_main(lambda: bests[0] if bests else None)
+        session = self._session
+        bests = [ref for ref in self._run.journal.state.checkpoints if ref.stage == session.stage and ref.best]
+        best = session.agreement.from_main(lambda: bests[0] if bests else None)
         if best is None:
             return None
         resumed = self._output_dir / restored.name
         if best.step == restored.step:
             return resumed
         try:
-            _, folder = tenure.bring(best, "restore best", self._look)
+            _, folder = session.restore(best, "restore best", self._look)
         except SpotError as error:
             log.error("the best checkpoint so far can't be restored; a later one will be taken for the best: %s", error)
             return None
         # Rotation goes by modification time: what is resumed from must count as the newer one.
-        tenure.on_each_disk(lambda: os.utime(resumed))
+        session.on_each_disk(lambda: os.utime(resumed))
         return folder
 
     def _look(self) -> None:
-        if self._tenure.listener.heard_end() is not None:
+        if self._session.listener.heard_end() is not None:
             raise Going
 
 
@@ -92,3 +93,27 @@ def _is_own(resume_from_checkpoint: str | bool | None, output_dir: Path) -> bool
     if isinstance(resume_from_checkpoint, str):
         return Path(resume_from_checkpoint).resolve().parent == output_dir.resolve()
     return resume_from_checkpoint is True
+
+
+def load_finished(trainer: Trainer, folder: Path, restored: Checkpoint, best_folder: Path | None) -> TrainOutput:
+    """Leave the trainer as ``train()`` left it when it finished, without training: Trainer itself would do one step more.
+
+    Args:
+        trainer: that trained it, or one like it.
+        folder: of the last checkpoint.
+        restored: that checkpoint.
+        best_folder: of the best checkpoint, where there is one.
+    """
+    with loaded_whole(trainer):
+        trainer._load_from_checkpoint(str(folder))
+    trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    trainer._load_rng_state(str(folder))
+    if restored.details.get("evaluation_pending"):
+        trainer._determine_best_metric(metrics=trainer.evaluate(), trial=None)
+        if trainer.state.best_global_step == restored.step:
+            best_folder = folder
+    if trainer.args.load_best_model_at_end and best_folder is not None:
+        trainer.state.best_model_checkpoint = str(best_folder)
+        trainer._load_best_model()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return TrainOutput(trainer.state.global_step, sum(losses) / len(losses) if losses else 0.0, {})

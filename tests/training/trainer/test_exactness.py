@@ -293,7 +293,7 @@ def test_a_notice_that_is_taken_back_while_it_ends_an_evaluation_loses_nothing(
     plain = TrainerSession.step_ended
 
     def step_ended(self: TrainerSession, step: int) -> Any:
-        self.listener.newest = None
+        self.run_session.listener.newest = None
         return plain(self, step)
 
     monkeypatch.setattr(TrainerSession, "step_ended", step_ended)

@@ -29,7 +29,7 @@ def test_ctrl_c_commits_first_and_the_same_command_goes_on(tmp_path: Path, store
 
     def press_until_heard() -> None:
         press()
-        wait_for(lambda: callback._session.listener.newest)  # type: ignore[union-attr]  # steps are faster than the watcher
+        wait_for(lambda: callback._session.run_session.listener.newest)  # type: ignore[union-attr]  # steps are faster than the watcher
 
     with pytest.raises(KeyboardInterrupt) as ended:
         make_trainer(tmp_path, Recorder(5, press_until_heard), callback).train()

@@ -74,7 +74,11 @@ def test_a_training_goes_on_wherever_in_a_save_the_disk_gets_full(disk: SmallDis
                 disk.empty()
             if state.global_step + 1 in failing:
                 session = callback._session
-                assert session is not None and session.uploader is not None and session.uploader.drain(PATIENCE_S)
+                assert (
+                    session is not None
+                    and session.run_session.uploader is not None
+                    and session.run_session.uploader.drain(PATIENCE_S)
+                )
                 blocks = sum(path.stat().st_blocks for path in (out / "checkpoint-2").rglob("*"))
                 page = (state.global_step - 2) * (blocks // 8 - 1) // (len(failing) - 1)  # the last one lacks one page
                 leave_kb[state.global_step + 1] = page * 4
@@ -211,13 +215,13 @@ def test_an_output_dir_that_is_deleted_costs_at_most_one_checkpoint(
 
     def act() -> None:
         session = callback._session
-        assert session is not None and session.uploader is not None
+        assert session is not None and session.run_session.uploader is not None
         if in_flight:
             wait_for(
                 lambda: ("put_file", "checkpoint-6") in [(name, key.split("/")[1]) for name, key in faulty.calls if "/" in key]
             )
         else:
-            assert session.behind.wait(PATIENCE_S) and session.uploader.drain(PATIENCE_S)
+            assert session.behind.wait(PATIENCE_S) and session.run_session.uploader.drain(PATIENCE_S)
         shutil.rmtree(out)
         gate.set()
 

@@ -23,6 +23,7 @@ from hf_spot.errors import StoreUnavailable
 from hf_spot.policy.preemption import Measured
 from hf_spot.storage.memory import MemoryStore
 from hf_spot.training.session.final_drain import FinalDrain
+from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.trainer.trainer_session import TrainerSession
 from tests.servers import free_ports
 from tests.training.conftest import STEPS, Patient, Recorder, SaveRecorder, make_trainer, same, weights
@@ -45,7 +46,7 @@ class At(TrainerCallback):
 def heard(callback: SpotCallback) -> Any:
     session = callback._session
     assert session is not None
-    return session.listener.newest
+    return session.run_session.listener.newest
 
 
 def listening(notice: Path) -> SpotCallback:
@@ -88,9 +89,9 @@ def test_a_second_sigterm_while_the_commit_is_on_its_way_does_not_stop_it(
 
     def second(self: FinalDrain) -> bool:
         session = callback._session
-        assert session is not None and session.uploader is not None
-        assert not session.uploader.idle
-        watcher = session.listener.watcher
+        assert session is not None and session.run_session.uploader is not None
+        assert not session.run_session.uploader.idle
+        watcher = session.run_session.listener.watcher
         assert watcher is not None
         os.kill(os.getpid(), signal.SIGTERM)
         wait_for(lambda: watcher.sources[0].count == 2)  # type: ignore[attr-defined]
@@ -161,7 +162,7 @@ def test_a_notice_during_a_restore_ends_it_at_once_and_loses_nothing(
         def go(count: int) -> None:
             moved.append(count)
             os.kill(os.getpid(), signal.SIGTERM)
-            wait_for(lambda: sessions[0].listener.newest is not None)
+            wait_for(lambda: sessions[0].run_session.listener.newest is not None)
 
         return go
 
@@ -257,14 +258,14 @@ def test_a_notice_that_stands_before_the_start_trains_nothing(from_store: str, t
     notice = tmp_path / "notice"
     terminate_in(notice, 120)
     callback, recorder = listening(notice), Recorder()
-    claim = TrainerSession._claim
+    claim = RunSession._claim_on_main
 
-    def heard_first(self: TrainerSession, unless_complete: bool) -> int:
+    def heard_first(self: RunSession, unless_complete: bool) -> int:
         wait_for(lambda: self.listener.newest)
         return claim(self, unless_complete)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainerSession, "_claim", heard_first)
+        patch.setattr(RunSession, "_claim_on_main", heard_first)
         with pytest.raises(TrainingPreempted) as caught:
             make_trainer(tmp_path / "one", callback, recorder).train()
     assert (caught.value.code, caught.value.step, recorder.losses) == (75, None, {})
@@ -371,7 +372,7 @@ def test_an_upload_in_flight_ends_for_the_newer_checkpoint_that_alone_can_make_i
     monkeypatch.setattr(MemoryStore, "put_file", put_slowly)
     # As if the link were so slow that one checkpoint takes ten seconds.
     slow = Measured(bytes_per_s=1e5, in_flight_bytes=10**6, waiting_bytes=10**6)
-    monkeypatch.setattr(TrainerSession, "measured", lambda self: replace(slow, save_s=0.1, size_bytes=10**6))
+    monkeypatch.setattr(RunSession, "measured", lambda self: replace(slow, save_s=0.1, size_bytes=10**6))
     callback = listening(tmp_path / "notice")
 
     def act() -> None:
@@ -389,7 +390,7 @@ def test_a_save_that_can_not_be_committed_is_skipped_for_the_upload_in_flight(
     from_store: str, tmp_path: Path, peace: Any, held: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     huge = Measured(save_s=60.0, size_bytes=10**9, bytes_per_s=1e6, in_flight_bytes=10**7)
-    monkeypatch.setattr(TrainerSession, "measured", lambda self: huge)
+    monkeypatch.setattr(RunSession, "measured", lambda self: huge)
     callback, recorder = listening(tmp_path / "notice"), SaveRecorder()
 
     def act() -> None:

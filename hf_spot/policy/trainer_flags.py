@@ -1,0 +1,142 @@
+"""Which flags of `TrainerControl` the callback sets. Pure: (moment, decision, state) in, flags out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from hf_spot.policy.preemption import Action, Decision
+
+SAVE_IS_DUE = Decision(Action.SAVE_AND_GO_ON, "a save is due")
+
+
+class Moment(Enum):
+    """Where in its loop Trainer asks."""
+
+    SUBSTEP_END = "between two micro-batches of a step"
+    STEP_END = "after an optimizer step"
+    EVALUATION_CUT = "after a notice has ended an evaluation"
+    EPOCH_END = "after the last step of an epoch, and after Trainer has left its loop for any reason"
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """What Trainer's loop looks like at that moment.
+
+    Args:
+        step: optimizer steps done.
+        max_steps: optimizer steps of the whole training.
+        saved_step: of the newest save in this launch, or the step resumed from; -1 for none.
+        should_save: as Trainer's own strategies have set it, like the next two.
+        should_evaluate: Trainer evaluates next.
+        should_training_stop: Trainer leaves its loop.
+        is_epoch_end: the step was the last one of an epoch.
+        saves_each_epoch: ``save_strategy="epoch"``.
+        loads_best_model: ``load_best_model_at_end``.
+        stopping: an earlier decision ends the training for a notice.
+        save_is_owed: the training stops within a step, and the step before it has not been saved.
+    """
+
+    step: int
+    max_steps: int
+    saved_step: int = -1
+    should_save: bool = False
+    should_evaluate: bool = False
+    should_training_stop: bool = False
+    is_epoch_end: bool = False
+    saves_each_epoch: bool = False
+    loads_best_model: bool = False
+    stopping: bool = False
+    save_is_owed: bool = False
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What to set; None leaves a flag of `TrainerControl` as it is.
+
+    Args:
+        added: why a save is added that Trainer did not ask for: ``cadence`` or ``advisory``.
+        skips_evaluation: an evaluation that an uninterrupted run makes here is left to the next launch.
+        owes_save: the save has to wait for the end of the loop.
+        forgets_best: Trainer must neither load the best model when it ends nor delete the newest checkpoint for it.
+    """
+
+    should_save: bool | None = None
+    should_evaluate: bool | None = None
+    should_log: bool | None = None
+    should_training_stop: bool | None = None
+    added: str | None = None
+    skips_evaluation: bool = False
+    owes_save: bool = False
+    forgets_best: bool = False
+
+
+def flags_for(moment: Moment, decision: Decision | None, state: LoopState) -> Flags:
+    """Return what the callback sets at a moment.
+
+    Args:
+        moment: at which Trainer asks.
+        decision: about a notice or a due save; None where there is nothing to answer.
+        state: of the loop.
+    """
+    if moment is Moment.EPOCH_END:
+        return _at_epoch_end(state)
+    if decision is None or decision.action is Action.GO_ON:
+        return Flags()
+    if decision.action is Action.SAVE_AND_GO_ON:
+        return _with_added_save(decision, state)
+    saves = decision.action is Action.SAVE_AND_STOP
+    if moment is Moment.SUBSTEP_END:
+        # Trainer leaves its loop and saves only after `on_epoch_end`.
+        owes_save = saves and state.step not in (0, state.saved_step)
+        return Flags(should_save=saves, should_training_stop=True, owes_save=owes_save)
+    if moment is Moment.EVALUATION_CUT:
+        saves = saves and state.saved_step != state.step  # else it is committed already, with the evaluation pending
+        return Flags(should_save=saves, should_training_stop=True, skips_evaluation=True)
+    return Flags(
+        should_save=saves,
+        should_evaluate=False,
+        should_log=True,
+        should_training_stop=True,
+        skips_evaluation=state.should_evaluate,
+    )
+
+
+def _with_added_save(decision: Decision, state: LoopState) -> Flags:
+    due = decision == SAVE_IS_DUE
+    if state.saves_each_epoch and state.is_epoch_end:
+        return Flags()  # Trainer saves after its evaluation: that checkpoint is worth more
+    # A save that is due can as well be that of a later step, where Trainer saves this one itself, or would take a checkpoint of
+    # this step for the best: without the added save there would be none to go back to at the end.
+    can_wait = state.should_save or (state.loads_best_model and state.should_evaluate) or state.step >= state.max_steps
+    if due and can_wait:
+        return Flags()
+    return Flags(should_save=True, added="cadence" if due else "advisory")
+
+
+def _at_epoch_end(state: LoopState) -> Flags:
+    if state.stopping:
+        # Trainer's own end would load the best model, and with save_total_limit=1 delete the checkpoint just written.
+        return Flags(should_save=state.save_is_owed, should_evaluate=False, should_log=False, forgets_best=True)
+    if state.should_save and state.saved_step == state.step:
+        return Flags(should_save=False)  # the same step twice would rewrite a folder that is being uploaded
+    if state.should_training_stop and state.saved_step != state.step:
+        return Flags(should_save=True)  # whatever the strategy: a finished run ends with its last step committed
+    return Flags()
+
+
+def is_complete(state: LoopState) -> bool:
+    """Whether a save is the last one of its training: all steps are done, or something other than a notice ended it."""
+    return state.step >= state.max_steps or (state.should_training_stop and not state.stopping)
+
+
+def reason_of_save(state: LoopState, added: str | None) -> str:
+    """Return why a checkpoint is saved, as a commit records it.
+
+    Args:
+        state: of the loop, at the save.
+        added: as in `Flags`.
+    """
+    if state.stopping:
+        return "notice"
+    return added or ("end" if is_complete(state) else "schedule")

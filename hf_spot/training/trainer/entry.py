@@ -1,0 +1,155 @@
+"""The way in: ``Trainer.train`` is wrapped once, so that a `SpotCallback` can restore before Trainer reads its checkpoint.
+
+A callback is never given its trainer, and ``on_train_begin`` comes too late to resume.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+from hf_spot.errors import ConfigError
+
+log = logging.getLogger("hf_spot")
+
+C = TypeVar("C", bound=TrainerCallback)
+
+
+class _Trainings(threading.local):
+    """Trainers that are within ``Trainer.train`` in this thread, in the order of their calls."""
+
+    def __init__(self) -> None:
+        self.under_way: list[Trainer] = []
+
+
+_trainings = _Trainings()
+
+
+class Entry(Generic[C]):
+    """Wraps ``Trainer.train`` for one kind of callback.
+
+    A callback whose trainer begins to train by another way, as a subclass with a loop of its own may do, is refused: it could
+    neither restore nor save.
+
+    Args:
+        kind: of the callback.
+        run: trains a trainer that holds such a callback; given both, the plain ``train``, and its arguments.
+        make: makes a callback for trainers that have none.
+    """
+
+    def __init__(self, kind: type[C], run: Callable[..., Any], make: Callable[[], C]) -> None:
+        self._kind = kind
+        self._run = run
+        self._make = make
+        self._for_all = False
+        self._wrapped: type[Trainer] | None = None
+
+    def install(self, trainer_class: type[Trainer], *, for_all: bool = False) -> None:
+        """Wrap ``trainer_class.train``. More than once is no harm.
+
+        Args:
+            trainer_class: ``transformers.Trainer``.
+            for_all: give a callback to every trainer that has none, as under `hf-spot launch`.
+        """
+        self._for_all = self._for_all or for_all
+        if self._wrapped is trainer_class:
+            return
+        self._wrapped = trainer_class
+        entry, plain_train, plain_begin = self, trainer_class.train, CallbackHandler.on_train_begin
+
+        @functools.wraps(plain_train)
+        def train(self: Trainer, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
+            with _within(self):
+                return entry._train(self, plain_train, resume_from_checkpoint, trial, *args, **kwargs)
+
+        @functools.wraps(plain_begin)
+        def on_train_begin(self: CallbackHandler, *args: Any, **kwargs: Any) -> Any:
+            if not any(trainer.callback_handler is self for trainer in _trainings.under_way):
+                entry._check(self)
+            return plain_begin(self, *args, **kwargs)
+
+        trainer_class.train = train  # type: ignore[method-assign]
+        CallbackHandler.on_train_begin = on_train_begin  # type: ignore[method-assign]
+        register_optimizer_step_pre_hook(self._before_step)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """For loops that tell callbacks nothing."""
+        if not _trainings.under_way and (owner := _owner_of(None)) is not None:
+            self._check(owner.callback_handler)
+
+    def _train(
+        self, trainer: Trainer, plain_train: Callable[..., Any], resumed: Any, trial: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        callbacks = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, self._kind)]
+        if len(callbacks) > 1:
+            raise ConfigError(f"this Trainer has two {self._kind.__name__}s", hint="keep one of them")
+        nested = len(_trainings.under_way) > 1
+        if callbacks or self._for_all:
+            if trial is not None:
+                log.warning("a hyperparameter search is not made preemptible: its trials are not one run")
+            elif nested:
+                log.warning("a training within another training is not made preemptible: an interruption repeats all of it")
+        if trial is not None or nested or not (callbacks or self._for_all):
+            with _without(trainer, callbacks):
+                return plain_train(trainer, resumed, trial, *args, **kwargs)
+        if not callbacks:
+            callbacks = [self._make()]
+            trainer.add_callback(callbacks[0])
+        return self._run(callbacks[0], trainer, plain_train, resumed, trial, *args, **kwargs)
+
+    def _check(self, handler: CallbackHandler) -> None:
+        """Refuse a training that comes neither from ``Trainer.train`` nor from a trainer that nobody asked to protect."""
+        if not self._for_all and not any(isinstance(callback, self._kind) for callback in handler.callbacks):
+            return
+        owner = _owner_of(handler)
+        name = "a subclass of Trainer" if owner is None else type(owner).__name__
+        raise ConfigError(
+            f"{name} trains without Trainer.train(): {self._kind.__name__} can neither save nor resume it",
+            hint=f"call super().train(…) in {name}.train(), or use SpotCheckpointManager in its loop",
+        )
+
+
+@contextlib.contextmanager
+def _within(trainer: Trainer) -> Iterator[None]:
+    _trainings.under_way.append(trainer)
+    try:
+        yield
+    finally:
+        _trainings.under_way.remove(trainer)
+
+
+@contextlib.contextmanager
+def _without(trainer: Trainer, callbacks: list[Any]) -> Iterator[None]:
+    """Within it, callbacks hear nothing of this trainer: they may belong to a training around it."""
+    handler = trainer.callback_handler
+    before = list(handler.callbacks)
+    handler.callbacks[:] = [callback for callback in before if callback not in callbacks]
+    try:
+        yield
+    finally:
+        added = [callback for callback in handler.callbacks if callback not in before]
+        handler.callbacks[:] = [
+            callback for callback in before if callback in handler.callbacks or callback in callbacks
+        ] + added
+
+
+def _owner_of(handler: CallbackHandler | None) -> Trainer | None:
+    """Find the trainer in the calls that lead here: neither a handler nor an optimizer knows it. None finds any trainer."""
+    frame = sys._getframe()
+    while frame is not None:
+        if "self" in frame.f_code.co_varnames[:1]:  # all locals take microseconds
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, Trainer) and handler in (None, owner.callback_handler):
+                return owner
+        frame = frame.f_back  # type: ignore[assignment]  # None behind the last one
+    return None
