@@ -345,7 +345,7 @@ def test_a_notice_that_only_another_rank_hears_after_the_last_step_ends_the_wait
         for rank in ("0", "1")
     ]
     try:
-        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+        said = [rank.communicate(timeout=PATIENCE_S)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
