@@ -28,7 +28,7 @@ from hf_spot.training.trainer.trainer_session import TrainerSession
 from tests.servers import free_ports
 from tests.training.conftest import STEPS, Patient, Recorder, SaveRecorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, kinds, preempt, steps, train_until_preempted
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
 
 class At(TrainerCallback):
