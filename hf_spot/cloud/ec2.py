@@ -1,4 +1,4 @@
-"""What is asked of EC2 and its neighbours (SSM for images, Pricing, STS), and nothing that is decided."""
+"""All requests to EC2 and related services (SSM for images, Pricing, STS), without any decisions."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ RUN_TAG, RUNG_TAG, WALK_TAG, STOP_TAG = "hf-spot:run", "hf-spot:rung", "hf-spot:
 LIVE = ("pending", "running", "stopping", "shutting-down")
 SPOT_SOURCE = "EC2 DescribeSpotPriceHistory"
 ON_DEMAND_SOURCE = "AWS Price List GetProducts"
-_PRICING_REGION = "us-east-1"  # the API stands in three regions only, and speaks of all
+_PRICING_REGION = "us-east-1"  # the API exists in three regions only, and covers all
 _EVERYBODY = ("0.0.0.0/0", "::/0")
 _MOST_THREADS = 8
-_PREFIXES = {"service-quotas": "servicequotas"}  # what IAM calls a service that boto3 calls otherwise
+_PREFIXES = {"service-quotas": "servicequotas"}  # services whose name in IAM differs from boto3's
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Image:
-    """An AMI: its id, and the device that its root disk is."""
+    """An AMI: its id, and the device name of its root disk."""
 
     id: str
     root_device: str
@@ -46,7 +46,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Subnet:
-    """A subnet, its zone, and the network that it belongs to."""
+    """A subnet, its availability zone, and its VPC."""
 
     id: str
     zone: str
@@ -58,16 +58,16 @@ class Instance:
     """An instance of a run, as EC2 describes it.
 
     Args:
-        id: its id.
-        region: its name.
-        zone: its availability zone.
+        id: id of the instance.
+        region: name of the region.
+        zone: name of the availability zone.
         instance_type: such as ``p4d.24xlarge``.
         market: ``spot`` or ``on-demand``.
         state: ``pending``, ``running``, ``shutting-down``, ``terminated``, ``stopping`` or ``stopped``.
         began: when it was launched.
-        ended: when it ended, where EC2 says it.
-        reason: EC2's code for why it ended; empty while it lives.
-        tags: all of them.
+        ended: when it ended, if EC2 says so.
+        reason: EC2's code for why it ended; empty while it is live.
+        tags: all tags.
     """
 
     id: str
@@ -83,12 +83,12 @@ class Instance:
 
 
 class Cloud:
-    """The account's EC2, in all regions. Clients are made when they are first used; safe to use from several threads.
-
-    Args:
-        session: a boto3 session; default: one with the usual settings of AWS.
+    """The account's EC2, in all regions. Clients are created on first use; safe to use from several threads.
 
     Every method raises CloudError, whose ``code`` is AWS's.
+
+    Args:
+        session: a boto3 session; default: one with the usual AWS settings.
     """
 
     def __init__(self, session: Any = None) -> None:
@@ -98,7 +98,7 @@ class Cloud:
         self._on_demand: dict[tuple[str, str], Price | None] = {}
 
     def client(self, service: str, region: str | None = None) -> Any:
-        """A boto3 client; without a region, of the one that is set."""
+        """Return a boto3 client, by default for the configured region."""
         key = service, region
         if key not in self._clients:
             config = Config(
@@ -112,55 +112,55 @@ class Cloud:
         return self._clients[key]
 
     def call(self, service: str, region: str | None, operation: str, **arguments: Any) -> Any:
-        """One request, with the errors explained."""
+        """Send one request; errors are explained."""
         client = self.client(service, region)
         with _explained(operation, service, client.meta.region_name):
             return getattr(client, operation)(**arguments)
 
     def pages(self, service: str, region: str | None, operation: str, key: str, **arguments: Any) -> Iterator[Any]:
-        """Everything under ``key`` in all pages of an answer."""
+        """Yield the items under ``key`` of all pages of a response."""
         client = self.client(service, region)
         with _explained(operation, service, client.meta.region_name):
             for page in client.get_paginator(operation).paginate(**arguments):
                 yield from page.get(key, ())
 
     def each(self, regions: Sequence[str], ask: Callable[[str], T], *, services: Sequence[str] = ("ec2",)) -> list[T]:
-        """Asks several regions at the same time; the answers in their order.
+        """Query several regions in parallel. Return the results in the order of the regions.
 
         Args:
-            regions: names.
-            ask: is called with each of them, from several threads.
-            services: that it asks.
+            regions: names of the regions.
+            ask: called with each region, from several threads.
+            services: the services that ``ask`` uses.
         """
-        for service in services:  # making a client is not safe from several threads; using one is
+        for service in services:  # creating a client is not thread-safe; using one is
             for region in (_PRICING_REGION,) if service == "pricing" else regions:
                 self.client(service, region)
         with ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="hf_spot-ec2") as pool:
             return list(pool.map(ask, regions))
 
-    # -- what there is ------------------------------------------------------------------------------------------------
+    # -- resources ----------------------------------------------------------------------------------------------------
 
     def regions(self, near: str | None = None) -> list[str]:
-        """The names of the regions that the account can use.
+        """Return the names of the regions that the account can use.
 
         Args:
-            near: a region that is asked; default: the one that is set.
+            near: the region to query; default: the configured one.
         """
         found = self.call("ec2", near, "describe_regions", AllRegions=False)["Regions"]
         return sorted(region["RegionName"] for region in found)
 
     def check_regions(self, wanted: Iterable[str], known: Sequence[str]) -> None:
-        """Raises ConfigError for a region that the account can't use."""
+        """Raise ConfigError for a region that the account can't use."""
         for region in wanted:
             if region not in known:
                 near = difflib.get_close_matches(region, known, 1)
                 raise ConfigError(
-                    f"{region!r} is no region that this account can use",
+                    f"{region!r} is not a region that this account can use",
                     hint=f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}",
                 )
 
     def image(self, region: str, image_id: str) -> Image:
-        """The AMI behind an id or ``resolve:ssm:PARAMETER``."""
+        """Return the AMI for an id or ``resolve:ssm:PARAMETER``."""
         if image_id.startswith("resolve:ssm:"):
             name = image_id.removeprefix("resolve:ssm:")
             image_id = self.call("ssm", region, "get_parameter", Name=name)["Parameter"]["Value"]
@@ -170,9 +170,9 @@ class Cloud:
         return Image(image_id, found[0]["RootDeviceName"])
 
     def subnets(self, region: str, ids: Sequence[str]) -> list[Subnet]:
-        """Subnets by id, or without ids the default subnet of each zone."""
-        asked: dict[str, Any] = {"SubnetIds": [*ids]} if ids else {"Filters": [_filter("default-for-az", "true")]}
-        found = list(self.pages("ec2", region, "describe_subnets", "Subnets", **asked))
+        """Return subnets by id, or without ids the default subnet of each zone."""
+        query: dict[str, Any] = {"SubnetIds": [*ids]} if ids else {"Filters": [_filter("default-for-az", "true")]}
+        found = list(self.pages("ec2", region, "describe_subnets", "Subnets", **query))
         if not found:
             raise CloudError(
                 f"{region} has no default subnet", hint=f"subnets: {{{region}: [subnet-…]}}, or aws ec2 create-default-vpc"
@@ -180,11 +180,11 @@ class Cloud:
         return [Subnet(one["SubnetId"], one["AvailabilityZone"], one["VpcId"]) for one in found]
 
     def check_groups(self, region: str, ids: Sequence[str], vpc: str) -> None:
-        """Raises ConfigError when a security group (or, without ids, the network's default one) lets the whole world in."""
-        asked: dict[str, Any] = (
+        """Raise ConfigError if a security group (or, without ids, the VPC's default group) is open to the internet."""
+        query: dict[str, Any] = (
             {"GroupIds": [*ids]} if ids else {"Filters": [_filter("vpc-id", vpc), _filter("group-name", "default")]}
         )
-        for group in self.pages("ec2", region, "describe_security_groups", "SecurityGroups", **asked):
+        for group in self.pages("ec2", region, "describe_security_groups", "SecurityGroups", **query):
             for rule in group["IpPermissions"]:
                 ranges = [one["CidrIp"] for one in rule.get("IpRanges", ())] + [
                     one["CidrIpv6"] for one in rule.get("Ipv6Ranges", ())
@@ -192,41 +192,41 @@ class Cloud:
                 if world := next((one for one in ranges if one in _EVERYBODY), None):
                     port = rule.get("FromPort", "any")
                     raise ConfigError(
-                        f"security_groups: {group['GroupId']} in {region} lets the whole internet in (port {port}, {world}); "
-                        "a training needs no way in",
+                        f"security_groups: {group['GroupId']} in {region} is open to the internet (port {port}, {world}); "
+                        "a training needs no inbound access",
                         hint=f"aws ec2 revoke-security-group-ingress --region {region} --group-id {group['GroupId']} …, "
-                        "or another group",
+                        "or use another group",
                     )
 
     def check_key(self, region: str, name: str) -> None:
-        """Raises CloudError when the key pair does not exist."""
+        """Raise CloudError if the key pair does not exist."""
         self.call("ec2", region, "describe_key_pairs", KeyNames=[name])
 
     def offered(self, region: str, types: Sequence[str]) -> set[tuple[str, str]]:
-        """Which instance types which zones have at all, as (type, zone)."""
-        asked = {"LocationType": "availability-zone", "Filters": [_filter("instance-type", *types)]}
-        found = self.pages("ec2", region, "describe_instance_type_offerings", "InstanceTypeOfferings", **asked)
+        """Return which zones offer which instance types, as (type, zone)."""
+        query = {"LocationType": "availability-zone", "Filters": [_filter("instance-type", *types)]}
+        found = self.pages("ec2", region, "describe_instance_type_offerings", "InstanceTypeOfferings", **query)
         return {(one["InstanceType"], one["Location"]) for one in found}
 
     def vcpus(self, region: str, types: Sequence[str]) -> dict[str, int]:
-        """vCPUs by instance type, of those that the region has."""
-        asked = {"Filters": [_filter("instance-type", *types)]}
-        found = self.pages("ec2", region, "describe_instance_types", "InstanceTypes", **asked)
+        """Return the vCPUs of each instance type that the region offers."""
+        query = {"Filters": [_filter("instance-type", *types)]}
+        found = self.pages("ec2", region, "describe_instance_types", "InstanceTypes", **query)
         return {one["InstanceType"]: one["VCpuInfo"]["DefaultVCpus"] for one in found}
 
-    # -- what it costs ------------------------------------------------------------------------------------------------
+    # -- prices -------------------------------------------------------------------------------------------------------
 
     def spot_prices(
         self, region: str, types: Sequence[str], since: datetime, until: datetime
     ) -> dict[tuple[str, str], list[Price]]:
-        """The spot price of Linux, oldest first, by (type, zone); the first is the one that held at ``since``.
+        """Return the spot prices of Linux, oldest first, by (type, zone); the first one applied at ``since``.
 
-        A pool without any price has no capacity there at all.
+        A pool without any price has no spot capacity.
         """
         found: dict[tuple[str, str], list[Price]] = {}
-        asked: dict[str, Any] = {"InstanceTypes": [*types], "ProductDescriptions": ["Linux/UNIX"]}
-        asked |= {"StartTime": since, "EndTime": until}
-        for one in self.pages("ec2", region, "describe_spot_price_history", "SpotPriceHistory", **asked):
+        query: dict[str, Any] = {"InstanceTypes": [*types], "ProductDescriptions": ["Linux/UNIX"]}
+        query |= {"StartTime": since, "EndTime": until}
+        for one in self.pages("ec2", region, "describe_spot_price_history", "SpotPriceHistory", **query):
             price = Price(float(one["SpotPrice"]), one["Timestamp"].astimezone(timezone.utc), SPOT_SOURCE)
             found.setdefault((one["InstanceType"], one["AvailabilityZone"]), []).append(price)
         for prices in found.values():
@@ -234,13 +234,13 @@ class Cloud:
         return found
 
     def scores(self, types: Sequence[str], regions: Sequence[str]) -> dict[str, int]:
-        """How likely AWS thinks a spot request is to succeed, 1 to 10, by region; regions may be missing."""
-        asked: dict[str, Any] = {"InstanceTypes": [*types], "TargetCapacity": 1, "RegionNames": [*regions]}
-        found = self.pages("ec2", regions[0], "get_spot_placement_scores", "SpotPlacementScores", **asked)
+        """Return AWS's estimate, 1 to 10, that a spot request succeeds, by region; regions may be missing."""
+        query: dict[str, Any] = {"InstanceTypes": [*types], "TargetCapacity": 1, "RegionNames": [*regions]}
+        found = self.pages("ec2", regions[0], "get_spot_placement_scores", "SpotPlacementScores", **query)
         return {one["Region"]: one["Score"] for one in found}
 
     def on_demand_price(self, instance_type: str, region: str) -> Price | None:
-        """The full price of Linux on shared hardware, or None when the price list has none."""
+        """Return the on-demand price of Linux on shared hardware; None if the price list has none."""
         key = instance_type, region
         if key not in self._on_demand:
             self._on_demand[key] = self._look_up(instance_type, region)
@@ -268,26 +268,26 @@ class Cloud:
     # -- instances ----------------------------------------------------------------------------------------------------
 
     def instances(self, region: str, run: str) -> list[Instance]:
-        """A run's instances in a region, oldest first; EC2 forgets terminated ones within about an hour."""
+        """Return a run's instances in a region, oldest first. EC2 forgets terminated ones within about an hour."""
         filters = [_filter(f"tag:{RUN_TAG}", tag_value(run))]
         found = self.pages("ec2", region, "describe_instances", "Reservations", Filters=filters)
         instances = [_instance(one, region) for reservation in found for one in reservation["Instances"]]
         return sorted(instances, key=lambda one: (one.began, one.id))
 
     def tag_requested(self, region: str, run: str) -> None:
-        """Gives instances of legacy spot requests the tags of their request, should nobody have lived to do it."""
+        """Give instances of legacy spot requests the tags of their request, in case the requesting process died first."""
         filters = [_filter(f"tag:{RUN_TAG}", tag_value(run)), _filter("state", "active")]
         for one in self.pages("ec2", region, "describe_spot_instance_requests", "SpotInstanceRequests", Filters=filters):
             if instance_id := one.get("InstanceId"):
                 self.call("ec2", region, "create_tags", Resources=[instance_id], Tags=one["Tags"])
 
     def terminate(self, region: str, ids: Sequence[str], *, stop: bool = False) -> None:
-        """Ends instances; their systems are shut down first, so that a training saves.
+        """Terminate instances. Their systems shut down first, so that a training saves.
 
         Args:
-            region: that they are in.
-            ids: theirs.
-            stop: tell a ``--watch`` that no other machine is wanted.
+            region: region of the instances.
+            ids: ids of the instances.
+            stop: tag them, so that a ``--watch`` starts no other machine.
         """
         if stop:
             tags = [{"Key": STOP_TAG, "Value": "true"}]
@@ -295,27 +295,27 @@ class Cloud:
         self.call("ec2", region, "terminate_instances", InstanceIds=[*ids])
 
     def remove_templates(self, region: str, run: str) -> None:
-        """Removes the launch templates that were made for a run. Instances do not need them once they are launched."""
+        """Remove the launch templates of a run. Instances do not need them once they are launched."""
         filters = [_filter(f"tag:{RUN_TAG}", tag_value(run))]
         for one in [*self.pages("ec2", region, "describe_launch_templates", "LaunchTemplates", Filters=filters)]:
             try:
                 self.call("ec2", region, "delete_launch_template", LaunchTemplateId=one["LaunchTemplateId"])
             except CloudError as error:
-                if not error.code.startswith("InvalidLaunchTemplate"):  # somebody else did it
+                if not error.code.startswith("InvalidLaunchTemplate"):  # already removed by another process
                     raise
 
     def account(self) -> str:
-        """The account's id."""
+        """Return the id of the account."""
         return str(self.call("sts", None, "get_caller_identity")["Account"])
 
 
 def token_for(*parts: object) -> str:
-    """A client token: the same for the same parts, 40 characters."""
+    """Return a client token of 40 characters, the same for the same parts."""
     return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()[:40]
 
 
 def tag_value(text: str) -> str:
-    """``text`` as the value of a tag: what is too long, or has characters that tags can't have, is named by its hash."""
+    """Return ``text`` as the value of a tag, or its hash if it is too long or has characters that tags can't have."""
     if len(text) <= 256 and re.fullmatch(r"[\w .:/=+\-@]*", text):
         return text
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
@@ -336,8 +336,8 @@ def _explained(operation: str, service: str, region: str) -> Iterator[None]:
         raise explain(code_of(error) or type(error).__name__, str(error), doing=doing, **known) from error
 
 
-def is_passing(error: CloudError) -> bool:
-    """Whether the same call may work later: throttling, a server's trouble, a network that is away."""
+def is_temporary(error: CloudError) -> bool:
+    """Return whether the same call may work later: throttling, a server error, a network failure."""
     return error.code in LATER or error.code.startswith("5")
 
 
@@ -350,20 +350,20 @@ def _filter(name: str, *values: str) -> dict[str, Any]:
     return {"Name": name, "Values": [*values]}
 
 
-def _instance(said: Mapping[str, Any], region: str) -> Instance:
-    transition = re.search(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)", said.get("StateTransitionReason") or "")
-    state = said["State"]["Name"]
+def _instance(stated: Mapping[str, Any], region: str) -> Instance:
+    transition = re.search(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)", stated.get("StateTransitionReason") or "")
+    state = stated["State"]["Name"]
     return Instance(
-        id=said["InstanceId"],
+        id=stated["InstanceId"],
         region=region,
-        zone=said.get("Placement", {}).get("AvailabilityZone", ""),
-        instance_type=said["InstanceType"],
-        market=SPOT if said.get("InstanceLifecycle") == "spot" else ON_DEMAND,
+        zone=stated.get("Placement", {}).get("AvailabilityZone", ""),
+        instance_type=stated["InstanceType"],
+        market=SPOT if stated.get("InstanceLifecycle") == "spot" else ON_DEMAND,
         state=state,
-        began=said["LaunchTime"].astimezone(timezone.utc),
+        began=stated["LaunchTime"].astimezone(timezone.utc),
         ended=_moment(transition[1]) if transition else None,
-        reason="" if state in ("pending", "running") else said.get("StateReason", {}).get("Code", ""),
-        tags={tag["Key"]: tag["Value"] for tag in said.get("Tags", ())},
+        reason="" if state in ("pending", "running") else stated.get("StateReason", {}).get("Code", ""),
+        tags={tag["Key"]: tag["Value"] for tag in stated.get("Tags", ())},
     )
 
 

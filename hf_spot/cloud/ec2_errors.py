@@ -1,4 +1,4 @@
-"""What an error code of AWS means for a ladder, and the error that says so, in the words of `hf_spot.aws_errors`."""
+"""How an AWS error code affects a ladder, and the CloudError for it, explained by `hf_spot.aws_errors`."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from hf_spot.aws_errors import TABLE, Kind
 from hf_spot.errors import CloudError
 
 NEXT_RUNG = frozenset(code for code, meaning in TABLE.items() if meaning.kind in (Kind.CAPACITY, Kind.QUOTA))
-"""Another pool, or another rung, may answer differently."""
+"""Codes after which another pool, or another rung, may succeed."""
 
 LATER = frozenset(code for code, meaning in TABLE.items() if meaning.kind is Kind.BUSY)
-"""The same call may work later."""
+"""Codes after which the same call may work later."""
 
 
 def explain(code: str, message: str = "", *, doing: str = "", **known: str) -> CloudError:
-    """The error for a code, with what to do about it.
+    """Return the error for a code, with a hint.
 
     Args:
         code: as the service spells it, or the name of botocore's exception.
-        message: what the service said.
-        doing: what was tried, such as ``CreateFleet in us-east-1``.
+        message: the service's own message.
+        doing: the attempted action, such as ``CreateFleet in us-east-1``.
         known: as in `hf_spot.aws_errors.explain`.
     """
     meaning = aws_errors.explain(code, 0, message, **known)
     what = meaning.means or "no reason was given"
-    said = f" ({message})" if message and message != what else ""
+    detail = f" ({message})" if message and message != what else ""
     hint = meaning.hint or ("hf-spot doctor --job job.yaml" if meaning.kind is Kind.OTHER else "")
-    return CloudError(f"{doing}{': ' if doing else ''}{what}: {code}{said}", hint=hint, code=code)
+    return CloudError(f"{doing}{': ' if doing else ''}{what}: {code}{detail}", hint=hint, code=code)

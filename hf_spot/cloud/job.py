@@ -1,6 +1,6 @@
-"""The job file: what to train, where its run stands, which machines may do it, and how much they may cost.
+"""The job file: what to train, the URL of its run, which machines to use, and how much they may cost.
 
-Pure: a file's text goes in, a `Job` comes out, or an error that names line, key and repair. Nothing is asked of a cloud.
+Pure: takes the text of a file and returns a `Job`, or raises an error that names line, key and fix. No cloud is queried.
 """
 
 from __future__ import annotations
@@ -51,24 +51,24 @@ _EXAMPLES = {
 
 def _text(value: Any, path: tuple[Any, ...]) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise Invalid(path, f"{value!r} is no text", hint=_EXAMPLES.get(str(path[-1]), f'{dotted(path[-1:])}: "{value}"'))
+        raise Invalid(path, f"{value!r} is not text", hint=_EXAMPLES.get(str(path[-1]), f'{dotted(path[-1:])}: "{value}"'))
     return value
 
 
 def _match(value: Any, pattern: re.Pattern[str], path: tuple[Any, ...], example: str) -> str:
     if not pattern.fullmatch(_text(value, path)):
-        raise Invalid(path, f"{value!r} can't be right", hint=f"{dotted(path[:1])}: {example}")
+        raise Invalid(path, f"{value!r} is not valid", hint=f"{dotted(path[:1])}: {example}")
     return str(value)
 
 
 def _names(value: Any, path: tuple[Any, ...]) -> tuple[str, ...]:
     if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
-        raise Invalid(path, f"{value!r} is no list", hint=f"{dotted(path[-1:])}: [{value}]")
+        raise Invalid(path, f"{value!r} is not a list", hint=f"{dotted(path[-1:])}: [{value}]")
     for index, item in enumerate(value):
         _text(item, (*path, index))
     twice = next((item for index, item in enumerate(value) if item in value[:index]), None)
     if twice is not None:
-        raise Invalid(path, f"{twice} is there twice", hint="once is enough")
+        raise Invalid(path, f"{twice} appears twice", hint="remove one of them")
     return tuple(value)
 
 
@@ -92,7 +92,7 @@ def _choice(value: Any, allowed: Sequence[str], path: tuple[Any, ...]) -> None:
     if value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, 1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(allowed)}"
-        raise Invalid(path, f"{value!r} is none of {', '.join(allowed)}", hint=hint)
+        raise Invalid(path, f"{value!r} is not one of {', '.join(allowed)}", hint=hint)
 
 
 def _positive(value: Any, path: tuple[Any, ...], unit: str, *, hint: str = "") -> float:
@@ -104,22 +104,25 @@ def _positive(value: Any, path: tuple[Any, ...], unit: str, *, hint: str = "") -
 def _region(value: Any, path: tuple[Any, ...]) -> None:
     if not isinstance(value, str) or not _REGION.fullmatch(value):
         zone = isinstance(value, str) and _REGION.fullmatch(value[:-1])
-        raise Invalid(path, f"{value!r} is no region", hint=f"{value[:-1]}, without the zone" if zone else "such as us-east-1")
+        raise Invalid(
+            path, f"{value!r} is not a region", hint=f"{value[:-1]}, without the zone" if zone else "such as us-east-1"
+        )
 
 
 def _moment(value: Any, path: tuple[Any, ...]) -> datetime:
+    moment = value
     if isinstance(value, str):
         try:
-            value = datetime.fromisoformat(value.replace("Z", "+00:00"))  # Python 3.10 does not know the suffix Z
+            moment = datetime.fromisoformat(value.replace("Z", "+00:00"))  # Python 3.10 does not know the suffix Z
         except ValueError:
-            value = None
-    if not isinstance(value, datetime) or value.tzinfo is None:
-        raise Invalid(path, "is no point in time with a time zone", hint="deadline: 2030-01-31T18:00:00Z")
-    return value.astimezone(timezone.utc)
+            moment = None
+    if not isinstance(moment, datetime) or moment.tzinfo is None:
+        raise Invalid(path, f"{str(value)!r} is not a time with a time zone", hint="deadline: 2030-01-31T18:00:00Z")
+    return moment.astimezone(timezone.utc)
 
 
 def _regional(value: Any, key: str, check: Callable[[Any, tuple[Any, ...]], Any]) -> Any:
-    """A value, or one for each region."""
+    """Check a value, or a mapping with one value for each region."""
     if not isinstance(value, Mapping):
         return check(value, (key,))
     if not value:
@@ -134,22 +137,22 @@ def _in(value: Any, region: str) -> Any:
 
 
 def _is_bound(value: Any) -> bool:
-    """Whether it names something that only one region has, without saying which."""
+    """Return whether the value exists in one region only, without naming the region."""
     return not isinstance(value, Mapping) and value != DEFAULT and not str(value).startswith("resolve:ssm:")
 
 
-# -- what a job is made of ---------------------------------------------------------------------------------------------
+# -- the parts of a job ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One step of the ladder: pools of machines that are as welcome as each other.
+    """One step of the ladder: pools of machines without preference among them.
 
     Args:
-        instance_types: such as ``p4d.24xlarge``; three or more give AWS's placement scores something to say.
+        instance_types: such as ``p4d.24xlarge``; AWS's placement scores need three or more.
         market: ``spot`` or ``on-demand``.
         regions: region names, or `PREFERRED` (the job's own), or `ANY` (every region of the account that the job fits).
-        max_price: dollars per hour and machine above which a pool is left out; None leaves none out.
+        max_price: maximum dollars per hour of a machine; more expensive pools are skipped. None for no limit.
 
     Raises:
         ConfigError: a value that can't be used.
@@ -166,7 +169,7 @@ class Rung:
             raise Invalid(("instance_types",), "names no instance type", hint="instance_types: [p4d.24xlarge, p4de.24xlarge]")
         for index, kind in enumerate(self.instance_types):
             if not _INSTANCE_TYPE.fullmatch(kind):
-                raise Invalid(("instance_types", index), f"{kind!r} is no instance type", hint="such as p4d.24xlarge")
+                raise Invalid(("instance_types", index), f"{kind!r} is not an instance type", hint="such as p4d.24xlarge")
         _choice(self.market, MARKETS, ("market",))
         if self.regions not in (PREFERRED, ANY):
             object.__setattr__(self, "regions", _names(self.regions, ("regions",)))
@@ -182,22 +185,22 @@ _A100 = ("p4d.24xlarge", "p4de.24xlarge")
 DEFAULT_LADDER = (
     Rung(_A100, SPOT, PREFERRED),
     Rung(_A100, SPOT, ANY),
-    # Eight V100s or A10Gs: fewer bytes of memory on each, and V100s know no bf16.
+    # Eight V100s or A10Gs: less memory on each, and V100s do not support bf16.
     Rung(("p3dn.24xlarge", "p3.16xlarge", "g5.48xlarge"), SPOT, ANY),
     Rung(_A100, ON_DEMAND, PREFERRED),
 )
-"""Eight A100s on the spot market where you are; then wherever they are; then smaller ones; then at the full price."""
+"""Eight A100s as spot in the preferred region; then in any region; then smaller GPUs; then on-demand."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """What a job uses in one region; ids are regional, so each may be given per region in the job file.
+    """The resources of a job in one region; ids are regional, so the job file may give each per region.
 
     Args:
         image_id: an AMI's id, or ``resolve:ssm:PARAMETER``.
-        key_name: of an EC2 key pair, or None.
-        security_groups: ids; none means the default group of the network.
-        subnets: ids; none means the default subnet of each zone.
+        key_name: name of an EC2 key pair, or None.
+        security_groups: ids; empty for the default group of the network.
+        subnets: ids; empty for the default subnet of each zone.
     """
 
     image_id: str
@@ -208,32 +211,31 @@ class Site:
 
 @dataclass(frozen=True)
 class Job:
-    """A training that may be moved from machine to machine. Everything is checked at construction.
+    """A training that may move from machine to machine. Everything is validated at construction.
 
     Args:
-        name: of the job, in names and tags of what it starts.
+        name: name of the job, used in names and tags of its resources.
         store: URL of the run.
         run: shell commands that start the training with ``hf-spot launch``; ``$HF_SPOT_STORE`` is set for it.
-        region: the preferred region, best the one that the bucket is in.
-        max_spend: dollars that all machines of the run may cost together, over its whole life.
-        setup: shell commands that a new machine runs first, as root: fetch the script, install what it imports.
-        requirements: what pip installs before that, into an environment of its own; none when the image has hf_spot.
+        region: the preferred region, ideally that of the bucket.
+        max_spend: maximum dollars for all machines of the run, over its whole life.
+        setup: shell commands that a new machine runs first, as root: fetch the script, install its dependencies.
+        requirements: packages that pip installs before that, into a new environment; empty if the image has hf_spot.
         image_id: an AMI's id, ``resolve:ssm:PARAMETER``, or one of these per region.
-        key_name: of an EC2 key pair, or one per region.
-        security_groups: ids (or ids per region); ``default`` is the network's default group, which lets nobody in.
+        key_name: name of an EC2 key pair, or one per region.
+        security_groups: ids (or ids per region); ``default`` is the network's default group, which blocks inbound traffic.
         subnets: ids (or ids per region); ``default`` is each zone's default subnet.
-        instance_profile: name or ARN of the role that lets the machine use the bucket.
+        instance_profile: name or ARN of the role that grants the machine access to the bucket.
         disk_gb: size of the encrypted root disk.
-        tags: further tags for everything that is started.
+        tags: additional tags for all resources.
         ladder: rungs, tried in order.
-        strategy: by which AWS chooses among a rung's pools in a region.
-        hours: how long the training would take without interruptions, for cost and deadline; None when not known.
-        deadline: when it has to be finished.
-        on_finish: what a machine does when nothing is left for it to do: ``shutdown`` (it is gone and costs no more) or
-            ``stay``.
+        strategy: how AWS chooses among a rung's pools in a region.
+        hours: estimated duration without interruptions, for cost and deadline; None if unknown.
+        deadline: when the training must be finished.
+        on_finish: what a machine does when its work is done: ``shutdown`` (it ends and costs nothing more) or ``stay``.
 
     Raises:
-        ConfigError: a value that can't be used, naming the key.
+        ConfigError: a value can't be used; the message names the key.
     """
 
     name: str
@@ -258,7 +260,7 @@ class Job:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(_text(self.name, ("name",))) or len(self.name) > 60:
-            raise Invalid(("name",), f"{self.name!r} is no name", hint="up to 60 letters, digits, '-', '_' and '.'")
+            raise Invalid(("name",), f"{self.name!r} is not a valid name", hint="up to 60 letters, digits, '-', '_' and '.'")
         self._check_commands()
         _region(_text(self.region, ("region",)), ("region",))
         self._set(max_spend=_positive(self.max_spend, ("max_spend",), "dollars", hint="max_spend: 150, for the whole run"))
@@ -267,7 +269,9 @@ class Job:
         self._check_ladder()
         disk = self.disk_gb
         if isinstance(disk, bool) or not isinstance(disk, int) or not 8 <= disk <= _LARGEST_DISK_GB:
-            raise Invalid(("disk_gb",), f"{disk!r} is no size of a disk", hint=f"a whole number from 8 to {_LARGEST_DISK_GB}")
+            raise Invalid(
+                ("disk_gb",), f"{disk!r} is not a valid disk size", hint=f"a whole number from 8 to {_LARGEST_DISK_GB}"
+            )
         self._check_tags()
         _choice(self.strategy, STRATEGIES, ("strategy",))
         _choice(self.on_finish, (SHUTDOWN, STAY), ("on_finish",))
@@ -277,10 +281,10 @@ class Job:
             self._set(deadline=_moment(self.deadline, ("deadline",)))
 
     def regions_of(self, rung: Rung, known: Sequence[str]) -> tuple[str, ...]:
-        """Where a rung may be tried, the preferred region first.
+        """Return the regions of a rung, the preferred one first.
 
         Args:
-            rung: one of the ladder.
+            rung: a rung of the ladder.
             known: the regions that the account can use.
         """
         if rung.regions == PREFERRED:
@@ -291,16 +295,16 @@ class Job:
         return tuple(sorted(fitting, key=lambda region: (region != self.region, region)))
 
     def named_regions(self) -> tuple[str, ...]:
-        """Every region that the job file names for machines, the preferred one first."""
+        """Return every region that the job file names for machines, the preferred one first."""
         named = [region for rung in self.ladder if rung.regions not in (PREFERRED, ANY) for region in rung.regions]
         return tuple(dict.fromkeys([self.region, *named]))
 
     def site(self, region: str) -> Site:
-        """What is used in a region. Raises ConfigError when the job file does not say it."""
+        """Return the resources for a region. Raises ConfigError if the job file does not name them."""
         groups, subnets = _in(self.security_groups, region), _in(self.subnets, region)
         for key, value in (("image_id", _in(self.image_id, region)), ("security_groups", groups), ("subnets", subnets)):
             if value is None:
-                raise Invalid((key,), f"has nothing for {region}", hint=f"{key}: {{{region}: …}}")
+                raise Invalid((key,), f"has no value for {region}", hint=f"{key}: {{{region}: …}}")
         return Site(
             image_id=str(_in(self.image_id, region)),
             key_name=_in(self.key_name, region),
@@ -316,14 +320,14 @@ class Job:
 
     def _check_commands(self) -> None:
         if not _STORE.fullmatch(_text(self.store, ("store",))):
-            raise Invalid(("store",), f"{self.store!r} is no place that every machine sees", hint="s3://bucket/runs/my-run")
+            raise Invalid(("store",), f"{self.store!r} is not reachable from every machine", hint="s3://bucket/runs/my-run")
         launches = "hf-spot launch" in " ".join(_text(self.run, ("run",)).split())
         if not launches:
-            raise Invalid(("run",), "does not start the training by `hf-spot launch`", hint="run: hf-spot launch train.py")
+            raise Invalid(("run",), "does not start the training with `hf-spot launch`", hint="run: hf-spot launch train.py")
         if re.search(r"--store\b", self.run):
-            raise Invalid(("run",), "names the store a second time", hint=f"leave --store out: it is {self.store}")
+            raise Invalid(("run",), "names the store again", hint=f"remove --store: the job file's store {self.store} is used")
         if not isinstance(self.setup, str):
-            raise Invalid(("setup",), f"{self.setup!r} is no shell script", hint="setup: |")
+            raise Invalid(("setup",), f"{self.setup!r} is not a shell script", hint="setup: |")
 
     def _check_site(self) -> None:
         self._set(
@@ -347,13 +351,17 @@ class Job:
     def _check_ladder(self) -> None:
         ladder = self.ladder
         if isinstance(ladder, (str, Mapping)) or not isinstance(ladder, Sequence):
-            raise Invalid(("ladder",), "is no list of rungs", hint="ladder: [{market: spot, instance_types: [p4d.24xlarge]}]")
+            raise Invalid(
+                ("ladder",), "is not a list of rungs", hint="ladder: [{market: spot, instance_types: [p4d.24xlarge]}]"
+            )
         if not ladder:
-            raise Invalid(("ladder",), "has no rung", hint="leave it out for the default ladder, or name a rung")
+            raise Invalid(("ladder",), "has no rung", hint="omit it for the default ladder, or name a rung")
         self._set(ladder=tuple(ladder))
         for index, rung in enumerate(self.ladder):
             if not isinstance(rung, Rung):
-                raise Invalid(("ladder", index), f"{rung!r} is no rung", hint="{market: spot, instance_types: [p4d.24xlarge]}")
+                raise Invalid(
+                    ("ladder", index), f"{rung!r} is not a rung", hint="{market: spot, instance_types: [p4d.24xlarge]}"
+                )
             if rung.regions != ANY:
                 for region in (self.region,) if rung.regions == PREFERRED else rung.regions:
                     self._check_fit(index, region)
@@ -371,43 +379,43 @@ class Job:
     def _check_fit(self, index: int, region: str) -> None:
         for key in ("image_id", "security_groups", "subnets"):
             if _in(getattr(self, key), region) is None:
-                raise Invalid((key,), f"has nothing for {region}, which ladder[{index}] tries", hint=f"{key}: {{{region}: …}}")
+                raise Invalid((key,), f"has no value for {region}, which ladder[{index}] tries", hint=f"{key}: {{{region}: …}}")
 
     def _fits(self, region: str) -> bool:
         return all(_in(getattr(self, key), region) is not None for key in ("image_id", "security_groups", "subnets"))
 
     def _check_tags(self) -> None:
         if not isinstance(self.tags, Mapping):
-            raise Invalid(("tags",), f"{self.tags!r} are no tags", hint="tags: {team: nlp}")
+            raise Invalid(("tags",), f"{self.tags!r} is not a mapping of tags", hint="tags: {team: nlp}")
         for key, value in self.tags.items():
             if not isinstance(key, str) or not isinstance(value, str):
                 raise Invalid(("tags", key), f"{value!r} must be text", hint=f'{key}: "{value}"')
             if key.lower().startswith(("aws:", _OWN_TAGS)) or key == "Name":
-                raise Invalid(("tags", key), "is not yours to set", hint="another key")
+                raise Invalid(("tags", key), "is a reserved key", hint="use another key")
             if not 0 < len(key) <= 128 or len(value) > 256:
-                raise Invalid(("tags", key), "is too long: 128 characters for a key, 256 for a value", hint="a shorter one")
+                raise Invalid(("tags", key), "is too long: 128 characters for a key, 256 for a value", hint="use a shorter one")
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
 
 def load(path: str | Path) -> Job:
-    """Reads a job file.
+    """Read a job file.
 
     Raises:
-        ConfigError: it can't be read, or says something that can't be done; with line, key and repair.
+        ConfigError: it can't be read or used; the message names line, key and fix.
     """
     return parse(yaml_file.read(Path(path)), str(path))
 
 
 def parse(text: str, where: str = "job.yaml") -> Job:
-    """`load` for a text in hand; ``where`` names it in errors."""
+    """Parse the text of a job file; ``where`` names it in errors."""
     return yaml_file.parse(text, where, _job)
 
 
 def _job(value: Any) -> Job:
     if not isinstance(value, dict):
-        raise Invalid((), "a job is a mapping of keys and values", hint="name: my-run")
+        raise Invalid((), "a job file must be a mapping of keys and values", hint="name: my-run")
     _check(value, Job, ())
     made = dict(value)
     if isinstance(made.get("ladder"), list):
@@ -417,7 +425,7 @@ def _job(value: Any) -> Job:
 
 def _rung(value: Any, path: tuple[Any, ...]) -> Rung:
     if not isinstance(value, dict):
-        raise Invalid(path, f"{value!r} is no rung", hint="{market: spot, instance_types: [p4d.24xlarge]}")
+        raise Invalid(path, f"{value!r} is not a rung", hint="{market: spot, instance_types: [p4d.24xlarge]}")
     _check(value, Rung, path)
     try:
         return Rung(**value)

@@ -1,7 +1,7 @@
 """Which pools to try, in which order, and what they may cost. Pure: values in, values out.
 
-A pool is one instance type in one subnet. What a fleet asks for in one call is one region's pools; EC2 then chooses among
-them by capacity and price, which it alone knows.
+A pool is one instance type in one subnet. A fleet requests all pools of one region in one call; EC2 then chooses among them by
+capacity, which only EC2 knows, and price.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PAUSES_S = (60.0, 120.0, 240.0, 480.0, 600.0)
 
 @dataclass(frozen=True)
 class Price:
-    """Dollars per hour of one machine, with where and when this was said."""
+    """The price of one machine in dollars per hour, with its source and time."""
 
     usd_per_hour: float
     time: datetime
@@ -31,16 +31,16 @@ class Price:
 
 @dataclass(frozen=True)
 class Pool:
-    """Machines that are all alike.
+    """Machines of one type in one subnet.
 
     Args:
-        region: its name.
-        zone: its availability zone's name in this account.
-        subnet: its id.
+        region: name of the region.
+        zone: name of the availability zone in this account.
+        subnet: id of the subnet.
         instance_type: such as ``p4d.24xlarge``.
         market: ``spot`` or ``on-demand``.
-        price: of this market, or None when nobody says one; no spot price means no spot capacity.
-        score: of the region, 1 to 10: how likely AWS thinks a spot request succeeds; None when it was not asked.
+        price: price on this market; None if unknown. No spot price means no spot capacity.
+        score: AWS's estimate, 1 to 10, that a spot request succeeds in the region; None if it was not requested.
     """
 
     region: str
@@ -56,16 +56,16 @@ class Pool:
 
 
 def in_order(pools: Iterable[Pool], rung: Rung, preferred: Sequence[str]) -> list[list[Pool]]:
-    """The pools of a rung by region, the region to try first in front; in a region the cheapest pool comes first.
+    """Return the pools of a rung by region, in the order to try them; within a region the cheapest pool comes first.
 
-    Left out are pools without a price, and those above the rung's `max_price`. Regions that AWS thinks likely (a placement
-    score of 7 or more) come before those that it says nothing of, and these before unlikely ones (3 or less); among equals
-    the cheapest goes first. Scores are coarse, and a small difference is worth no money.
+    Pools without a price, or above the rung's `max_price`, are skipped. Likely regions (a placement score of 7 or more) come
+    before those without a clear score, and these before unlikely ones (3 or less); among equals the cheapest comes first.
+    Scores are coarse, so a small difference does not justify a higher price.
 
     Args:
-        pools: of all regions.
-        rung: that they belong to.
-        preferred: regions in the order that decides between equals.
+        pools: pools of all regions.
+        rung: the rung that they belong to.
+        preferred: regions in the order that breaks ties.
     """
     regions: dict[str, list[Pool]] = {}
     for pool in pools:
@@ -93,29 +93,29 @@ def _likelihood(score: int | None) -> int:
 
 
 def untried(pools: Sequence[Pool], codes: Mapping[tuple[str, str], str]) -> list[Pool]:
-    """What is worth another call after a refused one.
+    """Return the pools that are worth another request after a refused one.
 
-    A fleet really tries about three pools and says ``UnfulfillableCapacity`` of all others, whatever their state; so those
-    are asked again without the ones that gave a reason of their own. Empty when nobody did.
+    A fleet really tries about three pools and reports ``UnfulfillableCapacity`` for all others, whatever their state; so
+    those are requested again without the pools that have a specific error. Empty if no pool has one.
 
     Args:
-        pools: that were asked.
+        pools: the requested pools.
         codes: error codes by (instance type, subnet); a pool without one counts as not tried.
     """
     left = [pool for pool in pools if codes.get((pool.instance_type, pool.subnet), "") in ("", "UnfulfillableCapacity")]
     return left if len(left) < len(pools) else []
 
 
-def too_dear(pool: Pool, left_usd: float, hours_left: float | None) -> str:
-    """Why the money that is left does not do for a machine; empty when it does.
+def over_budget(pool: Pool, left_usd: float, hours_left: float | None) -> str:
+    """Return why the remaining budget does not cover a machine; empty if it does.
 
-    A spot machine must be affordable for an hour, or for what is left of the training if that is less: prices fall, and
-    spot machines go anyway. At the full price all that is left of the training must be affordable.
+    A spot machine must be affordable for an hour, or for the rest of the training if that is shorter: prices may fall, and
+    spot machines are taken away anyway. On-demand, the whole rest of the training must be affordable.
 
     Args:
-        pool: with its price.
-        left_usd: of the run's budget.
-        hours_left: of the training; None when nobody knows.
+        pool: a pool with its price.
+        left_usd: rest of the run's budget.
+        hours_left: rest of the training; None if unknown.
     """
     usd = _usd(pool)
     hours = _WORTH_STARTING_H if hours_left is None else hours_left
@@ -123,23 +123,23 @@ def too_dear(pool: Pool, left_usd: float, hours_left: float | None) -> str:
         hours = min(hours, _WORTH_STARTING_H)
     if hours * usd <= left_usd:
         return ""
-    has = f"${max(0.0, left_usd):.2f} of the budget are left"
-    return f"{pool} costs ${usd:.2f}/h: {hours:.1f} h cost ${hours * usd:.2f}, and {has}"
+    left = f"${max(0.0, left_usd):.2f} of the budget is left"
+    return f"{pool} costs ${usd:.2f}/h: {hours:.1f} h cost ${hours * usd:.2f}, and {left}"
 
 
 def minutes_affordable(pools: Iterable[Pool], left_usd: float) -> int:
-    """How long the dearest of these machines may run, in whole minutes, at least one."""
+    """Return how long the most expensive of these machines may run, in whole minutes, at least one."""
     return max(1, int(left_usd / max(_usd(pool) for pool in pools) * 60))
 
 
 def cost_usd(began: datetime, until: datetime, price: float, history: Iterable[tuple[datetime, float]] = ()) -> float:
-    """What a machine cost: hours times price, with the price as it changed. Billed by the second; disk and traffic aside.
+    """Return the cost of a machine in dollars: hours times the price as it changed, without disk and traffic.
 
     Args:
         began: when it was launched.
         until: its end, or now.
         price: dollars per hour at the beginning.
-        history: later prices with the times from which they held, in any order.
+        history: later prices with the times from which they applied, in any order.
     """
     total, since, usd = 0.0, began, price
     for time, changed in sorted(history):
@@ -152,12 +152,12 @@ def cost_usd(began: datetime, until: datetime, price: float, history: Iterable[t
 
 
 def billed_until(began: datetime, until: datetime) -> datetime:
-    """Seconds are billed, and at least sixty of them: https://aws.amazon.com/ec2/pricing/on-demand/"""
+    """Return the end of billing: at least 60 seconds are billed. https://aws.amazon.com/ec2/pricing/on-demand/"""
     return max(until, began + timedelta(seconds=_LEAST_BILLED_S))
 
 
 def is_free(market: str, began: datetime, ended: datetime, reason: str) -> bool:
-    """Whether AWS charges nothing: it took a spot machine away in its first hour.
+    """Return whether AWS charges nothing: it interrupted a spot machine in its first hour.
 
     https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/billing-for-interrupted-spot-instances.html
     """
@@ -165,5 +165,5 @@ def is_free(market: str, began: datetime, ended: datetime, reason: str) -> bool:
 
 
 def pause_s(fruitless_walks: int) -> float:
-    """Seconds to wait after so many walks of the whole ladder without a machine, at least one."""
+    """Return the seconds to wait after a number (at least one) of walks of the whole ladder without a machine."""
     return _PAUSES_S[min(fruitless_walks, len(_PAUSES_S)) - 1]

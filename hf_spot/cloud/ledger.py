@@ -1,12 +1,12 @@
-"""What a run's journal says of its machines: which there were, what they cost, how far the training is. Pure.
+"""A run's machines according to its journal: which they were, what they cost, how far the training is. Pure.
 
-Whoever starts machines writes entries of the kind ``machine``; ``data["event"]`` is one of
+Provisioning writes entries of the kind ``machine``; ``data["event"]`` is one of
 
-* ``asked``: somebody walks the ladder; until ``started`` or ``refused`` follows, nobody else does (for `LEASE_S`, or until
-  somebody who knows that the first one is dead takes over);
-* ``started``: a machine, with its price and where the price is from;
-* ``refused``: no rung had one;
-* ``ended``: a machine is gone, why, what it cost, and whether another is wanted.
+* ``asked``: a process walks the ladder; until ``started`` or ``refused`` follows, no other does (for `LEASE_S`, or until a
+  process that knows that the first one is dead takes over);
+* ``started``: a machine, with its price and the source of the price;
+* ``refused``: no rung had capacity;
+* ``ended``: a machine is gone, why, what it cost, and whether to start another.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from hf_spot.run.journal import ENDINGS, Entry
 
 LEASE_S = 300.0
 GUEST_SHUTDOWN = "Client.InstanceInitiatedShutdown"
-FRUITLESS_MACHINES = 2  # that shut themselves down without a commit: a third would do the same
+FRUITLESS_MACHINES = 2  # in a row, shut down without a commit: a third would do the same
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One instance, as the journal remembers it.
+    """One instance, as recorded in the journal.
 
     Args:
-        instance_id: EC2's.
-        region: its name.
-        zone: its availability zone.
+        instance_id: id of the instance.
+        region: name of the region.
+        zone: name of the availability zone.
         instance_type: such as ``p4d.24xlarge``.
         market: ``spot`` or ``on-demand``.
-        rung: its place in the ladder, from 0.
+        rung: index of its rung in the ladder, from 0.
         began: when EC2 launched it.
-        usd_per_hour: its price at the beginning; None when nobody said one.
-        price_source: where this was looked up.
-        price_time: since when it held.
-        on_demand_usd_per_hour: the full price of the same machine, None when it is not known.
+        usd_per_hour: its price at the beginning; None if unknown.
+        price_source: source of this price.
+        price_time: since when this price applied.
+        on_demand_usd_per_hour: on-demand price of the same machine; None if unknown.
         ended: when it was gone.
         reason: EC2's code for why it ended.
-        cost_usd: of a machine that has ended.
+        cost_usd: total cost of a machine that has ended.
     """
 
     instance_id: str
@@ -59,12 +59,12 @@ class Machine:
     cost_usd: float | None = None
 
     def to_data(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Machine:
-        """Reads `to_data`'s values back; keys that this version does not know are left out."""
+        """Return the machine from the values of `to_data`; unknown keys are ignored."""
         known = {one.name: data[one.name] for one in fields(cls) if one.name in data}
         for name in ("began", "price_time", "ended"):
             if known.get(name) is not None:
@@ -77,20 +77,20 @@ class Ledger:
     """A run's machines after entry ``number``.
 
     Args:
-        number: of the last entry that was read.
+        number: number of the last entry that was read.
         machines: oldest first.
-        walk: number of the ``asked`` entry of a walk under way, or None.
-        walk_since: when that was written.
-        walk_by: who wrote it.
-        walk_token: what makes the same order the same order, if somebody else goes on with it.
-        fruitless: machines in a row that shut themselves down without a commit.
-        stopped: somebody ended the last machine, and wants no other.
-        step: last committed.
-        max_steps: that the training is to have, as far as its commits say.
-        heard: time of the training's last entry.
+        walk: number of the ``asked`` entry of the current walk, or None.
+        walk_since: time of that entry.
+        walk_by: the process that wrote it.
+        walk_token: token that makes repeated orders idempotent, also for a process that takes over.
+        fruitless: number of machines in a row that shut down by themselves without a commit.
+        stopped: the last machine was ended on request, and no other is wanted.
+        step: last committed step.
+        max_steps: total steps of the training, if its commits say so.
+        last_entry: time of the training's last entry.
         failed: the newest launch ended with ``failed``.
-        trained_s: seconds between the beginnings of launches and their last commits.
-        trained_steps: steps committed in them.
+        trained_s: seconds from the beginnings of launches to their last commits.
+        trained_steps: steps committed in that time.
         committed: number of commits.
     """
 
@@ -104,7 +104,7 @@ class Ledger:
     stopped: bool = False
     step: int = 0
     max_steps: int | None = None
-    heard: datetime | None = None
+    last_entry: datetime | None = None
     failed: bool = False
     trained_s: float = 0.0
     trained_steps: int = 0
@@ -113,14 +113,14 @@ class Ledger:
     _committed_before: int = 0
 
     def live(self) -> list[Machine]:
-        """Those of which no end is written down."""
+        """Return the machines without a recorded end."""
         return [machine for machine in self.machines if machine.ended is None]
 
     def hours_left(self, expected: float | None) -> float | None:
-        """Of the training, by the speed of its commits so far; before any, what the job file expects. None: nobody knows.
+        """Return the remaining hours of the training by the speed of its commits; before the first one, ``expected``.
 
         Args:
-            expected: hours of the whole training, from the job file.
+            expected: hours of the whole training from the job file; None if unknown.
         """
         if self.max_steps and self.trained_steps > 0:
             return max(0, self.max_steps - self.step) * self.trained_s / self.trained_steps / 3600
@@ -128,11 +128,11 @@ class Ledger:
 
 
 def fold(ledger: Ledger, entry: Entry) -> Ledger:
-    """The ledger after one more entry of the journal."""
+    """Return the ledger after one more entry of the journal."""
     after = replace(ledger, number=entry.number)
     if entry.kind == "machine":
         return _machine(after, entry)
-    after = replace(after, heard=entry.time)
+    after = replace(after, last_entry=entry.time)
     if entry.kind == "claim":
         return replace(after, _mark=entry.time, failed=False)
     if entry.kind == "commit":
@@ -182,5 +182,5 @@ def _machine(ledger: Ledger, entry: Entry) -> Ledger:
 
 
 def is_stale(ledger: Ledger, now: datetime) -> bool:
-    """Whether who walks the ladder has been silent for so long that another may."""
+    """Return whether the lease of the current walk has expired, so that another process may walk the ladder."""
     return ledger.walk_since is None or now - ledger.walk_since > timedelta(seconds=LEASE_S)

@@ -1,7 +1,7 @@
-"""What a machine that `hf-spot provision` started does beside the training: says what it is, and ships its log.
+"""The tasks of a machine from `hf-spot provision` besides the training: describe itself, and ship its log.
 
-``python -m hf_spot.cloud.machine describe PRICES`` prints the JSON that ``$HF_SPOT_MACHINE`` holds: ``cloud``, and as far as
-they are known ``instance_id``, ``instance_type``, ``zone``, ``region``, ``market``, ``price_usd_per_hour``, ``price_source``,
+``python -m hf_spot.cloud.machine describe PRICES`` prints the JSON for ``$HF_SPOT_MACHINE``: ``cloud``, and if known
+``instance_id``, ``instance_type``, ``zone``, ``region``, ``market``, ``price_usd_per_hour``, ``price_source``,
 ``price_time``, ``on_demand_usd_per_hour``. ``… ship LOG [--every S]`` copies a file to ``logs/`` in the run.
 """
 
@@ -34,19 +34,19 @@ _PATHS = {
 
 
 def describe(read: Callable[[str], bytes | None], prices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What this machine is, and what is known of its price.
+    """Return a description of this machine and its price.
 
     Args:
-        read: gives what the metadata service says under a path, or None; may raise SpotError.
-        prices: of the pools that it may be from.
+        read: returns the metadata service's value of a path, or None; may raise SpotError.
+        prices: prices of the pools that it may be from.
     """
     found: dict[str, Any] = {"cloud": "aws"}
     for name, path in _PATHS.items():
         try:
-            if said := read(path):
-                found[name] = said.decode().strip()
+            if value := read(path):
+                found[name] = value.decode().strip()
         except (SpotError, UnicodeDecodeError) as error:
-            print(f"hf-spot: {path} of this machine is not known: {error}", file=sys.stderr)
+            print(f"hf-spot: {path} of this machine is unknown: {error}", file=sys.stderr)
     fitting = [
         price for price in prices if all(price.get(name) == found[name] for name in ("instance_type", "zone") if name in found)
     ]
@@ -54,12 +54,12 @@ def describe(read: Callable[[str], bytes | None], prices: Sequence[Mapping[str, 
 
 
 def ship(path: Path, store: str, name: str) -> None:
-    """Copies a log into the run. Raises SpotError."""
+    """Copy a log into the run. Raises SpotError."""
     open_store(store).put_file(f"{LOGS}{name}.log", path)
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ, sleep: Callable[[float], None] = time.sleep) -> int:
-    """Runs one of the two commands; 1 when the log could not be shipped."""
+    """Run one of the two commands. Return 1 if the log could not be shipped."""
     parser = argparse.ArgumentParser(prog="python -m hf_spot.cloud.machine")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("describe").add_argument("prices", type=Path)
@@ -93,10 +93,10 @@ def _name(environ: Mapping[str, str]) -> str:
     if known:
         return str(known)
     try:
-        said = IMDSSource.from_environ(environ).read(_PATHS["instance_id"])
+        value = IMDSSource.from_environ(environ).read(_PATHS["instance_id"])
     except SpotError:
-        said = None
-    return said.decode().strip() if said else platform.node()
+        value = None
+    return value.decode().strip() if value else platform.node()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run's machines, kept in two places that survive whoever watches: the run's journal, and the tags of the instances."""
+"""The records of a run's machines. They are in the run's journal and the instances' tags, and survive the watching process."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ GONE = "Client.Unknown"  # EC2 has forgotten it
 
 
 class MachineRecords:
-    """Reads and writes what is known of a run's machines.
+    """Reads and writes the records of a run's machines.
 
     Args:
-        run: with the journal.
-        cloud: with the instances.
+        run: the run, with the journal.
+        cloud: the account's EC2, with the instances.
         now: the wall clock.
     """
 
@@ -43,7 +43,7 @@ class MachineRecords:
         self._probed = False
 
     def refresh(self) -> Ledger:
-        """Reads what is new in the journal. Raises StoreUnavailable."""
+        """Read new entries of the journal. Raises StoreUnavailable."""
         self.state = self.run.state()
         if self.ledger.number == 0 and self.state.number > 1:
             for entry in self.run.events():
@@ -53,7 +53,7 @@ class MachineRecords:
         return self.ledger
 
     def record(self, event: str, **data: Any) -> Entry:
-        """Writes an entry of the kind ``machine``, beside whatever launch is running. Raises StoreError."""
+        """Write an entry of the kind ``machine``, whatever launch is running. Raises StoreError."""
         if not self._probed:
             probe(self.run.store)
             self._probed = True
@@ -62,22 +62,22 @@ class MachineRecords:
             try:
                 entry = self.run.record("machine", {"event": event, **data})
             except Fenced:
-                continue  # a launch began in between: it is welcome
+                continue  # a launch has begun in between: write beside it
             self.refresh()
             return entry
 
-    # -- who walks ----------------------------------------------------------------------------------------------------
+    # -- walks -------------------------------------------------------------------------------------------------------
 
-    def ask(self, *, fresh: bool) -> str | None:
-        """Takes the right to walk the ladder: the token for its orders, or None while somebody else has it.
+    def start_walk(self, *, fresh: bool) -> str | None:
+        """Acquire the right to walk the ladder. Return the token for its orders, or None while another process has it.
 
         Args:
-            fresh: a person asked for it, so earlier failures do not count.
+            fresh: a person requested it, so earlier failures do not count.
         """
         ledger = self.refresh()
         data: dict[str, Any] = {"by": self._me, "token": uuid.uuid4().hex, "fresh": fresh}
         if ledger.walk is not None:
-            # The same orders under the same token are the same machines, should the first one have got any.
+            # With the same token the same orders return the machines that the dead process may have started.
             data["token"] = ledger.walk_token
             if not is_stale(ledger, self._now()) and not self._is_dead(ledger.walk_by):
                 return None
@@ -96,19 +96,19 @@ class MachineRecords:
 
     # -- machines -----------------------------------------------------------------------------------------------------
 
-    def look(self, regions: Sequence[str]) -> list[Instance]:
-        """The run's instances in these regions, oldest first. Raises CloudError."""
+    def find_instances(self, regions: Sequence[str]) -> list[Instance]:
+        """Return the run's instances in these regions, oldest first. Raises CloudError."""
         found = self._cloud.each(regions, lambda region: self._cloud.instances(region, self.run.url))
         return sorted((one for region in found for one in region), key=lambda one: (one.began, one.id))
 
-    def settle(self, found: Sequence[Instance], regions: Iterable[str]) -> list[Instance]:
-        """Writes down what the journal does not know yet, and returns the instances that live.
+    def reconcile(self, found: Sequence[Instance], regions: Iterable[str]) -> list[Instance]:
+        """Record what the journal does not contain yet, and return the live instances.
 
-        An instance that is shutting down may still be saving, so it lives; one that EC2 has forgotten is gone.
+        An instance that is shutting down may still be saving, so it is live; one that EC2 has forgotten is gone.
 
         Args:
-            found: by `look`.
-            regions: that were looked into.
+            found: result of `find_instances`.
+            regions: the regions that were queried.
         """
         known = {machine.instance_id for machine in self.ledger.machines}
         for one in found:
@@ -123,7 +123,7 @@ class MachineRecords:
         return [one for one in found if one.state in LIVE]
 
     def started(self, instance_id: str, pool: Pool, rung: int) -> Machine:
-        """Writes down a new machine."""
+        """Record a new machine."""
         price = pool.price
         machine = Machine(
             instance_id=instance_id,
@@ -136,17 +136,17 @@ class MachineRecords:
             usd_per_hour=price.usd_per_hour if price else None,
             price_source=price.source if price else "",
             price_time=price.time if price else None,
-            on_demand_usd_per_hour=self.full_price(pool.instance_type, pool.region),
+            on_demand_usd_per_hour=self.on_demand_usd(pool.instance_type, pool.region),
         )
         self.record("started", machine=machine.to_data())
         return machine
 
     def ended(self, machine: Machine, instance: Instance | None, *, stop: bool = False) -> None:
-        """Writes down that a machine is gone."""
+        """Record that a machine is gone."""
         now = self._now()
-        # Of one that EC2 has forgotten, the training's last word is the last thing that anybody knows.
-        heard = max(machine.began, min(self.ledger.heard or machine.began, now))
-        ended = heard if instance is None else max(machine.began, instance.ended or now)
+        # If EC2 has forgotten it, the training's last journal entry is the last sign of life.
+        last_seen = max(machine.began, min(self.ledger.last_entry or machine.began, now))
+        ended = last_seen if instance is None else max(machine.began, instance.ended or now)
         reason = GONE if instance is None else instance.reason
         free = is_free(machine.market, machine.began, ended, reason)
         cost = 0.0 if free else self._cost(machine, ended)
@@ -155,13 +155,13 @@ class MachineRecords:
         self.record("ended", machine=done.to_data(), stop=stop)
 
     def spent_usd(self) -> float:
-        """What all machines of the run have cost until now."""
+        """Return what all machines of the run have cost so far, in dollars."""
         now = self._now()
         ended = sum(machine.cost_usd or 0.0 for machine in self.ledger.machines)
         return ended + sum(self._cost(machine, now) for machine in self.ledger.live())
 
-    def full_price(self, instance_type: str, region: str) -> float | None:
-        """Dollars per hour on demand; None when nobody says it."""
+    def on_demand_usd(self, instance_type: str, region: str) -> float | None:
+        """Return the on-demand price in dollars per hour; None if unknown."""
         try:
             price = self._cloud.on_demand_price(instance_type, region)
         except CloudError:
@@ -178,13 +178,13 @@ class MachineRecords:
         try:
             found = self._cloud.spot_prices(machine.region, [machine.instance_type], machine.began, until)
         except CloudError:
-            return []  # the price at the beginning is the next best
+            return []  # fall back to the price at the beginning
         return [(price.time, price.usd_per_hour) for price in found.get((machine.instance_type, machine.zone), ())]
 
     def _machine_of(self, one: Instance) -> Machine:
-        """An instance that was launched by somebody who could not write it down any more."""
+        """Return the record of an instance whose launching process died before recording it."""
         price: Price | None = None
-        full = self.full_price(one.instance_type, one.region)
+        full = self.on_demand_usd(one.instance_type, one.region)
         if one.market == SPOT:
             try:
                 found = self._cloud.spot_prices(one.region, [one.instance_type], one.began, one.began)

@@ -1,7 +1,7 @@
-"""Three ways to a machine.
+"""Three ways to order a machine.
 
-`create_fleet` is the one that AWS recommends: one call, EC2 chooses the pool, nothing is left behind but the instance.
-`request_spot_instances` and `request_spot_fleet` are for accounts that are bound to them; AWS calls both legacy and discourages
+`create_fleet` is the way that AWS recommends: one call, EC2 chooses the pool, and only the instance remains.
+`request_spot_instances` and `request_spot_fleet` are for accounts that must use them; AWS calls both legacy and discourages
 them.
 """
 
@@ -20,23 +20,23 @@ from hf_spot.errors import CloudError
 
 FLEET_ROLE = "aws-ec2-spot-fleet-tagging-role"
 _POLL_S = 5.0
-_POLLS = 24  # a legacy request that is not fulfilled in two minutes is taken back
+_POLLS = 24  # a legacy request that is not fulfilled in two minutes is cancelled
 
 
 @dataclass(frozen=True)
 class Order:
-    """One machine, wherever it is to be had among some pools of one region.
+    """An order for one machine from any of some pools of one region.
 
     Args:
         token: the same for a repeated call, so that it does not start a second machine.
-        pools: of one region and one market, the most wanted first.
-        image: that it starts from.
+        pools: pools of one region and one market, the preferred one first.
+        image: the image to start from.
         site: key pair, security groups.
-        user_data: the script that it runs.
-        tags: for the instance, its disk, and everything else that is made.
+        user_data: the script that the machine runs.
+        tags: tags for the instance, its disk, and all other resources.
         instance_profile: name or ARN, or None.
-        disk_gb: of the encrypted root disk.
-        strategy: by which EC2 chooses among the pools, as CreateFleet spells it.
+        disk_gb: size of the encrypted root disk.
+        strategy: how EC2 chooses among the pools, as CreateFleet spells it.
         max_price: dollars per hour, or None.
     """
 
@@ -53,18 +53,18 @@ class Order:
 
     @property
     def region(self) -> str:
-        """Of all its pools."""
+        """Return the region of all its pools."""
         return self.pools[0].region
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of an order.
+    """The result of an order.
 
     Args:
-        instance_id: of the machine; None when there is none.
-        pool: that it is from.
-        refusals: error code and message by (instance type, subnet); of the pools that were refused.
+        instance_id: id of the machine; None if there is none.
+        pool: pool of the machine.
+        refusals: error code and message by (instance type, subnet) of the refused pools.
     """
 
     instance_id: str | None = None
@@ -73,12 +73,12 @@ class Outcome:
 
 
 def create_fleet(cloud: Cloud, order: Order) -> Outcome:
-    """Asks for one machine by ``CreateFleet`` of type ``instant``.
+    """Order one machine with ``CreateFleet`` of type ``instant``.
 
     https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instant-fleet.html
 
     Raises:
-        CloudError: the request can't be made at all; a pool that is refused is no error but part of the outcome.
+        CloudError: the request itself failed; a refused pool is not an error but part of the outcome.
     """
     market = order.pools[0].market
     with _template(cloud, order) as template:
@@ -114,13 +114,13 @@ def create_fleet(cloud: Cloud, order: Order) -> Outcome:
 
 
 def request_spot_instances(cloud: Cloud, order: Order, *, sleep: Callable[[float], object]) -> Outcome:
-    """Asks for one machine by ``RequestSpotInstances``, pool after pool. AWS calls this API legacy and discourages it.
+    """Order one machine with ``RequestSpotInstances``, pool after pool. AWS calls this API legacy and discourages it.
 
-    It knows neither the tags of an instance nor its metadata options: both are set as soon as there is an instance. A
-    request that is not fulfilled in two minutes is taken back, and never stays in ``pending-evaluation``.
+    It supports neither tags of an instance nor its metadata options: both are set as soon as the instance exists. A request
+    that is not fulfilled in two minutes is cancelled, and never stays in ``pending-evaluation``.
 
     Raises:
-        CloudError: the request can't be made at all, or an instance could not be secured, and was terminated.
+        CloudError: the request itself failed, or an instance could not be secured and was terminated.
     """
     refusals: dict[tuple[str, str], tuple[str, str]] = {}
     for place, pool in enumerate(order.pools):
@@ -140,16 +140,16 @@ def request_spot_instances(cloud: Cloud, order: Order, *, sleep: Callable[[float
             **price,
         )
         request = answer["SpotInstanceRequests"][0]["SpotInstanceRequestId"]
-        asked: dict[str, Any] = {"SpotInstanceRequestIds": [request]}
+        ids: dict[str, Any] = {"SpotInstanceRequestIds": [request]}
 
-        def look(region: str = pool.region, asked: dict[str, Any] = asked) -> tuple[str | None, str, str]:
-            found = cloud.call("ec2", region, "describe_spot_instance_requests", **asked)["SpotInstanceRequests"][0]
+        def look(region: str = pool.region, ids: dict[str, Any] = ids) -> tuple[str | None, str, str]:
+            found = cloud.call("ec2", region, "describe_spot_instance_requests", **ids)["SpotInstanceRequests"][0]
             status = found.get("Status", {})
             return found.get("InstanceId"), status.get("Code", ""), status.get("Message", "")
 
         instance_id, code, message = _poll(look, sleep)
         if instance_id is None:
-            cloud.call("ec2", pool.region, "cancel_spot_instance_requests", **asked)
+            cloud.call("ec2", pool.region, "cancel_spot_instance_requests", **ids)
             instance_id, *_ = look()  # between the last look and the cancellation it may have been fulfilled
         if instance_id is not None:
             _secure(cloud, pool.region, instance_id, order)
@@ -159,13 +159,13 @@ def request_spot_instances(cloud: Cloud, order: Order, *, sleep: Callable[[float
 
 
 def request_spot_fleet(cloud: Cloud, order: Order, *, sleep: Callable[[float], object]) -> Outcome:
-    """Asks for one machine by ``RequestSpotFleet``, with ``capacityOptimized`` or ``priceCapacityOptimized``.
+    """Order one machine with ``RequestSpotFleet``, with ``capacityOptimized`` or ``priceCapacityOptimized``.
 
     AWS calls this API legacy and discourages it. It needs the role `FLEET_ROLE` in the account. The fleet is cancelled as
-    soon as it has its machine: it is to start none by itself.
+    soon as it has its machine, so that it starts no other.
 
     Raises:
-        CloudError: the request can't be made at all.
+        CloudError: the request itself failed.
     """
     region = order.region
     words = order.strategy.split("-")
@@ -196,8 +196,8 @@ def request_spot_fleet(cloud: Cloud, order: Order, *, sleep: Callable[[float], o
         try:
             instance_id = _poll(look, sleep)[0]
         finally:
-            asked: dict[str, Any] = {"SpotFleetRequestIds": [fleet], "TerminateInstances": False}
-            cloud.call("ec2", region, "cancel_spot_fleet_requests", **asked)
+            cancelled: dict[str, Any] = {"SpotFleetRequestIds": [fleet], "TerminateInstances": False}
+            cloud.call("ec2", region, "cancel_spot_fleet_requests", **cancelled)
         instance_id = instance_id or look()[0]
     if instance_id is None:
         return Outcome(refusals={(pool.instance_type, pool.subnet): ("UnfulfillableCapacity", "") for pool in order.pools})
@@ -215,7 +215,7 @@ def _poll(look: Callable[[], tuple[str | None, str, str]], sleep: Callable[[floa
 
 
 def _secure(cloud: Cloud, region: str, instance_id: str, order: Order) -> None:
-    """Sets what a legacy request can't say: an instance that nobody can find, or that is open, must not stay."""
+    """Set what a legacy request does not support. Terminate the instance on failure: without tags it could not be found."""
     options = {"HttpTokens": "required", "HttpPutResponseHopLimit": 2, "HttpEndpoint": "enabled"}
     try:
         cloud.call("ec2", region, "create_tags", Resources=[instance_id], Tags=_tags(order.tags))
@@ -229,7 +229,7 @@ def _secure(cloud: Cloud, region: str, instance_id: str, order: Order) -> None:
 
 @contextlib.contextmanager
 def _template(cloud: Cloud, order: Order) -> Iterator[dict[str, str]]:
-    """A launch template for one order, gone afterwards."""
+    """Create a launch template for one order, and remove it afterwards."""
     name = f"hf-spot-{order.token}"
     try:
         made = cloud.call(
@@ -242,7 +242,7 @@ def _template(cloud: Cloud, order: Order) -> Iterator[dict[str, str]]:
             TagSpecifications=[{"ResourceType": "launch-template", "Tags": _tags(order.tags)}],
         )["LaunchTemplate"]["LaunchTemplateId"]
     except CloudError as error:
-        # Left by a call that was killed. The same token, and so the same fleet, needs the same template.
+        # Left over from a killed call. The same token, and so the same fleet, needs the same template.
         if error.code != "InvalidLaunchTemplateName.AlreadyExistsException":
             raise
         found = cloud.call("ec2", order.region, "describe_launch_templates", LaunchTemplateNames=[name])

@@ -1,4 +1,4 @@
-"""`hf-spot prices`: what machines cost now and what they cost before, where and according to whom."""
+"""`hf-spot prices`: current and past prices of machines, by zone, with their sources."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Row:
 
     Args:
         instance_type: such as ``p4d.24xlarge``.
-        region: its name.
-        zone: its availability zone.
-        spot: the price now.
-        history: prices with the times since which they held, oldest first.
-        on_demand: the full price, or None when the price list has none.
+        region: name of the region.
+        zone: name of the availability zone.
+        spot: the current spot price.
+        history: spot prices with the times from which they applied, oldest first.
+        on_demand: the on-demand price; None if the price list has none.
     """
 
     instance_type: str
@@ -38,11 +38,11 @@ class Row:
 
     @property
     def saving(self) -> float | None:
-        """Share of the full price that is saved now."""
+        """Return the current saving as a share of the on-demand price."""
         return None if self.on_demand is None else 1 - self.spot.usd_per_hour / self.on_demand.usd_per_hour
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
 
         def plain(price: Price | None) -> dict[str, Any] | None:
             return None if price is None else {**asdict(price), "time": price.time.isoformat()}
@@ -61,17 +61,17 @@ class Row:
 def look_up(
     cloud: Cloud, types: Sequence[str], regions: Sequence[str], since: datetime, now: datetime
 ) -> tuple[list[Row], list[str]]:
-    """Every pool that has a spot price, the cheapest first, and what could not be looked up.
+    """Return every pool with a spot price, the cheapest first, and notes about missing prices.
 
     Args:
-        cloud: that is asked.
+        cloud: the account's EC2.
         types: instance types.
-        regions: names.
-        since: where the history begins.
-        now: where it ends.
+        regions: names of the regions.
+        since: start of the history.
+        now: end of the history.
 
     Raises:
-        CloudError: the cloud said no.
+        CloudError: the cloud refused.
     """
     notes: list[str] = []
     rows = []
@@ -85,16 +85,16 @@ def look_up(
 
 def _full(cloud: Cloud, kind: str, region: str, notes: list[str]) -> Price | None:
     if notes:
-        return None  # asked in vain once
+        return None  # a query has already failed
     try:
         return cloud.on_demand_price(kind, region)
     except CloudError as error:
-        notes.append(f"on-demand prices are not known: {error.args[0]}")
+        notes.append(f"on-demand prices are unknown: {error.args[0]}")
         return None
 
 
 def sparkline(history: Sequence[Price], since: datetime, now: datetime, width: int = _WIDTH) -> str:
-    """The history as a line of bars, each the price that held at the end of its share of the time. Pure."""
+    """Return the history as a line of bars, each the price at the end of its time slice. Pure."""
     values: list[float | None] = []
     for place in range(width):
         at = since + (now - since) * ((place + 1) / width)
@@ -107,7 +107,7 @@ def sparkline(history: Sequence[Price], since: datetime, now: datetime, width: i
 
 
 def render(rows: Sequence[Row], notes: Sequence[str], since: datetime, now: datetime) -> str:
-    """A table for people."""
+    """Format the prices as a table."""
     days = (now - since) / timedelta(days=1)
     head = f"{'type':18}{'zone':18}{'spot $/h':>10}{'on-demand':>11}{'saving':>8}  last {days:g} days, low to high"
     lines = [head]
@@ -119,9 +119,9 @@ def render(rows: Sequence[Row], notes: Sequence[str], since: datetime, now: date
         lines.append(f"{line}{sparkline(row.history, since, now)} {min(held):.4f} to {max(held):.4f}")
     if rows:
         newest = max(row.spot.time for row in rows)
-        lines.append(f"spot: {rows[0].spot.source}, asked {now:%Y-%m-%d %H:%M} UTC, last change {newest:%Y-%m-%d %H:%M} UTC")
+        lines.append(f"spot: {rows[0].spot.source}, queried {now:%Y-%m-%d %H:%M} UTC, last change {newest:%Y-%m-%d %H:%M} UTC")
         full_prices = {row.on_demand.source: row.on_demand.time for row in rows if row.on_demand}
         lines += [f"on-demand: {source}, in force since {time:%Y-%m-%d}" for source, time in full_prices.items()]
     else:
-        lines = ["no spot price anywhere: there is no such capacity in these regions"]
+        lines = ["no spot price and therefore no spot capacity in these regions"]
     return "\n".join([*lines, *notes])

@@ -1,7 +1,7 @@
-"""From a job file to a machine that trains it: walks the ladder, and with ``--watch`` again until the run is finished.
+"""Provisioning: walk the ladder of a job file to get a machine, and with ``--watch`` repeat until the run is finished.
 
-Whoever does this may die at any moment and start again elsewhere. What has to be known stands in the run's journal and in
-the instances' tags (`hf_spot.cloud.machine_records`); nothing is remembered here but what can be asked again.
+This process may die at any moment and be restarted elsewhere. All state is in the run's journal and in the instances' tags
+(`hf_spot.cloud.machine_records`); what is cached here can be queried again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hf_spot.cloud import ec2, orders, quotas
 from hf_spot.cloud.ec2 import Cloud, Image, Instance, Subnet
 from hf_spot.cloud.ec2_errors import NEXT_RUNG, explain
 from hf_spot.cloud.job import ANY, SHUTDOWN, SPOT, Job, Rung
-from hf_spot.cloud.ladder import Pool, Price, in_order, minutes_affordable, pause_s, too_dear, untried
+from hf_spot.cloud.ladder import Pool, Price, in_order, minutes_affordable, over_budget, pause_s, untried
 from hf_spot.cloud.ledger import FRUITLESS_MACHINES, Machine
 from hf_spot.cloud.machine import LOGS
 from hf_spot.cloud.machine_records import MachineRecords
@@ -29,49 +29,55 @@ from hf_spot.run.seal import VARIABLE as JOURNAL_KEY
 FLEET, SPOT_REQUEST, SPOT_FLEET = "fleet", "spot-request", "spot-fleet"
 APIS = (FLEET, SPOT_REQUEST, SPOT_FLEET)
 POLL_S = 30.0
-_TURN_S = 5.0  # how often to ask whether another process has got a machine
-_LAST_MINUTES_S = 180.0  # of the budget: what a machine costs from the order to end until its end
-_FAREWELL_POLLS = 20
-_TOO_DEAR = "MaxSpend"
+_TURN_S = 5.0  # between checks whether another process has got a machine
+_LAST_MINUTES_S = 180.0  # reserved in the budget: a machine still costs this long after the order to terminate
+_SHUTDOWN_POLLS = 20
+_OVER_BUDGET = "MaxSpend"
 
 Say = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a rung offers now.
+    """The current offer of a rung.
 
     Args:
-        index: its place in the ladder, from 0.
-        rung: as in the job file.
+        index: index in the ladder, from 0.
+        rung: the rung of the job file.
         regions: affordable pools by region, in the order in which they are tried.
-        notes: why others are left out.
-        dear: what would be there for more money.
+        notes: why other pools are skipped.
+        over_budget: why pools are too expensive for the remaining budget.
     """
 
     index: int
     rung: Rung
     regions: list[list[Pool]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    dear: list[str] = field(default_factory=list)
+    over_budget: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         pools = [{**asdict(pool), "price": _plain(pool.price)} for region in self.regions for pool in region]
-        return {"rung": self.index, "market": self.rung.market, "pools": pools, "notes": self.notes, "too_dear": self.dear}
+        return {
+            "rung": self.index,
+            "market": self.rung.market,
+            "pools": pools,
+            "notes": self.notes,
+            "too_dear": self.over_budget,
+        }
 
 
 class Provisioner:
     """Gets machines for one job.
 
     Args:
-        job: what is trained.
-        run: where it is trained.
-        cloud: that is asked.
+        job: the job.
+        run: its run.
+        cloud: the account's EC2.
         api: one of `APIS`.
         now: the wall clock.
         sleep: waits for some seconds.
-        say: is told what happens: a sentence, and the same as JSON values.
+        say: reports progress; takes a sentence, and the same as JSON values.
     """
 
     def __init__(
@@ -94,40 +100,42 @@ class Provisioner:
         self._known: list[str] = []
         self._needs: list[quotas.Need] = []
         self._sites: dict[str, tuple[Image, list[Subnet]]] = {}
-        self.book = MachineRecords(run, cloud, now=now)
+        self.records = MachineRecords(run, cloud, now=now)
 
     # -- before anything costs money ----------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Proves what can be proved for nothing: credentials, regions, images, networks, keys, quotas, deadline.
+        """Check everything that can be checked for free: credentials, regions, images, networks, keys, quotas, deadline.
 
         Raises:
-            SpotError: something is wrong with the job or the account; nothing was started.
+            SpotError: the job or the account has a problem; nothing was started.
         """
         job = self._job
         self._known = self._cloud.regions(job.region)
         self._cloud.check_regions(job.named_regions(), self._known)
         if job.deadline is not None and job.deadline <= self._now():
-            raise ConfigError(f"deadline: {job.deadline:%Y-%m-%d %H:%M} UTC is past", hint="a later deadline, or none")
+            raise ConfigError(
+                f"deadline: {job.deadline:%Y-%m-%d %H:%M} UTC is in the past", hint="set a later deadline, or remove it"
+            )
         tried = {region for rung in job.ladder if rung.regions != ANY for region in job.regions_of(rung, self._known)}
         for region in sorted(tried):
             self._site(region)
         render(job, [], 1)
         if os.environ.get(JOURNAL_KEY) and JOURNAL_KEY not in job.run:
             raise ConfigError(
-                f"${JOURNAL_KEY} is set here, and the machines would not have it: they could not read the journal",
-                hint=f"in run: export {JOURNAL_KEY}=$(aws ssm get-parameter --with-decryption --name NAME "
+                f"${JOURNAL_KEY} is set here but not on the machines: they could not read the journal",
+                hint=f"add to run: export {JOURNAL_KEY}=$(aws ssm get-parameter --with-decryption --name NAME "
                 "--query Parameter.Value --output text)",
             )
         try:
             self._needs = quotas.needs(self._cloud, job, self._known)
         except CloudError as error:
-            self._say(f"quotas are not known: {error.args[0]}", {"event": "note"})
+            self._say(f"the quotas can't be read: {error.args[0]}", {"event": "note"})
         if none := quotas.none_usable(self._needs, job):
             raise none
 
     def _site(self, region: str) -> tuple[Image, list[Subnet]]:
-        """Image and subnets in a region, once everything that the job names there has been found."""
+        """Return image and subnets in a region, after checking everything that the job names there."""
         if region not in self._sites:
             site = self._job.site(region)
             image = self._cloud.image(region, site.image_id)
@@ -139,10 +147,10 @@ class Provisioner:
             self._sites[region] = image, subnets
         return self._sites[region]
 
-    # -- what there is to choose from ---------------------------------------------------------------------------------
+    # -- the offers of the rungs ----------------------------------------------------------------------------------------
 
     def plans(self) -> Iterator[Plan]:
-        """What each rung offers now, in the ladder's order; a rung is asked about when its turn has come."""
+        """Yield the current offer of each rung, in the ladder's order; each rung is queried when it is reached."""
         for index in range(len(self._job.ladder)):
             yield self._plan(index)
 
@@ -152,9 +160,9 @@ class Provisioner:
         plan = Plan(index, rung)
         blocked = quotas.blocked(self._needs, index)
         services = "ec2", "ssm", "pricing"
-        told = self._cloud.each(regions, lambda region: self._pools(rung, region, blocked), services=services)
-        pools = [pool for offered, _ in told for pool in offered]
-        plan.notes.extend(note for _, notes in told for note in notes)
+        answers = self._cloud.each(regions, lambda region: self._pools(rung, region, blocked), services=services)
+        pools = [pool for offered, _ in answers for pool in offered]
+        plan.notes.extend(note for _, notes in answers for note in notes)
         if rung.market == SPOT and pools:
             try:
                 scores = self._cloud.scores(rung.instance_types, sorted({pool.region for pool in pools}))
@@ -162,15 +170,15 @@ class Provisioner:
             except CloudError as error:
                 plan.notes.append(f"no placement scores: {error.args[0]}")
         left = self.left_usd()
-        hours = self.book.ledger.hours_left(self._job.hours)
+        hours = self.records.ledger.hours_left(self._job.hours)
         for found in in_order(pools, rung, regions):
-            plan.dear.extend(said for pool in found if (said := too_dear(pool, left, hours)))
-            if affordable := [pool for pool in found if not too_dear(pool, left, hours)]:
+            plan.over_budget.extend(why for pool in found if (why := over_budget(pool, left, hours)))
+            if affordable := [pool for pool in found if not over_budget(pool, left, hours)]:
                 plan.regions.append(affordable)
         if not pools and not plan.notes:
-            plan.notes.append(f"{', '.join(rung.instance_types)}: no price, and so no capacity, in {', '.join(regions)}")
-        elif pools and not plan.regions and not plan.dear:
-            plan.notes.append(f"every price is above max_price ${rung.max_price}, or not known")
+            plan.notes.append(f"{', '.join(rung.instance_types)}: no price and therefore no capacity in {', '.join(regions)}")
+        elif pools and not plan.regions and not plan.over_budget:
+            plan.notes.append(f"every price is unknown or above max_price ${rung.max_price}")
         return plan
 
     def _pools(self, rung: Rung, region: str, blocked: set[tuple[str, str]]) -> tuple[list[Pool], list[str]]:
@@ -185,7 +193,7 @@ class Provisioner:
                 return [], notes
             subnets = self._site(region)[1]
         except SpotError as error:
-            if rung.regions != ANY and not (isinstance(error, CloudError) and ec2.is_passing(error)):
+            if rung.regions != ANY and not (isinstance(error, CloudError) and ec2.is_temporary(error)):
                 raise
             return [], [*notes, f"{region}: {error.args[0]}"]
         pools = [
@@ -206,79 +214,82 @@ class Provisioner:
         return {(kind, zone): price for kind, zone in offered if (price := found[kind]) is not None}
 
     def left_usd(self) -> float:
-        """Of the budget."""
-        return self._job.max_spend - self.book.spent_usd()
+        """Return the remaining budget in dollars."""
+        return self._job.max_spend - self.records.spent_usd()
 
     # -- one machine --------------------------------------------------------------------------------------------------
 
     def provision(self) -> Machine | None:
-        """The run's machine: the one that runs, or a new one; None when the run is finished.
+        """Return the run's machine, a running or a new one; None if the run is finished.
 
         Raises:
-            NoCapacity: no rung has a machine now.
-            CloudError: the money or the time that is left does not do, or the cloud said no.
+            NoCapacity: no rung has capacity at the moment.
+            CloudError: the remaining budget or time is too small, or the cloud refused.
         """
         self.check()
         return self._provision(fresh=True)
 
     def _provision(self, *, fresh: bool) -> Machine | None:
         while True:
-            self.book.refresh()
+            self.records.refresh()
             if self._api == SPOT_REQUEST:
-                self._cloud.each(self._known, lambda region: self._cloud.tag_requested(region, self.book.run.url))
-            alive = self.book.settle(self.book.look(self._known), self._known)
+                self._cloud.each(self._known, lambda region: self._cloud.tag_requested(region, self.records.run.url))
+            alive = self.records.reconcile(self.records.find_instances(self._known), self._known)
             if alive:
-                machine = next(one for one in self.book.ledger.machines if one.instance_id == alive[-1].id)
-                self._tell("found", machine)
+                machine = next(one for one in self.records.ledger.machines if one.instance_id == alive[-1].id)
+                self._say_machine("found", machine)
                 return machine
-            if self.book.state.ended == "finished":
+            if self.records.state.ended == "finished":
                 return None
             self._check_money_and_time()
-            token = self.book.ask(fresh=fresh)
+            token = self.records.start_walk(fresh=fresh)
             if token is not None:
                 break
             self._sleep(_TURN_S)
         try:
             return self._walk(token)
         except BaseException:
-            if self.book.ledger.walk is not None:
-                self.book.record("refused")
+            if self.records.ledger.walk is not None:
+                self.records.record("refused")
             raise
 
     def _walk(self, token: str) -> Machine:
         self._sites.clear()  # images and networks may have changed since
         refused: list[str] = []
-        dear: list[str] = []
+        expensive: list[str] = []
         for plan in self.plans():
             found = None
-            dear += plan.dear
+            expensive += plan.over_budget
             refused += [f"rung {plan.index}: {note}" for note in plan.notes]
             for pools in plan.regions:
                 found = self._try(plan, pools, token, refused)
                 if found is not None:
-                    machine = self.book.started(*found, plan.index)
-                    self._tell("started", machine)
+                    machine = self.records.started(*found, plan.index)
+                    self._say_machine("started", machine)
                     return machine
-        said = "".join(f"\n  {line}" for line in [*refused, *dear])
-        if dear and not refused:
+        details = "".join(f"\n  {line}" for line in [*refused, *expensive])
+        if expensive and not refused:
             raise CloudError(
-                f"what is left of max_spend does not pay for any machine:{said}", hint="a higher max_spend", code=_TOO_DEAR
+                f"the rest of max_spend does not cover any machine:{details}", hint="raise max_spend", code=_OVER_BUDGET
             )
-        raise NoCapacity(f"no rung of the ladder has a machine now:{said}", hint="--watch, other types, or any region")
+        raise NoCapacity(
+            f"no capacity available on any rung of the ladder:{details}",
+            hint="try again later, use --watch, or add instance types or `regions: any` to the ladder",
+        )
 
     def _try(self, plan: Plan, pools: list[Pool], token: str, refused: list[str]) -> tuple[str, Pool] | None:
-        """One region's pools: the instance and its pool, or None, and why."""
-        asked = 0
+        """Try one region's pools. Return the instance and its pool, or None, with the reasons added to ``refused``."""
+        attempt = 0
         while pools:
-            order = self._order(plan, pools, ec2.token_for(token, plan.index, pools[0].region, asked))
+            order = self._order(plan, pools, ec2.token_for(token, plan.index, pools[0].region, attempt))
             self._say(
-                f"rung {plan.index}: asking for {', '.join(map(str, pools))}",
+                f"rung {plan.index}: requesting {', '.join(map(str, pools))}",
                 {"event": "asking", "rung": plan.index, "region": order.region, "pools": len(pools)},
             )
             try:
                 outcome = self._send(order)
             except CloudError as error:
-                if error.code not in NEXT_RUNG and not ec2.is_passing(error):
+                if error.code not in NEXT_RUNG and not ec2.is_temporary(error):
                     raise
                 refused.append(f"rung {plan.index}: {error.args[0]}")
                 return None
@@ -297,7 +308,7 @@ class Provisioner:
             if not left:
                 rest = [pool for pool in pools if codes.get((pool.instance_type, pool.subnet), "UnfulfillableCapacity")]
                 refused += [f"rung {plan.index}: no capacity for {pool}" for pool in rest if len(rest) == len(pools)]
-            pools, asked = left, asked + 1
+            pools, attempt = left, attempt + 1
         return None
 
     def _order(self, plan: Plan, pools: Sequence[Pool], token: str) -> Order:
@@ -311,7 +322,7 @@ class Provisioner:
                 "price_usd_per_hour": pool.price.usd_per_hour,
                 "price_source": pool.price.source,
                 "price_time": pool.price.time.isoformat(),
-                "on_demand_usd_per_hour": self.book.full_price(pool.instance_type, region),
+                "on_demand_usd_per_hour": self.records.on_demand_usd(pool.instance_type, region),
             }
             for pool in pools
             if pool.price is not None
@@ -325,7 +336,7 @@ class Provisioner:
             tags={
                 **job.tags,
                 "Name": f"hf-spot {job.name}",
-                ec2.RUN_TAG: ec2.tag_value(self.book.run.url),
+                ec2.RUN_TAG: ec2.tag_value(self.records.run.url),
                 ec2.RUNG_TAG: str(plan.index),
             },
             instance_profile=job.instance_profile,
@@ -339,27 +350,27 @@ class Provisioner:
             return orders.create_fleet(self._cloud, order)
         if self._api == SPOT_REQUEST:
             return orders.request_spot_instances(self._cloud, order, sleep=self._sleep)
-        # Here the strategy is the one that the API is used for.
+        # A spot fleet always uses capacity-optimized.
         return orders.request_spot_fleet(self._cloud, replace(order, strategy="capacity-optimized"), sleep=self._sleep)
 
-    # -- until it is finished -----------------------------------------------------------------------------------------
+    # -- watching ----------------------------------------------------------------------------------------------------
 
     def watch(self) -> None:
-        """Replaces machines until the run is finished, or somebody ends it by `hf-spot terminate`.
+        """Replace machines until the run is finished, or stopped by `hf-spot terminate`.
 
         Raises:
-            CloudError: the budget is spent, the deadline can't be met, or the training fails by itself.
+            CloudError: the budget is spent, the deadline can't be met, or the training itself fails.
         """
         self.check()
-        begun, empty_handed = False, 0
+        begun, fruitless_walks = False, 0
         while True:
             try:
                 pause = POLL_S
-                if self._look() is None:
+                if self._update() is None:
                     if self._is_over(begun):
                         return
                     machine = self._provision(fresh=not begun)
-                    begun, empty_handed = True, 0
+                    begun, fruitless_walks = True, 0
                     if machine is None:
                         continue
                 else:
@@ -368,58 +379,58 @@ class Provisioner:
                         return
                     self._check_money_and_time()
             except NoCapacity as error:
-                begun, empty_handed = True, empty_handed + 1
-                pause = pause_s(empty_handed)
+                begun, fruitless_walks = True, fruitless_walks + 1
+                pause = pause_s(fruitless_walks)
                 self._say(f"{error.args[0]}\n  next try in {pause:.0f} s", {"event": "no-capacity", "pause_s": pause})
             except (StoreUnavailable, CloudError) as error:
-                if isinstance(error, CloudError) and not ec2.is_passing(error):
+                if isinstance(error, CloudError) and not ec2.is_temporary(error):
                     raise
                 self._say(f"{error.args[0]}; trying again", {"event": "trouble", "error": str(error.args[0])})
             self._sleep(pause)
 
-    def _look(self) -> Instance | None:
-        """The machine that lives; writes down those that do not any more."""
-        ledger = self.book.refresh()
+    def _update(self) -> Instance | None:
+        """Return the live machine, if any, and record machines that have ended."""
+        ledger = self.records.refresh()
         regions = sorted({machine.region for machine in ledger.live()})
         before = {machine.instance_id for machine in ledger.live()}
-        alive = self.book.settle(self.book.look(regions), regions) if regions else []
-        for machine in self.book.ledger.machines:
+        alive = self.records.reconcile(self.records.find_instances(regions), regions) if regions else []
+        for machine in self.records.ledger.machines:
             if machine.instance_id in before and machine.ended is not None:
-                self._tell("ended", machine)
+                self._say_machine("ended", machine)
         return alive[-1] if alive else None
 
     def _is_over(self, begun: bool) -> bool:
-        ledger, run = self.book.ledger, self.book.run
-        if self.book.state.ended == "finished":
+        ledger, run = self.records.ledger, self.records.run
+        if self.records.state.ended == "finished":
             self._say(f"{run.url} is finished at step {ledger.step}", {"event": "finished", "step": ledger.step})
-            self._say_farewell()
+            self._finish()
             return True
         if not begun or ledger.live():
             return False
         if ledger.stopped:
-            self._say("ended by `hf-spot terminate`", {"event": "stopped"})
+            self._say("stopped by `hf-spot terminate`", {"event": "stopped"})
             return True
         logs = f"the log is {run.url}/{LOGS}{ledger.machines[-1].instance_id}.log" if ledger.machines else ""
         if ledger.failed:
-            raise CloudError(f"the training of {run.url} failed; another machine would not help; {logs}", hint="repair the job")
+            raise CloudError(f"the training of {run.url} failed; another machine would not help; {logs}", hint="fix the job")
         if ledger.fruitless >= FRUITLESS_MACHINES:
             raise CloudError(
-                f"{ledger.fruitless} machines in a row went away by themselves without a commit; {logs}",
-                hint="repair setup or run",
+                f"{ledger.fruitless} machines in a row shut down by themselves without a commit; {logs}",
+                hint="fix setup or run in the job file",
             )
         return False
 
     def _check_money_and_time(self) -> None:
-        """Raises CloudError when one of them is at its end; no machine is left then."""
-        job, now, ledger = self._job, self._now(), self.book.ledger
-        spent = self.book.spent_usd()
+        """Raise CloudError when budget or deadline is exhausted, after terminating all machines."""
+        job, now, ledger = self._job, self._now(), self.records.ledger
+        spent = self.records.spent_usd()
         per_hour = sum(machine.usd_per_hour or 0.0 for machine in ledger.live())
         if spent + per_hour * _LAST_MINUTES_S / 3600 >= job.max_spend:
             self._end_all()
             raise CloudError(
-                f"the budget of ${job.max_spend:.2f} is spent: ${self.book.spent_usd():.2f}, step {ledger.step} is committed",
-                hint="a higher max_spend, and the same command again",
-                code=_TOO_DEAR,
+                f"the budget of ${job.max_spend:.2f} is spent: ${self.records.spent_usd():.2f}, step {ledger.step} committed",
+                hint="raise max_spend, and run the same command again",
+                code=_OVER_BUDGET,
             )
         if job.deadline is None:
             return
@@ -428,48 +439,49 @@ class Provisioner:
         if late or now >= job.deadline:
             self._end_all()
             raise CloudError(
-                f"the deadline {job.deadline:%Y-%m-%d %H:%M} UTC can't be met: about {hours:.1f} h of training are left, "
+                f"the deadline {job.deadline:%Y-%m-%d %H:%M} UTC can't be met: about {hours:.1f} h of training remain, "
                 f"step {ledger.step} is committed",
-                hint="a later deadline, and the same command again",
+                hint="set a later deadline, and run the same command again",
                 code="Deadline",
             )
 
     def _end_all(self) -> None:
-        """Ends what lives, and waits until it is gone: it saves first."""
-        for machine in self.book.ledger.live():
+        """Terminate the live machines, and wait until they are gone: their trainings save first."""
+        for machine in self.records.ledger.live():
             self._cloud.terminate(machine.region, [machine.instance_id])
-        for _ in range(_FAREWELL_POLLS):
-            if self._look() is None:
+        for _ in range(_SHUTDOWN_POLLS):
+            if self._update() is None:
                 return
             self._sleep(POLL_S)
 
-    def _say_farewell(self) -> None:
-        """A finished machine ships its log and goes by itself; one that doesn't is ended."""
+    def _finish(self) -> None:
+        """Wait until a finished machine has shipped its log and shut down; terminate one that does not."""
         if self._job.on_finish != SHUTDOWN:
-            for machine in self.book.ledger.live():
+            for machine in self.records.ledger.live():
                 price = "" if machine.usd_per_hour is None else f", for ${machine.usd_per_hour:.2f}/h"
                 self._say(
-                    f"{machine.instance_id} stays, as asked{price}; hf-spot terminate {self.book.run.url}", {"event": "stays"}
+                    f"{machine.instance_id} stays (on_finish: stay){price}; end it: hf-spot terminate {self.records.run.url}",
+                    {"event": "stays"},
                 )
             return
-        for _ in range(_FAREWELL_POLLS):
-            if self._look() is None:
+        for _ in range(_SHUTDOWN_POLLS):
+            if self._update() is None:
                 break
             self._sleep(POLL_S)
         else:
             self._end_all()
-        spent = self.book.spent_usd()
-        self._say(f"all machines together: ${spent:.2f}", {"event": "spent", "usd": round(spent, 6)})
+        spent = self.records.spent_usd()
+        self._say(f"total cost of all machines: ${spent:.2f}", {"event": "spent", "usd": round(spent, 6)})
 
-    def _tell(self, event: str, machine: Machine) -> None:
-        usd = "price not known" if machine.usd_per_hour is None else f"${machine.usd_per_hour:.4f}/h"
+    def _say_machine(self, event: str, machine: Machine) -> None:
+        usd = "price unknown" if machine.usd_per_hour is None else f"${machine.usd_per_hour:.4f}/h"
         since = f", {machine.price_time:%Y-%m-%d %H:%M} UTC" if machine.price_time else ""
         price = f"{usd} ({machine.price_source}{since})" if machine.price_source else usd
         text = f"{machine.instance_id}: {machine.instance_type} {machine.market} in {machine.zone}"
         if event == "ended":
             text = f"{text} ended: {machine.reason or 'no reason given'}, ${machine.cost_usd or 0.0:.2f}"
         else:
-            text = f"{text}, {price}, rung {machine.rung}{', runs already' if event == 'found' else ''}"
+            text = f"{text}, {price}, rung {machine.rung}{', already running' if event == 'found' else ''}"
         self._say(text, {"event": event, "machine": machine.to_data()})
 
 
@@ -478,7 +490,7 @@ def _plain(price: Price | None) -> dict[str, Any] | None:
 
 
 def render_plan(plan: Plan) -> str:
-    """What a rung offers, one pool a line."""
+    """Format the offer of a rung, one pool per line."""
     rung = plan.rung
     where = rung.regions if isinstance(rung.regions, str) else ", ".join(rung.regions)
     lines = [f"rung {plan.index}: {rung.market} {', '.join(rung.instance_types)}, regions: {where}"]
@@ -487,4 +499,4 @@ def render_plan(plan: Plan) -> str:
         score = "" if pool.score is None else f", placement score {pool.score} of 10"
         price = f"${pool.price.usd_per_hour:.4f}/h ({pool.price.source}, {pool.price.time:%Y-%m-%d %H:%M} UTC)"
         lines.append(f"{pool.instance_type} in {pool.zone}: {price}{score}")
-    return "\n    ".join([*lines, *plan.dear, *plan.notes])
+    return "\n    ".join([*lines, *plan.over_budget, *plan.notes])

@@ -1,7 +1,7 @@
-"""Quotas: which of them a rung of the ladder needs, and which of them block it.
+"""Quotas: which ones a rung of the ladder needs, and which ones block it.
 
-AWS counts vCPUs, per region, family of instance types and market. Quotas are found by their names, as Service Quotas lists
-them, so that a family which is new tomorrow is known tomorrow.
+AWS counts vCPUs per region, family of instance types and market. Quotas are found by their names in Service Quotas, so that
+future families are supported without a change here.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Quota:
 
     Args:
         code: such as ``L-7212CCBC``.
-        name: as AWS spells it.
-        vcpus: that may run at the same time.
+        name: AWS's name of the quota.
+        vcpus: vCPUs that may run at the same time.
     """
 
     code: str
@@ -36,15 +36,15 @@ class Quota:
 
 @dataclass(frozen=True)
 class Need:
-    """What one instance type of a rung needs in a region, and what there is.
+    """What one instance type of a rung needs in a region, and the quota that it has.
 
     Args:
-        rung: its place in the ladder, from 0.
-        region: its name.
+        rung: index of the rung in the ladder, from 0.
+        region: name of the region.
         instance_type: such as ``p4d.24xlarge``.
         market: ``spot`` or ``on-demand``.
-        vcpus: of one machine; None when the region does not have the type.
-        quota: that counts, or None when none was found.
+        vcpus: vCPUs of one machine; None if the region does not offer the type.
+        quota: the quota that applies; None if none was found.
     """
 
     rung: int
@@ -56,12 +56,12 @@ class Need:
 
     @property
     def blocked(self) -> bool:
-        """The quota is too small for one such machine; unknown things do not block."""
+        """Return whether the quota is too small for one such machine; unknown quotas do not block."""
         return self.vcpus is not None and self.quota is not None and self.quota.vcpus < self.vcpus
 
     @property
     def command(self) -> str:
-        """What asks AWS for a larger quota."""
+        """Return the command that requests a larger quota."""
         if self.quota is None or self.vcpus is None:
             return ""
         return (
@@ -71,10 +71,10 @@ class Need:
 
 
 def quotas(cloud: Cloud, region: str) -> list[Quota]:
-    """The quotas on EC2 that apply in a region: the account's own values, and AWS's defaults where it has none.
+    """Return the EC2 quotas of a region: the account's own values, or else AWS's defaults.
 
     Raises:
-        CloudError: they can't be read.
+        CloudError: the quotas can't be read.
     """
     found: dict[str, Quota] = {}
     for operation in ("list_aws_default_service_quotas", "list_service_quotas"):
@@ -84,7 +84,7 @@ def quotas(cloud: Cloud, region: str) -> list[Quota]:
 
 
 def quota_for(instance_type: str, market: str, known: Iterable[Quota]) -> Quota | None:
-    """The quota that counts an instance type, the most special one if several fit. Pure.
+    """Return the quota that applies to an instance type, the most specific one if several match. Pure.
 
     Names look like ``All P4, P3 and P2 Spot Instance Requests`` and ``Running On-Demand Standard (A, C, D, H, I, M, R, T, Z)
     instances``: families, or families with their generation.
@@ -102,26 +102,26 @@ def quota_for(instance_type: str, market: str, known: Iterable[Quota]) -> Quota 
 
 
 def needs(cloud: Cloud, job: Job, regions: Sequence[str]) -> list[Need]:
-    """What the job's ladder needs, for every rung, region and instance type.
+    """Return what the job's ladder needs, for every rung, region and instance type.
 
     Args:
-        cloud: that is asked.
-        job: with the ladder.
-        regions: that the account can use.
+        cloud: the account's EC2.
+        job: the job with the ladder.
+        regions: regions that the account can use.
 
     Raises:
         CloudError: quotas or instance types can't be read.
     """
     places = [(index, region) for index, rung in enumerate(job.ladder) for region in job.regions_of(rung, regions)]
-    asked = list(dict.fromkeys(region for _, region in places))
+    queried = list(dict.fromkeys(region for _, region in places))
     types = sorted({kind for rung in job.ladder for kind in rung.instance_types})
 
     def ask(region: str) -> tuple[list[Quota], dict[str, int]]:
         return quotas(cloud, region), cloud.vcpus(region, types)
 
-    told = dict(zip(asked, cloud.each(asked, ask, services=("ec2", "service-quotas")), strict=True))
+    answers = dict(zip(queried, cloud.each(queried, ask, services=("ec2", "service-quotas")), strict=True))
     return [
-        Need(index, region, kind, rung.market, told[region][1].get(kind), quota_for(kind, rung.market, told[region][0]))
+        Need(index, region, kind, rung.market, answers[region][1].get(kind), quota_for(kind, rung.market, answers[region][0]))
         for index, region in places
         for rung in [job.ladder[index]]
         for kind in rung.instance_types
@@ -129,12 +129,12 @@ def needs(cloud: Cloud, job: Job, regions: Sequence[str]) -> list[Need]:
 
 
 def blocked(found: Iterable[Need], rung: int) -> set[tuple[str, str]]:
-    """The (region, instance type) of a rung whose quota is too small. Pure."""
+    """Return the (region, instance type) pairs of a rung whose quota is too small. Pure."""
     return {(need.region, need.instance_type) for need in found if need.rung == rung and need.blocked}
 
 
 def render(found: Sequence[Need], job: Job) -> str:
-    """A table for people, with the command for each quota that blocks something."""
+    """Format the needs as a table, with a command for each quota that blocks a rung."""
     lines = []
     for index, rung in enumerate(job.ladder):
         mine = [need for need in found if need.rung == index and need.vcpus is not None]
@@ -158,7 +158,7 @@ def render(found: Sequence[Need], job: Job) -> str:
 
 
 def none_usable(found: Sequence[Need], job: Job) -> CloudError | None:
-    """The error when quotas block every pool of every rung, or None. Pure."""
+    """Return the error if quotas block every pool of every rung, else None. Pure."""
     real = [need for need in found if need.vcpus is not None]
     if not real or not all(need.blocked for need in real):
         return None
@@ -167,7 +167,7 @@ def none_usable(found: Sequence[Need], job: Job) -> CloudError | None:
     market = "MaxSpotInstanceCountExceeded" if first.market != ON_DEMAND else "VcpuLimitExceeded"
     return CloudError(
         f"quotas block every rung of the ladder: {first.instance_type} needs {first.vcpus} vCPUs in {first.region}, and "
-        f"{first.quota.name!r} allows {first.quota.vcpus:g}; `hf-spot quotas` lists all",
+        f"{first.quota.name!r} allows {first.quota.vcpus:g}; `hf-spot quotas` lists all of them",
         hint=first.command,
         code=market,
     )

@@ -30,13 +30,14 @@ _COPIES_CREDENTIALS = "LOCAL_CREDENTIALS"
 
 
 def task(job: Job, environ: Mapping[str, str]) -> dict[str, Any]:
-    """The job as a SkyPilot task. Pure.
+    """Return the job as a SkyPilot task. Pure.
 
-    Checkpoints are no file mounts: `hf-spot launch` moves them itself, whole and in time. Secrets are there by name only.
+    Checkpoints are not file mounts: `hf-spot launch` transfers them itself, complete and in time. Secrets appear by name
+    only.
 
     Args:
-        job: what is trained, and the ladder.
-        environ: which of the settings of a store are used: key and owner of the bucket, another S3 server, a signing key.
+        job: the job with its ladder.
+        environ: settings of the store to pass on: KMS key and owner of the bucket, another S3 server, a signing key.
     """
     machines = [
         {
@@ -59,7 +60,7 @@ def task(job: Job, environ: Mapping[str, str]) -> dict[str, Any]:
             "job_recovery": {"strategy": STRATEGY, "recover_on_exit_codes": [EXIT_PREEMPTED]},
             "disk_size": job.disk_gb,
             **({"labels": dict(job.tags)} if job.tags else {}),
-            # One rung is a choice for SkyPilot to make by price; several are to be tried one after the other.
+            # Within one rung SkyPilot chooses by price; several rungs are tried in order.
             "any_of" if len(job.ladder) == 1 else "ordered": machines,
         },
         "envs": envs,
@@ -70,40 +71,40 @@ def task(job: Job, environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def secret_names(environ: Mapping[str, str]) -> list[str]:
-    """What a machine has to be told that must be written nowhere: the journal's key, and keys for a server that is not AWS."""
+    """Return the variables a machine needs that must not be stored: the journal key, and keys for a server other than AWS."""
     names = (seal.VARIABLE, *(_KEYS if environ.get(_ENDPOINT) else ()))
     return [name for name in names if environ.get(name)]
 
 
 def notes(job: Job) -> list[str]:
-    """What the job file says and SkyPilot can't be told in a task. Pure."""
-    said = [f"max_spend: SkyPilot has no budget. Look at `hf-spot report {job.store}`, and sky jobs cancel --name {job.name}"]
+    """Return notes about settings of the job file that a SkyPilot task can't express. Pure."""
+    found = [f"max_spend: SkyPilot has no budget. See `hf-spot report {job.store}` and sky jobs cancel --name {job.name}"]
     if job.instance_profile:
-        said.append(
+        found.append(
             f"instance_profile: SkyPilot takes it from ~/.sky/config.yaml: `aws: {{remote_identity: {job.instance_profile}}}`"
         )
     if job.deadline is not None:
-        said.append("deadline: SkyPilot knows none")
+        found.append("deadline: SkyPilot has no deadline")
     if job.key_name or job.security_groups != "default" or job.subnets != "default":
-        said.append(
-            "key_name, security_groups, subnets: SkyPilot makes its own; see vpc_name and security_group_name in its config"
+        found.append(
+            "key_name, security_groups, subnets: SkyPilot creates its own; see vpc_name and security_group_name in its config"
         )
     if job.setup:
-        said.append("setup: runs as SkyPilot's user, not as root")
-    return said
+        found.append("setup: runs as SkyPilot's user, not as root")
+    return found
 
 
 def render(job: Job, environ: Mapping[str, str]) -> str:
-    """The task as YAML, for `sky jobs launch`, with the notes as comments."""
+    """Return the task as YAML, for `sky jobs launch`, with the notes as comments."""
     head = "".join(f"# {line}\n" for line in [f"sky jobs launch -n {job.name} FILE", *notes(job)])
     return head + yaml.dump(task(job, environ), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def launch(job: Job, environ: Mapping[str, str] = os.environ) -> list[int]:
-    """Starts the job as a managed job; returns its ids.
+    """Start the job as a managed job. Return its ids.
 
     Raises:
-        ConfigError: SkyPilot is not installed, refuses the task, or would copy this machine's credentials to the others.
+        ConfigError: SkyPilot is not installed, refuses the task, or would copy this machine's credentials to other machines.
         CloudError: SkyPilot could not start it.
     """
     sky = _sky()
@@ -118,13 +119,14 @@ def launch(job: Job, environ: Mapping[str, str] = os.environ) -> list[int]:
 
 
 def status(job: Job) -> list[dict[str, Any]]:
-    """SkyPilot's managed jobs of this name, newest first: ``job_id``, ``status``, ``infra``, ``recoveries``, ``reason``."""
+    """Return SkyPilot's managed jobs of this name, newest first: ``job_id``, ``status``, ``infra``, ``recoveries``,
+    ``reason``."""
     sky = _sky()
-    with _explained("could not be asked"):
+    with _explained("could not list its jobs"):
         try:
             records, *_ = sky.get(sky.jobs.queue_v2(refresh=True, name_match=job.name))
         except (sky.exceptions.ClusterDoesNotExist, sky.exceptions.ClusterNotUpError):
-            records = []  # SkyPilot's own machine that looks after jobs is not there, or asleep: it looks after none
+            records = []  # SkyPilot's jobs controller does not exist or is stopped, so there are no jobs
     found = [
         {
             "job_id": record.job_id,
@@ -141,14 +143,14 @@ def status(job: Job) -> list[dict[str, Any]]:
 
 
 def logs(job: Job, out: TextIO = sys.stdout) -> int:
-    """Prints the newest such job's output until it ends; returns SkyPilot's exit code."""
+    """Print the output of the newest job of this name until it ends. Return SkyPilot's exit code."""
     sky = _sky()
     with _explained("has no logs"):
         return int(sky.jobs.tail_logs(name=job.name, follow=True, output_stream=out) or 0)
 
 
 def cancel(job: Job) -> None:
-    """Ends all such jobs; the training is told first, and saves."""
+    """Cancel all jobs of this name; the training gets a notice first, and saves."""
     sky = _sky()
     with _explained("could not cancel the job"):
         sky.get(sky.jobs.cancel(name=job.name, graceful=True))
@@ -164,7 +166,7 @@ def _infra(job: Job, rung: Rung) -> list[str]:
 
 
 def _image(job: Job, infra: str) -> dict[str, Any]:
-    """Images by SSM parameter are EC2's alone: SkyPilot then takes its own, which has NVIDIA's driver, too."""
+    """Return the image of a rung. For an image by SSM parameter, SkyPilot uses its own, which also has NVIDIA's driver."""
     region = infra.partition("/")[2]
     images = job.image_id if isinstance(job.image_id, Mapping) else {job.region: job.image_id}
     known = {name: image for name, image in images.items() if not image.startswith("resolve:") and region in ("", name)}
@@ -188,14 +190,14 @@ def _sky() -> Any:
 
 
 def _check_identity(sky: Any, job: Job) -> None:
-    """Without a role, SkyPilot copies the AWS credentials of this machine to all others."""
+    """Refuse a setup in which SkyPilot would copy this machine's AWS credentials to the others instead of using a role."""
     if not job.instance_profile:
         return
     identity = sky.skypilot_config.get_nested(("aws", "remote_identity"), _COPIES_CREDENTIALS)
     if identity == _COPIES_CREDENTIALS:
         name = re.sub(r".*/", "", job.instance_profile)
         raise ConfigError(
-            f"SkyPilot would copy this machine's AWS credentials to every other instead of giving them the role {name}",
+            f"SkyPilot would copy this machine's AWS credentials to the other machines instead of giving them the role {name}",
             hint=f"in ~/.sky/config.yaml:  aws: {{remote_identity: {name}}}",
         )
 
@@ -204,12 +206,12 @@ def _check_identity(sky: Any, job: Job) -> None:
 def _explained(what: str, kind: type[ConfigError] | type[CloudError] = CloudError) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # SkyPilot's have no common base
+    except Exception as error:  # SkyPilot's exceptions have no common base
         raise kind(f"SkyPilot {what}: {error or type(error).__name__}", hint="sky check aws; sky api info") from error
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes scripts as blocks."""
+    """A dumper that writes scripts as blocks."""
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:

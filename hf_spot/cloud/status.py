@@ -1,4 +1,4 @@
-"""A run's machines: what is known of them, and their end."""
+"""`hf-spot status` and `hf-spot terminate`: the state of a run's machines, and ending them."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from hf_spot.cloud.ledger import Machine
 from hf_spot.cloud.machine_records import MachineRecords
 
 
-def terminate(book: MachineRecords, cloud: Cloud) -> list[Machine]:
-    """Ends all machines of a run, tells a ``--watch`` to start no other, and removes what is left of their launch.
+def terminate(records: MachineRecords, cloud: Cloud) -> list[Machine]:
+    """End all machines of a run, tell a ``--watch`` to start no other, and remove their launch templates.
 
     Raises:
-        CloudError: the cloud said no.
+        CloudError: the cloud refused.
     """
     regions = cloud.regions()
-    book.refresh()
-    cloud.each(regions, lambda region: cloud.tag_requested(region, book.run.url))
-    alive = book.settle(book.look(regions), regions)
+    records.refresh()
+    cloud.each(regions, lambda region: cloud.tag_requested(region, records.run.url))
+    alive = records.reconcile(records.find_instances(regions), regions)
     for region in sorted({one.region for one in alive}):
         cloud.terminate(region, [one.id for one in alive if one.region == region], stop=True)
-    for region in sorted({one.region for one in alive} | {machine.region for machine in book.ledger.machines}):
-        cloud.remove_templates(region, book.run.url)
+    for region in sorted({one.region for one in alive} | {machine.region for machine in records.ledger.machines}):
+        cloud.remove_templates(region, records.run.url)
     ids = {one.id for one in alive}
-    gone = {one.id: one for one in book.look(sorted({one.region for one in alive}))} if alive else {}
-    for machine in book.ledger.live():
+    gone = {one.id: one for one in records.find_instances(sorted({one.region for one in alive}))} if alive else {}
+    for machine in records.ledger.live():
         if machine.instance_id in ids:
             now = gone.get(machine.instance_id)
-            book.ended(machine, now and replace(now, reason="Client.UserInitiatedShutdown"), stop=True)
-    return [machine for machine in book.ledger.machines if machine.instance_id in ids]
+            records.ended(machine, now and replace(now, reason="Client.UserInitiatedShutdown"), stop=True)
+    return [machine for machine in records.ledger.machines if machine.instance_id in ids]
 
 
-def status(book: MachineRecords, cloud: Cloud) -> dict[str, Any]:
-    """What is known of a run and its machines; changes nothing. JSON values.
+def status(records: MachineRecords, cloud: Cloud) -> dict[str, Any]:
+    """Return the state of a run and its machines as JSON values, without changing anything.
 
     Raises:
-        CloudError: the cloud said no.
+        CloudError: the cloud refused.
     """
     regions = cloud.regions()
-    ledger = book.refresh()
-    found = {one.id: one for one in book.look(regions)}
+    ledger = records.refresh()
+    found = {one.id: one for one in records.find_instances(regions)}
     machines = []
     for machine in ledger.machines:
         now = found.get(machine.instance_id)
@@ -49,19 +49,19 @@ def status(book: MachineRecords, cloud: Cloud) -> dict[str, Any]:
         machines.append({**machine.to_data(), "state": state})
     unwritten = [one.id for one in found.values() if one.id not in {machine.instance_id for machine in ledger.machines}]
     return {
-        "run": book.run.url,
-        "ended": book.state.ended,
+        "run": records.run.url,
+        "ended": records.state.ended,
         "step": ledger.step,
         "max_steps": ledger.max_steps,
         "hours_left": ledger.hours_left(None),
-        "spent_usd": round(book.spent_usd(), 6),
+        "spent_usd": round(records.spent_usd(), 6),
         "machines": machines,
         "not_in_the_journal": unwritten,
     }
 
 
 def render_status(known: dict[str, Any]) -> str:
-    """What `status` found, one machine a line."""
+    """Format the result of `status`, one machine per line."""
     of = f" of {known['max_steps']}" if known["max_steps"] else ""
     hours = f", about {known['hours_left']:.1f} h left" if known["hours_left"] is not None else ""
     head = (
@@ -74,5 +74,5 @@ def render_status(known: dict[str, Any]) -> str:
         kind = f"{one['instance_type']} {one['market']} in {one['zone']}"
         why = f" ({one['reason']})" if one["reason"] else ""
         lines.append(f"  {one['instance_id']}  {kind}  {usd}  since {one['began'][:16]}  {one['state']}{why}{cost}")
-    lines += [f"  {name}  not in the journal yet: hf-spot provision writes it down" for name in known["not_in_the_journal"]]
+    lines += [f"  {name}  not in the journal yet: hf-spot provision records it" for name in known["not_in_the_journal"]]
     return "\n".join(lines)

@@ -113,7 +113,7 @@ def _provision(args: argparse.Namespace) -> int:
     provisioner = Provisioner(job, open_run(job.store), _cloud(), api=args.api, now=_now, sleep=time.sleep, say=say)
     if args.dry_run:
         provisioner.check()
-        provisioner.book.refresh()
+        provisioner.records.refresh()
         for plan in provisioner.plans():
             say(render_plan(plan), {"event": "plan", **plan.to_dict()})
         left = provisioner.left_usd()

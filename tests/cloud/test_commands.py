@@ -71,7 +71,7 @@ def test_from_provision_to_terminate(aws: Aws, job: Path, capsys: pytest.Capture
     machine = json.loads(said.splitlines()[-1])["machine"]
     assert code == 0 and machine["instance_type"] == "p4d.24xlarge"
     code, said = call(capsys, "provision", job)
-    assert code == 0 and "runs already" in said
+    assert code == 0 and "already running" in said
     code, said = call(capsys, "status", store)
     assert code == 0 and machine["instance_id"] in said and "running" in said and "$9.0000/h" in said
     code, said = call(capsys, "terminate", store)
@@ -87,7 +87,7 @@ def test_no_capacity_ends_with_75_so_that_a_scheduler_can_try_later(
 ) -> None:
     aws.refuse = lambda kind, zone, market: "InsufficientInstanceCapacity"
     code, said = call(capsys, "provision", job)
-    assert code == 75 and "no rung of the ladder has a machine now" in said
+    assert code == 75 and "no capacity available on any rung of the ladder" in said
 
 
 def test_a_legacy_api_is_called_legacy(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +122,7 @@ def test_prices_are_sorted_and_say_where_and_when_they_are_from(
         ["g5.48xlarge", "us-east-1b", "8.0000", "16.0000", "50%"],
         ["p4d.24xlarge", "us-east-1a", "9.0000", "22.0000", "59%"],
     ]
-    assert lines[4].startswith("spot: EC2 DescribeSpotPriceHistory, asked 20")
+    assert lines[4].startswith("spot: EC2 DescribeSpotPriceHistory, queried 20")
     assert lines[5] == "on-demand: AWS Price List GetProducts, in force since 2025-06-01"
     rows = json.loads(call(capsys, "prices", "p4d.24xlarge", "--region", "us-east-1", "--json")[1])["rows"]
     assert [(row["zone"], row["saving"]) for row in rows] == [("us-east-1a", 0.5909)]
@@ -143,13 +143,13 @@ def test_prices_refuses_what_cannot_be(job: Path, capsys: pytest.CaptureFixture[
 
 def test_prices_without_any_say_that_there_is_no_capacity(aws: Aws, job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     aws.spot = {}
-    assert "there is no such capacity" in call(capsys, "prices", "p4d.24xlarge")[1]
+    assert "no spot price and therefore no spot capacity" in call(capsys, "prices", "p4d.24xlarge")[1]
 
 
 def test_prices_go_on_without_the_full_ones(aws: Aws, job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     aws.fail = {"GetProducts": ["AccessDeniedException"]}
     code, said = call(capsys, "prices", "p4d.24xlarge")
-    assert code == 0 and "on-demand prices are not known" in said and "9.0000" in said
+    assert code == 0 and "on-demand prices are unknown" in said and "9.0000" in said
 
 
 def test_a_sparkline_shows_the_price_that_held() -> None:

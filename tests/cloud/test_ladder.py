@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_spot.cloud.job import ANY, ON_DEMAND, SPOT, Rung
-from hf_spot.cloud.ladder import Pool, Price, cost_usd, in_order, is_free, minutes_affordable, pause_s, too_dear, untried
+from hf_spot.cloud.ladder import Pool, Price, cost_usd, in_order, is_free, minutes_affordable, pause_s, over_budget, untried
 
 NOW = datetime(2030, 1, 1, tzinfo=timezone.utc)
 RUNG = Rung(("p4d.24xlarge", "g5.48xlarge"), SPOT, ANY)
@@ -74,7 +74,7 @@ def test_only_pools_that_were_not_really_tried_are_asked_for_again() -> None:
 def test_at_the_full_price_the_rest_of_the_training_must_be_affordable_and_on_the_spot_market_an_hour(
     market: str, left: float, hours: float | None, enough: bool
 ) -> None:
-    said = too_dear(pool(10, market=market), left, hours)
+    said = over_budget(pool(10, market=market), left, hours)
     assert bool(said) is not enough
     assert enough or "$10.00/h" in said
 

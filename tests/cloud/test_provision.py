@@ -71,7 +71,7 @@ class Desk:
             **options,
         )
 
-    def book(self) -> MachineRecords:
+    def records(self) -> MachineRecords:
         return MachineRecords(self.run(), Cloud(self.aws.session()), now=self.aws.clock.now)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
@@ -155,7 +155,7 @@ def test_without_capacity_the_ladder_goes_to_another_region_then_another_type_th
         machine = desk.provisioner().provision()
         assert machine is not None
         found.append((machine.rung, machine.market, machine.instance_type, machine.region == "us-east-1"))
-        terminate(desk.book(), Cloud(desk.aws.session()))
+        terminate(desk.records(), Cloud(desk.aws.session()))
     assert found[0][:3] == (1, SPOT, P4D) and not found[0][3]
     assert found[1][:3] == (2, SPOT, G5)
     assert found[2] == (3, ON_DEMAND, P4D, True)
@@ -202,7 +202,7 @@ def test_when_no_rung_has_a_machine_the_error_says_why_for_each(desk: Desk) -> N
 def test_where_no_zone_has_a_price_nobody_is_asked(desk: Desk) -> None:
     desk.aws.spot = {}
     desk.change(ladder=LADDER[:3])
-    with pytest.raises(NoCapacity, match="no price, and so no capacity"):
+    with pytest.raises(NoCapacity, match="no price and therefore no capacity"):
         desk.provisioner().provision()
     assert desk.aws.orders == []
 
@@ -221,9 +221,9 @@ def test_a_pool_above_the_rungs_price_is_left_out_and_the_rest_is_capped(desk: D
 
 def test_on_demand_does_not_start_above_the_budget_and_the_error_says_what_it_would_cost(desk: Desk) -> None:
     desk.change(ladder=LADDER[3:], max_spend=100, hours=20)
-    with pytest.raises(CloudError, match=r"\$22\.00/h: 20\.0 h cost \$440\.00, and \$100\.00 of the budget are left") as caught:
+    with pytest.raises(CloudError, match=r"\$22\.00/h: 20\.0 h cost \$440\.00, and \$100\.00 of the budget is left") as caught:
         desk.provisioner().provision()
-    assert caught.value.hint == "a higher max_spend"
+    assert caught.value.hint == "raise max_spend"
     assert desk.aws.orders == [] and desk.aws.instances("running") == []
 
 
@@ -245,7 +245,7 @@ def test_what_was_spent_before_is_not_there_any_more(desk: Desk) -> None:
     desk.change(ladder=LADDER[:1])
     with pytest.raises(CloudError, match=r"p4d.24xlarge spot in us-east-1a costs \$9\.00/h: 1\.0 h cost \$9\.00, and \$5\.00"):
         desk.provisioner().provision()
-    assert desk.book().refresh().machines[0].cost_usd == pytest.approx(45)
+    assert desk.records().refresh().machines[0].cost_usd == pytest.approx(45)
 
 
 def test_a_machine_of_seconds_costs_a_minute(desk: Desk) -> None:
@@ -254,7 +254,7 @@ def test_a_machine_of_seconds_costs_a_minute(desk: Desk) -> None:
     desk.aws.end(only(desk.aws.instances("running")), "Client.UserInitiatedShutdown")
     provisioner = desk.provisioner()
     provisioner.provision()
-    assert provisioner.book.ledger.machines[0].cost_usd == pytest.approx(9 / 60, rel=0.01)
+    assert provisioner.records.ledger.machines[0].cost_usd == pytest.approx(9 / 60, rel=0.01)
 
 
 def test_a_first_hour_that_ec2_cut_short_costs_nothing(desk: Desk) -> None:
@@ -263,7 +263,7 @@ def test_a_first_hour_that_ec2_cut_short_costs_nothing(desk: Desk) -> None:
     desk.aws.end(only(desk.aws.instances("running")), RECLAIMED)
     provisioner = desk.provisioner()
     provisioner.provision()
-    assert provisioner.book.ledger.machines[0].cost_usd == 0
+    assert provisioner.records.ledger.machines[0].cost_usd == 0
     assert provisioner.left_usd() == pytest.approx(500 - 9 / 60), "the machine that runs now costs a minute at least"
 
 
@@ -283,7 +283,7 @@ def no_quota(desk: Desk) -> None:
 BAD: dict[str, tuple[Callable[[Desk], object], list[str]]] = {
     "unknown region": (
         lambda desk: desk.change(region="us-east-3", image_id="resolve:ssm:/x"),
-        ["'us-east-3' is no region that this account can use", "did you mean us-east-1?"],
+        ["'us-east-3' is not a region that this account can use", "did you mean us-east-1?"],
     ),
     "AMI missing": (
         lambda desk: desk.change(image_id=dict.fromkeys(REGIONS, "ami-12345678")),
@@ -299,11 +299,11 @@ BAD: dict[str, tuple[Callable[[Desk], object], list[str]]] = {
         lambda desk: desk.change(subnets=dict.fromkeys(REGIONS, ("subnet-0123456789",))),
         ["InvalidSubnetID.NotFound", "describe-subnets"],
     ),
-    "open to the world": (open_to_the_world, ["lets the whole internet in (port 22, 0.0.0.0/0)", "revoke-security-group"]),
+    "open to the world": (open_to_the_world, ["is open to the internet (port 22, 0.0.0.0/0)", "revoke-security-group"]),
     "quota 0": (no_quota, ["quotas block every rung", "needs 96 vCPUs", "request-service-quota-increase", "L-7212CCBC"]),
     "deadline past": (
         lambda desk: desk.change(deadline=desk.aws.clock.time - timedelta(days=1)),
-        ["deadline:", "is past"],
+        ["deadline:", "is in the past"],
     ),
     "setup too long": (lambda desk: desk.change(setup="x" * 17000), ["bytes of user data", "16384"]),
     "no PassRole": (
@@ -316,7 +316,7 @@ BAD: dict[str, tuple[Callable[[Desk], object], list[str]]] = {
     ),
     "spot price too low": (
         lambda desk: desk.change(ladder=(Rung((P4D,), SPOT, max_price=1),)),
-        ["no rung of the ladder", "above max_price $1.0"],
+        ["no capacity available on any rung of the ladder", "above max_price $1.0"],
     ),
     "expired": (lambda desk: desk.aws.fail.update(DescribeRegions=["ExpiredToken"]), ["session has expired"]),
 }
@@ -350,7 +350,7 @@ def test_without_credentials_the_error_names_the_ways_to_get_some(desk: Desk) ->
 
 def test_a_signed_journal_needs_its_key_on_the_machines(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_SPOT_JOURNAL_KEY", "k" * 64)
-    with pytest.raises(ConfigError, match=r"the machines would not have it(.|\n)*aws ssm get-parameter"):
+    with pytest.raises(ConfigError, match=r"is set here but not on the machines(.|\n)*aws ssm get-parameter"):
         desk.provisioner().provision()
     desk.change(run="export HF_SPOT_JOURNAL_KEY=$(secret)\nhf-spot launch train.py")
     assert desk.provisioner().provision() is not None
@@ -368,7 +368,7 @@ def test_unknown_quotas_and_scores_and_full_prices_stop_nobody(desk: Desk) -> No
     desk.aws.fail.update(ListAWSDefaultServiceQuotas=[*denied], GetSpotPlacementScores=[*denied], GetProducts=[*denied])
     machine = desk.provisioner().provision()
     assert machine is not None and machine.on_demand_usd_per_hour is None
-    assert "quotas are not known" in only(desk.events("note"))["text"]
+    assert "the quotas can't be read" in only(desk.events("note"))["text"]
 
 
 def test_a_region_that_throttles_is_passed_over(desk: Desk) -> None:
@@ -389,36 +389,36 @@ def test_a_machine_that_nobody_could_write_down_is_found_by_its_tags(desk: Desk,
     assert machine is not None
     assert machine.instance_id == only(desk.aws.instances("running")).id
     assert machine.usd_per_hour == 9.0
-    assert [one.instance_id for one in desk.book().refresh().machines] == [machine.instance_id]
+    assert [one.instance_id for one in desk.records().refresh().machines] == [machine.instance_id]
 
 
 def test_while_somebody_walks_the_ladder_nobody_else_does(desk: Desk) -> None:
-    first, second = desk.book(), desk.book()
-    token = first.ask(fresh=True)
+    first, second = desk.records(), desk.records()
+    token = first.start_walk(fresh=True)
     assert token
-    assert second.ask(fresh=True) is None
+    assert second.start_walk(fresh=True) is None
     desk.aws.clock.time += timedelta(seconds=301)
-    assert second.ask(fresh=True) == token  # the same orders, should the first have sent them
-    assert first.ask(fresh=True) is None
+    assert second.start_walk(fresh=True) == token  # the same orders, should the first have sent them
+    assert first.start_walk(fresh=True) is None
 
 
 def test_the_walk_of_a_dead_process_is_taken_over_at_once(desk: Desk) -> None:
-    first, second = desk.book(), desk.book()
+    first, second = desk.records(), desk.records()
     first._me = f"{first._me.rsplit(' ', 2)[0]} 1 0.0"
-    token = first.ask(fresh=True)
-    assert second.ask(fresh=True) == token
+    token = first.start_walk(fresh=True)
+    assert second.start_walk(fresh=True) == token
 
 
 def test_two_who_ask_at_the_same_time_get_one_machine(desk: Desk) -> None:
-    other = desk.book()
-    token = other.ask(fresh=True)
+    other = desk.records()
+    token = other.start_walk(fresh=True)
     assert token
 
     def started_meanwhile() -> None:
         if not other.ledger.machines:
             provisioner = desk.provisioner()
             provisioner.check()
-            provisioner.book.refresh()
+            provisioner.records.refresh()
             provisioner._walk(token)
             other.refresh()
 
@@ -489,7 +489,7 @@ def test_an_interrupted_machine_is_replaced_until_the_run_is_finished(desk: Desk
 
     desk.aws.clock.on_sleep = life
     desk.provisioner().watch()
-    machines = desk.book().refresh().machines
+    machines = desk.records().refresh().machines
     assert [(one.rung, one.instance_type, one.reason) for one in machines] == [(0, P4D, RECLAIMED), (2, G5, GUEST)]
     assert machines[0].cost_usd == pytest.approx(9.0 * 100 / 60, rel=0.02)
     assert machines[1].cost_usd == pytest.approx(5.0 * 200 / 60, rel=0.02)
@@ -535,18 +535,18 @@ def test_a_watch_that_is_started_again_goes_on_with_the_machine_that_runs(desk: 
 
     desk.aws.clock.on_sleep = life
     desk.provisioner().watch()
-    assert len(desk.book().refresh().machines) == 1
+    assert len(desk.records().refresh().machines) == 1
 
 
 def test_at_the_end_of_the_budget_the_machine_is_ended_and_the_error_says_how_to_go_on(desk: Desk) -> None:
     desk.change(max_spend=12, ladder=LADDER[:1])
     began = desk.aws.clock.time
     desk.aws.clock.on_sleep = lambda: setattr(desk.aws.clock, "time", desk.aws.clock.time + timedelta(minutes=2))
-    with pytest.raises(CloudError, match=r"budget of \$12\.00 is spent: \$11\.\d\d, step 0(.|\n)*higher max_spend"):
+    with pytest.raises(CloudError, match=r"budget of \$12\.00 is spent: \$11\.\d\d, step 0(.|\n)*raise max_spend"):
         desk.provisioner().watch()
     assert desk.aws.instances("running", "pending") == []
     assert desk.aws.clock.time - began == pytest.approx(timedelta(hours=12 / 9), rel=0.1)
-    assert desk.book().spent_usd() <= 12
+    assert desk.records().spent_usd() <= 12
 
 
 def test_a_price_that_rises_ends_the_budget_sooner(desk: Desk) -> None:
@@ -560,7 +560,7 @@ def test_a_price_that_rises_ends_the_budget_sooner(desk: Desk) -> None:
 
 def test_a_deadline_that_cannot_be_met_starts_nothing(desk: Desk) -> None:
     desk.change(deadline=desk.aws.clock.time + timedelta(hours=5), hours=8)
-    with pytest.raises(CloudError, match=r"deadline .* can't be met: about 8\.0 h of training are left"):
+    with pytest.raises(CloudError, match=r"deadline .* can't be met: about 8\.0 h of training remain"):
         desk.provisioner().watch()
     assert desk.aws.orders == []
 
@@ -571,7 +571,7 @@ def test_at_the_deadline_the_machine_is_ended(desk: Desk) -> None:
     with pytest.raises(CloudError, match="can't be met"):
         desk.provisioner().watch()
     assert desk.aws.instances("running", "pending") == []
-    assert len(desk.book().refresh().machines) == 1
+    assert len(desk.records().refresh().machines) == 1
 
 
 def test_a_training_that_failed_is_not_tried_on_another_machine(desk: Desk) -> None:
@@ -583,14 +583,14 @@ def test_a_training_that_failed_is_not_tried_on_another_machine(desk: Desk) -> N
     desk.aws.clock.on_sleep = life
     with pytest.raises(CloudError, match=r"failed; another machine would not help; the log is .*/logs/i-\w+\.log"):
         desk.provisioner().watch()
-    assert len(desk.book().refresh().machines) == 1
+    assert len(desk.records().refresh().machines) == 1
 
 
 def test_a_setup_that_fails_twice_is_not_paid_for_a_third_time(desk: Desk) -> None:
     desk.aws.clock.on_sleep = lambda: [desk.aws.end(one, GUEST) for one in desk.aws.instances("running")]
-    with pytest.raises(CloudError, match="2 machines in a row went away by themselves without a commit"):
+    with pytest.raises(CloudError, match="2 machines in a row shut down by themselves without a commit"):
         desk.provisioner().watch()
-    assert len(desk.book().refresh().machines) == 2
+    assert len(desk.records().refresh().machines) == 2
     # A person who has repaired it may try again.
     desk.aws.clock.on_sleep = lambda: None
     assert desk.provisioner().provision() is not None
@@ -598,12 +598,12 @@ def test_a_setup_that_fails_twice_is_not_paid_for_a_third_time(desk: Desk) -> No
 
 def test_terminate_ends_the_machine_and_the_watch(desk: Desk) -> None:
     ended: list[Any] = []
-    desk.aws.clock.on_sleep = lambda: ended.extend(terminate(desk.book(), Cloud(desk.aws.session())))
+    desk.aws.clock.on_sleep = lambda: ended.extend(terminate(desk.records(), Cloud(desk.aws.session())))
     desk.provisioner().watch()
     assert [one.reason for one in ended] == ["Client.UserInitiatedShutdown"]
     assert desk.aws.instances("running", "pending") == []
     assert len(desk.events("stopped")) == 1
-    assert terminate(desk.book(), Cloud(desk.aws.session())) == []
+    assert terminate(desk.records(), Cloud(desk.aws.session())) == []
 
 
 def test_a_machine_that_was_ended_in_the_console_is_replaced(desk: Desk) -> None:
@@ -618,7 +618,7 @@ def test_a_machine_that_was_ended_in_the_console_is_replaced(desk: Desk) -> None
 
     desk.aws.clock.on_sleep = life
     desk.provisioner().watch()
-    assert len(desk.book().refresh().machines) == 2
+    assert len(desk.records().refresh().machines) == 2
 
 
 def test_trouble_of_the_cloud_is_waited_out(desk: Desk) -> None:
@@ -632,7 +632,7 @@ def test_trouble_of_the_cloud_is_waited_out(desk: Desk) -> None:
 
     desk.aws.clock.on_sleep = life
     desk.provisioner().watch()
-    assert "throttles" in only(desk.events("trouble"))["error"]
+    assert "the service is throttling" in only(desk.events("trouble"))["error"]
 
 
 def test_a_finished_machine_that_does_not_go_is_ended(desk: Desk) -> None:
@@ -672,7 +672,7 @@ def test_status_tells_of_machines_money_and_steps(desk: Desk) -> None:
     desk.claim()
     desk.aws.clock.time += timedelta(hours=2)
     desk.commit(25)
-    known = status(desk.book(), Cloud(desk.aws.session()))
+    known = status(desk.records(), Cloud(desk.aws.session()))
     assert (known["step"], known["max_steps"], known["ended"]) == (25, 100, None)
     assert known["spent_usd"] == pytest.approx(18, rel=0.01)
     assert known["hours_left"] == pytest.approx(6, rel=0.01)
@@ -685,10 +685,10 @@ def test_a_machine_that_ec2_has_forgotten_is_charged_until_its_last_word(desk: D
     desk.aws.clock.time += timedelta(hours=2)
     desk.commit(25)
     desk.aws.clock.time += timedelta(hours=9)
-    book = desk.book()
-    book.refresh()
-    book.settle([], REGIONS)
-    assert book.ledger.machines[0].cost_usd == pytest.approx(18, rel=0.01)
+    records = desk.records()
+    records.refresh()
+    records.reconcile([], REGIONS)
+    assert records.ledger.machines[0].cost_usd == pytest.approx(18, rel=0.01)
 
 
 def test_a_job_file_that_is_wrong_never_reaches_the_cloud(desk: Desk) -> None:
