@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import BatchSampler, IterableDataset
@@ -17,10 +17,28 @@ from torch.utils.data import BatchSampler, IterableDataset
 from hf_spot.training.data.rng import capture, capture_gpus, restore, set_states, states_of
 from hf_spot.training.data.worker_states import WorkerStates
 
-if TYPE_CHECKING:
-    from hf_spot.training.data.loaders import Loaders
-
 log = logging.getLogger("hf_spot")
+
+
+class IterationOwner(Protocol):
+    """What an iteration needs of `hf_spot.training.data.loaders.Loaders`."""
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+
+    @property
+    def handed_out(self) -> int:
+        """Batches that all loaders have handed out so far."""
+
+    def hands_out(self) -> int:
+        """Count a batch that is handed out, and return its number."""
+
+    def take_now(self) -> dict[str, Any] | None:
+        """Return the random states to resume with, to the first iteration that arrives where it stood."""
+
+    def drive(self, iteration: TrackedIteration | None) -> TrackedIteration | None:
+        """Name the iteration at work, to which accelerate's inner loader belongs; return the one before."""
 
 
 class TrackedLoader:
@@ -45,6 +63,30 @@ class TrackedLoader:
         self.persistent = bool(loader.persistent_workers)
         self.workers_are_shifted = False
         self.generators = _generators(loader)
+
+    def restore(self, begun: int, workers: WorkerStates) -> None:
+        """Count on from an earlier process.
+
+        Args:
+            begun: iterations that had begun there.
+            workers: the states of its workers.
+        """
+        self.begun, self.workers = begun, workers
+
+    def begins(self, iteration: TrackedIteration, *, anew: bool) -> None:
+        """Remember the newest iteration.
+
+        Args:
+            iteration: the newest one.
+            anew: it begins at the start, and does not go on with one of an earlier process.
+        """
+        self.begun += anew
+        self.newest = weakref.ref(iteration)
+        self.made_before, self.newest_made = self.made(), iteration.made
+
+    def seed_workers(self) -> None:
+        """Tell the workers' states whether their seeds have been drawn before."""
+        self.workers.note_seeded(self.persistent and self.begun > 1)
 
     def current(self) -> TrackedIteration | None:
         """Its newest iteration, if it is under way."""
@@ -77,7 +119,7 @@ class TrackedIteration:
         position: to begin at; None is the start.
     """
 
-    def __init__(self, loaders: Loaders, known: TrackedLoader, loader: Any, position: dict[str, Any] | None) -> None:
+    def __init__(self, loaders: IterationOwner, known: TrackedLoader, loader: Any, position: dict[str, Any] | None) -> None:
         self._loaders = loaders
         self._known = known
         self.loader = loader
@@ -156,7 +198,7 @@ class TrackedIteration:
         """The iterator of a loader of torch, with its order watched."""
         known = self._known
         if known.workers_count:
-            known.workers.seeded_before = known.persistent and known.begun > 1
+            known.seed_workers()
         if known.workers_are_shifted and loader._iterator is not None:
             # Each worker has done the work of another one since the resume: they begin anew in their places.
             known.workers.go_on(known.made_before)

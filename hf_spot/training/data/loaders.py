@@ -162,18 +162,15 @@ class Loaders:
             known = self._known[loader] = TrackedLoader(loader, next(self._orders), WorkerStates(self._scratch, _AHEAD))
             entry = self._entry_for(known)
             if entry is not None:
-                known.begun, known.workers = entry["begun"], entry["states"]
+                known.restore(entry["begun"], entry["states"])
                 if entry["under_way"] is None:
                     set_states(known.generators, entry["generators"])
                     known.set_iteration_of_accelerate(entry["iteration"])
         else:
             entry = None
         position = entry["under_way"] if entry else None
-        if position is None:
-            known.begun += 1
         iteration = TrackedIteration(self, known, loader, position)
-        known.newest = weakref.ref(iteration)
-        known.made_before, known.newest_made = known.made(), iteration.made
+        known.begins(iteration, anew=position is None)
         return iteration
 
     def _entry_for(self, known: TrackedLoader) -> dict[str, Any] | None:

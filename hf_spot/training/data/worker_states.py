@@ -150,7 +150,16 @@ class WorkerStates:
         self._workers = 0
         self._first: list[bytes] | None = None
         self._shift = self._shift_ahead = 0  # worker 0 of the iteration does what worker `shift` of an undisturbed one does
-        self.seeded_before = False
+        self._seeded_before = False
+
+    @property
+    def seeded_before(self) -> bool:
+        """Whether the workers' seeds have been drawn before, as they are once for workers that persist."""
+        return self._seeded_before
+
+    def note_seeded(self, before: bool) -> None:
+        """Remember whether the workers' seeds have been drawn before."""
+        self._seeded_before = before
 
     def to_worker(self, loader: Any) -> Worker:
         """What takes the place of a loader's ``worker_init_fn`` when its workers start."""

@@ -77,7 +77,7 @@ class RandomStates:
             middle: that checkpoint is not one of the end of an epoch.
         """
         if getattr(dataloader, "persistent_workers", False):
-            self._workers.seeded_before = int(self._trainer.state.epoch or 0) > 0
+            self._workers.note_seeded(int(self._trainer.state.epoch or 0) > 0)
             if resumed is None and self._resumed is not None:
                 self._workers.go_on(self._micro_batches)
             elif resumed is not None:
