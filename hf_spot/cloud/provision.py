@@ -7,22 +7,23 @@ This process may die at any moment and be restarted elsewhere. All state is in t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from hf_spot.cloud import ec2, orders, quotas
-from hf_spot.cloud.ec2 import Cloud, Image, Instance, Subnet
+from hf_spot.cloud import ec2, orders
+from hf_spot.cloud.ec2 import Cloud, Instance
 from hf_spot.cloud.ec2_errors import NEXT_RUNG, explain
-from hf_spot.cloud.job import ANY, SHUTDOWN, SPOT, Job, Rung
-from hf_spot.cloud.ladder import Pool, Price, in_order, minutes_affordable, over_budget, pause_s, untried
+from hf_spot.cloud.job import SHUTDOWN, SPOT, Job
+from hf_spot.cloud.ladder import Pool, minutes_affordable, pause_s, untried
 from hf_spot.cloud.ledger import FRUITLESS_MACHINES, Machine
 from hf_spot.cloud.machine import LOGS
 from hf_spot.cloud.machine_records import MachineRecords
 from hf_spot.cloud.orders import Order, Outcome
+from hf_spot.cloud.plans import Plan, Planner
 from hf_spot.cloud.user_data import render
-from hf_spot.errors import CloudError, ConfigError, NoCapacity, SpotError, StoreUnavailable
+from hf_spot.errors import CloudError, ConfigError, NoCapacity, StoreUnavailable
 from hf_spot.run.run import Run
 from hf_spot.run.seal import VARIABLE as JOURNAL_KEY
 
@@ -35,36 +36,6 @@ _SHUTDOWN_POLLS = 20
 _OVER_BUDGET = "MaxSpend"
 
 Say = Callable[[str, dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The current offer of a rung.
-
-    Args:
-        index: index in the ladder, from 0.
-        rung: the rung of the job file.
-        regions: affordable pools by region, in the order in which they are tried.
-        notes: why other pools are skipped.
-        over_budget: why pools are too expensive for the remaining budget.
-    """
-
-    index: int
-    rung: Rung
-    regions: list[list[Pool]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    over_budget: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        pools = [{**asdict(pool), "price": _plain(pool.price)} for region in self.regions for pool in region]
-        return {
-            "rung": self.index,
-            "market": self.rung.market,
-            "pools": pools,
-            "notes": self.notes,
-            "too_dear": self.over_budget,
-        }
 
 
 class Provisioner:
@@ -97,10 +68,8 @@ class Provisioner:
         self._now = now
         self._sleep = sleep
         self._say = say
-        self._known: list[str] = []
-        self._needs: list[quotas.Need] = []
-        self._sites: dict[str, tuple[Image, list[Subnet]]] = {}
         self.records = MachineRecords(run, cloud, now=now)
+        self.planner = Planner(job, cloud, self.records, now=now)
 
     # -- before anything costs money ----------------------------------------------------------------------------------
 
@@ -111,15 +80,12 @@ class Provisioner:
             SpotError: the job or the account has a problem; nothing was started.
         """
         job = self._job
-        self._known = self._cloud.regions(job.region)
-        self._cloud.check_regions(job.named_regions(), self._known)
+        self.planner.check_regions()
         if job.deadline is not None and job.deadline <= self._now():
             raise ConfigError(
                 f"deadline: {job.deadline:%Y-%m-%d %H:%M} UTC is in the past", hint="set a later deadline, or remove it"
             )
-        tried = {region for rung in job.ladder if rung.regions != ANY for region in job.regions_of(rung, self._known)}
-        for region in sorted(tried):
-            self._site(region)
+        self.planner.check_sites()
         render(job, [], 1)
         if os.environ.get(JOURNAL_KEY) and JOURNAL_KEY not in job.run:
             raise ConfigError(
@@ -128,94 +94,10 @@ class Provisioner:
                 "--query Parameter.Value --output text)",
             )
         try:
-            self._needs = quotas.needs(self._cloud, job, self._known)
+            self.planner.read_quotas()
         except CloudError as error:
             self._say(f"the quotas can't be read: {error.args[0]}", {"event": "note"})
-        if none := quotas.none_usable(self._needs, job):
-            raise none
-
-    def _site(self, region: str) -> tuple[Image, list[Subnet]]:
-        """Return image and subnets in a region, after checking everything that the job names there."""
-        if region not in self._sites:
-            site = self._job.site(region)
-            image = self._cloud.image(region, site.image_id)
-            subnets = self._cloud.subnets(region, site.subnets)
-            for vpc in sorted({subnet.vpc for subnet in subnets}):
-                self._cloud.check_groups(region, site.security_groups, vpc)
-            if site.key_name:
-                self._cloud.check_key(region, site.key_name)
-            self._sites[region] = image, subnets
-        return self._sites[region]
-
-    # -- the offers of the rungs ----------------------------------------------------------------------------------------
-
-    def plans(self) -> Iterator[Plan]:
-        """Yield the current offer of each rung, in the ladder's order; each rung is queried when it is reached."""
-        for index in range(len(self._job.ladder)):
-            yield self._plan(index)
-
-    def _plan(self, index: int) -> Plan:
-        rung = self._job.ladder[index]
-        regions = self._job.regions_of(rung, self._known)
-        plan = Plan(index, rung)
-        blocked = quotas.blocked(self._needs, index)
-        services = "ec2", "ssm", "pricing"
-        answers = self._cloud.each(regions, lambda region: self._pools(rung, region, blocked), services=services)
-        pools = [pool for offered, _ in answers for pool in offered]
-        plan.notes.extend(note for _, notes in answers for note in notes)
-        if rung.market == SPOT and pools:
-            try:
-                scores = self._cloud.scores(rung.instance_types, sorted({pool.region for pool in pools}))
-                pools = [replace(pool, score=scores.get(pool.region)) for pool in pools]
-            except CloudError as error:
-                plan.notes.append(f"no placement scores: {error.args[0]}")
-        left = self.left_usd()
-        hours = self.records.ledger.hours_left(self._job.hours)
-        for found in in_order(pools, rung, regions):
-            plan.over_budget.extend(why for pool in found if (why := over_budget(pool, left, hours)))
-            if affordable := [pool for pool in found if not over_budget(pool, left, hours)]:
-                plan.regions.append(affordable)
-        if not pools and not plan.notes:
-            plan.notes.append(f"{', '.join(rung.instance_types)}: no price and therefore no capacity in {', '.join(regions)}")
-        elif pools and not plan.regions and not plan.over_budget:
-            plan.notes.append(f"every price is unknown or above max_price ${rung.max_price}")
-        return plan
-
-    def _pools(self, rung: Rung, region: str, blocked: set[tuple[str, str]]) -> tuple[list[Pool], list[str]]:
-        notes = [f"{kind} in {region}: the quota is too small" for kind in rung.instance_types if (region, kind) in blocked]
-        types = [kind for kind in rung.instance_types if (region, kind) not in blocked]
-        if not types:
-            return [], notes
-        try:
-            offered = self._cloud.offered(region, types)
-            prices = self._prices(rung.market, region, types, offered)
-            if not prices:
-                return [], notes
-            subnets = self._site(region)[1]
-        except SpotError as error:
-            if rung.regions != ANY and not (isinstance(error, CloudError) and ec2.is_temporary(error)):
-                raise
-            return [], [*notes, f"{region}: {error.args[0]}"]
-        pools = [
-            Pool(region, subnet.zone, subnet.id, kind, rung.market, prices.get((kind, subnet.zone)))
-            for kind in types
-            for subnet in subnets
-            if (kind, subnet.zone) in offered
-        ]
-        return pools, notes
-
-    def _prices(
-        self, market: str, region: str, types: Sequence[str], offered: set[tuple[str, str]]
-    ) -> dict[tuple[str, str], Price]:
-        if market == SPOT:
-            now = self._now()
-            return {pool: prices[-1] for pool, prices in self._cloud.spot_prices(region, types, now, now).items()}
-        found = {kind: self._cloud.on_demand_price(kind, region) for kind in {kind for kind, _ in offered}}
-        return {(kind, zone): price for kind, zone in offered if (price := found[kind]) is not None}
-
-    def left_usd(self) -> float:
-        """Return the remaining budget in dollars."""
-        return self._job.max_spend - self.records.spent_usd()
+        self.planner.check_quotas()
 
     # -- one machine --------------------------------------------------------------------------------------------------
 
@@ -233,8 +115,8 @@ class Provisioner:
         while True:
             self.records.refresh()
             if self._api == SPOT_REQUEST:
-                self._cloud.each(self._known, lambda region: self._cloud.tag_requested(region, self.records.run.url))
-            alive = self.records.reconcile(self.records.find_instances(self._known), self._known)
+                self._cloud.each(self.planner.regions, lambda region: self._cloud.tag_requested(region, self.records.run.url))
+            alive = self.records.reconcile(self.records.find_instances(self.planner.regions), self.planner.regions)
             if alive:
                 machine = next(one for one in self.records.ledger.machines if one.instance_id == alive[-1].id)
                 self._say_machine("found", machine)
@@ -254,10 +136,10 @@ class Provisioner:
             raise
 
     def _walk(self, token: str) -> Machine:
-        self._sites.clear()  # images and networks may have changed since
+        self.planner.forget_sites()  # images and networks may have changed since
         refused: list[str] = []
         expensive: list[str] = []
-        for plan in self.plans():
+        for plan in self.planner.plans():
             found = None
             expensive += plan.over_budget
             refused += [f"rung {plan.index}: {note}" for note in plan.notes]
@@ -330,9 +212,9 @@ class Provisioner:
         return Order(
             token=token,
             pools=pools,
-            image=self._site(region)[0],
+            image=self.planner.site(region)[0],
             site=job.site(region),
-            user_data=render(job, prices, minutes_affordable(pools, self.left_usd())),
+            user_data=render(job, prices, minutes_affordable(pools, self.planner.left_usd())),
             tags={
                 **job.tags,
                 "Name": f"hf-spot {job.name}",
@@ -483,20 +365,3 @@ class Provisioner:
         else:
             text = f"{text}, {price}, rung {machine.rung}{', already running' if event == 'found' else ''}"
         self._say(text, {"event": event, "machine": machine.to_data()})
-
-
-def _plain(price: Price | None) -> dict[str, Any] | None:
-    return None if price is None else {**asdict(price), "time": price.time.isoformat()}
-
-
-def render_plan(plan: Plan) -> str:
-    """Format the offer of a rung, one pool per line."""
-    rung = plan.rung
-    where = rung.regions if isinstance(rung.regions, str) else ", ".join(rung.regions)
-    lines = [f"rung {plan.index}: {rung.market} {', '.join(rung.instance_types)}, regions: {where}"]
-    for pool in (pool for region in plan.regions for pool in region):
-        assert pool.price is not None
-        score = "" if pool.score is None else f", placement score {pool.score} of 10"
-        price = f"${pool.price.usd_per_hour:.4f}/h ({pool.price.source}, {pool.price.time:%Y-%m-%d %H:%M} UTC)"
-        lines.append(f"{pool.instance_type} in {pool.zone}: {price}{score}")
-    return "\n    ".join([*lines, *plan.over_budget, *plan.notes])

@@ -99,7 +99,8 @@ def _cloud() -> Cloud:
 
 def _provision(args: argparse.Namespace) -> int:
     from hf_spot.cloud.job import load
-    from hf_spot.cloud.provision import FLEET, Provisioner, render_plan
+    from hf_spot.cloud.plans import render_plan
+    from hf_spot.cloud.provision import FLEET, Provisioner
 
     def say(text: str, event: dict[str, Any]) -> None:
         if args.json:
@@ -114,9 +115,9 @@ def _provision(args: argparse.Namespace) -> int:
     if args.dry_run:
         provisioner.check()
         provisioner.records.refresh()
-        for plan in provisioner.plans():
+        for plan in provisioner.planner.plans():
             say(render_plan(plan), {"event": "plan", **plan.to_dict()})
-        left = provisioner.left_usd()
+        left = provisioner.planner.left_usd()
         say(f"${left:.2f} of ${job.max_spend:.2f} left; nothing was started", {"event": "budget", "left_usd": left})
     elif args.watch:
         provisioner.watch()

@@ -11,7 +11,6 @@ import base64
 import contextlib
 import os
 import re
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +28,7 @@ from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, ObjectNotF
 from hf_spot.storage.credential_source import GuardedSource, SourceFailed, credential_source
 from hf_spot.storage.keys import check_key, check_prefix
 from hf_spot.storage.parts import Job, write_at
+from hf_spot.storage.per_process import PerProcess, renamed_when_whole
 from hf_spot.storage.store import ObjectInfo, Progress
 from hf_spot.storage.threads import Workers
 
@@ -63,8 +63,7 @@ class AzureStore:
         prefix = (found["prefix"] or "").strip("/")
         self._name = found["container"]
         self._base = f"{check_key(prefix)}/" if prefix else ""
-        self._connections: dict[int, _Connection] = {}  # by process id: sockets and threads don't survive a fork
-        self._locks: dict[int, threading.Lock] = {}
+        self._connections = PerProcess(_Connection)
 
     @property
     def url(self) -> str:
@@ -119,23 +118,17 @@ class AzureStore:
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
         """Ranges several at a time, into a file beside ``path`` that is renamed when whole."""
         blob, job = self._blob(key), Job(progress)
-        path = Path(path)
-        beside = path.with_name(f".hf_spot-{uuid.uuid4().hex}")
-        try:
-            with beside.open("xb", buffering=0) as file, self._explained("read", key):
-                about = blob.get_blob_properties()
-                os.ftruncate(file.fileno(), about.size)
+        with renamed_when_whole(path) as file, self._explained("read", key):
+            about = blob.get_blob_properties()
+            os.ftruncate(file.fileno(), about.size)
 
-                def fetch(first: int) -> None:
-                    part = self._read(blob, first, min(PART_BYTES, about.size - first), about.etag)
-                    job.may_go_on()
-                    write_at(file.fileno(), memoryview(part), first)
-                    job.moved(len(part))
+            def fetch(first: int) -> None:
+                part = self._read(blob, first, min(PART_BYTES, about.size - first), about.etag)
+                job.may_go_on()
+                write_at(file.fileno(), memoryview(part), first)
+                job.moved(len(part))
 
-                job.in_parts(self._connection.workers, fetch, range(0, about.size, PART_BYTES))
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+            job.in_parts(self._connection.workers, fetch, range(0, about.size, PART_BYTES))
 
     def copy(self, source: str, key: str) -> None:
         """Copy Blob, which Azure does by itself within an account; asked until it has."""
@@ -219,12 +212,7 @@ class AzureStore:
 
     @property
     def _connection(self) -> _Connection:
-        process = os.getpid()
-        if process not in self._connections:
-            with self._locks.setdefault(process, threading.Lock()):
-                if process not in self._connections:
-                    self._connections[process] = _Connection()
-        return self._connections[process]
+        return self._connections.get()
 
     # -- errors -------------------------------------------------------------------------------------------------------
 
@@ -249,7 +237,7 @@ class AzureStore:
             make = f"az storage container create --name {self._name}"
             return BucketNotFound(f"the container {self._name} does not exist", hint=make)
         if isinstance(error, azure.ClientAuthenticationError) or status == 401:
-            self._connections.pop(os.getpid(), None)  # somebody may log in while a training goes on
+            self._connections.forget()  # somebody may log in while a training goes on
             return AccessDenied(what, hint=_LOG_IN)
         if status == 403:
             return AccessDenied(what, hint=_LOG_IN)

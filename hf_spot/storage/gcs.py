@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, ObjectNotF
 from hf_spot.storage.credential_source import GuardedSource, SourceFailed, credential_source, passed_on
 from hf_spot.storage.keys import TEMPORARY_FOLDER, check_key, check_prefix
 from hf_spot.storage.parts import BLOCK_IN_BYTES, Job, Piece, Stopped, write_at
+from hf_spot.storage.per_process import PerProcess, renamed_when_whole
 from hf_spot.storage.store import ObjectInfo, Progress
 from hf_spot.storage.threads import Workers
 
@@ -63,8 +63,7 @@ class GoogleStore:
         prefix = (found["prefix"] or "").strip("/")
         self._name = found["bucket"]
         self._base = f"{check_key(prefix)}/" if prefix else ""
-        self._connections: dict[int, _Connection] = {}  # by process id: sockets and threads don't survive a fork
-        self._locks: dict[int, threading.Lock] = {}
+        self._connections = PerProcess(_Connection)
 
     @property
     def url(self) -> str:
@@ -121,20 +120,14 @@ class GoogleStore:
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
         """Ranges of one generation several at a time, into a file beside ``path`` that is renamed when whole."""
         blob, job = self._blob(key), Job(progress)
-        path = Path(path)
-        beside = path.with_name(f".hf_spot-{uuid.uuid4().hex}")
-        try:
-            with beside.open("xb", buffering=0) as file, self._explained("read", key):
-                blob.reload(**_TIMEOUTS)
-                os.ftruncate(file.fileno(), blob.size)
+        with renamed_when_whole(path) as file, self._explained("read", key):
+            blob.reload(**_TIMEOUTS)
+            os.ftruncate(file.fileno(), blob.size)
 
-                def fetch(first: int) -> None:
-                    self._fetch(blob, job, file.fileno(), first, min(first + PART_BYTES, blob.size))
+            def fetch(first: int) -> None:
+                self._fetch(blob, job, file.fileno(), first, min(first + PART_BYTES, blob.size))
 
-                job.in_parts(self._connection.workers, fetch, range(0, blob.size, PART_BYTES))
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+            job.in_parts(self._connection.workers, fetch, range(0, blob.size, PART_BYTES))
 
     def copy(self, source: str, key: str) -> None:
         """Rewritten by Google, however large."""
@@ -238,12 +231,7 @@ class GoogleStore:
 
     @property
     def _connection(self) -> _Connection:
-        process = os.getpid()
-        if process not in self._connections:
-            with self._locks.setdefault(process, threading.Lock()):
-                if process not in self._connections:
-                    self._connections[process] = _Connection()
-        return self._connections[process]
+        return self._connections.get()
 
     # -- errors -------------------------------------------------------------------------------------------------------
 
@@ -265,10 +253,10 @@ class GoogleStore:
         if isinstance(error, login.TransportError):
             return StoreUnavailable(what)
         if isinstance(error, login.GoogleAuthError):
-            self._connections.pop(os.getpid(), None)  # somebody may log in while a training goes on
+            self._connections.forget()  # somebody may log in while a training goes on
             return AccessDenied(what, hint=_LOG_IN)
         if isinstance(error, google.Unauthorized):
-            self._connections.pop(os.getpid(), None)
+            self._connections.forget()
             return AccessDenied(what, hint=_LOG_IN)
         if isinstance(error, google.Forbidden):
             return AccessDenied(

@@ -16,7 +16,6 @@ import random
 import re
 import threading
 import time
-import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -27,6 +26,7 @@ from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, ObjectNotF
 from hf_spot.storage.hub_connection import Hub, HubFile
 from hf_spot.storage.keys import check_key, check_prefix
 from hf_spot.storage.parts import BLOCK_BYTES, Job, write_at
+from hf_spot.storage.per_process import renamed_when_whole
 from hf_spot.storage.store import ObjectInfo, ObjectStore, Progress, witness_of
 from hf_spot.storage.threads import Workers
 
@@ -89,26 +89,20 @@ class _HubStore:
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
         """By Xet, into a file beside ``path`` that is renamed when whole; a small file of a repository with one GET."""
         file = self._about(key)
-        path = Path(path)
-        beside = path.with_name(f".hf_spot-{uuid.uuid4().hex}")
-        try:
-            with beside.open("xb", buffering=0) as target, contextlib.ExitStack() as stack:
-                at, see = 0, witness_of(progress)
-                if file.size == 0:
-                    blocks: Iterator[bytes] = iter(())
-                elif file.xet_hash is None:
-                    blocks = iter((self.get(key),))
-                else:
-                    blocks = stack.enter_context(contextlib.closing(self.hub.fetch(file, file.path)))
-                for block in blocks:
-                    write_at(target.fileno(), memoryview(block), at)
-                    see(at, memoryview(block))
-                    at += len(block)
-                    if progress is not None:
-                        progress(len(block))
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with renamed_when_whole(path) as target, contextlib.ExitStack() as stack:
+            at, see = 0, witness_of(progress)
+            if file.size == 0:
+                blocks: Iterator[bytes] = iter(())
+            elif file.xet_hash is None:
+                blocks = iter((self.get(key),))
+            else:
+                blocks = stack.enter_context(contextlib.closing(self.hub.fetch(file, file.path)))
+            for block in blocks:
+                write_at(target.fileno(), memoryview(block), at)
+                see(at, memoryview(block))
+                at += len(block)
+                if progress is not None:
+                    progress(len(block))
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
         """The tree below the last whole folder of ``prefix``, in pages, sorted here."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, ObjectNotFound, SpotError, StoreError, StoreUnavailable
 from hf_spot.storage.credential_source import SourceFailed, credential_source, passed_on
+from hf_spot.storage.per_process import PerProcess
 
 try:
     import hf_xet
@@ -71,12 +71,11 @@ class Hub:
         self.revision = revision
         self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         self.api = f"{self.endpoint}/api/{kind}s/{id}"
-        self._sessions: dict[int, Any] = {}  # by process id: the threads of Xet don't survive a fork
-        self._lock = threading.Lock()
         if hf_xet is None or not hasattr(hf_xet, "XetSession") or not hasattr(HfApi, "batch_bucket_files"):
             raise ConfigError(
                 f"hf://{self.shown}: this huggingface_hub can't upload by Xet", hint="pip install --upgrade huggingface_hub"
             )
+        self._sessions: PerProcess[Any] = PerProcess(hf_xet.XetSession)
 
     @property
     def shown(self) -> str:
@@ -208,12 +207,7 @@ class Hub:
 
     @property
     def _xet(self) -> Any:
-        with self._lock:
-            return self._sessions.setdefault(os.getpid(), None) or self._new_session()
-
-    def _new_session(self) -> Any:
-        self._sessions[os.getpid()] = session = hf_xet.XetSession()
-        return session
+        return self._sessions.get()
 
     def _way_to_bytes(self, use: str, key: str) -> dict[str, Any]:
         url = f"{self.api}/xet-{use}-token{self.at_revision}"

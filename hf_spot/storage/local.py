@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hf_spot.errors import AccessDenied, BucketNotFound, ObjectNotFound, StoreError, StoreUnavailable
 from hf_spot.storage.keys import TEMPORARY_FOLDER, check_key, check_prefix
+from hf_spot.storage.per_process import renamed_when_whole
 from hf_spot.storage.store import ObjectInfo, Progress, witness_of
 
 _CHUNK_BYTES = 4 << 20
@@ -105,20 +106,15 @@ class LocalStore:
         origin, path = self._path(key), Path(path)
         with self._explained("read", origin):
             source = FileIO(origin)
-        temporary = path.with_name(f".hf_spot-{uuid.uuid4().hex}")
 
         def read(count: int) -> bytes:
             with self._explained("read", origin):
                 return source.read(count)
 
-        try:
-            with source, FileIO(temporary, "x") as file:
-                _copy(read, lambda chunk: _write(file, chunk), progress)
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with source, renamed_when_whole(path) as file:
+            _copy(read, lambda chunk: _write(file, chunk), progress)
+            os.fsync(file.fileno())
+        _sync_folder(path.parent)
 
     def copy(self, source: str, key: str) -> None:
         """A second name for the same file, which takes no space: objects are replaced and deleted, never written into. A copy

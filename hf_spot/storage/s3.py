@@ -11,8 +11,6 @@ no setting for:
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +37,7 @@ from hf_spot.errors import (
 )
 from hf_spot.storage.credential_source import SourceFailed
 from hf_spot.storage.keys import check_key, check_prefix
+from hf_spot.storage.per_process import PerProcess
 from hf_spot.storage.s3_connection import Connection, reads_small
 from hf_spot.storage.s3_settings import KMS_KEY_VARIABLE, OWNER_VARIABLE, encryption, owner, parse
 from hf_spot.storage.store import ObjectInfo, Progress
@@ -95,8 +94,7 @@ class S3Store:
         self._owner = owner()
         self._encryption = encryption()
         self._batched_deletes = True
-        self._connections: dict[int, Connection] = {}  # by process id: sockets and threads don't survive a fork
-        self._locks: dict[int, threading.Lock] = {}  # likewise: a lock may be held by a thread that was not forked
+        self._connections = PerProcess(Connection)
 
     @property
     def url(self) -> str:
@@ -255,12 +253,7 @@ class S3Store:
 
     @property
     def _connection(self) -> Connection:
-        process = os.getpid()
-        if process not in self._connections:
-            with self._locks.setdefault(process, threading.Lock()):
-                if process not in self._connections:
-                    self._connections[process] = Connection()
-        return self._connections[process]
+        return self._connections.get()
 
     @property
     def _client(self) -> Any:
@@ -305,7 +298,7 @@ class S3Store:
             return ObjectNotFound(f"{where} does not exist")
         said = response.get("ResponseMetadata", {})
         known = {"bucket": self._bucket, "permission": _PERMISSIONS[doing]}
-        if os.getpid() in self._connections:  # else a setting keeps it from being made
+        if self._connections.is_open():  # else a setting keeps it from being made
             known |= {"endpoint": urlsplit(self._client.meta.endpoint_url).netloc, "resource": self._resource(doing)}
         meaning = explain(code, status=said.get("HTTPStatusCode", 0), message=message_of(error), **known)
         if code in ("NoSuchBucket", "404"):
@@ -324,7 +317,7 @@ class S3Store:
 
     def _ask_for_credentials_again(self) -> None:
         """The next call reads files and asks processes anew: somebody may log in while a training goes on."""
-        self._connections.pop(os.getpid(), None)
+        self._connections.forget()
 
     def _resource(self, doing: str) -> str:
         bucket = f"arn:{self._client.meta.partition}:s3:::{self._bucket}"

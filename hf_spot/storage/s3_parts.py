@@ -13,7 +13,6 @@ import http.client
 import importlib.util
 import os
 import re
-import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from botocore import exceptions as aws
 
 from hf_spot.storage.parts import BLOCK_IN_BYTES, Job, Piece, Stopped, write_at
+from hf_spot.storage.per_process import renamed_when_whole
 from hf_spot.storage.store import Progress
 from hf_spot.storage.threads import Workers
 
@@ -92,26 +92,21 @@ class Transfers:
             OSError: the file can't be written.
         """
         job = Job(progress)
-        beside = path.with_name(f".hf_spot-{uuid.uuid4().hex}")
-        try:
-            with beside.open("xb", buffering=0) as file, job.first_trouble():
-                begin = self._begin(target)
-                total = _CONTENT_RANGE.fullmatch(begin.get("ContentRange", ""))
-                size = int(total[1]) if total else int(begin["ContentLength"])
-                os.ftruncate(file.fileno(), size)
-                same = {"IfMatch": begin["ETag"]} if "ETag" in begin else {}
+        with renamed_when_whole(path) as file, job.first_trouble():
+            begin = self._begin(target)
+            total = _CONTENT_RANGE.fullmatch(begin.get("ContentRange", ""))
+            size = int(total[1]) if total else int(begin["ContentLength"])
+            os.ftruncate(file.fileno(), size)
+            same = {"IfMatch": begin["ETag"]} if "ETag" in begin else {}
 
-                def fetch(first: int) -> None:
-                    self._fetch({**target, **same}, job, file.fileno(), first, min(first + PART_BYTES, size), None)
+            def fetch(first: int) -> None:
+                self._fetch({**target, **same}, job, file.fileno(), first, min(first + PART_BYTES, size), None)
 
-                # A server that knows no ranges sends everything, and then nothing is left to ask for.
-                end = PART_BYTES if total else size
-                rest = [self._workers.submit(job.doing, fetch, first) for first in range(end, size, PART_BYTES)]
-                with job.ending(rest):
-                    self._fetch({**target, **same}, job, file.fileno(), 0, min(end, size), begin["Body"])
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+            # A server that knows no ranges sends everything, and then nothing is left to ask for.
+            end = PART_BYTES if total else size
+            rest = [self._workers.submit(job.doing, fetch, first) for first in range(end, size, PART_BYTES)]
+            with job.ending(rest):
+                self._fetch({**target, **same}, job, file.fileno(), 0, min(end, size), begin["Body"])
 
     def copy(self, source: dict[str, str], target: dict[str, str], extra: dict[str, str]) -> None:
         """CopyObject; UploadPartCopy in parts for an object that is too large for it.

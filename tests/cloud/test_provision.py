@@ -264,7 +264,7 @@ def test_a_first_hour_that_ec2_cut_short_costs_nothing(desk: Desk) -> None:
     provisioner = desk.provisioner()
     provisioner.provision()
     assert provisioner.records.ledger.machines[0].cost_usd == 0
-    assert provisioner.left_usd() == pytest.approx(500 - 9 / 60), "the machine that runs now costs a minute at least"
+    assert provisioner.planner.left_usd() == pytest.approx(500 - 9 / 60), "the machine that runs now costs a minute at least"
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
