@@ -221,7 +221,7 @@ class AzureStore:
         try:
             yield
         except SourceFailed as failed:
-            self._connections.pop(os.getpid(), None)  # somebody may log in while a training goes on
+            self._connections.forget()  # somebody may log in while a training goes on
             where = f"az://{self._name}/{self._base}{key}"
             raise StoreUnavailable(f"can't {doing} {where}: {failed}", hint=failed.hint or _LOG_IN) from failed
         except azure.AzureError as error:

@@ -248,7 +248,7 @@ class GoogleStore:
         if isinstance(error, google.RetryError) and error.cause is not None:
             error = error.cause
         if isinstance(error, SourceFailed):
-            self._connections.pop(os.getpid(), None)
+            self._connections.forget()
             return StoreUnavailable(what, hint=error.hint or _LOG_IN)
         if isinstance(error, login.TransportError):
             return StoreUnavailable(what)
