@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_spot.cloud.job import ANY, ON_DEMAND, SPOT, Rung
-from hf_spot.cloud.ladder import Pool, Price, cost_usd, in_order, is_free, minutes_affordable, pause_s, over_budget, untried
+from hf_spot.cloud.ladder import Pool, Price, cost_usd, in_order, is_free, minutes_affordable, over_budget, pause_s, untried
 
 NOW = datetime(2030, 1, 1, tzinfo=timezone.utc)
 RUNG = Rung(("p4d.24xlarge", "g5.48xlarge"), SPOT, ANY)
