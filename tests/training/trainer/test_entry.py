@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 
 from hf_spot import ConfigError, Run, SpotArguments, SpotCallback
 from tests.training.conftest import STEPS, Patient, Recorder, make_trainer, same, weights
@@ -129,10 +129,16 @@ def test_a_training_within_another_is_named_and_touches_nothing_of_it(
 def test_a_hyperparameter_search_is_named_and_not_made_preemptible(
     store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    callback = SpotCallback(store, QUIET)
-    trainer = make_trainer(tmp_path, callback)
-    trainer.train(trial={"learning_rate": 1e-3})  # as `hyperparameter_search` calls it
-    assert "a hyperparameter search is not made preemptible" in caplog.text
+    callback, recorder = SpotCallback(store, QUIET), Recorder()
+    trainer = make_trainer(tmp_path, callback, recorder, eval_strategy="epoch")
+    shape = trainer.model.config  # type: ignore[union-attr]
+    trainer.model, trainer.model_init = None, lambda: GPT2LMHeadModel(shape)
+    best = trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)}, n_trials=2, backend="optuna"
+    )
+    assert best is not None
+    assert len(recorder.evaluated) == 2
+    assert caplog.text.count("a hyperparameter search is not made preemptible") == 2
     assert kinds(store) == []
     assert callback in trainer.callback_handler.callbacks
 
