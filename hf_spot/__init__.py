@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import hf_spot.log  # noqa: F401  # its handler comes with the package, as that of transformers
+
 if TYPE_CHECKING:
     from hf_spot.arguments import SpotArguments
     from hf_spot.economics.shown import Run

@@ -7,6 +7,7 @@ start and when all has ended.
 from __future__ import annotations
 
 import gc
+import logging
 
 gc.disable()
 from accelerate.commands.launch import main  # noqa: E402
@@ -14,5 +15,11 @@ from accelerate.commands.launch import main  # noqa: E402
 gc.freeze()
 gc.enable()
 
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("The following values were not passed to `accelerate launch`")
+
+
 if __name__ == "__main__":
+    logging.getLogger(main.__module__).addFilter(_is_news)  # the launcher has said it, once for all restarts
     main()

@@ -38,6 +38,7 @@ class Command:
         argv: the command that trains.
         environ: its environment, as accelerate wants it.
         machines: that train together.
+        remarks: what accelerate has to say about the options, a line each.
     """
 
     store: str
@@ -46,6 +47,7 @@ class Command:
     argv: list[str]
     environ: dict[str, str]
     machines: Machines = field(default_factory=lambda: Machines())
+    remarks: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
         """For `from_json`."""

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
+import logging
 import os
 import re
 import socket
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +33,7 @@ from hf_spot.launch.command import Command, Machines, refusal
 from hf_spot.runtime import STORE_VARIABLE
 
 MAX_RESTARTS = 3
+_ACCELERATES_LOG = logging.getLogger(_validate_launch_command.__module__)
 _AGENT = "hf_spot.launch.agent"
 _BOOTSTRAP = "hf_spot.training.bootstrap"
 _GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
@@ -86,7 +89,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
     script = [*(["--module"] if args.module else []), args.training_script, *args.training_script_args]
     options = list(argv[: len(argv) - 1 - len(args.training_script_args)])
     try:
-        args, config, _ = _validate_launch_command(args)
+        with _kept_remarks() as remarks:
+            args, config, _ = _validate_launch_command(args)
     except (ValueError, OSError) as error:
         raise ConfigError(f"accelerate launch: {error}", hint="hf-spot launch --help, or accelerate config") from error
     _refuse_what_is_not_supported(args, config)
@@ -106,7 +110,27 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
                 hint=f"an address that `hostname -I` prints there, or export {_GLOO_VARIABLE}=eth0 (see ip -br addr)",
             )
         env[_GLOO_VARIABLE] = interface
-    return Command(store, arguments, args.max_restarts, command, env, machines)
+    return Command(store, arguments, args.max_restarts, command, env, machines, remarks)
+
+
+@contextlib.contextmanager
+def _kept_remarks() -> Iterator[list[str]]:
+    """Collect what accelerate would print about the options: the launcher knows whether anybody needs to read it."""
+    remarks: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines = [line.strip() for line in record.getMessage().splitlines()]
+            remarks.append("; ".join(lines).replace(":; ", ": ").replace("; To ", ". To "))
+
+    keep, propagated = Keep(), _ACCELERATES_LOG.propagate
+    _ACCELERATES_LOG.addHandler(keep)
+    _ACCELERATES_LOG.propagate = False
+    try:
+        yield remarks
+    finally:
+        _ACCELERATES_LOG.removeHandler(keep)
+        _ACCELERATES_LOG.propagate = propagated
 
 
 def interface_to(address: str) -> str | None:

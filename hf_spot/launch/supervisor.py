@@ -31,6 +31,7 @@ from hf_spot.launch.command import Command, Reading, likely_store
 from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.prefetch import Prefetch, newest_of
 from hf_spot.launch.process import ProcessTree
+from hf_spot.log import alert, level_now
 from hf_spot.notices.detect import grace_s, sources
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import SignalSource
@@ -47,7 +48,6 @@ from hf_spot.run.journal import RunState
 from hf_spot.run.journal_writer import JournalWriter
 from hf_spot.run.machine_info import about_this_machine
 from hf_spot.run.mailbox import Mailbox
-from hf_spot.run.progress import AboveBars, alert
 from hf_spot.run.run import Run
 from hf_spot.run.webhook import Hook, hook_url
 from hf_spot.runtime import Runtime, StepCounter
@@ -68,10 +68,7 @@ def launch(reading: Reading) -> int:
     Raises:
         SpotError: the command line or the store can't be used; nothing was started.
     """
-    if not log.handlers:
-        log.addHandler(AboveBars())
-        log.setLevel(logging.INFO)
-        log.propagate = False
+    log.setLevel(level_now(is_first_rank=True))  # whatever rank a scheduler gives to this machine
     store = likely_store(reading.argv)
     early = None if store is None else Prefetch(partial(newest_of, store))
     with contextlib.ExitStack() as stack:
@@ -90,6 +87,9 @@ def launch(reading: Reading) -> int:
                 newest = state.latest()
                 log.info("%s is finished at step %d: nothing to do", run.url, newest.step if newest else 0)
                 return EXIT_FINISHED
+            if state.latest() is None:  # whoever resumes has read it, and batches that differ are told by the training
+                for remark in command.remarks:
+                    log.warning("%s", remark)
             if early is not None and (command.store != store or command.machines.count > 1):
                 early.close()
             supervisor = Supervisor(run, command, early)

@@ -1,16 +1,13 @@
-"""What a person sees: a bar for transfers, quiet when nobody looks at a terminal, and log lines that no bar swallows."""
+"""What a person sees of a transfer: a bar, and nothing where nobody looks at a terminal."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
 from collections.abc import Mapping
 
 from tqdm.auto import tqdm
-
-log = logging.getLogger("hf_spot")
 
 
 class Bar:
@@ -63,42 +60,3 @@ def _switched_off(environ: Mapping[str, str]) -> bool:
     if hub is not None:
         return bool(hub.are_progress_bars_disabled())
     return environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def alert(text: str) -> None:
-    """Logs a warning that stands out, and writes it to standard error where the log would keep it to itself."""
-    text = f">>> {text} <<<"
-    if log.isEnabledFor(logging.WARNING):
-        log.warning("%s", text)
-    else:
-        AboveBars().handle(log.makeRecord(log.name, logging.WARNING, __file__, 0, text, (), None))
-
-
-class AboveBars(logging.Handler):
-    """Writes hf_spot's log to standard error, each line on a line of its own above the bars of a training: Trainer's would
-    have it begin behind what it has drawn. In a notebook it goes into the cell that runs.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.setFormatter(logging.Formatter("hf-spot: %(message)s"))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """As `logging` calls it."""
-        try:
-            text = self.format(record)
-            if sys.stderr.isatty():
-                text = f"\r\033[K{text}"  # the bar may be another process's
-            if getattr(tqdm, "_instances", None):
-                tqdm.write(text, file=sys.stderr)
-            else:
-                print(text, file=sys.stderr, flush=True)
-        except Exception:
-            self.handleError(record)
-
-
-def show_log() -> None:
-    """What happens to a run has to be seen even in a script that never set up logging."""
-    if not log.handlers and not logging.getLogger().handlers:
-        log.addHandler(AboveBars())
-        log.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)

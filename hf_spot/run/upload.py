@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hf_spot.errors import ConfigError, Fenced, SpotError, StoreError
+from hf_spot.log import log_always
 from hf_spot.policy.preemption import Measured
 from hf_spot.run import transfer
 from hf_spot.run.checkpoint import CommitRequest
@@ -23,6 +24,8 @@ from hf_spot.run.run import Run
 from hf_spot.storage.threads import stand_back
 
 log = logging.getLogger("hf_spot")
+
+_RETRIED = "%s is not in %s yet; training goes on and the upload is retried. %s"
 
 _FIRST_RETRY_S = 1.0
 _LONGEST_RETRY_S = 30.0
@@ -286,11 +289,12 @@ class Uploader:
                 log.warning("the upload of %s gives way to a newer one", name)
             return cancelled
         except Fenced as error:
-            log.error("%s", error)
+            log_always(logging.ERROR, "%s", error)
             return error
         except (SpotError, OSError) as error:
             if not job.is_whole:
-                log.error(
+                log_always(
+                    logging.ERROR,
                     "%s is gone from this disk, and not in %s (was output_dir deleted?); training goes on, and the next "
                     "checkpoint catches up",
                     name,
@@ -298,13 +302,12 @@ class Uploader:
                 )
                 return SpotError(f"{name} was deleted from this disk before it was uploaded")
             if not _may_pass(error):
-                log.error("%s can't be committed: %s", name, error)
+                log_always(logging.ERROR, "%s can't be committed: %s", name, error)
                 return error
-            log.error("%s is not in %s yet; training goes on and the upload is retried. %s", name, self._run.url, error)
+            log_always(logging.ERROR, _RETRIED, name, self._run.url, error)
             return error
         except Exception as error:  # of a library's that no store has translated
-            told = f"{type(error).__name__}: {error}"
-            log.error("%s is not in %s yet; training goes on and the upload is retried. %s", name, self._run.url, told)
+            log_always(logging.ERROR, _RETRIED, name, self._run.url, f"{type(error).__name__}: {error}")
             log.debug("the upload of %s", name, exc_info=True)
             return error
         self._bytes_per_s, self._commit_s = job.size_bytes / upload_s, took_s - upload_s

@@ -18,7 +18,6 @@ from hf_spot.errors import ConfigError, SpotError, TrainingPreempted
 from hf_spot.policy.preemption import Decision
 from hf_spot.policy.trainer_flags import LoopState, Moment, flags_for, is_complete, reason_of_save
 from hf_spot.run.checkpoint import CommitRequest
-from hf_spot.run.progress import show_log
 from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.training.data.worker_processes import shield
 from hf_spot.training.trainer.accumulation import Accumulation
@@ -71,7 +70,6 @@ class SpotCallback(TrainerCallback):
                 )
             self._store = self._runtime.store
         self.args = args or (self._runtime.arguments if self._runtime else SpotArguments())
-        show_log()
         self._session: TrainerSession | None = None
         self._evaluations: Evaluations | None = None
         self._saves: Saves | None = None

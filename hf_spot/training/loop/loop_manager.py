@@ -20,11 +20,11 @@ import torch.distributed as dist
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, Fenced, SpotError, StoreError, TrainingPreempted
+from hf_spot.log import alert, log_always
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.policy.preemption import Action
 from hf_spot.policy.restarts import patience_s
 from hf_spot.run.checkpoint import CommitRequest
-from hf_spot.run.progress import alert, show_log
 from hf_spot.run.run import Run
 from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.storage.local import LocalStore
@@ -67,7 +67,6 @@ class LoopManager:
                 f"save_every_n_steps={save_every_n_steps!r} must be a whole number of steps, 1 or more",
                 hint="SpotCheckpointManager(checkpoint_dir, save_every_n_steps=500)",
             )
-        show_log()
         self.save_every_n_steps = save_every_n_steps
         runtime = Runtime.from_environ(os.environ)
         arguments = args or (runtime.arguments if runtime else SpotArguments())
@@ -278,7 +277,9 @@ class LoopManager:
             if isinstance(error, ConfigError) or (session.preempted is None and session.arguments.on_save_error == "stop"):
                 session.agreement.together(lambda: session.finish_uploads(self._patience_s()))
                 raise
-            log.error("%s; %s", error.args[0], "the last commit stands" if session.preempted else "the next save tries again")
+            if session.agreement.is_main:
+                next_is = "the last commit stands" if session.preempted else "the next save tries again"
+                log_always(logging.ERROR, "%s; %s", error.args[0], next_is)
             return
         self._saved_step = step
         save_s = session.clock() - began

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from datetime import timedelta
 
+from hf_spot.log import alert
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.policy.preemption import Action, Decision, gives_way
 from hf_spot.policy.restarts import patience_s
-from hf_spot.run.progress import alert
 from hf_spot.run.upload import Uploader
 from hf_spot.training.session.run_session import RunSession
 

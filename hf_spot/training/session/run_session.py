@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, Fenced
+from hf_spot.log import log_always
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.policy.preemption import Decision, Measured, decide, gives_way
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest
@@ -352,7 +353,7 @@ class RunSession:
             self.uploader.submit(folder, replace(request, part=self.disk.index, parts=self.disk.count), elsewhere)
             self._size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         except OSError as error:
-            log.error("%s can't be queued for upload, training goes on: %s", folder, error)
+            log_always(logging.ERROR, "%s can't be queued for upload, training goes on: %s", folder, error)
             return False
         return True
 
@@ -383,9 +384,8 @@ class RunSession:
         if not self.uploader.idle:
             log.warning("finishing the upload in flight")
         if not self.uploader.drain(timeout_s) and self.fenced is None:
-            log.error(
-                "the newest checkpoint is not in %s: %s", self.run.url, self.uploader.trouble or "the upload took too long"
-            )
+            why = self.uploader.trouble or "the upload took too long"
+            log_always(logging.ERROR, "the newest checkpoint is not in %s: %s", self.run.url, why)
 
     @property
     def committed_step(self) -> int:

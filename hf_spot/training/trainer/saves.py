@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer, TrainerCallback, TrainerControl
 
 from hf_spot.errors import SpotError
+from hf_spot.log import log_always
 from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.disks import Disk
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
@@ -105,7 +106,7 @@ class Saves:
     def _give_up(self, why: str) -> None:
         """Called by the thread that writes behind the training, when that of no rank writes any more."""
         if self._agreement.is_main:
-            log.error("%s; training goes on, and the next save tries again", why)
+            log_always(logging.ERROR, "%s; training goes on, and the next save tries again", why)
         if self._disk.leads:
             shutil.rmtree(self._folder, ignore_errors=True)
 

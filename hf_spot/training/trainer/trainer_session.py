@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, SpotError, StoreError, TrainingInterrupted, TrainingPreempted
+from hf_spot.log import alert, log_always
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import KeyboardSource
 from hf_spot.policy.preemption import Action, Decision, leaves_step
@@ -24,7 +25,6 @@ from hf_spot.policy.trainer_flags import SAVE_IS_DUE
 from hf_spot.run import history
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest
 from hf_spot.run.journal import Entry
-from hf_spot.run.progress import alert
 from hf_spot.runtime import Runtime
 from hf_spot.storage.threads import Workers
 from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
@@ -340,7 +340,7 @@ class TrainerSession:
             raise why
         next_is = "the last commit stands" if self._session.preempted else "training goes on, and the next save tries again"
         if self._session.agreement.is_main:
-            log.error("%s; %s", why.args[0], next_is)
+            log_always(logging.ERROR, "%s; %s", why.args[0], next_is)
 
     def saved(self, folder: Path, request: CommitRequest) -> None:
         """Called by every rank when all parts of a checkpoint are written; rank 0 hands the folder to the uploader."""

@@ -15,8 +15,7 @@ import pytest
 from tqdm.auto import tqdm
 
 from hf_spot import SpotArguments, SpotCallback, TrainingPreempted
-from hf_spot.run import progress
-from hf_spot.run.progress import AboveBars, alert
+from hf_spot.log import AboveBars, alert, log
 from tests.run.test_webhook import SECRET, Listener
 from tests.training.conftest import Patient, Recorder, make_trainer
 from tests.training.test_callback import QUIET, preempt, train_until_preempted
@@ -86,7 +85,7 @@ def test_the_log_that_checkpoints_hold_is_trainers_own(store: str, tmp_path: Pat
 
 
 def test_a_line_stands_above_the_bar_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress.log, "handlers", [AboveBars()])
+    monkeypatch.setattr(log, "handlers", [AboveBars()])
     with contextlib.redirect_stderr(io.StringIO()) as seen, tqdm(total=10, mininterval=0) as bar:
         bar.update(5)
         alert("TERMINATE from imds")
@@ -97,14 +96,14 @@ def test_a_line_stands_above_the_bar_of_a_training(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("level", [logging.WARNING, logging.CRITICAL])
 def test_an_alert_is_seen_where_warnings_are_not(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress.log, "handlers", [AboveBars()])
-    before = progress.log.level
-    progress.log.setLevel(level)
+    monkeypatch.setattr(log, "handlers", [AboveBars()])
+    before = log.level
+    log.setLevel(level)
     try:
         with contextlib.redirect_stderr(io.StringIO()) as seen:
             alert("TERMINATE from imds")
     finally:
-        progress.log.setLevel(before)
+        log.setLevel(before)
     assert seen.getvalue() == "hf-spot: >>> TERMINATE from imds <<<\n"
 
 
