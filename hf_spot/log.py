@@ -54,6 +54,17 @@ def log_always(level: int, message: str, *args: object, exc_info: bool = False) 
         AboveBars().handle(log.makeRecord(log.name, level, __file__, 0, message, args, sys.exc_info() if exc_info else None))
 
 
+def warn_for_all(message: str, *args: object) -> None:
+    """Log a warning that every rank has: rank 0 shows it, for all of them."""
+    if is_first_rank():
+        log.warning(message, *args, stacklevel=2)
+
+
+def is_first_rank() -> bool:
+    """Tell whether this process is rank 0, or the only one, as its environment has it."""
+    return next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0") == "0"
+
+
 def shown_level(transformers_level: int, environ: Mapping[str, str], *, is_first_rank: bool) -> int:
     """Return the lowest level that is shown.
 
@@ -76,11 +87,9 @@ def shown_level(transformers_level: int, environ: Mapping[str, str], *, is_first
     return level if is_first_rank else max(level, logging.WARNING)
 
 
-def level_now(*, is_first_rank: bool | None = None) -> int:
-    """Return `shown_level` of this process, whose environment tells its rank unless the caller does."""
-    if is_first_rank is None:
-        is_first_rank = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0") == "0"
-    return shown_level(logging.getLogger("transformers").level, os.environ, is_first_rank=is_first_rank)
+def level_now() -> int:
+    """Return `shown_level` of this process."""
+    return shown_level(logging.getLogger("transformers").level, os.environ, is_first_rank=is_first_rank())
 
 
 class AboveBars(logging.Handler):

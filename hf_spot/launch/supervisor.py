@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import platform
 import shutil
 import signal
@@ -31,7 +32,7 @@ from hf_spot.launch.command import Command, Reading, likely_store
 from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.prefetch import Prefetch, newest_of
 from hf_spot.launch.process import ProcessTree
-from hf_spot.log import alert, level_now
+from hf_spot.log import alert, shown_level
 from hf_spot.notices.detect import grace_s, sources
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import SignalSource
@@ -68,7 +69,7 @@ def launch(reading: Reading) -> int:
     Raises:
         SpotError: the command line or the store can't be used; nothing was started.
     """
-    log.setLevel(level_now(is_first_rank=True))  # whatever rank a scheduler gives to this machine
+    log.setLevel(shown_level(logging.NOTSET, os.environ, is_first_rank=True))  # whatever rank the scheduler gave this machine
     store = likely_store(reading.argv)
     early = None if store is None else Prefetch(partial(newest_of, store))
     with contextlib.ExitStack() as stack:

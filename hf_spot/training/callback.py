@@ -15,6 +15,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, SpotError, TrainingPreempted
+from hf_spot.log import warn_for_all
 from hf_spot.policy.preemption import Decision
 from hf_spot.policy.trainer_flags import LoopState, Moment, flags_for, is_complete, reason_of_save
 from hf_spot.run.checkpoint import CommitRequest
@@ -127,7 +128,7 @@ class SpotCallback(TrainerCallback):
         decision = self._session.micro_batch_ended(rest_s, rewindable=self._accumulation.rewindable)
         if decision is None:
             return
-        log.warning("step %d is interrupted; the next launch does it again", state.global_step + 1)
+        warn_for_all("step %d is interrupted; the next launch does it again", state.global_step + 1)
         self._set(Moment.SUBSTEP_END, decision, args, state, control)
         if self._save_is_owed:
             self._accumulation.rewind()
@@ -249,7 +250,7 @@ class SpotCallback(TrainerCallback):
                     result = train(trainer, folder, *args, **kwargs)
                 session.end(trainer.state.global_step)
             except TrainingPreempted as preempted:
-                if not shows_errors():
+                if session.agreement.is_main and not shows_errors():
                     log.warning("%s", preempted)
                 raise
             except BaseException as error:

@@ -6,7 +6,6 @@ the rest. `hf_spot.training.data.loaders` says which iterations there are.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -14,10 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import BatchSampler, IterableDataset
 
+from hf_spot.log import warn_for_all
 from hf_spot.training.data.rng import capture, capture_gpus, restore, set_states, states_of
 from hf_spot.training.data.worker_states import WorkerStates
-
-log = logging.getLogger("hf_spot")
 
 
 class IterationOwner(Protocol):
@@ -179,7 +177,7 @@ class TrackedIteration:
     def _read_over(self) -> None:
         if self._position is None:
             return
-        log.warning(
+        warn_for_all(
             "%s has no index: it is read again from its start up to batch %d, which is exact if it gives the same each time",
             type(self.loader.dataset).__name__,
             self._skipped,

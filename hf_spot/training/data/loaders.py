@@ -13,7 +13,6 @@ ended nor been thrown away, and those that have handed out one between the newes
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import sys
 import weakref
@@ -24,12 +23,11 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from hf_spot.errors import ConfigError
+from hf_spot.log import warn_for_all
 from hf_spot.training.data.iterations import TrackedIteration, TrackedLoader
 from hf_spot.training.data.rng import set_states, states_of
 from hf_spot.training.data.worker_processes import shield
 from hf_spot.training.data.worker_states import WorkerStates
-
-log = logging.getLogger("hf_spot")
 
 _ACCELERATE = "accelerate.data_loader"
 _AHEAD = 2  # batches that accelerate takes beyond the one that is trained, and one to spare
@@ -92,7 +90,7 @@ class Loaders:
             only: loaders whose iterations count as under way; None finds them out.
         """
         if any(waiting["main"] for waiting in self._waiting):
-            log.warning("no DataLoader is the one that the checkpoint was in the middle of: its epoch began anew")
+            warn_for_all("no DataLoader is the one that the checkpoint was in the middle of: its epoch began anew")
             self._waiting = []
         under_way = self._under_way() if only is None else [self._explicit(loader) for loader in only]
         main = max(under_way, key=lambda one: one.last, default=None)

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_spot.log import warn_for_all
 from hf_spot.training.data.rng import capture, pack, restore, unpack
 
 log = logging.getLogger("hf_spot")
@@ -172,7 +173,7 @@ class WorkerStates:
         first, self._first = self._first or None, None
         self._shift = self._shift_ahead
         if first is not None and len(first) != self._workers:
-            log.warning(
+            warn_for_all(
                 "dataloader_num_workers was %d and is %d: what workers draw at random differs from an uninterrupted run; "
                 "set it to %d",
                 len(first),

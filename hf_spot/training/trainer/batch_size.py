@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from transformers import Trainer
 
 from hf_spot.errors import ConfigError
+from hf_spot.log import warn_for_all
 from hf_spot.policy.resize import Batches, Fit, fit, keep_total, repair
-
-log = logging.getLogger("hf_spot")
 
 
 def batches(trainer: Trainer) -> Batches:
@@ -63,9 +61,9 @@ def keep_samples(trainer: Trainer, details: dict[str, Any], *, allow_change: boo
         now = Batches(before.per_device, now.accumulation, now.world_size)  # Trainer itself goes on with what it found
     found = fit(before, now)
     if found is Fit.REGROUPED:
-        log.warning("a step was %s, and is %s: the same samples, but not the same bits", before, now)
+        warn_for_all("a step was %s, and is %s: the same samples, but not the same bits", before, now)
     elif found is Fit.OTHER and allow_change:
-        log.warning("a step was %s, and is %s: steps, learning rate and data change", before, now)
+        warn_for_all("a step was %s, and is %s: steps, learning rate and data change", before, now)
     elif found is Fit.OTHER:
         kept = keep_total(before, now) if _may_change(trainer) else None
         if kept is None:
@@ -74,7 +72,7 @@ def keep_samples(trainer: Trainer, details: dict[str, Any], *, allow_change: boo
                 hint=f"{repair(before, now) or 'another number of ranks'}; to change it all the same: --allow-batch-change",
             )
         _apply(trainer, kept)
-        log.warning("a step was %s, and would be %s: made %s. The same samples, but not the same bits", before, now, kept)
+        warn_for_all("a step was %s, and would be %s: made %s. The same samples, but not the same bits", before, now, kept)
 
 
 def _may_change(trainer: Trainer) -> bool:

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from hf_spot.errors import ConfigError
+from hf_spot.log import warn_for_all
 
 log = logging.getLogger("hf_spot")
 
@@ -96,9 +97,9 @@ class Entry(Generic[C]):
         nested = len(_trainings.under_way) > 1
         if callbacks or self._for_all:
             if trial is not None:
-                log.warning("a hyperparameter search is not made preemptible: its trials are not one run")
+                warn_for_all("a hyperparameter search is not made preemptible: its trials are not one run")
             elif nested:
-                log.warning("a training within another training is not made preemptible: an interruption repeats all of it")
+                warn_for_all("a training within another training is not made preemptible: an interruption repeats all of it")
         if trial is not None or nested or not (callbacks or self._for_all):
             with _without(trainer, callbacks):
                 return plain_train(trainer, resumed, trial, *args, **kwargs)

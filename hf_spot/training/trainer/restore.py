@@ -77,7 +77,8 @@ class Resumption:
         try:
             _, folder = session.restore(best, "restore best", self._look)
         except SpotError as error:
-            log.error("the best checkpoint so far can't be restored; a later one will be taken for the best: %s", error)
+            if session.agreement.is_main:
+                log.error("the best checkpoint so far can't be restored; a later one will be taken for the best: %s", error)
             return None
         # Rotation goes by modification time: what is resumed from must count as the newer one.
         session.on_each_disk(lambda: os.utime(resumed))

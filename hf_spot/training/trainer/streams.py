@@ -7,7 +7,6 @@ batches of the pass under way, in units of ``max_steps`` times the accumulation.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,10 +15,9 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
+from hf_spot.log import warn_for_all
 from hf_spot.policy.resize import Batches
 from hf_spot.training.data.rng import capture, pack
-
-log = logging.getLogger("hf_spot")
 
 _LOOKS = 4
 
@@ -78,7 +76,7 @@ def chance_is_named(trainer: Trainer) -> Iterator[None]:
         looks -= 1
         if pack(capture()) != before:
             looks = 0
-            log.warning(
+            warn_for_all(
                 "%s draws random numbers from the global generators of the training process: resumed in the middle of an epoch "
                 "it gives other samples than without an interruption; to be exact set dataloader_num_workers=1, or give it a "
                 "generator of its own",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, SpotError, StoreError, TrainingInterrupted, TrainingPreempted
-from hf_spot.log import alert, log_always
+from hf_spot.log import alert, log_always, warn_for_all
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import KeyboardSource
 from hf_spot.policy.preemption import Action, Decision, leaves_step
@@ -144,7 +144,7 @@ class TrainerSession:
         try:
             return self._begin(resume_from_checkpoint)
         except Going:
-            log.warning("the machine is going: it begins no training any more")
+            warn_for_all("the machine is going: it begins no training any more")
             newest = self._session.agreement.from_main(lambda: self._session.run.journal.state.latest(self._session.stage))
             self.leave(self._restored.step if self._restored else newest.step if newest else 0)
 
@@ -487,4 +487,4 @@ def _check(trainer: Trainer) -> None:
             hint="set enable_jit_checkpoint=False",
         )
     if args.ignore_data_skip:
-        log.warning("ignore_data_skip=True: a resumed run sees other data than an uninterrupted one; set it to False")
+        warn_for_all("ignore_data_skip=True: a resumed run sees other data than an uninterrupted one; set it to False")
