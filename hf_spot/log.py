@@ -4,7 +4,7 @@ Like those of transformers, its handler and its level come with the import, and 
 
 - A handler of the script's that takes a line (at the root, as `logging.basicConfig` puts it there before us or after us, or at
   the logger ``hf_spot``) shows it, in the script's format. Where there is none, the line goes to standard error.
-- The level is the one that `transformers.utils.logging` has been set to, else that of ``TRANSFORMERS_VERBOSITY`` or
+- The level is the one that ``transformers.utils.logging`` has been set to, else that of ``TRANSFORMERS_VERBOSITY`` or
   ``ACCELERATE_LOG_LEVEL``, else INFO; ranks other than 0 show warnings and errors only. A level that somebody sets at the
   logger ``hf_spot`` itself overrides all of these.
 - What must not be missed, `alert` and `log_always` show at every level.

@@ -26,7 +26,6 @@ from hf_spot.storage.threads import stand_back
 log = logging.getLogger("hf_spot")
 
 _RETRIED = "%s is not in %s yet; training goes on and the upload is retried. %s"
-
 _FIRST_RETRY_S = 1.0
 _LONGEST_RETRY_S = 30.0
 _PART_POLL_S = 0.5
