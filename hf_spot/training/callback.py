@@ -250,8 +250,8 @@ class SpotCallback(TrainerCallback):
                     result = train(trainer, folder, *args, **kwargs)
                 session.end(trainer.state.global_step)
             except TrainingPreempted as preempted:
-                if session.agreement.is_main and not shows_errors():
-                    log.warning("%s", preempted)
+                if not shows_errors():
+                    warn_for_all("%s", preempted)
                 raise
             except BaseException as error:
                 self._saves.settle()

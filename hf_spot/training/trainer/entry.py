@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,8 +19,6 @@ from transformers.trainer_callback import CallbackHandler
 
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
-
-log = logging.getLogger("hf_spot")
 
 C = TypeVar("C", bound=TrainerCallback)
 
