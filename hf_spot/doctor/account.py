@@ -1,4 +1,4 @@
-"""What `hf-spot doctor` looks at in an AWS account, before anything there costs money."""
+"""`hf-spot doctor` on an AWS account: checks that cost nothing."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _HISTORY = timedelta(days=1)
 
 
 def account(cloud: Cloud, job: Job | None, now: datetime) -> Iterator[Finding]:
-    """Credentials and, for a job: regions, roles, permission to start, images, quotas, and whether there is capacity.
+    """Check credentials and, for a job, regions, roles, the permission to start, images, quotas and capacity.
 
     Args:
         cloud: the account's EC2.
-        job: that is to run there, or None.
-        now: the time.
+        job: the job to run there, or None.
+        now: the current time.
     """
     home = job.region if job else None
     try:
@@ -42,7 +42,7 @@ def account(cloud: Cloud, job: Job | None, now: datetime) -> Iterator[Finding]:
         yield _failed("regions", error)
         return
     regions = list(dict.fromkeys(region for rung in job.ladder for region in job.regions_of(rung, known)))
-    yield Finding(OK, "regions", f"{len(regions)} can be used: {', '.join(regions)}")
+    yield Finding(OK, "regions", f"{len(regions)} usable: {', '.join(regions)}")
     if any(rung.market == SPOT for rung in job.ladder):
         yield _spot_role(cloud, job)
     images, problems = _images(cloud, job, regions)
@@ -58,14 +58,16 @@ def _spot_role(cloud: Cloud, job: Job) -> Finding:
     except CloudError as error:
         missing = explain(_NO_ROLE)
         if error.code in ("NoSuchEntity", "NoSuchEntityException"):
-            found = f"the account has no {_SPOT_ROLE}: EC2 makes it at the first request of somebody who may create it"
+            found = (
+                f"the account has no {_SPOT_ROLE}: EC2 creates it at the first spot request of an identity that may create it"
+            )
             return Finding(WARN, "spot role", found, missing.hint)
-        return Finding(WARN, "spot role", f"whether the account has {_SPOT_ROLE} can't be told: {error.args[0]}", error.hint)
+        return Finding(WARN, "spot role", f"can't check whether the account has {_SPOT_ROLE}: {error.args[0]}", error.hint)
     return Finding(OK, "spot role", f"the account has {_SPOT_ROLE}")
 
 
 def _images(cloud: Cloud, job: Job, regions: Sequence[str]) -> tuple[dict[str, str], list[Finding]]:
-    """The image of each region that has it, and what to say of all."""
+    """Return the image of each region that has one, and the findings."""
 
     def ask(region: str) -> str | SpotError:
         try:
@@ -77,12 +79,12 @@ def _images(cloud: Cloud, job: Job, regions: Sequence[str]) -> tuple[dict[str, s
     images = {region: found for region, found in answers.items() if isinstance(found, str)}
     findings = [_failed("image", found) for found in answers.values() if isinstance(found, SpotError)]
     if images:
-        findings.insert(0, Finding(OK, "image", f"is there in {', '.join(images)}"))
+        findings.insert(0, Finding(OK, "image", f"available in {', '.join(images)}"))
     return images, findings
 
 
 def _start(cloud: Cloud, job: Job, image: str) -> Iterator[Finding]:
-    """Whether an instance with this role, key and network may be started: EC2 checks, and starts nothing."""
+    """Check with a dry run whether an instance with this role, key and network may be started."""
     role = ""
     if job.instance_profile:
         found = _role(cloud, job, job.instance_profile)
@@ -94,22 +96,24 @@ def _start(cloud: Cloud, job: Job, image: str) -> Iterator[Finding]:
             role = found
     try:
         cloud.call("ec2", job.region, "run_instances", **_request(job, image))
-        raise AssertionError("unreachable: a dry run is always answered by an error")
+        raise AssertionError("unreachable: a dry run always ends in an error")
     except CloudError as error:
-        told = error
+        answer = error
     known = {"role": role} if role else {}
-    meaning = explain(told.code, 0, str(told.args[0]), region=job.region, permission="ec2:RunInstances", resource="*", **known)
+    meaning = explain(
+        answer.code, 0, str(answer.args[0]), region=job.region, permission="ec2:RunInstances", resource="*", **known
+    )
     what = f"starting {job.ladder[0].instance_types[0]} in {job.region}" + (f" as {role}" if role else "")
     if meaning.kind is Kind.GRANTED:
         yield Finding(OK, "start", f"{what}: {meaning.means}")
     elif meaning.kind in (Kind.CAPACITY, Kind.QUOTA, Kind.BUSY):
-        yield Finding(WARN, "start", str(told.args[0]), told.hint)
+        yield Finding(WARN, "start", str(answer.args[0]), answer.hint)
     else:
-        yield Finding(FAIL, "start", f"{what}: {meaning.means}: {told.code}", meaning.hint)
+        yield Finding(FAIL, "start", f"{what}: {meaning.means}: {answer.code}", meaning.hint)
 
 
 def _role(cloud: Cloud, job: Job, profile: str) -> str | Finding:
-    """The ARN of the role in an instance profile, or what to say of it."""
+    """Return the ARN of the role in an instance profile, or a finding if there is none."""
     name = profile.rpartition("/")[2]
     try:
         found = cloud.call("iam", job.region, "get_instance_profile", InstanceProfileName=name)
@@ -149,16 +153,16 @@ def _request(job: Job, image: str) -> dict[str, Any]:
 
 
 def _ladder(cloud: Cloud, job: Job, known: Sequence[str], now: datetime) -> Iterator[Finding]:
-    """For each rung, whether quotas and AWS's stock leave anything of it."""
-    asked: list[Need] = []
+    """Check each rung against the quotas and AWS's capacity."""
+    found: list[Need] = []
     try:
-        asked = needs(cloud, job, known)
+        found = needs(cloud, job, known)
     except CloudError as error:
         yield Finding(WARN, "quotas", f"can't be read: {error.args[0]}", error.hint)
-    usable = not asked
+    usable = not found
     for index, rung in enumerate(job.ladder):
         name = f"rung {index}"
-        mine = [need for need in asked if need.rung == index]
+        mine = [need for need in found if need.rung == index]
         if mine:
             finding = _quota(name, rung, mine)
             yield finding
@@ -167,14 +171,14 @@ def _ladder(cloud: Cloud, job: Job, known: Sequence[str], now: datetime) -> Iter
         regions = job.regions_of(rung, known)
         if rung.market == SPOT and regions:
             free = {(need.region, need.instance_type) for need in mine if not need.blocked}
-            finding = _stock(cloud, name, rung, regions, free if mine else None, now)
+            finding = _capacity(cloud, name, rung, regions, free if mine else None, now)
             yield finding
             if finding.level == FAIL:
                 continue
         usable = True
     if not usable:
         yield Finding(
-            FAIL, "ladder", "no rung can have a machine", "hf-spot quotas job.yaml; other types, regions or rungs in the ladder"
+            FAIL, "ladder", "no rung can get a machine", "hf-spot quotas job.yaml, or add types, regions or rungs to the ladder"
         )
 
 
@@ -202,10 +206,10 @@ def _quota(name: str, rung: Rung, mine: Sequence[Need]) -> Finding:
     return Finding(WARN, name, f"{what}: quotas allow it in {_regions(free)}; {short}", first.command)
 
 
-def _stock(
+def _capacity(
     cloud: Cloud, name: str, rung: Rung, regions: Sequence[str], free: set[tuple[str, str]] | None, now: datetime
 ) -> Finding:
-    """Whether AWS has had any such machine lately: where it has, it has named a price."""
+    """Check whether AWS has had such machines lately: a zone with capacity has a spot price."""
     types = rung.instance_types
     try:
         prices = cloud.each(regions, lambda region: cloud.spot_prices(region, types, now - _HISTORY, now))

@@ -1,4 +1,4 @@
-"""`hf-spot doctor`: all checks in their order."""
+"""`hf-spot doctor`: all checks in order."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ def examine(
     now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Finding]:
-    """Checks this machine, then the store, then the account; what was found comes as it is found.
+    """Check this machine, then the store, then the account. Yield each finding as soon as it is known.
 
     Args:
         environ: the environment.
-        store: URL of a run; None takes the job's.
-        job: that is to run on EC2.
-        checkpoint_gb: size of a checkpoint in 10^9 bytes; None takes that of the run's newest.
-        grace_s: seconds from a notice to the end; None for what this machine is known for.
+        store: URL of a run; None for that of the job.
+        job: the job to run on EC2.
+        checkpoint_gb: size of a checkpoint in 10^9 bytes; None for that of the run's newest.
+        grace_s: seconds from a notice to the end; None for the known value of this platform.
         now: the wall clock.
-        clock: seconds, monotonic.
+        clock: monotonic seconds.
 
     Raises:
-        ConfigError: at once, for a value that can't be used.
+        ConfigError: immediately, for a value that can't be used.
     """
     if checkpoint_gb is not None and not checkpoint_gb > 0:
         raise ConfigError(f"--checkpoint-gb {checkpoint_gb:g} must be positive", hint="--checkpoint-gb 14")
     arguments = SpotArguments(grace_s=grace_s)
     url = store or (job.store if job else None)
     run = Run(url) if url else None
-    heard = sources(arguments, environ=environ)
+    found = sources(arguments, environ=environ)
 
     def findings() -> Iterator[Finding]:
-        clouds = [source.name for source in heard]
+        clouds = [source.name for source in found]
         notice = notice_of(environ, clouds, grace_s)
-        yield from machine(environ, heard, notice)
+        yield from machine(environ, found, notice)
         if job is not None and notice.seconds is None:
-            notice = notice_of({}, ["imds"], None)  # where the job will be
+            notice = notice_of({}, ["imds"], None)  # the job will run on EC2
         size_bytes = None if checkpoint_gb is None else int(checkpoint_gb * 1e9)
         if run is not None:
             home = job.region if job else None
@@ -67,7 +67,7 @@ def examine(
 
 def _account(job: Job | None, now: datetime) -> Iterator[Finding]:
     from hf_spot.cloud.ec2 import Cloud
-    from hf_spot.doctor.account import account  # boto3 takes its time, and is needed only here
+    from hf_spot.doctor.account import account  # importing boto3 is slow, and it is needed only here
 
     try:
         cloud = Cloud()

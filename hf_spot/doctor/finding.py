@@ -1,4 +1,4 @@
-"""Finding: what one check of `hf-spot doctor` found."""
+"""Finding: the result of one check of `hf-spot doctor`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line.
+    """One line of output.
 
     Args:
-        level: `OK`; `WARN` for what works and may disappoint, or could not be found out; `FAIL` for what does not work.
-        check: what was looked at, in one or two words.
-        text: what was found.
-        hint: what to type next; empty where nothing is to be done.
+        level: `OK`; `WARN` for a limitation, or if the check was not possible; `FAIL` for what does not work.
+        check: name of the check, one or two words.
+        text: the result.
+        hint: the next command to type; empty if none is needed.
     """
 
     level: str
@@ -30,11 +30,11 @@ class Finding:
 
 
 class Notice(NamedTuple):
-    """How long this machine lives after it was told that it has to go.
+    """The time between a preemption notice and the end of this machine.
 
     Args:
-        seconds: None when nobody knows.
-        by: who says so.
+        seconds: None if unknown.
+        by: source of this value.
     """
 
     seconds: float | None

@@ -1,4 +1,4 @@
-"""What `hf-spot doctor` looks at in a store: each permission apart, and whether a checkpoint gets there in time."""
+"""`hf-spot doctor` on a store: each permission separately, and whether a checkpoint can be uploaded in time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SIZES_BYTES = (8 << 20, 64 << 20, 256 << 20)
 _LONG_ENOUGH_S = 1.0
 _GIVE_UP_S = 10.0
-_SKEW_NOTED_S, _SKEW_REFUSED_S = 60.0, 900.0  # S3 refuses a signature that is more than 15 minutes old, or of the future
+_SKEW_NOTED_S, _SKEW_REFUSED_S = 60.0, 900.0  # S3 refuses a signature more than 15 minutes off
 
 T = TypeVar("T")
 
@@ -38,20 +38,20 @@ def examine(
     now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
     clock: Callable[[], float] = time.monotonic,
 ) -> Generator[Finding, None, int | None]:
-    """Region, clock, permissions, create-if-absent, the run's newest checkpoint, bandwidth; returns a checkpoint's size.
+    """Check region, clock, permissions, create-if-absent, the newest checkpoint and bandwidth. Return a checkpoint's size.
 
-    What it writes, below ``.probe/``, it deletes.
+    Test objects, below ``.probe/``, are deleted again.
 
     Args:
-        run: in the store.
-        notice: how long a machine lives after one.
-        size_bytes: of a checkpoint; None takes that of the run's newest.
-        home: the region that machines will be in, when it is known.
+        run: a run in the store.
+        notice: time between a notice and the end of the machine.
+        size_bytes: size of a checkpoint; None for that of the run's newest.
+        home: region of the machines, if known.
         now: the wall clock.
-        clock: seconds, monotonic.
+        clock: monotonic seconds.
     """
     if run.url.startswith("s3://"):
-        from hf_spot.storage.s3 import S3Store  # boto3 takes its time
+        from hf_spot.storage.s3 import S3Store  # importing boto3 is slow
 
         assert isinstance(run.store, S3Store)
         place = _tried(run.store.place, run.url)
@@ -61,7 +61,7 @@ def examine(
         yield from _place(place, home, now())
     listed = _tried(lambda: next(iter(run.store.list(FOLDER)), None), run.url)
     if isinstance(listed, SpotError) and not _is_permission(listed):
-        yield _failed("store", listed)  # a bucket, a server or credentials that are not there fail every other check as well
+        yield _failed("store", listed)  # without bucket, server or credentials every other check fails, too
         return size_bytes
     yield _failed("list", listed) if isinstance(listed, SpotError) else Finding(OK, "list", f"{run.url} can be listed")
     key = f"{FOLDER}{now().timestamp():.0f}-{uuid.uuid4().hex}"
@@ -90,25 +90,25 @@ def examine(
 
 def _place(place: Place, home: str | None, now: datetime) -> Iterator[Finding]:
     if place.region is None:
-        yield Finding(OK, "region", f"{place.endpoint} names no region")
+        yield Finding(OK, "region", f"{place.endpoint} reports no region")
     elif place.region != place.asked_in:
-        found = f"{explain('PermanentRedirect').means}: {place.region}, and this machine asks in {place.asked_in}"
+        found = f"{explain('PermanentRedirect').means}: {place.region}, but this machine uses {place.asked_in}"
         yield Finding(WARN, "region", found, f"export AWS_REGION={place.region}")
     elif home not in (None, place.region):
-        found = f"the bucket is in {place.region} and the job in {home}: slower, and traffic costs"
-        yield Finding(WARN, "region", found, f"region: {place.region} in the job file, or a bucket in {home}")
+        found = f"the bucket is in {place.region} and the job in {home}: slower, with charges for the traffic"
+        yield Finding(WARN, "region", found, f"set region: {place.region} in the job file, or use a bucket in {home}")
     else:
-        yield Finding(OK, "region", f"the bucket is in {place.region}, where this machine asks")
+        yield Finding(OK, "region", f"the bucket is in {place.region}, as configured on this machine")
     if place.time is not None:
         skew_s = (now - place.time).total_seconds()
-        said = f"this machine's clock is {abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} the store's"
+        skew = f"this machine's clock is {abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} the store's"
         repair = explain("RequestTimeTooSkewed").hint
         if abs(skew_s) > _SKEW_REFUSED_S:
-            yield Finding(FAIL, "clock", f"{said}: requests are refused", repair)
+            yield Finding(FAIL, "clock", f"{skew}: requests are refused", repair)
         elif abs(skew_s) > _SKEW_NOTED_S:
-            yield Finding(WARN, "clock", f"{said}; from {_SKEW_REFUSED_S:.0f} s on requests are refused", repair)
+            yield Finding(WARN, "clock", f"{skew}; beyond {_SKEW_REFUSED_S:.0f} s requests are refused", repair)
         else:
-            yield Finding(OK, "clock", said)
+            yield Finding(OK, "clock", skew)
 
 
 def _permissions(store: ObjectStore, key: str, *, may_list: bool) -> Iterator[Finding]:
@@ -118,12 +118,14 @@ def _permissions(store: ObjectStore, key: str, *, may_list: bool) -> Iterator[Fi
     if isinstance(put, SpotError) and isinstance(got, ObjectNotFound):
         yield Finding(OK, "read", "objects can be read")
     elif isinstance(put, SpotError) and isinstance(got, AccessDenied) and not may_list:
-        found = "whether objects can be read can't be told: S3 answers so for what does not exist, too, to who may not list"
+        found = (
+            "can't check whether objects can be read: without the permission to list, S3 gives the same answer for missing ones"
+        )
         yield Finding(WARN, "read", found, got.hint)
     elif isinstance(got, SpotError):
         yield _failed("read", got)
     elif got != b"first":
-        yield Finding(FAIL, "read", f"{store.url} does not return what was written to it: {got[:20]!r}", "another store")
+        yield Finding(FAIL, "read", f"{store.url} does not return what was written to it: {got[:20]!r}", "use another store")
     else:
         yield Finding(OK, "read", "objects can be read")
     if not isinstance(put, SpotError):
@@ -132,10 +134,10 @@ def _permissions(store: ObjectStore, key: str, *, may_list: bool) -> Iterator[Fi
     yield _failed("delete", deleted) if isinstance(deleted, SpotError) else Finding(OK, "delete", "objects can be deleted")
     found_uploads = _tried(lambda: store.abort(lambda key: False), store.url)
     if isinstance(found_uploads, SpotError):
-        found = f"what killed uploads leave behind, and what it costs, stays: {found_uploads.args[0]}"
+        found = f"the remains of killed uploads can't be found; they stay and cost storage: {found_uploads.args[0]}"
         yield Finding(WARN, "uploads", found, found_uploads.hint)
     else:
-        yield Finding(OK, "uploads", "what killed uploads leave behind can be found")
+        yield Finding(OK, "uploads", "the remains of killed uploads can be found")
 
 
 def _fencing(store: ObjectStore, key: str) -> Finding:
@@ -144,16 +146,16 @@ def _fencing(store: ObjectStore, key: str) -> Finding:
         return Finding(
             FAIL,
             "conditional",
-            "the store has no create-if-absent (If-None-Match) or ignores it: it can't keep two machines from damaging one run",
-            "another store; or, if only ever one machine at a time uses this run, --allow-unfenced-store",
+            "the store does not support create-if-absent (If-None-Match): two machines could damage the same run",
+            "use another store; or, if only one machine at a time ever uses this run, --allow-unfenced-store",
         )
     if isinstance(second, SpotError):
         return _failed("conditional", second)
-    return Finding(OK, "conditional", "of two machines that create one object, one is refused")
+    return Finding(OK, "conditional", "create-if-absent works: if two machines create the same object, one is refused")
 
 
 class _Enough(Exception):
-    """Time is up; what was moved so far tells the bandwidth."""
+    """The time limit is reached; the bytes sent so far give the bandwidth."""
 
 
 def _bandwidth(store: ObjectStore, key: str, size_bytes: int | None, notice: Notice, clock: Callable[[], float]) -> Finding:
@@ -167,25 +169,28 @@ def _bandwidth(store: ObjectStore, key: str, size_bytes: int | None, notice: Not
 
 
 def in_time(bytes_per_s: float, size_bytes: int | None, notice: Notice) -> Finding:
-    """Whether a checkpoint gets to the store between notice and end. Pure."""
+    """Return whether a checkpoint can be uploaded between a notice and the end of the machine. Pure."""
     rate = f"{_size(bytes_per_s)}/s from here to the store"
     if size_bytes is None:
-        return Finding(OK, "bandwidth", f"{rate}; how large a checkpoint is, is not known yet (--checkpoint-gb)")
+        return Finding(OK, "bandwidth", f"{rate}; the size of a checkpoint is not known yet (set --checkpoint-gb)")
     needs_s = size_bytes / bytes_per_s
     needs = f"a checkpoint of {_size(size_bytes)} needs {needs_s:.0f} s"
     if notice.seconds is None:
         return Finding(OK, "bandwidth", f"{rate}: {needs}")
-    told = f"{rate}: {needs}, your notice is {notice.seconds:g} s ({notice.by})"
+    summary = f"{rate}: {needs}, your notice is {notice.seconds:g} s ({notice.by})"
     if needs_s <= notice.seconds:
-        return Finding(OK, "bandwidth", told)
-    lost = "what was trained since the last commit is lost at each interruption"
+        return Finding(OK, "bandwidth", summary)
+    lost = "each interruption loses what was trained since the last commit"
     return Finding(
-        WARN, "bandwidth", f"{told}: {lost}", "save more often (save_steps), train an adapter, or a bucket in the same region"
+        WARN,
+        "bandwidth",
+        f"{summary}: {lost}",
+        "save more often (save_steps), train an adapter, or use a bucket in the same region",
     )
 
 
 def measured_bytes_per_s(store: ObjectStore, key: str, clock: Callable[[], float]) -> float:
-    """Uploads files of random bytes, larger ones as long as that takes less than a second; the last one's bytes per second.
+    """Upload files of random bytes, growing until one takes a second. Return the bytes per second of the last one.
 
     Raises:
         StoreError: from the store.
@@ -195,7 +200,7 @@ def measured_bytes_per_s(store: ObjectStore, key: str, clock: Callable[[], float
     with tempfile.TemporaryDirectory(prefix="hf_spot-doctor-") as folder:
         path = Path(folder) / "random"
         for size in SIZES_BYTES:
-            with path.open("ab") as file:  # what is there already is as random
+            with path.open("ab") as file:  # keep the random bytes of the smaller file
                 while (missing := size - file.tell()) > 0:
                     file.write(os.urandom(min(missing, 1 << 20)))
             began, moved = clock(), 0
@@ -221,13 +226,13 @@ def measured_bytes_per_s(store: ObjectStore, key: str, clock: Callable[[], float
 
 def _tried(work: Callable[[], T], url: str) -> T | SpotError:
     try:
-        return answer(work, lambda: f"asking {url}")
+        return answer(work, lambda: f"querying {url}")
     except SpotError as error:
         return error
 
 
 def _is_permission(error: SpotError) -> bool:
-    # Directories have no codes: what they deny is a permission.
+    # Errors of directories have no code: AccessDenied is always a permission.
     code = code_of(error)
     return isinstance(error, AccessDenied) and (not code or explain(code).kind is Kind.PERMISSION)
 

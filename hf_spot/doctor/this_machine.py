@@ -1,5 +1,5 @@
-"""What `hf-spot doctor` looks at on this machine. Nothing is asked of the network but the metadata service, and that only
-where the machine is known to have one."""
+"""`hf-spot doctor` on this machine. Of the network only the metadata service is queried, and only on machines known to have
+one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_spot.notices.notice import NoticeSource
 
 _SHOWN = ("hf_spot", "Python", "torch", "transformers", "accelerate", "boto3")
 _SHELLS = ("sh", "bash", "dash", "ash", "zsh")
-_LOCAL = ("signal", "file")  # sources of notices that ask nobody
+_LOCAL = ("signal", "file")  # sources of notices that need no network
 # See the table of notices in https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html,
 # https://cloud.google.com/compute/docs/instances/spot and
 # https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events.
@@ -29,12 +29,12 @@ _SMI_S = 20.0
 
 
 def notice_of(environ: Mapping[str, str], clouds: Sequence[str], grace_s: float | None) -> Notice:
-    """How long this machine lives after a notice, as far as it can be known from here. Pure.
+    """Return how long this machine lives after a notice, if that is known. Pure.
 
     Args:
         environ: the environment.
-        clouds: names of the metadata services that this machine has.
-        grace_s: what the user says.
+        clouds: names of this machine's metadata services.
+        grace_s: the user's value, or None.
     """
     if grace_s is not None:
         return Notice(grace_s, "--grace-s")
@@ -57,13 +57,13 @@ def machine(
     *,
     root: Path = Path("/"),
 ) -> Iterator[Finding]:
-    """Versions, metadata service, grace period, signals and GPU.
+    """Check versions, metadata service, grace period, signals and GPU.
 
     Args:
         environ: the environment.
-        sources: what would be listened to here.
-        notice: how long the machine lives after one.
-        root: of the file system.
+        sources: the sources of notices on this machine.
+        notice: time between a notice and the end of the machine.
+        root: root of the file system.
     """
     contained = bool(environ.get("KUBERNETES_SERVICE_HOST")) or any(
         (root / name).exists() for name in (".dockerenv", "run/.containerenv")
@@ -80,7 +80,9 @@ def _versions() -> Iterator[Finding]:
     try:
         wanted = [Requirement(line) for line in importlib.metadata.requires("hf_spot") or ()]
     except importlib.metadata.PackageNotFoundError:
-        yield Finding(WARN, "versions", "hf_spot is not installed as a package, so what it needs is not known", "pip install .")
+        yield Finding(
+            WARN, "versions", "hf_spot is not installed as a package, so its requirements are unknown", "pip install ."
+        )
         return
     has, wrong = {"hf_spot": importlib.metadata.version("hf_spot"), "Python": platform.python_version()}, False
     for one in wanted:
@@ -94,34 +96,34 @@ def _versions() -> Iterator[Finding]:
             continue
         if not one.specifier.contains(has[one.name], prereleases=True):
             wrong = True
-            found = f"{one.name} {has[one.name]} does not do: hf_spot needs {one.specifier}"
+            found = f"{one.name} {has[one.name]} is not supported: hf_spot needs {one.specifier}"
             yield Finding(FAIL, "versions", found, f"pip install '{one}'")
     if not wrong:
         yield Finding(OK, "versions", ", ".join(f"{name} {has[name]}" for name in _SHOWN if name in has))
 
 
 def _metadata(environ: Mapping[str, str], sources: Sequence[NoticeSource], contained: bool) -> Iterator[Finding]:
-    asked = [source for source in sources if source.name not in _LOCAL]
-    for source in asked:
+    remote = [source for source in sources if source.name not in _LOCAL]
+    for source in remote:
         where = getattr(source, "where", source.name)
         try:
             notice = source.poll()
             if notice is not None:
-                found = f"{where} says that this machine is going: {notice.kind.value} ({notice.id})"
+                found = f"{where} announces the end of this machine: {notice.kind.value} ({notice.id})"
                 yield Finding(WARN, "metadata", found, "hf-spot watch")
             elif contained or not isinstance(source, IMDSSource):
                 yield Finding(OK, "metadata", f"{where} answers: no notice")
             elif source.has_a_hop_to_spare():
-                yield Finding(OK, "metadata", f"{where} answers, and would answer a container (hop limit 2 or more): no notice")
+                yield Finding(OK, "metadata", f"{where} answers, also to containers (hop limit 2 or more): no notice")
             else:
-                yield Finding(WARN, "metadata", f"{where} answers, but would not answer a container: hop limit 1", HOP_LIMIT)
+                yield Finding(WARN, "metadata", f"{where} answers, but not to containers: the hop limit is 1", HOP_LIMIT)
         except SpotError as error:
-            yield Finding(FAIL, "metadata", f"no notice can be heard: {error.args[0]}", error.hint)
-    if not asked and environ.get(DISABLED_VARIABLE, "").strip().lower() == "true":
-        found = f"{DISABLED_VARIABLE}=true: notices of EC2 are not heard, if this is EC2"
+            yield Finding(FAIL, "metadata", f"notices can't be detected: {error.args[0]}", error.hint)
+    if not remote and environ.get(DISABLED_VARIABLE, "").strip().lower() == "true":
+        found = f"{DISABLED_VARIABLE}=true: if this is EC2, its notices are not detected"
         yield Finding(WARN, "metadata", found, f"unset {DISABLED_VARIABLE}")
-    elif not asked:
-        yield Finding(OK, "metadata", "this machine is in no cloud whose notices are known: signals and files are heard")
+    elif not remote:
+        yield Finding(OK, "metadata", "no known cloud: only signals and files can announce a preemption here")
 
 
 def _grace(environ: Mapping[str, str], notice: Notice) -> Finding:
@@ -129,19 +131,21 @@ def _grace(environ: Mapping[str, str], notice: Notice) -> Finding:
         return Finding(
             WARN,
             "notice",
-            "Kubernetes ends a pod 30 s after SIGTERM (15 s on a spot node of GKE) unless terminationGracePeriodSeconds says "
-            "more, which a pod can't see",
-            "hf-spot launch --grace-s N, the same N for this command, and terminationGracePeriodSeconds: N in the pod",
+            "Kubernetes kills a pod 30 s after SIGTERM (15 s on a spot node of GKE) unless terminationGracePeriodSeconds is "
+            "longer, which a pod can't see",
+            "use --grace-s N with this command and with hf-spot launch, and terminationGracePeriodSeconds: N in the pod",
         )
     if notice.by == "Slurm":
         return Finding(
             WARN,
             "notice",
-            "Slurm says nothing before a time limit unless it is told to, and kills 30 s (KillWait) after SIGTERM",
-            "#SBATCH --signal=B:USR1@120 --requeue in the job, and hf-spot launch --grace-s 120",
+            "Slurm sends no signal ahead of a time limit unless configured, and kills 30 s (KillWait) after SIGTERM",
+            "use #SBATCH --signal=B:USR1@120 --requeue in the job, and hf-spot launch --grace-s 120",
         )
     if notice.seconds is None:
-        return Finding(OK, "notice", "nobody is known who ends this machine; if somebody does, --grace-s says how fast")
+        return Finding(
+            OK, "notice", "nothing is known to end this machine; if something does, set its grace period with --grace-s"
+        )
     return Finding(OK, "notice", f"{notice.seconds:g} s from notice to end ({notice.by})")
 
 
@@ -151,38 +155,40 @@ def _signals(root: Path) -> Iterator[Finding]:
     except OSError:
         return
     if first in _SHELLS:
-        found = f"the container's first process is {first}, which does not hand SIGTERM to what it started"
+        found = f"the container's first process is {first}, which does not forward SIGTERM to its children"
         yield Finding(
-            WARN, "signals", found, 'exec hf-spot launch … as its last command, or ["hf-spot", "launch", …] without it'
+            WARN, "signals", found, 'use exec hf-spot launch … as its last command, or ["hf-spot", "launch", …] without a shell'
         )
     else:
-        yield Finding(OK, "signals", f"SIGTERM goes to {first}, the container's first process")
+        yield Finding(OK, "signals", f"SIGTERM reaches {first}, the container's first process")
 
 
 def disk(folder: Path, size_bytes: int | None) -> Finding:
-    """Whether checkpoints fit.
+    """Check whether checkpoints fit on the disk.
 
     Args:
         folder: where they would be written.
-        size_bytes: of one, or None.
+        size_bytes: size of a checkpoint, or None.
     """
     free = shutil.disk_usage(folder).free
     has = f"{folder} has {free / 1e9:,.1f} GB free"
     if size_bytes is None:
-        return Finding(OK, "disk", f"{has}; how large a checkpoint is, is not known yet (--checkpoint-gb)")
-    needs = f"a checkpoint has {size_bytes / 1e9:,.1f} GB"
-    repair = "set output_dir to a larger disk, or free some space: du -xh --max-depth=2 / | sort -h | tail"
+        return Finding(OK, "disk", f"{has}; the size of a checkpoint is not known yet (set --checkpoint-gb)")
+    needs = f"a checkpoint needs {size_bytes / 1e9:,.1f} GB"
+    repair = "move output_dir to a larger disk, or free some space: du -xh --max-depth=2 / | sort -h | tail"
     if free < size_bytes:
         return Finding(FAIL, "disk", f"{has}, and {needs}", repair)
     if free < 2 * size_bytes:
-        return Finding(WARN, "disk", f"{has}, and {needs}: the next is written while the one before is still uploaded", repair)
+        return Finding(
+            WARN, "disk", f"{has}, and {needs}: the next one is written while the previous one is still uploading", repair
+        )
     return Finding(OK, "disk", f"{has}, and {needs}")
 
 
 def _gpu(environ: Mapping[str, str]) -> Finding:
     program = shutil.which("nvidia-smi", path=environ.get("PATH"))
     if program is None:
-        return Finding(WARN, "gpu", "no nvidia-smi: training would run on the processor", "an AMI with NVIDIA's driver")
+        return Finding(WARN, "gpu", "no nvidia-smi: training would run on the CPU", "use an image with NVIDIA's driver")
     fields = "--query-gpu=name,memory.total,driver_version"
     try:
         done = subprocess.run(
@@ -192,7 +198,7 @@ def _gpu(environ: Mapping[str, str]) -> Finding:
         return Finding(FAIL, "gpu", f"nvidia-smi does not work: {error}", "sudo dmesg | grep -i nvrm")
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     if done.returncode or not lines:
-        said = (done.stderr.strip() or done.stdout.strip() or "no GPU").partition("\n")[0]
-        return Finding(FAIL, "gpu", f"nvidia-smi finds none: {said}", "sudo dmesg | grep -i nvrm")
+        output = (done.stderr.strip() or done.stdout.strip() or "no GPU").partition("\n")[0]
+        return Finding(FAIL, "gpu", f"nvidia-smi finds no GPU: {output}", "sudo dmesg | grep -i nvrm")
     name, memory, driver = [*lines[0].split(", "), "?", "?"][:3]
     return Finding(OK, "gpu", f"{len(lines)} {name}, {memory}, driver {driver}")

@@ -222,7 +222,7 @@ def test_who_may_neither_write_nor_list_is_not_told_that_he_may_not_read(monkeyp
         "delete": FAIL,
         "uploads": WARN,
     }
-    assert "can't be told" in found["read"].text
+    assert "can't check whether objects can be read" in found["read"].text
 
 
 @pytest.mark.parametrize(

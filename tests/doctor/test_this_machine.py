@@ -187,8 +187,8 @@ def test_the_command_prints_a_line_and_a_repair_for_each_check(
         monkeypatch.delenv(name, raising=False)
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "warn  gpu           no nvidia-smi: training would run on the processor" in lines
-    assert lines[lines.index("warn  gpu           no nvidia-smi: training would run on the processor") + 1].startswith(
+    assert "warn  gpu           no nvidia-smi: training would run on the CPU" in lines
+    assert lines[lines.index("warn  gpu           no nvidia-smi: training would run on the CPU") + 1].startswith(
         "      Try: "
     )
     assert main(["doctor", "--json"]) == 0
