@@ -1,4 +1,4 @@
-"""``hf-spot demo``: a real training, really interrupted, against the same training left in peace."""
+"""``hf-spot demo``: a real training with real interruptions, compared with the same training uninterrupted."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from hf_spot.run.run import Run
 from hf_spot.testing import FakeIMDS
 
 DEFAULT_PLOT = Path("hf-spot-demo.png")
-_MIN_STEP_S = 0.06  # so slow that a notice, polled every second or two, falls between two of the steps below
-_NOTICE_STEPS = (30, 90)  # the steps at which launches 1 and 2 hear that their machine goes
+_MIN_STEP_S = 0.06  # slow enough for a notice, polled every second or two, to arrive before the next interruption
+_NOTICE_STEPS = (30, 90)  # launches 1 and 2 get their notice at these steps
 _KILL_STEP = 150  # launch 3 is killed half-way between two of its saves after this step
 _SAVE_STEPS = 20
 _GIVE_UP_S = 300.0
@@ -36,19 +36,19 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the demo found; the keys of ``--json``.
+    """The result of the demo; its fields are the keys of ``--json``.
 
     Args:
-        identical: the final weights have one sha256, and every step's loss and learning rate were equal.
+        identical: the final weights have the same sha256, and every step's loss and learning rate were equal.
         interruptions: preemption notices sent.
         kills: launches killed with SIGKILL.
-        steps_lost_with_notice: steps trained and not committed before a noticed launch ended, summed.
+        steps_lost_with_notice: total steps trained but not committed in launches that got a notice.
         steps_lost_to_kill: steps that the launch after the kill had to repeat.
         notice_to_commit_s: for each notice, seconds from the announcement to the committed checkpoint.
         store: URL of the run.
         final_step: optimizer steps of the finished run.
-        sha256: of the interrupted run's final ``model.safetensors``.
-        sha256_twin: of the uninterrupted run's.
+        sha256: digest of the interrupted run's final ``model.safetensors``.
+        sha256_twin: digest of the uninterrupted run's.
         losses_equal: every step's loss and learning rate were equal.
     """
 
@@ -66,16 +66,16 @@ class Outcome:
 
 
 def run_demo(*, store: str | None, plot: Path | None, keep: Path | None, as_json: bool) -> int:
-    """Plays the story and tells it; 0 when both trainings gave the same model, else 1.
+    """Run the demo and print its progress. Return 0 if both trainings gave the same model, else 1.
 
     Args:
-        store: URL of an empty place for the run; None takes a directory that is deleted afterwards.
-        plot: where the loss curve goes; None takes `DEFAULT_PLOT`, and does without when matplotlib is missing.
-        keep: an empty folder that keeps everything; None takes one that is deleted afterwards.
-        as_json: print the `Outcome` as JSON on stdout, and the story on stderr.
+        store: URL of an empty location for the run; None for a directory that is deleted afterwards.
+        plot: file for the loss curve; None for `DEFAULT_PLOT`, or no plot if matplotlib is missing.
+        keep: an empty folder for all files; None for one that is deleted afterwards.
+        as_json: print the `Outcome` as JSON on stdout, and the progress on stderr.
 
     Raises:
-        SpotError: the store can't be used, or a launch did not end as it should.
+        SpotError: the store can't be used, or a launch did not end as expected.
     """
 
     def say(line: str) -> None:
@@ -85,7 +85,7 @@ def run_demo(*, store: str | None, plot: Path | None, keep: Path | None, as_json
     with _folder(keep) as folder:
         run = Run(store or folder / "store")
         if run.state().number:
-            raise ConfigError(f"{run.url} holds a run already", hint="--store with an empty place")
+            raise ConfigError(f"{run.url} already contains a run", hint="--store with an empty location")
         story = _Story(folder, run, say)
         outcome = story.play()
         if plot is not None:
@@ -95,12 +95,12 @@ def run_demo(*, store: str | None, plot: Path | None, keep: Path | None, as_json
     if as_json:
         print(json.dumps(asdict(outcome), indent=2))
     else:
-        _tell(outcome)
+        _print(outcome)
     return 0 if outcome.identical else 1
 
 
 class _Story:
-    """Four launches of one run, and its twin."""
+    """Four launches of one run, and its uninterrupted twin."""
 
     def __init__(self, folder: Path, run: Run, say: Say) -> None:
         self.folder = folder
@@ -115,7 +115,7 @@ class _Story:
         twin_command = [sys.executable, train.__file__, *self._arguments("twin")]
         with _process(twin_command, self.folder / "twin.log", _environ({})) as twin:
             self.say(f"run:  {self.run.url}")
-            self.say("twin: the same script, never interrupted, runs beside it under plain python")
+            self.say("twin: the same script runs in parallel under plain python, without interruptions")
             for number, step in enumerate(_NOTICE_STEPS, start=1):
                 self._launch_with_notice(number, step)
             killed = len(_NOTICE_STEPS) + 1
@@ -125,7 +125,7 @@ class _Story:
         return self.compare()
 
     def compare(self) -> Outcome:
-        """Reads what the trainings have written, and compares."""
+        """Read and compare what the trainings have written."""
         self.twin_losses = _read(self.folder / "twin.jsonl")
         last = f"launch-{len(self.losses)}"
         sha256, sha256_twin = (_sha256(self.folder / name / "final" / "model.safetensors") for name in (last, "twin"))
@@ -156,14 +156,14 @@ class _Story:
             reached = self._wait_for(number, process, lambda at: at >= step)
             announced = datetime.now(timezone.utc)
             imds.interrupt(in_s=120)
-            self.say(f"launch {number}: step {reached}: the metadata service announces that the machine goes in 120 s")
+            self.say(f"launch {number}: step {reached}: the metadata service announces the end of the machine in 120 s")
             _expect(_wait(process), EXIT_PREEMPTED, f"launch {number}", self._log(number))
         entries = [one for one in self.run.events() if one.launch == number and one.kind == "commit"]
         took_s = round((entries[-1].time - announced).total_seconds(), 2)
         committed = self._committed_step()
         self._ended(number, committed, "notice")
         self.notice_to_commit_s.append(took_s)
-        self.say(f"launch {number}: step {committed} is committed {took_s:.1f} s after the announcement; exit code 75")
+        self.say(f"launch {number}: step {committed} committed {took_s:.1f} s after the announcement; exit code 75")
 
     def _launch_and_kill(self, number: int) -> None:
         middle = _SAVE_STEPS // 2
@@ -173,7 +173,7 @@ class _Story:
         committed = self._committed_step()
         self._ended(number, committed, "kill -9")
         mark = self.marks[-1]
-        self.say(f"launch {number}: step {mark.step}: kill -9 of everything; step {committed} was the last one committed")
+        self.say(f"launch {number}: step {mark.step}: kill -9 of all processes; the last committed step is {committed}")
 
     def _launch_to_the_end(self, number: int) -> None:
         with self._launch(number) as (process, _):
@@ -189,10 +189,10 @@ class _Story:
         with FakeIMDS() as imds:
             name = f"launch-{number}"
             with _process([*command, *self._arguments(name)], self._log(number), _environ({**imds.env(), **online})) as process:
-                self.say(f"launch {number}: starts on a new machine: an empty output_dir, only the run is shared")
+                self.say(f"launch {number}: starts on a new machine with an empty output_dir; only the run is shared")
                 yield process, imds
 
-    # -- small things -------------------------------------------------------------------------------------------------
+    # -- helpers ------------------------------------------------------------------------------------------------------
 
     def _log(self, number: int) -> Path:
         return self.folder / f"launch-{number}.log"
@@ -218,11 +218,11 @@ class _Story:
                 break
             time.sleep(0.02)
         raise SpotError(
-            f"launch {number} did not come as far as it should:\n{_tail(self._log(number))}", hint="hf-spot demo --keep DIR"
+            f"launch {number} did not get as far as expected:\n{_tail(self._log(number))}", hint="hf-spot demo --keep DIR"
         )
 
 
-def _tell(outcome: Outcome) -> None:
+def _print(outcome: Outcome) -> None:
     rows = [
         ("sha256, interrupted", outcome.sha256),
         ("sha256, uninterrupted", outcome.sha256_twin),
@@ -236,18 +236,19 @@ def _tell(outcome: Outcome) -> None:
 
 
 def _checked_plot(plot: Path | None, say: Say) -> Path | None:
-    """Found out before a minute is spent."""
+    """Return the path of the plot, or None without matplotlib. Check it before the trainings start."""
     try:
         require_matplotlib()
     except ConfigError as error:
         if plot is not None:
             raise
-        say(f"no plot: {error}")
+        say(f"no plot is drawn: {error}")
         return None
     chosen = plot or DEFAULT_PLOT
     if not chosen.absolute().parent.is_dir():
         raise ConfigError(
-            f"--plot {chosen}: there is no folder {chosen.absolute().parent}", hint=f"mkdir -p {chosen.absolute().parent}"
+            f"--plot {chosen}: the folder {chosen.absolute().parent} does not exist",
+            hint=f"mkdir -p {chosen.absolute().parent}",
         )
     return chosen
 
@@ -262,23 +263,23 @@ def _folder(keep: Path | None) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
         return
     if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
-        raise ConfigError(f"--keep {keep} is not an empty folder", hint="name one that does not exist yet")
+        raise ConfigError(f"--keep {keep} is not an empty folder", hint="use a folder that does not exist yet")
     try:
         keep.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--keep {keep}: {error.strerror}", hint="name a folder that you may write") from error
+        raise ConfigError(f"--keep {keep}: {error.strerror}", hint="use a folder that you can write to") from error
     yield keep.resolve()
 
 
 def _environ(more: Mapping[str, str]) -> dict[str, str]:
-    # One thread: on two cores the twins would otherwise wait for each other, and both must add in the same order.
+    # One thread: on two cores the twins would otherwise slow each other down, and both must sum in the same order.
     settings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **settings, **more}
 
 
 @contextlib.contextmanager
 def _process(command: list[str], log: Path, environ: dict[str, str]) -> Iterator[psutil.Popen]:
-    """Nothing of it is left afterwards, whatever happens here."""
+    """Run a process, and kill it and all its children afterwards, whatever happens."""
     with open(log, "wb") as file:
         process = psutil.Popen(command, env=environ, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -304,7 +305,7 @@ def _wait(process: psutil.Popen) -> int:
 
 def _expect(code: int, wanted: int, who: str, log: Path) -> None:
     if code != wanted:
-        raise SpotError(f"{who} ended with {code} instead of {wanted}:\n{_tail(log)}", hint="hf-spot demo --keep DIR")
+        raise SpotError(f"{who} exited with {code} instead of {wanted}:\n{_tail(log)}", hint="hf-spot demo --keep DIR")
 
 
 def _tail(log: Path) -> str:
@@ -312,7 +313,7 @@ def _tail(log: Path) -> str:
 
 
 def _read(path: Path) -> dict[int, dict[str, float]]:
-    """The lines of a losses file by step; a line that is being written doesn't count yet."""
+    """Return the lines of a losses file by step, without an incomplete last line."""
     if not path.exists():
         return {}
     lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

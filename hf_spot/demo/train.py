@@ -1,7 +1,7 @@
-"""An ordinary Trainer script: a small GPT-2 learns, byte by byte, the English text that Python ships as its own help.
+"""An ordinary Trainer script: a small GPT-2 learns, byte by byte, the English text of Python's built-in help.
 
-It knows nothing of hf_spot. `hf-spot demo` runs it interrupted under ``hf-spot launch`` and uninterrupted under plain
-``python``, and compares. Try it yourself: ``python train.py --output_dir out``.
+It does not use hf_spot. `hf-spot demo` runs it with interruptions under ``hf-spot launch`` and without under plain ``python``,
+and compares. Try it yourself: ``python train.py --output_dir out``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import (
 )
 
 LENGTH = 64  # bytes the model sees at once
-WINDOWS = 1757  # an epoch: 110 optimizer steps of 2 times 8 windows, the last of them with fewer
+WINDOWS = 1757  # one epoch: 110 optimizer steps of 2 times 8 windows; the last step has fewer
 
 
 class Text(Dataset[dict[str, torch.Tensor]]):
@@ -52,11 +52,11 @@ class LossFile(TrainerCallback):
         self.began = 0.0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Starts the step's clock."""
+        """Record when the step begins."""
         self.began = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Waits out the rest of ``min_step_s``."""
+        """Wait until the step has taken ``min_step_s``."""
         time.sleep(max(0.0, self.began + self.min_step_s - time.monotonic()))
 
     def on_log(
@@ -67,7 +67,7 @@ class LossFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes the line."""
+        """Append the line of a step."""
         if logs and "loss" in logs:
             line = {"step": state.global_step, "loss": logs["loss"], "learning_rate": logs["learning_rate"]}
             with self.path.open("a") as file:
@@ -75,13 +75,11 @@ class LossFile(TrainerCallback):
 
 
 def main() -> None:
-    """Trains, and saves the finished model in ``OUTPUT_DIR/final``."""
-    parser = argparse.ArgumentParser(description="Trains a tiny GPT-2 on Python's help texts.")
+    """Train, and save the finished model in ``OUTPUT_DIR/final``."""
+    parser = argparse.ArgumentParser(description="Train a tiny GPT-2 on Python's help texts.")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--losses", type=Path, default=Path("losses.jsonl"), metavar="FILE")
-    parser.add_argument(
-        "--min_step_s", type=float, default=0.0, help="make a step last at least so many seconds, as a larger model would"
-    )
+    parser.add_argument("--min_step_s", type=float, default=0.0, help="minimum seconds of a step, to imitate a larger model")
     parser.add_argument("--epochs", type=int, default=2)
     options = parser.parse_args()
 

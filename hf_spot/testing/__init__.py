@@ -1,6 +1,6 @@
-"""Fakes that the tests, the demo and users share. They are real servers and real stores, with switches for faults.
+"""Fakes shared by the tests, the demo and users: real servers and real stores that can inject faults.
 
-``python -m hf_spot.testing --interrupt-after 5`` runs one of the servers and prints the variables that lead to it.
+``python -m hf_spot.testing --interrupt-after 5`` runs one of the servers and prints the variables that point to it.
 """
 
 from hf_spot.storage.faulty import FaultyStore

@@ -1,4 +1,4 @@
-"""Runs a faked metadata service: ``python -m hf_spot.testing --help``."""
+"""Run a fake metadata service: ``python -m hf_spot.testing --help``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ _CLOUDS: dict[str, Callable[[], FakeService]] = {"aws": FakeIMDS, "gcp": FakeGCP
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one until Ctrl-C. SIGUSR1 makes it announce an interruption at once."""
-    parser = argparse.ArgumentParser(prog="python -m hf_spot.testing", description="A cloud's metadata service, faked.")
-    parser.add_argument("--cloud", choices=_CLOUDS, default="aws", help="whose (aws)")
+    """Run a fake metadata service until Ctrl-C. On SIGUSR1 it announces an interruption immediately."""
+    parser = argparse.ArgumentParser(prog="python -m hf_spot.testing", description="Run a fake metadata service of a cloud.")
+    parser.add_argument("--cloud", choices=_CLOUDS, default="aws", help="the cloud to imitate (default: aws)")
     parser.add_argument("--interrupt-after", type=float, metavar="S", help="announce an interruption after S seconds")
-    parser.add_argument("--in", dest="in_s", type=float, default=120, metavar="S", help="its notice in seconds (120)")
+    parser.add_argument(
+        "--in",
+        dest="in_s",
+        type=float,
+        default=120,
+        metavar="S",
+        help="seconds from the announcement to the interruption (default: 120)",
+    )
     arguments = parser.parse_args(argv)
     with _CLOUDS[arguments.cloud]() as service:
         signal.signal(signal.SIGUSR1, lambda number, frame: service.interrupt(arguments.in_s))

@@ -1,4 +1,4 @@
-"""Alibaba Cloud's metadata service, faked."""
+"""A fake metadata service of Alibaba Cloud."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class FakeAlibaba(FakeSessionService):
     Usable as a context manager; everything may be called from any thread.
 
     Args:
-        hardened: False lets requests without a session token pass, as the service's normal mode does.
-        knows_tokens: False is an instance from before there were any.
+        hardened: False accepts requests without a session token, as the service's normal mode does.
+        knows_tokens: False imitates an old instance without support for tokens.
         host: the address to listen on.
         now: the wall clock.
-        clock: seconds, monotonic; tokens expire by it.
+        clock: monotonic seconds, for the expiry of tokens.
     """
 
     def __init__(
@@ -38,21 +38,21 @@ class FakeAlibaba(FakeSessionService):
         self._knows_tokens = knows_tokens
 
     def env(self) -> dict[str, str]:
-        """The variable that leads hf_spot to this server."""
+        """Return the variable that points hf_spot to this server."""
         return {"HF_SPOT_ALIBABA_METADATA_ENDPOINT": self.endpoint}
 
     def interrupt(self, in_s: float = 300) -> datetime:
-        """Announces that the instance will be released; returns when.
+        """Announce that the instance will be released. Return the time of the release.
 
         Args:
-            in_s: seconds from now; Alibaba gives five minutes.
+            in_s: seconds from now; the real service announces it five minutes ahead.
         """
         deadline = self._now() + timedelta(seconds=in_s)
         self.answer(_TERMINATION, stamp(deadline))
         return deadline.replace(microsecond=0)
 
     def cancel(self) -> None:
-        """Takes back what `interrupt` announced."""
+        """Withdraw the announcement of `interrupt`."""
         self._forget(_TERMINATION)
 
     def _without_token(self) -> int:

@@ -1,4 +1,4 @@
-"""EC2's metadata service, faked."""
+"""A fake metadata service of EC2."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _REBALANCE = "events/recommendations/rebalance"
 class FakeIMDS(FakeSessionService):
     """EC2's instance metadata service, version 2, as a real HTTP server on a free port of the loopback interface.
 
-    As strict as the real one: a session token must be fetched by PUT with a time to live, an absent, unknown or expired
-    token is answered 401, a request that came through a proxy 403, and what is not announced 404.
+    As strict as the real one: a session token must be fetched by PUT with a time to live; a missing, unknown or expired
+    token gives 401, a request through a proxy 403, and a path without an announcement 404.
 
     Usable as a context manager; everything may be called from any thread.
 
     Args:
         host: the address to listen on; one with a colon is IPv6.
-        port: to listen on; 0 takes a free one.
-        redate: announce the interruption as two minutes (or what `interrupt` said) from each request, as AWS's emulator
-            amazon-ec2-metadata-mock does, instead of for one fixed moment.
-        metadata: further paths below ``/latest/meta-data/``, or whole ones that begin with a slash, and what they answer.
-        hop_limit: how many routers the answer with a session token may pass, as EC2's ``HttpPutResponseHopLimit``: with 1 it
-            does not get into a container behind a bridge. None sets no limit.
+        port: the port to listen on; 0 for any free one.
+        redate: announce the interruption relative to each request (by default two minutes later), as AWS's emulator
+            amazon-ec2-metadata-mock does, instead of at a fixed time.
+        metadata: responses of further paths, below ``/latest/meta-data/`` or absolute ones that begin with a slash.
+        hop_limit: hop limit of the response with a session token, as EC2's ``HttpPutResponseHopLimit``: with 1 it does not
+            reach a container behind a bridge. None for no limit.
         now: the wall clock.
-        clock: seconds, monotonic; tokens expire by it.
+        clock: monotonic seconds, for the expiry of tokens.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class FakeIMDS(FakeSessionService):
             self.answer(path, body)
 
     def env(self) -> dict[str, str]:
-        """The variables that lead a process to this server."""
+        """Return the variables that point a process to this server."""
         return {"AWS_EC2_METADATA_SERVICE_ENDPOINT": self.endpoint, "AWS_EC2_METADATA_DISABLED": "false"}
 
     def interrupt(self, in_s: float = 120, action: str = "terminate") -> datetime:
-        """Announces that the instance will be interrupted; returns when.
+        """Announce that the instance will be interrupted. Return the time of the interruption.
 
         Args:
             in_s: seconds from now.
@@ -70,11 +70,11 @@ class FakeIMDS(FakeSessionService):
         return deadline.replace(microsecond=0)
 
     def rebalance(self) -> None:
-        """Recommends to move away."""
+        """Announce a rebalance recommendation."""
         noticed = self._now()
         self._set(_REBALANCE, lambda: json.dumps({"noticeTime": stamp(self._now() if self.redate else noticed)}))
 
     def cancel(self) -> None:
-        """Takes back what `interrupt` and `rebalance` announced."""
+        """Withdraw the announcements of `interrupt` and `rebalance`."""
         self._forget(_ACTION)
         self._forget(_REBALANCE)

@@ -1,4 +1,4 @@
-"""Azure's Scheduled Events, faked."""
+"""A fake of Azure's Scheduled Events."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _VERSIONS = ("2017-08-01", "2017-11-01", "2019-01-01", "2019-04-01", "2019-08-01
 
 
 class FakeAzure(FakeService):
-    """The part of Azure's instance metadata service that tells of Scheduled Events, as a real HTTP server on loopback.
+    """The part of Azure's instance metadata service for Scheduled Events, as a real HTTP server on loopback.
 
-    Requests need the header ``Metadata: true`` and a version, and may not have come through a proxy: 400. So are requests to
-    start an event that isn't scheduled.
+    Requests need the header ``Metadata: true`` and a version, and must not come through a proxy; otherwise they get 400, as
+    does a request to start an event that isn't scheduled.
 
     Usable as a context manager; everything may be called from any thread.
 
     Args:
-        name: of this machine.
-        first_answer_s: how long the very first answer takes, while Azure begins to watch the machine.
+        name: name of this machine.
+        first_answer_s: duration of the very first response, while Azure enables Scheduled Events for the machine.
         host: the address to listen on.
         now: the wall clock.
     """
@@ -47,16 +47,16 @@ class FakeAzure(FakeService):
         super().__init__(host=host, now=now)
 
     def env(self) -> dict[str, str]:
-        """The variable that leads hf_spot to this server."""
+        """Return the variable that points hf_spot to this server."""
         return {"HF_SPOT_AZURE_METADATA_ENDPOINT": self.endpoint}
 
     def interrupt(self, in_s: float = 30, kind: str = "Preempt", resources: Sequence[str] | None = None) -> datetime:
-        """Schedules an event; returns when it may begin.
+        """Schedule an event. Return the earliest time at which it begins.
 
         Args:
             in_s: seconds from now.
             kind: ``Preempt``, ``Terminate``, ``Redeploy``, ``Reboot`` or ``Freeze``.
-            resources: the machines that it concerns; this one, if none are named.
+            resources: names of the affected machines; None for this one.
         """
         not_before = (self._now() + timedelta(seconds=in_s)).astimezone(timezone.utc).replace(microsecond=0)
         event = {
@@ -76,20 +76,20 @@ class FakeAzure(FakeService):
         return not_before
 
     def begin(self) -> None:
-        """Azure starts what is scheduled."""
+        """Start all scheduled events."""
         with self._lock:
             for event in self._events:
                 self._start(event)
 
     def cancel(self) -> None:
-        """Takes every event off the schedule."""
+        """Remove all events from the schedule."""
         with self._lock:
             self._events.clear()
             self._incarnation += 1
 
     @property
     def acknowledged(self) -> list[str]:
-        """The ids of the events that a machine has asked to start, in the order of the requests."""
+        """Return the ids of the events that a machine has acknowledged, in the order of the requests."""
         with self._lock:
             return list(self._acknowledged)
 

@@ -1,4 +1,4 @@
-"""Google Cloud's metadata server, faked."""
+"""A fake metadata server of Google Cloud."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _INSTANCE = "/computeMetadata/v1/instance/"
 class FakeGCP(FakeService):
     """Google Cloud's metadata server, as a real HTTP server on a free port of the loopback interface.
 
-    Requests need the header ``Metadata-Flavor: Google`` and may not have come through a proxy: 403. With
-    ``wait_for_change=true`` the answer comes when the value is another one than that of ``last_etag`` (without it: when it
+    Requests need the header ``Metadata-Flavor: Google`` and must not come through a proxy; otherwise they get 403. With
+    ``wait_for_change=true`` the response is sent when the value differs from that of ``last_etag`` (without it: when it
     changes), or after ``timeout_sec``.
 
     Usable as a context manager; everything may be called from any thread.
@@ -31,33 +31,33 @@ class FakeGCP(FakeService):
         super().__init__(host=host, now=now)
 
     def env(self) -> dict[str, str]:
-        """The variables that lead a process to this server."""
+        """Return the variables that point a process to this server."""
         return {"GCE_METADATA_HOST": self.address, "NO_GCE_CHECK": "false"}
 
     def interrupt(self, in_s: float = 30) -> datetime:
-        """Announces that the machine is preempted; returns when it should be gone.
+        """Announce that the machine is preempted. Return the time at which it should be gone.
 
         Args:
-            in_s: seconds from now, which the real server doesn't tell.
+            in_s: seconds from now, which the real server does not state.
         """
         self.answer("preempted", "TRUE")
         return self._now() + timedelta(seconds=in_s)
 
     def maintain(self, event: str = "TERMINATE_ON_HOST_MAINTENANCE") -> None:
-        """Announces maintenance of the host.
+        """Announce maintenance of the host.
 
         Args:
-            event: or ``MIGRATE_ON_HOST_MAINTENANCE``.
+            event: ``TERMINATE_ON_HOST_MAINTENANCE`` or ``MIGRATE_ON_HOST_MAINTENANCE``.
         """
         self.answer("maintenance-event", event)
 
     def cancel(self) -> None:
-        """Takes back what `interrupt` and `maintain` announced."""
+        """Withdraw the announcements of `interrupt` and `maintain`."""
         self.answer("preempted", "FALSE")
         self.answer("maintenance-event", "NONE")
 
     def answer(self, path: str, body: str) -> None:
-        """Makes ``path`` below ``instance/`` answer ``body``, whatever that is."""
+        """Set the response of ``path`` below ``instance/``, which may be invalid."""
         with self._changed:
             self._values[path] = body
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""What the faked metadata services have in common: a real HTTP server, with switches for faults and a list of requests."""
+"""The base of the fake metadata services: a real HTTP server that can inject faults and records its requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _METADATA = "/latest/meta-data/"
 
 @dataclass(frozen=True)
 class Request:
-    """One request that was answered: ``headers`` have lower-case names."""
+    """One answered request; ``headers`` have lower-case names."""
 
     method: str
     path: str
@@ -40,9 +40,9 @@ class FakeService(ABC):
 
     Args:
         host: the address to listen on; one with a colon is IPv6.
-        port: to listen on; 0 takes a free one.
-        hop_limit: how many routers the answer to a PUT may pass, as EC2's ``HttpPutResponseHopLimit``: with 1 it does not get
-            into a container behind a bridge. None sets no limit.
+        port: the port to listen on; 0 for any free one.
+        hop_limit: hop limit of the response to a PUT, as EC2's ``HttpPutResponseHopLimit``: with 1 it does not reach a
+            container behind a bridge. None for no limit.
         now: the wall clock.
     """
 
@@ -68,14 +68,14 @@ class FakeService(ABC):
         self.endpoint = f"http://{self.address}"
 
     def start(self: Self) -> Self:
-        """Begins to answer; returns itself."""
+        """Start answering. Return this service."""
         name = type(self).__name__
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name=name, daemon=True)
         self._thread.start()
         return self
 
     def stop(self) -> None:
-        """Stops answering and frees the port."""
+        """Stop answering and free the port."""
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
@@ -92,37 +92,37 @@ class FakeService(ABC):
 
     @abstractmethod
     def env(self) -> dict[str, str]:
-        """The variables that lead a process to this server."""
+        """Return the variables that point a process to this server."""
 
     @abstractmethod
     def interrupt(self, in_s: float) -> datetime:
-        """Announces that the machine will be taken ``in_s`` seconds from now; returns when."""
+        """Announce that the machine will be taken away ``in_s`` seconds from now. Return that time."""
 
     @abstractmethod
     def cancel(self) -> None:
-        """Takes back what was announced."""
+        """Withdraw the announcement."""
 
-    # -- what goes wrong ----------------------------------------------------------------------------------------------
+    # -- faults -------------------------------------------------------------------------------------------------------
 
     def fail(self, status: int, times: int = 1, body: str = "", headers: Mapping[str, str] | None = None) -> None:
-        """Answers the next ``times`` requests with this HTTP status, this text and these headers.
+        """Answer the next ``times`` requests with this HTTP status, body and headers.
 
-        A ``Location`` makes it a redirect; with ``Connection: close`` and a ``Content-Length`` that is too large the answer
-        breaks off.
+        A ``Location`` makes it a redirect; with ``Connection: close`` and a ``Content-Length`` that is too large the response
+        is truncated.
         """
         with self._lock:
             self._failures += [(status, body, dict(headers or {}))] * times
 
     def stall(self, seconds: float) -> None:
-        """Waits so long before each answer from now on; 0 ends it."""
+        """Delay each response by some seconds from now on; 0 ends the delay."""
         with self._lock:
             self._stall_s = seconds
 
-    # -- what was asked -----------------------------------------------------------------------------------------------
+    # -- requests -----------------------------------------------------------------------------------------------------
 
     @property
     def requests(self) -> list[Request]:
-        """Every request so far, in the order of the answers."""
+        """Return every request so far, in the order of the responses."""
         with self._lock:
             return list(self._requests)
 
@@ -139,20 +139,20 @@ class FakeService(ABC):
 
     @abstractmethod
     def _decide(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Response:
-        """The answer, with its headers; called with the lock held."""
+        """Return the response to a request; called with the lock held."""
 
 
 class FakeSessionService(FakeService):
-    """One that asks for session tokens, as EC2 and Alibaba have it: a token is fetched by PUT with a time to live, an absent,
-    unknown or expired one is answered 401, and what is not announced 404.
+    """A service with session tokens, like those of EC2 and Alibaba: a token is fetched by PUT with a time to live, a missing,
+    unknown or expired one gives 401, and a path without an announcement 404.
 
     Args:
-        header: that carries the token.
+        header: header that carries the token.
         host: as for `FakeService`.
         now: the wall clock.
         port: as for `FakeService`.
-        hop_limit: likewise.
-        clock: seconds, monotonic; tokens expire by it.
+        hop_limit: as for `FakeService`.
+        clock: monotonic seconds, for the expiry of tokens.
     """
 
     def __init__(
@@ -172,24 +172,24 @@ class FakeSessionService(FakeService):
         super().__init__(host=host, port=port, hop_limit=hop_limit, now=now)
 
     def answer(self, path: str, body: str) -> None:
-        """Makes ``path`` below ``/latest/meta-data/``, or a whole path, answer ``body``, whatever that is."""
+        """Set the response of ``path`` below ``/latest/meta-data/``, or of an absolute path. It may be invalid."""
         self._set(path, lambda: body)
 
     def expire_tokens(self) -> None:
-        """Forgets every session token."""
+        """Invalidate every session token."""
         with self._lock:
             self._tokens.clear()
 
     def _set(self, path: str, body: Callable[[], str]) -> None:
         with self._lock:
-            self._answers[_whole(path)] = body
+            self._answers[_absolute(path)] = body
 
     def _forget(self, path: str) -> None:
         with self._lock:
-            self._answers.pop(_whole(path), None)
+            self._answers.pop(_absolute(path), None)
 
     def _without_token(self) -> int:
-        """The status for a request that shows no token; 200 lets it pass."""
+        """Return the status for a request without a token; 200 accepts it."""
         return 401
 
     def _decide(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Response:
@@ -210,16 +210,16 @@ class FakeSessionService(FakeService):
             status = self._without_token()
         if status != 200:
             return status, "", {}
-        said = self._answers.get(_whole(path))
-        return (404, "", {}) if said is None else (200, said(), {})
+        found = self._answers.get(_absolute(path))
+        return (404, "", {}) if found is None else (200, found(), {})
 
 
-def _whole(path: str) -> str:
+def _absolute(path: str) -> str:
     return (path if path.startswith("/") else _METADATA + path).rstrip("/")
 
 
 def stamp(moment: datetime) -> str:
-    """A time as EC2 and Alibaba write it."""
+    """Format a time as EC2 and Alibaba do."""
     return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -240,7 +240,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
-        # HTTPServer's own looks up the host's name, which may ask a name server and wait for it.
+        # HTTPServer's own method looks up the host's name, which may wait for a DNS server.
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = "localhost", self.server_address[1]
 
@@ -251,25 +251,25 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 30
-    wbufsize = -1  # one packet an answer
+    wbufsize = -1  # one packet per response
 
     def _answer(self) -> None:
         assert isinstance(self.server, _Server)
-        asked = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
-        status, body, extra = self.server.respond(self.command, self.path, headers, asked)
+        status, body, extra = self.server.respond(self.command, self.path, headers, content)
         if self.command == "PUT" and self.server.hop_limit is not None:
             inet6 = self.connection.family == socket.AF_INET6
             level, option = (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS) if inet6 else (socket.IPPROTO_IP, socket.IP_TTL)
             self.connection.setsockopt(level, option, self.server.hop_limit)
-        content = body.encode()
+        answer = body.encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "text/plain", "Content-Length": str(len(content)), **extra}.items():
+        for name, value in {"Content-Type": "text/plain", "Content-Length": str(len(answer)), **extra}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(answer)
 
     do_GET = do_PUT = do_POST = _answer
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: `FakeService.requests` is the log."""
+        """Log nothing: `FakeService.requests` is the log."""

@@ -41,7 +41,7 @@ def test_the_demo_on_a_real_s3_server(
     ended = [entry.kind for entry in Run(s3_url).events() if entry.kind in ("preempted", "failed", "finished")]
     assert ended == ["preempted", "finished"]
     assert main(["demo", "--store", s3_url, "--plot", str(plot)]) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
 
 
 def losses(path: Path, steps: range, nudge: float = 0.0) -> None:

@@ -188,9 +188,7 @@ def test_the_command_prints_a_line_and_a_repair_for_each_check(
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "warn  gpu           no nvidia-smi: training would run on the CPU" in lines
-    assert lines[lines.index("warn  gpu           no nvidia-smi: training would run on the CPU") + 1].startswith(
-        "      Try: "
-    )
+    assert lines[lines.index("warn  gpu           no nvidia-smi: training would run on the CPU") + 1].startswith("      Try: ")
     assert main(["doctor", "--json"]) == 0
     assert {"level": "warn", "check": "gpu"}.items() <= json.loads(capsys.readouterr().out)[-2].items()
 

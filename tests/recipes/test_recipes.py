@@ -289,7 +289,7 @@ def test_the_hook_before_the_stop_is_a_notice_with_the_deadline_of_the_pod(recip
 
 
 def test_a_run_in_a_directory_of_a_pod_is_refused() -> None:
-    with pytest.raises(ConfigError, match="gone with the pod"):
+    with pytest.raises(ConfigError, match="lost with the pod"):
         render.kubernetes(store="/data/run", script="train.py", name="a", gpus=1, image="i", grace_s=1)
 
 
@@ -454,7 +454,7 @@ def test_the_api_of_sagemaker_takes_the_request_for_a_spot_job(recipe: Print) ->
 
 def test_a_store_that_sagemaker_would_lose_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", "sagemaker", "--store", "/opt/ml/checkpoints"]) == 2
-    assert "keeps its run in S3" in capsys.readouterr().err
+    assert "needs a run in S3" in capsys.readouterr().err
 
 
 # -- EC2 ---------------------------------------------------------------------------------------------------------------
