@@ -45,7 +45,8 @@ class Checkpoint:
 class CommitRequest:
     """What is to be said about a checkpoint when it is committed; `Checkpoint` gives the meanings.
 
-    ``part`` of ``parts``: which disk's files these are, when a training's machines each write to their own.
+    ``part`` of ``parts``: which disk's files these are, when a training's machines each write to their own. ``apart``: what
+    sets its files apart from those of an earlier checkpoint of the same step; empty where there is none.
     """
 
     step: int
@@ -57,6 +58,7 @@ class CommitRequest:
     details: dict[str, Any] | None = None
     part: int = 0
     parts: int = 1
+    apart: str = ""
 
     def prefix(self, launch: int) -> str:
         """Key in the store under which the files of this checkpoint stand, without a slash at its end.
@@ -66,7 +68,21 @@ class CommitRequest:
         """
         stage = "" if self.stage == 1 else f"/stage-{self.stage}"
         pushed = "/pushed" if self.reason == "push" else ""  # never where the launch itself writes
-        return f"e{launch:04d}{pushed}{stage}/checkpoint-{self.step}"
+        return f"e{launch:04d}{pushed}{stage}/checkpoint-{self.step}{f'-{self.apart}' if self.apart else ''}"
+
+
+def check_resumable(checkpoint: Checkpoint, url: str) -> None:
+    """Check that a committed checkpoint has every file that a resume reads; what was pushed by hand may be a model alone.
+
+    Raises:
+        IncompleteCheckpoint: a file is missing.
+    """
+    missing = missing_for_resume((file.path for file in checkpoint.files), checkpoint.details.get("world_size", 1))
+    if missing:
+        raise IncompleteCheckpoint(
+            f"{checkpoint.name} of {url} lacks {', '.join(missing)}: no training can resume from it",
+            hint=f"another --step of: hf-spot checkpoints ls {url}",
+        )
 
 
 def check_whole(request: CommitRequest, paths: Iterable[str], where: object) -> None:

@@ -108,6 +108,11 @@ def missing_for_resume(paths: Iterable[str], world_size: int) -> list[str]:
     return [label for label, pattern in needed.items() if not any(re.fullmatch(pattern, name) for name in names)]
 
 
+def has_weights(paths: Iterable[str]) -> bool:
+    """Whether ``paths`` has a model's or an adapter's weights, in one of the forms that Trainer writes."""
+    return any(re.fullmatch(next(iter(_NEEDED.values())), name) for name in paths)
+
+
 # What one rank alone reads: Trainer's random states, what hf_spot adds to them, and DeepSpeed's shards.
 _OF_ONE_RANK = re.compile(
     r"(?:.*/)?(?:rng_state_(\d+)\.pth|random_states/[^/]*_(\d+)\.[a-z]+|[a-z0-9_]*zero_pp_rank_(\d+)_[^/]*)"

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from hf_spot.errors import CorruptCheckpoint, IncompleteCheckpoint, ObjectNotFound
-from hf_spot.run.checkpoint import Checkpoint
+from hf_spot.run.checkpoint import Checkpoint, check_resumable
 from hf_spot.run.journal import CheckpointRef
 from hf_spot.run.run import Run
 from hf_spot.runtime import Prefetched
@@ -103,6 +103,7 @@ def restore_checkpoint(
         StoreError: the store could not be asked.
     """
     checkpoint = run.checkpoint(ref)
+    check_resumable(checkpoint, run.url)
     folder = output_dir / checkpoint.name
     if checkpoint.details.get("world_size") != world_size:
         ranks = None

@@ -7,27 +7,34 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Collection, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from hf_spot.errors import ConfigError, CorruptCheckpoint, IncompleteCheckpoint, NoCheckpoint
+from hf_spot.errors import ConfigError, CorruptCheckpoint, NoCheckpoint
 from hf_spot.policy.retention import to_prune
 from hf_spot.run import transfer
-from hf_spot.run.checkpoint import Checkpoint, CommitRequest, check_whole
+from hf_spot.run.checkpoint import Checkpoint, CommitRequest, check_resumable, check_whole
 from hf_spot.run.dedup import Unchanged
 from hf_spot.run.journal import BY_HAND, CheckpointRef, Entry, Journal, RunState
-from hf_spot.run.manifest import FileEntry, check_names, difference, files_in, missing_for_resume, needed_by
+from hf_spot.run.manifest import FileEntry, check_names, difference, files_in, has_weights, missing_for_resume, needed_by
 from hf_spot.run.seal import key_from
 from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import leftovers, probe
-from hf_spot.storage.store import ObjectStore, Progress
+from hf_spot.storage.store import ObjectStore, Progress, fences
 
 log = logging.getLogger("hf_spot")
 
+_TAKEN = ".taken"
 _LAUNCH_FOLDER = re.compile(r"^e(\d{4,})/")
+
+
+def _mark(prefix: str) -> str:
+    """Key of the object that says that a push writes under ``prefix``."""
+    return f"{prefix}/{_TAKEN}"
 
 
 class Run:
@@ -124,12 +131,8 @@ class Run:
                 hint=f"mv {folder} {folder.with_name('my-' + folder.name)}",
             )
         into.mkdir(parents=True, exist_ok=True)
-        missing = missing_for_resume((file.path for file in checkpoint.files), checkpoint.details.get("world_size", 1))
-        if missing and checkpoint.reason != "push":
-            raise IncompleteCheckpoint(
-                f"{checkpoint.name} of {self.url} lacks {', '.join(missing)}",
-                hint=f"another --step of: hf-spot checkpoints ls {self.url}",
-            )
+        if checkpoint.reason != "push":
+            check_resumable(checkpoint, self.url)
         transfer.download(self.store, checkpoint.ref.prefix, files, folder, workers=self._workers, progress=progress)
         self.remember(checkpoint, ranks=ranks)
         return folder
@@ -246,14 +249,16 @@ class Run:
         return self.journal.append("commit", data, id=id)
 
     def push(self, folder: str | PathLike[str], step: int | None = None, *, progress: Progress | None = None) -> Checkpoint:
-        """Uploads and commits a local folder, beside whatever launch is running: nobody is fenced.
+        """Upload and commit a local folder, beside whatever launch is running: nobody is fenced.
+
+        Nothing that stands is touched: its files get a place of their own, and are nobody's until the commit.
 
         Args:
             folder: such as ``out/checkpoint-500``.
             step: needed when the folder's name doesn't end in it.
 
         Raises:
-            ConfigError: no such folder, or no step.
+            ConfigError: no such folder, no step, no checkpoint, or the run is finished.
         """
         path = Path(folder)
         if not path.is_dir():
@@ -261,12 +266,38 @@ class Run:
         match = re.fullmatch(r"checkpoint-(\d+)", path.resolve().name)
         if step is None and match is None:
             raise ConfigError(f"{path} does not say which step it is", hint="add --step N")
-        world_size = max(1, sum(bool(re.fullmatch(r"rng_state_\d+\.pth", name)) for name in files_in(path)))
         number = int(match[1]) if step is None and match else step or 0
-        request = CommitRequest(step=number, reason="push", world_size=world_size)
+        if number < 0:
+            raise ConfigError(f"--step {number} is no step", hint="add --step N")
+        names = files_in(path)
+        if not has_weights(names):
+            raise ConfigError(
+                f"{path} is no checkpoint: it has no weights, such as model.safetensors",
+                hint="hf-spot checkpoints push RUN out/checkpoint-500, a folder that Trainer wrote",
+            )
+        world_size = max(1, sum(bool(re.fullmatch(r"rng_state_\d+\.pth", name)) for name in names))
+        if missing := missing_for_resume(names, world_size):
+            log.warning("%s lacks %s: it can be pulled, and no training can resume from it", path, ", ".join(missing))
         self.join()
+        if self.journal.state.ended == "finished":
+            raise ConfigError(
+                f"{self.url} is finished: nothing would be trained from what is pushed there",
+                hint=f"hf-spot checkpoints push ANOTHER-RUN {path}, and launch that",
+            )
+        request = self._place_for(CommitRequest(step=number, reason="push", world_size=world_size))
         entry = self.commit(request, self.upload(path, request, progress=progress))
-        return self._from_entry(entry, entry.state.checkpoints[-1])
+        self.store.delete([_mark(request.prefix(self.launch))])
+        return self._from_entry(entry, next(ref for ref in entry.state.checkpoints if ref.entry == entry.number))
+
+    def _place_for(self, request: CommitRequest) -> CommitRequest:
+        """The request with a place that is nobody else's: where nothing stands, and that is marked as taken first."""
+        prefix = request.prefix(self.launch)
+        if not any(True for _ in self.store.list(f"{prefix}/")) and self.store.create(_mark(prefix), uuid.uuid4().hex.encode()):
+            # Another push may have been committed there, and pruned, since the journal was read.
+            if fences(self.store) and all(ref.prefix != prefix for ref in self.journal.refresh().checkpoints):
+                return request
+            self.store.delete([_mark(prefix)])
+        return replace(request, apart=uuid.uuid4().hex[:12])
 
     def prune(self, save_total_limit: int | None) -> list[CheckpointRef]:
         """Takes old checkpoints out of the run, then deletes their files; returns what went.

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,6 +46,7 @@ class _Job:
     request: CommitRequest
     size_bytes: int
     queued: float
+    files: list[FileEntry] | None = None  # once they are in place
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -95,6 +97,8 @@ class Uploader:
         self._clock = clock
         self._changed = threading.Condition()
         self._waiting: list[_Job] = []
+        self._standing = frozenset(ref.prefix for ref in run.journal.state.checkpoints)
+        self._times: Counter[tuple[int, int]] = Counter()  # that a stage's step was submitted
         self._given_up: list[CommitRequest] = []
         self._current: _Job | None = None
         self._began = 0.0
@@ -123,6 +127,7 @@ class Uploader:
         Raises:
             OSError: it can't be pinned; machine 0 will not wait for it.
         """
+        request = self._set_apart(request)
         pinned = self._pins / f"{request.stage}-{request.step}-{uuid.uuid4().hex[:8]}"
         try:
             transfer.pin(folder, pinned, elsewhere)
@@ -140,6 +145,18 @@ class Uploader:
                 self._drop(job)
             self._waiting.append(_Job(pinned, request, size_bytes, self._clock()))
             self._changed.notify_all()
+
+    def _set_apart(self, request: CommitRequest) -> CommitRequest:
+        """The request with a place in the store of its own: nothing is written where the files of a commit stand.
+
+        All machines of a launch come to the same place: they submit the same steps in the same order.
+        """
+        key = request.stage, request.step
+        number = self._times[key]
+        while (apart := replace(request, apart=str(number or ""))).prefix(self._run.launch) in self._standing:
+            number += 1
+        self._times[key] = number + 1
+        return apart
 
     def hurry(self, *, give_way: bool) -> None:
         """The machine is going: from now on the newest checkpoint goes first.
@@ -275,7 +292,10 @@ class Uploader:
             while self._given_up:
                 self._mailbox.hand_in(self._given_up[0], None)
                 self._given_up.pop(0)
-            files = self._run.upload(job.folder, job.request, progress=self._moved)
+            sent = job.files is None
+            if job.files is None:  # else only the answer to the commit was lost
+                job.files = self._run.upload(job.folder, job.request, progress=self._moved)
+            files = job.files
             upload_s = max(self._clock() - self._began, 1e-6)
             if job.request.part:
                 self._mailbox.hand_in(job.request, files)
@@ -309,7 +329,8 @@ class Uploader:
             log_always(logging.ERROR, _RETRIED, name, self._run.url, f"{type(error).__name__}: {error}")
             log.debug("the upload of %s", name, exc_info=True)
             return error
-        self._bytes_per_s, self._commit_s = job.size_bytes / upload_s, took_s - upload_s
+        self._bytes_per_s = job.size_bytes / upload_s if sent else self._bytes_per_s
+        self._commit_s = took_s - upload_s
         if entry is not None:
             log.info("%s committed to %s: %.1f MB in %.2f s", name, self._run.url, job.size_bytes / 1e6, took_s)
             self._after_commit(entry)
