@@ -211,7 +211,7 @@ def _report(args: argparse.Namespace) -> int:
 def _draw(args: argparse.Namespace, run: Run, report: Report) -> None:
     from hf_spot.economics.page import write_page
     from hf_spot.economics.plots import plot_timeline, timeline_svg
-    from hf_spot.economics.timeline import draw_up, losses_in
+    from hf_spot.economics.timeline import losses_in, make_timeline
 
     if not report.launches:
         raise ConfigError(f"{args.run} has not been launched yet, so there is nothing to draw", hint="hf-spot launch")
@@ -221,7 +221,7 @@ def _draw(args: argparse.Namespace, run: Run, report: Report) -> None:
             losses = losses_in(run.read(newest, "trainer_state.json"))
         except CorruptCheckpoint as error:
             print(f"hf-spot: the loss is not drawn: {error}", file=sys.stderr)
-    timeline = draw_up(report, losses, newest.ref.stage if newest else 1)
+    timeline = make_timeline(report, losses, newest.ref.stage if newest else 1)
     if args.plot:
         plot_timeline(args.plot, timeline, args.run)
     if args.html:

@@ -1,4 +1,4 @@
-"""A report as one HTML file: no script, and nothing to load from anywhere."""
+"""A report as one HTML file, without scripts and external resources."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; white-space: nowrap }
 td:last-child { white-space: normal }
 """
-# Belt and braces: a browser refuses whatever this file would still try to load.
+# As a safeguard, browsers then refuse to load anything from this file.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def write_page(path: Path, report: Report, url: str, picture: str | None) -> None:
-    """Writes the report.
+    """Write the report to a file.
 
     Args:
-        path: of the file.
-        report: of a run.
-        url: of the run.
-        picture: an ``<svg>`` element (`hf_spot.economics.plots.timeline_svg`); None for a run that nobody launched.
+        path: path of the file.
+        report: report of a run.
+        url: URL of the run.
+        picture: an ``<svg>`` element (`hf_spot.economics.plots.timeline_svg`); None for a run without launches.
 
     Raises:
         ConfigError: the file can't be written.
@@ -42,15 +42,15 @@ def write_page(path: Path, report: Report, url: str, picture: str | None) -> Non
 
 
 def page(report: Report, url: str, picture: str | None) -> str:
-    """The whole text of the file; see `write_page`."""
-    told = [f"<h1>{escape(url)}</h1>", f"<p>{escape(summary(report))}</p>"]
+    """Return the text of the file; see `write_page`."""
+    parts = [f"<h1>{escape(url)}</h1>", f"<p>{escape(summary(report))}</p>"]
     if picture is not None:
-        told += [f'<figure role="img" aria-label="timeline of the run">{picture}</figure>']
-        told += ["<h2>What the time went to</h2>", table([["", "time", "share", ""], *time_rows(report)])]
-        told += ["<h2>Launches</h2>", table(launch_rows(report))]
+        parts += [f'<figure role="img" aria-label="timeline of the run">{picture}</figure>']
+        parts += ["<h2>Where the time went</h2>", table([["", "time", "share", ""], *time_rows(report)])]
+        parts += ["<h2>Launches</h2>", table(launch_rows(report))]
         machines = machine_rows(report)
-        told += ["<h2>Machines and prices</h2>", table(machines)] if len(machines) > 1 else []
-        told += ["<h2>Cost</h2>", *(f"<p>{escape(line)}</p>" for line in money_lines(report))]
+        parts += ["<h2>Machines and prices</h2>", table(machines)] if len(machines) > 1 else []
+        parts += ["<h2>Cost</h2>", *(f"<p>{escape(line)}</p>" for line in money_lines(report))]
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -59,7 +59,7 @@ def page(report: Report, url: str, picture: str | None) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>hf_spot: {escape(url)}</title><style>{_STYLE}</style></head>",
             "<body>",
-            *told,
+            *parts,
             "</body></html>",
             "",
         ]
@@ -67,16 +67,16 @@ def page(report: Report, url: str, picture: str | None) -> str:
 
 
 def summary(report: Report) -> str:
-    """How the run stands, in one sentence."""
+    """Return the state of the run in one sentence."""
     if not report.launches:
-        return "Nobody has launched this run yet."
+        return "This run has not been launched yet."
     state = "finished" if report.finished else "not finished"
     head = f"{state}, step {report.committed_step} committed, {report.interruptions} interruptions"
     return f"{head}: {report.steps_lost} steps lost, {report.steps_redone} redone."
 
 
 def table(rows: list[list[str]]) -> str:
-    """A table of plain text; the first row are its titles."""
+    """Return plain text cells as an HTML table; the first row is the header."""
     head, *body = rows
     cells = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
     titles = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)

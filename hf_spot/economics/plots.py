@@ -1,4 +1,4 @@
-"""Pictures of runs. matplotlib is an extra: ``pip install 'hf_spot[plot]'``."""
+"""Plots of runs and simulations. matplotlib is an extra: ``pip install 'hf_spot[plot]'``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from hf_spot.economics.simulate import Result
 
-# Colours that people who confuse red and green can tell apart (https://jfly.uni-koeln.de/color/).
+# A palette for all kinds of colour vision (https://jfly.uni-koeln.de/color/).
 COLOURS = {
     "training": "#009E73",
     "redoing": "#D55E00",
@@ -31,11 +31,11 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Interruption:
-    """One end of a launch that was not the end of the run.
+    """The end of a launch before the end of the run.
 
     Args:
-        step: the last step that was trained.
-        committed_step: the step from which the next launch went on.
+        step: the last trained step.
+        committed_step: the step from which the next launch resumed.
         label: a word or two.
     """
 
@@ -45,7 +45,7 @@ class Interruption:
 
 
 def require_matplotlib() -> None:
-    """Raises ConfigError when there is none."""
+    """Raise ConfigError if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -59,17 +59,17 @@ def plot_losses(
     interruptions: Sequence[Interruption],
     title: str,
 ) -> None:
-    """Writes the loss curve of an interrupted run over that of its uninterrupted twin.
+    """Plot the loss curve of an interrupted run over that of its uninterrupted twin.
 
     Args:
-        path: of the image; its ending chooses the format.
+        path: image file; its extension determines the format.
         twin: loss by step.
-        launches: loss by step, one mapping a launch.
-        interruptions: marked by a line; steps that had to be repeated are shaded.
-        title: above the picture.
+        launches: loss by step, one mapping per launch.
+        interruptions: drawn as lines; repeated steps are shaded.
+        title: title of the plot.
 
     Raises:
-        ConfigError: matplotlib is missing, or can't write such a file.
+        ConfigError: matplotlib is missing, or can't write this file.
     """
     figure = _figure(9, 4.5)
     axes = figure.subplots()
@@ -90,21 +90,21 @@ def plot_losses(
 
 
 def plot_timeline(path: Path, timeline: Timeline, title: str) -> None:
-    """Writes what a run's time went to: a lane a machine, and the loss above.
+    """Plot where the time of a run went: one lane per machine, with the loss above.
 
     Args:
-        path: of the image; its ending chooses the format.
-        timeline: what to show.
-        title: above the picture.
+        path: image file; its extension determines the format.
+        timeline: the timeline to plot.
+        title: title of the plot.
 
     Raises:
-        ConfigError: matplotlib is missing, or can't write such a file.
+        ConfigError: matplotlib is missing, or can't write this file.
     """
     _save(_draw_timeline(timeline, title), path)
 
 
 def timeline_svg(timeline: Timeline, title: str) -> str:
-    """The same picture as an ``<svg>`` element that may stand in a page: it refers to nothing outside.
+    """Return the same plot as an ``<svg>`` element for a page, without external references.
 
     Raises:
         ConfigError: matplotlib is missing.
@@ -113,7 +113,7 @@ def timeline_svg(timeline: Timeline, title: str) -> str:
     import matplotlib
 
     written = io.StringIO()
-    # Text stays text, so that it can be searched and read aloud; the salt makes the same ids each time.
+    # Text stays text, for search and screen readers; the salt makes ids reproducible.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hf_spot"}):
         figure.savefig(written, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = written.getvalue()
@@ -121,15 +121,15 @@ def timeline_svg(timeline: Timeline, title: str) -> str:
 
 
 def plot_simulation(path: Path, results: Sequence[Result], title: str) -> None:
-    """Writes cost and wall-clock time of each row: mean, and from the lowest tenth to the highest.
+    """Plot cost and wall-clock time of each row: the mean, and the 10% and 90% quantiles.
 
     Args:
-        path: of the image; its ending chooses the format.
-        results: of a simulation.
-        title: above the picture.
+        path: image file; its extension determines the format.
+        results: results of a simulation.
+        title: title of the plot.
 
     Raises:
-        ConfigError: matplotlib is missing, or can't write such a file.
+        ConfigError: matplotlib is missing, or can't write this file.
     """
     figure = _figure(10, 1.6 + 0.5 * len(results))
     rows = range(len(results))
@@ -191,7 +191,7 @@ def _draw_timeline(timeline: Timeline, title: str) -> Figure:
     for number, (at_s, word) in enumerate(timeline.interruptions):
         for axes in (top, lanes):
             axes.axvline(at_s / unit_s, color=COLOURS["redoing"], linestyle="--", linewidth=0.8)
-        if number < 12:  # more words would lie over each other
+        if number < 12:  # more labels would overlap
             where = top.get_xaxis_transform()
             top.text(at_s / unit_s, 0.98, f" {word}", transform=where, rotation=90, va="top", fontsize=7, color="0.3")
     shown = [part for part in COLOURS if any(bar.part == part for bar in timeline.bars)]

@@ -1,4 +1,4 @@
-"""A run that has happened, and what the simulator makes of its machines: how well it foretells."""
+"""Replaying a real run in the simulator, to see how well the simulator predicts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from hf_spot.run.journal import Entry
 
 @dataclass(frozen=True)
 class Replay:
-    """A run, and what the simulator makes of its machines.
+    """A run compared with its simulation.
 
     Args:
-        goodput: of the run.
-        predicted: by the simulator.
-        wall_s: of the run.
-        predicted_wall_s: by the simulator.
+        goodput: goodput of the run.
+        predicted: goodput of the simulation.
+        wall_s: wall time of the run.
+        predicted_wall_s: wall time of the simulation.
     """
 
     goodput: float
@@ -41,12 +41,12 @@ class Replay:
 
 
 def replay(entries: Iterable[Entry]) -> Replay:
-    """Simulates a run from the means of what its journal tells, with machines that come and go as its machines did.
+    """Simulate a run with the means of its journal, on machines that start and end as the run's machines did.
 
-    A launch that ended without a word lived for some time after it; half the time between two saves is taken.
+    A launch without a recorded end lived for some time after its last entry; half the time between two saves is assumed.
 
     Raises:
-        ConfigError: the journal tells too little: nothing was measured, or nothing committed.
+        ConfigError: the journal has too little data: nothing was measured, or nothing committed.
     """
     kept = list(entries)
     report = summarise(kept)
@@ -56,8 +56,8 @@ def replay(entries: Iterable[Entry]) -> Replay:
     timings = [timing for launch in launches for timing in newest_timings(launch).values() if timing.steps]
     if not steps or not timings or not commits:
         raise ConfigError(
-            "this run's journal tells too little to replay it: no training in it was measured and committed",
-            hint="hf-spot report RUN shows what it tells",
+            "this run's journal has too little data for a replay: no training in it was measured and committed",
+            hint="hf-spot report RUN shows the data of the journal",
         )
     step_s = sum(timing.steps_s for timing in timings) / sum(timing.steps for timing in timings)
     gaps = [
@@ -67,7 +67,9 @@ def replay(entries: Iterable[Entry]) -> Replay:
         if after.step > before.step
     ]
     interval_s = (median(gaps) if gaps else steps) * step_s
-    warnings = [(launch.last_heard - launch.going).total_seconds() for launch in report.launches if launch.going]
+    warnings = [
+        (launch.last_heard - launch.terminated_since).total_seconds() for launch in report.launches if launch.terminated_since
+    ]
     training = Training(
         work_s=steps * step_s,
         start_s=fmean(timing.first_step_s for timing in timings),
@@ -86,11 +88,11 @@ def replay(entries: Iterable[Entry]) -> Replay:
             end_s += min(report.launches[number + 1].waited_s, (interval_s + training.stall_s) / 2)
         spells.append(((launch.began - began).total_seconds(), end_s))
     spells[-1] = (spells[-1][0], math.inf)
-    heard = iter([launch.going is None for launch in report.launches])
+    unannounced = iter([launch.terminated_since is None for launch in report.launches])
     trace = Trace(tuple(begin for begin, _ in spells), tuple(end for _, end in spells), math.inf)
     rung = Rung(0.0, "", "")
-    # A notice became a commit in the run; whether it would have by its mean times is not the question.
+    # In the run a notice became a commit, so it does in the simulation, even if the mean times say otherwise.
     answered = any(commit.get("reason") == "notice" for commit in commits)
     training = replace(training, commit_s=min(training.commit_s, training.warning_s)) if answered else training
-    outcome = run(training, [(rung, [trace])], 0.0, lambda: next(heard, True))
+    outcome = run(training, [(rung, [trace])], 0.0, lambda: next(unannounced, True))
     return Replay(report.goodput or 0.0, outcome.goodput, report.wall_s, outcome.wall_s)

@@ -1,8 +1,8 @@
-"""What happened to a run, where its time went and what it cost, read from its journal alone.
+"""What happened to a run, where its time went and what it cost, computed from its journal alone.
 
-Every second between the first claim and the last word belongs to exactly one part of one launch, or to the wait between two
-launches: the parts add up to the wall time. A second counts once, for the machine that wrote the journal; where several
-train together, it is paid that many times.
+Every second between the first claim and the last entry belongs to exactly one part of one launch, or to the wait between two
+launches: the parts add up to the wall time. Time counts once, for the machine that wrote the journal; its cost counts for
+every machine that trained.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from hf_spot.run.journal import BY_HAND, ENDINGS, Entry
 PARTS = ("training", "redoing", "saving", "restoring", "starting", "ending", "other")
 PART_MEANS = {
     "training": "steps done for the first time, and evaluations",
-    "redoing": "steps that had been done before, and were lost",
-    "saving": "training stood still for a save",
-    "restoring": "the checkpoint was fetched and checked",
+    "redoing": "steps done again after they were lost",
+    "saving": "training paused for a save",
+    "restoring": "fetching and verifying the checkpoint",
     "starting": "from the claim to the first step, without the restore",
-    "ending": "from a notice to the last word, after the last step and save",
-    "other": "the end of the last upload, and what nobody measured",
-    "waiting": "no machine had the run",
+    "ending": "from a notice to the last entry, after the last step and save",
+    "other": "the end of the last upload, and unmeasured time",
+    "waiting": "no machine was running the training",
 }
 FREE_FIRST_HOUR = "https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/billing-for-interrupted-spot-instances.html"
-_INNER = ("process", "stage", "marks", "heard", "going")
+_INNER = ("process", "stage", "marks", "first_notice", "terminated_since")
 _WORDS = ("commit", "notice", *ENDINGS)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What a training has measured since its launch began; `hf_spot.training` writes it into commits and endings.
+    """The measurements of a training since its launch began; `hf_spot.training` writes them into commits and endings.
 
     Args:
-        restore_s: fetching what is resumed from.
-        first_step_s: from the claim to the begin of the first step; 0 before it.
-        steps_s: in training steps, and the evaluations between them.
-        stalled_s: training stood still for saves.
-        steps: done in this launch.
-        step: reached.
+        restore_s: seconds for fetching the checkpoint.
+        first_step_s: seconds from the claim to the start of the first step; 0 before it.
+        steps_s: seconds in training steps, and the evaluations between them.
+        stalled_s: seconds for which training paused for saves.
+        steps: number of steps in this launch.
+        step: the step that was reached.
     """
 
     restore_s: float = 0.0
@@ -54,16 +54,16 @@ class Timing:
 
     @property
     def elapsed_s(self) -> float:
-        """From the claim to here, as far as it was measured."""
+        """Return the measured seconds since the claim."""
         return self.first_step_s + self.steps_s + self.stalled_s
 
     @classmethod
     def of(cls, data: dict[str, Any]) -> Timing | None:
-        """What an entry tells; None for those of an hf_spot that did not measure, and for what makes no sense."""
-        told = data.get("timing")
-        if not isinstance(told, dict):
+        """Return the measurements in an entry; None if there are none, as in older runs, or if they are invalid."""
+        fields = data.get("timing")
+        if not isinstance(fields, dict):
             return None
-        values = {name: told.get(name) or 0 for name in cls.__dataclass_fields__}
+        values = {name: fields.get(name) or 0 for name in cls.__dataclass_fields__}
         if not all(isinstance(one, (int, float)) and math.isfinite(one) and one >= 0 for one in values.values()):
             return None
         return cls(**{**values, "steps": int(values["steps"]), "step": int(values["step"])})
@@ -71,13 +71,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class Mark:
-    """What was known at one time of a launch.
+    """The state of a launch at one of its entries.
 
     Args:
-        time: of the entry.
-        stage: which of the script's trainings.
-        step: reached.
-        timing: what was measured; None when nothing was.
+        time: time of the entry.
+        stage: number of the script's training.
+        step: the step that was reached.
+        timing: the measurements; None if there are none.
     """
 
     time: datetime
@@ -88,30 +88,30 @@ class Mark:
 
 @dataclass
 class Launch:
-    """One claim of the run and what came of it.
+    """One launch of the run.
 
     Args:
-        number: of the launch.
-        began: when it claimed the run; when the same process had launched before, the end of that launch, because it held
-            the machine in between.
-        hostname: the machine's name, where it was recorded.
-        machine: what the claim told of the machine and its price (see `hf_spot.run.machine_info`).
-        machines: how many train together; the price of the first is taken for all.
-        resumed_step: the step from which it trained.
-        committed_step: the newest committed step of it and those before.
+        number: number of the launch.
+        began: when it claimed the run; if the same process ran the previous launch, the end of that one, because it held the
+            machine in between.
+        hostname: name of the machine, if recorded.
+        machine: the machine and its price, as recorded in the claim (see `hf_spot.run.machine_info`).
+        machines: number of machines that train together; the price of the first is used for all.
+        resumed_step: the step from which it resumed.
+        committed_step: the newest committed step of this and previous launches.
         reached_step: the last step that is known to be done.
-        commits: how many checkpoints it committed.
-        notices: how many preemption notices it heard.
-        ended: ``preempted``, ``finished``, ``failed``, or ``no word`` when nothing more was heard of it.
+        commits: number of checkpoints that it committed.
+        notices: number of preemption notices that it detected.
+        ended: ``preempted``, ``finished``, ``failed``, or ``no word`` if the journal has no end of it.
         last_heard: time of its last entry.
-        notice_to_commit_s: seconds from its first notice to the commit made because of it; None without one.
-        steps_lost: steps trained and not committed when it ended; None when nobody could tell (``no word``).
-        steps_redone: of its steps, those that a launch before had done.
-        waited_s: without a machine, before it.
-        wall_s: from ``began`` to ``last_heard``.
+        notice_to_commit_s: seconds from its first notice to the resulting commit; None without one.
+        steps_lost: steps trained but not committed when it ended; None if unknown (``no word``).
+        steps_redone: number of its steps that a previous launch had already done.
+        waited_s: seconds without a machine before this launch.
+        wall_s: seconds from ``began`` to ``last_heard``.
         parts: seconds for each of `PARTS`; they add up to ``wall_s``.
-        measured: it told where its time went; else all of it is in ``other``.
-        cost_usd: ``wall_s`` at its price; None when that is not known.
+        measured: whether it recorded where its time went; otherwise all of it is in ``other``.
+        cost_usd: cost of ``wall_s``; None if the price is unknown.
     """
 
     number: int
@@ -137,27 +137,27 @@ class Launch:
     process: tuple[Any, ...] = field(default=(), repr=False)
     stage: int = field(default=1, repr=False)
     marks: list[Mark] = field(default_factory=list, repr=False)
-    heard: datetime | None = field(default=None, repr=False)
-    going: datetime | None = field(default=None, repr=False)
+    first_notice: datetime | None = field(default=None, repr=False)
+    terminated_since: datetime | None = field(default=None, repr=False)
 
     @property
     def price_usd_per_hour(self) -> float | None:
-        """What an hour of one of its machines costs."""
-        paid = dollars(self.machine, "price")
-        return dollars(self.machine, "on_demand") if paid is None and self.machine.get("market") == "on-demand" else paid
+        """Return the price of one of its machines in dollars per hour."""
+        price = dollars(self.machine, "price")
+        return dollars(self.machine, "on_demand") if price is None and self.machine.get("market") == "on-demand" else price
 
     @property
     def on_demand_usd_per_hour(self) -> float | None:
-        """What it would have cost on demand."""
+        """Return the on-demand price of one of its machines in dollars per hour."""
         return dollars(self.machine, "on_demand")
 
     @property
     def name(self) -> str:
-        """Of the machine."""
+        """Return the name of the machine."""
         return str(self.machine.get("instance_id") or self.hostname or "a machine")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; times as ISO 8601."""
+        """Return JSON values; times as ISO 8601."""
         shown = {name: value for name, value in vars(self).items() if name not in _INNER}
         for name in ("began", "last_heard"):
             shown[name] = shown[name].isoformat()
@@ -166,32 +166,33 @@ class Launch:
 
 @dataclass(frozen=True)
 class Report:
-    """A run's launches and their sums.
+    """A run's launches and their totals.
 
     Args:
         launches: oldest first.
         finished: the newest launch ended with ``finished``.
         committed_step: newest committed step.
-        interruptions: launches that ended before the run did, however they ended.
-        steps_lost: sum over the launches that could tell.
-        steps_redone: sum over the launches.
-        wall_s: from the first claim to the last word: ``held_s`` and ``waiting_s``.
-        held_s: a launch had the run: the sum of ``parts``.
-        waiting_s: nobody had it.
+        interruptions: number of launches that ended before the run did, in whatever way.
+        steps_lost: total over the launches where it is known.
+        steps_redone: total over the launches.
+        wall_s: seconds from the first claim to the last entry: ``held_s`` and ``waiting_s``.
+        held_s: seconds during which a launch had the run: the sum of ``parts``.
+        waiting_s: seconds between launches.
         parts: seconds for each of `PARTS`.
-        unmeasured_s: of ``held_s``, launches that did not tell where their time went.
-        goodput: share of the wall time that went to steps done for the first time; None when nobody measured.
-        cost_usd: dollars for machines whose price is known, from the claim to the last word.
-        unpriced_s: machine time without a known price.
-        maybe_free_usd: of ``cost_usd``, what EC2 may not have charged: spot instances that heard EC2's notice in their first
-            hour. It is not taken off: an instance that ends before EC2 ends it is charged, and the journal can't tell.
-        on_demand_s: machine time that the same steps and saves would have taken without an interruption: one start, one last
-            upload, no restore, nothing twice.
-        on_demand_usd: what that would have cost on demand, where that price is known.
-        on_demand_unpriced_s: of ``on_demand_s``, without a known price.
+        unmeasured_s: part of ``held_s`` in launches that did not record where their time went.
+        goodput: share of the wall time spent on steps done for the first time; None if nothing was measured.
+        cost_usd: dollars for machines with a known price, from the claim to the last entry.
+        unpriced_s: machine seconds without a known price.
+        maybe_free_usd: part of ``cost_usd`` that EC2 may not have charged: spot instances that got EC2's notice in their first
+            hour. It is not subtracted: an instance that shuts down before EC2 ends it is charged, and the journal does not
+            show which happened.
+        on_demand_s: machine seconds that the same steps and saves would have taken without an interruption: one start, one
+            last upload, no restore, nothing twice.
+        on_demand_usd: on-demand cost of that time, where the price is known.
+        on_demand_unpriced_s: part of ``on_demand_s`` without a known price.
         saved_usd: the difference; None unless all prices are known.
-        clock_skew_s: how far the clock of one machine was behind that of the one before, at most; the later entry is taken to
-            be no earlier.
+        clock_skew_s: the most by which one machine's clock was behind the previous machine's; such an entry is treated as
+            simultaneous with the previous one.
     """
 
     launches: tuple[Launch, ...] = ()
@@ -216,15 +217,15 @@ class Report:
     clock_skew_s: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; times as ISO 8601."""
+        """Return JSON values; times as ISO 8601."""
         return {**vars(self), "launches": [launch.to_dict() for launch in self.launches]}
 
 
 def summarise(entries: Iterable[Entry]) -> Report:
-    """Folds a journal into a report. Pure.
+    """Compute the report of a journal. Pure.
 
     Args:
-        entries: oldest first.
+        entries: entries of the journal, oldest first.
     """
     launches: list[Launch] = []
     now: datetime | None = None
@@ -240,19 +241,19 @@ def summarise(entries: Iterable[Entry]) -> Report:
         if entry.kind == "commit":
             newest = entry.state.latest()
             step = newest.step if newest else 0
-        # Others write beside a launch too, perhaps long after it: that is no word of it. And somebody may have cut the
-        # journal's beginning off.
+        # Entries by other writers, perhaps long after a launch, don't belong to it. The beginning of the journal may be
+        # missing.
         if launches and launches[-1].ended == "no word" and entry.kind in _WORDS and entry.data.get("reason") != "push":
-            _heard(launches[-1], entry, now, step)
+            _add_entry(launches[-1], entry, now, step)
     return _add_up(launches, step, skew_s)
 
 
 def _claimed(entry: Entry, now: datetime, step: int, before: Launch | None) -> Launch:
     data = entry.data
-    told = data.get("machine")
-    machine: dict[str, Any] = told if isinstance(told, dict) else {}
+    recorded = data.get("machine")
+    machine: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
     process = (data.get("hostname"), data.get("pid"), machine.get("instance_id"))
-    # A launcher that starts a training again, or a script that trains twice, keeps its machine; after a preemption it ends.
+    # A launcher that restarts a training, or a script with two trainings, keeps its machine; after a preemption it ends.
     stayed = before is not None and before.process == process and None not in process[:2] and before.ended != "preempted"
     began = before.last_heard if before and stayed and before.ended != "no word" else now
     machines = data.get("machines")
@@ -273,23 +274,23 @@ def _claimed(entry: Entry, now: datetime, step: int, before: Launch | None) -> L
     )
 
 
-def _heard(launch: Launch, entry: Entry, now: datetime, step: int) -> None:
+def _add_entry(launch: Launch, entry: Entry, now: datetime, step: int) -> None:
     launch.last_heard = now
     data = entry.data
     if entry.kind == "notice":
         launch.notices += 1
         kind = data.get("kind", NoticeKind.TERMINATE.value)
-        launch.heard = launch.heard or now
+        launch.first_notice = launch.first_notice or now
         if kind != NoticeKind.ADVISORY.value:
-            launch.going = None if kind == NoticeKind.CANCELLED.value else launch.going or now
+            launch.terminated_since = None if kind == NoticeKind.CANCELLED.value else launch.terminated_since or now
         return
     launch.stage = data.get("stage", launch.stage)
     reached = data.get("step")
     if entry.kind == "commit":
         launch.commits += 1
         launch.committed_step = step
-        if launch.heard and data.get("reason") in ("notice", "advisory") and launch.notice_to_commit_s is None:
-            launch.notice_to_commit_s = round((now - launch.heard).total_seconds(), 3)
+        if launch.first_notice and data.get("reason") in ("notice", "advisory") and launch.notice_to_commit_s is None:
+            launch.notice_to_commit_s = round((now - launch.first_notice).total_seconds(), 3)
     elif entry.kind in ENDINGS:
         launch.ended = entry.kind
         lost = None if reached is None else max(0, reached - launch.committed_step)
@@ -344,11 +345,11 @@ def _add_up(launches: list[Launch], step: int, skew_s: float) -> Report:
 
 
 def _split(launch: Launch, highest: dict[int, int]) -> None:
-    """Fills in what follows from a launch's marks.
+    """Fill in the fields that are derived from a launch's marks.
 
     Args:
-        launch: that all was heard of.
-        highest: step reached by the launches before, by stage; updated.
+        launch: a launch with all its entries added.
+        highest: step reached by previous launches, by training; updated.
     """
     launch.wall_s = (launch.last_heard - launch.began).total_seconds()
     price = launch.price_usd_per_hour
@@ -369,28 +370,28 @@ def _split(launch: Launch, highest: dict[int, int]) -> None:
         launch.parts["other"] = launch.wall_s
         return
     restoring_s = steps_s = stalled_s = began_s = 0.0
-    starting_s = (launch.marks[0].time - launch.began).total_seconds()  # since the launch before, of the same process
+    starting_s = (launch.marks[0].time - launch.began).total_seconds()  # since the previous launch of the same process
     for _, timing in measured:
         restoring_s += timing.restore_s
         starting_s += max(0.0, timing.first_step_s - timing.restore_s - began_s)
         steps_s += timing.steps_s
         stalled_s += timing.stalled_s
         began_s = timing.elapsed_s
-    told_s = restoring_s + starting_s + steps_s + stalled_s
-    scale = launch.wall_s / told_s if told_s > launch.wall_s else 1.0  # a clock that was set in between
-    rest_s = max(0.0, launch.wall_s - told_s)
+    measured_s = restoring_s + starting_s + steps_s + stalled_s
+    scale = launch.wall_s / measured_s if measured_s > launch.wall_s else 1.0  # the clock was changed in between
+    rest_s = max(0.0, launch.wall_s - measured_s)
     if not any(timing.steps for _, timing in measured):
         starting_s, rest_s = starting_s + rest_s, 0.0
-    # The launcher knows how far a training came that crashed, and not how long it took.
+    # For a crashed training the launcher knows its last step, but not the time of the last steps.
     further = launch.reached_step - timing.step if stage == launch.stage else 0
-    guessed_s = min(rest_s, further * timing.steps_s / timing.steps) if timing.steps else 0.0
-    rest_s -= guessed_s
-    since_notice_s = (launch.last_heard - launch.going).total_seconds() if launch.going else 0.0
+    estimated_s = min(rest_s, further * timing.steps_s / timing.steps) if timing.steps else 0.0
+    rest_s -= estimated_s
+    since_notice_s = (launch.last_heard - launch.terminated_since).total_seconds() if launch.terminated_since else 0.0
     ending_s = min(rest_s, since_notice_s)
-    own_s = timing.steps_s * scale + guessed_s  # of the last stage: those before it were finished, and are not done again
+    own_s = timing.steps_s * scale + estimated_s  # of the last training: finished ones are not repeated
     redoing_s = own_s * launch.steps_redone / trained if trained > 0 and stage == launch.stage else 0.0
     launch.parts = {
-        "training": steps_s * scale + guessed_s - redoing_s,
+        "training": steps_s * scale + estimated_s - redoing_s,
         "redoing": redoing_s,
         "saving": stalled_s * scale,
         "restoring": restoring_s * scale,
@@ -401,7 +402,7 @@ def _split(launch: Launch, highest: dict[int, int]) -> None:
 
 
 def newest_timings(launch: Launch) -> dict[int, Timing]:
-    """What each stage had measured by its last step. An ending repeats it with the time that the last upload took."""
+    """Return the measurements of each training up to its last step, without the last upload that its end may include."""
     found: dict[int, Timing] = {}
     for mark in launch.marks:
         if mark.timing is not None and (mark.stage not in found or mark.timing.step > found[mark.stage].step):
@@ -413,11 +414,11 @@ def newest_timings(launch: Launch) -> dict[int, Timing]:
 
 
 def dollars(machine: dict[str, Any], which: str) -> float | None:
-    """Dollars per hour under ``<name>_usd_per_hour``; None where nobody has said them."""
-    told = machine.get(f"{which}_usd_per_hour")
-    if not isinstance(told, (int, float)) or isinstance(told, bool) or not 0 <= told < math.inf:
+    """Return the dollars per hour under ``<which>_usd_per_hour``; None if unknown or invalid."""
+    usd = machine.get(f"{which}_usd_per_hour")
+    if not isinstance(usd, (int, float)) or isinstance(usd, bool) or not 0 <= usd < math.inf:
         return None
-    return float(told)
+    return float(usd)
 
 
 def _may_be_free(launch: Launch) -> bool:
@@ -426,7 +427,7 @@ def _may_be_free(launch: Launch) -> bool:
 
 
 def _uninterrupted(launches: list[Launch]) -> list[tuple[float, float | None]]:
-    """Machine seconds that each launch's work takes without an interruption, and dollars for an hour of it on demand."""
+    """Return the machine seconds of each launch's work without interruptions, and their on-demand price per hour."""
     found = []
     started = False
     for launch in launches:

@@ -1,4 +1,4 @@
-"""What a run looks like in a notebook: its checkpoints, its launches, and a picture of both."""
+"""The display of a run in a notebook: its checkpoints, its launches, and a timeline."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from hf_spot.economics.page import summary, table
 from hf_spot.economics.plots import timeline_svg
 from hf_spot.economics.report import Report, summarise
 from hf_spot.economics.table import launch_rows, money_lines, time_rows
-from hf_spot.economics.timeline import draw_up, losses_in
+from hf_spot.economics.timeline import losses_in, make_timeline
 from hf_spot.errors import SpotError
 from hf_spot.run import run as plain
 from hf_spot.run.journal import CheckpointRef, Entry
 
-_ROWS = 20  # of a table; the newest are worth the room
+_ROWS = 20  # shown of a table, the newest ones
 
 
 class Run(plain.Run):
-    """A run's journal and checkpoints, which shows itself in a notebook: tables, and a timeline where matplotlib is installed.
+    """A run's journal and checkpoints. A notebook shows it as tables, with a timeline if matplotlib is installed.
 
     Args:
         url: ``s3://bucket/prefix``, a directory, or an `ObjectStore`.
         allow_unfenced_store: accept a store that can't keep two machines apart.
-        workers: files moved at the same time.
+        workers: number of files transferred at the same time.
 
     ``$HF_SPOT_JOURNAL_KEY`` signs the journal (`hf_spot.run.seal`).
 
@@ -32,7 +32,7 @@ class Run(plain.Run):
     """
 
     def _repr_html_(self) -> str:
-        """For Jupyter, which asks for it when a cell ends with a run. `repr` asks nobody anything."""
+        """Return the HTML that Jupyter shows for a cell that ends with a run. In contrast, `repr` sends no requests."""
         try:
             entries = list(self.events())
             report = summarise(entries)
@@ -47,10 +47,10 @@ class Run(plain.Run):
         newest = self.journal.state.latest()
         try:
             losses = losses_in(self.read(self.checkpoint(newest), "trainer_state.json")) if newest else {}
-            svg = timeline_svg(draw_up(report, losses, newest.stage if newest else 1), "")
-        except SpotError as error:  # without matplotlib the tables are still worth having
+            svg = timeline_svg(make_timeline(report, losses, newest.stage if newest else 1), "")
+        except SpotError as error:  # show the tables also without matplotlib
             return [f"<em>{escape(str(error))}</em>"]
-        # As an image of its own: the ids of two pictures in one page would be mistaken for each other.
+        # A separate image: otherwise the ids of two timelines in one page would collide.
         data = base64.b64encode(svg.encode()).decode()
         return [f'<img alt="timeline of the run" style="background: white" src="data:image/svg+xml;base64,{data}">']
 
@@ -61,7 +61,7 @@ def _tables(report: Report, entries: list[Entry]) -> list[str]:
     times = {entry.number: f"{entry.time:%Y-%m-%d %H:%M:%S}" for entry in entries}
     found = []
     if refs:
-        titles = ["checkpoint", "size", "launch", "saved because of", "committed (UTC)", ""]
+        titles = ["checkpoint", "size", "launch", "reason", "committed (UTC)", ""]
         rows = [_checkpoint_row(ref, reasons[ref.entry], times[ref.entry]) for ref in refs]
         found.append(_newest(titles, rows))
     if report.launches:
@@ -69,13 +69,13 @@ def _tables(report: Report, entries: list[Entry]) -> list[str]:
         found.append(_newest(titles, rows))
         spent = table([["", "time", "share", ""], *time_rows(report)])
         cost = "<br>".join(map(escape, money_lines(report)))
-        found.append(f"<details><summary>What the time went to, and the cost</summary>{spent}<p>{cost}</p></details>")
+        found.append(f"<details><summary>Where the time went, and the cost</summary>{spent}<p>{cost}</p></details>")
     return found
 
 
 def _checkpoint_row(ref: CheckpointRef, reason: str, time: str) -> list[str]:
     marks = " ".join(word for word, holds in (("best", ref.best), ("complete", ref.complete)) if holds)
-    name = f"checkpoint-{ref.step}" + (f" of stage {ref.stage}" if ref.stage > 1 else "")
+    name = f"checkpoint-{ref.step}" + (f" of training {ref.stage}" if ref.stage > 1 else "")
     return [name, f"{ref.size_bytes / 1e6:,.1f} MB", str(ref.launch), reason, time, marks]
 
 

@@ -1,8 +1,8 @@
-"""What a plan should cost and how long it should take: trainings in simulated time, decided by what decides in real ones.
+"""The expected cost and duration of a plan, from simulated trainings that use the same policies as real ones.
 
-A machine that is got starts, restores, and trains; it saves as `hf_spot.policy.cadence` (or the plan) says; when its zone has
-no capacity any more it is taken. What a notice is answered with is what `hf_spot.policy.preemption` answers, and a deadline is
-met as `hf_spot.policy.deadline` has it. In between nothing happens, so a spell is one step of arithmetic.
+A new machine starts, restores, and trains. It saves when `hf_spot.policy.cadence` (or the plan) says so, and is taken away when
+its zone runs out of capacity. `hf_spot.policy.preemption` decides how to act on a notice, and `hf_spot.policy.deadline` how to
+meet a deadline. Nothing else happens while a machine runs, so each one is a single calculation.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from hf_spot.policy import cadence, deadline
 from hf_spot.policy.deadline import Market, Progress
 from hf_spot.policy.preemption import Action, Measured, decide
 
-_JOBS_A_YEAR = 1000  # that share a year of capacity; more get another
-_HOPELESS = 200.0  # a training that has taken so many times its work is given up
+_JOBS_A_YEAR = 1000  # that share one simulated year of capacity; more trainings get further years
+_HOPELESS = 200.0  # a training that takes this many times its work is aborted
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a training is like, in seconds; `hf_spot.economics.plan.Plan` tells more of each.
+    """The parameters of a training, in seconds; `hf_spot.economics.plan.Plan` explains them.
 
     Args:
-        work_s: uninterrupted, without saves.
-        start_s: from a machine to the first step.
-        stall_s: of a save.
-        commit_s: from the begin of a save to its commit.
-        warning_s: between a notice and the end.
-        expected: of interruptions, until more is known.
-        interval_s: of training between two saves; None for `hf_spot.policy.cadence`.
-        longest_s: that the cadence may choose.
+        work_s: uninterrupted training, without saves.
+        start_s: from getting a machine to the first step.
+        stall_s: pause of the training for a save.
+        commit_s: from the start of a save to its commit.
+        warning_s: between a notice and the end of the machine.
+        expected: expected interruptions before any have been observed.
+        interval_s: training between two saves; None for `hf_spot.policy.cadence`.
+        longest_s: the longest interval that the cadence may choose.
         retry_s: between two attempts to get a machine.
     """
 
@@ -53,7 +53,7 @@ class Training:
 
     @classmethod
     def of(cls, plan: Plan) -> Training:
-        """The training that a plan describes."""
+        """Return the training that a plan describes."""
         return cls(
             work_s=plan.work_hours * 3600,
             start_s=plan.start_minutes * 60,
@@ -67,29 +67,29 @@ class Training:
         )
 
     def saves_on_notice(self) -> bool:
-        """Whether a notice still becomes a commit."""
-        size_bytes = 1 << 30  # any: what counts is the time
+        """Return whether a notice leaves enough time for a commit."""
+        size_bytes = 1 << 30  # arbitrary: only the time matters
         upload_s = self.commit_s - self.stall_s
         rate = size_bytes / upload_s if upload_s else math.inf
         measured = Measured(save_s=self.stall_s, size_bytes=size_bytes, bytes_per_s=rate)
-        answer = decide(NoticeKind.TERMINATE, self.warning_s, measured)
-        return answer.action is Action.SAVE_AND_STOP and self.commit_s <= self.warning_s
+        decision = decide(NoticeKind.TERMINATE, self.warning_s, measured)
+        return decision.action is Action.SAVE_AND_STOP and self.commit_s <= self.warning_s
 
 
 @dataclass
 class Outcome:
-    """How one training went, in seconds.
+    """The result of one training, in seconds.
 
     Args:
-        wall_s: from the wish for a machine to the last commit.
-        held_s: of it, with a machine.
-        useful_s: training steps that were done for the first time.
-        lost_s: training steps that were done, and lost.
-        on_demand_s: of ``held_s``, at the full price.
-        usd: that it cost.
-        interruptions: machines that were taken.
-        late: it was not done at its deadline.
-        finished: it was done at all.
+        wall_s: from the first request for a machine to the last commit.
+        held_s: part of it with a machine.
+        useful_s: training steps done for the first time.
+        lost_s: training steps that were done and lost.
+        on_demand_s: part of ``held_s`` on on-demand machines.
+        usd: cost in dollars.
+        interruptions: number of machines that were taken away.
+        late: whether it missed its deadline.
+        finished: whether it finished at all.
     """
 
     wall_s: float = 0.0
@@ -104,7 +104,7 @@ class Outcome:
 
     @property
     def goodput(self) -> float:
-        """Share of the wall time that went to steps done for the first time."""
+        """Return the share of the wall time spent on steps done for the first time."""
         return self.useful_s / self.wall_s if self.wall_s else 1.0
 
 
@@ -118,22 +118,22 @@ def run(
     unannounced: Callable[[], bool],
     deadline_s: float | None = None,
 ) -> Outcome:
-    """One training, from the wish for a machine to its last commit.
+    """Simulate one training, from the first request for a machine to its last commit.
 
     Args:
-        training: what it is like.
-        pools: a ladder: rungs, and the traces of their zones. Among a rung's zones with capacity that one is taken which has it
-            most often, as AWS's placement scores would have it.
-        began_s: when it begins, by the traces' clock.
-        unannounced: of each interruption, whether it comes without a notice.
-        deadline_s: after its begin; None for none.
+        training: parameters of the training.
+        pools: a ladder: rungs, and the traces of their zones. Of a rung's zones with capacity, the one that has it most often
+            is used, in line with AWS's placement scores.
+        began_s: its start on the traces' clock.
+        unannounced: returns, for each interruption, whether it comes without a notice.
+        deadline_s: deadline after the start; None for none.
     """
     job = _Job(training, pools, began_s, unannounced, deadline_s)
     while job.done_s < training.work_s - 1e-6:
         if job.now_s - began_s > _HOPELESS * (training.work_s + training.start_s):
             job.outcome.finished = False
             break
-        job.go_on()
+        job.advance()
     job.outcome.wall_s = job.now_s - began_s
     job.outcome.useful_s = job.done_s
     job.outcome.late = deadline_s is not None and job.outcome.wall_s > deadline_s
@@ -141,7 +141,7 @@ def run(
 
 
 class _Job:
-    """A training under way: ``done_s`` seconds of its work are committed at ``now_s``."""
+    """A running training: ``done_s`` seconds of its work are committed at ``now_s``."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class _Job:
         self._saves_on_notice = training.saves_on_notice()
         self._history = cadence.History()
         full = [rung for rung, _ in pools if rung.market == ON_DEMAND]
-        # A deadline decides when the full price is paid; without one, an on-demand rung is as good as another.
+        # A deadline decides when to use on-demand machines; without one, an on-demand rung is like any other.
         self._full = full[0] if full and deadline_s is not None else None
         self._pools = [
             (rung, (ALWAYS,) if rung.market == ON_DEMAND else sorted(traces, key=lambda trace: -trace.availability))
@@ -168,8 +168,8 @@ class _Job:
             if self._full is None or rung.market != ON_DEMAND
         ]
 
-    def go_on(self) -> None:
-        """Up to the end of a machine, or of a wait for one."""
+    def advance(self) -> None:
+        """Advance to the end of a machine, or of a wait for one."""
         found = self._find()
         if self._full is None:
             if found is None:
@@ -196,7 +196,7 @@ class _Job:
         return Progress(whole_s, whole_s - left_s, self.now_s - self.began_s, self._deadline_s or math.inf, again_s)
 
     def _find(self) -> tuple[Rung, float] | None:
-        """The first rung with capacity now, and the end of that capacity."""
+        """Return the first rung with capacity now, and the end of that capacity."""
         for rung, traces in self._pools:
             for trace in traces:
                 begin_s, end_s = trace.next_up(self.now_s)
@@ -205,7 +205,7 @@ class _Job:
         return None
 
     def _wait(self, until_s: float) -> None:
-        """Asks again and again, until there is capacity or ``until_s``."""
+        """Wait, with repeated requests, until there is capacity or until ``until_s``."""
         retry_s = self.training.retry_s
         soonest_s = math.inf
         for _, traces in self._pools:
@@ -214,13 +214,13 @@ class _Job:
                 while at_s < soonest_s:
                     begin_s, end_s = trace.next_up(at_s)
                     tries = math.ceil((begin_s - self.now_s) / retry_s) if retry_s and begin_s < math.inf else 0
-                    asked_s = max(begin_s, self.now_s + tries * retry_s)
-                    if asked_s < end_s or begin_s == math.inf:
-                        soonest_s = min(soonest_s, asked_s)
+                    retry_at_s = max(begin_s, self.now_s + tries * retry_s)
+                    if retry_at_s < end_s or begin_s == math.inf:
+                        soonest_s = min(soonest_s, retry_at_s)
                         break
                     at_s = end_s
         target_s = min(soonest_s, until_s)
-        if target_s == math.inf:  # never: the caller gives up
+        if target_s == math.inf:  # never: the caller aborts
             target_s = self.began_s + 2 * _HOPELESS * (self.training.work_s + self.training.start_s)
         self.now_s = max(target_s, math.nextafter(self.now_s, math.inf))
 
@@ -232,7 +232,7 @@ class _Job:
         return cadence.next_save_s(cadence.SaveCost(training.stall_s, training.commit_s), expected, training.longest_s)
 
     def _spell(self, rung: Rung, end_s: float) -> None:
-        """A machine until it is taken at ``end_s``, or not needed any more."""
+        """Train on a machine until it is taken away at ``end_s``, or no longer needed."""
         training, outcome = self.training, self.outcome
         interval_s = self._interval_s()
         left_s = (training.work_s - self.done_s) / rung.speed
@@ -260,7 +260,7 @@ class _Job:
         self._pay(rung, lived_s)
 
     def _on_demand(self, rung: Rung) -> None:
-        """A machine at the full price, as long as the deadline needs it."""
+        """Train on an on-demand machine as long as the deadline requires it."""
         training = self.training
         interval_s = self._interval_s()
         left_s = (training.work_s - self.done_s) / rung.speed
@@ -290,12 +290,12 @@ class _Job:
 
 
 def _with_saves(trained_s: float, interval_s: float, stall_s: float) -> float:
-    """How long so many seconds of training take with the saves between them; the last save is not one of these."""
+    """Return the seconds that some seconds of training take with the saves between them, without the final save."""
     return trained_s + max(0, math.ceil(trained_s / interval_s) - 1) * stall_s if interval_s else trained_s
 
 
 def _without_saves(ran_s: float, interval_s: float, stall_s: float) -> float:
-    """How many seconds of training fit into a time with saves."""
+    """Return the seconds of training that fit into a time with saves."""
     if ran_s <= 0 or not interval_s:
         return max(0.0, ran_s)
     saves, rest_s = divmod(ran_s, interval_s + stall_s)
@@ -303,7 +303,7 @@ def _without_saves(ran_s: float, interval_s: float, stall_s: float) -> float:
 
 
 def _committed(ran_s: float, stops_s: float, interval_s: float, training: Training) -> float:
-    """How many seconds of training were committed by the end, when training stopped at ``stops_s`` without a save."""
+    """Return the seconds of training that are committed at the end, if training stops at ``stops_s`` without a save."""
     if min(ran_s, stops_s) <= 0:
         return 0.0
     if not interval_s:
@@ -313,12 +313,12 @@ def _committed(ran_s: float, stops_s: float, interval_s: float, training: Traini
     return max(0.0, saves) * interval_s
 
 
-# -- many of them -----------------------------------------------------------------------------------------------------
+# -- many trainings ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of a number, over the trainings: its mean, and the values that a tenth of them are below and above."""
+    """The distribution of a number over the trainings: its mean, and its 10% and 90% quantiles."""
 
     mean: float
     low: float
@@ -326,7 +326,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """The spread of at least one value."""
+        """Return the spread of at least one value."""
         ordered = sorted(values)
         last = len(ordered) - 1
         return cls(fmean(ordered), ordered[round(last * 0.1)], ordered[round(last * 0.9)])
@@ -334,22 +334,22 @@ class Spread:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one row.
+    """The result of one row.
 
     Args:
-        row: of the plan.
-        planned_hours: of training, as the plan has it.
-        formula: hours times price, in words, of its first rung.
-        listed_usd: what that gives: the cost without any interruption, start or save.
-        hours: wall-clock.
-        usd: the cost.
-        goodput: mean.
-        extra_share: of wall-clock time, beyond the plan's work: 0.12 is 12% more.
-        interruptions: mean.
-        lost_hours: mean of training that was done twice.
-        on_demand_share: of the machine time.
-        late_share: of the trainings that have a deadline.
-        unfinished_share: that were given up.
+        row: the row of the plan.
+        planned_hours: the plan's hours of training.
+        formula: hours times price of its first rung, as text.
+        listed_usd: the result of the formula: the cost without interruptions, starts and saves.
+        hours: wall-clock hours.
+        usd: cost in dollars.
+        goodput: mean goodput.
+        extra_share: additional wall-clock time as a share of the plan's work: 0.12 is 12% more.
+        interruptions: mean number of interruptions.
+        lost_hours: mean hours of training that were done twice.
+        on_demand_share: share of the machine time on on-demand machines.
+        late_share: share of trainings that missed their deadline.
+        unfinished_share: share of trainings that were aborted.
     """
 
     row: Row
@@ -367,21 +367,21 @@ class Result:
     unfinished_share: float
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         return asdict(self)
 
 
 def simulate(plan: Plan, traces: Mapping[str, Trace] | None = None, *, jobs: int = 1000, seed: int = 0) -> list[Result]:
-    """Every row of a plan, over the same capacity.
+    """Simulate every row of a plan on the same capacity.
 
     Args:
-        plan: what to simulate.
-        traces: of zones; None for the model (`hf_spot.economics.traces.model`).
-        jobs: trainings for each row; they begin at random times.
-        seed: of all randomness.
+        plan: the plan.
+        traces: traces of zones; None for the model (`hf_spot.economics.traces.model`).
+        jobs: number of trainings per row; they begin at random times.
+        seed: seed of all randomness.
 
     Raises:
-        ConfigError: a rung names a zone that there is no trace of.
+        ConfigError: a rung names a zone without a trace.
     """
     training = Training.of(plan)
     zones = _capacity(plan, traces, jobs, seed, training.work_s)
@@ -397,7 +397,7 @@ def simulate(plan: Plan, traces: Mapping[str, Trace] | None = None, *, jobs: int
         deadline_s = None if row.deadline_hours is None else row.deadline_hours * 3600
         coins = (_coin(f"{seed} {number}", plan.unannounced_share) for number in range(jobs))
         outcomes = [run(training, pools, began_s, coin, deadline_s) for began_s, coin in zip(begins, coins, strict=True)]
-        found.append(_summed(row, plan, outcomes))
+        found.append(_summarised(row, plan, outcomes))
     return found
 
 
@@ -409,7 +409,7 @@ def _coin(seed: str, share: float) -> Callable[[], bool]:
 def _capacity(
     plan: Plan, traces: Mapping[str, Trace] | None, jobs: int, seed: int, work_s: float
 ) -> dict[str, Mapping[str, Trace]]:
-    """The traces of each instance type."""
+    """Return the traces of each instance type."""
     kinds = list(dict.fromkeys(rung.instance_type for row in plan.rows for rung in row.ladder))
     if traces is not None:
         return dict.fromkeys(kinds, traces)
@@ -419,7 +419,7 @@ def _capacity(
     return {kind: model(np.random.default_rng([seed, number]), length_s) for number, kind in enumerate(kinds)}
 
 
-def _summed(row: Row, plan: Plan, outcomes: Sequence[Outcome]) -> Result:
+def _summarised(row: Row, plan: Plan, outcomes: Sequence[Outcome]) -> Result:
     price = row.ladder[0].usd_per_hour
     hours = Spread.of(one.wall_s / 3600 for one in outcomes)
     held_s = sum(one.held_s for one in outcomes)

@@ -1,4 +1,4 @@
-"""When what happened: a report's launches as bars on the clock, and its losses as points above them. Pure."""
+"""The timeline of a run: launches as bars over time, and the loss as points above them. Pure."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from datetime import datetime
 
 from hf_spot.economics.report import Launch, Report, Timing, newest_timings
 
-_FINEST = 400  # bars that a launch's steps and saves are drawn as
+_FINEST = 400  # maximum number of bars for a launch's steps and saves
 _MOST_LANES = 24
 WAITING_LANE = "no machine"
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One stretch of one lane.
+    """One interval in one lane.
 
     Args:
         lane: the machine.
-        part: what the time went to (`hf_spot.economics.report.PARTS`, or ``waiting``).
-        begin_s: since the first claim.
+        part: use of the time (`hf_spot.economics.report.PARTS`, or ``waiting``).
+        begin_s: seconds since the first claim.
         length_s: seconds.
     """
 
@@ -34,12 +34,12 @@ class Bar:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a picture of a run shows.
+    """The data for a plot of a run.
 
     Args:
-        began: the first claim.
+        began: time of the first claim.
         lanes: machines, in the order of their first launch.
-        bars: they tile the time from the first claim to the last word.
+        bars: intervals that cover the time from the first claim to the last entry.
         losses: for each launch, seconds since the first claim and the loss, of its steps that count.
         interruptions: seconds since the first claim, and a word or two.
     """
@@ -52,7 +52,7 @@ class Timeline:
 
 
 def losses_in(trainer_state: bytes) -> dict[int, float]:
-    """Loss by step, from the bytes of a ``trainer_state.json``; empty when there is none in them."""
+    """Return the loss by step from the bytes of a ``trainer_state.json``; empty if there is none."""
     try:
         logged = json.loads(trainer_state)["log_history"]
         found = [(line["step"], line["loss"]) for line in logged if "step" in line and "loss" in line]
@@ -61,15 +61,15 @@ def losses_in(trainer_state: bytes) -> dict[int, float]:
     return {step: float(loss) for step, loss in found if isinstance(step, int) and isinstance(loss, (int, float))}
 
 
-def draw_up(report: Report, losses: dict[int, float], stage: int = 1) -> Timeline:
-    """The timeline of a report with at least one launch.
+def make_timeline(report: Report, losses: dict[int, float], stage: int = 1) -> Timeline:
+    """Return the timeline of a report with at least one launch.
 
-    Steps and saves stand in their order; evaluation and what else was not measured stands at the end of its launch.
+    Steps and saves are in order; unmeasured time is at the end of its launch.
 
     Args:
-        report: of the run.
-        losses: by step.
-        stage: whose steps these are.
+        report: report of the run.
+        losses: loss by step.
+        stage: number of the training that these steps belong to.
     """
     launches = report.launches
     began = launches[0].began
@@ -79,7 +79,7 @@ def draw_up(report: Report, losses: dict[int, float], stage: int = 1) -> Timelin
         begin_s = (launch.began - began).total_seconds()
         if launch.waited_s > 0:
             bars.append(Bar(WAITING_LANE, "waiting", begin_s - launch.waited_s, launch.waited_s))
-        for part, length_s in _stretches(launch):
+        for part, length_s in _intervals(launch):
             if length_s > 0:
                 bars.append(Bar(lane, part, begin_s, length_s))
                 begin_s += length_s
@@ -94,7 +94,7 @@ def draw_up(report: Report, losses: dict[int, float], stage: int = 1) -> Timelin
 
 
 def _lane_names(launches: Sequence[Launch]) -> list[str]:
-    """A lane for each machine; where that makes too many to be read, one for each kind and place."""
+    """Return the lane of each launch: its machine or, if there are too many, its instance type, zone and market."""
     names = [launch.name for launch in launches]
     if len(set(names)) > _MOST_LANES:
         names = [
@@ -105,19 +105,19 @@ def _lane_names(launches: Sequence[Launch]) -> list[str]:
     return names
 
 
-def _stretches(launch: Launch) -> list[tuple[str, float]]:
-    """The parts of a launch in their order; they add up to its parts."""
+def _intervals(launch: Launch) -> list[tuple[str, float]]:
+    """Return the parts of a launch as consecutive intervals; they add up to its parts."""
     parts = launch.parts
     found = [("restoring", parts["restoring"]), ("starting", parts["starting"])]
-    told = [(mark.stage, mark.timing) for mark in launch.marks if mark.timing is not None]
-    thinned = [*told[:: max(1, len(told) // _FINEST)], *told[-1:]]
+    measured = [(mark.stage, mark.timing) for mark in launch.marks if mark.timing is not None]
+    thinned = [*measured[:: max(1, len(measured) // _FINEST)], *measured[-1:]]
     gains = []
     before = (0, Timing())
     for stage, timing in thinned:
         last = before[1] if stage == before[0] else Timing()
         gains.append((max(0.0, timing.steps_s - last.steps_s), max(0.0, timing.stalled_s - last.stalled_s)))
         before = (stage, timing)
-    # In shares of the sums, which a clock that was set, or a guess about the last steps, may have changed.
+    # Scale to the launch's parts: a changed clock, or the estimate of the last steps, may have altered the sums.
     trained_s, saved_s = (sum(gain[at] for gain in gains) or 1.0 for at in (0, 1))
     left_to_redo_s = parts["redoing"]
     for train_s, save_s in gains:
@@ -129,7 +129,7 @@ def _stretches(launch: Launch) -> list[tuple[str, float]]:
 
 
 def _place(launches: Sequence[Launch], losses: dict[int, float], began: datetime) -> list[tuple[tuple[float, float], ...]]:
-    """Each loss at the time at which the last launch that did its step has done it."""
+    """Return each loss at the time when its step was done for the last time."""
     curves = []
     wanted = sorted(losses)
     for launch in reversed(launches):
@@ -148,7 +148,7 @@ def _place(launches: Sequence[Launch], losses: dict[int, float], began: datetime
 
 
 def _knots(launch: Launch) -> list[tuple[int, float]]:
-    """Steps that were reached, and seconds since the launch began; both ascending."""
+    """Return the steps that were reached, and their seconds since the launch began; both ascending."""
     held_before_s = (launch.marks[0].time - launch.began).total_seconds()
     timing = newest_timings(launch).get(launch.stage)
     knots = [(launch.resumed_step, min(held_before_s + (timing.first_step_s if timing else 0.0), launch.wall_s))]

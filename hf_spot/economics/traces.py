@@ -1,4 +1,4 @@
-"""When spot capacity was there: public traces, and a model of them."""
+"""Spot capacity over time: public traces, and a model of them."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    Spells = NDArray[np.float64]  # rows of begin and end, ascending and apart
+    Spells = NDArray[np.float64]  # rows of begin and end, ascending and disjoint
 
 MODEL_SOURCE = "a model of nine zones of AWS in 2023, with bursts and droughts"
 YEAR_S = 365 * 86400.0
-_BLINK_S = 1e-3  # a spell that ends so soon has ended: sums of floats are not exact
-_REACHED_S = 600.0  # a drought begins, and ends, so much later in one zone than in another
-_WARM_UP_S = 60 * 86400.0  # a spell that is under way when a trace begins is longer than the others
+_BLINK_S = 1e-3  # tolerance for rounding: a spell that ends this soon has ended
+_REACHED_S = 600.0  # mean delay with which a drought begins, and ends, in a zone
+_WARM_UP_S = 60 * 86400.0  # simulated first: spells in progress at the start of a trace are longer than others
 
 
 @dataclass(frozen=True)
 class Trace:
-    """When a machine can be had in one zone, and so when one that runs there is taken. Endless: it begins anew at its end.
+    """The times at which one zone has capacity; when a spell ends, machines there are taken away. It repeats endlessly.
 
     Args:
-        begins: of the spells with capacity, in seconds.
-        ends: of them.
-        length_s: of the whole.
-        source: where it comes from.
+        begins: beginnings of the spells with capacity, in seconds.
+        ends: ends of these spells, in seconds.
+        length_s: length of the trace.
+        source: where it is from.
     """
 
     begins: tuple[float, ...]
@@ -45,7 +45,7 @@ class Trace:
     source: str = field(default="", compare=False)
 
     def next_up(self, at_s: float) -> tuple[float, float]:
-        """Begin and end of the first spell that ends after ``at_s``, and may have begun before; infinite when there is none."""
+        """Return begin and end of the first spell that ends after ``at_s``; both infinite if there is none."""
         if not self.ends:
             return math.inf, math.inf
         rounds, within_s = divmod(at_s, self.length_s)
@@ -57,29 +57,29 @@ class Trace:
 
     @property
     def availability(self) -> float:
-        """Share of the time with capacity."""
+        """Return the share of the time with capacity."""
         return sum(end - begin for begin, end in zip(self.begins, self.ends, strict=True)) / self.length_s
 
 
 ALWAYS = Trace((0.0,), (math.inf,), math.inf)
 
 
-# -- traces that people bring -----------------------------------------------------------------------------------------
+# -- trace files ------------------------------------------------------------------------------------------------------
 
 
 def load(path: Path, nodes: int = 1) -> tuple[str, Trace]:
-    """A zone's name, which is the file's, and its trace.
+    """Read a trace. Return the name of its zone, which is that of the file, and the trace.
 
-    JSON is that of "Can't Be Late" (https://github.com/skypilot-org/spot-traces), ``{"metadata": {"gap_seconds": g}, "data":
-    [n, …]}`` with the nodes up in each gap; CSV is that of Bamboo (https://github.com/uclasystem/bamboo), one
-    ``milliseconds,add|remove,node`` in each line.
+    JSON is the format of "Can't Be Late" (https://github.com/skypilot-org/spot-traces), ``{"metadata": {"gap_seconds": g},
+    "data": [n, …]}`` with the number of nodes up in each gap; CSV is that of Bamboo (https://github.com/uclasystem/bamboo),
+    one ``milliseconds,add|remove,node`` per line.
 
     Args:
-        path: of the file.
-        nodes: that a training needs at the same time.
+        path: path of the file.
+        nodes: number of nodes that a training needs at the same time.
 
     Raises:
-        ConfigError: it is neither, or says nothing; with the line where that helps.
+        ConfigError: the file is in neither format, or empty; with the line if there is one.
     """
     text = read(path)
     made = _from_json(text, path, nodes) if text.lstrip()[:1] == "{" else _from_csv(text, path, nodes)
@@ -87,12 +87,12 @@ def load(path: Path, nodes: int = 1) -> tuple[str, Trace]:
 
 
 def load_all(paths: Sequence[Path], nodes: int = 1) -> dict[str, Trace]:
-    """Traces by the names of their zones; see `load`. Raises ConfigError, also for two of one zone."""
+    """Return traces by zone; see `load`. Raises ConfigError, also for two traces of one zone."""
     traces: dict[str, Trace] = {}
     for path in paths:
         name, trace = load(path, nodes)
         if name in traces:
-            raise ConfigError(f"{traces[name].source} and {path} are both of the zone {name}", hint="name one of them anew")
+            raise ConfigError(f"{traces[name].source} and {path} are both of the zone {name}", hint="rename one of them")
         traces[name] = trace
     return traces
 
@@ -100,10 +100,10 @@ def load_all(paths: Sequence[Path], nodes: int = 1) -> dict[str, Trace]:
 def _from_json(text: str, path: Path, nodes: int) -> Trace:
     example = '{"metadata": {"gap_seconds": 300}, "data": [1, 0, 1]}'
     try:
-        told = json.loads(text)
-        gap_s, data = told["metadata"]["gap_seconds"], told["data"]
+        parsed = json.loads(text)
+        gap_s, data = parsed["metadata"]["gap_seconds"], parsed["data"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is no trace of spot capacity: {error!r}", hint=example) from error
+        raise ConfigError(f"{path} is not a trace of spot capacity: {error!r}", hint=example) from error
     if not _is_number(gap_s) or not gap_s > 0 or not isinstance(data, list) or not data or not all(map(_is_number, data)):
         raise ConfigError(f"{path}: gap_seconds must be above 0, and data a list of numbers of nodes", hint=example)
     return _joined(((n * gap_s, count >= nodes) for n, count in enumerate(data)), len(data) * float(gap_s), str(path))
@@ -116,7 +116,7 @@ def _from_csv(text: str, path: Path, nodes: int) -> Trace:
         if not row:
             continue
         if len(row) != 3 or not row[0].strip().isdigit() or row[1].strip() not in ("add", "remove"):
-            raise ConfigError(f"{path}:{number}: {','.join(row)[:80]!r} is no event", hint="4000,add,node1")
+            raise ConfigError(f"{path}:{number}: {','.join(row)[:80]!r} is not an event", hint="4000,add,node1")
         at_s = int(row[0]) / 1000
         if at_s < changes[-1][0]:
             raise ConfigError(f"{path}:{number}: {row[0]} ms comes after a later event", hint="sort -n")
@@ -128,7 +128,7 @@ def _from_csv(text: str, path: Path, nodes: int) -> Trace:
 
 
 def _joined(states: Iterator[tuple[float, bool]] | Sequence[tuple[float, bool]], length_s: float, source: str) -> Trace:
-    """Times from which capacity is there, or is not, as spells."""
+    """Convert times at which capacity begins or ends to spells."""
     begins: list[float] = []
     ends: list[float] = []
     for at_s, is_up in states:
@@ -151,7 +151,7 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Zone:
-    """What was measured of a zone: share of the time with capacity, and hours of its spells with and without."""
+    """The measurements of a zone: share of the time with capacity, and hours of its spells with and without."""
 
     region: str
     availability: float
@@ -162,15 +162,15 @@ class Zone:
 
 @dataclass(frozen=True)
 class Drought:
-    """Times at which no zone of a region has capacity: their share of the time, and hours."""
+    """Times without capacity in any zone of a region: their share of the time, and their hours."""
 
     share: float
     mean_h: float
     median_h: float = 0.5
 
 
-# Measured in the nine traces aws-02-15-2023 of https://github.com/skypilot-org/spot-traces: one p3.2xlarge, asked for every
-# 195 s for 45 days from 2023-02-15. Nobody has published the like for larger machines.
+# Measured in the nine traces aws-02-15-2023 of https://github.com/skypilot-org/spot-traces: one p3.2xlarge, requested every
+# 195 s for 45 days from 2023-02-15. No such traces of larger machines are public.
 ZONES = {
     "us-east-1a": Zone("us-east-1", 0.167, 0.72, 0.33, 0.54),
     "us-east-1c": Zone("us-east-1", 0.467, 1.48, 0.49, 0.54),
@@ -182,23 +182,23 @@ ZONES = {
     "us-west-2b": Zone("us-west-2", 0.905, 9.75, 1.25, 0.38),
     "us-west-2c": Zone("us-west-2", 0.891, 6.48, 0.92, 0.38),
 }
-# With these shares all zones of a region are down together about as often as they were there (29%, 19% and 4% of the time),
-# and with these means others of a region are lost within half an hour of one about as often as they were (0.5, 0.3, 0.35).
+# With these shares all zones of a region are down together about as often as in the traces (29%, 19% and 4% of the time). With
+# these means the loss of one zone is followed by others of its region within half an hour about as often (0.5, 0.3, 0.35).
 DROUGHTS = {"us-east-1": Drought(0.285, 2.0), "us-east-2": Drought(0.19, 4.0), "us-west-2": Drought(0.038, 0.9)}
 EVERYWHERE = Drought(0.008, 1.0)  # some zone of the nine had capacity 99.2% of the time
 
 
 def model(rng: np.random.Generator, length_s: float = YEAR_S) -> dict[str, Trace]:
-    """One year, or another, of the nine zones.
+    """Return random traces of the nine zones.
 
     Each zone alternates between spells with and without capacity, whose lengths are log-normal: many are short and few are
-    very long, so that the longer a machine has lived the longer it will (an exponential law would forget). Droughts of a
-    region, and of all, lie over them: a burst of interruptions begins each. The spells of a zone by itself are derived from
-    what was measured, such that availability and mean come out with the droughts.
+    very long, so the longer a machine has lived, the longer it is expected to live (unlike an exponential distribution).
+    Droughts of a region, and of all regions, are added: each begins with a burst of interruptions. The spells of a zone are
+    derived from the measurements such that availability and mean are right with the droughts.
 
     Args:
-        rng: randomness.
-        length_s: of the traces.
+        rng: source of randomness.
+        length_s: length of the traces.
     """
     end_s = length_s + _WARM_UP_S
     everywhere = _droughts(rng, EVERYWHERE, end_s)
@@ -219,7 +219,7 @@ def model(rng: np.random.Generator, length_s: float = YEAR_S) -> dict[str, Trace
 
 
 def _reached(rng: np.random.Generator, droughts: Spells) -> Spells:
-    """When droughts begin and end in one zone: a training that moves on to the next zone may lose that one, too."""
+    """Return droughts as they begin and end in one zone: a training that moves to the next zone may soon lose that, too."""
     import numpy as np
 
     late = droughts + rng.exponential(_REACHED_S, droughts.shape)
@@ -232,7 +232,7 @@ def _droughts(rng: np.random.Generator, drought: Drought, end_s: float) -> Spell
 
 
 def _alternating(rng: np.random.Generator, up_h: tuple[float, float], down_h: tuple[float, float], end_s: float) -> Spells:
-    """Spells up to ``end_s``, with mean and median hours of their lengths and of the pauses between them."""
+    """Return random spells up to ``end_s``, given mean and median hours of their lengths and of the pauses between them."""
     import numpy as np
 
     count = max(16, int(1.5 * end_s / 3600 / (up_h[0] + down_h[0])))
@@ -245,13 +245,13 @@ def _alternating(rng: np.random.Generator, up_h: tuple[float, float], down_h: tu
 
 
 def _lengths_s(rng: np.random.Generator, mean_h: float, median_h: float, count: int) -> NDArray[np.float64]:
-    """Log-normal: its mean is its median times exp(σ²/2)."""
+    """Return log-normal lengths: the mean is the median times exp(σ²/2)."""
     sigma = math.sqrt(2 * math.log(max(mean_h / median_h, 1.01)))
     return rng.lognormal(math.log(3600 * mean_h) - sigma**2 / 2, sigma, count)
 
 
 def _cut(spells: Spells, end_s: float) -> Spells:
-    """What of them lies between 0 and ``end_s``."""
+    """Return the spells cut to the time between 0 and ``end_s``."""
     inside = spells[(spells[:, 1] > 0) & (spells[:, 0] < end_s)]
     return inside.clip(0, end_s)
 
@@ -268,7 +268,7 @@ def _union(one: Spells, other: Spells) -> Spells:
 
 
 def _without(spells: Spells, holes: Spells) -> Spells:
-    """The spells, less the holes."""
+    """Return the spells minus the holes."""
     import numpy as np
 
     edges = np.sort(np.concatenate([spells.ravel(), holes.ravel()]))

@@ -34,25 +34,33 @@ def test_a_plan_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        ("work_hours: 10", "work_hours: ten", "plan.yaml:1: work_hours: 'ten' is no number above 0"),
-        ("work_hours: 10", "work_hours: 0", "plan.yaml:1: work_hours: 0 is no number above 0"),
+        ("work_hours: 10", "work_hours: ten", "plan.yaml:1: work_hours: 'ten' is not a number above 0"),
+        ("work_hours: 10", "work_hours: 0", "plan.yaml:1: work_hours: 0 is not a number above 0"),
         ("work_hours: 10", "work_hours: true", "plan.yaml:1: work_hours: True"),
         ("work_hours: 10\n", "", "plan.yaml:1: work_hours is missing"),
         ("work_hours: 10", "work_hour: 10", "plan.yaml:1: work_hour: unknown key\n  Try: did you mean work_hours?"),
         ("work_hours: 10", "work_hours: 10\nwork_hours: 9", "plan.yaml:2: work_hours appears twice"),
         ("work_hours: 10", "work_hours: 10\nunannounced_share: 2", "plan.yaml:2: unannounced_share: 2 is more than 1"),
-        ("work_hours: 10", "work_hours: 10\ncommit_seconds: 1", "plan.yaml:2: commit_seconds: a save is committed after 1 s"),
+        (
+            "work_hours: 10",
+            "work_hours: 10\ncommit_seconds: 1",
+            "plan.yaml:2: commit_seconds: a save can't be committed after 1 s",
+        ),
         ("work_hours: 10", "work_hours: 10\nnotes: one", "plan.yaml:2: notes"),
-        ("    ladder:", "    deadline_hours: 20\n    ladder:", "plan.yaml:4: rows[0].deadline_hours: no rung is on demand"),
-        ("name: spot", "name: 7", "plan.yaml:3: rows[0].name: 7 is no name"),
+        (
+            "    ladder:",
+            "    deadline_hours: 20\n    ladder:",
+            "plan.yaml:4: rows[0].deadline_hours: can't be guaranteed without an on-demand rung",
+        ),
+        ("name: spot", "name: 7", "plan.yaml:3: rows[0].name: 7 is not a name"),
         ("        source: my account\n", "", "plan.yaml:5: rows[0].ladder[0]: source is missing"),
-        ("source: my account", "source: [1]", "plan.yaml:6: rows[0].ladder[0].source: [1] is no text"),
+        ("source: my account", "source: [1]", "plan.yaml:6: rows[0].ladder[0].source: [1] is not text"),
         ("usd_per_hour: 2.5", "usd_per_hour: -1", "plan.yaml:5: rows[0].ladder[0].usd_per_hour: -1"),
-        ("zones: [us-east-2, us-west-2b]", "zones: us-east-2", "plan.yaml:8: rows[0].ladder[0].zones: is no list"),
+        ("zones: [us-east-2, us-west-2b]", "zones: us-east-2", "plan.yaml:8: rows[0].ladder[0].zones: is not a list of zones"),
         ("zones: [us-east-2, us-west-2b]", "market: flea", "plan.yaml:8: rows[0].ladder[0].market: 'flea' is neither"),
-        (PLAN, "- 1", "plan.yaml:1: is no mapping"),
-        (PLAN, "", "plan.yaml: is no mapping"),
-        (PLAN, "work_hours: 1\nrows: []", "plan.yaml:2: rows: is no list of rows"),
+        (PLAN, "- 1", "plan.yaml:1: is not a mapping"),
+        (PLAN, "", "plan.yaml: is not a mapping"),
+        (PLAN, "work_hours: 1\nrows: []", "plan.yaml:2: rows: is not a list of rows"),
         (PLAN, "rows: [", "plan.yaml:1:"),
         (PLAN, "a: 2026-13-45", "this YAML can't be used"),
         (PLAN, "? [a]\n: 1", "plan.yaml:1: ['a'] is not a text key"),
@@ -108,13 +116,13 @@ def test_prices_of_today_take_the_place_of_old_ones() -> None:
     assert found["on demand"].usd_per_hour == 22.0
     assert (found["spot, one region"].usd_per_hour, found["spot, several regions"].usd_per_hour) == (11.0, 8.0)
     assert (found["on demand"].source, found["on demand"].date) == ("list", "2026-02-03")
-    with pytest.raises(ConfigError, match="has no price of p4de"):
+    with pytest.raises(ConfigError, match="has no price for p4de"):
         with_prices(preset("blog"), told((p4d, "us-east-1a", 11.0, 22.0)), "prices.json")
-    with pytest.raises(ConfigError, match="holds no prices"):
+    with pytest.raises(ConfigError, match="does not contain prices"):
         with_prices(preset("blog"), "[]", "prices.json")
 
 
 def test_a_zone_without_a_trace_is_refused() -> None:
     plan: Plan = preset("blog")
-    with pytest.raises(ConfigError, match="there is no trace of us-east-1, only of here"):
+    with pytest.raises(ConfigError, match="no trace of us-east-1; there are traces of here"):
         zones_of(plan.rows[1].ladder[0], ["here"])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hf_spot.economics.report import _INNER, PARTS, Launch, Report, summarise
 from hf_spot.economics.table import duration, money_lines, render_report
-from hf_spot.economics.timeline import WAITING_LANE, draw_up
+from hf_spot.economics.timeline import WAITING_LANE, make_timeline
 from tests.economics.journals import Event, claim, commit, journal_of, timed, timing
 
 STORY = (
@@ -51,9 +51,9 @@ def test_it_is_json_and_a_table() -> None:
     assert json.loads(json.dumps(report.to_dict()))["launches"][2]["steps_lost"] == 7
     text = render_report(report, "s3://bucket/run")
     assert "finished, step 30 committed" in text
-    assert "3 interruptions, 7 steps lost and 1 launches that ended without a word, 7 steps redone" in text
-    assert "nobody measured" in text
-    assert "no price is known" in text
+    assert "3 interruptions, 7 steps lost and 1 launches without a recorded end, 7 steps redone" in text
+    assert "not measured" in text
+    assert "Cost: unknown. Before the next launch, set the price" in text
     assert "nobody has launched" in render_report(summarise([]), "s3://bucket/run")
 
 
@@ -96,7 +96,7 @@ def test_money_is_only_counted_where_a_price_is_known() -> None:
     assert report.cost_usd == pytest.approx(1600 / 360)
     assert report.unpriced_s == 3400
     assert report.saved_usd is None
-    assert "No price is known of 56.7 min of 83.3 min." in money_lines(report)[0]
+    assert "The price of 56.7 min of 83.3 min is unknown." in money_lines(report)[0]
     on_demand = summarise(timed([(0, claim("a", **{**unpriced, "market": "on-demand"})), (3600, ("failed", {"step": 1}))]))
     assert on_demand.cost_usd == 36.0
 
@@ -206,7 +206,7 @@ def test_the_parts_add_up(told: list[tuple[float, Event]], first: str) -> None:
 
 
 def assert_tiled(report: Report) -> None:
-    timeline = draw_up(report, dict.fromkeys(range(0, 1000, 100), 1.0))
+    timeline = make_timeline(report, dict.fromkeys(range(0, 1000, 100), 1.0))
     at_s = 0.0
     for bar in timeline.bars:
         assert bar.begin_s == pytest.approx(at_s, abs=1e-3)
@@ -225,7 +225,7 @@ def assert_tiled(report: Report) -> None:
 
 def test_a_loss_stands_where_its_step_was_done_last() -> None:
     report = summarise(timed(INTERRUPTED))
-    timeline = draw_up(report, {100: 3.0, 250: 2.0, 900: 1.0})
+    timeline = make_timeline(report, {100: 3.0, 250: 2.0, 900: 1.0})
     (first,), (again, last) = timeline.losses
     assert first == (pytest.approx(200 + 450), 3.0)
     assert again == (pytest.approx(1900 + 100 + 50 * 3100 / 700), 2.0)
@@ -236,7 +236,7 @@ def test_a_loss_stands_where_its_step_was_done_last() -> None:
 
 def test_many_machines_share_lanes() -> None:
     told: list[tuple[float, Event]] = [(n * 10.0, claim(f"m{n}", zone=f"z{n % 3}", market="spot")) for n in range(100)]
-    assert draw_up(summarise(timed(told)), {}).lanes[:3] == ("? z0 spot", "? z1 spot", "? z2 spot")
+    assert make_timeline(summarise(timed(told)), {}).lanes[:3] == ("? z0 spot", "? z1 spot", "? z2 spot")
 
 
 @pytest.mark.parametrize(

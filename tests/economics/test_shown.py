@@ -47,7 +47,7 @@ def test_a_run_shows_its_newest_checkpoints_and_launches_and_a_picture(url: Path
     assert re.search(r"checkpoint-230\s*0\.0 MB\s*23\s*end", reader.text)
     assert "checkpoint-40" in reader.text and "checkpoint-30" not in reader.text
     assert reader.text.count("and 3 older ones") == 2  # checkpoints, and launches
-    assert "What the time went to, and the cost" in reader.text and "Spent: $" in reader.text
+    assert "Where the time went, and the cost" in reader.text and "Spent: $" in reader.text
     picture = next(value for name, value in reader.attributes if name == "src")
     svg = base64.b64decode(picture.removeprefix("data:image/svg+xml;base64,"))
     assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg" and b"training loss" in svg
@@ -61,7 +61,7 @@ def test_without_matplotlib_the_tables_are_still_shown(url: Path, monkeypatch: p
 
 def test_a_run_that_nobody_has_launched_says_so(tmp_path: Path) -> None:
     reader, _ = read(Run(tmp_path / "new"))
-    assert "Nobody has launched this run yet." in reader.text and "table" not in reader.text
+    assert "This run has not been launched yet." in reader.text and "table" not in reader.text
 
 
 def test_a_store_that_can_not_be_reached_is_one_line_and_its_repr_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

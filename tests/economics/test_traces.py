@@ -37,13 +37,13 @@ def test_a_trace_of_bamboo(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
-        ("a.json", "{", "no trace of spot capacity"),
-        ("a.json", '{"data": [1]}', "no trace of spot capacity"),
+        ("a.json", "{", "is not a trace of spot capacity"),
+        ("a.json", '{"data": [1]}', "is not a trace of spot capacity"),
         ("a.json", '{"metadata": {"gap_seconds": 0}, "data": [1]}', "gap_seconds must be above 0"),
         ("a.json", '{"metadata": {"gap_seconds": 1}, "data": []}', "gap_seconds must be above 0"),
         ("a.json", '{"metadata": {"gap_seconds": 1}, "data": [1, "2"]}', "gap_seconds must be above 0"),
         ("a.csv", "", "has no event"),
-        ("a.csv", "0,add,a\n5,move,a\n", "a.csv:2: '5,move,a' is no event"),
+        ("a.csv", "0,add,a\n5,move,a\n", "a.csv:2: '5,move,a' is not an event"),
         ("a.csv", "5000,add,a\n4000,remove,a\n", "a.csv:2: 4000 ms comes after"),
     ],
 )
