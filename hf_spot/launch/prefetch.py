@@ -44,7 +44,7 @@ def newest_of(url: str) -> tuple[Run, CheckpointRef | None]:
 
 class Prefetch:
     """One download, verified as every restore is, to the disk of the folder that the checkpoint came from. The training process
-    moves it to where it wants it (`hf_spot.run.restore.take`); where it can't, it fetches the checkpoint itself.
+    moves it to where it wants it (`hf_spot.run.restore.adopt_prefetched`); where it can't, it fetches the checkpoint itself.
 
     It begins at once, in a thread.
 

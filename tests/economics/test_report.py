@@ -54,7 +54,7 @@ def test_it_is_json_and_a_table() -> None:
     assert "3 interruptions, 7 steps lost and 1 launches without a recorded end, 7 steps redone" in text
     assert "not measured" in text
     assert "Cost: unknown. Before the next launch, set the price" in text
-    assert "nobody has launched" in render_report(summarise([]), "s3://bucket/run")
+    assert "this run has not been launched yet" in render_report(summarise([]), "s3://bucket/run")
 
 
 PRICED = {"cloud": "aws", "market": "spot", "price_usd_per_hour": 10.0, "on_demand_usd_per_hour": 36.0}
