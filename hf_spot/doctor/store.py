@@ -15,7 +15,7 @@ from hf_spot.aws_errors import Kind, code_of, explain
 from hf_spot.doctor.finding import FAIL, OK, WARN, Finding, Notice
 from hf_spot.errors import AccessDenied, ObjectNotFound, SpotError, StoreNotFencing
 from hf_spot.run.run import Run
-from hf_spot.storage.probe import FOLDER, answer
+from hf_spot.storage.probe import FOLDER, answer, probe
 from hf_spot.storage.store import ObjectStore, fences
 
 if TYPE_CHECKING:
@@ -69,6 +69,13 @@ def examine(
     for finding in _permissions(run.store, key, may_list=not isinstance(listed, SpotError)):
         usable = usable and finding.level != FAIL
         yield finding
+    if usable and not isinstance(listed, SpotError):
+        # The judge of `hf-spot launch` has the last word: what it refuses must not pass for good here.
+        try:
+            probe(run.store)
+        except SpotError as error:
+            usable = False
+            yield Finding(FAIL, "launch", f"hf-spot launch would refuse this store: {error.args[0]}", error.hint)
     if not isinstance(listed, SpotError):
         state = _tried(run.state, run.url)
         if isinstance(state, SpotError):
@@ -141,6 +148,11 @@ def _permissions(store: ObjectStore, key: str, *, may_list: bool) -> Iterator[Fi
 
 
 def _fencing(store: ObjectStore, key: str) -> Finding:
+    fresh = _tried(lambda: store.create(f"{key}-new", b"first"), store.url)
+    if not isinstance(fresh, SpotError):
+        _tried(lambda: store.delete([f"{key}-new"]), store.url)
+    elif not isinstance(fresh, StoreNotFencing):
+        return _failed("conditional", fresh)
     second = _tried(lambda: store.create(key, b"second"), store.url)
     if isinstance(second, StoreNotFencing) or second is True or not fences(store):
         return Finding(

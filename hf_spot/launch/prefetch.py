@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -20,6 +21,7 @@ from hf_spot.errors import SpotError
 from hf_spot.launch.command import Machines
 from hf_spot.run.journal import CheckpointRef
 from hf_spot.run.progress import Bar
+from hf_spot.run.restore import is_private
 from hf_spot.run.run import Run
 from hf_spot.runtime import Prefetched, Runtime
 from hf_spot.storage.threads import Workers
@@ -103,9 +105,25 @@ class Prefetch:
             log.log(logging.DEBUG if self._ended else logging.INFO, "the download of the newest checkpoint was given up")
         except (SpotError, OSError) as error:
             log.debug("the newest checkpoint is left to the training process: %s", error)
-        except Exception:
-            log.exception("the newest checkpoint is left to the training process")
+        except Exception as error:  # the training process meets it again, if it is one
+            log.debug("the newest checkpoint is left to the training process: %s: %s", type(error).__name__, error)
         return Prefetched(self._ref.entry if self._ref else 0)
+
+    @staticmethod
+    def _private_folder(beside: Path, whose: str) -> Path | None:
+        """Make a folder that only this user can enter, by a name that nobody can guess; None where that is impossible.
+
+        Those that killed launches have left of the same ``whose`` are removed.
+        """
+        name = f".hf_spot-restore-{hashlib.sha256(whose.encode()).hexdigest()[:12]}-"
+        for left in beside.glob(f"{name}*"):
+            if is_private(left):
+                shutil.rmtree(left, ignore_errors=True)
+        made = Path(tempfile.mkdtemp(prefix=name, dir=beside))
+        if is_private(made):
+            return made
+        made.rmdir()
+        return None
 
     def _try(self, run: Run, ref: CheckpointRef) -> Prefetched:
         checkpoint = run.checkpoint(ref)
@@ -118,9 +136,11 @@ class Prefetch:
         if shared and (machines.rank or self._machines is None):
             return Prefetched(ref.entry)
         ranks = None if shared else _ranks(machines, checkpoint.details.get("world_size", 1))
-        name = hashlib.sha256(f"{run.url} {machines.rank}".encode()).hexdigest()[:12]
-        self._folder = beside / f".hf_spot-restore-{name}"
-        shutil.rmtree(self._folder, ignore_errors=True)  # of a launch that was killed
+        self._folder = self._private_folder(beside, f"{run.url} {machines.rank}")
+        if self._folder is None:
+            log.info("%s keeps nothing private to a user: the checkpoint is left to the training process", beside)
+            return Prefetched(ref.entry)
+        folder = self._folder
         with Bar("restore", ref.size_bytes) as bar:
 
             def moved(count: int) -> None:
@@ -128,7 +148,7 @@ class Prefetch:
                     raise _NotNeeded("nobody needs it any more")
                 bar(count)
 
-            return Prefetched(ref.entry, run.fetch(checkpoint, self._folder, ranks=ranks, progress=moved), ranks)
+            return Prefetched(ref.entry, run.fetch(checkpoint, folder, ranks=ranks, progress=moved), ranks)
 
 
 def _ranks(machines: Machines, world_size: int) -> tuple[int, ...] | None:

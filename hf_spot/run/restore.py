@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -108,7 +109,9 @@ def restore_checkpoint(
     if checkpoint.details.get("world_size") != world_size:
         ranks = None
     adopted = prefetched is not None and adopt_prefetched(prefetched, ref.entry, output_dir, ranks=ranks)
-    if not adopted and folder.exists() and (problems := run.compare(checkpoint, folder, ranks=ranks)):
+    # A private folder in a place where others may rename it can have been replaced by another one.
+    trusted = adopted and prefetched is not None and prefetched.folder is not None and _is_guarded(prefetched.folder.parents[1])
+    if not trusted and folder.exists() and (problems := run.compare(checkpoint, folder, ranks=ranks)):
         set_aside(folder, problems[0])
     if not folder.exists():
         return checkpoint, run.fetch(checkpoint, output_dir, ranks=ranks, progress=progress(ref.size_bytes))
@@ -128,6 +131,9 @@ def adopt_prefetched(prefetched: Prefetched, entry: int, into: Path, *, ranks: C
     enough = prefetched.ranks is None or (ranks is not None and set(ranks) <= set(prefetched.ranks))
     if prefetched.entry != entry or prefetched.folder is None or not enough or (into / prefetched.folder.name).exists():
         return False
+    if not is_private(prefetched.folder.parent) or not _is_own_folder(prefetched.folder):
+        log.warning("%s is not this user's own, and is downloaded again", prefetched.folder)
+        return False
     into.mkdir(parents=True, exist_ok=True)
     try:
         os.rename(prefetched.folder, into / prefetched.folder.name)
@@ -135,6 +141,28 @@ def adopt_prefetched(prefetched: Prefetched, entry: int, into: Path, *, ranks: C
         log.info("%s can't be moved to %s, and is downloaded again: %s", prefetched.folder, into, error.strerror)
         return False
     return True
+
+
+def is_private(folder: Path) -> bool:
+    """Tell whether a folder, itself and not what a link leads to, is this user's, and nobody else can enter it."""
+    return _is_own_folder(folder) and not os.lstat(folder).st_mode & 0o077
+
+
+def _is_own_folder(folder: Path) -> bool:
+    try:
+        found = os.lstat(folder)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+
+
+def _is_guarded(folder: Path) -> bool:
+    """Whether nobody else can rename what this user has in a folder."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return False
+    return found.st_uid in (0, os.geteuid()) and (not found.st_mode & 0o022 or bool(found.st_mode & stat.S_ISVTX))
 
 
 def set_aside(folder: Path, why: str) -> Path:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
-import threading
+import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,6 +18,8 @@ from hf_spot.run.manifest import FileEntry, check_names, difference, files_in
 from hf_spot.storage.store import ObjectStore, Progress
 from hf_spot.storage.threads import Workers
 
+LOST_BYTES = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+"""With these, `os.fsync` says that bytes are lost; with others, that the filesystem has no such thing."""
 _TRIES = 3
 _SMALL_BYTES = 1 << 20  # up to here one plain read is cheaper than a transfer, which first asks for the size
 
@@ -96,10 +99,13 @@ def download(
         StoreError: from the store.
     """
     check_names(files)
-    work = folder.parent / ".hf_spot" / f"restore-{os.getpid()}-{threading.get_ident()}-{folder.name}"
-    shutil.rmtree(work, ignore_errors=True)
+    hidden = folder.parent / ".hf_spot"
+    private: Path | None = None
     try:
-        work.mkdir(parents=True)
+        hidden.mkdir(parents=True, exist_ok=True)
+        private = Path(tempfile.mkdtemp(prefix="restore-", dir=hidden))  # of this user alone, by a name that nobody can guess
+        work = private / folder.name
+        work.mkdir()
         _check_room(work, sum(entry.size for entry in files))
 
         def fetch(entry: FileEntry) -> None:
@@ -135,7 +141,8 @@ def download(
             hint=f"df -h {folder.parent}; findmnt -T {folder.parent}; or set output_dir to another disk",
         ) from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if private is not None:
+            shutil.rmtree(private, ignore_errors=True)
 
 
 def _get(store: ObjectStore, key: str, path: Path, size_bytes: int, passing: Passing) -> None:
@@ -160,10 +167,18 @@ def pin(folder: Path, into: Path, without: Collection[str] = ()) -> None:
             try:
                 os.link(folder / name, target)
             except OSError:
-                shutil.copy2(folder / name, target)
+                shutil.copyfile(folder / name, target)  # bytes alone: some filesystems know no modes and no times
     except BaseException:
         shutil.rmtree(into, ignore_errors=True)  # what has been copied may be what fills the disk
         raise
+
+
+def copy_files(folder: Path, into: Path) -> None:
+    """Copy the files of ``folder``, and only their bytes: mounted buckets and Windows' shares refuse modes and times."""
+    for name in files_in(folder):
+        target = into / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, target)
 
 
 def delete(store: ObjectStore, prefixes: Iterable[str]) -> None:
@@ -176,7 +191,7 @@ def _check_room(folder: Path, size_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < size_bytes:
         raise SpotError(
-            f"{folder.parent.parent} has {free_bytes / 1e9:.1f} GB free, and the checkpoint needs {size_bytes / 1e9:.1f} GB",
+            f"{folder.parents[2]} has {free_bytes / 1e9:.1f} GB free, and the checkpoint needs {size_bytes / 1e9:.1f} GB",
             hint="free some space, or set output_dir to a larger disk",
         )
 
@@ -185,5 +200,8 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno in LOST_BYTES:
+            raise
     finally:
         os.close(handle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import sys
 import textwrap
 import threading
@@ -289,3 +290,53 @@ def test_a_launch_has_fetched_it_before_a_script_that_imports_for_long_asks(
     assert "optimizer.pt" in names
     assert [*tmp_path.glob(".hf_spot*")] == []
     shutil.rmtree(tmp_path / "here")
+
+
+def test_it_goes_to_a_folder_that_nobody_can_guess_enter_or_make_before(run: Run, runtime: Runtime, tmp_path: Path) -> None:
+    _, told = fetched(run, runtime)
+    assert told.folder is not None
+    first = told.folder.parent
+    assert stat.S_IMODE(first.stat().st_mode) == 0o700
+    # A launch that is killed now leaves it; and somebody else has made one of that name.
+    planted = first.with_name(f"{first.name}x")
+    planted.mkdir(mode=0o777)
+    planted.chmod(0o777)
+    (planted / "bait").touch()
+    _, again = fetched(run, runtime_in(tmp_path / "again", run))
+    assert again.folder is not None
+    assert again.folder.parent != first
+    assert not first.exists(), "what a killed launch has left is removed"
+    assert (planted / "bait").exists(), "and what others have made is not touched"
+    assert run.compare(run.find(), again.folder) == []
+
+
+@pytest.mark.parametrize("way", ["another user's", "a link", "everybody's", "one's own, of something else", "untouched"])
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+def test_what_somebody_puts_in_its_place_is_never_trained_on(
+    way: str, mode: int, run: Run, runtime: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if way == "another user's" and os.geteuid() != 0:
+        pytest.skip("only root can make a folder another user's")
+    tmp_path.chmod(mode)
+    ahead, told = fetched(run, runtime)
+    assert told.folder is not None
+    mine, planted = told.folder.parent, tmp_path / "planted"
+    if way != "untouched":
+        shutil.copytree(mine, planted)
+        planted.chmod(0o700)
+        (planted / told.folder.name / "model.safetensors").write_bytes(bytes(1000))
+        mine.rename(tmp_path / "taken away")
+        if way == "a link":
+            mine.symlink_to(planted)
+        else:
+            planted.rename(mine)
+        if way == "another user's":
+            for path in (mine, *mine.rglob("*")):
+                os.chown(path, 65534, 65534)
+        elif way == "everybody's":
+            mine.chmod(0o777)
+    checkpoint, folder = restore_checkpoint(run, run.find().ref, tmp_path / "out", prefetched=told)
+    swapped_unseen = way == "one's own, of something else" and mode == 0o1777
+    if not swapped_unseen:  # in a sticky folder nobody else can rename it: only this user can have done so
+        assert run.compare(checkpoint, folder) == []
+    ahead.close()

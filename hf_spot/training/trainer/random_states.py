@@ -18,6 +18,7 @@ from accelerate.data_loader import DataLoaderDispatcher
 from torch.utils.data import BatchSampler
 from transformers import Trainer
 
+from hf_spot.run.transfer import copy_files
 from hf_spot.training.data.rng import capture, capture_gpus, forget, pack, restore, unpack
 from hf_spot.training.data.worker_states import WorkerStates
 
@@ -122,7 +123,7 @@ class RandomStates:
     def save(self, checkpoint: Path) -> None:
         """Adds this rank's states to a checkpoint."""
         if self._folder.is_dir():
-            shutil.copytree(self._folder, checkpoint / _FOLDER, dirs_exist_ok=True)
+            copy_files(self._folder, checkpoint / _FOLDER)
             if self._before_draw is not None:
                 state = base64.b64encode(pack(self._before_draw)).decode()
                 (checkpoint / _FOLDER / self._draw_name).write_text(json.dumps({"draws": self._draws, "state": state}))
@@ -190,7 +191,7 @@ class RandomStates:
         if not (states / name).exists():  # other ranks than before: the order of the data is that of rank 0
             found = next((path for path in (states / "rng_state_0.pth", states / "rng_state.pth") if path.exists()), None)
             if found is not None:
-                shutil.copy(found, states / name)
+                shutil.copyfile(found, states / name)
         type(self._trainer)._load_rng_state(self._trainer, str(states))
         forget()
 

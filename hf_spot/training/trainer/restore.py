@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -81,12 +82,17 @@ class Resumption:
                 log.error("the best checkpoint so far can't be restored; a later one will be taken for the best: %s", error)
             return None
         # Rotation goes by modification time: what is resumed from must count as the newer one.
-        session.on_each_disk(lambda: os.utime(resumed))
+        session.on_each_disk(lambda: _touch(resumed))
         return folder
 
     def _look(self) -> None:
         if self._session.listener.heard_end() is not None:
             raise Going
+
+
+def _touch(folder: Path) -> None:
+    with contextlib.suppress(PermissionError, NotImplementedError):  # mounted buckets know no times
+        os.utime(folder)
 
 
 def _is_own(resume_from_checkpoint: str | bool | None, output_dir: Path) -> bool:
