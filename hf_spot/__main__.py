@@ -1,8 +1,20 @@
-"""Run ``hf-spot`` as ``python -m hf_spot``."""
+"""``hf-spot``, and ``python -m hf_spot``."""
 
 from __future__ import annotations
 
-from hf_spot.cli import main
+import sys
+
+
+def main() -> int:
+    """Run one command, and return its exit code."""
+    if sys.argv[1:2] == ["launch"]:
+        from hf_spot.launch import early
+
+        early.listen(sys.argv[2:])  # before anything that takes time
+    from hf_spot import cli
+
+    return cli.main()
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

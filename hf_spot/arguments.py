@@ -38,8 +38,11 @@ class SpotArguments:
         },
     )
     signals: str = field(
-        default="SIGTERM,SIGUSR1",
-        metadata={"help": "Signals that the source 'signal' treats as a preemption notice."},
+        default="SIGTERM,SIGUSR1,SIGHUP",
+        metadata={
+            "help": "Signals that the source 'signal' treats as a preemption notice. SIGHUP arrives when a terminal is closed "
+            "or its connection is lost; under nohup it stays ignored."
+        },
     )
     grace_s: float | None = field(
         default=None,

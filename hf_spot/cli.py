@@ -34,12 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["launch"]:
-            from hf_spot.launch.command import Reading
-
-            reading = Reading(arguments[1:])  # accelerate's parser can't be a sub-parser of ours
-            from hf_spot.launch.supervisor import launch
-
-            return launch(reading)
+            return _launch(arguments[1:])
         args = parser().parse_args(arguments)
         command: Callable[[argparse.Namespace], int] = args.command
         return command(args)
@@ -55,6 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader closed the pipe
         return 0
+
+
+def _launch(argv: Sequence[str]) -> int:
+    from hf_spot.launch import early
+
+    with early.listening(argv):
+        from hf_spot.launch.command import Reading
+
+        reading = Reading(argv)  # its parser is accelerate's: it can't be a sub-parser of ours
+        from hf_spot.launch.supervisor import launch
+
+        return launch(reading)
 
 
 def _as_json(error: SpotError) -> str:

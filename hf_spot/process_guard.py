@@ -1,8 +1,12 @@
 """A leash: a process on it dies when the one that started it dies, even of kill -9. Linux only; elsewhere it does nothing.
 
-``python process_guard.py PID COMMAND…`` runs COMMAND and guards it for the launcher, process PID. Three things hold, whoever is
-killed: when the launcher dies, the guard kills all that came from COMMAND, daemons included, which it had adopted; when
-the guard dies, COMMAND dies with it, and its orphans go to the launcher, which ends them; and the guard ends with COMMAND.
+``python process_guard.py FD COMMAND…`` runs COMMAND and guards it for the launcher, which holds the other end of the pipe that
+FD reads. Three things hold, whoever is killed: when the launcher dies, the pipe ends, and the guard kills all that came from
+COMMAND, daemons included, which it had adopted; when the guard dies, COMMAND dies with it, and its orphans go to the
+launcher, which ends them; and the guard ends with COMMAND.
+
+No signal ends the guard but those that nobody can ignore: a scheduler may send any to every process of a job, and the launcher
+decides what it means. COMMAND gets the signals as the guard got them, blocked ones included.
 
 It is run as a file, without site-packages: it imports nothing of hf_spot and is there in a few milliseconds. It is a process
 of its own because code between fork and exec may hang in a launcher that has threads.
@@ -12,14 +16,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _PR_SET_CHILD_SUBREAPER = 36
-_LAUNCHER_DIED = signal.SIGUSR2
+_NOT_IGNORED = {signal.SIGCHLD, signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGFPE, signal.SIGILL, signal.SIGBUS}
 
 
 def tie(holder: int | None = None) -> None:
@@ -38,31 +42,42 @@ def adopt_orphans() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def guard(launcher: int, command: Sequence[str]) -> int:
-    """Runs ``command`` until it ends; its exit code, a signal as 128 and its number."""
+def guard(launcher_fd: int, command: Sequence[str]) -> int:
+    """Run ``command`` until it ends; return its exit code, a signal as 128 and its number.
+
+    Args:
+        launcher_fd: reading end of a pipe whose other end the launcher alone holds.
+        command: to run.
+    """
     adopt_orphans()
-    signal.signal(_LAUNCHER_DIED, _kill_all)
-    # A scheduler may signal every process of a job. The launcher decides what that means.
-    others = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-    before = [signal.signal(one, signal.SIG_IGN) for one in others]
-    _prctl(_PR_SET_PDEATHSIG, _LAUNCHER_DIED)
-    if not _is_alive(launcher):
-        return 1
+    before = {one: signal.signal(one, signal.SIG_IGN) for one in signal.valid_signals() - _NOT_IGNORED}
+    os.set_inheritable(launcher_fd, False)
     guarding = os.getpid()
     child = os.fork()
     if child == 0:
         tie(guarding)
-        for one, handler in zip(others, before, strict=True):
-            signal.signal(one, handler)
-        signal.signal(_LAUNCHER_DIED, signal.SIG_DFL)
+        for one, handler in before.items():
+            signal.signal(one, signal.SIG_DFL if handler is None else handler)
         os.execvp(command[0], list(command))
+    any_ended, told = os.pipe()
+    os.set_blocking(told, False)
+    os.set_blocking(any_ended, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     while True:
-        ended, status = os.wait()  # orphans too
-        if ended == child:
-            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:  # orphans too
+            if ended[0] == child:
+                return os.WEXITSTATUS(ended[1]) if os.WIFEXITED(ended[1]) else 128 + os.WTERMSIG(ended[1])
+        if launcher_fd in select.select([launcher_fd, any_ended], [], [])[0]:
+            _kill_all()
+        try:
+            os.read(any_ended, 4096)
+        except BlockingIOError:
+            continue
 
 
-def _kill_all(number: int, frame: FrameType | None) -> None:
+def _kill_all() -> None:
     while descendants := _descendants():
         for pid in descendants:
             try:

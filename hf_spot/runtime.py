@@ -8,6 +8,7 @@ import errno
 import json
 import mmap
 import os
+import stat
 import struct
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,10 @@ _DIRECTORY_VARIABLE = "HF_SPOT_RUNTIME_DIR"
 _LAUNCHER_VARIABLE = "HF_SPOT_LAUNCHER_PID"
 _CLAIMED_VARIABLE = "HF_SPOT_CLAIMED_AT"
 _ARGUMENTS_VARIABLE = "HF_SPOT_ARGUMENTS"
+
+
+_TRAINING = ""
+_TRAINED = "ended"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -54,6 +59,9 @@ class Prefetched:
 @dataclass(frozen=True)
 class Runtime:
     """One launch, as its workers see it.
+
+    Its folder may be emptied, or be deleted, by those who clean /tmp: what was told is then unknown again, and the next word
+    makes the folder anew. `hf_spot.launch.folder` keeps it alive and fills it again.
 
     Args:
         store: URL of the run.
@@ -108,11 +116,35 @@ class Runtime:
 
     @property
     def training_path(self) -> Path:
-        """Exists while `trainer.train()` is running: only then can a notice still become a checkpoint."""
+        """Says whether `trainer.train()` is running (see `tell_training`)."""
         return self.directory / "training"
+
+    def tell_training(self, is_training: bool) -> None:
+        """Tell the launcher that a training begins, or has ended: only between the two can a notice become a checkpoint."""
+        self._with_room(lambda: write_atomically(self.training_path, _TRAINING if is_training else _TRAINED))
+
+    def read_training(self) -> bool | None:
+        """Return what a worker told last; None when none has told anything, or the file is gone."""
+        try:
+            return self.training_path.read_text() == _TRAINING
+        except OSError:
+            return None
+
+    def is_trusted(self) -> bool:
+        """Tell whether the folder is this user's: where everybody may write, another may make it after it was deleted."""
+        try:
+            everybody_s = self.directory.parent.stat().st_mode & stat.S_IWOTH
+            return not everybody_s or self.directory.lstat().st_uid == os.geteuid()
+        except OSError:
+            return False
 
     def _with_room(self, write: Callable[[], None]) -> None:
         try:
+            write()
+        except FileNotFoundError:
+            self.directory.mkdir(mode=0o700, exist_ok=True)
+            if not self.is_trusted():
+                raise
             write()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -155,8 +187,8 @@ class Runtime:
     def read_exit_code(self) -> int | None:
         """The first code that a worker wrote, or None."""
         try:
-            return int(self._exit_code_path.read_text())
-        except (FileNotFoundError, ValueError):
+            return int(self._exit_code_path.read_text()) if self.is_trusted() else None
+        except (OSError, ValueError):
             return None
 
     def expect_prefetch(self) -> None:
@@ -170,6 +202,8 @@ class Runtime:
 
     def read_prefetched(self) -> Prefetched | None:
         """What is being fetched or has been; None when nothing is."""
+        if not self.is_trusted():
+            return None
         try:
             text = self._prefetched_path.read_text()
         except FileNotFoundError:
@@ -197,7 +231,7 @@ class Runtime:
     def read_notice(self) -> PreemptionNotice | None:
         """What was heard last, or None."""
         try:
-            return PreemptionNotice.from_json(self.notice_path.read_text())
+            return PreemptionNotice.from_json(self.notice_path.read_text()) if self.is_trusted() else None
         except FileNotFoundError:
             return None
 

@@ -93,7 +93,7 @@ def test_the_exit_codes_are_these() -> None:
 def test_the_settings_and_their_defaults_are_these() -> None:
     assert {field.name: field.default for field in dataclasses.fields(hf_spot.SpotArguments)} == {
         "notice": "auto",
-        "signals": "SIGTERM,SIGUSR1",
+        "signals": "SIGTERM,SIGUSR1,SIGHUP",
         "grace_s": None,
         "cadence": "fixed",
         "max_interval_s": 1800.0,

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError
+from hf_spot.launch.early import likely_signals, option
+from hf_spot.notices.signals import held_back
 from hf_spot.runtime import STORE_VARIABLE
 
 _OPTIONS = "hf_spot.launch.options"
@@ -74,13 +76,8 @@ def likely_store(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -
         argv: what stands behind ``hf-spot launch``.
         environ: the environment.
     """
-    for number, word in enumerate(argv):
-        if word in ("-m", "--module") or word.endswith(".py"):  # what follows may be the script's own
-            break
-        if word == "--store":
-            return next(iter(argv[number + 1 :]), None)
-        if word.startswith("--store="):
-            return word.partition("=")[2]
+    if (named := option(argv, "--store")) is not None:
+        return named
     return None if any(word.startswith("--store") for word in argv) else environ.get(STORE_VARIABLE)
 
 
@@ -97,7 +94,8 @@ class Reading:
         try:
             # In a session of its own: Ctrl-C is for the launcher, and would make a traceback here.
             command = [sys.executable, "-m", _OPTIONS, str(theirs), *argv]
-            self._process = subprocess.Popen(command, env=os.environ, pass_fds=[theirs], start_new_session=True)
+            with held_back(likely_signals(argv)):  # to every process of a job: the launcher hears them
+                self._process = subprocess.Popen(command, env=os.environ, pass_fds=[theirs], start_new_session=True)
         finally:
             os.close(theirs)
         self._answer = os.fdopen(ours)

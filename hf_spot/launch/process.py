@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import psutil
 
 from hf_spot import process_guard
+from hf_spot.notices.signals import held_back
 
 _GONE_S = 10.0
 
@@ -24,16 +25,25 @@ class ProcessTree:
     Args:
         command: to run.
         environ: its environment.
+        signals: that wait until the command unblocks them: none of its processes dies of them before it can listen.
 
     Raises:
         OSError: it can't be started.
     """
 
-    def __init__(self, command: Sequence[str], environ: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], environ: Mapping[str, str], signals: Iterable[signal.Signals] = ()) -> None:
         process_guard.adopt_orphans()
         self._strangers = set(psutil.Process().children(recursive=True))
-        held = [sys.executable, "-S", "-E", process_guard.__file__, str(os.getpid()), *command]
-        self._process = subprocess.Popen(held, env=dict(environ), start_new_session=True)
+        theirs, self._alive = os.pipe()
+        guarded = [sys.executable, "-S", "-E", process_guard.__file__, str(theirs), *command]
+        try:
+            with held_back(signals):
+                self._process = subprocess.Popen(guarded, env=dict(environ), start_new_session=True, pass_fds=[theirs])
+        except BaseException:
+            os.close(self._alive)
+            raise
+        finally:
+            os.close(theirs)
 
     def wait(self, timeout_s: float) -> int | None:
         """The exit code, or None when the command still runs after ``timeout_s``. A signal counts as 128 and its number."""
@@ -52,5 +62,8 @@ class ProcessTree:
                 except psutil.NoSuchProcess:
                     continue
             if psutil.wait_procs(left, timeout=_GONE_S)[1]:
-                return  # in the kernel's hands (a dead mount): nothing more can be done from here
+                break  # in the kernel's hands (a dead mount): nothing more can be done from here
         self._process.poll()
+        if self._alive >= 0:
+            os.close(self._alive)
+            self._alive = -1

@@ -7,17 +7,13 @@ import json
 import logging
 import os
 import platform
-import shutil
-import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from hf_spot.errors import (
@@ -28,14 +24,16 @@ from hf_spot.errors import (
     SpotError,
     StoreError,
 )
+from hf_spot.launch import early
 from hf_spot.launch.command import Command, Reading, likely_store
+from hf_spot.launch.folder import RuntimeFolder
 from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.prefetch import Prefetch, newest_of
 from hf_spot.launch.process import ProcessTree
 from hf_spot.log import alert, shown_level
 from hf_spot.notices.detect import grace_s, sources
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
-from hf_spot.notices.signals import SignalSource
+from hf_spot.notices.signals import SignalSource, answered_signals
 from hf_spot.notices.watcher import Watcher
 from hf_spot.policy.restarts import (
     Verdict,
@@ -71,48 +69,29 @@ def launch(reading: Reading) -> int:
     """
     log.setLevel(shown_level(logging.NOTSET, os.environ, is_first_rank=True))  # whatever rank the scheduler gave this machine
     store = likely_store(reading.argv)
-    early = None if store is None else Prefetch(partial(newest_of, store))
+    ahead = None if store is None else Prefetch(partial(newest_of, store))
     with contextlib.ExitStack() as stack:
-        if early is not None:
-            stack.callback(early.close)
-        with _nothing_to_lose():
-            command = reading.result()
-            found = early.run if early is not None and command.store == store else None
-            run = Run(
-                command.store if found is None else found.store,  # it has met its server already
-                allow_unfenced_store=command.arguments.allow_unfenced_store,
-                workers=command.arguments.upload_workers,
-            )
-            state = run.state()
-            if state.ended == "finished":
-                newest = state.latest()
-                log.info("%s is finished at step %d: nothing to do", run.url, newest.step if newest else 0)
-                return EXIT_FINISHED
-            if state.latest() is None:  # whoever resumes has read it, and batches that differ are told by the training
-                for remark in command.remarks:
-                    log.warning("%s", remark)
-            if early is not None and (command.store != store or command.machines.count > 1):
-                early.close()
-            supervisor = Supervisor(run, command, early)
-        return supervisor.supervise()
-
-
-@contextlib.contextmanager
-def _nothing_to_lose() -> Iterator[None]:
-    """Before a run is claimed, a SIGTERM is a preemption that ends the launch at once."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        log.warning("preempted before anything began; start the same command again to go on")
-        raise SystemExit(EXIT_PREEMPTED)
-
-    own = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if own:
-        signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        if own:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if ahead is not None:
+            stack.callback(ahead.close)
+        command = reading.result()
+        found = ahead.run if ahead is not None and command.store == store else None
+        run = Run(
+            command.store if found is None else found.store,  # it has met its server already
+            allow_unfenced_store=command.arguments.allow_unfenced_store,
+            workers=command.arguments.upload_workers,
+        )
+        state = run.state()
+        if state.ended == "finished":
+            newest = state.latest()
+            log.info("%s is finished at step %d: nothing to do", run.url, newest.step if newest else 0)
+            return EXIT_FINISHED
+        if state.latest() is None:  # whoever resumes has read it, and batches that differ are told by the training
+            for remark in command.remarks:
+                log.warning("%s", remark)
+        if ahead is not None and (command.store != store or command.machines.count > 1):
+            ahead.close()
+        supervisor = Supervisor(run, command, ahead)
+        return supervisor.supervise(early.stand_down)
 
 
 class Supervisor:
@@ -140,16 +119,16 @@ class Supervisor:
         self._early = early
         self._now = now
         self._clock = clock
-        made = sources(command.arguments, environ=command.environ)
-        listed = [one for one in made if isinstance(one, SignalSource)]
-        # Whatever --notice says: a launcher that is told to end must not leave its children behind.
-        names = dict.fromkeys([*(listed[0].where.split(",") if listed else []), "SIGTERM", "SIGINT"])
+        names = [one.name for one in answered_signals(command.arguments)]
         self._signals = SignalSource(names, grace_s(command.arguments, command.environ))
-        others = [one for one in made if one not in listed]
+        made = sources(command.arguments, environ=command.environ)
+        others = [one for one in made if not isinstance(one, SignalSource)]
         self._watcher = Watcher([self._signals, *others], self._on_notice)
         self._heard = threading.Event()  # a TERMINATE
         self._heard_at = 0.0
         self._trained_s = 0.0  # after it
+        self._unreachable = False
+        self._training: bool | None = None  # as a worker of this launch told last; None while none has told anything
         self._notice: PreemptionNotice | None = None
         self._runtime: Runtime | None = None
         self._journal_writer = JournalWriter(run)  # what is asked at the end comes behind what was written
@@ -157,10 +136,15 @@ class Supervisor:
         self._machines = command.machines
         self._peers: Peers | None = None
 
-    def supervise(self) -> int:
-        """Until the end; the exit code of ``hf-spot launch``."""
+    def supervise(self, on_listening: Callable[[], None] = lambda: None) -> int:
+        """Work until the end, and return the exit code of ``hf-spot launch``.
+
+        Args:
+            on_listening: called when notices are listened to, before anything begins.
+        """
         fruitless = launches = 0
         with self._watcher, contextlib.closing(self._hook):
+            on_listening()
             while True:
                 before = self._run.journal.state.latest()
                 try:
@@ -239,31 +223,31 @@ class Supervisor:
 
     def _train(self, launch: int) -> tuple[Verdict, int]:
         log.info("launch %d of %s", launch, self._run.url)
-        try:
-            directory = Path(tempfile.mkdtemp(prefix="hf_spot-"))
-        except OSError as error:
-            raise _no_room(error) from error
-        if self._machines.rank == 0:
-            self._hook.tell(f"launch {launch} has begun on {platform.node()}")
-        arguments = replace(self._command.arguments, on_event=None)  # it is told here
-        runtime = Runtime(self._run.url, launch, directory, arguments, claimed_at=self._run.journal.claimed_at)
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                folder = RuntimeFolder(self._clock)
+            except OSError as error:
+                raise _no_room(error) from error
+            stack.callback(folder.close)
+            if self._machines.rank == 0:
+                self._hook.tell(f"launch {launch} has begun on {platform.node()}")
+            arguments = replace(self._command.arguments, on_event=None)  # it is told here
+            runtime = Runtime(self._run.url, launch, folder.path, arguments, claimed_at=self._run.journal.claimed_at)
             try:
                 runtime.reserve()
             except OSError as error:
                 raise _no_room(error) from error
-            self._runtime = runtime
+            self._runtime, self._training = runtime, None
+            stack.callback(setattr, self, "_runtime", None)
             if self._heard.is_set() and self._notice is not None:
                 runtime.write_notice(self._notice)
-            with contextlib.ExitStack() as stack:
-                self._fetch_ahead(runtime, stack)
-                tree = ProcessTree(self._command.argv, {**self._command.environ, **runtime.to_environ()})
-                stack.callback(tree.end)
-                code = self._wait(tree, runtime)
+            with contextlib.ExitStack() as running:
+                self._fetch_ahead(runtime, running)
+                environ = {**self._command.environ, **runtime.to_environ()}
+                tree = ProcessTree(self._command.argv, environ, answered_signals(arguments))
+                running.callback(tree.end)
+                code = self._wait(tree, runtime, folder)
             return self._conclude(runtime, runtime.read_exit_code() or code)
-        finally:
-            self._runtime = None
-            shutil.rmtree(directory, ignore_errors=True)
 
     def _fetch_ahead(self, runtime: Runtime, stack: contextlib.ExitStack) -> None:
         newest = self._run.journal.state.latest()
@@ -274,14 +258,15 @@ class Supervisor:
             stack.callback(ahead.close)
             ahead.hand_to(runtime, needed=lambda: not self._heard.is_set())
 
-    def _wait(self, tree: ProcessTree, runtime: Runtime) -> int:
+    def _wait(self, tree: ProcessTree, runtime: Runtime, folder: RuntimeFolder) -> int:
         alone_since: float | None = None
         while (code := tree.wait(_TICK_S)) is None:
+            self._keep(folder, runtime)
             if self._impatient:
                 log.warning("interrupted twice: killing the training process")
                 return EXIT_INTERRUPTED
-            if self._heard.is_set() and self._clock() - self._heard_at > self._patience_s(runtime):
-                log.error("the training process did not end in time: killing it")
+            if self._heard.is_set() and self._clock() - self._heard_at > self._patience_s():
+                self._give_up()
                 return EXIT_PREEMPTED
             if self._peers is not None and (ended := self._peers.ended()) is not None:
                 if alone_since is None:
@@ -292,16 +277,37 @@ class Supervisor:
                     return ended.code or EXIT_PREEMPTED
         return code
 
-    def _patience_s(self, runtime: Runtime) -> float:
+    def _keep(self, folder: RuntimeFolder, runtime: Runtime) -> None:
+        """See that what was told is in the folder, whoever cleans it, and read what the workers have told."""
+        told = runtime.read_training()
+        self._training = self._training if told is None else told
+        try:
+            anew = folder.renew()
+            if self._notice is not None and (anew or not runtime.notice_path.exists()):
+                runtime.write_notice(self._notice)
+            if anew:
+                log.warning("%s was deleted, and has been made again", folder.path)
+        except OSError as error:
+            if not self._unreachable:
+                log.error("a notice can't reach the training any more: %s", error)
+            self._unreachable = True
+
+    def _give_up(self) -> None:
+        state = self._read_at_the_end() if self._training is False else None
+        if state is not None and state.launch == self._run.launch and state.ended == Verdict.PREEMPTED.value:
+            log.info("the training is committed, and its process is slow to exit: ending it")
+        else:
+            log.error("the training process did not end in time: killing it")
+
+    def _patience_s(self) -> float:
         notice = self._notice
         left = notice.seconds_left(self._now()) if notice else None
         since_heard_s = self._clock() - self._heard_at
-        training = runtime.training_path.exists()
-        if training:
+        if self._training:
             self._trained_s = since_heard_s
         return patience_s(
             None if left is None else left + since_heard_s,
-            training=training,
+            training=bool(self._training),
             drain_timeout_s=self._command.arguments.drain_timeout_s,
             trained_s=self._trained_s,
         )

@@ -7,27 +7,69 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from types import FrameType
 
+from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 
 log = logging.getLogger("hf_spot")
 
-# The first two can't be caught. After the others the faulting instruction runs again, so a handler that returns hangs.
-_UNUSABLE = {"SIGKILL", "SIGSTOP", "SIGSEGV", "SIGFPE", "SIGILL", "SIGBUS"}
+_UNUSABLE = {
+    **dict.fromkeys(("SIGKILL", "SIGSTOP"), "can't be caught"),
+    # The faulting instruction runs again, so a handler that returns hangs.
+    **dict.fromkeys(("SIGSEGV", "SIGFPE", "SIGILL", "SIGBUS"), "can't be caught or survived"),
+    "SIGCHLD": "is sent whenever a process ends that was started here",
+}
+
+# Whatever --signals and --notice say: they end a process that does not listen to them, and all that it has not saved is lost.
+_ALWAYS = ("SIGTERM", "SIGINT", "SIGHUP")
 
 # A terminal sends SIGINT to every process, and a launcher such as torchrun forwards its own: one Ctrl-C arrives twice.
 _SAME_KEY_S = 1.0
+
+
+def answered_signals(arguments: SpotArguments) -> tuple[signal.Signals, ...]:
+    """Return the signals that mean preemption to a launch, and that none of its processes may die of.
+
+    Those are the ones that ``arguments.signals`` names, where the source 'signal' is listened to, and in any case SIGTERM,
+    SIGINT and SIGHUP.
+
+    Raises:
+        ConfigError: a name is no signal that can be used.
+    """
+    sources = {name.strip() for name in arguments.notice.split(",")}
+    named = arguments.signals.split(",") if sources & {"auto", "signal"} else []
+    return tuple(dict.fromkeys(map(_signal, [*named, *_ALWAYS])))
+
+
+def is_left_alone(one: signal.Signals) -> bool:
+    """Tell whether this process was started so that it outlives the end of its terminal, as ``nohup`` does."""
+    return one is signal.SIGHUP and signal.getsignal(one) is signal.SIG_IGN
+
+
+@contextmanager
+def held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Let signals to this thread wait until the end of the block.
+
+    A process that is started within it inherits that, with its first instruction and over an exec, until it says otherwise.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class SignalSource:
     """Receives signals sent to this process, from `install` to `restore`.
 
     The first signal is the notice; further ones, of any name, repeat it and increase `count`. A handler that the program
-    installed before is also called.
+    installed before is also called. SIGHUP stays ignored
+    in a program that was started with ``nohup``.
 
     Args:
         signals: names of the signals.
@@ -43,14 +85,14 @@ class SignalSource:
 
     def __init__(
         self,
-        signals: Iterable[str] = ("SIGTERM", "SIGUSR1"),
+        signals: Iterable[str] = ("SIGTERM", "SIGUSR1", "SIGHUP"),
         grace_s: float | None = None,
         *,
         now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
     ) -> None:
         self._signals = [_signal(name) for name in signals]
         if not self._signals:
-            raise ConfigError("signals='' names no signal for the source 'signal'", hint="--signals SIGTERM,SIGUSR1")
+            raise ConfigError("signals='' names no signal for the source 'signal'", hint="--signals SIGTERM,SIGUSR1,SIGHUP")
         if grace_s is not None and not grace_s > 0:
             raise ConfigError(f"grace_s={grace_s} must be positive", hint="omit it if it is unknown")
         self.where = ",".join(one.name for one in self._signals)
@@ -58,7 +100,7 @@ class SignalSource:
         self._now = now
         # Appending to a deque is atomic and takes no lock: a handler may interrupt anything, another handler included.
         self._received: deque[tuple[str, datetime]] = deque()
-        self._earlier: dict[int, object] = {}
+        self._earlier: dict[signal.Signals, object] = {}
         self._pid = 0
 
     @property
@@ -79,16 +121,16 @@ class SignalSource:
             return
         self._pid = os.getpid()
         for one in self._signals:
-            self._earlier[one] = signal.getsignal(one)
-            signal.signal(one, self._handle)
+            if not is_left_alone(one):
+                self._earlier[one] = signal.getsignal(one)
+                signal.signal(one, self._handle)
 
     def restore(self) -> None:
         """Restore the earlier handlers, unless another one has been installed over ours since."""
         if not self._pid or threading.current_thread() is not threading.main_thread():
             return
         self._pid = 0
-        for one in self._signals:
-            earlier = self._earlier[one]
+        for one, earlier in self._earlier.items():
             if signal.getsignal(one) == self._handle:
                 # None stands for a handler installed outside Python, which Python can't restore.
                 signal.signal(one, signal.SIG_DFL if earlier is None else earlier)  # type: ignore[arg-type]
@@ -113,12 +155,12 @@ class SignalSource:
             self._as_before(number, frame)
             return
         self._received.append((signal.Signals(number).name, self._now()))
-        earlier = self._earlier[number]
+        earlier = self._earlier[signal.Signals(number)]
         if callable(earlier) and earlier is not signal.default_int_handler:
             earlier(number, frame)
 
     def _as_before(self, number: int, frame: FrameType | None) -> None:
-        earlier = self._earlier[number]
+        earlier = self._earlier[signal.Signals(number)]
         if callable(earlier):
             earlier(number, frame)
         elif earlier is not signal.SIG_IGN and signal.getsignal(number) == self._handle:
@@ -175,6 +217,6 @@ def _signal(name: str) -> signal.Signals:
     usable = {one.name: one for one in signal.Signals if one.name not in _UNUSABLE}
     wanted = name.strip().upper()
     if wanted not in usable:
-        why = "can't be caught or survived" if wanted in _UNUSABLE else "is not a signal of this system"
+        why = _UNUSABLE.get(wanted, "is not a signal of this system")
         raise ConfigError(f"signals: {name!r} {why}", hint=f"one or more of {', '.join(sorted(usable))}")
     return usable[wanted]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
+import time
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from typing import TextIO
 
 from hf_spot.notices.notice import NoticeSource, PreemptionNotice
+from hf_spot.notices.signals import SignalSource
 from hf_spot.notices.watcher import Watcher
+
+_TICK_S = 0.2
 
 
 def watch(
@@ -22,6 +25,8 @@ def watch(
     now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
 ) -> bool:
     """Poll every source once and print its answer, then print notices until Ctrl-C or for ``duration_s``.
+
+    SIGTERM and SIGHUP are shown where signals are listened to, and end it as well.
 
     Args:
         sources: the sources to poll.
@@ -62,8 +67,17 @@ def watch(
 
     if sources and duration_s != 0:
         with contextlib.suppress(KeyboardInterrupt), Watcher(sources, on_notice, now=now):
-            threading.Event().wait(duration_s)
+            _wait([one for one in sources if isinstance(one, SignalSource)], duration_s)
     return all_answered
+
+
+def _wait(signals: list[SignalSource], duration_s: float | None) -> None:
+    began = time.monotonic()
+    while duration_s is None or time.monotonic() - began < duration_s:
+        told_to_end = any(source.count_of(name) for source in signals for name in ("SIGTERM", "SIGHUP"))
+        time.sleep(_TICK_S if duration_s is None else min(_TICK_S, max(0.0, began + duration_s - time.monotonic())))
+        if told_to_end:  # and shown by now
+            return
 
 
 def _in_words(notice: PreemptionNotice | None, now: datetime) -> str:

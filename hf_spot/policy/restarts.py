@@ -79,4 +79,6 @@ def patience_s(seconds_left: float | None, *, training: bool, drain_timeout_s: f
     """
     if seconds_left is None:
         return drain_timeout_s if training else trained_s + IDLE_GRACE_S
-    return max(0.0, seconds_left) + (LATE_S if training else 0.0)
+    if training:
+        return max(0.0, seconds_left) + LATE_S
+    return max(0.0, seconds_left, trained_s + IDLE_GRACE_S if trained_s else 0.0)

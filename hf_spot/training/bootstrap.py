@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.abc
 import importlib.machinery
@@ -17,6 +18,7 @@ from typing import Any
 
 from hf_spot import process_guard
 from hf_spot.errors import SpotError, StoreUnavailable
+from hf_spot.notices.signals import answered_signals, is_left_alone
 from hf_spot.runtime import Runtime
 
 _TRAINER = "transformers.trainer"
@@ -77,8 +79,8 @@ def main(argv: Sequence[str]) -> None:
     """Runs the script. What it raises goes on as it would without us, but for hf_spot's own errors, which are told in words."""
     runtime, process = Runtime.from_environ(os.environ), os.getpid()
     process_guard.tie(runtime.launcher if runtime else None)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        _leave_signals_to_the_launcher()
+    if runtime is not None:
+        leave_signals_to_the_launcher(runtime)
     sys.meta_path.insert(0, TrainerHook())
     try:
         _run(argv)
@@ -113,28 +115,36 @@ def _run(argv: Sequence[str]) -> None:
     runpy.run_path(argv[0], run_name="__main__")
 
 
-def _leave_signals_to_the_launcher() -> None:
-    """Some schedulers signal every process of a job. The launcher has heard it too; dying here would lose the save.
+def leave_signals_to_the_launcher(runtime: Runtime) -> None:
+    """Make this process outlive the signals that mean preemption: dying of one would lose the save.
 
-    A handler and not SIG_IGN, which children would inherit: they would no longer die when they are told to.
-    With several ranks torchrun's agent must be able to end them, and they stay as they are.
+    They may come to it alone, by somebody who has found it in a list of processes, or to every process of the job. Either way
+    the launcher gets to know, and a notice goes from there to all ranks. Those that came while this process was started have
+    waited for this.
+
+    It is done by handlers and not by SIG_IGN, which children would inherit: they would no longer die when they are told to.
+    torchrun's agent has another way to end its ranks (see `hf_spot.launch.agent`).
     """
-    owner = os.getpid()
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    owner, launcher = os.getpid(), runtime.launcher
+    signals = [one for one in answered_signals(runtime.arguments) if not is_left_alone(one)]
 
-    def ignore(number: int, frame: FrameType | None) -> None:
+    def pass_on(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:  # it came before `let_go`
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        else:
+            with contextlib.suppress(ProcessLookupError):  # then this process is about to die as well
+                os.kill(launcher, signal.SIGTERM)  # not the same signal: two SIGINTs mean that nothing is waited for
 
     def let_go() -> None:
         for one in signals:
-            if signal.getsignal(one) is ignore:
+            if signal.getsignal(one) is pass_on:
                 signal.signal(one, signal.SIG_DFL)
 
     for one in signals:
-        signal.signal(one, ignore)
+        signal.signal(one, pass_on)
     os.register_at_fork(after_in_child=let_go)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, answered_signals(runtime.arguments))
 
 
 if __name__ == "__main__":

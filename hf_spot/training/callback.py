@@ -222,7 +222,7 @@ class SpotCallback(TrainerCallback):
                 self._saved_step = session.restored.step
                 pending = session.restored.details.get("evaluation_pending")
                 session.random_states.resume(self._make_up_for_evaluation if pending else lambda: None)
-            shield()
+            shield(self.args)
             evaluated_before = session.restored is not None and _has_evaluated(
                 session.run_session.output_dir / session.restored.name
             )

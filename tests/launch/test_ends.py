@@ -50,11 +50,11 @@ def test_a_script_has_its_grace_after_its_last_checkpoint_however_long_that_took
                 time.sleep(0.01)
 
         runtime = Runtime.from_environ(os.environ)
-        runtime.training_path.touch()
+        runtime.tell_training(True)
         until(lambda: runtime.read_notice() is not None)
         open("saves", "w")
         until(lambda: os.path.exists("saves.seen"))
-        runtime.training_path.unlink()
+        runtime.tell_training(False)
         open("closes", "w")
         until(lambda: os.path.exists("closes.seen"))
         open("closed", "w")

@@ -110,7 +110,7 @@ def test_whoever_presses_stop_again_does_not_wait_for_the_step(notebook: Kernel,
 def test_a_training_in_a_thread_goes_on_without_signals(notebook: Kernel, tmp_path: Path) -> None:
     outcome = notebook.run("thread = threading.Thread(target=train)\nthread.start()\nthread.join()")
     assert outcome.status == "ok" and "trained" in outcome.shown
-    assert "signals (SIGTERM,SIGUSR1) can't be received: training does not run in the main thread" in outcome.shown
+    assert "signals (SIGTERM,SIGUSR1,SIGHUP) can't be received: training does not run in the main thread" in outcome.shown
     assert Run(tmp_path / "run").state().checkpoints[-1].complete
 
 

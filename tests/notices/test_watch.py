@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from hf_spot.notices.aws import IMDSSource
 from hf_spot.notices.file import FileSource
 from hf_spot.notices.notice import NoticeSource
 from hf_spot.notices.signals import SignalSource
 from hf_spot.notices.watch import watch
 from hf_spot.testing import FakeIMDS
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +32,7 @@ def test_each_source_says_where_it_listens_and_what_it_hears(tmp_path: Path) -> 
         answered, lines = once(IMDSSource(imds.endpoint), SignalSource(), FileSource(tmp_path / "notice"))
     assert answered
     assert imds.endpoint in lines[0] and "TERMINATE" in lines[0] and "s left" in lines[0]
-    assert "SIGTERM,SIGUSR1" in lines[1] and lines[1].endswith("no notice")
+    assert "SIGTERM,SIGUSR1,SIGHUP" in lines[1] and lines[1].endswith("no notice")
     assert str(tmp_path / "notice") in lines[2] and lines[2].endswith("no notice")
 
 
@@ -107,6 +110,30 @@ def test_the_fake_runs_on_its_own_and_announces_when_told_to() -> None:
         assert notice.kind.value == "TERMINATE"
         child.send_signal(signal.SIGINT)
         assert child.wait(timeout=10) == 0
+    finally:
+        child.kill()
+        child.communicate()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_that_ends_others_is_shown_and_ends_it_and_any_other_is_shown(name: str) -> None:
+    command = [sys.executable, "-m", "hf_spot", "watch", "--notice", "signal"]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        assert "no notice" in child.stdout.readline()
+        status = Path(f"/proc/{child.pid}/status")
+        bit = 1 << (signal.SIGUSR1 - 1)
+        wait_for(lambda: int(status.read_text().partition("SigCgt:")[2].split()[0], 16) & bit, "for it to listen")
+        if name != "SIGINT":
+            child.send_signal(getattr(signal, name))
+            assert f"TERMINATE ({name}" in child.stdout.readline()
+        else:
+            child.send_signal(signal.SIGUSR1)
+            assert "TERMINATE (SIGUSR1" in child.stdout.readline()
+            assert child.poll() is None
+            child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=20) == 0
     finally:
         child.kill()
         child.communicate()

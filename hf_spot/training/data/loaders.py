@@ -22,6 +22,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
 from hf_spot.training.data.iterations import TrackedIteration, TrackedLoader
@@ -57,9 +58,13 @@ class Loaders:
         self._handed_out = 0
         self._driven: TrackedIteration | None = None
 
-    def watch(self) -> None:
-        """From now on, until `close`."""
-        shield()
+    def watch(self, arguments: SpotArguments | None = None) -> None:
+        """From now on, until `close`.
+
+        Args:
+            arguments: as for `shield`.
+        """
+        shield(arguments)
         if self not in _watching:
             _watching.append(self)
         _replace(DataLoader, _iterate)

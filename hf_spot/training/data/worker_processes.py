@@ -1,6 +1,6 @@
 """DataLoader workers that outlive a signal to the whole job.
 
-Some schedulers send SIGTERM to every process (systemd, ``scancel --full``, a container's init), and a terminal or Jupyter
+Some schedulers send their signal to every process (systemd, ``scancel --full``, a container's init), and a terminal or Jupyter
 sends Ctrl-C's SIGINT. The training hears it and saves; its DataLoader workers would die of it, and the training with them in
 its next step, before it could save.
 """
@@ -11,8 +11,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -20,20 +21,32 @@ import torch
 from torch.utils.data import dataloader
 from torch.utils.data._utils import worker as torch_worker
 
+from hf_spot.arguments import SpotArguments
+from hf_spot.notices.signals import answered_signals, held_back
+from hf_spot.runtime import Runtime
 from hf_spot.training.data.worker_states import Asked, Made, Worker, WorkerStates
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _plain_loop = torch_worker._worker_loop
 _plain_start = dataloader._MultiProcessingDataLoaderIter.__init__
 
 
 _would_be_there = False
+_signals: tuple[signal.Signals, ...] = ()
 
 
-def shield() -> None:
-    """From now on the workers of every DataLoader end only when the process that started them says so."""
+def shield(arguments: SpotArguments | None = None) -> None:
+    """Have the workers of every DataLoader end of a signal that means a notice only when their own parent has sent it.
+
+    Args:
+        arguments: that name the signals; None for those of the launch, or the default ones.
+    """
+    global _signals
+    if arguments is None:
+        runtime = Runtime.from_environ(os.environ)
+        arguments = runtime.arguments if runtime else SpotArguments()
+    _signals = answered_signals(arguments)
     dataloader._MultiProcessingDataLoaderIter.__init__ = _start
-    torch_worker._worker_loop = shielded_loop
+    torch_worker._worker_loop = partial(shielded_loop, _signals)
 
 
 @contextmanager
@@ -77,19 +90,19 @@ def _states_of(loader: Any) -> WorkerStates | None:
 
 def _start_shielded(self: Any, loader: Any) -> None:
     # The workers inherit it with their first instruction: blocked by themselves, it would miss the threads that the import
-    # of numpy has made by then.
-    if (loader.multiprocessing_context or multiprocessing).get_start_method() == "spawn":
-        resource_tracker.ensure_running()  # otherwise the first worker starts it, and that unblocks SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
+    # of numpy has made by then. So do the processes that multiprocessing starts for them: for "spawn" and "forkserver".
+    with held_back(_signals):
+        if (loader.multiprocessing_context or multiprocessing).get_start_method() != "fork":
+            resource_tracker.ensure_running()  # otherwise the first worker starts it, and that unblocks SIGTERM
+            signal.pthread_sigmask(signal.SIG_BLOCK, _signals)
         _plain_start(self, loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def shielded_loop(*args: Any, **kwargs: Any) -> None:
+def shielded_loop(signals: Collection[signal.Signals], *args: Any, **kwargs: Any) -> None:
     """What a worker runs. Public for pickle's sake: with ``spawn`` it travels by name."""
-    threading.Thread(target=_obey_the_parent, args=(os.getppid(),), name="hf_spot-shield", daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # with "forkserver" it is not the one that os.getppid() tells
+    threading.Thread(target=_obey, args=(parent.pid, signals), name="hf_spot-shield", daemon=True).start()
     # dataset_kind, dataset, index_queue, data_queue, …, init_fn (9), worker_id (10), … as torch 2.6 to 2.13 pass them
     worker = args[9] if len(args) > 10 else None
     if isinstance(worker, Worker):
@@ -97,7 +110,7 @@ def shielded_loop(*args: Any, **kwargs: Any) -> None:
     _plain_loop(*args, **kwargs)
 
 
-def _obey_the_parent(parent: int) -> None:
-    while signal.sigwaitinfo(_SIGNALS).si_pid != parent:
+def _obey(parent: int | None, signals: Collection[signal.Signals]) -> None:
+    while signal.sigwaitinfo(signals).si_pid != parent:
         continue
     os._exit(0)  # as torch's own handler does for a SIGTERM from the parent

@@ -191,7 +191,7 @@ class LoopManager:
         session.start_uploader()
         scratch = self._local_dir / ".hf_spot" / f"workers-{rank}"
         loaders = Loaders(scratch, self._iteration_begins, ranks)
-        loaders.watch()
+        loaders.watch(session.arguments)
         session.closing.callback(shutil.rmtree, scratch, ignore_errors=True)
         session.closing.callback(loaders.close)
         self._files = LoopFiles(loaders, rank, ranks, self.run.url)

@@ -52,8 +52,8 @@ class NoticeListener:
         if self._runtime is not None:
             try:
                 mtime_ns = os.stat(self._runtime.notice_path).st_mtime_ns
-            except FileNotFoundError:
-                return None
+            except OSError:  # nothing was heard, or somebody has emptied the folder since: the launcher fills it again
+                return self.newest
             if mtime_ns != self._mtime_ns:
                 self._mtime_ns = mtime_ns
                 notice = self._runtime.read_notice()

@@ -125,8 +125,8 @@ class RunSession:
     def tell_launcher(self) -> None:
         """Let the launcher know that from now on there is something to save."""
         if self.runtime is not None:
-            self.runtime.training_path.touch()
-            self.closing.callback(self.runtime.training_path.unlink, missing_ok=True)
+            self.runtime.tell_training(True)
+            self.closing.callback(self.runtime.tell_training, False)
             self.steps = StepCounter(self.runtime.step_path) if self.agreement.is_main else None
 
     def claim(self, *, unless_complete: bool = False) -> None:
