@@ -23,17 +23,19 @@ import psutil
 
 if __name__ == "__main__":
     gc.disable()  # accelerate imports torch, and the collector would look for garbage in it
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.commands.utils import CustomArgumentParser
-from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+import accelerate.commands.launch
+import accelerate.commands.utils
+import accelerate.utils.launch  # noqa: F401
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError
 from hf_spot.launch.command import Command, Machines, refusal
 from hf_spot.runtime import STORE_VARIABLE
+from hf_spot.training.upstream import LAUNCH_ENVIRONMENT, LAUNCH_PARSER, OPTIONS_PARSER, VALIDATE_LAUNCH, check
+from hf_spot.training.upstream_name import Scope
 
 MAX_RESTARTS = 3
-_ACCELERATES_LOG = logging.getLogger(_validate_launch_command.__module__)
+_ACCELERATES_LOG = logging.getLogger(VALIDATE_LAUNCH.owner)
 _AGENT = "hf_spot.launch.agent"
 _BOOTSTRAP = "hf_spot.training.bootstrap"
 _GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
@@ -47,7 +49,8 @@ _MAX_RESTARTS_HELP = (
 
 def parser() -> argparse.ArgumentParser:
     """accelerate's parser, our group in front of its others."""
-    made: argparse.ArgumentParser = launch_command_parser()
+    check(Scope.LAUNCH)
+    made: argparse.ArgumentParser = LAUNCH_PARSER.find()()
     made.prog = "hf-spot launch"
     made.description = (
         "Runs a training script as `accelerate launch` does, hears preemption notices, and goes on from the newest committed "
@@ -90,7 +93,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
     options = list(argv[: len(argv) - 1 - len(args.training_script_args)])
     try:
         with _kept_remarks() as remarks:
-            args, config, _ = _validate_launch_command(args)
+            args, config, _ = VALIDATE_LAUNCH.find()(args)
     except (ValueError, OSError) as error:
         raise ConfigError(f"accelerate launch: {error}", hint="hf-spot launch --help, or accelerate config") from error
     _refuse_what_is_not_supported(args, config)
@@ -100,7 +103,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         env = dict(environ)
     else:
         command = [sys.executable, "-m", _BOOTSTRAP, *script]
-        env = prepare_simple_launcher_cmd_env(args)[1]
+        env = LAUNCH_ENVIRONMENT.find()(args)[1]
     if machines.count > 1 and _GLOO_VARIABLE not in env and (interface := interface_to(machines.main_ip)):
         # Where a machine's name stands for 127.0.1.1, as Debian has it, gloo would listen where nobody can reach it.
         if interface == "lo" and not _LOOPBACK.match(machines.main_ip):
@@ -188,7 +191,7 @@ def _add_options(group: Any) -> None:
 
 def _of_accelerate(options: list[str]) -> list[str]:
     """The options without those that hf-spot answers itself."""
-    ours = CustomArgumentParser(add_help=False, allow_abbrev=False)
+    ours = OPTIONS_PARSER.find()(add_help=False, allow_abbrev=False)
     _add_options(ours.add_argument_group("hf-spot"))
     ours.add_argument("--max_restarts")
     ours.add_argument("-m", "--module", action="store_true")

@@ -12,6 +12,7 @@ from hf_spot.arguments import SpotArguments
 from hf_spot.storage.store import ObjectStore
 from hf_spot.training.loop.loop_manager import LoopManager
 from hf_spot.training.loop.loop_states import AcceleratorState, PlainState
+from hf_spot.training.upstream import OPTIMIZERS
 
 
 class SpotCheckpointManager(LoopManager):
@@ -122,7 +123,7 @@ class AcceleratorCheckpointManager(LoopManager):
 
     def load_latest(self) -> tuple[int, int]:
         """As that of `SpotCheckpointManager`, for what the accelerator has prepared."""
-        optimizers: Sequence[Any] = self.accelerator._optimizers
+        optimizers: Sequence[Any] = OPTIMIZERS.of(self.accelerator) if OPTIMIZERS.is_on(self.accelerator) else ()
         return self._load(AcceleratorState(self.accelerator), optimizers[0] if optimizers else None)
 
     def save(self, step: int, epoch: int, loss: Any = None, *, dataloader: Any = None) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, IterableDataset
 from hf_spot.log import warn_for_all
 from hf_spot.training.data.rng import capture, capture_gpus, restore, set_states, states_of
 from hf_spot.training.data.worker_states import WorkerStates
+from hf_spot.training.upstream import DISPATCHER, INDEX_SAMPLER, INSIDE, ITERATION, ITERATOR, SHARD_GENERATOR, SPLIT_BATCHES
 
 
 class IterationOwner(Protocol):
@@ -98,13 +99,14 @@ class TrackedLoader:
     @property
     def iteration_of_accelerate(self) -> int | None:
         """accelerate counts iterations to seed their order."""
-        return getattr(self._loader(), "iteration", None)
+        loader = self._loader()
+        return int(ITERATION.of(loader)) if ITERATION.is_on(loader) else None
 
     def set_iteration_of_accelerate(self, number: int | None) -> None:
         """Goes on counting from there."""
-        loader: Any = self._loader()
-        if number is not None and hasattr(loader, "iteration"):
-            loader.iteration = number
+        loader = self._loader()
+        if number is not None and ITERATION.is_on(loader):  # a loader of torch has none
+            ITERATION.set(loader, number)
 
 
 class TrackedIteration:
@@ -165,9 +167,10 @@ class TrackedIteration:
 
     def over_prepared(self, plain: Callable[[Any], Iterator[Any]]) -> TrackedIteration:
         """Iterates a loader of accelerate, which takes a batch before it hands out the one before."""
-        dispatches = type(self.loader).__name__ == "DataLoaderDispatcher"
-        self._ahead = not dispatches
-        if dispatches and not self.loader.split_batches:
+        dispatches = isinstance(self.loader, DISPATCHER.find() or ())
+        # accelerate takes a batch before it hands out the one before, or did so when the position was saved.
+        self._ahead = not dispatches and (self._position is None or bool(self._position.get("ahead", True)))
+        if dispatches and not SPLIT_BATCHES.of(self.loader):
             self._skip_inside *= self._loaders.ranks
         self._batches = plain(self.loader)
         if isinstance(self.loader.dataset, IterableDataset):
@@ -197,18 +200,20 @@ class TrackedIteration:
         known = self._known
         if known.workers_count:
             known.seed_workers()
-        if known.workers_are_shifted and loader._iterator is not None:
+        persistent = ITERATOR.of(loader)
+        if known.workers_are_shifted and persistent is not None:
             # Each worker has done the work of another one since the resume: they begin anew in their places.
             known.workers.go_on(known.made_before)
-            loader._iterator = None
+            ITERATOR.set(loader, None)
+            persistent = None
         known.workers_are_shifted = known.persistent and self._skipped > 0
         if isinstance(loader.dataset, IterableDataset):
             return plain(loader)
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         sampler = getattr(loader, name)
         watched = _Order(sampler, self, known.workers if known.workers_count else None)
-        if loader._iterator is not None:
-            loader._iterator._index_sampler = watched
+        if persistent is not None:
+            INDEX_SAMPLER.set(persistent, watched)
         object.__setattr__(loader, name, watched)  # a DataLoader refuses such a change, for fear of one that has begun
         try:
             return plain(loader)
@@ -296,13 +301,15 @@ class TrackedIteration:
 
     def position(self) -> dict[str, Any]:
         """Where it stands."""
+        ahead = self._ahead and self._attempts > self.made[0]
         return {
             "handed_out": self._skipped + self.made[0],
             "start": self._start,
             "start_generators": self._start_generators,
             "iteration": self._iteration_of_accelerate,
             "order": self._order,
-            "before_draw": self._before_draw,
+            "before_draw": self._before_draw if ahead else None,
+            "ahead": ahead,
         }
 
 
@@ -360,9 +367,9 @@ def _generators(loader: Any) -> list[torch.Generator]:
     found: dict[int, torch.Generator] = {}
     looked_at = [loader]
     for one in looked_at:
-        for name in ("generator", "synchronized_generator"):
+        for name in ("generator", SHARD_GENERATOR.name):
             if isinstance(generator := getattr(one, name, None), torch.Generator):
                 found[id(generator)] = generator
-        inner = [vars(one).get(name) for name in ("base_dataloader", "batch_sampler", "sampler")]
+        inner = [vars(one).get(name) for name in (INSIDE.name, "batch_sampler", "sampler")]
         looked_at += [each for each in inner if hasattr(each, "__dict__")]
     return list(found.values())

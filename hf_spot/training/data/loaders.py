@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -29,8 +28,8 @@ from hf_spot.training.data.iterations import TrackedIteration, TrackedLoader
 from hf_spot.training.data.rng import set_states, states_of
 from hf_spot.training.data.worker_processes import shield
 from hf_spot.training.data.worker_states import WorkerStates
+from hf_spot.training.upstream import DISPATCHER, INSIDE, ITERATE, SHARD, STATEFUL
 
-_ACCELERATE = "accelerate.data_loader"
 _AHEAD = 2  # batches that accelerate takes beyond the one that is trained, and one to spare
 
 _watching: list[Loaders] = []
@@ -69,9 +68,9 @@ class Loaders:
             _watching.append(self)
         _replace(DataLoader, _iterate)
         # Only what somebody has imported: accelerate takes its time.
-        for name in ("DataLoaderShard", "DataLoaderDispatcher"):
-            if _ACCELERATE in sys.modules:
-                _replace(getattr(sys.modules[_ACCELERATE], name), _iterate_prepared)
+        for kind in (SHARD.find(), DISPATCHER.find()):
+            if kind is not None:
+                _replace(kind, _iterate_prepared)
 
     def close(self) -> None:
         """Loaders are what they were."""
@@ -79,7 +78,7 @@ class Loaders:
             _watching.remove(self)
         if not _watching:
             for kind, plain in _plain_iter.items():
-                kind.__iter__ = plain
+                ITERATE.set(kind, plain)
             _plain_iter.clear()
         for known in self._known.values():
             known.workers.close()
@@ -219,7 +218,8 @@ class Loaders:
     def driven(self, inside: Any) -> TrackedIteration | None:
         """The iteration that a loader inside one of accelerate's belongs to."""
         driven = self._driven
-        return driven if driven is not None and getattr(driven.loader, "base_dataloader", None) is inside else None
+        belongs = driven is not None and INSIDE.is_on(driven.loader) and INSIDE.of(driven.loader) is inside
+        return driven if belongs else None
 
 
 def _iterate(self: Any) -> Iterator[Any]:
@@ -238,12 +238,12 @@ def _iterate_prepared(self: Any) -> Iterator[Any]:
     """Takes the place of ``__iter__`` of accelerate's loaders."""
     plain = next(_plain_iter[kind] for kind in type(self).__mro__ if kind in _plain_iter)
     loaders = _watching[-1] if _watching else None
-    if loaders is None or not loaders.is_here or self.use_stateful_dataloader:
+    if loaders is None or not loaders.is_here or STATEFUL.of(self):
         return plain(self)
     return loaders.begin(self).over_prepared(plain)
 
 
 def _replace(kind: type, iterate: Callable[[Any], Iterator[Any]]) -> None:
     if kind not in _plain_iter:
-        _plain_iter[kind] = kind.__iter__
-        kind.__iter__ = iterate
+        _plain_iter[kind] = ITERATE.of(kind)
+        ITERATE.set(kind, iterate)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import operator
 import random
 import struct
 from collections.abc import Callable
 from typing import Any
 
-import numpy
+import numpy.random
 import torch
+
+from hf_spot.training.upstream import NUMPY_BITS, NUMPY_RANDOM
 
 _PYTHON = struct.Struct("<i625I?d")
 _NUMPY = struct.Struct("<624Ii?d")
@@ -104,8 +105,8 @@ _python = _Kept(
     lambda state: state[2] is not None,
 )
 _numpy = _Kept(
-    numpy.random.mtrand._rand,
-    operator.attrgetter("_bit_generator"),
+    NUMPY_RANDOM.find(),
+    NUMPY_BITS.of if NUMPY_BITS.find() is not None else lambda owner: None,  # then it is read each time
     _address_in_numpy,
     numpy.random.get_state,
     lambda state: bool(state[3]),

@@ -18,17 +18,16 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
-from torch.utils.data import dataloader
-from torch.utils.data._utils import worker as torch_worker
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.notices.signals import answered_signals, held_back
 from hf_spot.runtime import Runtime
 from hf_spot.training.data.worker_states import Asked, Made, Worker, WorkerStates
+from hf_spot.training.upstream import SKIPS_INSIDE, START_WORKERS, WORKER_LOOP
 
-_plain_loop = torch_worker._worker_loop
-_plain_start = dataloader._MultiProcessingDataLoaderIter.__init__
-
+# None where torch has changed: `hf_spot.training.upstream.check` has refused the training then.
+_plain_loop = WORKER_LOOP.find()
+_plain_start = START_WORKERS.find()
 
 _would_be_there = False
 _signals: tuple[signal.Signals, ...] = ()
@@ -45,8 +44,8 @@ def shield(arguments: SpotArguments | None = None) -> None:
         runtime = Runtime.from_environ(os.environ)
         arguments = runtime.arguments if runtime else SpotArguments()
     _signals = answered_signals(arguments)
-    dataloader._MultiProcessingDataLoaderIter.__init__ = _start
-    torch_worker._worker_loop = partial(shielded_loop, _signals)
+    START_WORKERS.put(_start)
+    WORKER_LOOP.put(partial(shielded_loop, _signals))
 
 
 @contextmanager
@@ -81,7 +80,7 @@ def _start(self: Any, loader: Any) -> None:
 def _states_of(loader: Any) -> WorkerStates | None:
     """Set on the batch sampler of the training's loader; in a resumed epoch behind the sampler that skips."""
     sampler = getattr(loader, "batch_sampler", None)
-    for one in (sampler, getattr(sampler, "batch_sampler", None)):
+    for one in (sampler, SKIPS_INSIDE.of(sampler) if SKIPS_INSIDE.is_on(sampler) else None):
         states = getattr(one, "worker_states", None)
         if isinstance(states, WorkerStates):
             return states

@@ -15,7 +15,6 @@ these look different, files are written at once.
 from __future__ import annotations
 
 import ctypes
-import inspect
 import logging
 import os
 import queue
@@ -35,16 +34,25 @@ from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.saving.arena import Arena, free_bytes
 from hf_spot.training.saving.device import taken_over
 from hf_spot.training.saving.shards import StagedPlanner, Unknown, stage
+from hf_spot.training.upstream import (
+    FILE_LIKE,
+    OPEN_ZIPFILE,
+    SAVE_ALONE,
+    SAVE_TOGETHER,
+    SERIALIZE_FILE,
+    TENSOR_SPEC,
+    TYPES,
+    WRITE_RECORD,
+)
 
 log = logging.getLogger("hf_spot")
 
 _SHARE = 0.5  # of the memory that is free at the first save
-_TENSOR_SPEC = getattr(safetensors.torch, "TensorSpec", None)
-_DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in getattr(safetensors.torch, "_TYPES", {}).items()}
-_plain_open = getattr(torch.serialization, "_open_zipfile_writer", None)
-_plain_serialize = safetensors.torch.serialize_file
-_plain_save_together = torch.distributed.checkpoint.save
-_SAVES_ALONE = "no_dist" in inspect.signature(_plain_save_together).parameters
+_DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in (TYPES.find() or {}).items()}
+# None where torch or safetensors has changed: files are written at once then, which `hf_spot.training.upstream.check` says.
+_plain_open = OPEN_ZIPFILE.find()
+_plain_serialize = SERIALIZE_FILE.find()
+_plain_save_together = SAVE_TOGETHER.find()
 
 
 class AsyncCheckpointWriter:
@@ -104,20 +112,16 @@ class AsyncCheckpointWriter:
         self._in_words = in_words
         self._make_arena().clear()
         self._owner = threading.get_ident()
-        save_together = torch.distributed.checkpoint.save
-        torch.distributed.checkpoint.save = self._capture_together(save_together)
-        if _plain_open is not None:
-            torch.serialization._open_zipfile_writer = self._open  # type: ignore[assignment]
-        safetensors.torch.serialize_file = self._serialize  # type: ignore[assignment]
         self._pending, self._forgotten = [], False
         try:
-            with taken_over(self._take):
+            with (
+                SAVE_TOGETHER.replaced(torch.distributed.checkpoint, self._capture_together),
+                OPEN_ZIPFILE.replaced(torch.serialization, lambda plain: self._open),
+                SERIALIZE_FILE.replaced(safetensors.torch, lambda plain: self._serialize),
+                taken_over(self._take),
+            ):
                 yield
         finally:
-            torch.distributed.checkpoint.save = save_together
-            if _plain_open is not None:
-                torch.serialization._open_zipfile_writer = _plain_open
-            safetensors.torch.serialize_file = _plain_serialize
             self._owner = 0
         if self._forgotten:
             return
@@ -189,7 +193,8 @@ class AsyncCheckpointWriter:
 
     def _open(self, file: Any) -> Any:
         assert _plain_open is not None
-        if threading.get_ident() != self._owner or not isinstance(file, str):
+        known = FILE_LIKE.trouble() is None and WRITE_RECORD.trouble() is None
+        if threading.get_ident() != self._owner or not isinstance(file, str) or not known:
             return _plain_open(file)
         return _Captured(self, file)
 
@@ -211,7 +216,7 @@ class AsyncCheckpointWriter:
 
     def _capture_together(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         def save(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != self._owner or (self._ranks.alone and not _SAVES_ALONE):
+            if threading.get_ident() != self._owner or (self._ranks.alone and SAVE_ALONE.trouble() is not None):
                 return plain(*args, **kwargs)
             staged, why = self._stage(args, kwargs)
             reasons = [one for one in self._ranks.gather(why) if one is not None]
@@ -237,9 +242,9 @@ class AsyncCheckpointWriter:
         return staged, None if staged is not None else self._too_large()
 
     def _keep_all(self, tensors: Any) -> tuple[dict[str, Any], list[torch.Tensor]] | None:
-        specs, copies = {}, []
+        specs, copies, described = {}, [], TENSOR_SPEC.find()
         for name, spec in tensors.items():
-            if _TENSOR_SPEC is None or not isinstance(spec, _TENSOR_SPEC) or spec.dtype not in _DTYPES:
+            if described is None or not isinstance(spec, described) or spec.dtype not in _DTYPES:
                 return None
             memory = (ctypes.c_char * spec.data_len).from_address(spec.data_ptr) if spec.data_len else b""
             source = torch.frombuffer(memory, dtype=torch.uint8) if spec.data_len else torch.empty(0, dtype=torch.uint8)
@@ -247,7 +252,7 @@ class AsyncCheckpointWriter:
             if copy is None:
                 return None
             copies.append(copy)
-            specs[name] = _TENSOR_SPEC(
+            specs[name] = described(
                 dtype=_DTYPES[spec.dtype], shape=spec.shape, data_ptr=copy.data_ptr(), data_len=spec.data_len
             )
         return specs, copies
@@ -376,11 +381,11 @@ class _Captured:
             self._records.append((name, data, size))
         else:
             self._behind._arrive()
-            self._at_once.file_like.write_record(name, data, size)
+            FILE_LIKE.of(self._at_once).write_record(name, data, size)
 
     def __getattr__(self, name: str) -> Any:
         self._write_at_once()
-        return getattr(self._at_once.file_like, name)
+        return getattr(FILE_LIKE.of(self._at_once), name)
 
     def _write_at_once(self) -> None:
         if self._at_once is None:
@@ -392,7 +397,7 @@ class _Captured:
         opened = _plain_open(self._path)
         opened.__enter__()
         for record in self._records:
-            opened.file_like.write_record(*record)
+            FILE_LIKE.of(opened).write_record(*record)
         self._records.clear()
         return opened
 

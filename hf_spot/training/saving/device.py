@@ -18,11 +18,12 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from hf_spot.training.upstream import STORAGE_CPU, TO_NDARRAY
+
 log = logging.getLogger("hf_spot")
 
 _PIECE_BYTES = 64 << 20  # that are pinned at once; a copy may not cross from one into the next
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of this process
-_plain_to_ndarray = getattr(safetensors.torch, "_to_ndarray", None)
 
 
 class Pins:
@@ -119,34 +120,26 @@ def taken_over(take: Callable[[Any, int, int], torch.Tensor | None]) -> Iterator
         take: copies so many bytes of an untyped storage from an offset on; None when it does not, and the library does.
     """
     thread = threading.get_ident()
-    kind: Any = torch.UntypedStorage
-    own, plain_cpu = vars(kind).get("cpu"), kind.cpu
 
-    def cpu(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-        if threading.get_ident() == thread and in_order(storage.device) and storage.nbytes():
-            copy = take(storage, 0, storage.nbytes())
-            if copy is not None:
-                return copy.untyped_storage()
-        plain: torch.UntypedStorage = plain_cpu(storage)
-        return plain
+    def make_cpu(plain: Any) -> Callable[[torch.UntypedStorage], Any]:
+        def cpu(storage: torch.UntypedStorage) -> Any:
+            if threading.get_ident() == thread and in_order(storage.device) and storage.nbytes():
+                copy = take(storage, 0, storage.nbytes())
+                if copy is not None:
+                    return copy.untyped_storage()
+            return plain(storage)
 
-    def to_ndarray(tensor: torch.Tensor) -> Any:
-        assert _plain_to_ndarray is not None
-        if threading.get_ident() == thread and in_order(tensor.device) and tensor.nbytes:
-            copy = take(tensor.untyped_storage(), int(tensor.storage_offset()) * tensor.itemsize, tensor.nbytes)
-            if copy is not None:
-                tensor = torch.empty(0, dtype=tensor.dtype).set_(copy.untyped_storage(), 0, tensor.shape, tensor.stride())
-        return _plain_to_ndarray(tensor)
+        return cpu
 
-    kind.cpu = cpu
-    if _plain_to_ndarray is not None:
-        safetensors.torch._to_ndarray = to_ndarray  # type: ignore[assignment]
-    try:
+    def make_to_ndarray(plain: Any) -> Callable[[torch.Tensor], Any]:
+        def to_ndarray(tensor: torch.Tensor) -> Any:
+            if threading.get_ident() == thread and in_order(tensor.device) and tensor.nbytes:
+                copy = take(tensor.untyped_storage(), int(tensor.storage_offset()) * tensor.itemsize, tensor.nbytes)
+                if copy is not None:
+                    tensor = torch.empty(0, dtype=tensor.dtype).set_(copy.untyped_storage(), 0, tensor.shape, tensor.stride())
+            return plain(tensor)
+
+        return to_ndarray
+
+    with STORAGE_CPU.replaced(torch.UntypedStorage, make_cpu), TO_NDARRAY.replaced(safetensors.torch, make_to_ndarray):
         yield
-    finally:
-        if own is None:
-            del kind.cpu
-        else:
-            kind.cpu = own
-        if _plain_to_ndarray is not None:
-            safetensors.torch._to_ndarray = _plain_to_ndarray

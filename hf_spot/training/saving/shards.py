@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
+from hf_spot.training.upstream import FINISH_PLAN, GLOBAL_PLAN, LOCAL_PLAN, RESOLVE_DATA, SET_UP_PLANNER, STORAGE_META
+
 Kept = Callable[[torch.Tensor], "torch.Tensor | None"]
 
 
@@ -47,11 +49,13 @@ class StagedPlanner(SavePlanner):
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """As the other planner does."""
-        return self._planner.create_global_plan(all_plans)
+        planned: tuple[list[SavePlan], Metadata] = GLOBAL_PLAN.of(self._planner)(all_plans)
+        return planned
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """As the other planner does."""
-        return self._planner.finish_plan(new_plan)
+        finished: SavePlan = FINISH_PLAN.of(self._planner)(new_plan)
+        return finished
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         """The copy."""
@@ -75,11 +79,14 @@ def stage(keep: Kept, *, is_coordinator: bool, **save: Any) -> StagedPlanner | N
     if type(planner) is not DefaultSavePlanner or type(writer) is not FileSystemWriter:
         # They may look at what they write, or write elsewhere.
         raise Unknown(f"{type(planner).__name__} and {type(writer).__name__} may do more than write files")
-    planner.set_up_planner(save["state_dict"], writer.storage_meta(), is_coordinator)
-    plan = planner.create_local_plan()
+    changed = [one.trouble() for one in (SET_UP_PLANNER, LOCAL_PLAN, GLOBAL_PLAN, FINISH_PLAN, RESOLVE_DATA, STORAGE_META)]
+    if why := next(filter(None, changed), None):
+        raise Unknown(f"torch {why}")
+    SET_UP_PLANNER.of(planner)(save["state_dict"], STORAGE_META.of(writer)(), is_coordinator)
+    plan = LOCAL_PLAN.of(planner)()
     data = {}
     for item in plan.items:
-        value = planner.resolve_data(item)
+        value = RESOLVE_DATA.of(planner)(item)
         kept = _keep(value, keep) if isinstance(value, torch.Tensor) else value
         if kept is None:
             return None

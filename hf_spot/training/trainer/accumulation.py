@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from hf_spot.training.trainer.random_states import RandomStates
 from hf_spot.training.trainer.resume_fixes import carry_counters, counters
+from hf_spot.training.upstream import ACCUMULATION, FLOS, FOREACH_COPY
 
 _MOST_BUFFER_BYTES = 64_000_000  # copied once a step
 _DEVICES = ("cpu", "cuda")  # those whose random state `RandomStates` can return to in the middle of a training
@@ -46,15 +47,15 @@ class Accumulation:
             self._buffers = self._find_buffers()
             self._before = [torch.empty_like(buffer) for buffer in self._buffers] if self._can_rewind() else []
         if self._before:
-            torch._foreach_copy_(self._before, self._buffers)
-        self._counted = (self._trainer.current_flos, self._trainer.state.num_input_tokens_seen, counters(self._trainer))
+            FOREACH_COPY.of(torch)(self._before, self._buffers)
+        self._counted = (FLOS.of(self._trainer), self._trainer.state.num_input_tokens_seen, counters(self._trainer))
         self._began, self._done = self._clock(), 0
 
     def micro_batch_ended(self) -> float:
         """A micro-batch, not the last of its step, is done: seconds that the rest of the step should need."""
         self._done += 1
         each_s = (self._clock() - self._began) / self._done
-        return each_s * (self._trainer.current_gradient_accumulation_steps - self._done)
+        return each_s * (int(ACCUMULATION.of(self._trainer)) - self._done)
 
     def rewindable(self) -> bool:
         """Whether `rewind` can be called: not for very large buffers, those that a forward pass replaces, or devices whose
@@ -71,8 +72,9 @@ class Accumulation:
         """Makes all as it was before the step began. The gradients stay: nothing saves them."""
         self._random_states.rewind()
         if self._before and self._buffers:
-            torch._foreach_copy_(self._buffers, self._before)
-        self._trainer.current_flos, self._trainer.state.num_input_tokens_seen, counted = self._counted
+            FOREACH_COPY.of(torch)(self._buffers, self._before)
+        flos, self._trainer.state.num_input_tokens_seen, counted = self._counted
+        FLOS.set(self._trainer, flos)
         carry_counters(self._trainer, counted)
 
     def _find_buffers(self) -> list[torch.Tensor]:

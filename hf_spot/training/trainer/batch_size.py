@@ -9,13 +9,14 @@ from transformers import Trainer
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
 from hf_spot.policy.resize import Batches, Fit, fit, keep_total, repair
+from hf_spot.training.upstream import TOTAL_BATCH_SIZE, TRAIN_BATCH_SIZE
 
 
 def batches(trainer: Trainer) -> Batches:
     """How this training puts a step together, as Trainer counts it (``auto_find_batch_size`` and all)."""
     args = trainer.args
-    micro_batch = trainer._train_batch_size
-    ranks = trainer.get_total_train_batch_size(args) // (micro_batch * args.gradient_accumulation_steps)
+    micro_batch = int(TRAIN_BATCH_SIZE.of(trainer))
+    ranks = int(TOTAL_BATCH_SIZE.of(trainer)(args)) // (micro_batch * args.gradient_accumulation_steps)
     if _splits(trainer):
         return Batches(micro_batch // ranks, args.gradient_accumulation_steps, ranks)
     gpus = max(1, args.n_gpu)
@@ -89,4 +90,4 @@ def _splits(trainer: Trainer) -> bool:
 def _apply(trainer: Trainer, made: Batches) -> None:
     trainer.args.gradient_accumulation_steps = made.accumulation
     trainer.args.per_device_train_batch_size = made.per_device
-    trainer._train_batch_size = trainer.args.train_batch_size
+    TRAIN_BATCH_SIZE.set(trainer, trainer.args.train_batch_size)

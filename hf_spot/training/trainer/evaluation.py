@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,16 @@ from transformers import Trainer
 
 from hf_spot.training.data.worker_processes import seeded_before
 from hf_spot.training.trainer.random_states import RandomStates
+from hf_spot.training.upstream import (
+    BEST_METRIC,
+    EVALUATE,
+    LEARNING_RATE,
+    LOG_SAVE_EVALUATE,
+    LOSS_SO_FAR,
+    ON_EPOCH_END,
+    ON_EVALUATE,
+    RUN_EPOCH,
+)
 
 
 class _Cut(Exception):
@@ -41,11 +52,11 @@ class Evaluations:
         self._evaluated_before = evaluated_before
         self.was_cut = False
         self.running = False  # on every rank at once, so that they can agree: not so in what callbacks evaluate themselves
-        self._on_evaluate = trainer.callback_handler.on_evaluate
-        trainer.callback_handler.on_evaluate = self._evaluated
-        trainer._evaluate = self._evaluate
-        trainer._determine_best_metric = self._determine_best_metric
-        trainer._run_epoch = self._run_epoch
+        self._on_evaluate = ON_EVALUATE.of(trainer.callback_handler)
+        ON_EVALUATE.set(trainer.callback_handler, self._evaluated)
+        EVALUATE.set(trainer, self._evaluate)
+        BEST_METRIC.set(trainer, self._determine_best_metric)
+        RUN_EPOCH.set(trainer, self._run_epoch)
 
     def cut(self) -> None:
         """Called from an event of the evaluation: does not return."""
@@ -53,40 +64,40 @@ class Evaluations:
 
     def make_up(self) -> None:
         """The evaluation that a notice suppressed or cut in the launch before."""
-        metrics = self._trainer._evaluate(None, None)
-        self._trainer._determine_best_metric(metrics=metrics, trial=None)
+        metrics = EVALUATE.of(self._trainer)(None, None)
+        BEST_METRIC.of(self._trainer)(metrics=metrics, trial=None)
         self._trainer.model.train()  # type: ignore[union-attr]
         if self._trainer.control.should_training_stop and not self.was_cut:
             raise Stopped  # EarlyStoppingCallback, say; Trainer would look only after one step more
 
     def close(self) -> None:
         """Gives the trainer its methods back."""
-        for name in ("_evaluate", "_determine_best_metric", "_run_epoch"):
-            self._trainer.__dict__.pop(name, None)
-        self._trainer.callback_handler.__dict__.pop("on_evaluate", None)
+        for name in (EVALUATE, BEST_METRIC, RUN_EPOCH):
+            name.restore(self._trainer)
+        ON_EVALUATE.restore(self._trainer.callback_handler)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        plain_run: Any = type(self._trainer)._run_epoch
+        plain_run = RUN_EPOCH.plain(self._trainer)
         try:
-            plain_run(self._trainer, *args, **kwargs)
+            plain_run(*args, **kwargs)
         except Stopped:
             # What Trainer does after the loop that it would have left; the checkpoint has to say that it is the last one.
             trainer = self._trainer
-            trainer.control = trainer.callback_handler.on_epoch_end(trainer.args, trainer.state, trainer.control)
+            trainer.control = ON_EPOCH_END.of(trainer.callback_handler)(trainer.args, trainer.state, trainer.control)
             trainer.control.should_save = True
             trainer.control.should_log = trainer.control.should_evaluate = False
-            rate, began = trainer._get_learning_rate(), kwargs["start_time"]
-            trainer._maybe_log_save_evaluate(
-                trainer._tr_loss, None, kwargs["model"], kwargs["trial"], kwargs["epoch"], None, began, learning_rate=rate
-            )
+            given = inspect.signature(plain_run).bind(*args, **kwargs).arguments
+            what = (given["model"], given["trial"], given["epoch"], None, given["start_time"])
+            rate = LEARNING_RATE.of(trainer)()
+            LOG_SAVE_EVALUATE.of(trainer)(LOSS_SO_FAR.of(trainer), None, *what, learning_rate=rate)
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         logged = len(self._trainer.state.log_history)
         self._random_states.remember()
         self.running = True
         try:
             with seeded_before(self._evaluated_before):
-                return type(self._trainer)._evaluate(self._trainer, *args, **kwargs)
+                return EVALUATE.plain(self._trainer)(*args, **kwargs)
         except _Cut:
             self._random_states.return_to_remembered()
             del self._trainer.state.log_history[logged:]  # several evaluation sets log one by one
@@ -108,4 +119,4 @@ class Evaluations:
         if self.was_cut:
             # With save_strategy="best" Trainer saves if this is true.
             return bool(self._trainer.control.should_save)
-        return bool(type(self._trainer)._determine_best_metric(self._trainer, metrics=metrics, trial=trial))
+        return bool(BEST_METRIC.plain(self._trainer)(metrics=metrics, trial=trial))

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import Trainer
 
+from hf_spot.training.upstream import ON_LOG
+
 
 class Metrics:
     """Adds what was measured since the last log to what callbacks hear of the next, until `close`.
@@ -25,9 +27,9 @@ class Metrics:
         self._trainer = trainer
         self._gauges = gauges
         self._fresh: deque[tuple[str, float]] = deque()
-        if trainer.args.process_index == 0:  # no other rank reports
-            self._on_log = trainer.callback_handler.on_log
-            trainer.callback_handler.on_log = self._logged
+        if trainer.args.process_index == 0 and ON_LOG.trouble() is None:  # no other rank reports
+            self._on_log = ON_LOG.of(trainer.callback_handler)
+            ON_LOG.set(trainer.callback_handler, self._logged)
 
     def put(self, name: str, value: float | None) -> None:
         """For the next log, from any thread; None is left out."""
@@ -45,4 +47,4 @@ class Metrics:
 
     def close(self) -> None:
         """Gives the trainer its method back."""
-        self._trainer.callback_handler.__dict__.pop("on_log", None)
+        ON_LOG.restore(self._trainer.callback_handler)

@@ -8,7 +8,7 @@ import signal
 import threading
 import warnings
 
-_AGENT = "torch.distributed.elastic.multiprocessing.api"
+from hf_spot.training.upstream import AGENT_HANDLER
 
 
 def in_notebook() -> bool:
@@ -43,5 +43,5 @@ def forget_the_agents_handlers() -> None:
     if multiprocessing.parent_process() is None or threading.current_thread() is not threading.main_thread():
         return
     for one in (signal.SIGTERM, signal.SIGINT):
-        if getattr(signal.getsignal(one), "__module__", None) == _AGENT:
+        if (handler := AGENT_HANDLER.find()) is not None and signal.getsignal(one) is handler:
             signal.signal(one, signal.default_int_handler if one == signal.SIGINT else signal.SIG_DFL)

@@ -21,6 +21,7 @@ from transformers import Trainer
 from hf_spot.run.transfer import copy_files
 from hf_spot.training.data.rng import capture, capture_gpus, forget, pack, restore, unpack
 from hf_spot.training.data.worker_states import WorkerStates
+from hf_spot.training.upstream import INSIDE, LOAD_RNG_STATE, SAVE_RNG_STATE
 
 log = logging.getLogger("hf_spot")
 
@@ -67,7 +68,7 @@ class RandomStates:
             then: called once, right after it.
         """
         self._then = then
-        self._trainer._load_rng_state = self._return_to_checkpoint
+        LOAD_RNG_STATE.set(self._trainer, self._return_to_checkpoint)
 
     def begin_epoch(self, dataloader: Any, resumed: Path | None, *, middle: bool = True) -> None:
         """An epoch begins.
@@ -93,7 +94,7 @@ class RandomStates:
             if (resumed / _FOLDER / self._draw_name).exists():
                 self._resumed_draw = json.loads((resumed / _FOLDER / self._draw_name).read_bytes())
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._trainer._save_rng_state(str(self._folder))
+        SAVE_RNG_STATE.of(self._trainer)(str(self._folder))
         self._watch(dataloader)
         self._step_ended = True
         self._mark()
@@ -132,16 +133,16 @@ class RandomStates:
     def remember(self) -> None:
         """Keeps the random state of this moment for `return_to_remembered`."""
         self._remembered.mkdir(parents=True, exist_ok=True)
-        self._trainer._save_rng_state(str(self._remembered))
+        SAVE_RNG_STATE.of(self._trainer)(str(self._remembered))
 
     def return_to_remembered(self) -> None:
         """Returns to it."""
-        type(self._trainer)._load_rng_state(self._trainer, str(self._remembered))
+        LOAD_RNG_STATE.plain(self._trainer)(str(self._remembered))
         forget()
 
     def close(self) -> None:
         """Gives the trainer its method back, and removes the folder."""
-        self._trainer.__dict__.pop("_load_rng_state", None)
+        LOAD_RNG_STATE.restore(self._trainer)
         shutil.rmtree(self._folder, ignore_errors=True)
         shutil.rmtree(self._remembered, ignore_errors=True)
         self._workers.close()
@@ -167,7 +168,7 @@ class RandomStates:
             return
         # A DataLoader refuses such a change, for fear of one that has begun to iterate; accelerate's keep theirs inside.
         object.__setattr__(
-            getattr(dataloader, "base_dataloader", dataloader),
+            INSIDE.of(dataloader) if INSIDE.is_on(dataloader) else dataloader,
             "batch_sampler",
             _Watched(sampler, self, self._workers if dataloader.num_workers else None),
         )
@@ -192,7 +193,7 @@ class RandomStates:
             found = next((path for path in (states / "rng_state_0.pth", states / "rng_state.pth") if path.exists()), None)
             if found is not None:
                 shutil.copyfile(found, states / name)
-        type(self._trainer)._load_rng_state(self._trainer, str(states))
+        LOAD_RNG_STATE.plain(self._trainer)(str(states))
         forget()
 
     def _mark(self) -> dict[str, Any] | None:
@@ -209,7 +210,7 @@ class RandomStates:
     def _return_to_checkpoint(self, checkpoint: str | None) -> None:
         if not self._restored:
             self._restored = True
-            type(self._trainer)._load_rng_state(self._trainer, checkpoint)
+            LOAD_RNG_STATE.plain(self._trainer)(checkpoint)
             forget()
             self._then()
 

@@ -1,4 +1,5 @@
-"""Repairs of what Trainer and accelerate do otherwise when they resume. Seen with transformers 5.23 and accelerate 1.15."""
+"""Repairs of what Trainer and accelerate do otherwise when they resume. Each is made only where its fault is still there: what
+a library has mended itself would otherwise be mended twice."""
 
 from __future__ import annotations
 
@@ -8,21 +9,60 @@ from contextlib import contextmanager
 from typing import Any
 
 import transformers.trainer
-from accelerate.data_loader import DataLoaderDispatcher
-from torch.utils.data import IterableDataset
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard, skip_first_batches
+from torch.utils.data import BatchSampler, IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerControl
-from transformers.trainer_callback import ExportableState
+
+from hf_spot.errors import ConfigError
+from hf_spot.training.upstream import CALLBACK_STATES, EXPORTABLE, SKIP_FIRST_BATCHES, SKIPS_INSIDE, SPLIT_BATCHES, TRAIN_TOKENS
+from hf_spot.training.versions import how_to_install
 
 log = logging.getLogger("hf_spot")
 
 
 def set_epoch(dataloader: Any, epoch: int) -> None:
-    """Tells samplers which epoch it is as Trainer does at the start of each, but before it skips what was trained: through
+    """Tell samplers which epoch it is as Trainer does at the start of each, but before it skips what was trained: through
     the sampler that skips, Trainer's own call does not reach them."""
     batch_sampler = getattr(dataloader, "batch_sampler", None)
-    for one in (dataloader, getattr(batch_sampler, "batch_sampler", None)):
-        if one is not None and hasattr(one, "set_epoch"):
+    if reaches_through_skips(dataloader):
+        return
+    for one in (dataloader, SKIPS_INSIDE.of(batch_sampler) if SKIPS_INSIDE.is_on(batch_sampler) else None):
+        if one is not None and hasattr(one, "set_epoch"):  # not every sampler has an order of its own for each epoch
             one.set_epoch(epoch)
+
+
+class _Told:
+    """Knows which epoch it has been told."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class _ToldSampler(_Told, SequentialSampler):
+    pass
+
+
+class _ToldBatchSampler(_Told, BatchSampler):
+    pass
+
+
+def reaches_through_skips(dataloader: Any) -> bool:
+    """Return whether accelerate tells the samplers of such a loader their epoch even through the one that skips batches.
+
+    It is tried on a tiny loader. False for loaders that are not accelerate's.
+    """
+    kind = type(dataloader)
+    if kind not in (DataLoaderShard, DataLoaderDispatcher):
+        return False
+    sampler = _ToldSampler(range(4))
+    batches = _ToldBatchSampler(sampler, 1, False)
+    inside: Any = batches
+    if isinstance(getattr(dataloader, "batch_sampler", None), BatchSamplerShard):
+        inside = BatchSamplerShard(batches, num_processes=1, process_index=0)
+    skip_first_batches(kind(range(4), batch_sampler=inside), 1).set_epoch(3)
+    return sampler.epoch == batches.epoch == 3
 
 
 @contextmanager
@@ -30,46 +70,67 @@ def dispatched_batches_skipped() -> Iterator[None]:
     """Within it, a resume skips what all ranks have trained of batches that rank 0 hands out (``dispatch_batches``).
 
     Each of them is made of one batch of the sampler for every rank; ``accelerate.skip_first_batches`` skips the sampler's
-    batches as if there were one rank. Seen with accelerate 1.15.
+    batches as if there were one rank.
     """
-    plain_skip = transformers.trainer.skip_first_batches
 
-    def skip(dataloader: Any, num_batches: int = 0) -> Any:
-        dispatched = isinstance(dataloader, DataLoaderDispatcher) and not dataloader.split_batches
-        if dispatched and not isinstance(dataloader.dataset, IterableDataset):
-            num_batches *= dataloader.state.num_processes
-        return plain_skip(dataloader, num_batches)
+    def make(plain_skip: Any) -> Any:
+        def skip(dataloader: Any, num_batches: int = 0) -> Any:
+            skipping = plain_skip(dataloader, num_batches)
+            dispatched = isinstance(dataloader, DataLoaderDispatcher) and not SPLIT_BATCHES.of(dataloader)
+            if not dispatched or isinstance(dataloader.dataset, IterableDataset):
+                return skipping
+            ranks = dataloader.state.num_processes
+            passed_over = _batches_of_sampler(dataloader) - _batches_of_sampler(skipping) + skipping.skip_batches * ranks
+            if passed_over == num_batches * ranks:
+                return skipping
+            if passed_over != num_batches:
+                raise ConfigError(
+                    f"accelerate passes over {passed_over} batches where {num_batches * ranks} were trained",
+                    hint=how_to_install({"accelerate"}),
+                )
+            return plain_skip(dataloader, num_batches * ranks)
 
-    transformers.trainer.skip_first_batches = skip
-    try:
+        return skip
+
+    with SKIP_FIRST_BATCHES.replaced(transformers.trainer, make):
         yield
-    finally:
-        transformers.trainer.skip_first_batches = plain_skip
+
+
+def _batches_of_sampler(dataloader: Any) -> int:
+    return len(dataloader.batch_sampler)
 
 
 def counters(trainer: Trainer) -> dict[str, int]:
-    """What a trainer counts for its log and does not save: TRL's tokens (``num_tokens``). Seen with TRL 1.16."""
-    return {name: getattr(trainer, name) for name in ("_total_train_tokens",) if hasattr(trainer, name)}
+    """What a trainer counts for its log and does not save: TRL's tokens (``num_tokens``). Other trainers have none."""
+    return {one.name: one.of(trainer) for one in (TRAIN_TOKENS,) if one.is_on(trainer)}
 
 
 def carry_counters(trainer: Trainer, counted: dict[str, int]) -> None:
-    """Goes on counting from what `counters` told."""
-    for name in counters(trainer).keys() & counted.keys():
-        setattr(trainer, name, counted[name])
+    """Go on counting from what `counters` told."""
+    for one in (TRAIN_TOKENS,):
+        if one.is_on(trainer) and one.name in counted:
+            one.set(trainer, counted[one.name])
 
 
 def carry_callback_states(trainer: Trainer) -> None:
-    """Gives stateful callbacks (``EarlyStoppingCallback``) back what they knew at the checkpoint.
+    """Give stateful callbacks (``EarlyStoppingCallback``) back what they knew at the checkpoint.
 
-    Trainer does it only with ``restore_callback_states_from_checkpoint``, and then by making new callbacks.
+    Trainer does it only with ``restore_callback_states_from_checkpoint``, and then by making new callbacks. What a callback
+    knows already is left alone.
     """
     if trainer.args.restore_callback_states_from_checkpoint:
         return
-    carried: Any = trainer.state.stateful_callbacks  # a dict, whatever its annotation says
+    carried: Any = CALLBACK_STATES.of(trainer.state)  # a dict, whatever its annotation says
+    exportable: Any = EXPORTABLE.find()
     for name, states in carried.items():
         named = [one for one in trainer.callback_handler.callbacks if type(one).__name__ == name]
         for callback, state in zip(named, states if isinstance(states, list) else [states], strict=False):
-            if isinstance(callback, ExportableState) and not isinstance(callback, TrainerControl):
-                for attribute, value in state.get("attributes", {}).items():
+            if isinstance(callback, exportable) and not isinstance(callback, TrainerControl):
+                saved = state.get("attributes", {})
+                forgotten = {
+                    attribute: value for attribute, value in saved.items() if getattr(callback, attribute, None) != value
+                }
+                for attribute, value in forgotten.items():
                     setattr(callback, attribute, value)
-                log.info("%s goes on with what it knew", name)
+                if forgotten:
+                    log.info("%s goes on with what it knew", name)

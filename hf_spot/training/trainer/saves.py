@@ -23,11 +23,25 @@ from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.disks import Disk
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
 from hf_spot.training.saving.disk_errors import free_gb, in_words, is_of_a_disk
+from hf_spot.training.upstream import (
+    ON_SAVE,
+    PUSH_FROM_CHECKPOINT,
+    ROTATE,
+    SAVE,
+    SAVE_CHECKPOINT,
+    SAVE_MODEL,
+    SAVE_OPTIMIZER,
+    SAVE_RNG_STATE,
+    SAVE_STATE,
+    SAVE_TOGETHER,
+    TORCH_SAVE,
+    WANDB_LOGS_MODEL,
+)
 
 log = logging.getLogger("hf_spot")
 
 
-_OF_A_SAVE = ("_save_checkpoint", "save_model", "_save", "_save_optimizer_and_scheduler")
+_OF_A_SAVE = tuple(one.name for one in (SAVE_CHECKPOINT, SAVE_MODEL, SAVE, SAVE_OPTIMIZER))
 _ONLY_WRITE = ("transformers", "trl", "sentence_transformers", "peft")
 
 
@@ -74,7 +88,7 @@ class Saves:
         self._best = self._best_now()
         if self._may_go_on() and (self._agreement.is_main or is_sharded(self._trainer)):
             self._behind.expect(_size_bytes(self._trainer.model, here=is_sharded(self._trainer)))
-        plain_save = self._trainer._save_checkpoint
+        plain_save = SAVE_CHECKPOINT.of(self._trainer)
 
         def save(*args: Any, **kwargs: Any) -> None:
             whole = self.settle()
@@ -93,7 +107,7 @@ class Saves:
                     self._behind.forget()
             self._conclude(failure)
 
-        self._trainer._save_checkpoint = save
+        SAVE_CHECKPOINT.set(self._trainer, save)
 
     def settle(self) -> bool:
         """Waits for the files of the newest save; False when they could not be written, and are gone."""
@@ -122,7 +136,7 @@ class Saves:
     def close(self) -> None:
         """Gives the trainer its method back, when all is written."""
         self.settle()
-        self._trainer.__dict__.pop("_save_checkpoint", None)
+        SAVE_CHECKPOINT.restore(self._trainer)
 
     def _conclude(self, failure: SpotError | None) -> None:
         if failure is None:
@@ -144,14 +158,15 @@ class Saves:
 
     def _tell_nobody(self) -> None:
         """Trainer tells its callbacks next that it has saved: they would look for the folder."""
-        handler: Any = self._trainer.callback_handler
+        handler = self._trainer.callback_handler
 
         def on_save(args: Any, state: Any, control: TrainerControl) -> TrainerControl:
-            del handler.on_save
+            ON_SAVE.restore(handler)
             control.should_save = False
             return control
 
-        handler.on_save = on_save
+        if ON_SAVE.trouble() is None:
+            ON_SAVE.set(handler, on_save)
 
     # -- during a save ------------------------------------------------------------------------------------------------
 
@@ -165,16 +180,15 @@ class Saves:
         self._saving = threading.get_ident()
         with contextlib.ExitStack() as undo:
             for owner, name, wrap in (
-                (trainer, "_save", self._attempt),
-                (trainer, "_save_rng_state", self._attempt),
-                (state, "save_to_json", self._attempt),
-                (torch, "save", self._attempt),
-                (torch.distributed.checkpoint, "save", self._attempt_together),
-                (trainer, "_push_from_checkpoint", self._postpone),
-                (transformers.trainer, "rotate_checkpoints", self._postpone),
+                (trainer, SAVE, self._attempt),
+                (trainer, SAVE_RNG_STATE, self._attempt),
+                (state, SAVE_STATE, self._attempt),
+                (torch, TORCH_SAVE, self._attempt),
+                (torch.distributed.checkpoint, SAVE_TOGETHER, self._attempt_together),
+                (trainer, PUSH_FROM_CHECKPOINT, self._postpone),
+                (transformers.trainer, ROTATE, self._postpone),
             ):
-                if hasattr(owner, name):
-                    undo.enter_context(_replaced(owner, name, wrap(getattr(owner, name))))
+                undo.enter_context(name.replaced(owner, wrap))
             try:
                 yield
             finally:
@@ -247,19 +261,8 @@ def _reads_checkpoints(callback: TrainerCallback) -> bool:
     if not hears or kind.__module__.startswith(("hf_spot.", "transformers.trainer_callback")):
         return False
     if kind.__name__ == "WandbCallback":
-        return str(getattr(callback._log_model, "value", "checkpoint")) == "checkpoint"
+        return (
+            not WANDB_LOGS_MODEL.is_on(callback)
+            or str(getattr(WANDB_LOGS_MODEL.of(callback), "value", "checkpoint")) == "checkpoint"
+        )
     return kind.__name__ != "TrackioCallback"
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    own = vars(owner)
-    before = own.get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)

@@ -15,9 +15,12 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
+from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
 from hf_spot.policy.resize import Batches
 from hf_spot.training.data.rng import capture, pack
+from hf_spot.training.upstream import GET_BATCH_SAMPLES, INIT_TRAINING_STATE
+from hf_spot.training.versions import how_to_install
 
 _LOOKS = 4
 
@@ -35,20 +38,27 @@ def resumed_in_its_pass(trainer: Trainer, details: dict[str, Any], before: Batch
     if not isinstance(trainer.train_dataset, IterableDataset) or has_length(trainer.train_dataset):
         yield
         return
-    plain_init = trainer._init_training_state
+    plain_init = INIT_TRAINING_STATE.of(trainer)
     passes = int(details["epoch_of_data"])
     done = round((details["epoch_of_data"] - passes) * details["max_steps"] * before.accumulation)
     in_pass = done * before.per_device * before.world_size // (now.per_device * now.world_size)
 
     def init_training_state(*args: Any, **kwargs: Any) -> tuple[int, int]:
-        plain_init(*args, **kwargs)
+        theirs = plain_init(*args, **kwargs)
+        all_in_one_pass = (0, trainer.state.global_step * trainer.args.gradient_accumulation_steps)
+        if theirs not in (all_in_one_pass, (passes, in_pass)):
+            raise ConfigError(
+                f"this Trainer resumes a stream at batch {theirs[1]} of pass {theirs[0]}; it was left at batch {in_pass} "
+                f"of pass {passes}",
+                hint=how_to_install({"transformers"}),
+            )
         return passes, in_pass
 
-    trainer._init_training_state = init_training_state
+    INIT_TRAINING_STATE.set(trainer, init_training_state)
     try:
         yield
     finally:
-        trainer.__dict__.pop("_init_training_state", None)
+        INIT_TRAINING_STATE.restore(trainer)
 
 
 @contextmanager
@@ -62,7 +72,7 @@ def chance_is_named(trainer: Trainer) -> Iterator[None]:
     if not isinstance(trainer.train_dataset, IterableDataset) or trainer.args.dataloader_num_workers:
         yield
         return
-    plain_get = trainer.get_batch_samples
+    plain_get = GET_BATCH_SAMPLES.of(trainer)
     begun: Any = None
     looks = _LOOKS
 
@@ -84,8 +94,8 @@ def chance_is_named(trainer: Trainer) -> Iterator[None]:
             )
         return fetched
 
-    trainer.get_batch_samples = get_batch_samples
+    GET_BATCH_SAMPLES.set(trainer, get_batch_samples)
     try:
         yield
     finally:
-        trainer.__dict__.pop("get_batch_samples", None)
+        GET_BATCH_SAMPLES.restore(trainer)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_spot.errors import CorruptCheckpoint
 from hf_spot.training.data.rng import capture, capture_gpus, restore
+from hf_spot.training.upstream import LOAD_FROM_CHECKPOINT, WARN_AFTER_LOAD
 
 log = logging.getLogger("hf_spot")
 
@@ -25,27 +26,27 @@ log = logging.getLogger("hf_spot")
 @contextmanager
 def loaded_whole(trainer: Trainer) -> Iterator[None]:
     """Within it, resuming a checkpoint loads all of its weights."""
-    plain_load = trainer._load_from_checkpoint
+    plain_load = LOAD_FROM_CHECKPOINT.of(trainer)
 
     def load(resume_from_checkpoint: str, *model: torch.nn.Module) -> None:  # sentence-transformers' takes no model
         results: list[Any] = []
-        trainer.__dict__["_issue_warnings_after_load"] = results.append
+        WARN_AFTER_LOAD.set(trainer, results.append)
         try:
             plain_load(resume_from_checkpoint, *model)
         finally:
-            del trainer._issue_warnings_after_load
+            WARN_AFTER_LOAD.restore(trainer)
         target = model[0] if model else trainer.model
         for result in results:
             if result.missing_keys and result.unexpected_keys and isinstance(target, PreTrainedModel):
                 _load_translated(target, resume_from_checkpoint)
             else:
-                trainer._issue_warnings_after_load(result)
+                WARN_AFTER_LOAD.of(trainer)(result)
 
-    trainer.__dict__["_load_from_checkpoint"] = load
+    LOAD_FROM_CHECKPOINT.set(trainer, load)
     try:
         yield
     finally:
-        trainer.__dict__.pop("_load_from_checkpoint", None)
+        LOAD_FROM_CHECKPOINT.restore(trainer)
 
 
 def _load_translated(model: PreTrainedModel, checkpoint: str) -> None:

@@ -1,0 +1,542 @@
+"""Every name that hf_spot takes from the insides of other libraries, and what is lost without it.
+
+Libraries rename private names without notice, and change what a method is given. `check` looks at the names of this table
+when a training begins. Where a promise rests on a name that is missing or takes other parameters, the training is refused;
+where only speed or comfort is lost, one line says what. All other modules reach these names through the constants below
+(``tests/test_house.py`` enforces it). Modules outside of ``training/`` and ``launch/`` can't: they do without a missing name,
+or raise, and are listed so that `check` says so.
+
+Nothing is imported to be checked: what nobody has imported is not used. ``tests/training/test_upstream.py`` proves that the
+libraries still call what is replaced here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal
+
+from hf_spot.errors import ConfigError
+from hf_spot.training.upstream_name import Name, Scope
+from hf_spot.training.versions import how_to_install, version_of
+
+log = logging.getLogger("hf_spot")
+
+# -- the trainings that need a name ---------------------------------------------------------------------------------------
+
+
+def _is_stream(trainer: Any) -> bool:
+    from torch.utils.data import IterableDataset
+
+    return isinstance(trainer.train_dataset, IterableDataset)
+
+
+def _has_callback(name: str, trainer: Any) -> bool:
+    return any(type(one).__name__ == name for one in trainer.callback_handler.callbacks)
+
+
+ONLY: dict[str, Callable[[Any], bool]] = {
+    "several micro-batches per step": lambda trainer: trainer.args.gradient_accumulation_steps > 1,
+    "datasets without a length": _is_stream,
+    "FSDP": lambda trainer: bool(trainer.is_fsdp_enabled),
+    "push_to_hub": lambda trainer: bool(trainer.args.push_to_hub),
+    "GPUs": lambda trainer: trainer.args.device.type not in ("cpu", "meta"),
+    "Weights & Biases": partial(_has_callback, "WandbCallback"),
+    "TRL's SFTTrainer": lambda trainer: any(kind.__name__ == "SFTTrainer" for kind in type(trainer).__mro__),
+    "load_best_model_at_end": lambda trainer: bool(trainer.args.load_best_model_at_end),
+}
+
+# -- the table ------------------------------------------------------------------------------------------------------------
+
+_BOTH = Scope.TRAINER | Scope.LOOP
+_TRAINER = "transformers.trainer:Trainer"
+_HANDLER = "transformers.trainer_callback:CallbackHandler"
+_LOADER = "torch.utils.data.dataloader:DataLoader"
+_SHARD = "accelerate.data_loader:DataLoaderShard"
+_DISPATCHER = "accelerate.data_loader:DataLoaderDispatcher"
+_ADAPTER = "accelerate.data_loader:DataLoaderAdapter"
+_PLANNER = "torch.distributed.checkpoint.default_planner:DefaultSavePlanner"
+
+
+def _name(
+    kind: Literal["function", "method", "attribute", "class", "value"],
+    owner: str,
+    name: str,
+    takes: str,
+    users: str,
+    without: str,
+    *,
+    told: bool = False,
+    scope: Scope = Scope.TRAINER,
+    only: str = "",
+    optional: bool = False,
+) -> Name:
+    return Name(owner, name, kind, takes, tuple(users.split()), without, not told, scope, only, optional)
+
+
+_method, _function = partial(_name, "method"), partial(_name, "function")
+
+
+def _attribute(owner: str, name: str, users: str, without: str, **more: Any) -> Name:
+    return _name("attribute", owner, name, "", users, without, **more)
+
+
+def _value(owner: str, name: str, users: str, without: str, **more: Any) -> Name:
+    return _name("value", owner, name, "", users, without, **more)
+
+
+# Trainer: how a training goes
+_STEPS = "an optimizer step may hold other samples after a resume"
+_STOPPED = "a training that was stopped early, and is resumed, does one step too many"
+_EVALUATIONS = "a notice can't end an evaluation, and one that it left out is not made up for"
+_STREAMS = "a stream is resumed at another sample than the one that it was left at"
+_RANDOM = "random numbers after a resume are not those of an uninterrupted training"
+
+TRAIN = _method(_TRAINER, "train", "resume_from_checkpoint, trial, …", "training.callback", "nothing is saved or resumed")
+CALLBACK_HANDLER = _attribute(
+    _TRAINER, "callback_handler", "training.callback", "SpotCallback is not found, so nothing is saved"
+)
+CALLBACKS = _attribute(
+    _HANDLER, "callbacks", "training.callback training.trainer.saves", "SpotCallback is not found, so nothing is saved"
+)
+RUN_EPOCH = _method(_TRAINER, "_run_epoch", "*, model, epoch, trial, start_time, …", "training.trainer.evaluation", _STOPPED)
+LEARNING_RATE = _method(_TRAINER, "_get_learning_rate", "", "training.trainer.evaluation", _STOPPED)
+LOG_SAVE_EVALUATE = _method(
+    _TRAINER,
+    "_maybe_log_save_evaluate",
+    "tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, *, learning_rate",
+    "training.trainer.evaluation",
+    _STOPPED,
+)
+ON_EPOCH_END = _method(_HANDLER, "on_epoch_end", "args, state, control", "training.trainer.evaluation", _STOPPED)
+LOSS_SO_FAR = _attribute(_TRAINER, "_tr_loss", "training.trainer.evaluation", _STOPPED)
+EVALUATE = _method(_TRAINER, "_evaluate", "trial, ignore_keys_for_eval", "training.trainer.evaluation", _EVALUATIONS)
+BEST_METRIC = _method(
+    _TRAINER,
+    "_determine_best_metric",
+    "metrics, trial",
+    "training.trainer.evaluation training.callback",
+    "an interrupted training may end with another best model",
+)
+ON_EVALUATE = _method(_HANDLER, "on_evaluate", "args, state, control, …", "training.trainer.evaluation", _EVALUATIONS)
+INIT_TRAINING_STATE = _method(
+    _TRAINER, "_init_training_state", "…", "training.trainer.streams", _STREAMS, only="datasets without a length"
+)
+GET_BATCH_SAMPLES = _method(
+    _TRAINER,
+    "get_batch_samples",
+    "epoch_iterator, …",
+    "training.trainer.streams",
+    "a stream that gives other samples after a resume is not named",
+    only="datasets without a length",
+)
+TRAIN_BATCH_SIZE = _attribute(_TRAINER, "_train_batch_size", "training.trainer.batch_size", _STEPS)
+TOTAL_BATCH_SIZE = _method(_TRAINER, "get_total_train_batch_size", "args", "training.trainer.batch_size", _STEPS)
+ACCUMULATION = _attribute(
+    _TRAINER,
+    "current_gradient_accumulation_steps",
+    "training.trainer.accumulation",
+    "a notice has to wait for the end of a step of several micro-batches",
+    only="several micro-batches per step",
+)
+FLOS = _attribute(
+    _TRAINER,
+    "current_flos",
+    "training.trainer.accumulation",
+    "a step that a notice ended in its middle is counted twice",
+    only="several micro-batches per step",
+)
+FOREACH_COPY = _function(
+    "torch",
+    "_foreach_copy_",
+    "",
+    "training.trainer.accumulation",
+    "a notice has to wait for the end of a step of several micro-batches",
+    only="several micro-batches per step",
+)
+LOAD_RNG_STATE = _method(_TRAINER, "_load_rng_state", "checkpoint", "training.trainer.random_states training.callback", _RANDOM)
+SAVE_RNG_STATE = _method(
+    _TRAINER, "_save_rng_state", "output_dir", "training.trainer.random_states training.trainer.saves", _RANDOM
+)
+TRAIN_TOKENS = _attribute(
+    "trl.trainer.sft_trainer:SFTTrainer",
+    "_total_train_tokens",
+    "training.trainer.resume_fixes",
+    "num_tokens in the log begins again at 0 after a resume",
+    told=True,
+    only="TRL's SFTTrainer",
+    optional=True,
+)
+EXPORTABLE = _name(
+    "class",
+    "transformers.trainer_callback",
+    "ExportableState",
+    "",
+    "training.trainer.resume_fixes",
+    "EarlyStoppingCallback forgets its count at a resume",
+)
+CALLBACK_STATES = _attribute(
+    "transformers.trainer_callback:TrainerState",
+    "stateful_callbacks",
+    "training.trainer.resume_fixes",
+    "EarlyStoppingCallback forgets its count at a resume",
+)
+
+# Trainer: what a resume loads
+_WEIGHTS = "a resume may leave layers as they were initialised"
+LOAD_FROM_CHECKPOINT = _method(
+    _TRAINER, "_load_from_checkpoint", "resume_from_checkpoint, model", "training.trainer.weights training.callback", _WEIGHTS
+)
+WARN_AFTER_LOAD = _method(_TRAINER, "_issue_warnings_after_load", "load_result", "training.trainer.weights", _WEIGHTS)
+LOAD_BEST_MODEL = _method(
+    _TRAINER,
+    "_load_best_model",
+    "",
+    "training.callback",
+    "a finished training that is started again does not end with its best model",
+    only="load_best_model_at_end",
+)
+SKIP_FIRST_BATCHES = _function(
+    "transformers.trainer",
+    "skip_first_batches",
+    "dataloader, num_batches",
+    "training.trainer.resume_fixes",
+    "a resumed training sees samples twice",
+)
+
+# Trainer: what a save writes
+_FULL_DISK = "a full disk ends the training, or has its ranks wait for each other for ever"
+SAVE_CHECKPOINT = _method(
+    _TRAINER,
+    "_save_checkpoint",
+    "…",
+    "training.trainer.saves",
+    "checkpoints are uploaded without the random states that a resume needs",
+)
+SAVE = _method(_TRAINER, "_save", "…", "training.trainer.saves", _FULL_DISK)
+SAVE_MODEL = _method(
+    _TRAINER,
+    "save_model",
+    "…",
+    "training.trainer.saves",
+    "a script that reads what its save_model has just written may find half of it",
+)
+SAVE_OPTIMIZER = _method(
+    _TRAINER,
+    "_save_optimizer_and_scheduler",
+    "…",
+    "training.trainer.saves",
+    "a script that reads what its own save has just written may find half of it",
+)
+SAVE_STATE = _method("transformers.trainer_callback:TrainerState", "save_to_json", "…", "training.trainer.saves", _FULL_DISK)
+PUSH_FROM_CHECKPOINT = _method(
+    _TRAINER,
+    "_push_from_checkpoint",
+    "…",
+    "training.trainer.saves",
+    "a checkpoint that a full disk has torn is pushed to the Hub",
+    only="push_to_hub",
+)
+ROTATE = _function(
+    "transformers.trainer",
+    "rotate_checkpoints",
+    "…",
+    "training.trainer.saves",
+    "an older checkpoint is deleted from this disk before the new one is whole",
+    told=True,
+)
+ON_SAVE = _method(
+    _HANDLER,
+    "on_save",
+    "args, state, control",
+    "training.trainer.saves",
+    "callbacks are told of a save that a full disk has prevented",
+    told=True,
+)
+ON_LOG = _method(
+    _HANDLER, "on_log", "args, state, control, logs, …", "training.trainer.metrics", "the log has no spot/… metrics", told=True
+)
+WANDB_LOGS_MODEL = _attribute(
+    "transformers.integrations.integration_utils:WandbCallback",
+    "_log_model",
+    "training.trainer.saves",
+    "training waits until a checkpoint is written",
+    told=True,
+    only="Weights & Biases",
+)
+
+# Files, written while the training goes on
+_WAITS = "training waits until a checkpoint is written"
+_SHARDS_WAIT = "training waits until a sharded checkpoint is written"
+_TOGETHER = "torch.distributed.checkpoint"
+_FSDP: Any = {"told": True, "only": "FSDP"}
+TORCH_SAVE = _function("torch", "save", "obj, f, …", "training.trainer.saves", _FULL_DISK)
+OPEN_ZIPFILE = _function(
+    "torch.serialization", "_open_zipfile_writer", "name_or_buffer", "training.saving.async_writer", _WAITS, told=True
+)
+FILE_LIKE = _attribute("torch.serialization:_opener", "file_like", "training.saving.async_writer", _WAITS, told=True)
+WRITE_RECORD = _method("torch._C:PyTorchFileWriter", "write_record", "…", "training.saving.async_writer", _WAITS, told=True)
+SERIALIZE_FILE = _function(
+    "safetensors.torch", "serialize_file", "tensor_dict, filename, metadata", "training.saving.async_writer", _WAITS, told=True
+)
+TENSOR_SPEC = _name(
+    "class",
+    "safetensors.torch",
+    "TensorSpec",
+    "*, dtype, shape, data_ptr, data_len",
+    "training.saving.async_writer",
+    _WAITS,
+    told=True,
+)
+TYPES = _value("safetensors.torch", "_TYPES", "training.saving.async_writer", _WAITS, told=True)
+TO_NDARRAY = _function(
+    "safetensors.torch",
+    "_to_ndarray",
+    "tensor",
+    "training.saving.device",
+    "training waits until weights are copied from the GPU",
+    told=True,
+    only="GPUs",
+)
+STORAGE_CPU = _method(
+    "torch:UntypedStorage",
+    "cpu",
+    "",
+    "training.saving.device",
+    "training waits until the optimizer's state is copied from the GPU",
+    told=True,
+    only="GPUs",
+)
+SAVE_TOGETHER = _function(
+    _TOGETHER,
+    "save",
+    "state_dict, *, storage_writer, planner, process_group",
+    "training.saving.async_writer training.trainer.saves",
+    _SHARDS_WAIT,
+    **_FSDP,
+)
+SAVE_ALONE = _function(
+    _TOGETHER,
+    "save",
+    "*, no_dist, …",
+    "training.saving.async_writer",
+    "with FSDP on one GPU training waits until a checkpoint is written",
+    **_FSDP,
+)
+SET_UP_PLANNER = _method(
+    _PLANNER, "set_up_planner", "state_dict, storage_meta, is_coordinator", "training.saving.shards", _SHARDS_WAIT, **_FSDP
+)
+LOCAL_PLAN = _method(_PLANNER, "create_local_plan", "", "training.saving.shards", _SHARDS_WAIT, **_FSDP)
+GLOBAL_PLAN = _method(_PLANNER, "create_global_plan", "all_plans", "training.saving.shards", _SHARDS_WAIT, **_FSDP)
+FINISH_PLAN = _method(_PLANNER, "finish_plan", "new_plan", "training.saving.shards", _SHARDS_WAIT, **_FSDP)
+RESOLVE_DATA = _method(_PLANNER, "resolve_data", "write_item", "training.saving.shards", _SHARDS_WAIT, **_FSDP)
+STORAGE_META = _method(
+    _TOGETHER + ".filesystem:FileSystemWriter", "storage_meta", "", "training.saving.shards", _SHARDS_WAIT, **_FSDP
+)
+FAILURES = _attribute(
+    _TOGETHER + ".api:CheckpointException",
+    "failures",
+    "training.saving.async_writer",
+    "what a rank could not write is told less clearly",
+    **_FSDP,
+)
+
+# Loaders: where the data stand
+_PLACE = "a resumed loop gets other batches than an uninterrupted one"
+_ACCELERATE: Any = {"scope": Scope.LOOP, "optional": True}
+_WORKERS = "a signal to the whole job ends DataLoader workers, and the training before it can save"
+ITERATE = _method(_LOADER, "__iter__", "", "training.data.loaders", _PLACE, scope=Scope.LOOP)
+ITERATOR = _attribute(_LOADER, "_iterator", "training.data.iterations", _PLACE, scope=Scope.LOOP)
+INDEX_SAMPLER = _attribute(
+    "torch.utils.data.dataloader:_BaseDataLoaderIter", "_index_sampler", "training.data.iterations", _PLACE, scope=Scope.LOOP
+)
+START_WORKERS = _method(
+    "torch.utils.data.dataloader:_MultiProcessingDataLoaderIter",
+    "__init__",
+    "loader",
+    "training.data.worker_processes",
+    _WORKERS,
+    scope=_BOTH,
+)
+WORKER_LOOP = _function(
+    "torch.utils.data._utils.worker",
+    "_worker_loop",
+    "dataset_kind, dataset, index_queue, data_queue, done_event, auto_collation, collate_fn, drop_last, base_seed, init_fn, "
+    "worker_id, …",
+    "training.data.worker_processes",
+    f"{_WORKERS}; what workers draw at random differs after a resume",
+    scope=_BOTH,
+)
+SHARD = _name("class", "accelerate.data_loader", "DataLoaderShard", "", "training.data.loaders", _PLACE, **_ACCELERATE)
+DISPATCHER = _name(
+    "class",
+    "accelerate.data_loader",
+    "DataLoaderDispatcher",
+    "",
+    "training.data.loaders training.data.iterations",
+    _PLACE,
+    **_ACCELERATE,
+)
+ITERATE_SHARD = _method(_SHARD, "__iter__", "", "training.data.loaders", _PLACE, **_ACCELERATE)
+ITERATE_DISPATCHER = _method(_DISPATCHER, "__iter__", "", "training.data.loaders", _PLACE, **_ACCELERATE)
+ITERATION = _attribute(_SHARD, "iteration", "training.data.iterations", _PLACE, **_ACCELERATE)
+ITERATION_OF_DISPATCHER = _attribute(_DISPATCHER, "iteration", "training.data.iterations", _PLACE, **_ACCELERATE)
+INSIDE = _attribute(
+    _ADAPTER,
+    "base_dataloader",
+    "training.data.loaders training.data.iterations training.trainer.random_states",
+    _PLACE,
+    scope=_BOTH,
+    optional=True,
+)
+SHARD_GENERATOR = _attribute(_SHARD, "synchronized_generator", "training.data.iterations", _PLACE, **_ACCELERATE)
+SPLIT_BATCHES = _attribute(
+    _DISPATCHER, "split_batches", "training.data.iterations training.trainer.resume_fixes", _PLACE, scope=_BOTH, optional=True
+)
+STATEFUL = _attribute(_ADAPTER, "use_stateful_dataloader", "training.data.loaders", _PLACE, **_ACCELERATE)
+SKIPS_INSIDE = _attribute(
+    "accelerate.data_loader:SkipBatchSampler",
+    "batch_sampler",
+    "training.trainer.resume_fixes training.data.worker_processes",
+    "a resumed epoch has another order than it began with",
+    optional=True,
+)
+SKIPS = _attribute(
+    "accelerate.data_loader:SkipBatchSampler",
+    "skip_batches",
+    "training.trainer.resume_fixes",
+    "a resumed training sees samples twice",
+    optional=True,
+)
+OPTIMIZERS = _attribute(
+    "accelerate.accelerator:Accelerator",
+    "_optimizers",
+    "training.manager",
+    "hf-spot launch shows the steps of saves alone",
+    told=True,
+    **_ACCELERATE,
+)
+ORIGINAL_MODULE = _attribute(
+    "torch._dynamo.eval_frame:OptimizedModule",
+    "_orig_mod",
+    "training.loop.loop_states",
+    "a checkpoint of a compiled model has names that the plain model does not know",
+    **_ACCELERATE,
+)
+AGENT_HANDLER = _function(
+    "torch.distributed.elastic.multiprocessing.api",
+    "_terminate_process_handler",
+    "",
+    "training.trainer.notebook",
+    "in workers of notebook_launcher a notice ends the training in the middle of a step",
+    optional=True,
+)
+NUMPY_RANDOM = _value(
+    "numpy.random.mtrand",
+    "_rand",
+    "training.data.rng",
+    "each step reads numpy's random state anew (some 20 microseconds)",
+    told=True,
+    scope=_BOTH,
+)
+NUMPY_BITS = _value(
+    "numpy.random.mtrand:RandomState",
+    "_bit_generator",
+    "training.data.rng",
+    "each step reads numpy's random state anew (some 20 microseconds)",
+    told=True,
+    scope=_BOTH,
+)
+
+# Stores: those that are open (they look after themselves where a name is missing)
+_COPIES = "downloads from S3 copy each block twice more"
+_DATA: Any = {"scope": _BOTH, "optional": True}
+S3_BODY = _attribute("botocore.response:StreamingBody", "_raw_stream", "storage.s3_parts", _COPIES, told=True, **_DATA)
+S3_ANSWER = _attribute("urllib3.response:HTTPResponse", "_fp", "storage.s3_parts", _COPIES, told=True, **_DATA)
+S3_TIMEOUT = _method(
+    "botocore.httpsession:URLLib3Session",
+    "_get_request_timeout",
+    "request",
+    "storage.s3_connection",
+    "a dead connection to S3 is noticed after 30 s and not after 5",
+    told=True,
+    **_DATA,
+)
+XET_SESSION = _name(
+    "class",
+    "hf_xet",
+    "XetSession",
+    "",
+    "storage.hub_connection",
+    "files can't be brought to the Hugging Face Hub, or from there",
+    **_DATA,
+)
+XET_UPLOAD = _method(
+    "hf_xet:XetSession",
+    "new_upload_commit",
+    "…",
+    "storage.hub_connection",
+    "files can't be brought to the Hugging Face Hub",
+    **_DATA,
+)
+XET_DOWNLOAD = _method(
+    "hf_xet:XetSession",
+    "new_download_stream_group",
+    "…",
+    "storage.hub_connection",
+    "files can't be fetched from the Hugging Face Hub",
+    **_DATA,
+)
+GCS_HTTP = _attribute(
+    "google.cloud.storage.client:Client",
+    "_http",
+    "storage.gcs",
+    "files can't be brought to Google Cloud Storage, or from there",
+    **_DATA,
+)
+BARS = _attribute("tqdm.std:tqdm", "_instances", "run.progress", "log lines begin behind a progress bar", told=True, **_DATA)
+
+# hf-spot launch
+_LAUNCHES = "hf-spot launch can't read the options of accelerate launch"
+_LAUNCH: Any = {"scope": Scope.LAUNCH}
+VALIDATE_LAUNCH = _function(
+    "accelerate.commands.launch", "_validate_launch_command", "args", "launch.options", _LAUNCHES, **_LAUNCH
+)
+LAUNCH_PARSER = _function("accelerate.commands.launch", "launch_command_parser", "", "launch.options", _LAUNCHES, **_LAUNCH)
+LAUNCH_ENVIRONMENT = _function(
+    "accelerate.utils.launch", "prepare_simple_launcher_cmd_env", "args", "launch.options", _LAUNCHES, **_LAUNCH
+)
+OPTIONS_PARSER = _name("class", "accelerate.commands.utils", "CustomArgumentParser", "", "launch.options", _LAUNCHES, **_LAUNCH)
+
+TABLE: tuple[Name, ...] = tuple(one for one in globals().values() if isinstance(one, Name))
+
+# -- the check ------------------------------------------------------------------------------------------------------------
+
+
+def check(scope: Scope, trainer: Any = None, *, tell: bool = True) -> None:
+    """Look whether the names that a training needs are there and take what they are given; say in one line what is lost where
+    only speed or comfort is.
+
+    Args:
+        scope: what is about to begin.
+        trainer: that trains, if one does.
+        tell: False leaves the line to another rank.
+
+    Raises:
+        ConfigError: a promise rests on a name that is missing or has changed.
+    """
+    needed = [one for one in TABLE if one.scope & scope and (not one.only or (trainer is not None and ONLY[one.only](trainer)))]
+    troubled = [(one, trouble) for one in needed if (trouble := one.trouble()) is not None]
+    refused = [(one, trouble) for one, trouble in troubled if one.refused]
+    if refused:
+        raise ConfigError(_in_words(refused), hint=how_to_install({one.library for one, _ in refused}))
+    if troubled and tell:
+        log.warning("%s. To have it: %s", _in_words(troubled), how_to_install({one.library for one, _ in troubled}))
+
+
+def _in_words(troubled: Iterable[tuple[Name, str]]) -> str:
+    by_loss: dict[str, list[str]] = {}
+    for one, trouble in troubled:
+        by_loss.setdefault(one.without, []).append(f"{one.library} {version_of(one.library)} {trouble}")
+    return "; ".join(f"{', '.join(dict.fromkeys(found))}: {without}" for without, found in by_loss.items())

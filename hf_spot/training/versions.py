@@ -1,0 +1,78 @@
+"""Which versions of other libraries a training runs with: those that the tests know, and those of the launch before."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import hf_spot
+
+log = logging.getLogger("hf_spot")
+
+# Versions that the whole test suite has run with, oldest first: those of tests/lowest.txt and tests/constraints.txt.
+TESTED: dict[str, tuple[str, ...]] = {
+    "transformers": ("5.8.0", "5.23.0"),
+    "torch": ("2.13.0",),
+    "accelerate": ("1.10.0", "1.15.0"),
+    "peft": ("0.21.2",),
+    "trl": ("1.16.0",),
+}
+_PACKAGES = {"google": "google-cloud-storage"}  # whose name is not that of the module
+
+_told: set[tuple[str, str]] = set()
+
+
+def version_of(module: str) -> str:
+    """Return the version of an imported library; empty when nobody can tell."""
+    found = getattr(sys.modules.get(module), "__version__", None)
+    if isinstance(found, str):
+        return found
+    try:
+        return metadata.version(_PACKAGES.get(module, module))
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of hf_spot and of those libraries of `TESTED` that are imported, for a commit."""
+    return {"hf_spot": hf_spot.__version__, **{name: version_of(name) for name in TESTED if name in sys.modules}}
+
+
+def tell_untested() -> None:
+    """Name in one line, once per process, the libraries whose version the test suite has never run with."""
+    found = {name: version for name, version in versions().items() if name in TESTED and not is_tested(name, version)}
+    if fresh := found.items() - _told:
+        _told.update(fresh)
+        told = [f"{name} {found[name]} (but with {' and '.join(TESTED[name])})" for name, _ in sorted(fresh)]
+        log.warning("hf_spot's tests have not run with %s", ", ".join(told))
+
+
+def is_tested(name: str, version: str) -> bool:
+    """Return whether the suite has run with this version; builds of it, as ``2.13.0+cu130``, are not told apart."""
+    return version.partition("+")[0] in TESTED[name]
+
+
+def tell_changes(details: Mapping[str, Any], step: int) -> None:
+    """Name in one line what has another version than when the checkpoint was saved that a training resumes from.
+
+    Args:
+        details: of its commit; those of an older hf_spot name no versions.
+        step: of it.
+    """
+    before, now = details.get("versions") or {}, versions()
+    changed = [f"{name} {before[name]} → {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    if changed:
+        log.warning(
+            "since step %d was saved, versions have changed: %s; results may differ in the last bits", step, ", ".join(changed)
+        )
+
+
+def how_to_install(modules: set[str]) -> str:
+    """Return the command that installs versions of these libraries that are known to work."""
+    wanted = [f'"{name}=={TESTED[name][-1]}"' for name in TESTED if name in modules]
+    others = sorted(_PACKAGES.get(name, name) for name in modules - TESTED.keys())
+    commands = [f"pip install {' '.join(wanted)}"] * bool(wanted) + [f"pip install --upgrade {' '.join(others)}"] * bool(others)
+    return " && ".join(commands)
