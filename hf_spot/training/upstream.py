@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from hf_spot.errors import ConfigError
 from hf_spot.training.upstream_name import Name, Scope
-from hf_spot.training.versions import how_to_install, version_of
+from hf_spot.training.versions import how_to_install, tell_untested, version_of
 
 log = logging.getLogger("hf_spot")
 
@@ -93,12 +93,19 @@ _EVALUATIONS = "a notice can't end an evaluation, and one that it left out is no
 _STREAMS = "a stream is resumed at another sample than the one that it was left at"
 _RANDOM = "random numbers after a resume are not those of an uninterrupted training"
 
-TRAIN = _method(_TRAINER, "train", "resume_from_checkpoint, trial, …", "training.callback", "nothing is saved or resumed")
+TRAIN = _method(_TRAINER, "train", "resume_from_checkpoint, trial, …", "training.trainer.entry", "nothing is saved or resumed")
+ON_TRAIN_BEGIN = _method(
+    _HANDLER,
+    "on_train_begin",
+    "…",
+    "training.trainer.entry",
+    "a training in which SpotCallback can't work is not refused",
+)
 CALLBACK_HANDLER = _attribute(
-    _TRAINER, "callback_handler", "training.callback", "SpotCallback is not found, so nothing is saved"
+    _TRAINER, "callback_handler", "training.trainer.entry", "SpotCallback is not found, so nothing is saved"
 )
 CALLBACKS = _attribute(
-    _HANDLER, "callbacks", "training.callback training.trainer.saves", "SpotCallback is not found, so nothing is saved"
+    _HANDLER, "callbacks", "training.trainer.entry training.trainer.saves", "SpotCallback is not found, so nothing is saved"
 )
 RUN_EPOCH = _method(_TRAINER, "_run_epoch", "*, model, epoch, trial, start_time, …", "training.trainer.evaluation", _STOPPED)
 LEARNING_RATE = _method(_TRAINER, "_get_learning_rate", "", "training.trainer.evaluation", _STOPPED)
@@ -116,7 +123,7 @@ BEST_METRIC = _method(
     _TRAINER,
     "_determine_best_metric",
     "metrics, trial",
-    "training.trainer.evaluation training.callback",
+    "training.trainer.evaluation training.trainer.restore",
     "an interrupted training may end with another best model",
 )
 ON_EVALUATE = _method(_HANDLER, "on_evaluate", "args, state, control, …", "training.trainer.evaluation", _EVALUATIONS)
@@ -155,7 +162,9 @@ FOREACH_COPY = _function(
     "a notice has to wait for the end of a step of several micro-batches",
     only="several micro-batches per step",
 )
-LOAD_RNG_STATE = _method(_TRAINER, "_load_rng_state", "checkpoint", "training.trainer.random_states training.callback", _RANDOM)
+LOAD_RNG_STATE = _method(
+    _TRAINER, "_load_rng_state", "checkpoint", "training.trainer.random_states training.trainer.restore", _RANDOM
+)
 SAVE_RNG_STATE = _method(
     _TRAINER, "_save_rng_state", "output_dir", "training.trainer.random_states training.trainer.saves", _RANDOM
 )
@@ -186,14 +195,18 @@ CALLBACK_STATES = _attribute(
 # Trainer: what a resume loads
 _WEIGHTS = "a resume may leave layers as they were initialised"
 LOAD_FROM_CHECKPOINT = _method(
-    _TRAINER, "_load_from_checkpoint", "resume_from_checkpoint, model", "training.trainer.weights training.callback", _WEIGHTS
+    _TRAINER,
+    "_load_from_checkpoint",
+    "resume_from_checkpoint, model",
+    "training.trainer.weights training.trainer.restore",
+    _WEIGHTS,
 )
 WARN_AFTER_LOAD = _method(_TRAINER, "_issue_warnings_after_load", "load_result", "training.trainer.weights", _WEIGHTS)
 LOAD_BEST_MODEL = _method(
     _TRAINER,
     "_load_best_model",
     "",
-    "training.callback",
+    "training.trainer.restore",
     "a finished training that is started again does not end with its best model",
     only="load_best_model_at_end",
 )
@@ -531,6 +544,8 @@ def check(scope: Scope, trainer: Any = None, *, tell: bool = True) -> None:
     refused = [(one, trouble) for one, trouble in troubled if one.refused]
     if refused:
         raise ConfigError(_in_words(refused), hint=how_to_install({one.library for one, _ in refused}))
+    if tell and scope is not Scope.LAUNCH:  # whose process trains nothing
+        tell_untested()
     if troubled and tell:
         log.warning("%s. To have it: %s", _in_words(troubled), how_to_install({one.library for one, _ in troubled}))
 

@@ -34,6 +34,9 @@ from hf_spot.training.data.loaders import Loaders
 from hf_spot.training.loop.loop_files import LoopFiles
 from hf_spot.training.loop.loop_states import LoopState
 from hf_spot.training.session.run_session import RunSession
+from hf_spot.training.upstream import check
+from hf_spot.training.upstream_name import Scope
+from hf_spot.training.versions import tell_changes
 
 log = logging.getLogger("hf_spot")
 
@@ -185,6 +188,7 @@ class LoopManager:
             )
         session, rank = self._session, dist.get_rank() if ranks > 1 else 0
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        check(Scope.LOOP, tell=rank == 0)
         session.join_ranks(ranks, rank, local_rank, self._local_dir, setting="SpotCheckpointManager(…, local_dir=…)")
         session.claim()
         session.on_each_disk(lambda: _empty(self._local_dir))  # of what was on its way when an earlier launch was killed
@@ -218,6 +222,7 @@ class LoopManager:
         self._saved_step = self._step = checkpoint.step
         session.timing.restored(session.clock() - began)
         log.info("going on from step %d, committed by launch %d", checkpoint.step, checkpoint.ref.launch)
+        tell_changes(checkpoint.details, checkpoint.step)
         return checkpoint.step, int(told["epoch"])
 
     def _count_steps(self, optimizer: Any) -> None:

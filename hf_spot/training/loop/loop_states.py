@@ -12,6 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hf_spot.errors import ConfigError
 from hf_spot.training.saving.disk_errors import says_full
+from hf_spot.training.upstream import ORIGINAL_MODULE
 
 _SHOWN = 5  # names of weights, in an error
 
@@ -110,8 +111,8 @@ def _unwrapped(model: Any) -> nn.Module:
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
-        elif hasattr(model, "_orig_mod"):  # torch.compile's
-            model = model._orig_mod
+        elif ORIGINAL_MODULE.is_on(model):  # torch.compile's
+            model = ORIGINAL_MODULE.of(model)
         else:
             break
     if not isinstance(model, nn.Module):

@@ -37,6 +37,7 @@ from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.ranks.disks import Disk, check_writable, find_disk
 from hf_spot.training.session.notice_listener import NoticeListener
 from hf_spot.training.session.timing import Timing
+from hf_spot.training.versions import versions
 
 log = logging.getLogger("hf_spot")
 
@@ -350,7 +351,9 @@ class RunSession:
         if self.uploader is None:
             return False
         try:
-            self.uploader.submit(folder, replace(request, part=self.disk.index, parts=self.disk.count), elsewhere)
+            details = {**(request.details or {}), "versions": versions()}
+            part = replace(request, details=details, part=self.disk.index, parts=self.disk.count)
+            self.uploader.submit(folder, part, elsewhere)
             self._size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         except OSError as error:
             log_always(logging.ERROR, "%s can't be queued for upload, training goes on: %s", folder, error)

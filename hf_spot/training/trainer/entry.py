@@ -19,6 +19,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
+from hf_spot.training.upstream import ON_TRAIN_BEGIN, TRAIN
 
 C = TypeVar("C", bound=TrainerCallback)
 
@@ -63,7 +64,7 @@ class Entry(Generic[C]):
         if self._wrapped is trainer_class:
             return
         self._wrapped = trainer_class
-        entry, plain_train, plain_begin = self, trainer_class.train, CallbackHandler.on_train_begin
+        entry, plain_train, plain_begin = self, TRAIN.of(trainer_class), ON_TRAIN_BEGIN.of(CallbackHandler)
 
         @functools.wraps(plain_train)
         def train(self: Trainer, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -76,8 +77,8 @@ class Entry(Generic[C]):
                 entry._check(self)
             return plain_begin(self, *args, **kwargs)
 
-        trainer_class.train = train  # type: ignore[method-assign]
-        CallbackHandler.on_train_begin = on_train_begin  # type: ignore[method-assign]
+        TRAIN.set(trainer_class, train)
+        ON_TRAIN_BEGIN.set(CallbackHandler, on_train_begin)
         register_optimizer_step_pre_hook(self._before_step)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -16,6 +16,7 @@ from hf_spot.run.checkpoint import Checkpoint
 from hf_spot.run.restore import holds_own_checkpoints, set_aside_uncommitted, sweep
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.trainer.weights import loaded_whole
+from hf_spot.training.upstream import BEST_METRIC, LOAD_BEST_MODEL, LOAD_FROM_CHECKPOINT, LOAD_RNG_STATE
 
 log = logging.getLogger("hf_spot")
 
@@ -112,15 +113,15 @@ def load_finished(trainer: Trainer, folder: Path, restored: Checkpoint, best_fol
         best_folder: of the best checkpoint, where there is one.
     """
     with loaded_whole(trainer):
-        trainer._load_from_checkpoint(str(folder))
+        LOAD_FROM_CHECKPOINT.of(trainer)(str(folder))
     trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-    trainer._load_rng_state(str(folder))
+    LOAD_RNG_STATE.of(trainer)(str(folder))
     if restored.details.get("evaluation_pending"):
-        trainer._determine_best_metric(metrics=trainer.evaluate(), trial=None)
+        BEST_METRIC.of(trainer)(metrics=trainer.evaluate(), trial=None)
         if trainer.state.best_global_step == restored.step:
             best_folder = folder
     if trainer.args.load_best_model_at_end and best_folder is not None:
         trainer.state.best_model_checkpoint = str(best_folder)
-        trainer._load_best_model()
+        LOAD_BEST_MODEL.of(trainer)()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return TrainOutput(trainer.state.global_step, sum(losses) / len(losses) if losses else 0.0, {})

@@ -40,6 +40,7 @@ from hf_spot.training.trainer.random_states import RandomStates
 from hf_spot.training.trainer.restore import Going, Resumption
 from hf_spot.training.trainer.save_schedule import Cadence
 from hf_spot.training.trainer.saves import is_sharded
+from hf_spot.training.versions import tell_changes
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -162,6 +163,7 @@ class TrainerSession:
                 self._best_folder = resumption.bring_best(self._restored)
             self._session.timing.restored(self._session.clock() - began)
             log.info("going on from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
+            tell_changes(self._restored.details, self._restored.step)
             if not self._restored.ref.complete:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
         if self.is_going():
