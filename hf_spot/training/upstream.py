@@ -181,7 +181,7 @@ EXPORTABLE = _name(
     "class",
     "transformers.trainer_callback",
     "ExportableState",
-    "",
+    "…",
     "training.trainer.resume_fixes",
     "EarlyStoppingCallback forgets its count at a resume",
 )
@@ -381,12 +381,12 @@ WORKER_LOOP = _function(
     f"{_WORKERS}; what workers draw at random differs after a resume",
     scope=_BOTH,
 )
-SHARD = _name("class", "accelerate.data_loader", "DataLoaderShard", "", "training.data.loaders", _PLACE, **_ACCELERATE)
+SHARD = _name("class", "accelerate.data_loader", "DataLoaderShard", "…", "training.data.loaders", _PLACE, **_ACCELERATE)
 DISPATCHER = _name(
     "class",
     "accelerate.data_loader",
     "DataLoaderDispatcher",
-    "",
+    "…",
     "training.data.loaders training.data.iterations",
     _PLACE,
     **_ACCELERATE,
@@ -440,7 +440,7 @@ ORIGINAL_MODULE = _attribute(
 AGENT_HANDLER = _function(
     "torch.distributed.elastic.multiprocessing.api",
     "_terminate_process_handler",
-    "",
+    "…",
     "training.trainer.notebook",
     "in workers of notebook_launcher a notice ends the training in the middle of a step",
     optional=True,

@@ -79,20 +79,21 @@ class Name:
         found = getattr(owner, self.name, _MISSING)
         if found is _MISSING:
             return f"has no {self.shown}"
-        if self.takes and not _accepts(found, self.takes, bound=self.kind == "method"):
-            return f"has a {self.shown} with other parameters"
+        if self.kind != "value" and not _accepts(found, self.takes, bound=self.kind == "method"):
+            return f"has changed the parameters of {self.shown}"
         return None
 
     def find(self) -> Any:
         """Return what it stands for; None when it can't be used. Not for attributes."""
-        return None if (home := self._home()) is None else getattr(home, self.name)
+        return None if (home := self.home()) is None else getattr(home, self.name)
 
     def put(self, value: Any) -> None:
         """Put a value in its place, where it lives. Do nothing when it can't be used, which `check` has said."""
-        if (home := self._home()) is not None:
+        if (home := self.home()) is not None:
             setattr(home, self.name, value)
 
-    def _home(self) -> Any:
+    def home(self) -> Any:
+        """Return the module or the class where it lives; None when it can't be used."""
         module, _, kind = self.owner.partition(":")
         if module not in sys.modules or self.trouble() is not None:
             return None

@@ -53,8 +53,8 @@ def reaches_through_skips(dataloader: Any) -> bool:
 
     It is tried on a tiny loader. False for loaders that are not accelerate's.
     """
-    kind = type(dataloader)
-    if kind not in (DataLoaderShard, DataLoaderDispatcher):
+    kind = next((one for one in (DataLoaderDispatcher, DataLoaderShard) if isinstance(dataloader, one)), None)
+    if kind is None:
         return False
     sampler = _ToldSampler(range(4))
     batches = _ToldBatchSampler(sampler, 1, False)
