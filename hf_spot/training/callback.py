@@ -210,7 +210,7 @@ class SpotCallback(TrainerCallback):
         self, trainer: Trainer, train: Any, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any
     ) -> Any:
         """Do what ``trainer.train()`` does when this callback is among the trainer's."""
-        check(Scope.TRAINER, trainer, tell=trainer.args.process_index == 0)
+        check(Scope.TRAINER, trainer)
         url = self._store or os.environ.get(STORE_VARIABLE) or str(trainer.args.output_dir)
         self._saved_step, self._stopping, self._evaluation_skipped, self._save_is_owed = -1, False, False, False
         session = TrainerSession(trainer, url, self.args, self._runtime)

@@ -3,7 +3,7 @@
 Libraries rename private names without notice, and change what a method is given. `check` looks at the names of this table
 when a training begins. Where a promise rests on a name that is missing or takes other parameters, the training is refused;
 where only speed or comfort is lost, one line says what. All other modules reach these names through the constants below
-(``tests/test_house.py`` enforces it). Modules outside of ``training/`` and ``launch/`` can't: they do without a missing name,
+(``tests/test_house.py`` enforces it). Modules below ``training/`` can't: they do without a missing name,
 or raise, and are listed so that `check` says so.
 
 Nothing is imported to be checked: what nobody has imported is not used. ``tests/training/test_upstream.py`` proves that the
@@ -12,16 +12,14 @@ libraries still call what is replaced here.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
 from hf_spot.errors import ConfigError
+from hf_spot.log import warn_for_all
 from hf_spot.training.upstream_name import Name, Scope
 from hf_spot.training.versions import how_to_install, tell_untested, version_of
-
-log = logging.getLogger("hf_spot")
 
 # -- the trainings that need a name ---------------------------------------------------------------------------------------
 
@@ -508,7 +506,7 @@ GCS_HTTP = _attribute(
     "files can't be brought to Google Cloud Storage, or from there",
     **_DATA,
 )
-BARS = _attribute("tqdm.std:tqdm", "_instances", "run.progress", "log lines begin behind a progress bar", told=True, **_DATA)
+BARS = _attribute("tqdm.std:tqdm", "_instances", "log", "log lines begin behind a progress bar", told=True, **_DATA)
 
 # hf-spot launch
 _LAUNCHES = "hf-spot launch can't read the options of accelerate launch"
@@ -527,14 +525,13 @@ TABLE: tuple[Name, ...] = tuple(one for one in globals().values() if isinstance(
 # -- the check ------------------------------------------------------------------------------------------------------------
 
 
-def check(scope: Scope, trainer: Any = None, *, tell: bool = True) -> None:
+def check(scope: Scope, trainer: Any = None) -> None:
     """Look whether the names that a training needs are there and take what they are given; say in one line what is lost where
     only speed or comfort is.
 
     Args:
         scope: what is about to begin.
         trainer: that trains, if one does.
-        tell: False leaves the line to another rank.
 
     Raises:
         ConfigError: a promise rests on a name that is missing or has changed.
@@ -544,10 +541,10 @@ def check(scope: Scope, trainer: Any = None, *, tell: bool = True) -> None:
     refused = [(one, trouble) for one, trouble in troubled if one.refused]
     if refused:
         raise ConfigError(_in_words(refused), hint=how_to_install({one.library for one, _ in refused}))
-    if tell and scope is not Scope.LAUNCH:  # whose process trains nothing
+    if scope is not Scope.LAUNCH:  # whose process trains nothing
         tell_untested()
-    if troubled and tell:
-        log.warning("%s. To have it: %s", _in_words(troubled), how_to_install({one.library for one, _ in troubled}))
+    if troubled:
+        warn_for_all("%s. To have it: %s", _in_words(troubled), how_to_install({one.library for one, _ in troubled}))
 
 
 def _in_words(troubled: Iterable[tuple[Name, str]]) -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-import hf_spot
-
-log = logging.getLogger("hf_spot")
+from hf_spot.log import warn_for_all
 
 # Versions that the whole test suite has run with, oldest first: those of tests/lowest.txt and tests/constraints.txt.
 TESTED: dict[str, tuple[str, ...]] = {
@@ -38,7 +35,7 @@ def version_of(module: str) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of hf_spot and of those libraries of `TESTED` that are imported, for a commit."""
-    return {"hf_spot": hf_spot.__version__, **{name: version_of(name) for name in TESTED if name in sys.modules}}
+    return {name: version_of(name) for name in ("hf_spot", *TESTED) if name in sys.modules}
 
 
 def tell_untested() -> None:
@@ -47,7 +44,7 @@ def tell_untested() -> None:
     if fresh := found.items() - _told:
         _told.update(fresh)
         told = [f"{name} {found[name]} (but with {' and '.join(TESTED[name])})" for name, _ in sorted(fresh)]
-        log.warning("hf_spot's tests have not run with %s", ", ".join(told))
+        warn_for_all("hf_spot's tests have not run with %s", ", ".join(told))
 
 
 def is_tested(name: str, version: str) -> bool:
@@ -65,7 +62,7 @@ def tell_changes(details: Mapping[str, Any], step: int) -> None:
     before, now = details.get("versions") or {}, versions()
     changed = [f"{name} {before[name]} → {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changed:
-        log.warning(
+        warn_for_all(
             "since step %d was saved, versions have changed: %s; results may differ in the last bits", step, ", ".join(changed)
         )
 

@@ -188,7 +188,7 @@ class LoopManager:
             )
         session, rank = self._session, dist.get_rank() if ranks > 1 else 0
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        check(Scope.LOOP, tell=rank == 0)
+        check(Scope.LOOP)
         session.join_ranks(ranks, rank, local_rank, self._local_dir, setting="SpotCheckpointManager(…, local_dir=…)")
         session.claim()
         session.on_each_disk(lambda: _empty(self._local_dir))  # of what was on its way when an earlier launch was killed
