@@ -87,7 +87,7 @@ class SpotArguments:
             "preempted, finishes or fails. It is kept secret; $HF_SPOT_ON_EVENT also keeps it out of the list of processes."
         },
     )
-    save_total_limit: int | None = field(
+    keep_checkpoints: int | None = field(
         default=3,
         metadata={"help": "Number of newest checkpoints to keep in the store, besides the best one; 0 keeps all."},
     )
@@ -166,8 +166,10 @@ class SpotArguments:
             )
         if self.on_event is not None:
             check_hook(self.on_event, "on_event")
-        if self.save_total_limit is not None and self.save_total_limit < 0:
-            raise ConfigError(f"save_total_limit={self.save_total_limit} must not be negative", hint="0 keeps all")
+        if self.keep_checkpoints is not None and self.keep_checkpoints < 0:
+            raise ConfigError(
+                f"keep_checkpoints={self.keep_checkpoints} (--save-total-limit) must not be negative", hint="0 keeps all"
+            )
         if not self.drain_timeout_s > 0:
             raise ConfigError(f"drain_timeout_s={self.drain_timeout_s} must be positive", hint="--drain-timeout-s 600")
         if not self.peer_timeout_s >= 5:

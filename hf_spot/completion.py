@@ -36,23 +36,13 @@ def script(top: argparse.ArgumentParser, shell: str) -> str:
     from hf_spot.launch.options import parser as launch_parser
 
     commands = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction))
-    commands.choices["launch"] = _one_spelling(launch_parser())  # the same object that shtab walks
+    commands.choices["launch"] = launch_parser()  # the same object that shtab walks
     for action in _actions(top):
         if action.type is Path or action.dest in _FILES:
             action.complete = shtab.FILE
         elif action.dest in _WORDS:
             action.choices = _WORDS[action.dest]
     return str(shtab.complete(top, shell=shell))
-
-
-def _one_spelling(launch: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Keep one spelling per option: accelerate's as in its documentation, ours with hyphens. The parser accepts both."""
-    ours = {action.dest for action in launch._action_groups[0]._group_actions} | {"max_restarts"}
-    for action in launch._actions:
-        hyphens = [one for one in action.option_strings if "_" not in one]
-        underscores = [one for one in action.option_strings if "-" not in one.lstrip("-")]
-        action.option_strings = (hyphens if action.dest in ours else underscores) or action.option_strings
-    return launch
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterable[Any]:

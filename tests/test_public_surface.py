@@ -100,7 +100,7 @@ def test_the_settings_and_their_defaults_are_these() -> None:
         "time_between_interruptions_s": 14400.0,
         "share_without_notice": 0.1,
         "on_event": None,
-        "save_total_limit": 3,
+        "keep_checkpoints": 3,
         "drain_timeout_s": 600.0,
         "peer_timeout_s": 30.0,
         "on_save_error": "stop",

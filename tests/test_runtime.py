@@ -73,7 +73,7 @@ def test_notices_and_exit_codes_get_through_on_a_full_disk(tmp_path: Path) -> No
         {"notice": ""},
         {"notice": "imds:/a/path"},
         {"grace_s": 0},
-        {"save_total_limit": -1},
+        {"keep_checkpoints": -1},
         {"drain_timeout_s": 0},
         {"upload_workers": 0},
         {"on_save_error": "panic"},

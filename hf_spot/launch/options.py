@@ -37,6 +37,7 @@ from hf_spot.training.upstream_name import Scope
 MAX_RESTARTS = 3
 _ACCELERATES_LOG = logging.getLogger(VALIDATE_LAUNCH.owner)
 _AGENT = "hf_spot.launch.agent"
+_NAMES = {"keep_checkpoints": "save_total_limit"}  # of options that are not called as the settings
 _BOOTSTRAP = "hf_spot.training.bootstrap"
 _GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
 _LOOPBACK = re.compile(r"localhost$|127\.|::1$")  # whoever says so has all "machines" on one
@@ -64,8 +65,18 @@ def parser() -> argparse.ArgumentParser:
     for action in made._actions:
         if action.dest == "max_restarts":
             action.default, action.help = MAX_RESTARTS, _MAX_RESTARTS_HELP
+    _show_one_spelling(made)
     made.error = _fail  # type: ignore[method-assign]
     return made
+
+
+def _show_one_spelling(made: argparse.ArgumentParser) -> None:
+    """Show one spelling of each option, and accept both: accelerate's as in its documentation, ours with hyphens."""
+    ours = {action.dest for action in made._action_groups[0]._group_actions} | {"max_restarts"}
+    for action in made._actions:
+        hyphens = [one for one in action.option_strings if "_" not in one]
+        underscores = [one for one in action.option_strings if "-" not in one.lstrip("-")]
+        action.option_strings = (hyphens if action.dest in ours else underscores) or action.option_strings
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Command:
@@ -180,13 +191,15 @@ def _add_options(group: Any) -> None:
     )
     types = typing.get_type_hints(SpotArguments)
     for setting in dataclasses.fields(SpotArguments):
-        flag, text = f"--{setting.name}", str(setting.metadata["help"])  # accelerate's groups add the spelling with hyphens
+        # accelerate's groups add the spelling with hyphens
+        flag, text = f"--{_NAMES.get(setting.name, setting.name)}", str(setting.metadata["help"])
         if types[setting.name] is bool:
-            group.add_argument(flag, action="store_true", default=setting.default, help=text)
+            group.add_argument(flag, dest=setting.name, action="store_true", default=setting.default, help=text)
             continue
         shown = "" if setting.default is None else f" (default: {setting.default})"
         kind = next(one for one in (*typing.get_args(types[setting.name]), types[setting.name]) if one is not type(None))
-        group.add_argument(flag, type=kind, default=setting.default, metavar=kind.__name__.upper(), help=text + shown)
+        metavar = kind.__name__.upper()
+        group.add_argument(flag, dest=setting.name, type=kind, default=setting.default, metavar=metavar, help=text + shown)
 
 
 def _of_accelerate(options: list[str]) -> list[str]:

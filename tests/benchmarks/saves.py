@@ -103,7 +103,7 @@ def train(kind: str, layers: int, threads: int, folder: Path, sharded: bool, gpu
         PartialState(cpu=True)
         # accelerate shards on GPUs alone; on the CPU it has to be told that this is one.
         PartialState._shared_state |= {"distributed_type": "MULTI_GPU", "device": torch.device("cpu")}
-    callbacks = [SpotCallback(str(folder / "run"), SpotArguments(notice="none", save_total_limit=0))] if kind == "spot" else []
+    callbacks = [SpotCallback(str(folder / "run"), SpotArguments(notice="none", keep_checkpoints=0))] if kind == "spot" else []
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)  # type: ignore[arg-type]
     settle = torch.accelerator.synchronize if gpu else lambda: None
     watch = Stopwatch(trainer, settle)

@@ -35,7 +35,7 @@ def test_several_processes_run_under_accelerate_with_its_own_options_only(script
     command = parse(["--store", "s3://b/r", *options, script, "-m"], {})
     launcher = [sys.executable, "-m", "hf_spot.launch.agent", "--multi_gpu", "--num-processes", "4"]
     assert command.argv == [*launcher, *BOOTSTRAP[1:], script, "-m"]
-    assert (command.max_restarts, command.arguments.save_total_limit, command.arguments.notice) == (5, 7, "imds")
+    assert (command.max_restarts, command.arguments.keep_checkpoints, command.arguments.notice) == (5, 7, "imds")
 
 
 TWO = ["--store", "s3://b/r", "--num_machines", "2"]

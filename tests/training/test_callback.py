@@ -179,7 +179,7 @@ def test_the_store_may_come_from_the_environment(store: str, tmp_path: Path, mon
 def test_the_limit_holds_in_the_store_and_the_best_stays(store: str, tmp_path: Path) -> None:
     settings = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_total_limit": 1, "learning_rate": 0.5}
     trainer = make_trainer(
-        tmp_path, SpotCallback(store, Settings(notice="none", save_total_limit=1)), metric_for_best_model="loss", **settings
+        tmp_path, SpotCallback(store, Settings(notice="none", keep_checkpoints=1)), metric_for_best_model="loss", **settings
     )
     trainer.train()
     refs = Run(store).state().checkpoints
@@ -233,7 +233,7 @@ def test_a_torn_local_folder_is_set_aside(store: str, tmp_path: Path, peace) -> 
 
 def test_an_advisory_saves_and_goes_on(store: str, tmp_path: Path, peace) -> None:  # type: ignore[no-untyped-def]
     notice = tmp_path / "notice"
-    callback = SpotCallback(store, Settings(notice=f"file:{notice}", save_total_limit=0))
+    callback = SpotCallback(store, Settings(notice=f"file:{notice}", keep_checkpoints=0))
 
     def act() -> None:
         notice.write_text(json.dumps({"kind": "ADVISORY", "id": "one"}))

@@ -377,6 +377,8 @@ class _Captured:
                 self._write_at_once()
             else:
                 data = kept.untyped_storage() if size else b""
+        elif not isinstance(data, (bytes, str)):  # an address, or what else may change before it is written
+            self._write_at_once()
         if self._at_once is None:
             self._records.append((name, data, size))
         else:

@@ -254,7 +254,7 @@ class RunSession:
         self.uploader = Uploader(
             self.run,
             self.output_dir / ".hf_spot" / f"pins-{self.run.launch}-{self.stage}",
-            save_total_limit=self.arguments.save_total_limit,
+            save_total_limit=self.arguments.keep_checkpoints,
             on_commit=on_commit,
             keeps_house=self.agreement.is_main,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import shutil
 import threading
@@ -84,6 +85,25 @@ def test_odd_values_are_written_as_torch_writes_them(behind: AsyncCheckpointWrit
         assert not (tmp_path / "odd.pt").exists()
     assert behind.wait(PATIENCE_S)
     assert (tmp_path / "odd.pt").read_bytes() == plain
+
+
+def test_a_record_that_may_change_after_the_save_is_written_at_once(behind: AsyncCheckpointWriter, tmp_path: Path) -> None:
+    kept, changed, later = torch.arange(8), ctypes.create_string_buffer(b"before"), torch.ones(4)
+    with behind.capturing(), torch.serialization._open_zipfile_writer(str(tmp_path / "odd.pt")) as file:  # as in torch.save
+        file.write_record("kept", kept.untyped_storage(), 64)
+        file.write_record("text", "as it is", 8)
+        file.write_record("address", ctypes.addressof(changed), 6)
+        changed.value = b"AFTER!"
+        file.write_record("later", later.untyped_storage(), 16)
+        kept.zero_()
+        later.zero_()
+    assert behind.wait(PATIENCE_S)
+    assert behind.take_error() is None
+    read = torch._C.PyTorchFileReader(str(tmp_path / "odd.pt"))
+    assert read.get_record("address") == b"before"
+    assert read.get_record("text") == b"as it is"
+    assert torch.frombuffer(bytearray(read.get_record("kept")), dtype=torch.int64).tolist() == list(range(8))
+    assert torch.frombuffer(bytearray(read.get_record("later")), dtype=torch.float32).tolist() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("limit_bytes", [0, 64, 5000])
@@ -210,7 +230,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_commits_what_it_was(
         during.extend([(tmp_path / "out/checkpoint-3/model.safetensors").exists(), kinds(store)])
         slow.may_write.set()
 
-    callback = SpotCallback(store, SpotArguments(notice="none", save_total_limit=0))
+    callback = SpotCallback(store, SpotArguments(notice="none", keep_checkpoints=0))
     trainer = make_trainer(tmp_path / "out", callback, Recorder(6, act), Patient(callback, after_step=6))
     trainer.train()
     assert during == [False, ["claim"]]

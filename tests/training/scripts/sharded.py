@@ -80,7 +80,7 @@ def sharding(output_dir: Path, version: int, *callbacks: TrainerCallback, **sett
 
 
 def spot(run: Path, **settings: Any) -> SpotCallback:
-    return SpotCallback(str(run), SpotArguments(notice="none", save_total_limit=0, on_save_error="go-on", **settings))
+    return SpotCallback(str(run), SpotArguments(notice="none", keep_checkpoints=0, on_save_error="go-on", **settings))
 
 
 def local(trainer: Trainer) -> list[list[float]]:

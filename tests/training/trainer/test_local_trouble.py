@@ -23,7 +23,7 @@ from tests.training.test_callback import QUIET, kinds, preempt, steps
 from tests.waiting import PATIENCE_S, wait_for
 
 needs_disks = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-GO_ON = Settings(notice="none", on_save_error="go-on", save_total_limit=0)
+GO_ON = Settings(notice="none", on_save_error="go-on", keep_checkpoints=0)
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def test_a_forked_child_that_leaves_training_touches_nothing_and_does_not_hang(
 ) -> None:  # type: ignore[no-untyped-def]
     gate = threading.Event()
     faulty.faults.append(Fault("put_file", "*checkpoint-3/*", error=None, until=gate))
-    callback = SpotCallback(faulty.url, Settings(notice="signal", save_total_limit=0))
+    callback = SpotCallback(faulty.url, Settings(notice="signal", keep_checkpoints=0))
     parent = os.getpid()
     told = tmp_path / "told"
 

@@ -23,7 +23,7 @@ from tests.training.trainer.test_exactness import mask
 from tests.training.trainer.test_notices import At
 from tests.waiting import PATIENCE_S, wait_for
 
-AUTO = SpotArguments(notice="none", save_total_limit=0, cadence="auto")
+AUTO = SpotArguments(notice="none", keep_checkpoints=0, cadence="auto")
 
 
 def reasons(store: str) -> dict[int, str]:
@@ -121,7 +121,7 @@ def history(trainer: Any) -> list[dict[str, Any]]:
 
 def test_what_was_added_counts_in_the_rotation(store: str, tmp_path: Path, due_after: Any) -> None:
     due_after(4, 5, 7, 8)
-    callback = SpotCallback(store, SpotArguments(notice="none", save_total_limit=2))
+    callback = SpotCallback(store, SpotArguments(notice="none", keep_checkpoints=2))
     recorder = Recorder(9, lambda: kept.extend(sorted(path.name for path in tmp_path.glob("checkpoint-*"))))
     kept: list[str] = []
     make_trainer(tmp_path, callback, Patient(callback), recorder, save_total_limit=2).train()
