@@ -1,7 +1,8 @@
 """The reference pages, made of what the code says of itself: ``python -m tests.reference`` writes them.
 
 ``api.md`` comes from the docstrings of the public names, read without importing them; ``cli.md`` from the parsers of the
-command line. `tests/test_docs.py` fails when a page is not what the code says.
+command line; ``upstream.md`` from the table of names of other libraries. `tests/test_docs.py` fails when a page is not what the
+code says.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +22,7 @@ import griffe
 
 from hf_spot import cli
 from hf_spot.arguments import SpotArguments
+from hf_spot.training.upstream_name import Name
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / ".github" / "docs"
@@ -274,7 +276,44 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
-PAGES: dict[str, Callable[[], str]] = {"api.md": api, "cli.md": command_line}
+# -- upstream.md ------------------------------------------------------------------------------------------------------
+
+
+def names_of_others() -> str:
+    """The page about what hf_spot uses inside other libraries."""
+    from hf_spot.training import upstream, versions
+    from hf_spot.training.upstream_name import Scope
+
+    tested = ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.TESTED.items())
+    lines = [
+        "# What it uses inside other libraries",
+        "Made by `python -m tests.reference` from `hf_spot/training/upstream.py`.",
+        "These names are no public interface of their libraries, or are replaced while a training runs: a new version may "
+        "rename them, or change what they take. When a training begins, each is looked at.",
+        "- **refused**: a promise rests on it. The training does not begin, and the error (exit code 2) names the versions to "
+        "install.\n- **said**: only speed or comfort is lost. One line says what, and the training begins.",
+        f"The test suite has run with {tested}. Any other version is named in one line, and so is a version that has changed "
+        "since the checkpoint was saved that a training resumes from.",
+    ]
+    both = Scope.TRAINER | Scope.LOOP
+    titles = {Scope.TRAINER: "Trainer", Scope.LOOP: "Loops", both: "Trainer and loops", Scope.LAUNCH: "hf-spot launch"}
+    for scope, title in titles.items():
+        lines.append(f"## {title}")
+        lines.append("\n".join(_rows(one for one in upstream.TABLE if one.scope == scope)))
+    return "\n\n".join(lines) + "\n"
+
+
+def _rows(names: Iterable[Name]) -> Iterator[str]:
+    yield "| name | parameters | used by | without it | then |\n|---|---|---|---|---|"
+    for one in sorted(names, key=lambda one: (one.owner, one.name)):
+        called = f"`{one.takes}`" if one.takes else "none" if one.kind in ("function", "method") else one.kind
+        users = ", ".join(f"`{user.removeprefix('training.')}`" for user in one.users)
+        without = f"{one.only}: {one.without}" if one.only else one.without
+        then = "refused" if one.refused else "said"
+        yield f"| `{one.owner.replace(':', '.')}.{one.name}` | {_cell(called)} | {users} | {_cell(without)} | {then} |"
+
+
+PAGES: dict[str, Callable[[], str]] = {"api.md": api, "cli.md": command_line, "upstream.md": names_of_others}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hf_spot.training import upstream
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_spot"
 
@@ -102,6 +104,112 @@ def test_policy_is_handed_its_clock_and_its_randomness(path: Path) -> None:
 )
 def test_an_impure_policy_would_be_found(source: str) -> None:
     assert list(impurities(source))
+
+
+# -- the insides of other libraries -----------------------------------------------------------------------------------
+
+UPSTREAM = PACKAGE / "training" / "upstream.py"
+OF_PYTHON = {"_exit", "_getframe", "_SubParsersAction", "_action_groups", "_actions", "_group_actions"}  # os, sys, argparse
+
+
+def private_names(source: str) -> set[str]:
+    """What a module calls with an underscore: its functions and classes, and attributes of its objects."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_of_self(node):
+            found.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return {name for name in found if _is_private(name)}
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def _is_of_self(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+def reaches_inside(source: str, own: set[str], listed: set[str]) -> Iterator[tuple[str, str]]:
+    """Where a module uses a private name that is not hf_spot's: the name, and ``line: what to write instead``.
+
+    Args:
+        source: of the module.
+        own: private names of hf_spot.
+        listed: private names of `hf_spot.training.upstream`.
+    """
+    for node in ast.walk(ast.parse(source)):
+        found: list[str] = []
+        if isinstance(node, ast.Attribute) and _is_private(node.attr) and not _is_of_self(node):
+            found = [node.attr] if node.attr in listed or node.attr not in own | OF_PYTHON else []
+        elif isinstance(node, ast.Constant) and node.value in listed:
+            found = [node.value]
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = getattr(node, "module", None) or ""
+            parts = [part for alias in node.names for part in f"{module}.{alias.name}".split(".")]
+            found = [] if module.startswith("hf_spot") else list(filter(_is_private, parts))
+        for name in found:
+            yield name, f"{node.lineno}: {ast.unparse(node)}; a Name of hf_spot/training/upstream.py reaches it: NAME.of(owner)"
+
+
+def names_by_module() -> dict[str, set[str]]:
+    """Private names of other libraries that modules below ``training/`` use, by module: they can't import the table."""
+    listed: dict[str, set[str]] = {}
+    for one in upstream.TABLE:
+        for user in one.users:
+            if not user.startswith(("training.", "launch.")):
+                listed.setdefault(user, set()).add(one.name)
+    return listed
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_insides_of_other_libraries_are_reached_through_one_module(path: Path, own_names: set[str]) -> None:
+    module = str(path.relative_to(PACKAGE)).removesuffix(".py").replace("/", ".")
+    listed = {one.name for one in upstream.TABLE if _is_private(one.name)}
+    found = list(reaches_inside(path.read_text(), own_names, listed)) if path != UPSTREAM else []
+    assert [told for name, told in found if name not in names_by_module().get(module, ())] == []
+
+
+@pytest.fixture(scope="module")
+def own_names() -> set[str]:
+    return set().union(*(private_names(path.read_text()) for path in PACKAGE.rglob("*.py")))
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("trainer._evaluate(None)", "_evaluate"),
+        ("type(self._trainer)._evaluate", "_evaluate"),
+        ("self.accelerator._models", "_models"),
+        ("torch.utils.data._utils.worker", "_utils"),
+        ("torch.serialization._load = 3", "_load"),
+        ("from torch.utils.data._utils import worker", "_utils"),
+        ("import torch._dynamo", "_dynamo"),
+        ("from accelerate.commands.launch import _validate", "_validate"),
+        ("getattr(trainer, '_evaluate', None)", "_evaluate"),
+        ("vars(trainer)['_evaluate'] = 1", "_evaluate"),
+    ],
+)
+def test_a_way_inside_another_library_would_be_found(source: str, name: str) -> None:
+    assert [found for found, _ in reaches_inside(source, {"_trainer"}, {"_evaluate"})] == [name]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "self._evaluate()",
+        "one._own",
+        "os._exit(0)",
+        "one.__dict__",
+        "from hf_spot.log import _own",
+        "EVALUATE.of(trainer)(None)",
+    ],
+)
+def test_what_is_hf_spots_own_may_be_used(source: str) -> None:
+    assert list(reaches_inside(source, {"_own"}, {"_evaluate"})) == []
 
 
 # -- errors say what to do --------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ FLOS = _attribute(
 FOREACH_COPY = _function(
     "torch",
     "_foreach_copy_",
-    "",
+    "…",
     "training.trainer.accumulation",
     "a notice has to wait for the end of a step of several micro-batches",
     only="several micro-batches per step",
@@ -414,11 +414,7 @@ SKIPS_INSIDE = _attribute(
     optional=True,
 )
 SKIPS = _attribute(
-    "accelerate.data_loader:SkipBatchSampler",
-    "skip_batches",
-    "training.trainer.resume_fixes",
-    "a resumed training sees samples twice",
-    optional=True,
+    _DISPATCHER, "skip_batches", "training.trainer.resume_fixes", "a resumed training sees samples twice", optional=True
 )
 OPTIMIZERS = _attribute(
     "accelerate.accelerator:Accelerator",
@@ -471,6 +467,14 @@ S3_TIMEOUT = _method(
     "request",
     "storage.s3_connection",
     "a dead connection to S3 is noticed after 30 s and not after 5",
+    told=True,
+    **_DATA,
+)
+S3_PROMPTER = _attribute(
+    "botocore.credentials:AssumeRoleProvider",
+    "_prompter",
+    "storage.s3_connection",
+    "a launch without a terminal waits for an MFA code that nobody can type",
     told=True,
     **_DATA,
 )
@@ -548,7 +552,10 @@ def check(scope: Scope, trainer: Any = None) -> None:
 
 
 def _in_words(troubled: Iterable[tuple[Name, str]]) -> str:
-    by_loss: dict[str, list[str]] = {}
+    by_loss: dict[tuple[str, str], dict[str, None]] = {}
     for one, trouble in troubled:
-        by_loss.setdefault(one.without, []).append(f"{one.library} {version_of(one.library)} {trouble}")
-    return "; ".join(f"{', '.join(dict.fromkeys(found))}: {without}" for without, found in by_loss.items())
+        by_loss.setdefault((one.without, one.library), {})[trouble] = None
+    return "; ".join(
+        f"{library} {version_of(library)} {' and '.join(troubles)}: {without}"
+        for (without, library), troubles in by_loss.items()
+    )

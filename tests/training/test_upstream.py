@@ -49,6 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FOR_SOME = (
     "accelerate.data_loader",
     "accelerate.utils.launch",
+    "botocore.credentials",
     "botocore.httpsession",
     "botocore.response",
     "google.cloud.storage.client",
@@ -418,6 +419,7 @@ OTHERWISE = {
     upstream.S3_BODY: "test_downloads_from_s3_read_from_the_connection",
     upstream.S3_ANSWER: "test_downloads_from_s3_read_from_the_connection",
     upstream.S3_TIMEOUT: "test_downloads_from_s3_read_from_the_connection",
+    upstream.S3_PROMPTER: "tests/run/test_credential_sources.py",
     upstream.XET_SESSION: "tests/storage/test_contract.py",
     upstream.XET_UPLOAD: "tests/storage/test_contract.py",
     upstream.XET_DOWNLOAD: "tests/storage/test_contract.py",

@@ -14,7 +14,15 @@ from torch.utils.data import BatchSampler, IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerControl
 
 from hf_spot.errors import ConfigError
-from hf_spot.training.upstream import CALLBACK_STATES, EXPORTABLE, SKIP_FIRST_BATCHES, SKIPS_INSIDE, SPLIT_BATCHES, TRAIN_TOKENS
+from hf_spot.training.upstream import (
+    CALLBACK_STATES,
+    EXPORTABLE,
+    SKIP_FIRST_BATCHES,
+    SKIPS,
+    SKIPS_INSIDE,
+    SPLIT_BATCHES,
+    TRAIN_TOKENS,
+)
 from hf_spot.training.versions import how_to_install
 
 log = logging.getLogger("hf_spot")
@@ -80,7 +88,7 @@ def dispatched_batches_skipped() -> Iterator[None]:
             if not dispatched or isinstance(dataloader.dataset, IterableDataset):
                 return skipping
             ranks = dataloader.state.num_processes
-            passed_over = _batches_of_sampler(dataloader) - _batches_of_sampler(skipping) + skipping.skip_batches * ranks
+            passed_over = _batches_of_sampler(dataloader) - _batches_of_sampler(skipping) + SKIPS.of(skipping) * ranks
             if passed_over == num_batches * ranks:
                 return skipping
             if passed_over != num_batches:
