@@ -35,6 +35,7 @@ _GREETING_S = 5.0
 _SAY_EVERY_S = 30.0
 _TICK_S = 0.2
 _LONGEST_LINE_BYTES = 4096
+_MOST_STRANGERS = 128  # that have not said yet who they are
 
 Wait = Callable[[float], bool]  # waits so many seconds; True when there is no point in waiting any longer
 
@@ -162,7 +163,7 @@ class Host:
         self._nonce = uuid.uuid4().hex
         dual = socket.has_dualstack_ipv6()
         self._listener = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
-        self._listener.settimeout(_TICK_S)
+        self._listener.setblocking(False)
 
     @property
     def invitation(self) -> dict[str, Any]:
@@ -182,13 +183,13 @@ class Host:
         """
         guests: dict[int, socket.socket] = {}
         began = said = beat = time.monotonic()
-        with self._listener:
+        with self._listener, contextlib.closing(_Door(self._listener)) as door:
             while True:
                 if time.monotonic() - beat > BEAT_S:
                     beat = time.monotonic()
                     _tell_all(guests, {"wait": True})
-                with contextlib.suppress(OSError):
-                    self._greet(self._listener.accept()[0], guests)
+                for connection, line in door.heard(_TICK_S):
+                    self._greet(connection, line, guests)
                 for machine in [one for one, connection in guests.items() if not _lives(connection)]:
                     guests.pop(machine).close()
                 if len(guests) == self._machines - 1:
@@ -197,7 +198,7 @@ class Host:
                 if time.monotonic() - said > _SAY_EVERY_S:
                     said = time.monotonic()
                     log.info("waiting for the machines %s", ", ".join(map(str, missing)))
-                if wait(_TICK_S) or time.monotonic() - began > patience_s:
+                if wait(0.0) or time.monotonic() - began > patience_s:
                     for connection in guests.values():
                         connection.close()
                     if time.monotonic() - began > patience_s:
@@ -206,10 +207,10 @@ class Host:
         _tell_all(guests, {"go": True})
         return Peers(guests, timeout_s)
 
-    def _greet(self, connection: socket.socket, guests: dict[int, socket.socket]) -> None:
+    def _greet(self, connection: socket.socket, line: bytes, guests: dict[int, socket.socket]) -> None:
         connection.settimeout(_GREETING_S)
         try:
-            hello = _decode(_read_line(connection))
+            hello = _decode(line)
             if hello.get("nonce") != self._nonce:
                 raise ValueError("a stranger")
             why = None
@@ -224,8 +225,83 @@ class Host:
                 raise ValueError(why)
             guests[hello["machine"]] = connection
         except (OSError, ValueError) as error:
-            log.warning("somebody who connected was sent away: %s", error)
+            _send_away(connection, error)
+
+
+class _Door:
+    """Connections that have not said who they are: each has one deadline for its whole first line, and delays nobody.
+
+    Args:
+        listener: that takes them, without blocking.
+    """
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._waiting: dict[socket.socket, tuple[float, bytes]] = {}  # until when, and what came so far
+
+    def heard(self, timeout_s: float) -> list[tuple[socket.socket, bytes]]:
+        """Return connections with their first line, which are the caller's from now on; wait for news at most so long."""
+        found = []
+        for key, _ in self._selector.select(timeout_s):
+            if key.fileobj is self._listener:
+                with contextlib.suppress(OSError):
+                    self._admit(self._listener.accept()[0])
+            elif isinstance(key.fileobj, socket.socket) and (line := self._read(key.fileobj)) is not None:
+                found.append((key.fileobj, line))
+        for connection in [one for one, (until, _) in self._waiting.items() if time.monotonic() > until]:
+            self._refuse(connection, TimeoutError(f"no greeting in {_GREETING_S:.0f} s"))
+        return found
+
+    def close(self) -> None:
+        """Close what is left of them."""
+        for connection in [*self._waiting]:
+            self._forget(connection)
             connection.close()
+        self._selector.close()
+
+    def _admit(self, connection: socket.socket) -> None:
+        if len(self._waiting) >= _MOST_STRANGERS:
+            self._refuse(next(iter(self._waiting)), ConnectionError("too many came at once"))
+        connection.setblocking(False)
+        self._waiting[connection] = time.monotonic() + _GREETING_S, b""
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    def _read(self, connection: socket.socket) -> bytes | None:
+        if connection not in self._waiting:  # sent away in this round
+            return None
+        until, line = self._waiting[connection]
+        try:
+            data = connection.recv(_LONGEST_LINE_BYTES)
+            if not data:
+                raise ConnectionError("closed")
+            line += data
+            if b"\n" not in line and len(line) >= _LONGEST_LINE_BYTES:
+                raise ValueError("too long a line")
+        except (BlockingIOError, InterruptedError):
+            return None
+        except (OSError, ValueError) as error:
+            self._refuse(connection, error)
+            return None
+        if b"\n" not in line:
+            self._waiting[connection] = until, line
+            return None
+        self._forget(connection)
+        return line.partition(b"\n")[0]
+
+    def _refuse(self, connection: socket.socket, why: Exception) -> None:
+        self._forget(connection)
+        _send_away(connection, why)
+
+    def _forget(self, connection: socket.socket) -> None:
+        del self._waiting[connection]
+        self._selector.unregister(connection)
+
+
+def _send_away(connection: socket.socket, why: Exception) -> None:
+    log.warning("somebody who connected was sent away: %s", why)
+    connection.close()
 
 
 class Refused(Exception):
@@ -285,10 +361,18 @@ def _knock(
     except (OSError, KeyError, TypeError, OverflowError):
         return None
     try:
+        connection.settimeout(_GREETING_S)
         _send(connection, {"nonce": invitation.get("nonce"), "machine": machine, "machines": machines})
-        connection.settimeout(timeout_s)
-        while not wait(0.0):
-            message = _decode(_read_line(connection))
+        heard_at, line = time.monotonic(), b""
+        connection.settimeout(_TICK_S)
+        while not wait(0.0) and time.monotonic() - heard_at < timeout_s:
+            byte = _read_byte(connection)
+            line += byte
+            if byte != b"\n":
+                if len(line) > _LONGEST_LINE_BYTES:
+                    raise ValueError("too long a line")
+                continue
+            message, line, heard_at = _decode(line), b"", time.monotonic()
             if "refused" in message:
                 raise Refused(message["refused"])
             if "go" in message:
@@ -318,21 +402,24 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 def _decode(line: bytes) -> dict[str, Any]:
     """Raises ValueError for what is no message."""
-    message = json.loads(line)
+    try:
+        message = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("too deep a message") from error
     if not isinstance(message, dict):
         raise ValueError(f"no message: {line!r}")
     return message
 
 
-def _read_line(connection: socket.socket) -> bytes:
-    """Byte by byte, so that what follows stays in the socket. Raises OSError, also at the end of the connection."""
-    line = b""
-    while not line.endswith(b"\n") and len(line) < _LONGEST_LINE_BYTES:
+def _read_byte(connection: socket.socket) -> bytes:
+    """Byte by byte, so that what follows stays in the socket; empty when none came in time. Raises OSError at the end."""
+    try:
         byte = connection.recv(1)
-        if not byte:
-            raise ConnectionError("closed")
-        line += byte
-    return line
+    except TimeoutError:
+        return b""
+    if not byte:
+        raise ConnectionError("closed")
+    return byte
 
 
 def _lives(connection: socket.socket) -> bool:

@@ -42,6 +42,7 @@ _PREFIX = "journal/"
 _HINT_KEY = "tip.json"
 _BATCH = 16  # entries read in a row
 _QUICK_S = 0.0005  # an entry that takes no longer, as on a local disk, is read sooner than threads would hand it over
+_LAST_NUMBER = 10**8 - 1  # of an entry: its name has eight digits
 _NAME = re.compile(r"^journal/(\d{8})\.json$")
 
 
@@ -196,6 +197,8 @@ def decode(data: bytes, key: bytes | None = None) -> Entry:
         refs = tuple(_ref(**ref) for ref in state.pop("checkpoints"))
         state = _typed(RunState(checkpoints=refs, **_from_disk(state)))
         written_at = datetime.fromisoformat(written["time"])
+        if written_at.tzinfo is None:
+            raise TypeError(f"time {written['time']!r} has no time zone")
         number, kind, launch, id, told = (written[name] for name in ("number", "kind", _LAUNCH_KEY, "id", "data"))
         return _typed(Entry(number, kind, launch, id, written_at, told, state))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -222,6 +225,8 @@ def _typed(found: T) -> T:
         value = getattr(found, name)
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise TypeError(f"{name} is {value!r}")
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f"{name} is {value}")
     return found
 
 
@@ -399,8 +404,8 @@ class Journal:
     def _read_hint(self) -> int:
         try:
             number = json.loads(self._store.get(_HINT_KEY))["entry"]
-            return number if isinstance(number, int) else 0
-        except (ObjectNotFound, ValueError, KeyError, TypeError):
+            return number if isinstance(number, int) and 0 < number <= _LAST_NUMBER else 0
+        except (ObjectNotFound, ValueError, KeyError, TypeError, RecursionError):
             return 0
 
     def _store_hint(self, number: int) -> None:

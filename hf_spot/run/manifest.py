@@ -7,12 +7,16 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_spot.errors import CorruptCheckpoint
 from hf_spot.run.digest import NAMES, digest_of
+from hf_spot.run.seal import LARGEST
 
+MOST_RANKS = 1_000_000
+_MOST_NAMED = 20  # files that are missing
 _DIGEST = re.compile(rf"({'|'.join(NAMES)}):[0-9a-f]{{64}}")
 
 
@@ -33,7 +37,7 @@ class FileEntry:
 
     def __post_init__(self) -> None:
         check_path(self.path)
-        if type(self.size) is not int or self.size < 0 or not _DIGEST.fullmatch(str(self.digest)):
+        if type(self.size) is not int or not 0 <= self.size <= LARGEST or not _DIGEST.fullmatch(str(self.digest)):
             raise CorruptCheckpoint(f"a manifest has no size or digest for {self.path!r}")
 
     @classmethod
@@ -95,17 +99,16 @@ _NEEDED = {
 def missing_for_resume(paths: Iterable[str], world_size: int) -> list[str]:
     """Names of what a resume needs and ``paths`` lacks; an empty list when the checkpoint is whole.
 
+    Of the files of ranks the first ones are named.
+
     Args:
         paths: relative file names.
         world_size: number of ranks that trained; each has its own RNG file when there are several.
     """
-    names = list(paths)
-    needed = dict(_NEEDED)
-    if world_size == 1:
-        needed["rng_state.pth"] = r"rng_state\.pth"
-    else:
-        needed |= {f"rng_state_{rank}.pth": rf"rng_state_{rank}\.pth" for rank in range(world_size)}
-    return [label for label, pattern in needed.items() if not any(re.fullmatch(pattern, name) for name in names)]
+    names = set(paths)
+    missing = [label for label, pattern in _NEEDED.items() if not any(re.fullmatch(pattern, name) for name in names)]
+    states = ("rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth" for rank in range(world_size))
+    return [*missing, *islice((state for state in states if state not in names), _MOST_NAMED)]
 
 
 def has_weights(paths: Iterable[str]) -> bool:

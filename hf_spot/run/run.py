@@ -20,7 +20,16 @@ from hf_spot.run import transfer
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest, check_resumable, check_whole
 from hf_spot.run.dedup import Unchanged
 from hf_spot.run.journal import BY_HAND, CheckpointRef, Entry, Journal, RunState
-from hf_spot.run.manifest import FileEntry, check_names, difference, files_in, has_weights, missing_for_resume, needed_by
+from hf_spot.run.manifest import (
+    MOST_RANKS,
+    FileEntry,
+    check_names,
+    difference,
+    files_in,
+    has_weights,
+    missing_for_resume,
+    needed_by,
+)
 from hf_spot.run.seal import key_from
 from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import leftovers, probe
@@ -335,6 +344,9 @@ class Run:
         details = dict(entry.data)
         try:
             files = tuple(FileEntry.of(file) for file in details.pop("files"))
+            ranks = details.get("world_size", 1)
+            if type(ranks) is not int or not 0 < ranks <= MOST_RANKS:
+                raise TypeError(f"world_size is {ranks!r}")
             return Checkpoint(ref=ref, time=entry.time, reason=details["reason"], files=files, details=details)
         except (KeyError, TypeError) as error:
             raise CorruptCheckpoint(f"entry {entry.number} of {self.url} is no commit ({error})") from error

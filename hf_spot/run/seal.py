@@ -17,6 +17,8 @@ from typing import Any
 from hf_spot.errors import ConfigError, CorruptCheckpoint, Untrusted
 
 VARIABLE = "HF_SPOT_JOURNAL_KEY"
+LARGEST = 2**63 - 1  # number that a journal may hold, of bytes, steps, or anything
+_LONG = re.compile(r"\d{19}")
 _SHORTEST = 16  # characters; shorter ones can be guessed
 _SEAL = re.compile(rb',"seal":"(sha256|hmac-sha256):([0-9a-f]{64})"\}')
 
@@ -62,9 +64,17 @@ def unseal(data: bytes, key: bytes | None) -> Any:
             raise Untrusted("an entry of the run's journal was signed with another key", hint=f"is ${VARIABLE} the run's?")
         raise CorruptCheckpoint(f"a damaged journal entry: {data[:80]!r}")
     try:
-        return json.loads(body.decode())
+        text = body.decode()
+        return json.loads(text, parse_int=_counted) if _LONG.search(text) else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"not a journal entry: {data[:80]!r} ({error})") from error
+
+
+def _counted(digits: str) -> int:
+    number = int(digits)
+    if abs(number) > LARGEST:
+        raise ValueError(f"no number of anything: {digits[:30]}")
+    return number
 
 
 def _digest(body: bytes, key: bytes | None) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -151,3 +153,80 @@ def test_patience_ends() -> None:
         Host(2).meet(never.wait, TIMEOUT_S, 0.1)
     with pytest.raises(TimeoutError, match=r"machine 0 at .* did not come"):
         join(1, 2, "127.0.0.1", lambda: None, never.wait, TIMEOUT_S, 0.0)
+
+
+def test_strangers_of_any_kind_keep_nobody_out(meeting: Meeting) -> None:
+    """Silent ones, slow ones, those that never end their line, and more of them than there is room for."""
+    host = meeting.host(3)
+    assert meeting.invitation is not None
+    address = ("127.0.0.1", meeting.invitation[1]["port"])
+    ended = threading.Event()
+    strangers = [socket.create_connection(address) for _ in range(200)]
+
+    def trickle() -> None:
+        while not ended.wait(0.05):
+            for stranger in strangers[-20:]:
+                with contextlib.suppress(OSError):
+                    stranger.sendall(b"{")
+
+    slow = threading.Thread(target=trickle)
+    slow.start()
+    try:
+        lines = [b"[" * 4000 + b"\n", b"x" * 9000, b"\xff\n", b"3\n", b'{"nonce":[]}\n']
+        for stranger, line in zip(strangers[-30:-25], lines, strict=True):
+            with contextlib.suppress(OSError):
+                stranger.sendall(line)
+        began = time.monotonic()
+        guests = [meeting.guest(machine, 3) for machine in (1, 2)]
+        meeting.peers = [host.result(), *(guest.result()[1] for guest in guests)]
+        assert time.monotonic() - began < TIMEOUT_S / 2
+    finally:
+        ended.set()
+        slow.join()
+        for stranger in strangers:
+            stranger.close()
+
+
+@pytest.mark.parametrize("machines", [2, 3])
+def test_a_slow_stranger_delays_no_notice(meeting: Meeting, machines: int) -> None:
+    host = meeting.host(machines)
+    assert meeting.invitation is not None
+    with socket.create_connection(("127.0.0.1", meeting.invitation[1]["port"])) as stranger:
+        stranger.sendall(b"{")
+        time.sleep(0.5)
+        assert not host.done()
+        began = time.monotonic()
+        meeting.gave_up.set()
+        assert host.result() is None
+        assert time.monotonic() - began < 2
+
+
+def test_a_stranger_in_the_place_of_machine_0_delays_no_notice(meeting: Meeting) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        meeting.invitation = (7, {"port": stranger.getsockname()[1], "nonce": "x"})
+        guest = meeting.guest(1, 2)
+        connection, _ = stranger.accept()
+        with connection:
+            connection.sendall(b'{"wait":')
+            time.sleep(0.5)
+            assert not guest.done()
+            began = time.monotonic()
+            meeting.gave_up.set()
+            assert guest.result() is None
+            assert time.monotonic() - began < 2
+
+
+def test_who_trickles_is_sent_away_after_one_deadline_for_all_of_it(meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_spot.launch.peers._GREETING_S", 0.5)
+    meeting.host(2)
+    assert meeting.invitation is not None
+    with socket.create_connection(("127.0.0.1", meeting.invitation[1]["port"])) as stranger:
+        stranger.settimeout(0.1)
+        began = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - began < TIMEOUT_S:
+                stranger.sendall(b" ")
+                with contextlib.suppress(TimeoutError):
+                    if not stranger.recv(1):
+                        break
+        assert time.monotonic() - began < TIMEOUT_S / 2
