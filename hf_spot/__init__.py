@@ -8,11 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import hf_spot.log  # noqa: F401  # its handler comes with the package, as that of transformers
+import hf_spot.log  # its handler comes with the package, as that of transformers
+import hf_spot.run.display
 
 if TYPE_CHECKING:
     from hf_spot.arguments import SpotArguments
-    from hf_spot.economics.shown import Run
     from hf_spot.errors import (
         AccessDenied,
         BucketNotFound,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from hf_spot.notices.notice import NoticeKind, NoticeSource, PreemptionNotice
     from hf_spot.run.checkpoint import Checkpoint
+    from hf_spot.run.run import Run
     from hf_spot.storage.store import ObjectStore
     from hf_spot.training.callback import SpotCallback
     from hf_spot.training.manager import SpotCheckpointManager
@@ -76,7 +77,7 @@ _MODULES = {
     "NoticeSource": "hf_spot.notices.notice",
     "ObjectStore": "hf_spot.storage.store",
     "PreemptionNotice": "hf_spot.notices.notice",
-    "Run": "hf_spot.economics.shown",
+    "Run": "hf_spot.run.run",
     "SpotArguments": "hf_spot.arguments",
     "SpotCallback": "hf_spot.training.callback",
     "SpotCheckpointManager": "hf_spot.training.manager",
@@ -93,3 +94,12 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _draw(run: Run) -> str:
+    from hf_spot.economics.shown import html_of
+
+    return html_of(run)
+
+
+hf_spot.run.display.display.register(_draw)

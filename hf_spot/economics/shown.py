@@ -11,48 +11,35 @@ from hf_spot.economics.report import Report, summarise
 from hf_spot.economics.table import launch_rows, money_lines, time_rows
 from hf_spot.economics.timeline import losses_in, make_timeline
 from hf_spot.errors import SpotError
-from hf_spot.run import run as plain
 from hf_spot.run.journal import CheckpointRef, Entry
+from hf_spot.run.run import Run
 
 _ROWS = 20  # shown of a table, the newest ones
 
 
-class Run(plain.Run):
-    """A run's journal and checkpoints. A notebook shows it as tables, with a timeline if matplotlib is installed.
+def html_of(run: Run) -> str:
+    """Return what a notebook shows of a run: tables, and a timeline if matplotlib is installed."""
+    try:
+        entries = list(run.events())
+        report = summarise(entries)
+        parts = [escape(summary(report)), *_picture(run, report), *_tables(report, entries)]
+    except SpotError as error:
+        parts = [escape(str(error)).replace("\n", "<br>")]
+    return "\n".join([f"<div><strong>{escape(run.url)}</strong>", *(f"<div>{part}</div>" for part in parts), "</div>"])
 
-    Args:
-        url: ``s3://bucket/prefix``, a directory, or an `ObjectStore`.
-        allow_unfenced_store: accept a store that can't keep two machines apart.
-        workers: number of files transferred at the same time.
 
-    ``$HF_SPOT_JOURNAL_KEY`` signs the journal (`hf_spot.run.seal`).
-
-    Raises:
-        ConfigError: the URL or the key can't be used.
-    """
-
-    def _repr_html_(self) -> str:
-        """Return the HTML that Jupyter shows for a cell that ends with a run. In contrast, `repr` sends no requests."""
-        try:
-            entries = list(self.events())
-            report = summarise(entries)
-            parts = [escape(summary(report)), *self._picture(report), *_tables(report, entries)]
-        except SpotError as error:
-            parts = [escape(str(error)).replace("\n", "<br>")]
-        return "\n".join([f"<div><strong>{escape(self.url)}</strong>", *(f"<div>{part}</div>" for part in parts), "</div>"])
-
-    def _picture(self, report: Report) -> list[str]:
-        if not report.launches:
-            return []
-        newest = self.journal.state.latest()
-        try:
-            losses = losses_in(self.read(self.checkpoint(newest), "trainer_state.json")) if newest else {}
-            svg = timeline_svg(make_timeline(report, losses, newest.stage if newest else 1), "")
-        except SpotError as error:  # show the tables also without matplotlib
-            return [f"<em>{escape(str(error))}</em>"]
-        # A separate image: otherwise the ids of two timelines in one page would collide.
-        data = base64.b64encode(svg.encode()).decode()
-        return [f'<img alt="timeline of the run" style="background: white" src="data:image/svg+xml;base64,{data}">']
+def _picture(run: Run, report: Report) -> list[str]:
+    if not report.launches:
+        return []
+    newest = run.journal.state.latest()
+    try:
+        losses = losses_in(run.read(run.checkpoint(newest), "trainer_state.json")) if newest else {}
+        svg = timeline_svg(make_timeline(report, losses, newest.stage if newest else 1), "")
+    except SpotError as error:  # show the tables also without matplotlib
+        return [f"<em>{escape(str(error))}</em>"]
+    # A separate image: otherwise the ids of two timelines in one page would collide.
+    data = base64.b64encode(svg.encode()).decode()
+    return [f'<img alt="timeline of the run" style="background: white" src="data:image/svg+xml;base64,{data}">']
 
 
 def _tables(report: Report, entries: list[Entry]) -> list[str]:

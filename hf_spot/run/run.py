@@ -19,6 +19,7 @@ from hf_spot.policy.retention import to_prune
 from hf_spot.run import transfer
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest, check_resumable, check_whole
 from hf_spot.run.dedup import Unchanged
+from hf_spot.run.display import display
 from hf_spot.run.journal import BY_HAND, CheckpointRef, Entry, Journal, RunState
 from hf_spot.run.manifest import (
     MOST_RANKS,
@@ -47,7 +48,7 @@ def _mark(prefix: str) -> str:
 
 
 class Run:
-    """A run's journal and checkpoints.
+    """A run's journal and checkpoints. A notebook shows it as tables, with a timeline if matplotlib is installed.
 
     Reading needs nothing but the URL. Writing needs a claim: `claim` for a new launch, `adopt` for a process of it.
 
@@ -81,6 +82,10 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({self.url!r})"
+
+    def _repr_html_(self) -> str | None:
+        """Return the HTML that Jupyter shows for a cell that ends with a run. In contrast, `repr` sends no requests."""
+        return display.html_of(self)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 

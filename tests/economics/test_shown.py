@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import pickle
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,3 +74,12 @@ def test_a_store_that_can_not_be_reached_is_one_line_and_its_repr_asks_nobody(mo
     assert repr(run) == "Run('s3://bucket/run')"
     reader, _ = read(run)
     assert "Could not connect" in reader.text and "Try: " in reader.text and "Traceback" not in reader.text
+
+
+def test_there_is_one_class_of_runs(url: Path) -> None:
+    import hf_spot.run.run
+
+    assert Run is hf_spot.run.run.Run and Run.__subclasses__() == []
+    assert pickle.loads(pickle.dumps(Run)) is Run
+    script = f"from hf_spot.run.run import Run\nassert 'checkpoint-230' in Run({str(url)!r})._repr_html_()"
+    subprocess.run([sys.executable, "-c", script], check=True)  # whichever way a process comes to it
