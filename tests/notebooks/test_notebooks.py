@@ -92,9 +92,9 @@ PROMISES = {
     "01_finetune_in_a_notebook": [
         r"preempted at step (1[0-5]); step \1 is committed to s3://bucket/runs/minilm",
         "Run this cell again",
-        r"went on from another-machine/checkpoint-1[0-5]",
+        r"resumed from another-machine/checkpoint-1[0-5]",
         "numbers: all the same",
-        "that it has never seen are told apart",
+        "unseen docstrings are classified correctly",
     ],
     "02_lora_with_trl": ["exit code 75", "is finished at step 12", "bit for bit the same", "checkpoint-12"],
     "03_read_a_run": [
