@@ -118,6 +118,8 @@ def _verify(args: argparse.Namespace) -> int:
             print(f"{name}: {'whole' if not problems else ''}")
             for problem in problems:
                 print(f"  {problem}")
+        if not found:
+            print(f"{args.run}: pruned while it was read")
     return 1 if any(found.values()) else 0
 
 

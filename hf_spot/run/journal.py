@@ -31,6 +31,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from hf_spot.errors import ConfigError, CorruptCheckpoint, Fenced, ObjectNotFound, StoreUnavailable, Untrusted
+from hf_spot.run.patience import again_if_missing
 from hf_spot.run.seal import seal, unseal
 from hf_spot.storage.store import ObjectStore
 
@@ -279,7 +280,10 @@ class Journal:
             return self._state
 
     def read(self, number: int) -> Entry:
-        """One entry. Raises ObjectNotFound, CorruptCheckpoint, Untrusted."""
+        """One entry that must be there. Raises ObjectNotFound, CorruptCheckpoint, Untrusted."""
+        return again_if_missing(lambda: self._read_twice(number))
+
+    def _read_twice(self, number: int) -> Entry:
         try:
             return self._read(number)
         except (CorruptCheckpoint, Untrusted):  # damaged on the way, or where it stands?
@@ -293,7 +297,7 @@ class Journal:
 
     def _read_if_there(self, number: int) -> Entry | None:
         try:
-            return self.read(number)
+            return self._read_twice(number)
         except ObjectNotFound:
             return None
 
@@ -386,7 +390,7 @@ class Journal:
                 return draft
         except StoreUnavailable as trouble:
             try:
-                return self.read(draft.number)
+                return self._read_twice(draft.number)
             except ObjectNotFound:
                 raise trouble from None
         return self.read(draft.number)

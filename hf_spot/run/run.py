@@ -31,6 +31,7 @@ from hf_spot.run.manifest import (
     missing_for_resume,
     needed_by,
 )
+from hf_spot.run.patience import WAITS_S
 from hf_spot.run.seal import key_from
 from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import leftovers, probe
@@ -180,22 +181,38 @@ class Run:
         return [problem for file in files if (problem := difference(folder, file))]
 
     def verify(self, step: int | None = None, *, progress: Progress | None = None) -> dict[int, list[str]]:
-        """Reads every file of the checkpoints (or of one step's) back: problems by entry number, empty lists when whole."""
+        """Reads every file of the checkpoints (or of one step's) back: problems by entry number, empty lists when whole.
+
+        One that is pruned meanwhile is left out.
+        """
         chosen = [self.find(step)] if step is not None else self.checkpoints()
         found = {}
         for checkpoint in chosen:
-            lacking = missing_for_resume((f.path for f in checkpoint.files), checkpoint.details.get("world_size", 1))
-            problems = [f"{name} is missing" for name in lacking if checkpoint.reason != "push"]
-            with tempfile.TemporaryDirectory(prefix="hf_spot-verify-") as scratch:
-                for file in checkpoint.files:
-                    try:
-                        folder = Path(scratch) / "file"
-                        transfer.download(self.store, checkpoint.ref.prefix, [file], folder, progress=progress)
-                        shutil.rmtree(folder)
-                    except CorruptCheckpoint as error:
-                        problems.append(str(error))
-            found[checkpoint.ref.entry] = problems
+            problems = self._problems(checkpoint, progress)
+            if problems is not None:
+                found[checkpoint.ref.entry] = problems
         return found
+
+    def _problems(self, checkpoint: Checkpoint, progress: Progress | None) -> list[str] | None:
+        """What is wrong with a checkpoint's files; None when somebody has pruned it meanwhile."""
+        lacking = missing_for_resume((f.path for f in checkpoint.files), checkpoint.details.get("world_size", 1))
+        problems = [f"{name} is missing" for name in lacking if checkpoint.reason != "push"]
+        damaged: list[str] = []
+        with tempfile.TemporaryDirectory(prefix="hf_spot-verify-") as scratch:
+            for file in checkpoint.files:
+                folder = Path(scratch) / "file"
+                waits_s = () if damaged else WAITS_S  # patience for one is enough to tell
+                try:
+                    transfer.download(self.store, checkpoint.ref.prefix, [file], folder, progress=progress, waits_s=waits_s)
+                    shutil.rmtree(folder)
+                except CorruptCheckpoint as error:
+                    if not damaged and self._is_pruned(checkpoint):
+                        return None
+                    damaged.append(str(error))
+        return None if damaged and self._is_pruned(checkpoint) else problems + damaged
+
+    def _is_pruned(self, checkpoint: Checkpoint) -> bool:
+        return all(ref.entry != checkpoint.ref.entry for ref in self.journal.refresh().checkpoints)
 
     # -- writing ------------------------------------------------------------------------------------------------------
 

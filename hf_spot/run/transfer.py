@@ -9,12 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 from hf_spot.errors import CorruptCheckpoint, ObjectNotFound, SpotError
 from hf_spot.run.dedup import Standing, Unchanged
 from hf_spot.run.digest import Passing, digest_of
 from hf_spot.run.manifest import FileEntry, check_names, difference, files_in
+from hf_spot.run.patience import WAITS_S, again_if_missing
 from hf_spot.storage.store import ObjectStore, Progress
 from hf_spot.storage.threads import Workers
 
@@ -90,6 +92,7 @@ def download(
     *,
     workers: int = 4,
     progress: Progress | None = None,
+    waits_s: Sequence[float] = WAITS_S,
 ) -> None:
     """Fetches ``files`` into the new folder ``folder``; it appears whole and verified, or not at all.
 
@@ -115,7 +118,11 @@ def download(
             for _ in range(_TRIES):  # damaged on the way, or where it stands?
                 passing = Passing(entry.size, progress)
                 try:
-                    _get(store, f"{prefix}/{entry.path}", path, entry.size, passing)
+                    again_if_missing(
+                        partial(_get, store, f"{prefix}/{entry.path}", path, entry.size, passing),
+                        waits_s=waits_s,
+                        look=partial(progress or (lambda count: None), 0),
+                    )
                 except ObjectNotFound as error:
                     raise CorruptCheckpoint(f"{store.url}/{prefix}/{entry.path} is missing") from error
                 if passing.digest() == entry.digest or (problem := difference(work, entry)) is None:

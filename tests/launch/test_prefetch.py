@@ -335,8 +335,9 @@ def test_what_somebody_puts_in_its_place_is_never_trained_on(
                 os.chown(path, 65534, 65534)
         elif way == "everybody's":
             mine.chmod(0o777)
-    checkpoint, folder = restore_checkpoint(run, run.find().ref, tmp_path / "out", prefetched=told)
-    swapped_unseen = way == "one's own, of something else" and mode == 0o1777
-    if not swapped_unseen:  # in a sticky folder nobody else can rename it: only this user can have done so
+    checkpoint, folder = restore_checkpoint(run, run.find().ref, tmp_path / "elsewhere", prefetched=told)
+    assert not told.folder.exists() or way != "untouched"
+    # In a sticky folder nobody else can rename what is this user's.
+    if (way, mode) != ("one's own, of something else", 0o1777):
         assert run.compare(checkpoint, folder) == []
     ahead.close()
