@@ -63,10 +63,27 @@ python3 -m hf_spot.cloud.machine ship {log} --every {every_s} &
 exec bash -euo pipefail {folder}/run
 """
 
-# A shell that waits for the training must survive the signal that tells the training to save.
+# systemd tells the unit's first process alone, this shell, that the machine stops. A shell that waits for a command in the
+# foreground would not notice, so the commands run in another one, and the launcher below them is told.
 _RUN = """\
+(
 trap : TERM
 {run}
+) &
+commands=$!
+launchers() {{
+    local pid
+    for pid in $(pgrep -P "$1"); do
+        if tr '\\0' ' ' < "/proc/$pid/cmdline" | grep -qE '^[^ ]*python[^ ]* .*(/hf-spot|-m hf_spot) launch '; then
+            echo "$pid"
+        else
+            launchers "$pid"
+        fi
+    done
+}}
+trap 'launchers $commands | xargs -r kill -TERM || :' TERM
+while kill -0 $commands 2>/dev/null; do wait $commands || :; done
+wait $commands
 """
 
 _STOP = """\
@@ -105,6 +122,7 @@ RestartForceExitStatus=137
 RestartPreventExitStatus={final}
 RestartSec=10
 TimeoutStopSec=180
+KillMode=mixed
 OOMPolicy=continue
 [Install]
 WantedBy=multi-user.target

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import importlib.util
 import logging
 import os
 import re
@@ -98,8 +99,10 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         raise ConfigError(f"--max-restarts {args.max_restarts} must not be negative", hint="0 never restarts")
     if args.no_python:
         raise ConfigError("--no_python: hf-spot can only make Python scripts preemptible", hint=_EXAMPLE)
-    if not args.module and not Path(args.training_script).exists():
-        raise ConfigError(f"{args.training_script}: there is no such script", hint=f"ls {Path(args.training_script).parent}")
+    if args.module:
+        _check_module(args.training_script)
+    else:
+        _check_script(Path(args.training_script))
     script = [*(["--module"] if args.module else []), args.training_script, *args.training_script_args]
     options = list(argv[: len(argv) - 1 - len(args.training_script_args)])
     try:
@@ -125,6 +128,38 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
             )
         env[_GLOO_VARIABLE] = interface
     return Command(store, arguments, args.max_restarts, command, env, machines, remarks)
+
+
+def _check_script(path: Path) -> None:
+    """Refuse what no Python can run, today or at the fourth try."""
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no such script", hint=f"ls {path.parent}")
+    if path.is_dir() and not (path / "__main__.py").exists():
+        raise ConfigError(f"{path} is a directory without a __main__.py", hint=f"ls {path}")
+    if path.suffix != ".py" or path.is_dir():
+        return
+    try:
+        compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+    except SyntaxError as error:
+        where = f"{path}:{error.lineno}" if error.lineno else str(path)
+        raise ConfigError(f"{where}: {type(error).__name__}: {error.msg}", hint=f"python -m py_compile {path}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} can't be read: {error}", hint=f"python -m py_compile {path}") from error
+
+
+def _check_module(name: str) -> None:
+    hint = f"python -c 'import {name.partition('.')[0]}'"
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            name = f"{name}.__main__"
+            spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:  # of a package above it
+        raise ConfigError(f"-m {name}: {error}", hint=hint) from error
+    except Exception:  # what its packages do when they are imported is theirs, and may depend on what a launch has
+        return
+    if spec is None:
+        raise ConfigError(f"-m {name}: there is no such module", hint=hint)
 
 
 @contextlib.contextmanager

@@ -56,6 +56,7 @@ log = logging.getLogger("hf_spot")
 
 EXIT_INTERRUPTED = 130
 _TICK_S = 0.1
+_HOW_TO_PROTECT = "Trainer is protected once it trains; in a loop of your own, save with hf_spot.SpotCheckpointManager"
 
 
 def launch(reading: Reading) -> int:
@@ -337,8 +338,16 @@ class Supervisor:
         if verdict is Verdict.FENCED:
             log.error("a newer launch owns %s; this one has ended", self._run.url)
         elif verdict is Verdict.PREEMPTED:
-            log.warning("preempted; start the same command again to go on")
+            log.warning("%s", self._words_after_preemption(state))
         return verdict, code
+
+    def _words_after_preemption(self, state: RunState | None) -> str:
+        if self._training is not None:
+            return "preempted; start the same command again to go on"
+        newest = state.latest() if state is not None else None
+        if newest is not None:
+            return f"preempted before a training began; start the same command again to go on from step {newest.step}"
+        return f"preempted, and nothing was saved: the same command will begin from the start. {_HOW_TO_PROTECT}"
 
     def _tell_ending(self, verdict: Verdict, code: int, state: RunState | None) -> None:
         newest = state.latest() if state is not None else None
@@ -416,6 +425,8 @@ class Supervisor:
             except OSError as error:
                 log.error("the training can't be told of it, and will be killed in the end: %s", error)
         if notice.kind is NoticeKind.TERMINATE:
+            if runtime is not None and self._training is None:
+                log.warning("so far nothing of this script is protected, so nothing can be saved. %s", _HOW_TO_PROTECT)
             if not self._heard.is_set():
                 self._heard_at, self._trained_s = self._clock(), 0.0
             self._heard.set()

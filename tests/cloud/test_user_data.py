@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from hf_spot.cloud import machine, user_data
 from hf_spot.cloud.job import Job
 from hf_spot.cloud.user_data import render
 from hf_spot.errors import SpotError
+from tests.waiting import wait_for
 
 
 def job(**values: Any) -> Job:
@@ -147,6 +149,28 @@ def test_the_shell_around_the_training_outlives_the_signal_and_passes_the_code_o
     fresh.boot(job(store="/mnt/run", run=f'bash -c "{saving.replace("$", chr(92) + "$")}"  # hf-spot launch train.py'))
     done = fresh.run("bash", "-euo", "pipefail", fresh.folder / "it/run")
     assert done.returncode == 75, done.stderr
+
+
+def test_systemd_tells_the_first_shell_alone_and_that_the_launcher_alone(fresh: Machine) -> None:
+    """However the launcher is started below it; the shells around it live on until it has saved, and so do its processes."""
+    launcher = fresh.folder / "hf-spot"
+    launcher.write_text(
+        "import signal, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "open('ready', 'w'); signal.pause(); time.sleep(0.3)\n"
+        "assert child.poll() is None; child.kill(); sys.exit(75)\n"
+    )
+    command = f"cd {fresh.folder}\nuntil false; do (python3 {launcher} launch train.py) && break || exit $?; done"
+    fresh.boot(job(store="/mnt/run", run=command))
+    assert "KillMode=mixed" in fresh.unit.read_text()
+    shell = subprocess.Popen(["bash", "-euo", "pipefail", fresh.folder / "it/run"], env=fresh.environ)
+    try:
+        wait_for((fresh.folder / "ready").exists)
+        shell.send_signal(signal.SIGTERM)
+        assert shell.wait(20) == 75
+    finally:
+        shell.kill()
 
 
 def test_a_machine_knows_what_it_is_and_what_it_costs() -> None:

@@ -6,12 +6,15 @@ import os
 import signal
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hf_spot.arguments import SpotArguments
+from hf_spot.errors import ConfigError
 from hf_spot.launch.command import Command
+from hf_spot.launch.options import parse
 from hf_spot.launch.supervisor import Supervisor
 from hf_spot.run.run import Run
 from tests.launch.conftest import Launcher
@@ -79,3 +82,104 @@ def test_a_script_has_its_grace_after_its_last_checkpoint_however_long_that_took
     (tmp_path / "notice").touch()
     assert Supervisor(Run(command.store), command, clock=clock).supervise() == 75
     assert (tmp_path / "closed").exists()
+
+
+LOOP = """
+    import signal, time
+    open("began", "w").close()
+    while True:
+        time.sleep(0.05)
+"""
+
+
+def test_a_script_that_nothing_protects_is_told_so_at_the_notice_and_at_the_end(launcher: Launcher, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(LOOP))
+    launch = launcher.start(str(tmp_path / "run"), [script], options=["--grace-s", "2"])
+    wait_for(lambda: (tmp_path / "began").exists() or launch.process.poll() is not None)
+    launch.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: "nothing of this script is protected" in launch.text() or launch.process.poll() is not None)
+    assert launch.process.poll() is None, launch.text()
+    assert launch.wait() == 75, launch.text()
+    *_, last = [line for line in launch.text().splitlines() if line.startswith("hf-spot:")]
+    assert "nothing was saved" in last and "begin from the start" in last and "SpotCheckpointManager" in last
+    assert "to go on" not in launch.text()
+
+
+def test_a_training_that_has_not_begun_again_is_told_where_it_will(
+    launcher: Launcher, tmp_path: Path, make_checkpoint: Callable[[int], Path]
+) -> None:
+    Run(tmp_path / "run").push(make_checkpoint(5))
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(LOOP))
+    launch = launcher.start(str(tmp_path / "run"), [script], options=["--grace-s", "1"])
+    wait_for(lambda: (tmp_path / "began").exists() or launch.process.poll() is not None)
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait() == 75, launch.text()
+    assert "start the same command again to go on from step 5" in launch.text()
+
+
+@pytest.mark.parametrize(("takes_s", "closes"), [("3", True), ("100", False)])
+def test_a_process_that_is_slow_to_exit_has_its_time_and_is_ended_quietly(
+    launcher: Launcher, tmp_path: Path, takes_s: str, closes: bool
+) -> None:
+    """The deadline is over when the last commit stands; what the script has to close comes behind that."""
+    script = tmp_path / "training.py"
+    script.write_text(
+        textwrap.dedent("""
+        import os, sys, time
+        from hf_spot.run.run import Run
+        from hf_spot.runtime import Runtime
+
+        runtime = Runtime.from_environ(os.environ)
+        runtime.tell_training(True)
+        open("began", "w").close()
+        while runtime.read_notice() is None:
+            time.sleep(0.01)
+        run = Run(runtime.store)
+        run.adopt(runtime.launch)
+        time.sleep(1.5)  # past the deadline
+        run.record("preempted", {"step": 5, "committed_step": 5})
+        runtime.tell_training(False)
+        time.sleep(float(sys.argv[1]))
+        open("closed", "w").close()
+        raise SystemExit(75)
+        """)
+    )
+    launch = launcher.start(str(tmp_path / "run"), [script, takes_s], options=["--grace-s", "1"])
+    wait_for(lambda: (tmp_path / "began").exists() or launch.process.poll() is not None)
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait() == 75, launch.text()
+    assert (tmp_path / "closed").exists() is closes, launch.text()
+    assert "did not end in time" not in launch.text()
+    assert ("slow to exit" in launch.text()) is not closes
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        (["-m", "no.such.module"], "No module named 'no'"),
+        (["-m", "no_such_module"], "there is no such module"),
+        (["-m", "json.no_such"], "there is no such module"),
+        (["-m", "email"], "email.__main__: there is no such module"),
+        (["broken.py"], "broken.py:2: SyntaxError"),
+        (["null.py"], "null.py"),
+        (["folder"], "without a __main__.py"),
+    ],
+)
+def test_what_no_python_can_run_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: list[str], why: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.py").write_text("import os\nprint('unfinished\n")
+    Path("null.py").write_bytes(b"print()\0\n")
+    Path("folder").mkdir()
+    with pytest.raises(ConfigError, match=why):
+        parse(["--store", "run", *script], {})
+
+
+def test_a_module_that_is_not_there_is_not_launched_once(launcher: Launcher, tmp_path: Path) -> None:
+    launch = launcher.start(str(tmp_path / "run"), ["-m", "no.such.module"])
+    assert launch.wait() == 2, launch.text()
+    assert "No module named 'no'" in launch.text() and "Traceback" not in launch.text()
+    assert not (tmp_path / "run").exists()
