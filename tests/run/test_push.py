@@ -11,7 +11,7 @@ import pytest
 
 from hf_spot.errors import ConfigError, CorruptCheckpoint, IncompleteCheckpoint, SpotError
 from hf_spot.run.checkpoint import CommitRequest
-from hf_spot.run.restore import bring, restore_newest
+from hf_spot.run.restore import restore_checkpoint, restore_newest
 from hf_spot.run.run import Run
 from hf_spot.run.upload import Uploader
 from hf_spot.storage.faulty import Fault, FaultyStore
@@ -195,11 +195,11 @@ def test_a_model_alone_can_be_pushed_and_pulled_and_no_training_resumes_from_it(
     assert "lacks optimizer.pt" in caplog.text
     assert contents(run.pull(tmp_path / "back", 6)) == contents(model)
 
-    found = restore_newest(run.state().checkpoints, lambda ref: bring(run, ref, tmp_path / "out2"), run.url)
+    found = restore_newest(run, run.state().checkpoints, tmp_path / "out2")
     assert found is not None
     assert found[0].step == 5
     with pytest.raises(IncompleteCheckpoint, match="no training can resume"):
-        bring(run, run.state().checkpoints[-1], tmp_path / "out3")
+        restore_checkpoint(run, run.state().checkpoints[-1], tmp_path / "out3")
     with pytest.raises(CorruptCheckpoint, match="none of the 1"):
-        restore_newest(run.state().checkpoints[-1:], lambda ref: bring(run, ref, tmp_path / "out3"), run.url)
+        restore_newest(run, run.state().checkpoints[-1:], tmp_path / "out3")
     assert issubclass(CorruptCheckpoint, SpotError)
