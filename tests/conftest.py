@@ -15,11 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from tests import leftovers
 from tests.servers import Azurite, FakeGCS, SeaweedFS
 from tests.waiting import PATIENCE_S
+from tests.zygote import Zygote
 
 if TYPE_CHECKING:
     from tests.storage.fake_azure import FakeAzure
@@ -33,6 +35,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Two workers and what they start share two cores: threads of torch would spin while they wait for each other. It is read
 # when torch is imported, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# On a machine that is busy with other things an example takes as long as it takes.
+hypothesis.settings.register_profile("calm", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("calm")
 
 
 # While tests are collected, torch and transformers are imported, and the collector would look for garbage in them again and
@@ -97,19 +104,20 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Calla
 
 
 @pytest.fixture(scope="session")
-def plain_in_peace(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def plain_in_peace(made_once: Callable[[str, Callable[[Path], object]], Path], zygote: Zygote) -> Path:
     """What plain.py leaves when nobody interrupts it, under plain ``python``: ``losses.jsonl`` and ``out/final``."""
 
     def train(folder: Path) -> None:
         script = Path(__file__).parent / "training" / "scripts" / "plain.py"
-        subprocess.run(
-            [sys.executable, script, "--output_dir", "out", "--diary", "losses.jsonl", "--weights", "out/final"],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            check=True,
-            capture_output=True,
-            timeout=PATIENCE_S,
-        )
+        with zygote.forking():
+            subprocess.run(
+                [sys.executable, str(script), "--output_dir", "out", "--diary", "losses.jsonl", "--weights", "out/final"],
+                cwd=folder,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                check=True,
+                capture_output=True,
+                timeout=PATIENCE_S,
+            )
 
     return made_once("plain-in-peace", train)
 
@@ -128,19 +136,28 @@ def loop_of_ranks_in_peace(made_once: Callable[[str, Callable[[Path], object]], 
 
 
 @pytest.fixture(scope="session")
-def case_in_peace(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Callable[[str], Path]:
+def case_in_peace(made_once: Callable[[str, Callable[[Path], object]], Path], zygote: Zygote) -> Callable[[str], Path]:
     """What a case of the matrix leaves when nobody interrupts it."""
 
     def of(name: str) -> Path:
         def train(folder: Path) -> None:
             from tests.matrix.runner import in_peace
 
-            code, said = in_peace(name, folder)
+            with zygote.forking():
+                code, said = in_peace(name, folder)
             assert code == 0, said
 
         return made_once(f"case-{name.replace(' ', '-')}", train)
 
     return of
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """Forks Pythons that have imported torch: one for each of xdist's workers."""
+    made = Zygote({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

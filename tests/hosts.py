@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from tests.zygote import Zygote
+
 # `ip netns exec` has given the command a mount namespace of its own.
 _WITH_OWN_MEMORY = 'mount -t tmpfs tmpfs /dev/shm && exec "$0" "$@"'
 
@@ -78,10 +80,16 @@ class Hosts:
     def folder(self, host: int) -> Path:
         return self._folder / f"host-{host}"
 
-    def start(self, host: int, command: Sequence[str | Path], env: Mapping[str, str], **more: Any) -> psutil.Popen:
-        """Runs a command on a host, in its folder."""
+    def start(
+        self, host: int, command: Sequence[str | Path], env: Mapping[str, str], zygote: Zygote | None = None, **more: Any
+    ) -> psutil.Popen:
+        """Runs a command on a host, in its folder. A Python is forked from the zygote, if there is one."""
         within = ["ip", "netns", "exec", self.space(host), "sh", "-c", _WITH_OWN_MEMORY, *map(str, command)]
-        process = psutil.Popen(within, env=dict(env), cwd=self.folder(host), **more)
+        if zygote is None:
+            process = psutil.Popen(within, env=dict(env), cwd=self.folder(host), **more)
+        else:
+            with zygote.forking(self.space(host)):
+                process = psutil.Popen([*map(str, command)], env=dict(env), cwd=self.folder(host), **more)
         self.processes.append(process)
         return process
 

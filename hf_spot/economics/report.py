@@ -391,7 +391,7 @@ def _split(launch: Launch, highest: dict[int, int]) -> None:
     own_s = timing.steps_s * scale + estimated_s  # of the last training: finished ones are not repeated
     redoing_s = own_s * launch.steps_redone / trained if trained > 0 and stage == launch.stage else 0.0
     launch.parts = {
-        "training": steps_s * scale + estimated_s - redoing_s,
+        "training": max(0.0, steps_s * scale + estimated_s - redoing_s),  # x * 3 / 3 may be more than x
         "redoing": redoing_s,
         "saving": stalled_s * scale,
         "restoring": restoring_s * scale,

@@ -13,19 +13,22 @@ from hf_spot.demo.story import Outcome, _Story
 from hf_spot.economics.plots import Interruption
 from hf_spot.run.machine_info import KEYS
 from hf_spot.run.run import Run
+from tests.zygote import Zygote
 
 
 @pytest.mark.slow
 def test_the_demo_on_a_real_s3_server(
-    s3_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    s3_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, zygote: Zygote
 ) -> None:
     """With one notice of its two, and half as long: `.ci/run` plays the whole story, in a directory."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(story, "_NOTICE_STEPS", (30,))
     monkeypatch.setattr(story, "_KILL_STEP", 70)
     arguments = _Story._arguments
     monkeypatch.setattr(_Story, "_arguments", lambda self, name: [*arguments(self, name), "--epochs", "1"])
     plot, keep = tmp_path / "curve.png", tmp_path / "kept"
-    assert main(["demo", "--json", "--store", s3_url, "--plot", str(plot), "--keep", str(keep)]) == 0
+    with zygote.forking():
+        assert main(["demo", "--json", "--store", s3_url, "--plot", str(plot), "--keep", str(keep)]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["identical"] is True
     assert (told["interruptions"], told["kills"]) == (1, 1)

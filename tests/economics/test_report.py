@@ -144,6 +144,15 @@ def test_time_after_a_notice_is_the_end() -> None:
     assert summarise(timed(taken_back)).launches[0].parts["ending"] == 0
 
 
+def test_a_training_that_did_nothing_new_has_no_time_below_zero() -> None:
+    did = timing(3, 3, 0.1)
+    first = [(0, claim("a")), (10, ("failed", {"step": 3, "timing": did}))]
+    again = summarise(timed([*first, (20, claim("b")), (30, ("failed", {"step": 3, "timing": did}))])).launches[1]
+    assert 0.1 * 3 / 3 > 0.1
+    assert again.steps_redone == 3 and again.parts["redoing"] == pytest.approx(0.1)
+    assert again.parts["training"] == 0
+
+
 # -- whatever the journal says ----------------------------------------------------------------------------------------
 
 seconds = st.floats(0, 1e5)

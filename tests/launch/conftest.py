@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from tests.waiting import PATIENCE_S, wait_for
+from tests.zygote import Zygote
 
 SCRIPTS = Path(__file__).parent.parent / "training" / "scripts"
 PLAIN = SCRIPTS / "plain.py"
@@ -83,6 +85,7 @@ class Launcher:
 
     tmp_path: Path
     launches: list[Launch] = field(default_factory=list)
+    zygote: Zygote | None = None  # None starts fresh Pythons
 
     def start(
         self,
@@ -95,7 +98,7 @@ class Launcher:
         number = len(self.launches) + 1
         log, diary = self.tmp_path / f"log-{number}", self.tmp_path / f"diary-{number}"
         command = [sys.executable, "-m", "hf_spot", "launch", "--store", store, "--num_processes", "1", *(options or [])]
-        with open(log, "wb") as out:
+        with open(log, "wb") as out, self.zygote.forking() if self.zygote else contextlib.nullcontext():
             process = psutil.Popen(
                 [*command, *map(str, script)],
                 stdout=out,
@@ -119,8 +122,10 @@ class Launcher:
 
 
 @pytest.fixture
-def launcher(tmp_path: Path) -> Iterator[Launcher]:
-    made = Launcher(tmp_path)
+def launcher(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Launcher]:
+    """Starts launches, whose Pythons are forked (`tests.zygote`) unless the test is marked ``fresh_python``."""
+    fresh = request.node.get_closest_marker("fresh_python")
+    made = Launcher(tmp_path, zygote=None if fresh else request.getfixturevalue("zygote"))
     yield made
     for launch in made.launches:
         if launch.process.poll() is None:

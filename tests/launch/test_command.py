@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,17 @@ def test_what_can_not_be_used_is_named(argv: list[str], word: str, script: str) 
     assert caught.value.hint
 
 
+@pytest.fixture(autouse=True)
+def readers_are_forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Those of the options, unless the test is marked ``fresh_python``."""
+    if request.node.get_closest_marker("fresh_python"):
+        yield
+        return
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with request.getfixturevalue("zygote").forking():
+        yield
+
+
 def refused(capsys: pytest.CaptureFixture[str], script: str, store: str) -> str:
     """What is printed when this store is refused: one error, and the script has not begun."""
     assert main(["launch", "--store", store, "--num_processes", "1", script]) == 2
@@ -151,6 +163,7 @@ def test_a_bad_url_is_refused_before_training(store: str, script: str, capsys: p
     assert refused(capsys, script, store)
 
 
+@pytest.mark.fresh_python
 def test_the_help_shows_our_options_before_those_of_accelerate(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["launch", "--help"])
@@ -159,6 +172,7 @@ def test_the_help_shows_our_options_before_those_of_accelerate(capfd: pytest.Cap
     assert 0 < text.index("--store") < text.index("--mixed_precision")
 
 
+@pytest.mark.fresh_python
 def test_what_is_read_in_a_process_of_its_own_is_what_would_be_read_here(script: str) -> None:
     argv = ["--store", "s3://b/ö", *AT, "--num_machines", "2", "--machine_rank", "1", "--multi_gpu", "--num_processes", "4"]
     argv += ["--grace-s", "30", "--save_total_limit", "7", script, "--name", "\udcff", ""]
@@ -174,6 +188,7 @@ def test_a_command_line_that_can_not_be_used_is_told_in_the_same_words(script: s
     assert (str(there.value), there.value.hint) == (str(here.value), here.value.hint)
 
 
+@pytest.mark.fresh_python
 def test_a_reader_that_dies_has_said_why_and_its_code_is_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_spot.launch.command._OPTIONS", "no.such.module")
     with pytest.raises(SystemExit) as end:

@@ -21,6 +21,7 @@ from tests.launch.conftest import Launcher
 from tests.waiting import wait_for
 
 
+@pytest.mark.fresh_python
 def test_a_signal_before_anything_has_begun_is_a_preemption(launcher: Launcher, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("open('ran', 'w')")

@@ -43,6 +43,7 @@ def test_all_ranks_end_when_one_finds_the_disk_full(launcher: Launcher, tmp_path
 
 
 @needs_disks
+@pytest.mark.fresh_python
 def test_all_ranks_go_on_over_a_full_disk_and_hear_a_notice(launcher: Launcher, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     with SmallDisk(tmp_path / "out-1", size_kb=16 << 10) as disk:
@@ -92,9 +93,9 @@ def test_a_launch_that_was_frozen_goes_on_and_commits(
             one.resume()
         wait_for_the_gate()
         suspend([launch.process])  # the launcher alone, from before a commit until after the end
+        (guard,) = (one for one in launch.process.children() if any("process_guard" in word for word in one.cmdline()))
         gate.let_go()
         (launch.output_dir / "go-on").touch()
-        (guard,) = launch.process.children()
         wait_for(lambda: guard.status() == psutil.STATUS_ZOMBIE, "for the training to end")
         launch.process.resume()
         assert launch.wait() == 0, launch.text()

@@ -22,6 +22,7 @@ from tests.launch.conftest import PLAIN, SCRIPTS, Lines, Twin, read_diary
 from tests.matrix.runner import SCRIPT as TRAIN
 from tests.servers import SeaweedFS
 from tests.waiting import PATIENCE_S, wait_for
+from tests.zygote import Zygote
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
@@ -37,6 +38,7 @@ class Cluster:
     hosts: Hosts
     url: str
     env: dict[str, str]
+    zygote: Zygote | None
     launches: int = 0
     running: list[psutil.Popen] = field(default_factory=list)
 
@@ -69,7 +71,8 @@ class Cluster:
         command = [sys.executable, "-m", "hf_spot", "launch", *map(str, [*options, *script])]
         env = {**self.env, "XDG_CACHE_HOME": str(self.hosts.folder(host) / "cache")}  # each has a user of its own
         with open(self.hosts.folder(host) / f"log-{self.launches}", "wb") as out:
-            return self.hosts.start(host, command, env, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+            streams = {"stdout": out, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+            return self.hosts.start(host, command, env, self.zygote, **streams)
 
     def wait(self) -> list[int]:
         return [process.wait(PATIENCE_S) for process in self.running]
@@ -125,7 +128,8 @@ def cluster(request: pytest.FixtureRequest, seaweedfs: SeaweedFS, tmp_path: Path
         bucket = seaweedfs.make_bucket(f"machines-{os.getpid()}-{time.monotonic_ns()}")
         env = {**os.environ, **seaweedfs.env(), "AWS_ENDPOINT_URL": gate.endpoint}
         env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        yield Cluster(hosts, f"s3://{bucket}/run", env)
+        fresh = request.node.get_closest_marker("fresh_python")
+        yield Cluster(hosts, f"s3://{bucket}/run", env, None if fresh else request.getfixturevalue("zygote"))
 
 
 def test_a_notice_on_one_machine_stops_both_and_each_disk_is_committed_and_restored(
@@ -169,6 +173,7 @@ def test_a_notice_on_one_machine_stops_both_and_each_disk_is_committed_and_resto
 
 
 @pytest.mark.parametrize("cluster", [3], indirect=True)
+@pytest.mark.fresh_python
 def test_when_one_of_the_others_dies_without_a_word_all_end_soon(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -265,6 +265,7 @@ def test_who_wants_it_waits_while_it_is_under_way_and_may_leave(runtime: Runtime
     assert not asker.is_alive()
 
 
+@pytest.mark.fresh_python
 def test_a_launch_has_fetched_it_before_a_script_that_imports_for_long_asks(
     launcher: Launcher, run: Run, tmp_path: Path
 ) -> None:

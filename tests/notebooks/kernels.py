@@ -18,7 +18,7 @@ from jupyter_client.manager import KernelManager
 
 from tests.waiting import PATIENCE_S
 
-_PRESS_S = 1.2  # longer than what counts as one press
+PRESS_S = 1.2  # longer than what counts as one press
 
 
 @dataclass
@@ -50,20 +50,14 @@ class Kernel:
             assert message is not None and message["msg_type"] != "error", f"waited in vain for {text!r}: {seen} {message}"
             seen += message["content"].get("text", "")
 
-    def outcome(self, *, pressing: bool = False) -> Outcome:
-        """Waits for the end of the cell.
-
-        Args:
-            pressing: the stop button again and again, as who has no patience does.
-        """
+    def outcome(self) -> Outcome:
+        """Waits for the end of the cell."""
         found = Outcome()
         give_up_at = time.monotonic() + PATIENCE_S
         while True:
             assert time.monotonic() < give_up_at, f"the cell does not end: {found}"
-            message = self._next(_PRESS_S)
+            message = self._next(give_up_at - time.monotonic())
             if message is None:
-                if pressing:
-                    self.interrupt()
                 continue
             kind, content = message["msg_type"], message["content"]
             if kind == "stream":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_spot.run.run import Run
-from tests.notebooks.kernels import Kernel, kernel
+from tests.notebooks.kernels import PRESS_S, Kernel, kernel
 from tests.servers import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,9 +72,9 @@ def notebook(kernel_of_all: Kernel, tmp_path: Path) -> Kernel:
     return kernel_of_all
 
 
-def told(notebook: Kernel, *, pressing: bool = False) -> str:
+def told(notebook: Kernel) -> str:
     """The error below the cell that ended, without colours."""
-    outcome = notebook.outcome(pressing=pressing)
+    outcome = notebook.outcome()
     assert outcome.status == "error" and len(outcome.errors) == 1, outcome
     assert "To exit" not in outcome.shown and "Warning" not in outcome.shown, outcome.shown
     return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(outcome.errors[0]["traceback"]))
@@ -96,13 +97,30 @@ def test_the_stop_button_commits_first_and_the_cell_goes_on_when_it_is_run_again
     assert notebook.run("import signal; assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN").status == "ok"
 
 
+STUCK = """
+class Stuck(SlowData):
+    def __getitem__(self, at):
+        import signal
+
+        keyboard = signal.getsignal(signal.SIGINT).__self__
+        print("stuck", flush=True)
+        while keyboard.poll() is None:
+            time.sleep(0.02)
+        print("heard", flush=True)
+        time.sleep(600)
+
+train(train_dataset=Stuck)
+"""
+
+
 def test_whoever_presses_stop_again_does_not_wait_for_the_step(notebook: Kernel, tmp_path: Path) -> None:
-    notebook.start(
-        "class Stuck(SlowData):\n    def __getitem__(self, at):\n        print('stuck', flush=True)\n        time.sleep(600)\n"
-        "train(train_dataset=Stuck)"
-    )
+    notebook.start(STUCK)
     notebook.wait_until_shown("stuck")
-    assert "KeyboardInterrupt" in told(notebook, pressing=True)
+    notebook.interrupt()
+    notebook.wait_until_shown("heard")
+    time.sleep(PRESS_S)
+    notebook.interrupt()
+    assert "KeyboardInterrupt" in told(notebook)
     assert [entry.kind for entry in Run(tmp_path / "run").events()] == ["claim", "failed"]
     assert notebook.run("1 + 1").status == "ok"
 

@@ -33,8 +33,15 @@ class _Writer:
     told: list[Any] = field(default_factory=list)
     wants: tuple[Any, ...] | None = None  # the request it stands before; None while it runs, or when it is done
     done: bool = False
-    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    go: threading.Lock = field(default_factory=lambda: _closed())
     outcome: str = OK
+
+
+def _closed() -> threading.Lock:
+    """Return a lock that the next `acquire` waits at, until another thread releases it: the cheapest way to take turns."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
 
 
 class World:
@@ -48,7 +55,7 @@ class World:
         self.errors: list[BaseException] = []
         self._abandoned = False
         self._current = threading.local()
-        self._arrived = threading.Semaphore(0)
+        self._arrived = _closed()
 
     def start(self, name: str, program: Callable[[], None]) -> None:
         """Runs ``program`` as a writer, up to its first request."""

@@ -23,6 +23,7 @@ from hf_spot.storage.memory import MemoryStore
 from tests.small_disk import SmallDisk, why_not
 from tests.training.loops import SCRIPTS, Loop, Loops, loops_in
 from tests.waiting import wait_for
+from tests.zygote import Zygote
 
 
 @pytest.fixture
@@ -315,12 +316,13 @@ def test_steps_must_grow(make: Callable[..., SpotCheckpointManager]) -> None:
         manager.save(*small(), 6, 1, dataloader=DataLoader([1, 2]))
 
 
-def test_under_the_launcher_a_loop_needs_no_directory(tmp_path: Path) -> None:
+def test_under_the_launcher_a_loop_needs_no_directory(tmp_path: Path, zygote: Zygote, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     diary, told, run = tmp_path / "diary.json", tmp_path / "notice", Run(tmp_path / "run")
     command = [sys.executable, "-m", "hf_spot", "launch", "--store", run.url, "--notice", f"file:{told}"]
     script = [str(SCRIPTS / "own_loop.py"), "--diary", str(diary), "--hold_at", "5"]
 
-    with subprocess.Popen(command + script, stderr=subprocess.PIPE, text=True) as first:
+    with zygote.forking(), subprocess.Popen(command + script, stderr=subprocess.PIPE, text=True) as first:
         wait_for(lambda: (diary.exists() and '"step": 5' in diary.read_text()) or first.poll() is not None)
         told.touch()
         assert first.stderr is not None
@@ -330,7 +332,8 @@ def test_under_the_launcher_a_loop_needs_no_directory(tmp_path: Path) -> None:
     assert first.returncode == 75
     told.unlink()
     assert kinds(run)[-1] == "preempted"
-    assert subprocess.run([*command, *script, "--finish"], capture_output=True).returncode == 0
+    with zygote.forking():
+        assert subprocess.run([*command, *script, "--finish"], capture_output=True).returncode == 0
     assert [json.loads(line)["step"] for line in diary.read_text().splitlines()] == list(range(1, 19))
     again = subprocess.run([*command, *script], capture_output=True, text=True)
     assert again.returncode == 0 and "is finished at step 16: nothing to do" in again.stderr

@@ -30,6 +30,7 @@ def play(path: Path, rank: int, told: Connection) -> None:
     """Shows and reads, now and then late; tells how many rounds were read wrongly."""
     one = Board(path, rank, RANKS, 2)
     told.send("here")
+    told.recv()  # all have opened it
     wrong = 0
     for round_ in range(ROUNDS):
         if random.Random(f"{rank} {round_}").random() < 0.1:
@@ -77,12 +78,14 @@ def path() -> Iterator[Path]:
 def test_all_read_the_largest_numbers_of_the_same_round(path: Path) -> None:
     with playing(play, path, range(RANKS)) as players:
         assert [told.recv() for _, told in players] == ["here"] * RANKS
+        for _, told in players:
+            told.send("begin")
         assert [told.recv() for _, told in players] == [0] * RANKS
 
 
 @pytest.mark.parametrize("ends", [signal.SIGKILL, "by itself"])
 def test_a_process_that_has_ended_is_not_waited_for(path: Path, ends: Any) -> None:
-    with playing(meet, path, range(1, 2)) as [(process, told)], closing(Board(path, 0, 2, 1)) as here:
+    with closing(Board(path, 0, 2, 1)) as here, playing(meet, path, range(1, 2)) as [(process, told)]:
         assert told.recv() == "here"
         here.show(-1.0)
         assert here.largest(PATIENCE_S) == told.recv() == (1.0,)
@@ -96,7 +99,7 @@ def test_a_process_that_has_ended_is_not_waited_for(path: Path, ends: Any) -> No
 
 
 def test_a_process_that_lives_and_says_nothing_is_waited_for_as_long_as_is_wanted(path: Path) -> None:
-    with playing(meet, path, range(1, 2)) as [(_, told)], closing(Board(path, 0, 2, 1)) as here:
+    with closing(Board(path, 0, 2, 1)) as here, playing(meet, path, range(1, 2)) as [(_, told)]:
         assert told.recv() == "here"
         here.show(-1.0)
         assert here.largest(PATIENCE_S) == told.recv()

@@ -14,25 +14,28 @@ from typing import Any
 from hf_spot import Run
 from hf_spot.run.manifest import files_in
 from tests.waiting import PATIENCE_S
+from tests.zygote import Zygote
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "sharded.py"
 STEPS = [3, 6, 9, 12]
 
 
-def launch(folder: Path, *scenes: str, count: int = 2) -> tuple[list[int], list[str]]:
+def launch(zygote: Zygote, folder: Path, *scenes: str, count: int = 2) -> tuple[list[int], list[str]]:
     """So many ranks, as machines of their own: what each ended with, and what it said."""
     shared = {"WORLD_SIZE": str(count), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), *scenes]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=os.environ | shared | {"RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+    shared["HF_HUB_OFFLINE"] = "1"
+    command = [sys.executable, "-Wignore", str(SCRIPT), str(folder), *scenes]
+    with zygote.forking():
+        ranks = [
+            subprocess.Popen(
+                command,
+                env=os.environ | shared | {"RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(count)
+        ]
     try:
         said = [rank.communicate(timeout=PATIENCE_S)[0] for rank in ranks]
     finally:
@@ -45,8 +48,8 @@ def facts(folder: Path, scene: str) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{scene}-{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_training_goes_on_while_its_shards_are_written_and_they_are_those_of_trainer(tmp_path: Path) -> None:
-    codes, said = launch(tmp_path, "fsdp2", "fsdp1")
+def test_training_goes_on_while_its_shards_are_written_and_they_are_those_of_trainer(tmp_path: Path, zygote: Zygote) -> None:
+    codes, said = launch(zygote, tmp_path, "fsdp2", "fsdp1")
     assert codes == [0, 0], "\n".join(said)
     for scene, disks in (("fsdp2", ["out"]), ("fsdp1", ["out-0", "out-1"])):
         for seen in facts(tmp_path, scene):
@@ -82,8 +85,10 @@ def content(metadata: Path) -> Any:
     return dataclasses.replace(pickle.loads(metadata.read_bytes()), storage_meta=None)
 
 
-def test_a_sharded_save_never_mixes_two_steps_and_what_one_rank_can_not_write_is_gone_for_all(tmp_path: Path) -> None:
-    codes, said = launch(tmp_path, "mutating", "odd", "no_memory", "one_reads", "trouble")
+def test_a_sharded_save_never_mixes_two_steps_and_what_one_rank_can_not_write_is_gone_for_all(
+    tmp_path: Path, zygote: Zygote
+) -> None:
+    codes, said = launch(zygote, tmp_path, "mutating", "odd", "no_memory", "one_reads", "trouble")
     assert codes == [0, 0], "\n".join(said)
     for seen in facts(tmp_path, "mutating"):
         assert seen["each"] == [{"written at once": False, "one step": True}] * 3
@@ -112,8 +117,10 @@ def test_a_sharded_save_never_mixes_two_steps_and_what_one_rank_can_not_write_is
     assert other["said"] == []
 
 
-def test_a_rank_that_is_killed_in_the_middle_of_its_shards_leaves_no_commit_and_nobody_waiting(tmp_path: Path) -> None:
-    (main, killed, other), said = launch(tmp_path, "killed", count=3)
+def test_a_rank_that_is_killed_in_the_middle_of_its_shards_leaves_no_commit_and_nobody_waiting(
+    tmp_path: Path, zygote: Zygote
+) -> None:
+    (main, killed, other), said = launch(zygote, tmp_path, "killed", count=3)
     assert killed == -9, said[1]
     for survivor, words in ((main, said[0]), (other, said[2])):  # who plans for all, and who waits for the plan
         assert survivor not in (0, -9), words

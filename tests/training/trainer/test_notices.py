@@ -29,6 +29,7 @@ from tests.servers import free_ports
 from tests.training.conftest import STEPS, Patient, Recorder, SaveRecorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, kinds, preempt, steps, train_until_preempted
 from tests.waiting import PATIENCE_S, wait_for
+from tests.zygote import Zygote
 
 
 class At(TrainerCallback):
@@ -329,21 +330,24 @@ def test_when_the_last_upload_outlasts_the_deadline_the_next_launch_finishes_the
     assert kinds(from_store)[-1] == "finished"
 
 
-def test_a_notice_that_only_another_rank_hears_after_the_last_step_ends_the_wait_for_the_last_upload(tmp_path: Path) -> None:
+def test_a_notice_that_only_another_rank_hears_after_the_last_step_ends_the_wait_for_the_last_upload(
+    tmp_path: Path, zygote: Zygote
+) -> None:
     (port,) = free_ports(1)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     shared |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(Path(__file__).parent.parent / "scripts" / "late_notice.py")]
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
+    with zygote.forking():
+        ranks = [
+            subprocess.Popen(
+                command,
+                cwd=tmp_path,
+                env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in ("0", "1")
+        ]
     try:
         said = [rank.communicate(timeout=PATIENCE_S)[1] for rank in ranks]
     finally:
