@@ -33,13 +33,12 @@ _SAME_KEY_S = 1.0
 
 
 def answered_signals(arguments: SpotArguments) -> tuple[signal.Signals, ...]:
-    """Return the signals that mean preemption to a launch, and that none of its processes may die of.
+    """Return the signals that a launch treats as a notice, and that must not kill any of its processes.
 
-    Those are the ones that ``arguments.signals`` names, where the source 'signal' is listened to, and in any case SIGTERM,
-    SIGINT and SIGHUP.
+    These are the signals in ``arguments.signals``, if the source 'signal' is active, and always SIGTERM, SIGINT and SIGHUP.
 
     Raises:
-        ConfigError: a name is no signal that can be used.
+        ConfigError: a name is not a usable signal.
     """
     sources = {name.strip() for name in arguments.notice.split(",")}
     named = arguments.signals.split(",") if sources & {"auto", "signal"} else []
@@ -68,8 +67,7 @@ class SignalSource:
     """Receives signals sent to this process, from `install` to `restore`.
 
     The first signal is the notice; further ones, of any name, repeat it and increase `count`. A handler that the program
-    installed before is also called. SIGHUP stays ignored
-    in a program that was started with ``nohup``.
+    installed before is also called. SIGHUP stays ignored in a program that was started with ``nohup``.
 
     Args:
         signals: names of the signals.

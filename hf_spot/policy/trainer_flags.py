@@ -1,4 +1,4 @@
-"""Which flags of `TrainerControl` the callback sets. Pure: (moment, decision, state) in, flags out."""
+"""Which flags of `TrainerControl` the callback sets. Pure: takes (moment, decision, state), returns flags."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ SAVE_IS_DUE = Decision(Action.SAVE_AND_GO_ON, "a save is due")
 
 
 class Moment(Enum):
-    """Where in its loop Trainer asks."""
+    """The point in Trainer's loop at which flags are set."""
 
     SUBSTEP_END = "between two micro-batches of a step"
     STEP_END = "after an optimizer step"
-    EVALUATION_CUT = "after a notice has ended an evaluation"
+    EVALUATION_CUT = "after a notice has ended an evaluation early"
     EPOCH_END = "after the last step of an epoch, and after Trainer has left its loop for any reason"
 
 
 @dataclass(frozen=True)
 class LoopState:
-    """What Trainer's loop looks like at that moment.
+    """The state of Trainer's loop at that moment.
 
     Args:
-        step: optimizer steps done.
-        max_steps: optimizer steps of the whole training.
-        saved_step: of the newest save in this launch, or the step resumed from; -1 for none.
-        should_save: as Trainer's own strategies have set it, like the next two.
+        step: number of optimizer steps done.
+        max_steps: number of optimizer steps of the whole training.
+        saved_step: step of the newest save in this launch, or the step resumed from; -1 for none.
+        should_save: set by Trainer's own strategies, like the next two.
         should_evaluate: Trainer evaluates next.
         should_training_stop: Trainer leaves its loop.
         is_epoch_end: the step was the last one of an epoch.
@@ -52,13 +52,13 @@ class LoopState:
 
 @dataclass(frozen=True)
 class Flags:
-    """What to set; None leaves a flag of `TrainerControl` as it is.
+    """The flags to set; None leaves a flag of `TrainerControl` unchanged.
 
     Args:
-        added: why a save is added that Trainer did not ask for: ``cadence`` or ``advisory``.
-        skips_evaluation: an evaluation that an uninterrupted run makes here is left to the next launch.
+        added: why a save is added to Trainer's own: ``cadence`` or ``advisory``.
+        skips_evaluation: the next launch makes up for an evaluation that an uninterrupted run makes here.
         owes_save: the save has to wait for the end of the loop.
-        forgets_best: Trainer must neither load the best model when it ends nor delete the newest checkpoint for it.
+        forgets_best: Trainer must not load the best model at its end, nor delete the newest checkpoint in favour of it.
     """
 
     should_save: bool | None = None
@@ -72,12 +72,12 @@ class Flags:
 
 
 def flags_for(moment: Moment, decision: Decision | None, state: LoopState) -> Flags:
-    """Return what the callback sets at a moment.
+    """Return the flags that the callback sets at a moment.
 
     Args:
-        moment: at which Trainer asks.
-        decision: about a notice or a due save; None where there is nothing to answer.
-        state: of the loop.
+        moment: the point in Trainer's loop.
+        decision: the decision about a notice or a due save; None if there is neither.
+        state: state of the loop.
     """
     if moment is Moment.EPOCH_END:
         return _at_epoch_end(state)
@@ -91,7 +91,7 @@ def flags_for(moment: Moment, decision: Decision | None, state: LoopState) -> Fl
         owes_save = saves and state.step not in (0, state.saved_step)
         return Flags(should_save=saves, should_training_stop=True, owes_save=owes_save)
     if moment is Moment.EVALUATION_CUT:
-        saves = saves and state.saved_step != state.step  # else it is committed already, with the evaluation pending
+        saves = saves and state.saved_step != state.step  # otherwise it is already saved, with the evaluation pending
         return Flags(should_save=saves, should_training_stop=True, skips_evaluation=True)
     return Flags(
         should_save=saves,
@@ -105,9 +105,9 @@ def flags_for(moment: Moment, decision: Decision | None, state: LoopState) -> Fl
 def _with_added_save(decision: Decision, state: LoopState) -> Flags:
     due = decision == SAVE_IS_DUE
     if state.saves_each_epoch and state.is_epoch_end:
-        return Flags()  # Trainer saves after its evaluation: that checkpoint is worth more
-    # A save that is due can as well be that of a later step, where Trainer saves this one itself, or would take a checkpoint of
-    # this step for the best: without the added save there would be none to go back to at the end.
+        return Flags()  # Trainer saves after its evaluation, and that checkpoint includes it
+    # A due save can wait for a later step if Trainer saves this one itself, or if Trainer may choose a checkpoint of this step as
+    # the best: without the added save there would be no such checkpoint to load at the end.
     can_wait = state.should_save or (state.loads_best_model and state.should_evaluate) or state.step >= state.max_steps
     if due and can_wait:
         return Flags()
@@ -116,25 +116,25 @@ def _with_added_save(decision: Decision, state: LoopState) -> Flags:
 
 def _at_epoch_end(state: LoopState) -> Flags:
     if state.stopping:
-        # Trainer's own end would load the best model, and with save_total_limit=1 delete the checkpoint just written.
+        # Trainer would load the best model at its end, and with save_total_limit=1 delete the checkpoint just written.
         return Flags(should_save=state.save_is_owed, should_evaluate=False, should_log=False, forgets_best=True)
     if state.should_save and state.saved_step == state.step:
-        return Flags(should_save=False)  # the same step twice would rewrite a folder that is being uploaded
+        return Flags(should_save=False)  # a second save would rewrite a folder that is being uploaded
     if state.should_training_stop and state.saved_step != state.step:
-        return Flags(should_save=True)  # whatever the strategy: a finished run ends with its last step committed
+        return Flags(should_save=True)  # with any strategy, a finished run ends with its last step committed
     return Flags()
 
 
 def is_complete(state: LoopState) -> bool:
-    """Whether a save is the last one of its training: all steps are done, or something other than a notice ended it."""
+    """Return whether a save is the last one of its training: all steps are done, or it ends without a notice."""
     return state.step >= state.max_steps or (state.should_training_stop and not state.stopping)
 
 
 def reason_of_save(state: LoopState, added: str | None) -> str:
-    """Return why a checkpoint is saved, as a commit records it.
+    """Return the reason of a save, as recorded in the commit.
 
     Args:
-        state: of the loop, at the save.
+        state: state of the loop at the save.
         added: as in `Flags`.
     """
     if state.stopping:

@@ -245,7 +245,7 @@ class _Server(ThreadingHTTPServer):
         self.server_name, self.server_port = "localhost", self.server_address[1]
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up after its timeout is expected here."""
+        """Ignore clients that close the connection after their timeout."""
 
 
 class _Handler(BaseHTTPRequestHandler):
