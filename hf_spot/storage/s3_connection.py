@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 import sys
 import threading
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
 import botocore.session
+from botocore.awsrequest import AWSPreparedRequest
 from botocore.config import Config
 from botocore.exceptions import UnknownCredentialError
 from botocore.utils import determine_content_length
@@ -34,6 +37,9 @@ _SIGNED_BY = "hf_spot_signed_by"  # in the context of a request: an access key's
 _REFUSALS = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "InvalidAccessKeyId")
 
 reads_small = ContextVar("reads_small", default=False)  # set by `S3Store.get`: a file's download is a GetObject, too
+_silence_s = ContextVar("silence_s", default=_SILENCE_S)  # of the try that this thread is about to make
+# Since botocore 1.43.68 a request knows its own silence; `_HttpSessions` does it for those before.
+_REQUESTS_KNOW_SILENCE = "context" in inspect.signature(AWSPreparedRequest).parameters
 
 
 class Connection:
@@ -57,14 +63,18 @@ class Connection:
             client.meta.events.register_first("needs-retry.s3", credentials.renew_if_refused)
             client.meta.events.register("request-created.s3", _limit_silence)
             client.meta.events.register_last("request-created.s3", credentials.note_signer)
+        if not _REQUESTS_KNOW_SILENCE:
+            by_silence = _HttpSessions(lambda silence_s: _client(session, style, silence_s))
+            for client in (self.client, bulk):
+                client._endpoint.http_session = by_silence
         self.transfers = Transfers(self.client, bulk, connections=_CONNECTIONS)
 
 
-def _client(session: boto3.Session, s3: Any) -> Any:
+def _client(session: boto3.Session, s3: Any, silence_s: float = _SILENCE_S) -> Any:
     config = Config(
         retries={"mode": "standard", "total_max_attempts": _TRIES},
         connect_timeout=5,
-        read_timeout=_SILENCE_S,
+        read_timeout=silence_s,
         tcp_keepalive=True,
         max_pool_connections=2 * _CONNECTIONS,
         user_agent_extra="hf_spot",
@@ -154,9 +164,40 @@ def _has_terminal() -> bool:
 
 
 def _limit_silence(request: Any, operation_name: str, **kwargs: Any) -> None:
-    """Called by botocore before each try. An older one doesn't know the setting, and waits for `_SILENCE_S`."""
+    """Called by botocore before each try."""
     attempt = request.context.get("retries", {}).get("attempt", 1)
     size = request.headers.get("X-Amz-Decoded-Content-Length") or determine_content_length(request.data or b"")
     small = size is not None and int(size) <= _QUICK_BYTES and (operation_name in _QUICK_REQUESTS or reads_small.get())
     quick = small and attempt <= len(_FIRST_SILENCES_S)
-    request.context["read_timeout"] = _FIRST_SILENCES_S[attempt - 1] if quick else _SILENCE_S
+    silence_s = _FIRST_SILENCES_S[attempt - 1] if quick else _SILENCE_S
+    request.context["read_timeout"] = silence_s
+    _silence_s.set(silence_s)
+
+
+class _HttpSessions:
+    """Stand in for the HTTP session of botocore's clients, and send each try by a session that waits as long as it may.
+
+    A botocore session has one timeout for all requests. Those here are lent by clients that differ in nothing else: proxies,
+    certificates and the number of connections are as configured.
+
+    Args:
+        client: makes a client whose requests wait for so many seconds.
+    """
+
+    def __init__(self, client: Callable[[float], Any]) -> None:
+        self._client = client
+        self._clients: dict[float, Any] = {}
+        self._lock = threading.Lock()
+
+    def send(self, request: Any) -> Any:
+        """Called by botocore, in the thread that called `_limit_silence`, after it."""
+        silence_s = _silence_s.get()
+        with self._lock:  # making a client is not safe in threads
+            if silence_s not in self._clients:
+                self._clients[silence_s] = self._client(silence_s)
+        return self._clients[silence_s]._endpoint.http_session.send(request)
+
+    def close(self) -> None:
+        """Called by botocore when a client is closed."""
+        for client in self._clients.values():
+            client.close()

@@ -10,8 +10,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 
 import botocore.compat
 import pytest
@@ -595,9 +596,13 @@ def test_a_wrong_clock_is_named_and_the_store_works_again_when_it_is_right(
     s3_url: str, environ: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The server minds the time of a signature, as Amazon does. A quarter of an hour is forgiven."""
-    clock, wrong = botocore.compat.get_current_datetime, timedelta(hours=1)
+    wrong = timedelta(hours=1)
     for signer in ("botocore.auth", "botocore.crt.auth"):
-        environ.setattr(f"{signer}.get_current_datetime", lambda *args, **kwargs: clock(*args, **kwargs) + wrong)
+        if clock := getattr(botocore.compat, "get_current_datetime", None):
+            environ.setattr(f"{signer}.get_current_datetime", lambda *args, **kwargs: clock(*args, **kwargs) + wrong)
+        else:  # before botocore 1.40
+            kind = SimpleNamespace(utcnow=lambda: datetime.now(timezone.utc) + wrong)
+            environ.setattr(f"{signer}.datetime", SimpleNamespace(datetime=kind, timezone=timezone))
     store = S3Store(s3_url)
     for attempt in (
         lambda: store.create("a", b""),
