@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import re
 import sys
@@ -15,7 +14,6 @@ from urllib.parse import urlsplit
 
 import boto3
 import botocore.session
-from botocore.awsrequest import AWSPreparedRequest
 from botocore.config import Config
 from botocore.exceptions import UnknownCredentialError
 from botocore.utils import determine_content_length
@@ -38,8 +36,6 @@ _REFUSALS = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "I
 
 reads_small = ContextVar("reads_small", default=False)  # set by `S3Store.get`: a file's download is a GetObject, too
 _silence_s = ContextVar("silence_s", default=_SILENCE_S)  # of the try that this thread is about to make
-# Since botocore 1.43.68 a request knows its own silence; `_HttpSessions` does it for those before.
-_REQUESTS_KNOW_SILENCE = "context" in inspect.signature(AWSPreparedRequest).parameters
 
 
 class Connection:
@@ -63,9 +59,9 @@ class Connection:
             client.meta.events.register_first("needs-retry.s3", credentials.renew_if_refused)
             client.meta.events.register("request-created.s3", _limit_silence)
             client.meta.events.register_last("request-created.s3", credentials.note_signer)
-        if not _REQUESTS_KNOW_SILENCE:
-            by_silence = _HttpSessions(lambda silence_s: _client(session, style, silence_s))
-            for client in (self.client, bulk):
+        by_silence = _HttpSessions(lambda silence_s: _client(session, style, silence_s))
+        for client in (self.client, bulk):
+            if _has_http_session(client):  # else each try waits for `_SILENCE_S`, as training/upstream.py says
                 client._endpoint.http_session = by_silence
         self.transfers = Transfers(self.client, bulk, connections=_CONNECTIONS)
 
@@ -169,16 +165,19 @@ def _limit_silence(request: Any, operation_name: str, **kwargs: Any) -> None:
     size = request.headers.get("X-Amz-Decoded-Content-Length") or determine_content_length(request.data or b"")
     small = size is not None and int(size) <= _QUICK_BYTES and (operation_name in _QUICK_REQUESTS or reads_small.get())
     quick = small and attempt <= len(_FIRST_SILENCES_S)
-    silence_s = _FIRST_SILENCES_S[attempt - 1] if quick else _SILENCE_S
-    request.context["read_timeout"] = silence_s
-    _silence_s.set(silence_s)
+    _silence_s.set(_FIRST_SILENCES_S[attempt - 1] if quick else _SILENCE_S)
+
+
+def _has_http_session(client: Any) -> bool:
+    return hasattr(getattr(client, "_endpoint", None), "http_session")
 
 
 class _HttpSessions:
     """Stand in for the HTTP session of botocore's clients, and send each try by a session that waits as long as it may.
 
-    A botocore session has one timeout for all requests. Those here are lent by clients that differ in nothing else: proxies,
-    certificates and the number of connections are as configured.
+    A botocore session has one timeout for all requests (since 1.43.68 also one for each, which pins of older ones leave out).
+    Those here are lent by clients that differ in nothing else: proxies, certificates and the number of connections are as
+    configured.
 
     Args:
         client: makes a client whose requests wait for so many seconds.

@@ -461,15 +461,6 @@ _COPIES = "downloads from S3 copy each block twice more"
 _DATA: Any = {"scope": _BOTH, "optional": True}
 S3_BODY = _attribute("botocore.response:StreamingBody", "_raw_stream", "storage.s3_parts", _COPIES, told=True, **_DATA)
 S3_ANSWER = _attribute("urllib3.response:HTTPResponse", "_fp", "storage.s3_parts", _COPIES, told=True, **_DATA)
-S3_TIMEOUT = _method(
-    "botocore.httpsession:URLLib3Session",
-    "_get_request_timeout",
-    "request",
-    "storage.s3_connection",
-    "a dead connection to S3 is noticed after 30 s and not after 5",
-    told=True,
-    **_DATA,
-)
 S3_PROMPTER = _attribute(
     "botocore.credentials:AssumeRoleProvider",
     "_prompter",
@@ -478,6 +469,9 @@ S3_PROMPTER = _attribute(
     told=True,
     **_DATA,
 )
+_DEAD = "a dead connection to S3 is noticed after 30 s and not after 5"
+S3_ENDPOINT = _attribute("botocore.client:BaseClient", "_endpoint", "storage.s3_connection", _DEAD, told=True, **_DATA)
+S3_SESSION = _attribute("botocore.endpoint:Endpoint", "http_session", "storage.s3_connection", _DEAD, told=True, **_DATA)
 XET_SESSION = _name(
     "class",
     "hf_xet",

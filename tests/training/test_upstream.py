@@ -49,8 +49,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FOR_SOME = (
     "accelerate.data_loader",
     "accelerate.utils.launch",
+    "botocore.client",
     "botocore.credentials",
-    "botocore.httpsession",
+    "botocore.endpoint",
     "botocore.response",
     "google.cloud.storage.client",
     "hf_xet",
@@ -250,7 +251,7 @@ def test_a_name_is_used_by_those_that_the_table_names(one: Name) -> None:
         source = ROOT / "hf_spot" / f"{user.replace('.', '/')}.py"
         words = {node.id for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Name)}
         mentioned = constant in words or re.search(rf"\b{one.name}\b", source.read_text())
-        assert mentioned or one.name in ("_get_request_timeout", "__iter__"), user
+        assert mentioned or one.name == "__iter__", user
     if not one.users[0].startswith(("storage.", "run.")):
         users = {
             str(path.relative_to(ROOT / "hf_spot")).removesuffix(".py").replace("/", ".")
@@ -418,8 +419,9 @@ OTHERWISE = {
     upstream.NUMPY_BITS: "test_numpy_draws_from_the_generator_that_is_looked_at",
     upstream.S3_BODY: "test_downloads_from_s3_read_from_the_connection",
     upstream.S3_ANSWER: "test_downloads_from_s3_read_from_the_connection",
-    upstream.S3_TIMEOUT: "test_downloads_from_s3_read_from_the_connection",
     upstream.S3_PROMPTER: "tests/run/test_credential_sources.py",
+    upstream.S3_ENDPOINT: "test_downloads_from_s3_read_from_the_connection",
+    upstream.S3_SESSION: "test_downloads_from_s3_read_from_the_connection",
     upstream.XET_SESSION: "tests/storage/test_contract.py",
     upstream.XET_UPLOAD: "tests/storage/test_contract.py",
     upstream.XET_DOWNLOAD: "tests/storage/test_contract.py",
@@ -620,11 +622,13 @@ def test_downloads_from_s3_read_from_the_connection(s3_url: str, tmp_path: Path)
     (tmp_path / "file").write_bytes(b"x" * 1000)
     store.put_file("key", tmp_path / "file")
     with ExitStack() as undo:
-        _watch(upstream.S3_TIMEOUT, counted, undo)
+        _watch(upstream.S3_ENDPOINT, counted, undo)
+        _watch(upstream.S3_SESSION, counted, undo)
         undo.enter_context(replaced(s3_parts, "_Answer", Answer))
         store.get_file("key", tmp_path / "copy")
     assert straight == [True]
-    assert counted[upstream.S3_TIMEOUT] > 0
+    assert counted[upstream.S3_ENDPOINT] > 0
+    assert counted[upstream.S3_SESSION] > 0
 
 
 def test_bars_know_each_other() -> None:
