@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,16 @@ def test_other_shells_can_read_their_scripts(shell: str, tmp_path: Path) -> None
         pytest.skip(f"{shell} is not installed: only bash is asked what it thinks of its script")
     done = subprocess.run([shell, "-n", written], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_without_the_extra_the_command_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)  # as importing it fails where it is not installed
+    assert main(["completion", "bash"]) == 2
+    said = capsys.readouterr().err
+    assert "shtab" in said
+    assert "pip install 'hf_spot[completion]'" in said
 
 
 def test_a_shell_that_nobody_knows_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

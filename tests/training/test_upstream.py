@@ -287,7 +287,7 @@ def test_a_version_that_was_never_tested_is_named_once(told: Callable[[], list[s
     check(Scope.LOOP)
     assert told() == [
         "hf_spot's tests have not run with accelerate 1.16.0 (but with 1.10.0 and 1.15.0), "
-        "transformers 5.99.1 (but with 5.8.0 and 5.23.0)"
+        "transformers 5.99.1 (but with 5.6.0 and 5.23.0)"
     ]
 
 
