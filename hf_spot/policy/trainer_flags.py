@@ -106,8 +106,8 @@ def _with_added_save(decision: Decision, state: LoopState) -> Flags:
     due = decision == SAVE_IS_DUE
     if state.saves_each_epoch and state.is_epoch_end:
         return Flags()  # Trainer saves after its evaluation, and that checkpoint includes it
-    # A due save can wait for a later step if Trainer saves this one itself, or if Trainer may choose a checkpoint of this step as
-    # the best: without the added save there would be no such checkpoint to load at the end.
+    # A due save can wait for a later step if Trainer saves this one itself, or if Trainer may choose a checkpoint of this step
+    # as the best: without the added save there would be no such checkpoint to load at the end.
     can_wait = state.should_save or (state.loads_best_model and state.should_evaluate) or state.step >= state.max_steps
     if due and can_wait:
         return Flags()
