@@ -21,11 +21,13 @@ from hf_spot.policy.trainer_flags import LoopState, Moment, flags_for, is_comple
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.training.data.worker_processes import shield
+from hf_spot.training.state.carried import CarriedState
 from hf_spot.training.trainer.accumulation import Accumulation
 from hf_spot.training.trainer.batch_size import batches, from_details, to_details
 from hf_spot.training.trainer.entry import Entry
 from hf_spot.training.trainer.evaluation import Evaluations, Stopped
 from hf_spot.training.trainer.notebook import shows_errors
+from hf_spot.training.trainer.own_state import SavedTensors, after_train_begin, own_state
 from hf_spot.training.trainer.restore import load_finished
 from hf_spot.training.trainer.resume_fixes import (
     carry_callback_states,
@@ -216,11 +218,15 @@ class SpotCallback(TrainerCallback):
         session = TrainerSession(trainer, url, self.args, self._runtime)
         with contextlib.closing(session):
             folder = session.begin(resume_from_checkpoint)
+            carried = own_state(trainer)
+            carried.look()
             self.resume_from_checkpoint = folder if session.restored else None
             if session.restored is not None and session.restored.ref.complete:
                 log.info("step %d was the last one: nothing is left to train", session.restored.step)
                 session.stage_finished()
-                return load_finished(trainer, Path(str(folder)), session.restored, session.best_folder)
+                result = load_finished(trainer, Path(str(folder)), session.restored, session.best_folder)
+                carried.restore(Path(str(folder)))
+                return result
             if session.restored is not None:
                 self._saved_step = session.restored.step
                 pending = session.restored.details.get("evaluation_pending")
@@ -239,10 +245,12 @@ class SpotCallback(TrainerCallback):
                 session.run_session.agreement,
                 session.run_session.disk,
                 session.behind,
-                session.random_states.save,
+                functools.partial(_finish_save, session, carried),
                 functools.partial(self._save_failed, trainer),
             )
             self._resumed_epoch_is_ahead = session.restored is not None
+            restored_to = None if session.restored is None else Path(str(folder))
+            after_train_begin(trainer, functools.partial(_restore_own_state, carried, restored_to))
             try:
                 with (
                     loaded_whole(trainer),
@@ -342,6 +350,17 @@ class SpotCallback(TrainerCallback):
 def _has_evaluated(checkpoint: Path) -> bool:
     history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
     return any(key.startswith("eval_") for line in history for key in line)
+
+
+def _finish_save(session: TrainerSession, carried: CarriedState, folder: Path, saved: SavedTensors) -> None:
+    session.random_states.save(folder)
+    carried.save(folder, saved)
+
+
+def _restore_own_state(carried: CarriedState, folder: Path | None) -> None:
+    carried.look("model.")  # `model_init` makes it after the training has begun
+    if folder is not None:
+        carried.restore(folder)
 
 
 def _is_epoch_end(state: TrainerState) -> bool:

@@ -22,6 +22,7 @@ from hf_spot.run.transfer import copy_files
 from hf_spot.training.data.rng import capture, capture_gpus, forget, pack, restore, unpack
 from hf_spot.training.data.worker_states import WorkerStates
 from hf_spot.training.upstream import INSIDE, LOAD_RNG_STATE, SAVE_RNG_STATE
+from hf_spot.training.state.data_side import DataSide, from_json, parts_of, to_json
 
 log = logging.getLogger("hf_spot")
 
@@ -60,6 +61,9 @@ class RandomStates:
         self._resumed_draw: dict[str, Any] | None = None
         self._restored = False
         self._then: Callable[[], None] = lambda: None
+        self._data_side = DataSide()
+        self._data_side_began: dict[str, Any] = {}
+        self._read_data_side(None)
 
     def resume(self, then: Callable[[], None]) -> None:
         """Takes over the moment at which Trainer returns to the state of the checkpoint.
@@ -87,6 +91,9 @@ class RandomStates:
         elif resumed is not None and middle:
             self._workers.resume(resumed / _FOLDER / self._workers_name, middle=True)
         self._micro_batches = self._handed_out = 0
+        self._data_side = DataSide(parts_of(dataloader))
+        self._read_data_side(resumed)
+        self._data_side.restore(self._resumed_data_side["began" if middle else "saved"])
         resumed = resumed if middle else None
         self._draws, self._resumed, self._resumed_draw = 0, resumed, None
         if resumed is not None and (resumed / _FOLDER).is_dir():
@@ -95,6 +102,7 @@ class RandomStates:
                 self._resumed_draw = json.loads((resumed / _FOLDER / self._draw_name).read_bytes())
         self._folder.mkdir(parents=True, exist_ok=True)
         SAVE_RNG_STATE.of(self._trainer)(str(self._folder))
+        self._data_side_began = self._data_side.capture()
         self._watch(dataloader)
         self._step_ended = True
         self._mark()
@@ -120,6 +128,7 @@ class RandomStates:
         assert self._between_steps is not None
         state, self._before_draw, self._draws = self._between_steps
         restore(state)
+        self._data_side.restore(state["data_side"])
 
     def save(self, checkpoint: Path) -> None:
         """Adds this rank's states to a checkpoint."""
@@ -128,7 +137,20 @@ class RandomStates:
             if self._before_draw is not None:
                 state = base64.b64encode(pack(self._before_draw)).decode()
                 (checkpoint / _FOLDER / self._draw_name).write_text(json.dumps({"draws": self._draws, "state": state}))
+            moments = {
+                "began": self._data_side_began,
+                "draw": {} if self._before_draw is None else self._before_draw["data_side"],
+                "saved": self._data_side.capture(),
+            }
+            if any(moments.values()):
+                text = json.dumps({moment: to_json(states) for moment, states in moments.items()})
+                (checkpoint / _FOLDER / self._data_side_name).write_text(text)
             self._workers.save(checkpoint / _FOLDER / self._workers_name, self._handed_out)
+
+    def _read_data_side(self, checkpoint: Path | None) -> None:
+        path = None if checkpoint is None else checkpoint / _FOLDER / self._data_side_name
+        told = json.loads(path.read_text()) if path is not None and path.exists() else {}
+        self._resumed_data_side = {moment: from_json(told.get(moment, {})) for moment in ("began", "draw", "saved")}
 
     def remember(self) -> None:
         """Keeps the random state of this moment for `return_to_remembered`."""
@@ -153,6 +175,10 @@ class RandomStates:
     @property
     def _draw_name(self) -> str:
         return f"next_batch_{self._trainer.args.process_index}.json"
+
+    @property
+    def _data_side_name(self) -> str:
+        return f"data_side_{self._trainer.args.process_index}.json"
 
     @property
     def _workers_name(self) -> str:
@@ -180,11 +206,12 @@ class RandomStates:
         if self._resumed_draw is not None:
             if self._draws == self._resumed_draw["draws"]:
                 restore(unpack(base64.b64decode(self._resumed_draw["state"])))
+                self._data_side.restore(self._resumed_data_side["draw"])
             elif self._draws > self._resumed_draw["draws"]:
                 self._return_to_checkpoint(str(self._resumed))
                 self._resumed_draw = None
             now = None
-        self._before_draw = now or capture()
+        self._before_draw = now or self._capture()
 
     def _load_start_of_epoch(self, states: Path) -> None:
         args = self._trainer.args
@@ -196,12 +223,15 @@ class RandomStates:
         LOAD_RNG_STATE.plain(self._trainer)(str(states))
         forget()
 
+    def _capture(self) -> dict[str, Any]:
+        return capture() | {"data_side": self._data_side.capture()}
+
     def _mark(self) -> dict[str, Any] | None:
         """The state of now, if it had to be taken."""
         if not self._step_ended:
             return None
         self._step_ended = False
-        now = capture()
+        now = self._capture()
         if self._trainer.args.gradient_accumulation_steps > 1:  # a step of one micro-batch is never left in its middle
             now |= capture_gpus()
         self._between_steps = (now, self._before_draw, self._draws)
@@ -212,6 +242,7 @@ class RandomStates:
             self._restored = True
             LOAD_RNG_STATE.plain(self._trainer)(checkpoint)
             forget()
+            self._data_side.restore(self._resumed_data_side["saved"])
             self._then()
 
 

@@ -37,6 +37,7 @@ from hf_spot.training.upstream import (
     TORCH_SAVE,
     WANDB_LOGS_MODEL,
 )
+from hf_spot.training.trainer.own_state import SavedTensors
 
 log = logging.getLogger("hf_spot")
 
@@ -57,7 +58,7 @@ class Saves:
         agreement: of its ranks.
         disk: that this rank writes to.
         behind: writes the files while training goes on.
-        finish: writes what Trainer leaves out of a checkpoint; given its folder, on every rank.
+        finish: writes what Trainer leaves out of a checkpoint, on every rank; given its folder, and what was written.
         failed: called by every rank after a save that failed. What it raises ends the training.
     """
 
@@ -67,7 +68,7 @@ class Saves:
         agreement: Agreement,
         disk: Disk,
         behind: AsyncCheckpointWriter,
-        finish: Callable[[Path], None],
+        finish: Callable[[Path, SavedTensors], None],
         failed: Callable[[SpotError], None],
     ) -> None:
         self._trainer = trainer
@@ -75,6 +76,7 @@ class Saves:
         self._disk = disk
         self._behind = behind
         self._finish = finish
+        self._saved = SavedTensors(trainer)
         self._failed = failed
         self._output_dir = Path(trainer.args.output_dir or ".")
         self._trouble: SpotError | None = None
@@ -98,9 +100,9 @@ class Saves:
             self._trouble = None
             self._at_the_end = []
             behind = self._behind.capturing(self._in_words, self._give_up) if goes_on else contextlib.nullcontext()
-            with self._forgiving(), behind:
+            with self._forgiving(), behind, self._saved.recording():
                 plain_save(*args, **kwargs)
-                self._attempt(self._finish)(self._folder)
+                self._attempt(self._finish)(self._folder, self._saved)
                 # Trainer has no barrier at the end of a save; this is one.
                 failure = next((one for one in self._agreement.gather(self._trouble) if one is not None), None)
                 if failure is not None and goes_on:

@@ -1,0 +1,236 @@
+"""Values that can be written down without pickle: what they are, whether they have changed, and how they come back."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import math
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+import torch
+
+MOST_ELEMENTS = 1000  # in a container that counts as state; a longer one is data
+_SAMPLED = 256  # values of a large tensor that are looked at to tell whether it has changed
+_SMALL = 4096  # values of a tensor that are all looked at
+_PLAIN = (bool, int, float, str, bytes, type(None))
+_SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
+_MAPPINGS: dict[str, type] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter, "defaultdict": defaultdict}
+
+Generator = torch.Generator | numpy.random.Generator | numpy.random.RandomState | random.Random
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor whose bytes are here."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is immutable and small: two places that hold it do not hold one thing."""
+    return type(value) in _PLAIN or isinstance(value, (torch.dtype, numpy.generic))
+
+
+def is_value(value: Any) -> bool:
+    """Whether a value consists of numbers, strings, tensors, arrays, and containers of them that are not too long."""
+    left = itertools.count(-MOST_ELEMENTS)
+    return _is_value(value, left)
+
+
+def _is_value(value: Any, left: Iterator[int]) -> bool:
+    if next(left) >= 0:
+        return False
+    if is_plain(value):
+        return True
+    if isinstance(value, torch.Tensor):
+        return is_tensor(value)
+    if type(value) is numpy.ndarray:
+        return value.dtype.hasobject is False
+    if type(value) in _SEQUENCES.values():
+        return all(_is_value(one, left) for one in value)
+    if type(value) in _MAPPINGS.values():
+        return all(_is_value(key, left) and _is_value(one, left) for key, one in value.items())
+    return False
+
+
+# -- has it changed? --------------------------------------------------------------------------------------------------
+
+
+def mark_of(value: Any) -> Any:
+    """Return something that differs when the value does. Of a large tensor only some values are looked at.
+
+    Args:
+        value: a value, or a generator.
+    """
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), _sample(value)
+    if isinstance(value, numpy.ndarray):
+        return str(value.dtype), value.shape, _sample(torch.from_numpy(numpy.ascontiguousarray(value).view(numpy.uint8)))
+    if type(value) in _SEQUENCES.values():
+        marks = [mark_of(one) for one in value]
+        return type(value).__name__, tuple(sorted(marks, key=repr) if isinstance(value, (set, frozenset)) else marks)
+    if type(value) in _MAPPINGS.values():
+        return type(value).__name__, tuple((mark_of(key), mark_of(one)) for key, one in value.items())
+    if isinstance(value, Generator):
+        return hashlib.sha256(repr(state_of(value)).encode()).digest()
+    return type(value).__name__, repr(value)
+
+
+def _sample(tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() > _SMALL:
+        step = flat.numel() // _SAMPLED
+        flat = flat[:: step | 1]  # odd, so that the values come from different columns
+    return bytes_of(flat)
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """Return the bytes of a tensor, wherever it is."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+# -- generators -------------------------------------------------------------------------------------------------------
+
+
+def state_of(generator: Generator) -> Any:
+    """Return where a generator stands, as a value."""
+    if isinstance(generator, torch.Generator):
+        return bytes_of(generator.get_state())
+    if isinstance(generator, numpy.random.Generator):
+        return _plain(generator.bit_generator.state)
+    if isinstance(generator, numpy.random.RandomState):
+        return _plain(generator.get_state(legacy=False))
+    return generator.getstate()
+
+
+def set_state(generator: Generator, state: Any) -> None:
+    """Bring a generator to where `state_of` found it."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    elif isinstance(generator, numpy.random.Generator):
+        generator.bit_generator.state = _arrays(state)
+    elif isinstance(generator, numpy.random.RandomState):
+        generator.set_state(_arrays(state))
+    else:
+        generator.setstate(state)
+
+
+def _plain(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items()}
+    if isinstance(state, numpy.ndarray):
+        return ("array", str(state.dtype), state.tolist())
+    return state.item() if isinstance(state, numpy.generic) else state
+
+
+def _arrays(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _arrays(value) for key, value in state.items()}
+    if isinstance(state, tuple) and state[:1] == ("array",):
+        return numpy.array(state[2], dtype=state[1])
+    return state
+
+
+# -- to JSON and tensors, and back ------------------------------------------------------------------------------------
+
+
+def encode(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
+    """Return a value as JSON; its tensors and arrays are put into ``tensors``, under names that begin with ``name``."""
+    if isinstance(value, torch.Tensor):
+        key = f"{name}#{len(tensors)}"
+        tensors[key] = value.detach()
+        return {"tensor": key, "device": value.device.type}
+    if isinstance(value, numpy.ndarray):
+        key = f"{name}#{len(tensors)}"
+        data = numpy.ascontiguousarray(value)
+        tensors[key] = torch.from_numpy(data.reshape(-1).view(numpy.uint8).copy())
+        return {"array": key, "dtype": value.dtype.str, "shape": list(value.shape)}
+    if isinstance(value, numpy.generic):
+        return {"scalar": encode(numpy.array(value), tensors, name)}
+    if isinstance(value, bytes):
+        return {"bytes": base64.b64encode(value).decode()}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
+    for names, kind in ((_SEQUENCES, "sequence"), (_MAPPINGS, "mapping")):
+        if type(value) in names.values():
+            items = value.items() if kind == "mapping" else value
+            inner = [encode(list(one) if kind == "mapping" else one, tensors, name) for one in items]
+            found = {kind: type(value).__name__, "items": inner}
+            return found | ({"maxlen": value.maxlen} if isinstance(value, deque) else {})
+    return value
+
+
+def decode(written: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Return the value that `encode` was given. A tensor comes back on the CPU; a ``defaultdict`` without its factory.
+
+    Raises:
+        KeyError, TypeError, ValueError: it was not written by `encode`.
+    """
+    if not isinstance(written, dict):
+        return written
+    if "tensor" in written:
+        return tensors[written["tensor"]]
+    if "array" in written:
+        data = tensors[written["array"]].numpy().copy()
+        return data.view(numpy.dtype(written["dtype"])).reshape(written["shape"])
+    if "scalar" in written:
+        return decode(written["scalar"], tensors)[()]
+    if "bytes" in written:
+        return base64.b64decode(written["bytes"])
+    if "dtype" in written:
+        found = getattr(torch, written["dtype"])
+        if not isinstance(found, torch.dtype):
+            raise TypeError(f"torch.{written['dtype']} is no dtype")
+        return found
+    if "float" in written:
+        return float(written["float"])
+    items = [decode(one, tensors) for one in written["items"]]
+    if "mapping" in written:
+        kind = _MAPPINGS[written["mapping"]]
+        return dict(items) if kind is defaultdict else kind(dict(items))
+    if written["sequence"] == "deque":
+        return deque(items, written["maxlen"])
+    return _SEQUENCES[written["sequence"]](items)
+
+
+def put_into(old: Any, new: Any) -> Any:
+    """Make ``old`` hold what ``new`` does, where it can, so that whoever else holds it sees it too; return what holds it then.
+
+    Args:
+        old: what stands there.
+        new: of `decode`.
+    """
+    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
+        if old.shape == new.shape and old.dtype == new.dtype:
+            with torch.no_grad():
+                old.copy_(new)
+            return old
+        moved = new.to(old.device)
+        return torch.nn.Parameter(moved, old.requires_grad) if isinstance(old, torch.nn.Parameter) else moved
+    if isinstance(old, numpy.ndarray) and isinstance(new, numpy.ndarray) and (old.shape, old.dtype) == (new.shape, new.dtype):
+        if old.flags.writeable:
+            old[...] = new
+            return old
+        return new
+    if isinstance(old, dict) and isinstance(new, dict):
+        held = {key: put_into(old[key], value) if key in old else value for key, value in new.items()}
+        old.clear()
+        old.update(held)
+        return old
+    if isinstance(old, (list, deque)) and type(old) is type(new):
+        pairs = itertools.zip_longest(list(old), new)
+        held_items = [put_into(before, after) for before, after in itertools.islice(pairs, len(new))]
+        old.clear()
+        old.extend(held_items)
+        return old
+    if isinstance(old, set) and isinstance(new, set):
+        old.clear()
+        old.update(new)
+        return old
+    return new

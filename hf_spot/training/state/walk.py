@@ -1,0 +1,164 @@
+"""Finds state in the objects that a script hands to its training: values, generators, tensors of models, optimizers."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_spot.training.state.values import MOST_ELEMENTS, Generator, is_plain, is_tensor, is_value
+
+_DEEPEST = 6
+_OF_MODULES = frozenset(vars(torch.nn.Module()))  # what a module keeps for itself: parameters, hooks, …
+_STDLIB = Path(sysconfig.get_paths()["stdlib"])
+
+
+@dataclass(frozen=True)
+class Found:
+    """One piece of state.
+
+    Args:
+        path: where it is, as one would write it: ``callbacks.Average.of``.
+        kind: ``value``, ``tensor`` (of a module), ``generator``, ``state`` (of what has a ``state_dict``), or ``long`` (a
+            container with so many elements that it counts as data).
+        value: what stands there now.
+        put: makes something else stand there; None where it can only be changed in place.
+    """
+
+    path: str
+    kind: str
+    value: Any
+    put: Callable[[Any], None] | None = None
+
+
+def is_of_script(kind: type) -> bool:
+    """Whether a class was written by the user: it comes neither from an installed package nor from Python nor from us."""
+    module = kind.__module__
+    if module == "__main__":
+        return True
+    if module == "builtins" or module.partition(".")[0] == "hf_spot":
+        return False
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None:  # made by exec, as in a notebook, or compiled into Python
+        return module not in sys.stdlib_module_names
+    return not {"site-packages", "dist-packages"} & {*Path(file).parts} and not Path(file).is_relative_to(_STDLIB)
+
+
+class Walk:
+    """One walk through objects; what has been found is not found again.
+
+    Args:
+        skip: objects that are not looked into.
+    """
+
+    def __init__(self, skip: Collection[Any] = ()) -> None:
+        self._seen = {id(one) for one in skip}
+        self._skipped = list(skip)  # kept alive: an id is used again when its object has gone
+        self.owners: dict[str, Any] = {}  # objects whose attributes were looked at, by path
+
+    def attributes(
+        self, path: str, owner: Any, only: Callable[[str], bool] = lambda name: True, depth: int = 0
+    ) -> Iterator[Found]:
+        """Find what the attributes of an object hold.
+
+        Args:
+            path: of the object.
+            owner: the object.
+            only: whether an attribute of this name is looked at.
+            depth: how many objects were passed on the way here.
+        """
+        self._seen.add(id(owner))
+        self.owners[path] = owner
+        attributes = dict(getattr(owner, "__dict__", None) or {})
+        for kind in type(owner).__mro__:
+            attributes |= {name: getattr(owner, name) for name in _slots(kind) if hasattr(owner, name)}
+        for name, value in attributes.items():
+            if only(name) and not name.startswith("__"):
+                yield from self.value(f"{path}.{name}", value, _attribute_setter(owner, name), depth)
+
+    def value(self, path: str, value: Any, put: Callable[[Any], None] | None = None, depth: int = 0) -> Iterator[Found]:
+        """Find what a value holds.
+
+        Args:
+            path: of the value.
+            value: anything.
+            put: as in `Found`.
+            depth: how many objects were passed on the way here.
+        """
+        if is_plain(value):
+            yield Found(path, "value", value, put)
+            return
+        if id(value) in self._seen:
+            return
+        if isinstance(value, torch.nn.Module):
+            yield from self.module(path, value)
+            return
+        self._seen.add(id(value))
+        if isinstance(value, Generator):
+            yield Found(path, "generator", value)
+        elif is_value(value):
+            yield Found(path, "value", value, put)
+            if isinstance(value, torch.nn.Parameter) and value.grad is not None:
+                # `model.zero_grad()`, which Trainer calls, does not reach it: gradients add up from step to step.
+                yield Found(f"{path}.grad", "value", value.grad, _attribute_setter(value, "grad"))
+        elif isinstance(value, (list, tuple, dict)):
+            if len(value) > MOST_ELEMENTS:
+                yield Found(path, "long", len(value))
+            elif depth < _DEEPEST:
+                for key, one in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                    inner = None if isinstance(value, tuple) else _item_setter(value, key)
+                    yield from self.value(f"{path}[{key!r}]", one, inner, depth + 1)
+        elif is_of_script(type(value)) and not isinstance(value, type) and depth < _DEEPEST:
+            yield from self.attributes(path, value, depth=depth + 1)
+        elif _has_state_dict(value):
+            yield Found(path, "state", value)
+
+    def module(self, path: str, module: torch.nn.Module) -> Iterator[Found]:
+        """Find the parameters and buffers of a model, and what modules of the script's own classes keep beside them."""
+        for name, inner in module.named_modules():
+            if id(inner) in self._seen:
+                continue
+            self._seen.add(id(inner))
+            at = f"{path}.{name}" if name else path
+            for key, tensor in (*inner._parameters.items(), *inner._buffers.items()):
+                if tensor is not None and is_tensor(tensor) and id(tensor) not in self._seen:
+                    self._seen.add(id(tensor))
+                    yield Found(f"{at}.{key}", "tensor", tensor)
+                    if isinstance(tensor, torch.nn.Parameter):
+                        yield Found(
+                            f"{at}.{key}.requires_grad", "value", tensor.requires_grad, _attribute_setter(tensor, "requires_grad")
+                        )
+            if is_of_script(type(inner)):
+                yield from self.attributes(at, inner, lambda key: key not in _OF_MODULES, _DEEPEST - 1)
+
+    def tensor(self, path: str, tensor: torch.Tensor) -> Iterator[Found]:
+        """Find a tensor that nothing else led to."""
+        if id(tensor) not in self._seen and is_tensor(tensor):
+            self._seen.add(id(tensor))
+            yield Found(path, "tensor", tensor)
+
+
+def _slots(kind: type) -> Collection[str]:
+    slots = vars(kind).get("__slots__", ())
+    return [name for name in ((slots,) if isinstance(slots, str) else slots) if name not in ("__dict__", "__weakref__")]
+
+
+def _attribute_setter(owner: Any, name: str) -> Callable[[Any], None]:
+    return lambda value: setattr(owner, name, value)
+
+
+def _item_setter(container: Any, key: Any) -> Callable[[Any], None]:
+    def put(value: Any) -> None:
+        container[key] = value
+
+    return put
+
+
+def _has_state_dict(value: Any) -> bool:
+    kind = type(value)
+    return callable(getattr(kind, "state_dict", None)) and callable(getattr(kind, "load_state_dict", None))

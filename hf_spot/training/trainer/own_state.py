@@ -1,0 +1,177 @@
+"""What a Trainer's training consists of beside what Trainer saves: its subclass, callbacks, data, loss, other models."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint
+import transformers.trainer
+from transformers import Trainer
+
+from hf_spot.training.state.carried import CarriedState
+from hf_spot.training.state.data_side import parts_of
+from hf_spot.training.state.walk import Found, Walk, is_of_script
+
+# What belongs to a process and not to the training: which weights an engine beside it holds, and so on.
+_OF_THIS_PROCESS = re.compile(r"trainer\.(_last_loaded_step|_hf_spot\w*)$")
+
+
+class SavedTensors:
+    """Sees which tensors go into the files of a checkpoint, from `recording` on.
+
+    Args:
+        trainer: whose saves these are.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._memory: set[int] = set()
+        self._names: dict[str, torch.Size] = {}
+        self._everything = False
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within it, all that is written is seen."""
+        self._memory, self._names = set(), {}
+        self._everything = bool(self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled)
+        plain_save, plain_flatten = torch.save, safetensors.torch._flatten_as_ptr
+
+        def save(obj: Any, *args: Any, **kwargs: Any) -> Any:
+            self._note(obj)
+            return plain_save(obj, *args, **kwargs)
+
+        def flatten(tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+            self._note(tensors)
+            return plain_flatten(tensors, *args, **kwargs)
+
+        torch.save = save
+        safetensors.torch._flatten_as_ptr = flatten
+        try:
+            yield
+        finally:
+            torch.save = plain_save
+            safetensors.torch._flatten_as_ptr = plain_flatten
+
+    def _note(self, obj: Any) -> None:
+        if isinstance(obj, torch.Tensor):
+            self._memory.add(obj.untyped_storage().data_ptr())
+        elif isinstance(obj, dict):
+            for name, value in obj.items():
+                if isinstance(name, str) and isinstance(value, torch.Tensor):
+                    self._names[name] = value.shape
+                self._note(value)
+        elif isinstance(obj, (list, tuple)):
+            for value in obj:
+                self._note(value)
+
+    def holds(self, path: str, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is in the files: it itself, or one of its name and shape that was made of it."""
+        of_model, _, name = path.partition(".")
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in self._memory:
+            return True
+        return of_model == "model" and (self._everything or self._names.get(name) == tensor.shape)
+
+
+def own_state(trainer: Trainer) -> CarriedState:
+    """Return what has to be carried for a training.
+
+    Args:
+        trainer: about to train.
+    """
+
+    def find(walk: Walk) -> Iterator[Found]:
+        return _find(trainer, walk)
+
+    return CarriedState(
+        find,
+        lambda: _new_walk(trainer),
+        lambda: list(_trained(trainer)),
+        trainer.args.process_index,
+        lambda path: bool(_OF_THIS_PROCESS.match(path)),
+    )
+
+
+def _new_walk(trainer: Trainer) -> Walk:
+    """Return a walk that leaves out what is Trainer's own, or ours."""
+    handler = trainer.callback_handler
+    ours = [one for one in handler.callbacks if type(one).__module__.partition(".")[0] in ("hf_spot", "transformers")]
+    skip = [trainer.args, trainer.state, trainer.control, handler, trainer.accelerator, trainer.optimizer]
+    return Walk([*skip, trainer.lr_scheduler, trainer.processing_class, *ours])
+
+
+def _find(trainer: Trainer, walk: Walk) -> Iterator[Found]:
+    if trainer.model is not None:
+        yield from walk.module("model", trainer.model)
+    own = _names_of_trainer()
+    yield from walk.attributes("trainer", trainer, lambda name: name not in own)
+    counted: dict[str, int] = {}
+    for callback in trainer.callback_handler.callbacks:
+        name = type(callback).__name__
+        counted[name] = counted.get(name, 0) + 1
+        number = "" if counted[name] == 1 else f"#{counted[name]}"
+        yield from walk.value(f"callbacks.{name}{number}", callback)
+    for name, handed in (
+        ("optimizer", trainer.optimizer),
+        ("lr_scheduler", trainer.lr_scheduler),
+        ("train_dataset", trainer.train_dataset),
+        ("eval_dataset", trainer.eval_dataset),
+        ("data_collator", trainer.data_collator),
+        ("compute_loss_func", trainer.compute_loss_func),
+        ("compute_metrics", trainer.compute_metrics),
+        ("preprocess_logits_for_metrics", trainer.preprocess_logits_for_metrics),
+    ):
+        yield from _handed(walk, name, handed)
+    for path, part in parts_of(trainer.callback_handler.train_dataloader):
+        if is_of_script(type(part)):
+            yield from walk.attributes(path, part, lambda name: name not in ("data_source", "dataset"))
+    for at, group in enumerate(getattr(trainer.optimizer, "param_groups", ())):
+        for place, tensor in enumerate(group["params"]):
+            yield from walk.tensor(f"optimizer.param_groups[{at}].params[{place}]", tensor)
+
+
+_IN_STATE_DICT = {"state", "param_groups", "defaults", "base_lrs", "last_epoch", "_step_count", "_last_lr", "optimizer"}
+
+
+def _handed(walk: Walk, name: str, handed: Any) -> Iterator[Found]:
+    if name in ("optimizer", "lr_scheduler"):
+        inner = getattr(handed, name.removeprefix("lr_"), handed)  # accelerate's keep it inside
+        if inner is not None and is_of_script(type(inner)):
+            yield from walk.attributes(name, inner, lambda key: key not in _IN_STATE_DICT)
+    elif isinstance(handed, dict) and name == "eval_dataset":
+        for key, one in handed.items():
+            yield from walk.value(f"{name}[{key!r}]", one)
+    elif not isinstance(handed, (list, tuple, str, type(None))):  # lists are data, and not state
+        yield from walk.value(name, handed)
+
+
+def _trained(trainer: Trainer) -> Iterator[torch.Tensor]:
+    for group in getattr(trainer.optimizer, "param_groups", ()):
+        yield from group["params"]
+
+
+@lru_cache(maxsize=1)
+def _names_of_trainer() -> frozenset[str]:
+    """Attributes that Trainer itself sets or reads: they are its business, or have repairs of their own."""
+    source = Path(str(transformers.trainer.__file__)).read_text()
+    return frozenset(re.findall(r"\bself\.(\w+)", source))
+
+
+def after_train_begin(trainer: Trainer, act: Callable[[], None]) -> None:
+    """Call ``act`` once, when all callbacks have heard that the training begins: they may make what is to be restored there."""
+    handler: Any = trainer.callback_handler
+    plain = handler.on_train_begin
+
+    def on_train_begin(*args: Any, **kwargs: Any) -> Any:
+        handler.__dict__.pop("on_train_begin", None)
+        control = plain(*args, **kwargs)
+        act()
+        return control
+
+    handler.on_train_begin = on_train_begin
