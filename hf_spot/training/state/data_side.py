@@ -1,7 +1,7 @@
 """What data are made from beside the global generators: generators of their own, and settings that change while they are read.
 
-A batch is made before the one before it is trained. So what it is made from has to be known as it was at that moment, and not as
-it is at a save: it is noted at each draw, and takes the same way back as Python's, numpy's and torch's generators do.
+A batch is made before the one before it is trained. So what it is made from has to be known as it was at that moment, and not
+as it is at a save: it is noted at each draw, and takes the same way back as Python's, numpy's and torch's generators do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from hf_spot.training.state.values import Generator, decode, encode, is_plain, s
 from hf_spot.training.state.walk import is_of_script
 
 _NAMES = ("generator", "synchronized_generator")
-_INSIDE = ("base_dataloader", "batch_sampler", "sampler", "_inner", "collate_fn", "dataset")  # of accelerate, of torch, and ours
+# Of accelerate's loaders, of torch's, of Trainer's collator, and of ours.
+_INSIDE = ("base_dataloader", "batch_sampler", "sampler", "_inner", "collate_fn", "data_collator", "dataset", "datasets")
 
 
 def parts_of(loader: Any) -> Iterator[tuple[str, Any]]:
@@ -33,7 +34,11 @@ def parts_of(loader: Any) -> Iterator[tuple[str, Any]]:
         named[name] += 1
         yield f"data.{name}{'' if named[name] == 1 else f'#{named[name]}'}", one
         attributes = getattr(one, "__dict__", {})
-        looked_at += [attributes.get(inside) for inside in _INSIDE]
+        for inside in _INSIDE:
+            inner = attributes.get(inside)
+            looked_at += inner if isinstance(inner, (list, tuple)) and inside == "datasets" else [inner]
+        if is_of_script(type(one)):
+            looked_at += [inner for inner in attributes.values() if is_of_script(type(inner))]
 
 
 class DataSide:

@@ -103,6 +103,8 @@ class Walk:
             yield Found(path, "generator", value)
         elif is_value(value):
             yield Found(path, "value", value, put)
+            if isinstance(value, torch.nn.Parameter):
+                self.owners[path] = value
             if isinstance(value, torch.nn.Parameter) and value.grad is not None:
                 # `model.zero_grad()`, which Trainer calls, does not reach it: gradients add up from step to step.
                 yield Found(f"{path}.grad", "value", value.grad, _attribute_setter(value, "grad"))
@@ -131,7 +133,10 @@ class Walk:
                     yield Found(f"{at}.{key}", "tensor", tensor)
                     if isinstance(tensor, torch.nn.Parameter):
                         yield Found(
-                            f"{at}.{key}.requires_grad", "value", tensor.requires_grad, _attribute_setter(tensor, "requires_grad")
+                            f"{at}.{key}.requires_grad",
+                            "value",
+                            tensor.requires_grad,
+                            _attribute_setter(tensor, "requires_grad"),
                         )
             if is_of_script(type(inner)):
                 yield from self.attributes(at, inner, lambda key: key not in _OF_MODULES, _DEEPEST - 1)
