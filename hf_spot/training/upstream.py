@@ -282,7 +282,7 @@ _WAITS = "training waits until a checkpoint is written"
 _SHARDS_WAIT = "training waits until a sharded checkpoint is written"
 _TOGETHER = "torch.distributed.checkpoint"
 _FSDP: Any = {"told": True, "only": "FSDP"}
-TORCH_SAVE = _function("torch", "save", "obj, f, …", "training.trainer.saves", _FULL_DISK)
+TORCH_SAVE = _function("torch", "save", "obj, f, …", "training.trainer.saves training.trainer.own_state", _FULL_DISK)
 OPEN_ZIPFILE = _function(
     "torch.serialization", "_open_zipfile_writer", "name_or_buffer", "training.saving.async_writer", _WAITS, told=True
 )
@@ -290,6 +290,14 @@ FILE_LIKE = _attribute("torch.serialization:_opener", "file_like", "training.sav
 WRITE_RECORD = _method("torch._C:PyTorchFileWriter", "write_record", "…", "training.saving.async_writer", _WAITS, told=True)
 SERIALIZE_FILE = _function(
     "safetensors.torch", "serialize_file", "tensor_dict, filename, metadata", "training.saving.async_writer", _WAITS, told=True
+)
+FLATTEN = _function(
+    "safetensors.torch",
+    "_flatten_as_ptr",
+    "tensors, keep_alive_buffer",
+    "training.trainer.own_state",
+    "weights stand in a checkpoint twice: in Trainer's file and among what hf_spot adds to it",
+    told=True,
 )
 TENSOR_SPEC = _name(
     "class",

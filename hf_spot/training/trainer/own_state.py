@@ -11,13 +11,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.distributed.checkpoint
 import transformers.trainer
 from transformers import Trainer
 
 from hf_spot.training.state.carried import CarriedState
 from hf_spot.training.state.data_side import parts_of
 from hf_spot.training.state.walk import Found, Walk, is_of_script
+from hf_spot.training.upstream import FLATTEN, TORCH_SAVE
 
 # What belongs to a process and not to the training: which weights an engine beside it holds, and so on.
 _OF_THIS_PROCESS = re.compile(r"trainer\.(_last_loaded_step|_hf_spot\w*)$")
@@ -41,23 +41,16 @@ class SavedTensors:
         """Within it, all that is written is seen."""
         self._memory, self._names = set(), {}
         self._everything = bool(self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled)
-        plain_save, plain_flatten = torch.save, safetensors.torch._flatten_as_ptr
 
-        def save(obj: Any, *args: Any, **kwargs: Any) -> Any:
-            self._note(obj)
-            return plain_save(obj, *args, **kwargs)
+        def noting(plain: Callable[..., Any]) -> Callable[..., Any]:
+            def write(obj: Any, *args: Any, **kwargs: Any) -> Any:
+                self._note(obj)
+                return plain(obj, *args, **kwargs)
 
-        def flatten(tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-            self._note(tensors)
-            return plain_flatten(tensors, *args, **kwargs)
+            return write
 
-        torch.save = save
-        safetensors.torch._flatten_as_ptr = flatten
-        try:
+        with TORCH_SAVE.replaced(torch, noting), FLATTEN.replaced(safetensors.torch, noting):
             yield
-        finally:
-            torch.save = plain_save
-            safetensors.torch._flatten_as_ptr = plain_flatten
 
     def _note(self, obj: Any) -> None:
         if isinstance(obj, torch.Tensor):

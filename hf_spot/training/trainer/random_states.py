@@ -21,8 +21,8 @@ from transformers import Trainer
 from hf_spot.run.transfer import copy_files
 from hf_spot.training.data.rng import capture, capture_gpus, forget, pack, restore, unpack
 from hf_spot.training.data.worker_states import WorkerStates
-from hf_spot.training.upstream import INSIDE, LOAD_RNG_STATE, SAVE_RNG_STATE
 from hf_spot.training.state.data_side import DataSide, from_json, parts_of, to_json
+from hf_spot.training.upstream import INSIDE, LOAD_RNG_STATE, SAVE_RNG_STATE
 
 log = logging.getLogger("hf_spot")
 

@@ -23,6 +23,7 @@ from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.disks import Disk
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
 from hf_spot.training.saving.disk_errors import free_gb, in_words, is_of_a_disk
+from hf_spot.training.trainer.own_state import SavedTensors
 from hf_spot.training.upstream import (
     ON_SAVE,
     PUSH_FROM_CHECKPOINT,
@@ -37,7 +38,6 @@ from hf_spot.training.upstream import (
     TORCH_SAVE,
     WANDB_LOGS_MODEL,
 )
-from hf_spot.training.trainer.own_state import SavedTensors
 
 log = logging.getLogger("hf_spot")
 
