@@ -195,7 +195,7 @@ _WEIGHTS = "a resume may leave layers as they were initialised"
 LOAD_FROM_CHECKPOINT = _method(
     _TRAINER,
     "_load_from_checkpoint",
-    "resume_from_checkpoint, model",
+    "…",
     "training.trainer.weights training.trainer.restore",
     _WEIGHTS,
 )

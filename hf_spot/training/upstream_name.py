@@ -12,6 +12,23 @@ from functools import partial
 from typing import Any, Literal
 
 _MISSING: Any = object()
+# What somebody else has put in the place of a library's function is not judged by the names of its parameters.
+_LIBRARIES = frozenset(
+    (
+        "accelerate",
+        "botocore",
+        "google",
+        "hf_xet",
+        "numpy",
+        "peft",
+        "safetensors",
+        "torch",
+        "tqdm",
+        "transformers",
+        "trl",
+        "urllib3",
+    )
+)
 
 
 class Scope(Flag):
@@ -79,7 +96,7 @@ class Name:
         found = getattr(owner, self.name, _MISSING)
         if found is _MISSING:
             return f"has no {self.shown}"
-        if self.kind != "value" and not _accepts(found, self.takes, bound=self.kind == "method"):
+        if self.kind != "value" and _is_of_a_library(found) and not accepts(found, self.takes, bound=self.kind == "method"):
             return f"has changed the parameters of {self.shown}"
         return None
 
@@ -157,13 +174,18 @@ def _is_on(kind: type, name: str) -> bool:
     return False
 
 
+def _is_of_a_library(found: Any) -> bool:
+    home = getattr(_unwrapped(found), "__globals__", None)
+    return home is None or str(home.get("__name__")).partition(".")[0] in _LIBRARIES
+
+
 def _unwrapped(function: Any) -> Any:
     while (inside := getattr(function, "__wrapped__", None)) is not None:
         function = inside
     return function
 
 
-def _accepts(function: Any, takes: str, *, bound: bool) -> bool:
+def accepts(function: Any, takes: str, *, bound: bool) -> bool:
     """Return whether a function can be given these parameters. One that does not tell its own is taken at its word."""
     function = _unwrapped(function)
     positional, by_name, required, any_positional, any_name = _parameters(function)

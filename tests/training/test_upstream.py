@@ -35,14 +35,16 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import WandbCallback, WandbLogModel
 
+from hf_spot import Run, SpotCallback
 from hf_spot.errors import ConfigError
 from hf_spot.storage import s3_parts
 from hf_spot.storage.open import open_store
 from hf_spot.training import upstream, versions
 from hf_spot.training.upstream import TABLE, check
-from hf_spot.training.upstream_name import Name, Scope
+from hf_spot.training.upstream_name import Name, Scope, accepts
 from tests.matrix.cases import sft
 from tests.training.conftest import make_trainer
+from tests.training.test_callback import QUIET, train_until_preempted
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # What a training imports only when it needs it.
@@ -131,6 +133,13 @@ def _renamed(kind: type, name: str) -> dict[str, Any]:
     return methods
 
 
+def _of_library(one: Name, function: types.FunctionType) -> types.FunctionType:
+    """The function, as if its code stood in the library."""
+    made = types.FunctionType(function.__code__, {"__name__": one.owner.partition(":")[0]})
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
 def _assert_told(one: Name, what: str, told: Callable[[], list[str]]) -> None:
     scope = next(scope for scope in Scope if one.scope & scope)
     if one.refused:
@@ -163,7 +172,7 @@ def test_a_name_with_other_parameters_is_named_with_what_is_lost(
 ) -> None:
     module, _, kind = one.owner.partition(":")
     home = getattr(sys.modules[module], kind) if kind else sys.modules[module]
-    monkeypatch.setattr(home, one.name, lambda self, something_else: None)
+    monkeypatch.setattr(home, one.name, _of_library(one, lambda self, something_else: None))
     _assert_told(one, f"has changed the parameters of {one.shown}", told)
 
 
@@ -191,18 +200,28 @@ def test_a_name_with_other_parameters_is_named_with_what_is_lost(
         ("a", functools.wraps(lambda b: 0)(lambda *args: 0), False),
     ],
 )
-def test_what_counts_as_other_parameters(takes: str, function: Any, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "a_function", function, raising=False)
-    one = Name("hf_spot.training.versions", "a_function", "function", takes, (), "")
-    assert (one.trouble() is None) == accepted
-    assert (one.find() is function) == accepted
+def test_what_counts_as_other_parameters(takes: str, function: Any, accepted: bool) -> None:
+    assert accepts(function, takes, bound=False) == accepted
+
+
+def test_what_somebody_else_has_put_there_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(self: Trainer, *, nothing_of_that: int) -> None:
+        """As packages do that make trainers faster."""
+
+    monkeypatch.setattr(Trainer, "_evaluate", other)
+    assert upstream.EVALUATE.trouble() is None
+    assert upstream.EVALUATE.find() is other
+    monkeypatch.setattr(Trainer, "_evaluate", _of_library(upstream.EVALUATE, other))
+    assert upstream.EVALUATE.trouble() == "has changed the parameters of Trainer._evaluate"
+    assert upstream.EVALUATE.find() is None
 
 
 def test_a_name_that_this_training_does_not_need_may_be_missing(
     tmp_path: Path, told: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(Trainer, "_init_training_state")  # for data without a length
-    monkeypatch.setattr(torch.UntypedStorage, "cpu", lambda self, x: None)  # for GPUs
+    changed = _of_library(upstream.STORAGE_CPU, lambda self, x: None)
+    monkeypatch.setattr(torch.UntypedStorage, "cpu", changed)  # for GPUs
     check(Scope.TRAINER, make_trainer(tmp_path))
     check(Scope.LOOP)
     assert told() == []
@@ -634,3 +653,52 @@ def test_downloads_from_s3_read_from_the_connection(s3_url: str, tmp_path: Path)
 def test_bars_know_each_other() -> None:
     with tqdm.tqdm(total=1, file=io.StringIO()) as bar:
         assert bar in upstream.BARS.of(tqdm.tqdm)
+
+
+# -- in a training --------------------------------------------------------------------------------------------------------
+
+
+def test_a_training_that_can_not_be_protected_is_refused_before_it_begins(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, SpotCallback(store, QUIET))
+    monkeypatch.delattr(Trainer, "_run_epoch")
+    with pytest.raises(ConfigError, match=r"has no Trainer\._run_epoch"):
+        trainer.train()
+    assert ConfigError.exit_code == 2
+    assert Run(store).state().launch == 0
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_training_that_only_gets_slower_is_told(
+    store: str, tmp_path: Path, told: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(file: Any) -> Any:
+        return plain(file)  # type: ignore[name-defined]  # noqa: F821
+
+    library = {"__name__": "torch.serialization", "plain": upstream.OPEN_ZIPFILE.find()}
+    monkeypatch.setattr(torch.serialization, "_open_zipfile_writer", types.FunctionType(changed.__code__, library))
+    make_trainer(tmp_path, SpotCallback(store, QUIET), max_steps=3).train()
+    assert told() == [
+        f"torch {torch.__version__} has changed the parameters of torch.serialization._open_zipfile_writer: training waits "
+        'until a checkpoint is written. To have it: pip install "torch==2.13.0"'
+    ]
+    newest = Run(store).latest()
+    assert newest is not None and newest.ref.complete
+
+
+def test_a_commit_has_the_versions_and_the_next_launch_names_what_has_changed(
+    store: str, tmp_path: Path, told: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_until_preempted(store, tmp_path / "one", 5)
+    newest = Run(store).latest()
+    assert newest is not None
+    saved = newest.details["versions"]
+    assert saved == versions.versions()
+    plain = versions.version_of
+    monkeypatch.setattr(versions, "version_of", lambda name: "2.12.0" if name == "torch" else plain(name))
+    monkeypatch.setattr(versions, "_told", {("torch", "2.12.0")})
+    make_trainer(tmp_path / "two", SpotCallback(store, QUIET)).train()
+    changed = [line for line in told() if "versions have changed" in line]
+    assert len(changed) == 1
+    assert f"since step 5 was saved, versions have changed: torch {saved['torch']} → 2.12.0;" in changed[0]

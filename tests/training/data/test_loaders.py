@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderShard
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from hf_spot.training.data.loaders import Loaders
@@ -157,6 +159,30 @@ def test_what_is_left_is_handed_out_as_if_nothing_had_happened(
     rest = [(flat(batch), torch.rand(1).item()) for again in range(epoch, EPOCHS) for batch in step(again)]
 
     assert rest == twin[stop_at:]
+
+
+def one_by_one(self: Any) -> Iterator[Any]:
+    """Takes the place of accelerate's iteration, which makes a batch before it hands out the one before."""
+    self.begin()
+    self.set_epoch(self.iteration)
+    yield from self.base_dataloader
+    self.iteration += 1
+    self.end()
+
+
+@pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "one by one"])
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 11])
+def test_what_accelerate_has_prepared_is_handed_out_whether_it_makes_batches_ahead_or_not(
+    watch: Callable[[], Loaders], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, ahead: bool
+) -> None:
+    if not ahead:
+        monkeypatch.setattr(DataLoaderShard, "__iter__", one_by_one)
+
+    def prepared() -> Step:
+        loader = Accelerator(cpu=True).prepare(DataLoader(Noisy(), batch_size=2, shuffle=True))
+        return lambda epoch: iter(loader)
+
+    test_what_is_left_is_handed_out_as_if_nothing_had_happened(watch, tmp_path, prepared, stop_at)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
