@@ -9,6 +9,7 @@ exceptions also count as codes: they cover failures before, or instead of, a res
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -55,14 +56,15 @@ def explain(code: str, status: int = 0, message: str = "", **known: str) -> Mean
     Args:
         code: as the service sent it, or the name of botocore's exception; for S3's answers to HEAD the code is the status.
         status: status of the HTTP response; 0 if unknown.
-        message: used only to tell whether a refusal to start a machine is about its role.
+        message: what the service said beside the code; it tells some refusals apart that have the same code.
         known: values for the names in braces: ``bucket``, ``region``, ``permission``, ``resource``, ``instance_type``,
             ``image``, ``role``.
     """
     filled = _Known(known)
     found = TABLE.get(code)
-    if code == "UnauthorizedOperation" and "iam:PassRole" in message:
-        found = _PASS_ROLE
+    if found is None or found.kind is Kind.PERMISSION:
+        known_here = [(words, meaning) for words, meaning in _BY_WORDS if meaning is not _NO_ROOM or "bucket" in known]
+        found = next((meaning for words, meaning in known_here if words.search(message)), found)
     if found is None:
         number = int(code) if code.isdigit() else status
         if code.startswith("KMS."):
@@ -95,12 +97,17 @@ def message_of(error: BaseException | None) -> str:
     while error is not None:
         response: Any = getattr(error, "response", None)
         if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Message", ""))
+            return str(response.get("Error", {}).get("Message") or "")
         error = error.__cause__
     return ""
 
 
 _LIBRARIES = ("botocore", "s3transfer", "urllib3")
+
+
+def speaks_of_checksums(message: str) -> bool:
+    """Tell whether a server refuses what boto3 sends to have an upload checked."""
+    return bool(_CHECKSUMS.search(message))
 
 
 class _Known(dict[str, str]):
@@ -190,6 +197,40 @@ _NO_IMAGE = Meaning(
 )
 _NO_NETWORK = Meaning(Kind.MISSING, "{region} has no default network", "aws ec2 create-default-vpc --region {region}")
 
+_DENIED = Meaning(
+    Kind.PERMISSION,
+    "a policy denies this explicitly, and no permission that you add overrules it",
+    "the server's words name the kind of policy; the bucket's own: aws s3api get-bucket-policy --bucket {bucket}",
+)
+_REQUESTER_PAYS = Meaning(
+    Kind.PERMISSION,
+    "the bucket wants whoever asks to pay (Requester Pays), which hf_spot does not offer",
+    "a bucket of your own, or: aws s3api put-bucket-request-payment --bucket {bucket} "
+    "--request-payment-configuration Payer=BucketOwner",
+)
+_NO_ROOM = Meaning(
+    Kind.QUOTA,
+    "the store has no more room for this account or bucket",
+    "hf-spot checkpoints prune RUN --save-total-limit 1, or a larger quota at your provider; uploads are retried meanwhile",
+)
+_NOT_SUPPORTED = Meaning(
+    Kind.SETTING,
+    "the server does not support what was asked",
+    "a newer version of the server, or another store; for an older one: export AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
+)
+_BY_WORDS = (
+    (re.compile("iam:PassRole"), _PASS_ROLE),
+    (re.compile("explicit deny", re.IGNORECASE), _DENIED),
+    (re.compile("requester[ -]?pays?", re.IGNORECASE), _REQUESTER_PAYS),
+    (re.compile(r"quota|\bcap (is )?exceeded|storage cap|storage full", re.IGNORECASE), _NO_ROOM),
+)
+"""Refusals that have the code of a lacking permission, or one that nobody knows."""
+_CHECKSUMS = re.compile(
+    r"checksum|crc-?(32|64)|x-amz-(sdk|trailer|content-sha256|checksum)|trailer|STREAMING-|aws-chunked|unsupported header"
+    r"|header you provided implies",
+    re.IGNORECASE,
+)
+
 TABLE: dict[str, Meaning] = {
     # -- credentials
     "AccessDenied": _FORBIDDEN,
@@ -266,6 +307,16 @@ TABLE: dict[str, Meaning] = {
         "the server does not understand the request",
         "for an older S3 server: export AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
     ),
+    **dict.fromkeys(
+        (
+            *("QuotaExceeded", "StorageQuotaExceeded", "BucketQuotaExceeded", "XMinioAdminBucketQuotaExceeded"),
+            *("XMinioStorageFull", "InsufficientStorage", "InsufficientStorageSpace", "507"),
+        ),
+        _NO_ROOM,
+    ),
+    "UserProjectMissing": _REQUESTER_PAYS,
+    "NotImplemented": _NOT_SUPPORTED,
+    "501": _NOT_SUPPORTED,
     "InvalidStorageClass": Meaning(Kind.SETTING, "no such storage class", "use a storage class that this server supports"),
     "InvalidObjectState": Meaning(Kind.OTHER, "a lifecycle rule has archived the object", "aws s3api restore-object"),
     "SlowDown": _THROTTLED,

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from botocore import exceptions as aws
 from urllib3.exceptions import HTTPError
 
-from hf_spot.aws_errors import ELSEWHERE, Kind, code_of, explain, message_of
+from hf_spot.aws_errors import ELSEWHERE, Kind, code_of, explain, message_of, speaks_of_checksums
 from hf_spot.errors import (
     AccessDenied,
     BucketNotFound,
@@ -39,11 +39,40 @@ from hf_spot.storage.credential_source import SourceFailed
 from hf_spot.storage.keys import check_key, check_prefix
 from hf_spot.storage.per_process import PerProcess
 from hf_spot.storage.s3_connection import Connection, reads_small
-from hf_spot.storage.s3_settings import KMS_KEY_VARIABLE, OWNER_VARIABLE, encryption, owner, parse
+from hf_spot.storage.s3_settings import (
+    KMS_KEY_VARIABLE,
+    OWNER_VARIABLE,
+    check_endpoint,
+    encryption,
+    is_directory_bucket,
+    owner,
+    parse,
+)
 from hf_spot.storage.store import ObjectInfo, Progress
 
 _READS = 3  # of an answer that breaks
 _DELETE_BATCH = 1000  # S3's limit
+_LONGEST_WORDS = 500  # of a server
+_NO_CHECKSUMS = "export AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
+_CALLED_FOR_CHECKSUMS = (
+    *(
+        "InvalidArgument",
+        "InvalidRequest",
+        "NotImplemented",
+        "SignatureDoesNotMatch",
+        "MalformedSecurityHeader",
+        "InvalidDigest",
+    ),
+    *(
+        "BadDigest",
+        "XAmzContentSHA256Mismatch",
+        "XAmzContentChecksumMismatch",
+        "InvalidHeader",
+        "UnsupportedHeader",
+        "400",
+        "501",
+    ),
+)
 _CONFLICT_WAITS_S = (0.1, 0.3, 1.0)
 
 T = TypeVar("T")
@@ -94,7 +123,7 @@ class S3Store:
         self._owner = owner()
         self._encryption = encryption()
         self._batched_deletes = True
-        self._connections = PerProcess(Connection)
+        self._connections = PerProcess(self._connect)
 
     @property
     def url(self) -> str:
@@ -130,7 +159,7 @@ class S3Store:
                     code = code_of(error)
                     if code in ("PreconditionFailed", "412"):
                         return False
-                    if code in ("NotImplemented", "501"):
+                    if code in ("NotImplemented", "501") and not speaks_of_checksums(message_of(error)):
                         raise StoreNotFencing(
                             f"{self.url} refuses create-if-absent (If-None-Match), so it can't keep two machines apart",
                             hint="another store, or a newer version of its server",
@@ -161,8 +190,17 @@ class S3Store:
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
         """ListObjectsV2, a page of at most 1000 keys at a time."""
-        begin = {"StartAfter": self._base + start_after} if start_after else {}
-        query = {"Bucket": self._bucket, "Prefix": self._base + check_prefix(prefix), **begin, **self._owner}
+        wanted = self._base + check_prefix(prefix)
+        if not is_directory_bucket(self._bucket):
+            yield from self._pages(wanted, prefix, {"StartAfter": self._base + start_after} if start_after else {})
+            return
+        # A directory bucket (S3 Express) lists whole folders, from their beginning, and in no order.
+        found = self._pages(wanted[: wanted.rfind("/") + 1], prefix, {})
+        chosen = (info for info in found if info.key.startswith(prefix) and info.key > start_after)
+        yield from sorted(chosen, key=lambda info: info.key)
+
+    def _pages(self, wanted: str, prefix: str, begin: dict[str, str]) -> Iterator[ObjectInfo]:
+        query = {"Bucket": self._bucket, "Prefix": wanted, **begin, **self._owner}
         with self._explained("list", prefix):
             pages = iter(self._client.get_paginator("list_objects_v2").paginate(**query))
         while True:
@@ -232,9 +270,11 @@ class S3Store:
                 try:
                     answer = self._client.delete_objects(Bucket=self._bucket, Delete=request, **self._owner)
                 except aws.ClientError as error:
-                    if code_of(error) not in ("NotImplemented", "MethodNotAllowed", "MissingContentMD5", "405", "501"):
+                    if code_of(error) == "NoSuchBucket" or explain(code_of(error), status_of(error)).kind is Kind.BUSY:
                         raise
-                    self._batched_deletes = False  # Google's S3 interface, for one
+                    # Google has no such request, others refuse its checksum, and a policy may allow the other one alone. If
+                    # this is refused as well, that is the error.
+                    self._batched_deletes = False
             if self._batched_deletes:
                 for trouble in answer.get("Errors", ()):
                     if trouble.get("Code") not in ("NoSuchKey", "404"):
@@ -250,6 +290,11 @@ class S3Store:
                         raise
 
     # -- connection ---------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> Connection:
+        connection = Connection()
+        check_endpoint(connection.client.meta.endpoint_url, self._bucket)
+        return connection
 
     @property
     def _connection(self) -> Connection:
@@ -301,8 +346,10 @@ class S3Store:
         if self._connections.is_open():  # else a setting keeps it from being made
             known |= {"endpoint": urlsplit(self._client.meta.endpoint_url).netloc, "resource": self._resource(doing)}
         meaning = explain(code, status=said.get("HTTPStatusCode", 0), message=message_of(error), **known)
+        words = " ".join(message_of(error).split())[:_LONGEST_WORDS].rstrip(".")
         if code in ("NoSuchBucket", "404"):
-            return BucketNotFound(meaning.means, hint=meaning.hint)
+            return BucketNotFound(f"{meaning.means} ({code}: {words})" if words else meaning.means, hint=meaning.hint)
+        checksums = doing == "write" and self._may_refuse_checksums(code, words)
         if meaning.kind is Kind.CREDENTIALS:
             self._ask_for_credentials_again()
         hint = meaning.hint
@@ -311,9 +358,20 @@ class S3Store:
         region = said.get("HTTPHeaders", {}).get("x-amz-bucket-region") or response.get("Error", {}).get("Region")
         if code in ELSEWHERE and region:
             hint = f"the bucket is in {region}: export AWS_REGION={region}"
-        told = ": ".join(part for part in ((code, meaning.means) if response else (meaning.means, str(error))) if part)
+        if checksums:
+            hint = f"{_NO_CHECKSUMS}, if this server refuses checksums{f'; else: {hint}' if hint else ''}"
+        means = f"{meaning.means}, or the server refuses the checksum" if checksums and meaning.means else meaning.means
+        parts = (code, words, "" if means == words else means) if response else (means, str(error))
+        told = ": ".join(dict.fromkeys(part for part in parts if part))
         unknown = StoreError if response else ConfigError
         return _ERRORS.get(meaning.kind, unknown)(f"can't {doing} {where}: {told}", hint=hint or _HINTS.get(unknown, ""))
+
+    def _may_refuse_checksums(self, code: str, words: str) -> bool:
+        """Whether a refused upload carried a checksum that may be why: servers other than Amazon's call that many names."""
+        if not self._connections.is_open() or self._client.meta.config.request_checksum_calculation == "when_required":
+            return False
+        amazons = (urlsplit(self._client.meta.endpoint_url).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
+        return speaks_of_checksums(words) or (code in _CALLED_FOR_CHECKSUMS and not amazons)
 
     def _ask_for_credentials_again(self) -> None:
         """The next call reads files and asks processes anew: somebody may log in while a training goes on."""
@@ -339,6 +397,7 @@ _ERRORS: dict[Kind, type[SpotError]] = {
     Kind.CREDENTIALS: AccessDenied,
     Kind.SETTING: ConfigError,
     Kind.BUSY: StoreUnavailable,
+    Kind.QUOTA: StoreUnavailable,
 }
 _HINTS: dict[type[SpotError], str] = {ConfigError: "aws configure list"}
 # No timeouts: botocore has waited for those often enough.
@@ -351,6 +410,11 @@ def _again_if_broken(read: Callable[[], T]) -> T:
         with contextlib.suppress(*_BROKEN):
             return read()
     return read()
+
+
+def status_of(error: aws.ClientError) -> int:
+    """The HTTP status of an answer, 0 where it is not known."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _is_recursion(error: Exception) -> bool:

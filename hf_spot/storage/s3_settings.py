@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from urllib.parse import urlsplit
 
 from hf_spot.errors import ConfigError
 from hf_spot.storage.keys import check_key
@@ -11,6 +12,11 @@ from hf_spot.storage.keys import check_key
 OWNER_VARIABLE = "HF_SPOT_S3_EXPECTED_BUCKET_OWNER"
 KMS_KEY_VARIABLE = "HF_SPOT_S3_SSE_KMS_KEY_ID"
 
+_DIRECTORY_BUCKET = re.compile(r"--[a-z0-9-]+--x-s3$")
+_HOST_OF_A_BUCKET = re.compile(  # what stands behind a bucket's name where it is a part of the host
+    r"(s3|obs|oss|cos|storage)[.-]|.*\.(amazonaws\.com(\.cn)?|digitaloceanspaces\.com|backblazeb2\.com|wasabisys\.com"
+    r"|cloudflarestorage\.com|googleapis\.com|aliyuncs\.com|myhuaweicloud\.com|myqcloud\.com|scw\.cloud|linodeobjects\.com)$"
+)
 _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
 
 
@@ -26,6 +32,31 @@ def parse(url: str) -> tuple[str, str]:
         raise ConfigError(f"{url!r}: no parameters, please", hint="set AWS_ENDPOINT_URL_S3, AWS_PROFILE or AWS_REGION")
     prefix = prefix.strip("/")
     return bucket, check_key(prefix) if prefix else ""
+
+
+def is_directory_bucket(bucket: str) -> bool:
+    """Whether a bucket is one of S3 Express One Zone, by its name (https://docs.aws.amazon.com/AmazonS3/latest/userguide)."""
+    return _DIRECTORY_BUCKET.search(bucket) is not None
+
+
+def check_endpoint(endpoint: str, bucket: str) -> None:
+    """Refuse an endpoint that names the bucket, as consoles show it: the bucket would be asked for twice.
+
+    Raises:
+        ConfigError: it does; the hint has the endpoint without it.
+    """
+    parts = urlsplit(endpoint)
+    host, path = parts.netloc.rpartition("@")[2], parts.path.rstrip("/")
+    if path.endswith(f"/{bucket}"):
+        path = path.removesuffix(f"/{bucket}")
+    elif _HOST_OF_A_BUCKET.match(host.removeprefix(f"{bucket}.")) and host.startswith(f"{bucket}."):
+        host = host.removeprefix(f"{bucket}.")
+    else:
+        return
+    raise ConfigError(
+        f"the endpoint ends in, or begins with, the name of the bucket {bucket}, which is named again by each request",
+        hint=f"export AWS_ENDPOINT_URL={parts.scheme}://{host}{path}",
+    )
 
 
 def owner() -> dict[str, str]:
