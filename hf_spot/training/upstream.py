@@ -276,6 +276,14 @@ WANDB_LOGS_MODEL = _attribute(
     told=True,
     only="Weights & Biases",
 )
+PEFT_CONFIG = _attribute(  # other models have none
+    "peft.peft_model:PeftModel",
+    "peft_config",
+    "training.trainer.saves",
+    "the first save of an adapter reserves memory for the whole model",
+    told=True,
+    optional=True,
+)
 
 # Files, written while the training goes on
 _WAITS = "training waits until a checkpoint is written"

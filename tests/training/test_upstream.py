@@ -22,6 +22,7 @@ from typing import Any
 
 import accelerate.commands.launch
 import numpy
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -32,7 +33,15 @@ from accelerate.utils.fsdp_utils import save_fsdp_model
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations.integration_utils import WandbCallback, WandbLogModel
 
 from hf_spot import Run, SpotCallback
@@ -57,6 +66,7 @@ FOR_SOME = (
     "botocore.response",
     "google.cloud.storage.client",
     "hf_xet",
+    "peft.peft_model",
     "torch._dynamo.eval_frame",
     "torch.distributed.elastic.multiprocessing.api",
     "trl.trainer.sft_trainer",
@@ -426,6 +436,7 @@ OTHERWISE = {
     upstream.EXPORTABLE: "test_early_stopping_is_saved_by_its_state",
     upstream.TRAIN_TOKENS: "test_trl_counts_tokens",
     upstream.WANDB_LOGS_MODEL: "test_wandb_asks_whether_it_logs_checkpoints",
+    upstream.PEFT_CONFIG: "test_a_model_with_adapters_says_so",
     upstream.WRITE_RECORD: "test_torch_writes_records",
     upstream.FAILURES: "test_torch_tells_what_a_rank_could_not_write",
     upstream.START_WORKERS: "test_torch_starts_workers_as_it_did",
@@ -549,6 +560,14 @@ def test_wandb_asks_whether_it_logs_checkpoints(tmp_path: Path) -> None:
         callback._log_model, callback._initialized = WandbLogModel.CHECKPOINT, False
         callback.on_save(TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl())
     assert counted[upstream.WANDB_LOGS_MODEL] > 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks an older transformers
+def test_a_model_with_adapters_says_so() -> None:
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    plain = LlamaForCausalLM(LlamaConfig(**sizes))
+    assert not upstream.PEFT_CONFIG.is_on(plain)
+    assert upstream.PEFT_CONFIG.is_on(peft.get_peft_model(plain, peft.LoraConfig(r=1, target_modules=["q_proj"])))
 
 
 def test_torch_writes_records(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from hf_spot.training.saving.disk_errors import free_gb, in_words, is_of_a_disk
 from hf_spot.training.trainer.own_state import SavedTensors
 from hf_spot.training.upstream import (
     ON_SAVE,
+    PEFT_CONFIG,
     PUSH_FROM_CHECKPOINT,
     ROTATE,
     SAVE,
@@ -246,7 +247,7 @@ def _size_bytes(model: Any, *, here: bool) -> int:
     """
     weights = list(model.parameters())
     trained = [one for one in weights if one.requires_grad]
-    saved = trained if hasattr(model, "peft_config") else weights
+    saved = trained if PEFT_CONFIG.is_on(model) else weights
     return sum((one.to_local() if here and hasattr(one, "to_local") else one).nbytes for one in saved + 2 * trained)
 
 
