@@ -108,11 +108,24 @@ def test_kill_9_ends_it_and_whoever_is_tied_to_it(zygote: Zygote) -> None:
     wait_for(lambda: not tied.is_running() or tied.status() == psutil.STATUS_ZOMBIE, "for the one that was tied")
 
 
-def test_a_signal_finds_the_handlers_that_python_starts_with(zygote: Zygote) -> None:
-    code = "import signal; print(*(signal.getsignal(one) for one in sorted(signal.valid_signals() - {9, 19})))"
-    words = [sys.executable, "-c", code.replace("{9, 19}", "{signal.SIGKILL, signal.SIGSTOP}")]
-    executed = subprocess.run(words, env=environ(), capture_output=True, text=True, check=True).stdout
-    assert said(zygote, *words[1:]) == executed
+def test_signals_are_handled_ignored_and_blocked_as_in_one_that_was_executed(zygote: Zygote) -> None:
+    code = """if True:
+        import signal
+        for one in sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}):
+            print(int(one), repr(signal.getsignal(one)))
+        print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+        """
+    words = [sys.executable, "-c", code]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    handler = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    try:
+        executed = subprocess.run(words, env=environ(), capture_output=True, text=True, check=True).stdout
+        forked = said(zygote, *words[1:])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGUSR2, handler)
+    assert forked == executed
+    assert "Signals.SIGUSR1: 10" in executed.splitlines()[-1] and "12 <Handlers.SIG_IGN: 1>" in executed
 
 
 def test_trainer_is_imported_after_the_fork_and_draws_are_its_own(zygote: Zygote) -> None:

@@ -192,6 +192,7 @@ def _fork_or_execute(self: Any, args: Any, executable: Any, preexec_fn: Any, clo
             "new_session": bool(new_session),
             "space": _callers.space,
             "ignored": _ignored(),
+            "blocked": [int(one) for one in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
             "fds": [0, 1, 2, *pass_fds],
         }
         given = zip((p2cread, c2pwrite, errwrite), range(3), strict=True)
@@ -344,6 +345,7 @@ def _begin(request: dict[str, Any], fds: Sequence[int]) -> NoReturn:
             subprocess.Popen._execute_child = _fork_or_execute  # type: ignore[attr-defined]
         os.chdir(request["cwd"])
         _reset_signals(request["ignored"])
+        signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
         _run(words, request["environ"])
     except BaseException:
         traceback.print_exc()
@@ -439,7 +441,6 @@ def _reset_signals(ignored: Sequence[int]) -> None:
         signal.signal(one, signal.SIG_IGN)
     if signal.SIGINT not in ignored:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
 def _run(words: list[str], environ: dict[str, str]) -> NoReturn:

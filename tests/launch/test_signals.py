@@ -68,7 +68,7 @@ def options(ranks: int, *more: str) -> list[str]:
     [
         (1, "SIGTERM", "rank"),  # the one that nvidia-smi shows
         (1, "SIGHUP", "all"),
-        (2, "SIGTERM", "all"),
+        pytest.param(2, "SIGTERM", "all", marks=pytest.mark.fresh_python),  # what they inherit is blocked by who executes them
         (2, "SIGUSR1", "all"),
         pytest.param(1, "SIGHUP", "launcher", marks=pytest.mark.slow),
         pytest.param(1, "SIGINT", "all", marks=pytest.mark.slow),
