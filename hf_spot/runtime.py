@@ -30,6 +30,13 @@ _CLAIMED_VARIABLE = "HF_SPOT_CLAIMED_AT"
 _ARGUMENTS_VARIABLE = "HF_SPOT_ARGUMENTS"
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, for this user alone."""
+    for one in (*reversed(folder.parents), folder):
+        if not one.exists():
+            one.mkdir(mode=0o700, exist_ok=True)
+
+
 _TRAINING = ""
 _TRAINED = "ended"
 
@@ -142,7 +149,7 @@ class Runtime:
         try:
             write()
         except FileNotFoundError:
-            self.directory.mkdir(mode=0o700, exist_ok=True)
+            make_private(self.directory)
             if not self.is_trusted():
                 raise
             write()

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_spot.log import warn_for_all
+from hf_spot.runtime import make_private
 from hf_spot.training.data.rng import capture, pack, restore, unpack
 
 log = logging.getLogger("hf_spot")
@@ -166,7 +167,7 @@ class WorkerStates:
         """What takes the place of a loader's ``worker_init_fn`` when its workers start."""
         self._workers = loader.num_workers
         depth = (loader.prefetch_factor or 2) + self._ahead + 3
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_private(self._folder)
         self._forget_file()
         self._path = self._folder / f"workers-{uuid.uuid4().hex}"
         self._ring = Ring(self._path, self._workers, depth)

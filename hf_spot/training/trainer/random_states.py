@@ -10,7 +10,7 @@ import base64
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from accelerate.data_loader import DataLoaderDispatcher
 from torch.utils.data import BatchSampler
 from transformers import Trainer
 
-from hf_spot.run.transfer import copy_files
+from hf_spot.runtime import make_private
 from hf_spot.training.data.rng import capture, capture_gpus, forget, pack, restore, unpack
 from hf_spot.training.data.worker_states import WorkerStates
 from hf_spot.training.state.data_side import DataSide, from_json, parts_of, to_json
@@ -43,13 +43,15 @@ class RandomStates:
 
     Args:
         trainer: whose generators are saved and restored, by its own methods.
-        folder: on this machine, for the state of the epoch under way; `close` removes it.
+        folder: on this machine, for what Trainer writes; `close` removes it.
     """
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:
         self._trainer = trainer
         self._folder = folder
         self._remembered = folder.with_name(f"{folder.name}-remembered")
+        self._start_of_epoch: dict[str, bytes] = {}
+        self._remembered_files: dict[str, bytes] = {}
         self._draws = 0
         self._before_draw: dict[str, Any] | None = None
         self._workers = WorkerStates(folder.with_name(f"{folder.name}-workers"), trainer.args.gradient_accumulation_steps)
@@ -100,8 +102,7 @@ class RandomStates:
             self._load_start_of_epoch(resumed / _FOLDER)
             if (resumed / _FOLDER / self._draw_name).exists():
                 self._resumed_draw = json.loads((resumed / _FOLDER / self._draw_name).read_bytes())
-        self._folder.mkdir(parents=True, exist_ok=True)
-        SAVE_RNG_STATE.of(self._trainer)(str(self._folder))
+        self._start_of_epoch = self._files_of_now(self._folder)
         self._data_side_began = self._data_side.capture()
         self._watch(dataloader)
         self._step_ended = True
@@ -132,8 +133,8 @@ class RandomStates:
 
     def save(self, checkpoint: Path) -> None:
         """Adds this rank's states to a checkpoint."""
-        if self._folder.is_dir():
-            copy_files(self._folder, checkpoint / _FOLDER)
+        if self._start_of_epoch:
+            _write(self._start_of_epoch, checkpoint / _FOLDER)
             if self._before_draw is not None:
                 state = base64.b64encode(pack(self._before_draw)).decode()
                 (checkpoint / _FOLDER / self._draw_name).write_text(json.dumps({"draws": self._draws, "state": state}))
@@ -154,13 +155,20 @@ class RandomStates:
 
     def remember(self) -> None:
         """Keeps the random state of this moment for `return_to_remembered`."""
-        self._remembered.mkdir(parents=True, exist_ok=True)
-        SAVE_RNG_STATE.of(self._trainer)(str(self._remembered))
+        self._remembered_files = self._files_of_now(self._remembered)
 
     def return_to_remembered(self) -> None:
         """Returns to it."""
+        make_private(self._remembered)
+        _write(self._remembered_files, self._remembered)
         LOAD_RNG_STATE.plain(self._trainer)(str(self._remembered))
         forget()
+
+    def _files_of_now(self, folder: Path) -> dict[str, bytes]:
+        """Return what Trainer writes of this moment. In memory, because somebody may clean /tmp before it is needed."""
+        make_private(folder)
+        SAVE_RNG_STATE.of(self._trainer)(str(folder))
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def close(self) -> None:
         """Gives the trainer its method back, and removes the folder."""
@@ -269,3 +277,9 @@ class _Watched(BatchSampler):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_inner"], name)
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)

@@ -25,7 +25,7 @@ from hf_spot.policy.trainer_flags import SAVE_IS_DUE
 from hf_spot.run import history
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest
 from hf_spot.run.journal import Entry
-from hf_spot.runtime import Runtime
+from hf_spot.runtime import Runtime, make_private
 from hf_spot.storage.threads import Workers
 from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.ranks.agreement import Agreement
@@ -98,6 +98,8 @@ class TrainerSession:
         self._past: history.Past | None = None
         self._notices = 0
         # Not in output_dir, which may be full when the next epoch begins, or be deleted in its middle.
+        if runtime is not None:
+            make_private(runtime.directory)
         scratch = Path(tempfile.mkdtemp(prefix="hf_spot-", dir=runtime.directory if runtime else None))
         session.closing.callback(shutil.rmtree, scratch, ignore_errors=True)
         self.random_states = RandomStates(trainer, scratch / f"random-states-{trainer.args.process_index}")
