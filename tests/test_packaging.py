@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
@@ -77,3 +81,80 @@ def test_in_an_empty_environment_the_command_says_what_it_is(wheel: Path, tmp_pa
     assert say("--version").startswith("hf-spot ")
     assert "launch" in say("--help")
     assert "requeue" in say("recipe", "slurm", "--store", "s3://bucket/run")
+
+
+# -- versions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def setup() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def required(text: str) -> dict[str, Requirement]:
+    return {one.name: one for one in map(Requirement, text.strip().splitlines())}
+
+
+def pinned(name: str) -> dict[str, str]:
+    """What a file of constraints pins, by package."""
+    return dict(re.findall(r"^([\w.-]+)==([^;\s]+)", (ROOT / "tests" / name).read_text(), re.MULTILINE))
+
+
+def test_the_oldest_packages_are_those_that_setup_cfg_allows(setup: configparser.ConfigParser) -> None:
+    lowest = pinned("lowest.txt")
+    bounds = required(setup["options"]["install_requires"]) | required(setup["options.extras_require"]["completion"])
+    for name, one in bounds.items():
+        if name == "torch":  # older ones are built for CUDA only
+            continue
+        (bound,) = one.specifier
+        assert bound.operator == ">="
+        assert re.fullmatch(rf"{re.escape(bound.version)}(\.\d+)*", lowest[name]), name
+
+
+def test_what_an_extra_brings_the_tests_have_too(setup: configparser.ConfigParser) -> None:
+    extras = setup["options.extras_require"]
+    test = required(extras["test"])
+    for extra in ("completion", "crt", "plot", "gcs", "azure", "notebooks"):
+        for one in required(extras[extra]).values():
+            assert test.get(one.name) is not None, f"{extra}: {one}"
+            assert str(test[one.name].specifier) == str(one.specifier)
+
+
+def test_every_library_that_the_package_imports_is_declared(setup: configparser.ConfigParser) -> None:
+    declared = required(setup["options"]["install_requires"])
+    modules = {"yaml": "pyyaml"}
+    imported = {
+        found
+        for path in (ROOT / "hf_spot").rglob("*.py")
+        for found in re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+    }
+    ours = {"hf_spot", "azure", "google", "requests", "botocore", "s3transfer", "awscrt", "urllib3", *sys.stdlib_module_names}
+    assert {modules.get(name, name) for name in imported - ours} <= {*declared, "hf_xet"}
+
+
+def test_each_python_that_is_promised_is_tested_each_week(setup: configparser.ConfigParser) -> None:
+    environments = re.split(r"[,\s]+", setup["tox:tox"]["env_list"].strip())
+    promised = re.findall(r"Python :: 3\.(\d+)$", setup["metadata"]["classifiers"], re.MULTILINE)
+    assert {f"py3{minor}" for minor in promised} <= {*environments}
+    weekly = yaml.safe_load((ROOT / ".github" / "workflows" / "weekly.yml").read_text())
+    runs = {one["environment"]: one["python"] for one in weekly["jobs"]["tox"]["strategy"]["matrix"]["include"]}
+    assert {*runs} == {*environments} >= {"lowest", "newest"}
+    assert all(name.replace("py3", "3.") == python for name, python in runs.items() if name.startswith("py"))
+    assert setup["options"]["python_requires"] == f">=3.{min(map(int, promised))}"
+    assert runs["lowest"] == setup["testenv:lowest"]["base_python"].replace("py3", "3.")
+
+
+def test_the_newest_packages_are_not_held_back(setup: configparser.ConfigParser) -> None:
+    assert "-c" not in setup["testenv:newest"]["install_command"].split()
+    assert "-c tests/lowest.txt" in setup["testenv:lowest"]["install_command"]
+
+
+def test_a_commit_is_checked_by_the_linters_of_ci() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    ci = (ROOT / ".ci" / "run").read_text()
+    for hook in hooks:
+        assert hook["entry"].partition(" --")[0] in ci
+    linters = re.findall(r"^part \w+ (\.venv/bin/\S+)", ci, re.MULTILINE)
+    assert {*linters} == {hook["entry"].split()[0] for hook in hooks}
