@@ -16,7 +16,7 @@ from hf_spot.cloud import machine, user_data
 from hf_spot.cloud.job import Job
 from hf_spot.cloud.user_data import render
 from hf_spot.errors import SpotError
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
 
 def job(**values: Any) -> Job:
@@ -168,7 +168,7 @@ def test_systemd_tells_the_first_shell_alone_and_that_the_launcher_alone(fresh: 
     try:
         wait_for((fresh.folder / "ready").exists)
         shell.send_signal(signal.SIGTERM)
-        assert shell.wait(20) == 75
+        assert shell.wait(PATIENCE_S) == 75
     finally:
         shell.kill()
 

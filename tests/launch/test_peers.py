@@ -198,7 +198,7 @@ def test_a_slow_stranger_delays_no_notice(meeting: Meeting, machines: int) -> No
         began = time.monotonic()
         meeting.gave_up.set()
         assert host.result() is None
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < TIMEOUT_S / 2
 
 
 def test_a_stranger_in_the_place_of_machine_0_delays_no_notice(meeting: Meeting) -> None:
@@ -213,7 +213,7 @@ def test_a_stranger_in_the_place_of_machine_0_delays_no_notice(meeting: Meeting)
             began = time.monotonic()
             meeting.gave_up.set()
             assert guest.result() is None
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < TIMEOUT_S / 2
 
 
 def test_who_trickles_is_sent_away_after_one_deadline_for_all_of_it(meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:

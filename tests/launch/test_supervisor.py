@@ -15,7 +15,7 @@ import pytest
 
 from hf_spot.run.run import Run
 from tests.launch.conftest import Launcher, Lines
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_two_interrupts_end_everything_at_once(launcher, store, write) -> None: 
     assert launch.process.poll() is None
     launch.process.send_signal(signal.SIGINT)
     assert launch.wait() == 130, launch.text()
-    assert psutil.wait_procs(left, timeout=5)[1] == []
+    assert psutil.wait_procs(left, timeout=PATIENCE_S)[1] == []
     assert kinds(store) == ["claim", "notice", "preempted"]
 
 
@@ -122,7 +122,7 @@ def test_a_script_that_is_not_training_gets_until_the_deadline(launcher, store, 
     launch.process.send_signal(signal.SIGTERM)
     assert launch.wait() == 75, launch.text()
     assert "did not end in time" in launch.text()
-    assert psutil.wait_procs(left, timeout=5)[1] == []
+    assert psutil.wait_procs(left, timeout=PATIENCE_S)[1] == []
 
 
 @pytest.mark.fresh_python
@@ -137,7 +137,7 @@ def test_everything_dies_with_a_launcher_that_is_killed(launcher, store, write) 
     launch = launcher.start(store, [write(HANGS)])
     left = [*pids(launcher), *launch.process.children(recursive=True)]
     launch.process.kill()
-    assert psutil.wait_procs(left, timeout=10)[1] == []
+    assert psutil.wait_procs(left, timeout=PATIENCE_S)[1] == []
 
 
 @pytest.mark.fresh_python
@@ -147,7 +147,7 @@ def test_everything_dies_with_a_guard_that_is_killed(launcher, store, write) -> 
     (guard,) = launch.process.children()
     guard.kill()
     assert launch.wait() == 128 + signal.SIGKILL, launch.text()
-    assert psutil.wait_procs(left, timeout=10)[1] == []
+    assert psutil.wait_procs(left, timeout=PATIENCE_S)[1] == []
 
 
 @pytest.mark.fresh_python

@@ -16,6 +16,7 @@ import pytest
 from hf_spot.errors import ConfigError
 from hf_spot.notices.notice import NoticeKind
 from hf_spot.notices.signals import SignalSource
+from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
@@ -87,7 +88,7 @@ def test_after_stop_the_signal_kills_as_it_did_before() -> None:
         child.stdin.flush()
         assert [child.stdout.readline(), child.stdout.readline()] == ["count 0\n", "restored\n"]
         child.send_signal(signal.SIGTERM)
-        assert child.wait(timeout=10) == -signal.SIGTERM
+        assert child.wait(timeout=PATIENCE_S) == -signal.SIGTERM
 
 
 FORK = """

@@ -15,7 +15,7 @@ from hf_spot.notices.notice import NoticeSource
 from hf_spot.notices.signals import SignalSource
 from hf_spot.notices.watch import watch
 from hf_spot.testing import FakeIMDS
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,7 +90,7 @@ def test_notices_are_shown_as_they_come_until_ctrl_c() -> None:
             assert json.loads(child.stdout.readline())["kind"] == "CANCELLED"
             child.send_signal(signal.SIGINT)
             assert child.stdout.readline() == "ended\n"
-            assert child.wait(timeout=10) == 0
+            assert child.wait(timeout=PATIENCE_S) == 0
         finally:
             child.kill()
             child.communicate()
@@ -109,7 +109,7 @@ def test_the_fake_runs_on_its_own_and_announces_when_told_to() -> None:
             notice = source.poll()
         assert notice.kind.value == "TERMINATE"
         child.send_signal(signal.SIGINT)
-        assert child.wait(timeout=10) == 0
+        assert child.wait(timeout=PATIENCE_S) == 0
     finally:
         child.kill()
         child.communicate()
@@ -133,7 +133,7 @@ def test_a_signal_that_ends_others_is_shown_and_ends_it_and_any_other_is_shown(n
             assert "TERMINATE (SIGUSR1" in child.stdout.readline()
             assert child.poll() is None
             child.send_signal(signal.SIGINT)
-        assert child.wait(timeout=20) == 0
+        assert child.wait(timeout=PATIENCE_S) == 0
     finally:
         child.kill()
         child.communicate()

@@ -13,7 +13,7 @@ from hf_spot.notices.aws import IMDSSource
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.watcher import Belief, Watcher
 from hf_spot.testing import FakeIMDS
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
@@ -281,7 +281,7 @@ def test_every_source_is_polled_at_the_start_without_waiting_for_its_interval() 
     source, heard = Scripted(interval_s=3600), threading.Event()
     source.answer = notice("TERMINATE")
     with Watcher([source], lambda one: heard.set()):
-        assert heard.wait(10)
+        assert heard.wait(PATIENCE_S)
 
 
 def test_stop_waits_neither_for_an_interval_nor_for_a_poll_that_hangs() -> None:
@@ -290,16 +290,16 @@ def test_stop_waits_neither_for_an_interval_nor_for_a_poll_that_hangs() -> None:
     class Hanging(Scripted):
         def poll(self) -> PreemptionNotice | None:
             polling.set()
-            release.wait(30)
+            release.wait(PATIENCE_S)
             return notice("TERMINATE")
 
     heard: list[PreemptionNotice] = []
     watcher = Watcher([Scripted(interval_s=3600), Hanging()], heard.append)
     watcher.start()
-    assert polling.wait(10)
+    assert polling.wait(PATIENCE_S)
     began = time.monotonic()
     watcher.stop()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < PATIENCE_S / 10
     release.set()
     wait_for(lambda: not any(thread.is_alive() for thread in watcher._threads))
     assert heard == [], "no call of the listener may begin after stop"
@@ -315,7 +315,7 @@ def test_the_listener_may_stop_the_watch() -> None:
 
     watcher = Watcher([source], listen)
     watcher.start()
-    assert stopped.wait(10)
+    assert stopped.wait(PATIENCE_S)
     wait_for(lambda: not any(thread.is_alive() for thread in watcher._threads))
 
 

@@ -24,7 +24,7 @@ from hf_spot.notices.detect import GRACE_VARIABLE, grace_s
 from hf_spot.notices.file import FILE_VARIABLE, FileSource
 from hf_spot.recipes import render
 from tests.cloud.test_user_data import Machine
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("kubernetes", "slurm", "sagemaker", "ec2")
@@ -348,7 +348,7 @@ class Cluster:
         """The script's own code, what was asked of Slurm and of hf-spot, and what was printed."""
         (self.folder / "asked").write_text("")
         with self.start(script, code, nodes) as process:
-            printed = process.communicate(timeout=60)[0]
+            printed = process.communicate(timeout=PATIENCE_S)[0]
         return process.returncode, self.asked(), printed
 
     def asked(self) -> list[str]:
@@ -412,7 +412,7 @@ def test_the_signal_of_slurm_reaches_the_launch_on_every_node_and_the_job_goes_b
         wait_for(lambda: process.poll() is not None or all(path.exists() for path in ready))
         for task in ready[-1].read_text().split():
             os.kill(int(task), signal.SIGUSR1)  # as Slurm's daemon on each node does, to what srun has started there
-        printed = process.communicate(timeout=60)[0]
+        printed = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 75, printed
     assert cluster.asked()[-1] == "scontrol requeue 7"
 

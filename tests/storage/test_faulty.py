@@ -13,6 +13,7 @@ from hf_spot.errors import ObjectNotFound, StoreUnavailable
 from hf_spot.storage.faulty import Fault, FaultyStore
 from hf_spot.storage.memory import MemoryStore
 from hf_spot.storage.store import ObjectStore
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_a_call_can_be_held_until_an_event(memory: MemoryStore) -> None:
             pass
         assert not held.done()
         gate.set()
-        held.result(timeout=10)
+        held.result(timeout=PATIENCE_S)
 
     assert memory.get("a") == b""
 

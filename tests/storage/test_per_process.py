@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_spot.storage.per_process import PerProcess, renamed_when_whole
+from tests.waiting import PATIENCE_S
 
 
 def test_threads_that_ask_at_once_get_one_and_the_same() -> None:
@@ -25,7 +26,7 @@ def test_threads_that_ask_at_once_get_one_and_the_same() -> None:
     own = PerProcess(open_slowly)
 
     def get(_: int) -> object:
-        together.wait(30)
+        together.wait(PATIENCE_S)
         return own.get()
 
     assert not own.is_open()
@@ -43,14 +44,14 @@ def test_a_child_opens_its_own_even_if_a_thread_was_opening_one_at_the_fork() ->
     def open_once() -> int:
         if os.getpid() == parent:
             opening.set()
-            may_end.wait(30)
+            may_end.wait(PATIENCE_S)
         return os.getpid()
 
     parent = os.getpid()
     own = PerProcess(open_once)
     thread = threading.Thread(target=own.get)
     thread.start()
-    assert opening.wait(30)
+    assert opening.wait(PATIENCE_S)
     child = os.fork()
     if not child:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)

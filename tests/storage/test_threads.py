@@ -10,7 +10,7 @@ from concurrent.futures import wait
 import pytest
 
 from hf_spot.storage.threads import Workers
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
 
 def test_so_many_work_at_the_same_time_and_no_more() -> None:
@@ -51,4 +51,4 @@ def test_threads_end_when_nobody_can_ask_them_any_more() -> None:
 
 def test_a_call_that_never_returns_keeps_no_process_alive() -> None:
     code = "import threading; from hf_spot.storage.threads import Workers; Workers(1).submit(threading.Event().wait)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, dataloader
 from torch.utils.data._utils import worker
 
 from hf_spot.training.data.worker_processes import shield
+from tests.waiting import PATIENCE_S
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
@@ -30,5 +31,5 @@ def test_a_worker_outlives_a_stranger_and_obeys_its_parent(context: str, monkeyp
     assert sum(1 for _ in batches) == 99
     assert process.is_running()
     os.kill(process.pid, signal.SIGTERM)
-    batches._workers[0].join(20)
+    batches._workers[0].join(PATIENCE_S)
     assert batches._workers[0].exitcode == 0
