@@ -18,6 +18,7 @@ from hf_spot.commands import machines, runs
 from hf_spot.commands.common import add_command, setting_help, takes_json
 from hf_spot.completion import SHELLS
 from hf_spot.errors import EXIT_USAGE, ConfigError, SpotError
+from hf_spot.terminal import outlive_terminal
 
 _EXIT_CODES = """exit codes:
   0    success; launch: the run is finished
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _launch(argv: Sequence[str]) -> int:
     from hf_spot.launch import early
 
+    outlive_terminal()
     with early.listening(argv):
         from hf_spot.launch.command import Reading
 

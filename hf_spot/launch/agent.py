@@ -22,6 +22,7 @@ from accelerate.commands.launch import main  # noqa: E402
 
 from hf_spot.errors import EXIT_PREEMPTED  # noqa: E402
 from hf_spot.runtime import Runtime  # noqa: E402
+from hf_spot.terminal import outlive_terminal  # noqa: E402
 
 gc.freeze()
 gc.enable()
@@ -53,6 +54,7 @@ def _main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger(main.__module__).addFilter(_is_news)  # the launcher has said it, once for all restarts
+    outlive_terminal()
     kill_ranks()
     runtime = Runtime.from_environ(os.environ)
     try:

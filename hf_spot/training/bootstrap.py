@@ -20,6 +20,7 @@ from hf_spot import process_guard
 from hf_spot.errors import SpotError, StoreUnavailable
 from hf_spot.notices.signals import answered_signals, is_left_alone
 from hf_spot.runtime import Runtime
+from hf_spot.terminal import outlive_terminal
 
 _TRAINER = "transformers.trainer"
 _LARGE = ("torch", "transformers")
@@ -80,6 +81,7 @@ def main(argv: Sequence[str]) -> None:
     runtime, process = Runtime.from_environ(os.environ), os.getpid()
     process_guard.tie(runtime.launcher if runtime else None)
     if runtime is not None:
+        outlive_terminal()
         leave_signals_to_the_launcher(runtime)
     sys.meta_path.insert(0, TrainerHook())
     try:

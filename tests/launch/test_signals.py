@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import signal
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +14,7 @@ import psutil
 import pytest
 
 from hf_spot.run.run import Run
-from tests.launch.conftest import Launch, Launcher, Twin
+from tests.launch.conftest import PLAIN, Launch, Launcher, Twin
 from tests.waiting import wait_for
 
 BY_DEFAULT = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"]
@@ -178,3 +181,36 @@ def test_a_signal_when_all_is_done_changes_no_exit_code() -> None:
             signal.raise_signal(one)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_terminal_that_is_lost_is_a_notice_and_nothing_that_is_printed_ends_the_training(tmp_path: Path, ranks: int) -> None:
+    """As when ssh breaks off: the kernel sends SIGHUP, and whoever prints from then on gets an error."""
+    store, log = str(tmp_path / "run"), tmp_path / "log"
+    script = [PLAIN, "--output_dir", "out", "--diary", "diary", "--weights", "weights", "--step_s", "0.1"]
+    command = [sys.executable, "-m", "hf_spot", "launch", "--store", store, *options(ranks), *map(str, script)]
+    ours, theirs = pty.openpty()
+    begins = "import os, sys, fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    process = psutil.Popen(
+        [sys.executable, "-c", begins, *command],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    launch = Launch(process, log, tmp_path / "diary", tmp_path / "out")
+    try:
+        with open(ours, "rb", buffering=0) as terminal, open(log, "wb") as kept:
+            while launch.step() < 3:
+                kept.write(terminal.read(4096))
+                kept.flush()
+        assert launch.wait() == 75, launch.text()
+    finally:
+        if process.poll() is None:
+            launch.kill_tree()
+    newest = Run(store).latest()
+    assert newest is not None and newest.step == launch.step() >= 3
+    assert [entry.kind for entry in Run(store).events()][-1] == "preempted"
