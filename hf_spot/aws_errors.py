@@ -56,7 +56,7 @@ def explain(code: str, status: int = 0, message: str = "", **known: str) -> Mean
     Args:
         code: as the service sent it, or the name of botocore's exception; for S3's answers to HEAD the code is the status.
         status: status of the HTTP response; 0 if unknown.
-        message: what the service said beside the code; it tells some refusals apart that have the same code.
+        message: the message of the service; it distinguishes some refusals with the same code.
         known: values for the names in braces: ``bucket``, ``region``, ``permission``, ``resource``, ``instance_type``,
             ``image``, ``role``.
     """
@@ -106,7 +106,7 @@ _LIBRARIES = ("botocore", "s3transfer", "urllib3")
 
 
 def speaks_of_checksums(message: str) -> bool:
-    """Tell whether a server refuses what boto3 sends to have an upload checked."""
+    """Return whether an error message refuses the checksums that boto3 sends with an upload."""
     return bool(_CHECKSUMS.search(message))
 
 
@@ -199,24 +199,24 @@ _NO_NETWORK = Meaning(Kind.MISSING, "{region} has no default network", "aws ec2 
 
 _DENIED = Meaning(
     Kind.PERMISSION,
-    "a policy denies this explicitly, and no permission that you add overrules it",
-    "the server's words name the kind of policy; the bucket's own: aws s3api get-bucket-policy --bucket {bucket}",
+    "a policy denies this explicitly, which no other permission can override",
+    "see the server's message for the kind of policy; that of the bucket: aws s3api get-bucket-policy --bucket {bucket}",
 )
 _REQUESTER_PAYS = Meaning(
     Kind.PERMISSION,
-    "the bucket wants whoever asks to pay (Requester Pays), which hf_spot does not offer",
-    "a bucket of your own, or: aws s3api put-bucket-request-payment --bucket {bucket} "
+    "the bucket requires the requester to pay (Requester Pays), which hf_spot does not support",
+    "use another bucket, or: aws s3api put-bucket-request-payment --bucket {bucket} "
     "--request-payment-configuration Payer=BucketOwner",
 )
 _NO_ROOM = Meaning(
     Kind.QUOTA,
-    "the store has no more room for this account or bucket",
-    "hf-spot checkpoints prune RUN --save-total-limit 1, or a larger quota at your provider; uploads are retried meanwhile",
+    "the storage quota of this account or bucket is used up",
+    "hf-spot checkpoints prune RUN --save-total-limit 1, or ask your provider for a larger quota; uploads are retried",
 )
 _NOT_SUPPORTED = Meaning(
     Kind.SETTING,
-    "the server does not support what was asked",
-    "a newer version of the server, or another store; for an older one: export AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
+    "the server does not support this request",
+    "upgrade the server, or use another store; for an old server: export AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
 )
 _BY_WORDS = (
     (re.compile("iam:PassRole"), _PASS_ROLE),
@@ -224,7 +224,7 @@ _BY_WORDS = (
     (re.compile("requester[ -]?pays?", re.IGNORECASE), _REQUESTER_PAYS),
     (re.compile(r"quota|\bcap (is )?exceeded|storage cap|storage full", re.IGNORECASE), _NO_ROOM),
 )
-"""Refusals that have the code of a lacking permission, or one that nobody knows."""
+"""Refusals recognised by their message, because their code is that of a missing permission or not in the table."""
 _CHECKSUMS = re.compile(
     r"checksum|crc-?(32|64)|x-amz-(sdk|trailer|content-sha256|checksum)|trailer|STREAMING-|aws-chunked|unsupported header"
     r"|header you provided implies",

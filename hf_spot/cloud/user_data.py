@@ -63,8 +63,8 @@ python3 -m hf_spot.cloud.machine ship {log} --every {every_s} &
 exec bash -euo pipefail {folder}/run
 """
 
-# systemd tells the unit's first process alone, this shell, that the machine stops. A shell that waits for a command in the
-# foreground would not notice, so the commands run in another one, and the launcher below them is told.
+# When the machine stops, systemd signals only the unit's first process, this shell. A shell that waits for a foreground command
+# would not react, so the commands run in a second shell, and the first one signals the launcher below it.
 _RUN = """\
 (
 trap : TERM
