@@ -96,7 +96,6 @@ def flags_for(moment: Moment, decision: Decision | None, state: LoopState) -> Fl
     return Flags(
         should_save=saves,
         should_evaluate=False,
-        should_log=True,
         should_training_stop=True,
         skips_evaluation=state.should_evaluate,
     )

@@ -26,6 +26,7 @@ from hf_spot.training.trainer.accumulation import Accumulation
 from hf_spot.training.trainer.batch_size import batches, from_details, to_details
 from hf_spot.training.trainer.entry import Entry
 from hf_spot.training.trainer.evaluation import Evaluations, Stopped
+from hf_spot.training.trainer.log_window import LogWindow
 from hf_spot.training.trainer.notebook import shows_errors
 from hf_spot.training.trainer.own_state import SavedTensors, after_train_begin, own_state
 from hf_spot.training.trainer.restore import load_finished
@@ -83,6 +84,8 @@ class SpotCallback(TrainerCallback):
         self._added: str | None = None
         self._evaluation_skipped = False
         self._accumulation: Accumulation | None = None
+        self._log_window: LogWindow | None = None
+        self._save_is_extra = False
         self._save_is_owed = False
         self._resumed_epoch_is_ahead = False
         self.resume_from_checkpoint: str | None = None
@@ -104,6 +107,8 @@ class SpotCallback(TrainerCallback):
         if self._session.restored is not None:
             carry_callback_states(self._session.trainer)
             carry_counters(self._session.trainer, self._session.restored.details.get("counters", {}))
+        assert self._log_window is not None
+        self._log_window.begin(self._resumed_folder(self._session))
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Makes sure that a resumed epoch has the order that it began with."""
@@ -184,7 +189,7 @@ class SpotCallback(TrainerCallback):
             best_step=state.best_global_step,
             world_size=args.world_size,
             details={
-                "evaluation_pending": self._evaluation_pending(args, state),
+                "evaluation_pending": self._evaluation_pending(args, state, loop),
                 "max_steps": state.max_steps,
                 "output_dir": str(self._session.run_session.output_dir),
                 "epoch_of_data": state.epoch,
@@ -224,34 +229,34 @@ class SpotCallback(TrainerCallback):
             if session.restored is not None and session.restored.ref.complete:
                 log.info("step %d was the last one: nothing is left to train", session.restored.step)
                 session.stage_finished()
-                result = load_finished(trainer, Path(str(folder)), session.restored, session.best_folder)
-                carried.restore(Path(str(folder)))
-                return result
+                return load_finished(trainer, Path(str(folder)), session.restored, session.best_folder, carried.restore)
             if session.restored is not None:
                 self._saved_step = session.restored.step
-                pending = session.restored.details.get("evaluation_pending")
-                session.random_states.resume(self._make_up_for_evaluation if pending else lambda: None)
+                session.random_states.resume(self._make_up)
             shield(self.args)
-            evaluated_before = session.restored is not None and _has_evaluated(
-                session.run_session.output_dir / session.restored.name
-            )
             self._session = session
-            self._accumulation = Accumulation(trainer, session.random_states)
+            self._log_window = LogWindow(trainer, lambda: self._stopping, lambda: self._save_is_extra)
+            self._accumulation = Accumulation(trainer, session.random_states, self._log_window)
             self._evaluations = Evaluations(
-                trainer, session.random_states, functools.partial(self._evaluation_was_cut, trainer), evaluated_before
+                trainer,
+                session.random_states,
+                self._log_window,
+                functools.partial(self._evaluation_was_cut, trainer),
+                self._resumed_folder(session),
             )
             self._saves = Saves(
                 trainer,
                 session.run_session.agreement,
                 session.run_session.disk,
                 session.behind,
-                functools.partial(_finish_save, session, carried),
+                functools.partial(_finish_save, session, self._log_window, carried),
                 functools.partial(self._save_failed, trainer),
             )
             self._resumed_epoch_is_ahead = session.restored is not None
             restored_to = None if session.restored is None else Path(str(folder))
             after_train_begin(trainer, functools.partial(_restore_own_state, carried, restored_to))
             try:
+                self._log_window.watch()
                 with (
                     loaded_whole(trainer),
                     dispatched_batches_skipped(),
@@ -270,9 +275,13 @@ class SpotCallback(TrainerCallback):
                 raise
             finally:
                 self._evaluations.close()
+                self._log_window.close()
                 self._saves.close()
-                self._session = self._evaluations = self._accumulation = self._saves = None
+                self._session = self._evaluations = self._accumulation = self._saves = self._log_window = None
             return result
+
+    def _resumed_folder(self, session: TrainerSession) -> Path | None:
+        return None if session.restored is None else session.run_session.output_dir / session.restored.name
 
     def _stream_resumed(self, trainer: Trainer, session: TrainerSession) -> contextlib.AbstractContextManager[None]:
         details = session.restored.details if session.restored else {}
@@ -301,6 +310,7 @@ class SpotCallback(TrainerCallback):
     ) -> None:
         """Set the flags that follow from a decision, and remember what the next moments have to know of it."""
         flags = flags_for(moment, decision, self._loop_state(args, state, control))
+        self._save_is_extra = bool(flags.should_save) and not control.should_save
         for name in ("should_save", "should_evaluate", "should_log", "should_training_stop"):
             if (value := getattr(flags, name)) is not None:
                 setattr(control, name, value)
@@ -317,15 +327,28 @@ class SpotCallback(TrainerCallback):
         self._session.save_failed(why, stops=not self._stopping and self.args.on_save_error == "stop")
 
     def _evaluation_was_cut(self, trainer: Trainer) -> None:
-        assert self._session is not None
+        assert self._session is not None and self._evaluations is not None
         decision = self._session.stop_after_cut_evaluation(trainer.state.global_step)
+        if not self._evaluations.has_begun:
+            self._session.leave(0)  # ``eval_on_start``: there is nothing to save, and the next launch begins with it
         self._set(Moment.EVALUATION_CUT, decision, trainer.args, trainer.state, trainer.control)
         if trainer.control.should_save:
             self._session.save_begins()
 
+    def _make_up(self) -> None:
+        """Do what an uninterrupted run did between the checkpoint and the next step, in its order; called right after Trainer
+        has restored the random states."""
+        assert self._session is not None and self._session.restored is not None and self._log_window is not None
+        pending = bool(self._session.restored.details.get("evaluation_pending"))
+        at_epoch_end = self._session.trainer.args.eval_strategy == IntervalStrategy.EPOCH
+        if pending and not at_epoch_end:
+            self._make_up_for_evaluation()
+        self._log_window.make_up()
+        if pending and at_epoch_end:
+            self._make_up_for_evaluation()
+
     def _make_up_for_evaluation(self) -> None:
-        """At the one moment where it draws the random numbers that it would have drawn: right after Trainer has restored
-        the RNG."""
+        """At the one moment where it draws the random numbers that it would have drawn."""
         assert self._session is not None and self._evaluations is not None
         try:
             self._evaluations.make_up()
@@ -335,25 +358,22 @@ class SpotCallback(TrainerCallback):
         if self._stopping:
             self._session.leave(self._session.restored.step if self._session.restored else 0)
 
-    def _evaluation_pending(self, args: TrainingArguments, state: TrainerState) -> bool:
+    def _evaluation_pending(self, args: TrainingArguments, state: TrainerState, loop: LoopState) -> bool:
         """True when an uninterrupted run evaluates between this save and the next step: a resumed one has to make up for it,
         because the evaluation draws random numbers, picks the best model and may step the schedule."""
-        at_epoch_end = (
-            args.eval_strategy == IntervalStrategy.EPOCH and _is_epoch_end(state) and args.eval_delay <= (state.epoch or 0)
-        )
+        ends = _is_epoch_end(state) or is_complete(loop)
+        at_epoch_end = args.eval_strategy == IntervalStrategy.EPOCH and ends and args.eval_delay <= (state.epoch or 0)
         evaluated = any(
             line.get("step") == state.global_step and any(key.startswith("eval_") for key in line) for line in state.log_history
         )
         return self._evaluation_skipped or (at_epoch_end and not evaluated)
 
 
-def _has_evaluated(checkpoint: Path) -> bool:
-    history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
-    return any(key.startswith("eval_") for line in history for key in line)
-
-
-def _finish_save(session: TrainerSession, carried: CarriedState, folder: Path, saved: SavedTensors) -> None:
+def _finish_save(
+    session: TrainerSession, log_window: LogWindow, carried: CarriedState, folder: Path, saved: SavedTensors
+) -> None:
     session.random_states.save(folder)
+    log_window.save(folder)
     carried.save(folder, saved)
 
 

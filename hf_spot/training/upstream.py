@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
+from packaging.version import Version
+
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
 from hf_spot.training.upstream_name import Name, Scope
@@ -34,6 +36,10 @@ def _has_callback(name: str, trainer: Any) -> bool:
     return any(type(one).__name__ == name for one in trainer.callback_handler.callbacks)
 
 
+def _is_at_least(library: str, *version: int) -> bool:
+    return Version(version_of(library)).release[: len(version)] >= version
+
+
 ONLY: dict[str, Callable[[Any], bool]] = {
     "several micro-batches per step": lambda trainer: trainer.args.gradient_accumulation_steps > 1,
     "datasets without a length": _is_stream,
@@ -42,6 +48,8 @@ ONLY: dict[str, Callable[[Any], bool]] = {
     "GPUs": lambda trainer: trainer.args.device.type not in ("cpu", "meta"),
     "Weights & Biases": partial(_has_callback, "WandbCallback"),
     "TRL's SFTTrainer": lambda trainer: any(kind.__name__ == "SFTTrainer" for kind in type(trainer).__mro__),
+    # Others divide by all steps, or don't have it under this name; where it is there, it is used.
+    "transformers from 5.23 on": lambda trainer: _is_at_least("transformers", 5, 23),
     "load_best_model_at_end": lambda trainer: bool(trainer.args.load_best_model_at_end),
 }
 
@@ -88,6 +96,7 @@ def _value(owner: str, name: str, users: str, without: str, **more: Any) -> Name
 _STEPS = "an optimizer step may hold other samples after a resume"
 _STOPPED = "a training that was stopped early, and is resumed, does one step too many"
 _EVALUATIONS = "a notice can't end an evaluation, and one that it left out is not made up for"
+_LINES = "log lines and train_loss of an interrupted training are not those of an uninterrupted one"
 _STREAMS = "a stream is resumed at another sample than the one that it was left at"
 _RANDOM = "random numbers after a resume are not those of an uninterrupted training"
 
@@ -100,22 +109,39 @@ ON_TRAIN_BEGIN = _method(
     "a training in which SpotCallback can't work is not refused",
 )
 CALLBACK_HANDLER = _attribute(
-    _TRAINER, "callback_handler", "training.trainer.entry", "SpotCallback is not found, so nothing is saved"
+    _TRAINER,
+    "callback_handler",
+    "training.trainer.entry training.trainer.restore",
+    "SpotCallback is not found, so nothing is saved",
 )
 CALLBACKS = _attribute(
-    _HANDLER, "callbacks", "training.trainer.entry training.trainer.saves", "SpotCallback is not found, so nothing is saved"
+    _HANDLER,
+    "callbacks",
+    "training.trainer.entry training.trainer.restore training.trainer.saves",
+    "SpotCallback is not found, so nothing is saved",
 )
 RUN_EPOCH = _method(_TRAINER, "_run_epoch", "*, model, epoch, trial, start_time, …", "training.trainer.evaluation", _STOPPED)
-LEARNING_RATE = _method(_TRAINER, "_get_learning_rate", "", "training.trainer.evaluation", _STOPPED)
 LOG_SAVE_EVALUATE = _method(
     _TRAINER,
     "_maybe_log_save_evaluate",
     "tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, *, learning_rate",
-    "training.trainer.evaluation",
+    "training.trainer.evaluation training.trainer.log_window",
     _STOPPED,
 )
 ON_EPOCH_END = _method(_HANDLER, "on_epoch_end", "args, state, control", "training.trainer.evaluation", _STOPPED)
-LOSS_SO_FAR = _attribute(_TRAINER, "_tr_loss", "training.trainer.evaluation", _STOPPED)
+LOSS_SO_FAR = _attribute(_TRAINER, "_tr_loss", "training.trainer.evaluation training.trainer.log_window", _LINES)
+TOTAL_LOSS = _attribute(_TRAINER, "_total_loss_scalar", "training.trainer.log_window", _LINES)
+LAST_LOGGED = _attribute(_TRAINER, "_globalstep_last_logged", "training.trainer.log_window", _LINES)
+FIRST_STEP = _attribute(
+    _TRAINER, "_initial_global_step", "training.trainer.log_window", _LINES, told=True, only="transformers from 5.23 on"
+)
+FIRST_TOKENS = _attribute(_TRAINER, "_initial_num_input_tokens_seen", "training.trainer.log_window", _LINES, told=True)
+FINALIZE = _method(
+    _TRAINER, "_finalize_training", "trial, num_train_samples, start_time", "training.trainer.log_window", _LINES
+)
+INITIAL_VALUES = _method(_TRAINER, "set_initial_training_values", "…", "training.trainer.log_window", _LINES)
+LOG_LINE = _method(_TRAINER, "log", "logs, start_time", "training.trainer.log_window", _LINES)
+STORE_FLOS = _method(_TRAINER, "store_flos", "", "training.trainer.log_window", _LINES)
 EVALUATE = _method(_TRAINER, "_evaluate", "trial, ignore_keys_for_eval", "training.trainer.evaluation", _EVALUATIONS)
 BEST_METRIC = _method(
     _TRAINER,
@@ -148,9 +174,8 @@ ACCUMULATION = _attribute(
 FLOS = _attribute(
     _TRAINER,
     "current_flos",
-    "training.trainer.accumulation",
+    "training.trainer.accumulation training.trainer.log_window",
     "a step that a notice ended in its middle is counted twice",
-    only="several micro-batches per step",
 )
 FOREACH_COPY = _function(
     "torch",
@@ -431,6 +456,14 @@ SKIPS_INSIDE = _attribute(
 )
 SKIPS = _attribute(
     _DISPATCHER, "skip_batches", "training.trainer.resume_fixes", "a resumed training sees samples twice", optional=True
+)
+PREPARED_MODELS = _attribute(
+    "accelerate.accelerator:Accelerator",
+    "_models",
+    "training.trainer.restore",
+    "evaluations after a finished training tell how long its model was prepared",
+    told=True,
+    optional=True,
 )
 OPTIMIZERS = _attribute(
     "accelerate.accelerator:Accelerator",

@@ -25,28 +25,28 @@ TABLE: list[tuple[str, Moment, Decision | None, LoopState, Flags]] = [
         STEP,
         SAVE,
         MIDDLE,
-        Flags(should_save=True, should_evaluate=False, should_log=True, should_training_stop=True),
+        Flags(should_save=True, should_evaluate=False, should_training_stop=True),
     ),
     (
         "there is none",
         STEP,
         FINISH,
         MIDDLE,
-        Flags(should_save=False, should_evaluate=False, should_log=True, should_training_stop=True),
+        Flags(should_save=False, should_evaluate=False, should_training_stop=True),
     ),
     (
         "an evaluation was next: the next launch makes it",
         STEP,
         SAVE,
         replace(MIDDLE, should_evaluate=True),
-        Flags(should_save=True, should_evaluate=False, should_log=True, should_training_stop=True, skips_evaluation=True),
+        Flags(should_save=True, should_evaluate=False, should_training_stop=True, skips_evaluation=True),
     ),
     (
         "Trainer wanted a save for which there is no time",
         STEP,
         FINISH,
         replace(MIDDLE, should_save=True),
-        Flags(should_save=False, should_evaluate=False, should_log=True, should_training_stop=True),
+        Flags(should_save=False, should_evaluate=False, should_training_stop=True),
     ),
     # -- a notice within a step
     (

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from hf_spot.training.trainer.log_window import LogWindow, Mark
 from hf_spot.training.trainer.random_states import RandomStates
 from hf_spot.training.trainer.resume_fixes import carry_counters, counters
 from hf_spot.training.upstream import ACCUMULATION, FLOS, FOREACH_COPY
@@ -27,12 +28,21 @@ class Accumulation:
     Args:
         trainer: whose steps are meant.
         random_states: of this training.
+        log_window: of this training.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, trainer: Trainer, random_states: RandomStates, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        random_states: RandomStates,
+        log_window: LogWindow,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._trainer = trainer
         self._random_states = random_states
+        self._log_window = log_window
+        self._mark: Mark | None = None
         self._clock = clock
         self._buffers: list[torch.Tensor] | None = None
         self._before: list[torch.Tensor] = []
@@ -43,6 +53,7 @@ class Accumulation:
     def begin(self) -> None:
         """A step begins."""
         self._random_states.step_begins()
+        self._mark = self._log_window.mark()
         if self._buffers is None:
             self._buffers = self._find_buffers()
             self._before = [torch.empty_like(buffer) for buffer in self._buffers] if self._can_rewind() else []
@@ -71,6 +82,8 @@ class Accumulation:
     def rewind(self) -> None:
         """Makes all as it was before the step began. The gradients stay: nothing saves them."""
         self._random_states.rewind()
+        if self._mark is not None:
+            self._log_window.rewind(self._mark)
         if self._before and self._buffers:
             FOREACH_COPY.of(torch)(self._buffers, self._before)
         flos, self._trainer.state.num_input_tokens_seen, counted = self._counted

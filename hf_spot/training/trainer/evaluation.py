@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from hf_spot.training.data.worker_processes import seeded_before
+from hf_spot.training.trainer.log_window import LogWindow
 from hf_spot.training.trainer.random_states import RandomStates
 from hf_spot.training.upstream import (
     BEST_METRIC,
     EVALUATE,
-    LEARNING_RATE,
     LOG_SAVE_EVALUATE,
     LOSS_SO_FAR,
     ON_EPOCH_END,
@@ -39,17 +40,26 @@ class Evaluations:
     Args:
         trainer: whose evaluations are meant.
         random_states: of this training.
+        log_window: of this training.
         when_cut: called after a cut; it decides whether to save.
-        evaluated_before: the training is resumed, and was evaluated before that.
+        resumed: the checkpoint of this run that the training resumes, or None.
     """
 
     def __init__(
-        self, trainer: Trainer, random_states: RandomStates, when_cut: Callable[[], None], evaluated_before: bool
+        self,
+        trainer: Trainer,
+        random_states: RandomStates,
+        log_window: LogWindow,
+        when_cut: Callable[[], None],
+        resumed: Path | None,
     ) -> None:
         self._trainer = trainer
         self._random_states = random_states
+        self._log_window = log_window
         self._when_cut = when_cut
-        self._evaluated_before = evaluated_before
+        self._evaluated_before = resumed is not None and _has_evaluated(resumed)
+        self._is_resumed = resumed is not None
+        self.has_begun = False  # an epoch: before that, Trainer evaluates for ``eval_on_start`` only
         self.was_cut = False
         self.running = False  # on every rank at once, so that they can agree: not so in what callbacks evaluate themselves
         self._on_evaluate = ON_EVALUATE.of(trainer.callback_handler)
@@ -77,6 +87,7 @@ class Evaluations:
         ON_EVALUATE.restore(self._trainer.callback_handler)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.has_begun = True
         plain_run = RUN_EPOCH.plain(self._trainer)
         try:
             plain_run(*args, **kwargs)
@@ -85,14 +96,16 @@ class Evaluations:
             trainer = self._trainer
             trainer.control = ON_EPOCH_END.of(trainer.callback_handler)(trainer.args, trainer.state, trainer.control)
             trainer.control.should_save = True
-            trainer.control.should_log = trainer.control.should_evaluate = False
+            trainer.control.should_evaluate = False
             given = inspect.signature(plain_run).bind(*args, **kwargs).arguments
             what = (given["model"], given["trial"], given["epoch"], None, given["start_time"])
-            rate = LEARNING_RATE.of(trainer)()
-            LOG_SAVE_EVALUATE.of(trainer)(LOSS_SO_FAR.of(trainer), None, *what, learning_rate=rate)
+            LOG_SAVE_EVALUATE.of(trainer)(LOSS_SO_FAR.of(trainer), None, *what)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_resumed and not self.has_begun:
+            return {}  # ``eval_on_start`` is for the start of the run: its line is in the log, its callbacks have heard of it
         logged = len(self._trainer.state.log_history)
+        mark = self._log_window.mark()
         self._random_states.remember()
         self.running = True
         try:
@@ -100,6 +113,7 @@ class Evaluations:
                 return EVALUATE.plain(self._trainer)(*args, **kwargs)
         except _Cut:
             self._random_states.return_to_remembered()
+            self._log_window.rewind(mark)
             del self._trainer.state.log_history[logged:]  # several evaluation sets log one by one
             self._trainer.model.train()  # type: ignore[union-attr]
             self.was_cut = True
@@ -120,3 +134,8 @@ class Evaluations:
             # With save_strategy="best" Trainer saves if this is true.
             return bool(self._trainer.control.should_save)
         return bool(BEST_METRIC.plain(self._trainer)(metrics=metrics, trial=trial))
+
+
+def _has_evaluated(checkpoint: Path) -> bool:
+    history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
+    return any(key.startswith("eval_") for line in history for key in line)

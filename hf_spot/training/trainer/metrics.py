@@ -43,7 +43,13 @@ class Metrics:
         while self._fresh:
             name, value = self._fresh.popleft()
             found[name] = round(value, 6)
-        return self._on_log(args, state, control, {**logs, **found}, **kwargs)
+        shown = {**logs, **found}
+        try:
+            return self._on_log(args, state, control, shown, **kwargs)
+        finally:
+            # Callbacks may change what `train()` returns: PrinterCallback takes ``total_flos`` out of it.
+            logs.clear()
+            logs.update({name: value for name, value in shown.items() if name not in found})
 
     def close(self) -> None:
         """Gives the trainer its method back."""

@@ -5,18 +5,28 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from hf_spot.errors import SpotError
 from hf_spot.run.checkpoint import Checkpoint
 from hf_spot.run.restore import holds_own_checkpoints, set_aside_uncommitted, sweep
 from hf_spot.training.session.run_session import RunSession
+from hf_spot.training.trainer.log_window import LogWindow
 from hf_spot.training.trainer.weights import loaded_whole
-from hf_spot.training.upstream import BEST_METRIC, LOAD_BEST_MODEL, LOAD_FROM_CHECKPOINT, LOAD_RNG_STATE
+from hf_spot.training.upstream import (
+    BEST_METRIC,
+    CALLBACK_HANDLER,
+    CALLBACKS,
+    LOAD_BEST_MODEL,
+    LOAD_FROM_CHECKPOINT,
+    LOAD_RNG_STATE,
+    PREPARED_MODELS,
+)
 
 log = logging.getLogger("hf_spot")
 
@@ -114,14 +124,65 @@ def load_finished(trainer: Trainer, folder: Path, restored: Checkpoint, best_fol
     """
     with loaded_whole(trainer):
         LOAD_FROM_CHECKPOINT.of(trainer)(str(folder))
-    trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    args, window = trainer.args, LogWindow(trainer)
+    state = trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    state.is_local_process_zero, state.is_world_process_zero = trainer.is_local_process_zero(), trainer.is_world_process_zero()
+    _prepare(trainer)
+    reported = window.load_finished(folder)
     LOAD_RNG_STATE.of(trainer)(str(folder))
-    if restored.details.get("evaluation_pending"):
-        BEST_METRIC.of(trainer)(metrics=trainer.evaluate(), trial=None)
-        if trainer.state.best_global_step == restored.step:
-            best_folder = folder
-    if trainer.args.load_best_model_at_end and best_folder is not None:
-        trainer.state.best_model_checkpoint = str(best_folder)
+    # The launch that trained the last step has told callbacks the rest, unless a notice ended it.
+    with contextlib.nullcontext() if restored.reason == "notice" else _unheard(trainer):
+        pending, at_epoch_end = restored.details.get("evaluation_pending"), args.eval_strategy == IntervalStrategy.EPOCH
+        if pending and not at_epoch_end:
+            _evaluate(trainer)
+        window.make_up()
+        if pending and at_epoch_end:
+            _evaluate(trainer)
+        output = window.summarize() if reported else None
+    if pending and state.best_global_step == restored.step:
+        best_folder = folder
+    if args.load_best_model_at_end and best_folder is not None:
+        state.best_model_checkpoint = str(best_folder)
         LOAD_BEST_MODEL.of(trainer)()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return TrainOutput(trainer.state.global_step, sum(losses) / len(losses) if losses else 0.0, {})
+    if output is not None:
+        return output
+    losses = [line["loss"] for line in state.log_history if "loss" in line]
+    return TrainOutput(state.global_step, sum(losses) / len(losses) if losses else 0.0, {})
+
+
+def _prepare(trainer: Trainer) -> None:
+    """Bring the model into the state that a training leaves it in: in ``train()`` mode, if it was not evaluated last, and known
+    to accelerate, so that no later evaluation reports how long its preparation took."""
+    model, state = trainer.model, trainer.state
+    assert model is not None
+    model.train(not any(_is_of_evaluation(line) for line in state.log_history if line.get("step") == state.global_step))
+    if (
+        trainer.is_deepspeed_enabled
+        or trainer.is_fsdp_enabled
+        or trainer.args.torch_compile
+        or PREPARED_MODELS.of(trainer.accelerator)
+    ):
+        return
+    prepared = trainer.accelerator.prepare_model(model, evaluation_mode=True)
+    if prepared is not model:
+        trainer.model_wrapped = prepared
+
+
+def _is_of_evaluation(line: dict[str, float]) -> bool:
+    return any(key.startswith("eval_") for key in line)
+
+
+def _evaluate(trainer: Trainer) -> None:
+    BEST_METRIC.of(trainer)(metrics=trainer.evaluate(), trial=None)
+
+
+@contextlib.contextmanager
+def _unheard(trainer: Trainer) -> Iterator[None]:
+    """Within it, callbacks hear nothing: they have heard it already."""
+    callbacks = CALLBACKS.of(CALLBACK_HANDLER.of(trainer))
+    before = list(callbacks)
+    callbacks.clear()
+    try:
+        yield
+    finally:
+        callbacks[:] = before

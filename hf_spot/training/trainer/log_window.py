@@ -1,0 +1,358 @@
+"""What Trainer reports, once per run and not once per launch.
+
+Trainer adds up losses on the device and reports their mean at each log line: its *window*, the steps since the last line. No
+checkpoint holds it, nor the sum for ``train_loss``, nor when the training began. `LogWindow` adds them to each checkpoint and
+returns to them, so that ``state.log_history``, what trackers hear, and the metrics that ``train()`` returns are those of a run
+that nobody interrupted. Seen with transformers 5.8 to 5.24.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import numpy
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import IntervalStrategy, TrainOutput, speed_metrics
+
+from hf_spot.training.upstream import (
+    FINALIZE,
+    FIRST_STEP,
+    FIRST_TOKENS,
+    FLOS,
+    INITIAL_VALUES,
+    LAST_LOGGED,
+    LOG_LINE,
+    LOG_SAVE_EVALUATE,
+    LOSS_SO_FAR,
+    STORE_FLOS,
+    TOTAL_LOSS,
+)
+
+log = logging.getLogger("hf_spot")
+
+_FOLDER = "log_window"  # inside a checkpoint; each rank adds up its own losses
+# A trainer of another library averages more than the loss (TRL's rewards and entropies, sentence-transformers' parts of a
+# loss), and these methods, overridden, are where it reports and forgets them.
+_REPORTING = (LOG_LINE.name, LOG_SAVE_EVALUATE.name)
+_OWN = {one.name for one in (LOSS_SO_FAR, TOTAL_LOSS, LAST_LOGGED, FLOS)}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment to which `LogWindow.rewind` can return."""
+
+    tr_loss: torch.Tensor
+    also: dict[str, Any]
+
+
+class LogWindow:
+    """Takes part in a trainer's logging from `watch` to `close`.
+
+    Args:
+        trainer: whose log it is.
+        is_stopping: whether a notice ends the training: what Trainer reports at its end is then left to a later launch.
+        is_extra: whether the save under way is one that an uninterrupted run would not make.
+    """
+
+    def __init__(
+        self, trainer: Trainer, is_stopping: Callable[[], bool] = lambda: False, is_extra: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._trainer = trainer
+        self._is_stopping = is_stopping
+        self._is_extra = is_extra
+        self._began_s = time.time()
+        self._earlier_s = 0.0
+        self._samples: float | None = None
+        self._flos: tuple[float, float] | None = None
+        self._last: tuple[int, Any, Any] = (-1, None, None)  # step, norm of its gradient, learning rate
+        self._first: dict[str, Any] = {}
+        self._carried: set[str] = set()
+        self._pending = False
+        self._names = _names(type(trainer))
+
+    # -- in a training ------------------------------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """Called before the training begins: from now on."""
+        for name, method in (
+            (LOG_SAVE_EVALUATE, self._log_save_evaluate),
+            (FINALIZE, self._finalize),
+            (STORE_FLOS, self._store_flos),
+            (INITIAL_VALUES, self._initial_values),
+        ):
+            name.set(self._trainer, method)
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Called when Trainer has set its window to nothing.
+
+        Args:
+            checkpoint: that the training resumes; None if it begins.
+        """
+        self._began_s = time.time()
+        self._first = _take(self._trainer, self._names)
+        if checkpoint is not None:
+            self._load(checkpoint)
+
+    def save(self, checkpoint: Path) -> None:
+        """Add this rank's window to a checkpoint; Trainer has written the rest of it."""
+        trainer = self._trainer
+        also = _take(trainer, self._names)
+        carried = {name for name, value in also.items() if name in self._carried or not _equal(value, self._first.get(name))}
+        if self._is_extra() and self._flos is not None:
+            # As if Trainer had not added them up for this save: a sum of floats depends on its order.
+            self._set_flos(*self._flos)
+        step, norm, rate = self._last
+        window = {
+            "tr_loss": LOSS_SO_FAR.of(trainer).detach().cpu(),
+            "total_loss": float(TOTAL_LOSS.of(trainer)),
+            "last_logged": LAST_LOGGED.of(trainer),
+            "last": (step, norm.item() if isinstance(norm, torch.Tensor) else norm, rate),
+            "log_pending": self._log_is_pending(),
+            "seconds": self._earlier_s + time.time() - self._began_s,
+            "samples": self._samples,
+            "flos": (float(trainer.state.total_flos), float(FLOS.of(trainer))),
+            "first_step": FIRST_STEP.of(trainer) if FIRST_STEP.is_on(trainer) else 0,  # older ones count from step 0
+            "first_tokens": FIRST_TOKENS.of(trainer),
+            "also": {name: also[name] for name in carried},
+        }
+        (checkpoint / _FOLDER).mkdir(exist_ok=True)
+        torch.save(window, str(checkpoint / _FOLDER / f"rank_{trainer.args.process_index}.pt"))
+
+    def make_up(self) -> None:
+        """Write the line at the end of an epoch that the launch before did not come to, if there is one to write."""
+        if not self._pending:
+            return
+        trainer, (_, norm, rate) = self._trainer, self._last
+        trainer.control.should_log = True
+        trainer.control.should_evaluate = trainer.control.should_save = False
+        began_s = self._began_s - self._earlier_s
+        what = (trainer.model, None, trainer.state.epoch or 0, None, began_s)
+        LOG_SAVE_EVALUATE.plain(trainer)(LOSS_SO_FAR.of(trainer), norm, *what, learning_rate=rate)
+
+    def mark(self) -> Mark:
+        """Return this moment, for `rewind`: a step or an evaluation begins that may be given up."""
+        trainer = self._trainer
+        return Mark(LOSS_SO_FAR.of(trainer).clone(), _take(trainer, self._names, by_length=True))
+
+    def rewind(self, mark: Mark) -> None:
+        """Forget what was added up since ``mark``."""
+        LOSS_SO_FAR.of(self._trainer).copy_(mark.tr_loss)
+        _put_back(self._trainer, mark.also)
+
+    def close(self) -> None:
+        """Give the trainer its methods back."""
+        for name in (LOG_SAVE_EVALUATE, FINALIZE, STORE_FLOS, INITIAL_VALUES):
+            name.restore(self._trainer)
+
+    # -- in place of Trainer's methods --------------------------------------------------------------------------------
+
+    def _log_save_evaluate(
+        self,
+        tr_loss: Any,
+        grad_norm: Any,
+        model: Any,
+        trial: Any,
+        epoch: Any,
+        ignore_keys_for_eval: Any,
+        start_time: float,
+        learning_rate: Any = None,
+    ) -> None:
+        step, norm, rate = self._last
+        if learning_rate is None and step == self._trainer.state.global_step:
+            grad_norm, learning_rate = norm, rate  # no step was done since the resume: it is an epoch's end
+        self._last = (self._trainer.state.global_step, grad_norm, learning_rate)
+        self._flos = None
+        what = (tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time - self._earlier_s)
+        LOG_SAVE_EVALUATE.plain(self._trainer)(*what, learning_rate=learning_rate)
+
+    def _finalize(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        end = FINALIZE.plain(self._trainer)
+        stopping = self._is_stopping()
+        with LOG_LINE.replaced(self._trainer, lambda plain: _say_nothing) if stopping else contextlib.nullcontext():
+            return end(trial, num_train_samples, start_time - self._earlier_s)
+
+    def _store_flos(self) -> None:
+        self._flos = (self._trainer.state.total_flos, FLOS.of(self._trainer))
+        STORE_FLOS.plain(self._trainer)()
+
+    def _initial_values(self, *args: Any, **kwargs: Any) -> Any:
+        values = INITIAL_VALUES.plain(self._trainer)(*args, **kwargs)
+        self._samples = values[3]
+        return values
+
+    # -- the parts of a window ----------------------------------------------------------------------------------------
+
+    def _log_is_pending(self) -> bool:
+        """Whether an uninterrupted run writes a line between this save and the next step: at the end of an epoch."""
+        trainer = self._trainer
+        args, state = trainer.args, trainer.state
+        ends = state.global_step >= state.max_steps or (trainer.control.should_training_stop and not self._is_stopping())
+        at_end = ends or (state.epoch is not None and float(state.epoch).is_integer())
+        by_epoch = args.logging_strategy == IntervalStrategy.EPOCH
+        return by_epoch and at_end and state.global_step > LAST_LOGGED.of(trainer)
+
+    def _load(self, checkpoint: Path) -> bool:
+        """Return to the window of a checkpoint; False if it holds none."""
+        trainer, files = self._trainer, sorted((checkpoint / _FOLDER).glob("rank_*.pt"))
+        if not files:
+            if trainer.args.process_index == 0:
+                log.warning(
+                    "%s does not say which losses belong to the next log line: that line, and train_loss, are those of the "
+                    "steps from here on",
+                    checkpoint.name,
+                )
+            return False
+        windows = [torch.load(file, map_location="cpu", weights_only=True) for file in files]
+        rank, ranks = trainer.args.process_index, trainer.args.world_size
+        window, tr_loss, (total_flos, current_flos) = windows[0], windows[0]["tr_loss"], windows[0]["flos"]
+        if len(windows) == ranks:
+            window = torch.load(checkpoint / _FOLDER / f"rank_{rank}.pt", map_location="cpu", weights_only=True)
+            tr_loss, current_flos = window["tr_loss"], window["flos"][1]
+        else:  # the line reports the mean of the ranks, and the sum of what they computed
+            tr_loss = torch.stack([one["tr_loss"] for one in windows]).mean(0)
+            current_flos = sum(one["flos"][1] for one in windows) if rank == 0 else 0
+        LOSS_SO_FAR.set(trainer, tr_loss.to(trainer.args.device))
+        TOTAL_LOSS.set(trainer, window["total_loss"])
+        LAST_LOGGED.set(trainer, window["last_logged"])
+        self._set_flos(total_flos, current_flos)
+        FIRST_STEP.set(trainer, window["first_step"])
+        FIRST_TOKENS.set(trainer, window["first_tokens"])
+        self._earlier_s, self._samples, self._last = window["seconds"], window["samples"], window["last"]
+        self._pending, self._carried = window["log_pending"], set(window["also"])
+        _put_back(trainer, window["also"])
+        return True
+
+    def _set_flos(self, total: float, current: float) -> None:
+        self._trainer.state.total_flos = total
+        FLOS.set(self._trainer, current)
+
+    # -- of a finished training ---------------------------------------------------------------------------------------
+
+    def load_finished(self, checkpoint: Path) -> bool:
+        """Return to the window of a training's last checkpoint, outside of ``train()``; False if it holds none."""
+        return self._load(checkpoint)
+
+    def summarize(self) -> TrainOutput:
+        """Report the end of a training that is finished, as Trainer does; call it after `load_finished`."""
+        trainer = self._trainer
+        STORE_FLOS.of(trainer)()
+        steps = trainer.state.global_step - FIRST_STEP.of(trainer)
+        train_loss = (TOTAL_LOSS.of(trainer) + LOSS_SO_FAR.of(trainer).item()) / max(steps, 0.001)
+        began_s = time.time() - self._earlier_s
+        measure: Any = speed_metrics
+        metrics: dict[str, float] = measure("train", began_s, num_samples=self._samples, num_steps=steps)
+        metrics |= {"total_flos": trainer.state.total_flos, "train_loss": train_loss}
+        trainer.log(metrics)
+        return TrainOutput(trainer.state.global_step, train_loss, metrics)
+
+
+def _say_nothing(*args: Any, **kwargs: Any) -> None:
+    """Take the place of `Trainer.log`."""
+
+
+@dataclass(frozen=True)
+class _Length:
+    """Of a list that only grows until it is reported: enough to return to, and nothing to copy."""
+
+    count: int
+
+
+class _NotPlain(Exception):
+    """A value is an object of its own, and no number, text, tensor or collection of those."""
+
+
+def _take(trainer: Trainer, names: frozenset[str], *, by_length: bool = False) -> dict[str, Any]:
+    """Return copies of the plain values that a trainer of another library, or of the script, reports of itself.
+
+    Args:
+        trainer: whose attributes they are.
+        names: of these attributes.
+        by_length: take the length of a list for its copy.
+    """
+    found = {}
+    for name in names & vars(trainer).keys():
+        with contextlib.suppress(_NotPlain):
+            found[name] = _copy(vars(trainer)[name], by_length)
+    return found
+
+
+def _names(kind: type[Trainer]) -> frozenset[str]:
+    """Return the names that a class's own reporting methods read or write."""
+    methods = [
+        vars(one)[name] for one in kind.__mro__[: kind.__mro__.index(Trainer)] for name in _REPORTING if name in vars(one)
+    ]
+    return frozenset(name for method in methods for name in _names_in(inspect.unwrap(method).__code__)) - _OWN
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inner = [_names_in(one) for one in code.co_consts if isinstance(one, CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+def _copy(value: Any, by_length: bool) -> Any:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, numpy.generic):
+        return value.item()
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone() if by_length else value.detach().cpu().clone()
+    if isinstance(value, list) and by_length:
+        return _Length(len(value))
+    if isinstance(value, list | deque):
+        return [_copy(one, by_length) for one in value]
+    if isinstance(value, tuple):
+        return tuple(_copy(one, by_length) for one in value)
+    if isinstance(value, dict):
+        return {_copy(key, by_length): _copy(one, by_length) for key, one in value.items()}
+    raise _NotPlain
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
+    return bool(one == other)
+
+
+def _put_back(trainer: Trainer, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(trainer, name, _refill(getattr(trainer, name, None), value, trainer.args.device))
+
+
+def _refill(target: Any, value: Any, device: torch.device) -> Any:
+    """Return ``target`` with what `_copy` took of it, or the value where it holds nothing else. Collections stay the objects
+    that they are: a ``defaultdict`` has its factory, a ``deque`` its length."""
+    if isinstance(value, _Length):
+        del target[value.count :]
+        return target
+    if isinstance(value, torch.Tensor):
+        return value.to(target.device if isinstance(target, torch.Tensor) else device)
+    if isinstance(value, dict) and isinstance(target, dict):
+        for key in target.keys() - value.keys():
+            del target[key]
+        for key, one in value.items():
+            known = key in target or isinstance(target, defaultdict)
+            target[key] = _refill(target[key] if known else None, one, device)
+        return target
+    if isinstance(value, list) and isinstance(target, list | deque):
+        target.clear()
+        target.extend(value)
+        return target
+    return value
