@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from hf_spot.errors import SpotError
@@ -178,10 +178,11 @@ def _evaluate(trainer: Trainer) -> None:
 
 @contextlib.contextmanager
 def _unheard(trainer: Trainer) -> Iterator[None]:
-    """Within it, callbacks hear nothing: they have heard it already."""
+    """Within it, callbacks hear nothing: they have heard it already. All but Trainer's own for its flow and the terminal, which
+    also choose what of a line `train()` returns."""
     callbacks = CALLBACKS.of(CALLBACK_HANDLER.of(trainer))
     before = list(callbacks)
-    callbacks.clear()
+    callbacks[:] = [one for one in before if type(one).__module__ == TrainerCallback.__module__]
     try:
         yield
     finally:
