@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,13 @@ def _is_own(resume_from_checkpoint: str | bool | None, output_dir: Path) -> bool
     return resume_from_checkpoint is True
 
 
-def load_finished(trainer: Trainer, folder: Path, restored: Checkpoint, best_folder: Path | None) -> TrainOutput:
+def load_finished(
+    trainer: Trainer,
+    folder: Path,
+    restored: Checkpoint,
+    best_folder: Path | None,
+    restore_own: Callable[[Path], object] = lambda folder: None,
+) -> TrainOutput:
     """Leave the trainer as ``train()`` left it when it finished, without training: Trainer itself would do one step more.
 
     Args:
@@ -121,6 +127,7 @@ def load_finished(trainer: Trainer, folder: Path, restored: Checkpoint, best_fol
         folder: of the last checkpoint.
         restored: that checkpoint.
         best_folder: of the best checkpoint, where there is one.
+        restore_own: brings back what Trainer does not save, from a folder.
     """
     with loaded_whole(trainer):
         LOAD_FROM_CHECKPOINT.of(trainer)(str(folder))
@@ -128,6 +135,7 @@ def load_finished(trainer: Trainer, folder: Path, restored: Checkpoint, best_fol
     state = trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
     state.is_local_process_zero, state.is_world_process_zero = trainer.is_local_process_zero(), trainer.is_world_process_zero()
     _prepare(trainer)
+    restore_own(folder)
     reported = window.load_finished(folder)
     LOAD_RNG_STATE.of(trainer)(str(folder))
     # The launch that trained the last step has told callbacks the rest, unless a notice ended it.
