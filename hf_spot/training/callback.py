@@ -229,7 +229,10 @@ class SpotCallback(TrainerCallback):
             if session.restored is not None and session.restored.ref.complete:
                 log.info("step %d was the last one: nothing is left to train", session.restored.step)
                 session.stage_finished()
-                return load_finished(trainer, Path(str(folder)), session.restored, session.best_folder, carried.restore)
+                told = session.end_was_told()
+                return load_finished(
+                    trainer, Path(str(folder)), session.restored, session.best_folder, carried.restore, told=told
+                )
             if session.restored is not None:
                 self._saved_step = session.restored.step
                 session.random_states.resume(self._make_up)

@@ -118,7 +118,9 @@ def load_finished(
     folder: Path,
     restored: Checkpoint,
     best_folder: Path | None,
-    restore_own: Callable[[Path], object] = lambda folder: None,
+    restore_own: Callable[[Path], object],
+    *,
+    told: bool,
 ) -> TrainOutput:
     """Leave the trainer as ``train()`` left it when it finished, without training: Trainer itself would do one step more.
 
@@ -128,6 +130,7 @@ def load_finished(
         restored: that checkpoint.
         best_folder: of the best checkpoint, where there is one.
         restore_own: brings back what Trainer does not save, from a folder.
+        told: callbacks have heard the training's last lines.
     """
     with loaded_whole(trainer):
         LOAD_FROM_CHECKPOINT.of(trainer)(str(folder))
@@ -138,8 +141,7 @@ def load_finished(
     restore_own(folder)
     reported = window.load_finished(folder)
     LOAD_RNG_STATE.of(trainer)(str(folder))
-    # The launch that trained the last step has told callbacks the rest, unless a notice ended it.
-    with contextlib.nullcontext() if restored.reason == "notice" else _unheard(trainer):
+    with _unheard(trainer) if told else contextlib.nullcontext():
         pending, at_epoch_end = restored.details.get("evaluation_pending"), args.eval_strategy == IntervalStrategy.EPOCH
         if pending and not at_epoch_end:
             _evaluate(trainer)

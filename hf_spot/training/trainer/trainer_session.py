@@ -175,6 +175,24 @@ class TrainerSession:
         foreign: str | None = resumption.foreign(resume_from_checkpoint)
         return foreign
 
+    def end_was_told(self) -> bool:
+        """Whether callbacks have heard the last lines of the training that is complete; all ranks must ask.
+
+        A launch that a notice ended left them to this one. So did one that ended between the last commit and what an
+        evaluation or an epoch's end says after it, as far as the journal tells.
+        """
+        restored, stage = self._restored, self._session.stage
+        assert restored is not None
+        if restored.reason == "notice":
+            return False
+
+        def look() -> bool:
+            state = self._session.run.journal.state
+            went_on = any(ref.stage > stage for ref in state.checkpoints)
+            return went_on or state.ended == "finished" or not restored.details.get("evaluation_pending")
+
+        return self._session.agreement.from_main(look)
+
     def is_going(self) -> bool:
         """Whether any rank has heard that its machine goes; all ranks must ask, and get the same answer."""
         self.ask()
