@@ -13,6 +13,7 @@ NOTICE_NAMES = ("auto", "imds", "gcp", "azure", "alibaba", "slurm", "signal", "f
 NOTICE_PLUGINS = "hf_spot.notices"  # the entry point group for sources from other packages
 _TAKES_PARAMETER = ("file", "gcp", "slurm")
 SAVE_ERROR_ANSWERS = ("stop", "go-on")
+MISMATCH_ANSWERS = ("stop", "warn")
 CADENCES = ("fixed", "auto")
 
 
@@ -111,6 +112,13 @@ class SpotArguments:
             "error once the current uploads are committed; 'go-on' continues the training and retries at the next save."
         },
     )
+    on_mismatch: str = field(
+        default="stop",
+        metadata={
+            "help": "When a resumed training differs from what was saved (weights, optimizer, scheduler, random states, "
+            "counters, the next batch): 'stop' ends it before its first step, with exit code 2; 'warn' logs it and goes on."
+        },
+    )
     save_memory_gb: float | None = field(
         default=None,
         metadata={
@@ -181,6 +189,10 @@ class SpotArguments:
             raise ConfigError(
                 f"on_save_error={self.on_save_error!r} must be one of {', '.join(SAVE_ERROR_ANSWERS)}",
                 hint="--on-save-error go-on",
+            )
+        if self.on_mismatch not in MISMATCH_ANSWERS:
+            raise ConfigError(
+                f"on_mismatch={self.on_mismatch!r} must be one of {', '.join(MISMATCH_ANSWERS)}", hint="--on-mismatch warn"
             )
         if self.save_memory_gb is not None and not self.save_memory_gb >= 0:
             raise ConfigError(f"save_memory_gb={self.save_memory_gb} must not be negative", hint="0 saves as Trainer does")

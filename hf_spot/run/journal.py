@@ -36,7 +36,7 @@ from hf_spot.run.seal import seal, unseal
 from hf_spot.storage.store import ObjectStore
 
 FORMAT = 1
-KINDS = ("claim", "commit", "notice", "preempted", "finished", "failed", "prune", "machine")
+KINDS = ("claim", "resumed", "commit", "notice", "preempted", "finished", "failed", "prune", "machine")
 ENDINGS = ("preempted", "finished", "failed")
 BY_HAND = "hf-spot checkpoints"  # the author of a claim that no training follows
 _PREFIX = "journal/"

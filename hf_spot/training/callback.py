@@ -29,6 +29,7 @@ from hf_spot.training.trainer.evaluation import Evaluations, Stopped
 from hf_spot.training.trainer.log_window import LogWindow
 from hf_spot.training.trainer.notebook import shows_errors
 from hf_spot.training.trainer.own_state import SavedTensors, after_train_begin, own_state
+from hf_spot.training.trainer.proof import Proof
 from hf_spot.training.trainer.restore import load_finished
 from hf_spot.training.trainer.resume_fixes import (
     carry_callback_states,
@@ -88,6 +89,8 @@ class SpotCallback(TrainerCallback):
         self._save_is_extra = False
         self._save_is_owed = False
         self._resumed_epoch_is_ahead = False
+        self._proof: Proof | None = None
+        self._is_proven = True
         self.resume_from_checkpoint: str | None = None
         _entry.install(Trainer)
 
@@ -124,6 +127,9 @@ class SpotCallback(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A step of several micro-batches may be left in its middle: remembers what it would have to return to."""
         if self._session is not None:
+            if not self._is_proven and self._proof is not None:
+                self._is_proven = True
+                self._session.proven(self._proof.conclude(self._session.run_session.agreement.gather))
             self._session.step_begins()
         if self._accumulation is not None and args.gradient_accumulation_steps > 1:
             self._accumulation.begin()
@@ -194,6 +200,7 @@ class SpotCallback(TrainerCallback):
                 "output_dir": str(self._session.run_session.output_dir),
                 "epoch_of_data": state.epoch,
                 "counters": counters(self._session.trainer),
+                "fingerprint": {} if self._proof is None else self._proof.newest,
                 **to_details(batches(self._session.trainer)),
             },
         )
@@ -225,6 +232,7 @@ class SpotCallback(TrainerCallback):
             folder = session.begin(resume_from_checkpoint)
             carried = own_state(trainer)
             carried.look()
+            proof = Proof(trainer, session.random_states, self.args.on_mismatch)
             self.resume_from_checkpoint = folder if session.restored else None
             if session.restored is not None and session.restored.ref.complete:
                 log.info("step %d was the last one: nothing is left to train", session.restored.step)
@@ -252,12 +260,13 @@ class SpotCallback(TrainerCallback):
                 session.run_session.agreement,
                 session.run_session.disk,
                 session.behind,
-                functools.partial(_finish_save, session, self._log_window, carried),
+                functools.partial(_finish_save, session, self._log_window, carried, proof),
                 functools.partial(self._save_failed, trainer),
             )
             self._resumed_epoch_is_ahead = session.restored is not None
             restored_to = None if session.restored is None else Path(str(folder))
-            after_train_begin(trainer, functools.partial(_restore_own_state, carried, restored_to))
+            after_train_begin(trainer, functools.partial(_restore_own_state, carried, proof, restored_to))
+            self._proof, self._is_proven = proof, restored_to is None
             try:
                 self._log_window.watch()
                 with (
@@ -373,17 +382,25 @@ class SpotCallback(TrainerCallback):
 
 
 def _finish_save(
-    session: TrainerSession, log_window: LogWindow, carried: CarriedState, folder: Path, saved: SavedTensors
+    session: TrainerSession,
+    log_window: LogWindow,
+    carried: CarriedState,
+    proof: Proof,
+    folder: Path,
+    saved: SavedTensors,
 ) -> None:
     session.random_states.save(folder)
     log_window.save(folder)
     carried.save(folder, saved)
+    proof.save(folder)
 
 
-def _restore_own_state(carried: CarriedState, folder: Path | None) -> None:
+def _restore_own_state(carried: CarriedState, proof: Proof, folder: Path | None) -> None:
     carried.look("model.")  # `model_init` makes it after the training has begun
     if folder is not None:
         carried.restore(folder)
+        proof.expect(folder)
+        proof.compare_loaded(folder)
 
 
 def _is_epoch_end(state: TrainerState) -> bool:

@@ -11,6 +11,8 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ from hf_spot.runtime import make_private
 from hf_spot.training.data.rng import capture, capture_gpus, forget, pack, restore, unpack
 from hf_spot.training.data.worker_states import WorkerStates
 from hf_spot.training.state.data_side import DataSide, from_json, parts_of, to_json
+from hf_spot.training.state.proof import digest_of
 from hf_spot.training.upstream import INSIDE, LOAD_RNG_STATE, SAVE_RNG_STATE
 
 log = logging.getLogger("hf_spot")
 
+_NEWEST = 1024  # batches whose indices are remembered: workers are so many ahead at most
 _FOLDER = "random_states"  # inside a checkpoint; a rank's file has the name that Trainer gives to `rng_state`
 
 
@@ -63,6 +67,11 @@ class RandomStates:
         self._resumed_draw: dict[str, Any] | None = None
         self._restored = False
         self._then: Callable[[], None] = lambda: None
+        self._restored_digests: dict[str, Any] | None = None
+        self._newest_indices: deque[tuple[int, Any]] = deque(maxlen=_NEWEST)
+        self._expected_batch: int | None = None
+        self._drawn_batch: dict[str, Any] | None = None
+        self._passed_over = self._passes_over = 0  # batches of the epoch under way, or of the one that is resumed
         self._data_side = DataSide()
         self._data_side_began: dict[str, Any] = {}
         self._read_data_side(None)
@@ -93,6 +102,8 @@ class RandomStates:
         elif resumed is not None and middle:
             self._workers.resume(resumed / _FOLDER / self._workers_name, middle=True)
         self._micro_batches = self._handed_out = 0
+        self._newest_indices.clear()
+        self._passed_over, self._passes_over = self._passes_over, 0
         self._data_side = DataSide(parts_of(dataloader))
         self._read_data_side(resumed)
         self._data_side.restore(self._resumed_data_side["began" if middle else "saved"])
@@ -207,6 +218,39 @@ class RandomStates:
             _Watched(sampler, self, self._workers if dataloader.num_workers else None),
         )
 
+    # -- proof --------------------------------------------------------------------------------------------------------
+
+    def digests(self) -> dict[str, Any]:
+        """Return a digest for each global generator, as it stands now."""
+        return {name: digest_of(state) for name, state in (capture() | capture_gpus()).items()}
+
+    @property
+    def restored_digests(self) -> dict[str, Any] | None:
+        """The digests right after Trainer has returned to the state of the checkpoint; None when it has not."""
+        return self._restored_digests
+
+    def next_batch(self) -> dict[str, Any] | None:
+        """Return which batch of its epoch is trained next, and a digest of its indices; None when that is not known."""
+        number = self._passed_over + self._handed_out + 1
+        indices = next((batch for at, batch in self._newest_indices if at == number), None)
+        return None if indices is None else {"number": number, "indices": digest_of(indices)}
+
+    def expect(self, next_batch: dict[str, Any] | None) -> None:
+        """Look out for the batch that `next_batch` told of when the checkpoint was saved."""
+        self._expected_batch = None if next_batch is None else next_batch["number"]
+        self._passes_over = 0 if next_batch is None else next_batch["number"] - 1
+
+    @property
+    def drawn_batch(self) -> dict[str, Any] | None:
+        """The batch that was looked out for, once it has been drawn."""
+        return self._drawn_batch
+
+    def note_indices(self, number: int, indices: Any) -> None:
+        """A sampler has drawn the indices of a batch."""
+        self._newest_indices.append((number, indices))
+        if number == self._expected_batch:
+            self._expected_batch, self._drawn_batch = None, {"number": number, "indices": digest_of(indices)}
+
     def drawn(self) -> None:
         """The indices of a batch have been drawn, and the batch is made next, in this process."""
         now = self._mark()
@@ -250,6 +294,7 @@ class RandomStates:
             self._restored = True
             LOAD_RNG_STATE.plain(self._trainer)(checkpoint)
             forget()
+            self._restored_digests = self.digests()
             self._data_side.restore(self._resumed_data_side["saved"])
             self._then()
 
@@ -267,7 +312,9 @@ class _Watched(BatchSampler):
         self._states = self.worker_states = None
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self._inner:
+        for number, batch in enumerate(self._inner, 1):
+            if self._states is not None:
+                self._states.note_indices(number, batch)
             if self._states is not None and self.worker_states is None:
                 self._states.drawn()
             yield batch

@@ -1,0 +1,112 @@
+"""What a training looked like when it was saved, part by part, and where a resumed one differs from that. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hf_spot.training.state.values import bytes_of, is_plain
+
+_MOST_SHOWN = 3
+_LONGEST = 60  # characters of a value in a message
+
+Part = dict[str, Any]  # JSON: names, and values or digests
+
+
+def digest_of(value: Any) -> str:
+    """Return a digest of everything that a value holds, with all bytes of its tensors."""
+    found = hashlib.sha256()
+    _feed(found, value)
+    return found.hexdigest()[:32]
+
+
+def _feed(found: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        found.update(bytes_of(value))
+    elif isinstance(value, Mapping):
+        for key in value:
+            _feed(found, key)
+            _feed(found, value[key])
+    elif isinstance(value, (list, tuple)):
+        found.update(f"[{len(value)}".encode())
+        for one in value:
+            _feed(found, one)
+    else:
+        found.update(f"{type(value).__name__} {value!r};".encode())
+
+
+def part_of(values: Mapping[str, Any]) -> Part:
+    """Return named values as JSON: short plain ones as they are, digests of the others."""
+    return {name: _shown(value) for name, value in values.items()}
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    plain = is_plain(value) and not isinstance(value, bytes) and type(value).__module__ == "builtins"
+    return value if plain and len(str(value)) <= _LONGEST else digest_of(value)
+
+
+def differences(part: str, saved: Part, live: Part) -> list[str]:
+    """Return what differs, each with its name and both values; an empty list when nothing does.
+
+    Args:
+        part: its name.
+        saved: when the checkpoint was saved.
+        live: now. JSON made of it counts, so that tuples and lists are one.
+    """
+    live = json.loads(json.dumps(live))
+    names = [name for name in {**saved, **live} if saved.get(name, ...) != live.get(name, ...)]
+    told = [f"{part}: {name} was {saved.get(name, 'not there')}, is {live.get(name, 'not there')}" for name in names]
+    more = len(told) - _MOST_SHOWN
+    return told[:_MOST_SHOWN] + ([f"{part}: {more} more"] if more > 0 else [])
+
+
+def differing_tensors(part: str, saved: Mapping[str, Any], live: Mapping[str, Any]) -> tuple[list[str], int]:
+    """Compare tensors to the bit.
+
+    Args:
+        part: its name.
+        saved: tensors by name, as they stand in a file.
+        live: tensors by name, as the training has them.
+
+    Returns:
+        What differs, in words, and how many were compared.
+    """
+    told, compared = [], 0
+    for name, tensor in saved.items():
+        if name not in live:
+            continue
+        compared += 1
+        own = live[name].detach()
+        if own.shape != tensor.shape or not torch.equal(_bits(own.to(tensor.dtype)), _bits(tensor.to(own.device))):
+            told.append(f"{part}: {name} was {_brief(tensor)}, is {_brief(own)}")
+    more = len(told) - _MOST_SHOWN
+    return told[:_MOST_SHOWN] + ([f"{part}: {more} more tensors"] if more > 0 else []), compared
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """NaN equals itself here."""
+    flat = tensor.contiguous().reshape(-1)
+    return flat.view(torch.uint8) if flat.numel() else flat
+
+
+def _brief(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {digest_of(tensor)[:12]}"
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dicts and lists, by path."""
+    if isinstance(value, Mapping):
+        pairs = [(f"{name}.{key}" if name else str(key), one) for key, one in value.items()]
+    elif isinstance(value, (list, tuple)):
+        pairs = [(f"{name}[{at}]", one) for at, one in enumerate(value)]
+    else:
+        return {name: value}
+    return {path: leaf for key, one in pairs for path, leaf in flat(one, key).items()}

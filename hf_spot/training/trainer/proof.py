@@ -1,0 +1,173 @@
+"""Every resume proves itself: what is live before the first step is compared with what was live at the save."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+
+from hf_spot.errors import ConfigError
+from hf_spot.training.state.carried import FOLDER
+from hf_spot.training.state.proof import Part, differences, differing_tensors, digest_of, flat, part_of
+from hf_spot.training.trainer.random_states import RandomStates
+from hf_spot.training.trainer.resume_fixes import counters
+
+log = logging.getLogger("hf_spot")
+
+WEIGHTS, OPTIMIZER, SCHEDULER = "weights", "optimizer", "scheduler"
+COUNTERS, CALLBACKS, RANDOM, NEXT_BATCH = "counters", "callbacks", "random states", "next batch"
+_STATE_COUNTERS = ("global_step", "epoch", "total_flos", "num_input_tokens_seen", "best_metric", "best_global_step")
+
+
+class Proof:
+    """Writes down at each save how the training stands, and compares at a resume.
+
+    Args:
+        trainer: the Trainer.
+        random_states: of this training.
+        on_mismatch: ``stop`` ends a resumed training that differs; ``warn`` says so and goes on.
+    """
+
+    def __init__(self, trainer: Trainer, random_states: RandomStates, on_mismatch: str) -> None:
+        self._trainer = trainer
+        self._random_states = random_states
+        self._on_mismatch = on_mismatch
+        self._name = f"proof_{trainer.args.process_index}.json"
+        self._saved: dict[str, Part] | None = None
+        self._wrong: list[str] = []
+        self._verified: list[str] = []
+        self._newest: dict[str, str] = {}
+
+    # -- at a save ----------------------------------------------------------------------------------------------------
+
+    def save(self, checkpoint: Path) -> None:
+        """Add this rank's to a checkpoint."""
+        parts = {
+            SCHEDULER: part_of(flat(_scheduler(self._trainer))),
+            COUNTERS: self._counters(),
+            CALLBACKS: self._callbacks(),
+            RANDOM: self._random_states.digests(),
+        }
+        if (next_batch := self._random_states.next_batch()) is not None:
+            parts[NEXT_BATCH] = next_batch
+        folder = checkpoint / FOLDER
+        folder.mkdir(exist_ok=True)
+        (folder / self._name).write_text(json.dumps(parts))
+        self._newest = {name: digest_of(part) for name, part in parts.items()}
+
+    @property
+    def newest(self) -> dict[str, str]:
+        """A digest for each part of the newest save on this rank."""
+        return dict(self._newest)
+
+    def _counters(self) -> Part:
+        state = self._trainer.state
+        return part_of({name: getattr(state, name) for name in _STATE_COUNTERS} | counters(self._trainer))
+
+    def _callbacks(self) -> Part:
+        stateful = [one for one in self._trainer.callback_handler.callbacks if isinstance(one, ExportableState)]
+        states = {f"{type(one).__name__}#{at}": one.state() for at, one in enumerate(stateful)}
+        return part_of(flat({name: state["attributes"] for name, state in states.items()}))
+
+    # -- at a resume --------------------------------------------------------------------------------------------------
+
+    def expect(self, checkpoint: Path) -> None:
+        """Compare with this checkpoint from now on. One of an earlier hf_spot has nothing to compare with."""
+        path = checkpoint / FOLDER / self._name
+        if path.exists():
+            self._saved = json.loads(path.read_text())
+            self._random_states.expect(self._saved.get(NEXT_BATCH))
+
+    def compare_loaded(self, checkpoint: Path) -> None:
+        """Compare what is live when everything has been loaded: Trainer's, and what callbacks make when they begin."""
+        if self._saved is None:
+            return
+        self._compare(SCHEDULER, part_of(flat(_scheduler(self._trainer))))
+        self._compare(COUNTERS, self._counters())
+        self._compare(CALLBACKS, self._callbacks())
+        self._note(WEIGHTS, *_weights(self._trainer, checkpoint))
+        self._note(OPTIMIZER, *_optimizer(self._trainer, checkpoint))
+
+    def _compare(self, part: str, live: Part) -> None:
+        assert self._saved is not None
+        if part in self._saved:
+            self._note(part, differences(part, self._saved[part], live), len(live) or 1)
+
+    def _note(self, part: str, wrong: list[str], compared: int) -> None:
+        self._wrong += wrong
+        if compared and not wrong:
+            self._verified.append(part)
+
+    def conclude(self, gather: Callable[[Any], list[Any]]) -> list[str] | None:
+        """Called once by every rank before the first step of a resumed training.
+
+        Args:
+            gather: what every rank brings.
+
+        Returns:
+            The parts that are as they were saved; None when there is nothing to compare with.
+
+        Raises:
+            ConfigError: something differs, and a difference ends the training.
+        """
+        if self._saved is None:
+            return None
+        if (live := self._random_states.restored_digests) is not None:
+            self._compare(RANDOM, live)
+        elif RANDOM in self._saved:
+            self._wrong.append(f"{RANDOM}: never restored")
+        if NEXT_BATCH in self._saved and (drawn := self._random_states.drawn_batch) is not None:
+            self._compare(NEXT_BATCH, drawn)
+        self._saved = None
+        wrong = [f"rank {rank}: {one}" if rank else one for rank, told in enumerate(gather(self._wrong)) for one in told]
+        if wrong and self._on_mismatch == "stop":
+            raise ConfigError(
+                "the resumed training is not the one that was saved: " + "; ".join(wrong),
+                hint="report this, with the versions of hf-spot doctor; to resume all the same: --on-mismatch warn",
+            )
+        for one in wrong:
+            log.warning("after the resume it is not as it was saved, and the training goes on: %s", one)
+        return self._verified
+
+
+def _scheduler(trainer: Trainer) -> Any:
+    return {} if trainer.lr_scheduler is None else trainer.lr_scheduler.state_dict()
+
+
+def _weights(trainer: Trainer, checkpoint: Path) -> tuple[list[str], int]:
+    """Compare the live model with the files that were verified when they were restored."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.model is None:
+        return [], 0
+    live = dict(trainer.model.state_dict())
+    adapters = sorted(checkpoint.glob("adapter_model.safetensors"))
+    if adapters:
+        from peft import get_peft_model_state_dict
+
+        live = get_peft_model_state_dict(trainer.model)
+    wrong: list[str] = []
+    compared = 0
+    for file in adapters or sorted(checkpoint.glob("model*.safetensors")):
+        told, count = differing_tensors(WEIGHTS, safetensors.torch.load_file(file), live)
+        wrong, compared = wrong + told, compared + count
+    return wrong, compared
+
+
+def _optimizer(trainer: Trainer, checkpoint: Path) -> tuple[list[str], int]:
+    path = checkpoint / "optimizer.pt"
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.optimizer is None or not path.exists():
+        return [], 0
+    saved = flat(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+    live = flat(trainer.optimizer.state_dict())
+    tensors = {name: one for name, one in saved.items() if isinstance(one, torch.Tensor)}
+    wrong, compared = differing_tensors(
+        OPTIMIZER, tensors, {n: one for n, one in live.items() if isinstance(one, torch.Tensor)}
+    )
+    rest = {name: one for name, one in saved.items() if name not in tensors}
+    return wrong + differences(OPTIMIZER, part_of(rest), part_of({name: live.get(name) for name in rest})), compared + len(rest)
