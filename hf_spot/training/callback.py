@@ -232,7 +232,7 @@ class SpotCallback(TrainerCallback):
             folder = session.begin(resume_from_checkpoint)
             carried = own_state(trainer)
             carried.look()
-            proof = Proof(trainer, session.random_states, self.args.on_mismatch)
+            proof = Proof(trainer, session.random_states, carried, self.args.on_mismatch)
             self.resume_from_checkpoint = folder if session.restored else None
             if session.restored is not None and session.restored.ref.complete:
                 log.info("step %d was the last one: nothing is left to train", session.restored.step)

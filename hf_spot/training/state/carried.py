@@ -98,6 +98,7 @@ class CarriedState:
             except TypeError as error:
                 log.debug("%s: %s", found.path, error)
                 lost.append(found.path)
+        self._carried.update(values)
         self._name(values, lost)
         if values:
             folder = checkpoint / FOLDER
@@ -106,6 +107,11 @@ class CarriedState:
             if tensors:
                 safetensors.torch.save_file(_apart(tensors), folder / f"state_{self._rank}.safetensors")
         return list(values)
+
+    def marks(self) -> dict[str, str]:
+        """Return something for each path that is carried, which differs when what stands there does."""
+        here = {found.path: found for found in self._all(self._walk()) if found.path in self._carried}
+        return {path: repr(_mark(here[path])) for path in sorted(self._carried) if path in here}
 
     def _name(self, values: dict[str, Any], lost: list[str]) -> None:
         """Say once what is carried, and what can't be."""

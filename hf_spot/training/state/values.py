@@ -26,7 +26,8 @@ Generator = torch.Generator | numpy.random.Generator | numpy.random.RandomState 
 
 def is_tensor(value: Any) -> bool:
     """Whether a value is a tensor whose bytes are here."""
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+    whole = type(value) in (torch.Tensor, torch.nn.Parameter) or isinstance(value, torch.nn.Buffer)
+    return whole and value.layout == torch.strided and not value.is_meta
 
 
 def is_plain(value: Any) -> bool:

@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from hf_spot.training.state.carried import CarriedState
 from hf_spot.training.state.data_side import parts_of
+from hf_spot.training.state.values import is_tensor
 from hf_spot.training.state.walk import Found, Walk, is_of_script
 from hf_spot.training.upstream import FLATTEN, TORCH_SAVE
 
@@ -53,8 +54,11 @@ class SavedTensors:
             yield
 
     def _note(self, obj: Any) -> None:
+        if self._everything:
+            return
         if isinstance(obj, torch.Tensor):
-            self._memory.add(obj.untyped_storage().data_ptr())
+            if is_tensor(obj):
+                self._memory.add(obj.untyped_storage().data_ptr())
         elif isinstance(obj, dict):
             for name, value in obj.items():
                 if isinstance(name, str) and isinstance(value, torch.Tensor):
@@ -67,9 +71,11 @@ class SavedTensors:
     def holds(self, path: str, tensor: torch.Tensor) -> bool:
         """Whether a tensor is in the files: it itself, or one of its name and shape that was made of it."""
         of_model, _, name = path.partition(".")
+        if self._everything and of_model == "model":
+            return True
         if tensor.numel() and tensor.untyped_storage().data_ptr() in self._memory:
             return True
-        return of_model == "model" and (self._everything or self._names.get(name) == tensor.shape)
+        return of_model == "model" and self._names.get(name) == tensor.shape
 
 
 def own_state(trainer: Trainer) -> CarriedState:

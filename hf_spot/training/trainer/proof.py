@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from hf_spot.errors import ConfigError
-from hf_spot.training.state.carried import FOLDER
+from hf_spot.training.state.carried import FOLDER, CarriedState
 from hf_spot.training.state.proof import Part, differences, differing_tensors, digest_of, flat, part_of
 from hf_spot.training.trainer.random_states import RandomStates
 from hf_spot.training.trainer.resume_fixes import counters
@@ -22,7 +22,8 @@ from hf_spot.training.trainer.resume_fixes import counters
 log = logging.getLogger("hf_spot")
 
 WEIGHTS, OPTIMIZER, SCHEDULER = "weights", "optimizer", "scheduler"
-COUNTERS, CALLBACKS, RANDOM, NEXT_BATCH = "counters", "callbacks", "random states", "next batch"
+COUNTERS, CALLBACKS, OWN = "counters", "callbacks", "state of the script"
+RANDOM, NEXT_BATCH = "random states", "next batch"
 _STATE_COUNTERS = ("global_step", "epoch", "total_flos", "num_input_tokens_seen", "best_metric", "best_global_step")
 
 
@@ -32,12 +33,14 @@ class Proof:
     Args:
         trainer: the Trainer.
         random_states: of this training.
+        carried: its state that no file of Trainer's holds.
         on_mismatch: ``stop`` ends a resumed training that differs; ``warn`` says so and goes on.
     """
 
-    def __init__(self, trainer: Trainer, random_states: RandomStates, on_mismatch: str) -> None:
+    def __init__(self, trainer: Trainer, random_states: RandomStates, carried: CarriedState, on_mismatch: str) -> None:
         self._trainer = trainer
         self._random_states = random_states
+        self._carried = carried
         self._on_mismatch = on_mismatch
         self._name = f"proof_{trainer.args.process_index}.json"
         self._saved: dict[str, Part] | None = None
@@ -53,6 +56,7 @@ class Proof:
             SCHEDULER: part_of(flat(_scheduler(self._trainer))),
             COUNTERS: self._counters(),
             CALLBACKS: self._callbacks(),
+            OWN: part_of(self._carried.marks()),
             RANDOM: self._random_states.digests(),
         }
         if (next_batch := self._random_states.next_batch()) is not None:
@@ -92,13 +96,16 @@ class Proof:
         self._compare(SCHEDULER, part_of(flat(_scheduler(self._trainer))))
         self._compare(COUNTERS, self._counters())
         self._compare(CALLBACKS, self._callbacks())
+        live = part_of(self._carried.marks())
+        self._saved[OWN] = {path: mark for path, mark in self._saved.get(OWN, {}).items() if path in live}  # else it was named
+        self._compare(OWN, live)
         self._note(WEIGHTS, *_weights(self._trainer, checkpoint))
         self._note(OPTIMIZER, *_optimizer(self._trainer, checkpoint))
 
     def _compare(self, part: str, live: Part) -> None:
         assert self._saved is not None
         if part in self._saved:
-            self._note(part, differences(part, self._saved[part], live), len(live) or 1)
+            self._note(part, differences(part, self._saved[part], live), len(live))
 
     def _note(self, part: str, wrong: list[str], compared: int) -> None:
         self._wrong += wrong

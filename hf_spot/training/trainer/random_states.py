@@ -221,8 +221,8 @@ class RandomStates:
     # -- proof --------------------------------------------------------------------------------------------------------
 
     def digests(self) -> dict[str, Any]:
-        """Return a digest for each global generator, as it stands now."""
-        return {name: digest_of(state) for name, state in (capture() | capture_gpus()).items()}
+        """Return a digest for each generator, and for what data are made from beside them, as they stand now."""
+        return {name: digest_of(state) for name, state in (self._capture() | capture_gpus()).items()}
 
     @property
     def restored_digests(self) -> dict[str, Any] | None:
@@ -294,8 +294,8 @@ class RandomStates:
             self._restored = True
             LOAD_RNG_STATE.plain(self._trainer)(checkpoint)
             forget()
-            self._restored_digests = self.digests()
             self._data_side.restore(self._resumed_data_side["saved"])
+            self._restored_digests = self.digests()
             self._then()
 
 
