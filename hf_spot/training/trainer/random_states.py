@@ -10,9 +10,8 @@ import base64
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
