@@ -391,8 +391,8 @@ def _finish_save(
 ) -> None:
     session.random_states.save(folder)
     log_window.save(folder)
-    carried.save(folder, saved)
-    proof.save(folder)
+    carried.save(folder, saved, session.behind.write_text)
+    proof.save(folder, session.behind.write_text)
 
 
 def _restore_own_state(carried: CarriedState, proof: Proof, folder: Path | None) -> None:

@@ -30,7 +30,9 @@ STEPS = 12
 
 
 class Recorder(TrainerCallback):
-    """Steps done and losses, evaluations, and something to do after a chosen step."""
+    """Steps done and losses, evaluations, and something to do after a chosen step: of one launch."""
+
+    per_launch = ("losses", "evaluated", "saved")
 
     def __init__(self, at_step: int = 0, act: Callable[[], None] = lambda: None) -> None:
         self.losses: dict[int, float] = {}

@@ -133,6 +133,13 @@ class AsyncCheckpointWriter:
             self._submit(self._make_arena().pin)  # the next save copies faster
         self._submit(lambda: self._conclude(on_error), always=True)
 
+    def write_text(self, path: Path, text: str) -> None:
+        """Write a small file: behind the training within `capturing`, else at once. Its folder must be there."""
+        if threading.get_ident() == self._owner:
+            self._pending.append(lambda: path.write_text(text))
+        else:
+            path.write_text(text)
+
     def forget(self) -> None:
         """Within `capturing`: what was captured is not to be written after all; all ranks must call it, or none."""
         self._pending.clear()

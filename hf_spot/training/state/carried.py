@@ -70,12 +70,13 @@ class CarriedState:
     def _all(self, walk: Walk) -> Iterator[Found]:
         return (found for found in self._find(walk) if not self._never(found.path))
 
-    def save(self, checkpoint: Path, saved: Saved) -> list[str]:
+    def save(self, checkpoint: Path, saved: Saved, write: Callable[[Path, str], None]) -> list[str]:
         """Write what has changed and is in no file.
 
         Args:
             checkpoint: its folder, in which everything else has been written.
             saved: what was.
+            write: writes a text to a file, now or later.
 
         Returns:
             The paths of what was written.
@@ -103,7 +104,7 @@ class CarriedState:
         if values:
             folder = checkpoint / FOLDER
             folder.mkdir(exist_ok=True)
-            (folder / f"state_{self._rank}.json").write_text(json.dumps({"format": _FORMAT, "values": values}))
+            write(folder / f"state_{self._rank}.json", json.dumps({"format": _FORMAT, "values": values}))
             if tensors:
                 safetensors.torch.save_file(_apart(tensors), folder / f"state_{self._rank}.safetensors")
         return list(values)

@@ -7,13 +7,13 @@ as it is at a save: it is noted at each draw, and takes the same way back as Pyt
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from hf_spot.training.state.values import Generator, decode, encode, is_plain, set_state, state_of
-from hf_spot.training.state.walk import is_of_script
+from hf_spot.training.state.walk import is_of_script, per_launch
 
 _NAMES = ("generator", "synchronized_generator")
 # Of accelerate's loaders, of torch's, of Trainer's collator, and of ours.
@@ -50,7 +50,7 @@ class DataSide:
 
     def __init__(self, parts: Iterable[tuple[str, Any]] = ()) -> None:
         self._generators: dict[str, Generator] = {}
-        self._attributes: list[tuple[str, dict[str, Any]]] = []
+        self._attributes: list[tuple[str, dict[str, Any], Collection[str]]] = []
         known: set[int] = set()
         for path, part in parts:
             attributes = getattr(part, "__dict__", {})
@@ -61,7 +61,7 @@ class DataSide:
                     known.add(id(value))
                     self._generators[f"{path}.{name}"] = value
             if own:
-                self._attributes.append((path, attributes))
+                self._attributes.append((path, attributes, per_launch(type(part))))
 
     @property
     def names(self) -> list[str]:
@@ -71,8 +71,9 @@ class DataSide:
     def capture(self) -> dict[str, Any]:
         """Return how everything stands: microseconds, where there is nothing of the script's own."""
         states: dict[str, Any] = {path: state_of(generator) for path, generator in self._generators.items()}
-        for path, attributes in self._attributes:
-            states |= {f"{path}.{name}": value for name, value in attributes.items() if is_plain(value)}
+        for path, attributes, left_out in self._attributes:
+            own = ((name, value) for name, value in attributes.items() if is_plain(value) and name not in left_out)
+            states |= {f"{path}.{name}": value for name, value in own}
         return states
 
     def restore(self, states: dict[str, Any]) -> None:
@@ -80,7 +81,7 @@ class DataSide:
         for path, generator in self._generators.items():
             if path in states:
                 set_state(generator, states[path])
-        for path, attributes in self._attributes:
+        for path, attributes, _ in self._attributes:
             for name, value in attributes.items():
                 if is_plain(value) and f"{path}.{name}" in states:
                     attributes[name] = states[f"{path}.{name}"]

@@ -74,11 +74,12 @@ class Walk:
         """
         self._seen.add(id(owner))
         self.owners[path] = owner
+        left_out = per_launch(type(owner))
         attributes = dict(getattr(owner, "__dict__", None) or {})
         for kind in type(owner).__mro__:
             attributes |= {name: getattr(owner, name) for name in _slots(kind) if hasattr(owner, name)}
         for name, value in attributes.items():
-            if only(name) and not name.startswith("__"):
+            if only(name) and name not in left_out and not name.startswith("__"):
                 yield from self.value(f"{path}.{name}", value, _attribute_setter(owner, name), depth)
 
     def value(self, path: str, value: Any, put: Callable[[Any], None] | None = None, depth: int = 0) -> Iterator[Found]:
@@ -146,6 +147,11 @@ class Walk:
         if id(tensor) not in self._seen and is_tensor(tensor):
             self._seen.add(id(tensor))
             yield Found(path, "tensor", tensor)
+
+
+def per_launch(kind: type) -> Collection[str]:
+    """Return the attributes that a class says are each launch's own: ``per_launch = ("began_at",)``."""
+    return {name for one in kind.__mro__ for name in vars(one).get("per_launch", ())}
 
 
 def _slots(kind: type) -> Collection[str]:

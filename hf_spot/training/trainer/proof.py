@@ -50,8 +50,13 @@ class Proof:
 
     # -- at a save ----------------------------------------------------------------------------------------------------
 
-    def save(self, checkpoint: Path) -> None:
-        """Add this rank's to a checkpoint."""
+    def save(self, checkpoint: Path, write: Callable[[Path, str], None]) -> None:
+        """Add this rank's to a checkpoint.
+
+        Args:
+            checkpoint: its folder.
+            write: writes a text to a file, now or later.
+        """
         parts = {
             SCHEDULER: part_of(flat(_scheduler(self._trainer))),
             COUNTERS: self._counters(),
@@ -63,7 +68,7 @@ class Proof:
             parts[NEXT_BATCH] = next_batch
         folder = checkpoint / FOLDER
         folder.mkdir(exist_ok=True)
-        (folder / self._name).write_text(json.dumps(parts))
+        write(folder / self._name, json.dumps(parts))
         self._newest = {name: digest_of(part) for name, part in parts.items()}
 
     @property

@@ -360,6 +360,27 @@ def test_plain_trainer_and_from_pretrained_are_not_disturbed_by_it(store: str, t
     assert plain.train(resume_from_checkpoint=str(checkpoint)).global_step == STEPS
 
 
+class Clock(TrainerCallback):
+    per_launch = ("steps_here",)
+
+    def __init__(self) -> None:
+        self.steps = self.steps_here = 0
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.steps, self.steps_here = self.steps + 1, self.steps_here + 1
+
+
+def test_a_class_may_say_what_is_each_launchs_own(store: str, tmp_path: Path) -> None:
+    callback, clock = SpotCallback(store, SpotArguments(notice="signal")), Clock()
+    first = make(tmp_path / "one", callbacks=[callback, Patient(callback), Recorder(5, preempt(callback))])
+    first.add_callback(clock)
+    with pytest.raises(TrainingPreempted):
+        first.train()
+    again, resumed = SpotCallback(store, SpotArguments(notice="none")), Clock()
+    make(tmp_path / "two", callbacks=[again, Patient(again), resumed]).train()
+    assert (clock.steps, resumed.steps, resumed.steps_here) == (5, STEPS, STEPS - 5)
+
+
 class Opaque(TrainerCallback):
     def __init__(self) -> None:
         self.lines = {number: object() for number in range(2)}

@@ -195,7 +195,7 @@ def test_a_checkpoint_of_an_earlier_version_can_not_be_compared_and_is_resumed(
     peace = make(tmp_path / "peace")
     peace.train()
     with monkeypatch.context() as patch:
-        patch.setattr("hf_spot.training.trainer.proof.Proof.save", lambda self, checkpoint: None)
+        patch.setattr("hf_spot.training.trainer.proof.Proof.save", lambda self, checkpoint, write: None)
         interrupted(store, tmp_path / "one", 5)
     trainer = resumed(store, tmp_path / "two")
     assert "was saved by an earlier hf_spot" in caplog.text
