@@ -21,6 +21,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -135,10 +136,14 @@ class AsyncCheckpointWriter:
 
     def write_text(self, path: Path, text: str) -> None:
         """Write a small file: behind the training within `capturing`, else at once. Its folder must be there."""
-        if threading.get_ident() == self._owner:
-            self._pending.append(lambda: path.write_text(text))
-        else:
+
+        def write() -> None:
             path.write_text(text)
+
+        if threading.get_ident() == self._owner:
+            self._pending.append(write)
+        else:
+            write()
 
     def forget(self) -> None:
         """Within `capturing`: what was captured is not to be written after all; all ranks must call it, or none."""
