@@ -221,7 +221,7 @@ class RandomStates:
 
     def digests(self) -> dict[str, Any]:
         """Return a digest for each generator, and for what data are made from beside them, as they stand now."""
-        return {name: digest_of(state) for name, state in (self._capture() | capture_gpus()).items()}
+        return {name: digest_of(state) for name, state in (capture() | capture_gpus() | self._data_side.capture()).items()}
 
     @property
     def restored_digests(self) -> dict[str, Any] | None:

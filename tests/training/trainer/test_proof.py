@@ -113,7 +113,7 @@ def no_step(patch: pytest.MonkeyPatch) -> None:
 
     def init(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         found = plain(self, *args, **kwargs)
-        self.state.total_flos = 0
+        self.state.num_input_tokens_seen = 5
         return found
 
     patch.setattr(Trainer, "_init_training_state", init)
@@ -148,11 +148,11 @@ REPAIRS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Callabl
         no_data_side,
         {"data": lambda: Noisy(torch.Generator().manual_seed(3))},
         5,
-        "random states: data_side was",
+        "random states: data.Noisy.generator was",
     ),
     "an average": (no_own_state, {"callbacks": lambda: [Average()]}, 5, r"state of the script: callbacks.Average.of was"),
     "callbacks": (no_callback_states, {}, 5, "callbacks: EarlyStoppingCallback"),
-    "a counter": (no_step, {}, 5, "counters: total_flos was"),
+    "a counter": (no_step, {}, 5, "counters: num_input_tokens_seen was 0, is 5"),
 }
 
 
