@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
@@ -17,9 +16,11 @@ from typing import Any, TextIO
 import yaml
 
 from hf_spot.cloud.job import ANY, PREFERRED, SPOT, Job, Rung
+from hf_spot.cloud.wheel import Wheel, install, put, wheel_for
 from hf_spot.errors import EXIT_PREEMPTED, CloudError, ConfigError
 from hf_spot.run import seal
 from hf_spot.runtime import STORE_VARIABLE
+from hf_spot.storage.open import open_store
 from hf_spot.storage.s3_settings import KMS_KEY_VARIABLE, OWNER_VARIABLE
 
 STRATEGY = "EAGER_NEXT_REGION"
@@ -65,7 +66,7 @@ def task(job: Job, environ: Mapping[str, str]) -> dict[str, Any]:
         },
         "envs": envs,
         **({"secrets": dict.fromkeys(secrets)} if secrets else {}),
-        "setup": _setup(job),
+        "setup": _setup(job, wheel_for(job.store, environ)),
         "run": f"set -euo pipefail\nexport PATH={_VENV}/bin:$PATH\n{job.run}".rstrip() + "\n",
     }
 
@@ -96,7 +97,8 @@ def notes(job: Job) -> list[str]:
 
 def render(job: Job, environ: Mapping[str, str]) -> str:
     """Return the task as YAML, for `sky jobs launch`, with the notes as comments."""
-    head = "".join(f"# {line}\n" for line in [f"sky jobs launch -n {job.name} FILE", *notes(job)])
+    first = [f"python -m hf_spot.cloud.wheel {job.store}"] if job.requirements and wheel_for(job.store, environ) else []
+    head = "".join(f"# {line}\n" for line in [*first, f"sky jobs launch -n {job.name} FILE", *notes(job)])
     return head + yaml.dump(task(job, environ), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -109,6 +111,8 @@ def launch(job: Job, environ: Mapping[str, str] = os.environ) -> list[int]:
     """
     sky = _sky()
     _check_identity(sky, job)
+    if job.requirements and (wheel := wheel_for(job.store, environ)) is not None:
+        put(open_store(job.store), wheel)
     with _explained("refuses the task", ConfigError):
         made = sky.Task.from_yaml_config(
             task(job, environ), secrets_overrides=[(name, environ[name]) for name in secret_names(environ)]
@@ -173,11 +177,13 @@ def _image(job: Job, infra: str) -> dict[str, Any]:
     return {"image_id": known} if known else {}
 
 
-def _setup(job: Job) -> str:
+def _setup(job: Job, wheel: Wheel | None) -> str:
     lines = ["set -euo pipefail"]
     if job.requirements:
-        lines += [f"python3 -m venv {_VENV}", f"{_VENV}/bin/pip install -q {shlex.join(job.requirements)}"]
-    lines += [f"export PATH={_VENV}/bin:$PATH", job.setup.strip()]
+        lines += [f"python3 -m venv {_VENV}", f"export PATH={_VENV}/bin:$PATH", install(job.requirements, wheel)]
+    else:
+        lines += [f"export PATH={_VENV}/bin:$PATH"]
+    lines += [job.setup.strip()]
     return "\n".join(line for line in lines if line) + "\n"
 
 
@@ -185,7 +191,7 @@ def _sky() -> Any:
     try:
         import sky
     except ImportError as error:
-        raise ConfigError(f"SkyPilot can't be imported: {error}", hint="pip install 'hf_spot[sky]'") from error
+        raise ConfigError(f"SkyPilot can't be imported: {error}", hint="pip install 'skypilot[aws]'") from error
     return sky
 
 

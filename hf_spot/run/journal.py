@@ -192,7 +192,7 @@ def decode(data: bytes, key: bytes | None = None) -> Entry:
         if written["format"] > FORMAT:
             raise ConfigError(
                 f"this run was written by a newer hf_spot (journal format {written['format']}, this one reads {FORMAT})",
-                hint="pip install --upgrade hf_spot",
+                hint="install the version that wrote it, from where this one came",
             )
         state = written["state"]
         refs = tuple(_ref(**ref) for ref in state.pop("checkpoints"))

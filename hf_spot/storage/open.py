@@ -21,8 +21,13 @@ _HINT = (
 _KINDS = {
     "s3": ("s3", "S3Store", "boto3", "pip install boto3"),
     "hf": ("hub", "open_hub", "huggingface_hub", "pip install --upgrade huggingface_hub"),
-    "gs": ("gcs", "GoogleStore", "google-cloud-storage", "pip install 'hf_spot[gcs]'"),
-    "az": ("azure", "AzureStore", "azure-storage-blob", "pip install 'hf_spot[azure]'"),
+    "gs": ("gcs", "GoogleStore", "google-cloud-storage", "pip install 'google-cloud-storage>=3.1'"),
+    "az": (
+        "azure",
+        "AzureStore",
+        "azure-storage-blob",
+        "pip install azure-storage-blob azure-identity",
+    ),
 }  # scheme: module, what opens it, the package that it needs, and how to get that
 _OTHER_SPELLINGS = {
     "gcs": "gs",

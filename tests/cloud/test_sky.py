@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -109,7 +110,9 @@ def test_checkpoints_are_no_file_mounts_and_the_script_runs_as_the_job_says(job:
     task = sky.task(job, {})
     assert set(task) == {"name", "resources", "envs", "setup", "run"}
     assert task["envs"] == {"HF_SPOT_STORE": "s3://bucket/runs/llama", "AWS_REGION": "us-east-1"}
-    assert "pip install -q hf_spot\n" in task["setup"]
+    assert re.search(
+        r"echo '[0-9a-f]{64}  hf_spot-[^']*' \| sha256sum --check --strict\npip install \./hf_spot-", task["setup"]
+    )
     assert task["setup"].endswith("git clone https://example.com/x.git\n")
     assert task["run"].endswith("cd x\nhf-spot launch train.py\n")
 
@@ -163,7 +166,7 @@ def test_without_skypilot_the_repair_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "sky", None)
     assert main(["sky", str(path), what]) == 2
-    assert "pip install 'hf_spot[sky]'" in capsys.readouterr().err
+    assert "pip install 'skypilot[aws]'" in capsys.readouterr().err
 
 
 # -- a schema of the task, without SkyPilot ----------------------------------------------------------------------------
