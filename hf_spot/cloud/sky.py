@@ -27,6 +27,7 @@ STRATEGY = "EAGER_NEXT_REGION"
 _ENDPOINT = "AWS_ENDPOINT_URL_S3"
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _VENV = "$HOME/.hf-spot-venv"
+_USERINFO = re.compile(r"//[^/]*@")
 _COPIES_CREDENTIALS = "LOCAL_CREDENTIALS"
 
 
@@ -53,7 +54,9 @@ def task(job: Job, environ: Mapping[str, str]) -> dict[str, Any]:
         for kind in rung.instance_types
     ]
     envs = {STORE_VARIABLE: job.store, "AWS_REGION": job.region}
-    envs |= {name: environ[name] for name in (KMS_KEY_VARIABLE, OWNER_VARIABLE, _ENDPOINT) if environ.get(name)}
+    envs |= {name: environ[name] for name in (KMS_KEY_VARIABLE, OWNER_VARIABLE) if environ.get(name)}
+    if endpoint := _endpoint(environ):
+        envs[_ENDPOINT] = _USERINFO.sub("//", endpoint)
     secrets = secret_names(environ)
     return {
         "name": job.name,
@@ -73,7 +76,7 @@ def task(job: Job, environ: Mapping[str, str]) -> dict[str, Any]:
 
 def secret_names(environ: Mapping[str, str]) -> list[str]:
     """Return the variables a machine needs that must not be stored: the journal key, and keys for a server other than AWS."""
-    names = (seal.VARIABLE, *(_KEYS if environ.get(_ENDPOINT) else ()))
+    names = (seal.VARIABLE, *(_KEYS if _endpoint(environ) else ()))
     return [name for name in names if environ.get(name)]
 
 
@@ -161,6 +164,12 @@ def cancel(job: Job) -> None:
 
 
 # -- inside -----------------------------------------------------------------------------------------------------------
+
+
+def _endpoint(environ: Mapping[str, str]) -> str | None:
+    from hf_spot.storage.s3_connection import endpoint_of_others  # importing boto3 is slow
+
+    return endpoint_of_others(environ)
 
 
 def _infra(job: Job, rung: Rung) -> list[str]:
