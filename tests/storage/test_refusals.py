@@ -19,19 +19,43 @@ CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
 ARN = "User: arn:aws:sts::111122223333:assumed-role/spot/i-0 is not authorized to perform: s3:PutObject on resource: "
 # Who says it, status, code, words, our error, what means it, what to type.
 REFUSALS: list[tuple[str, int, str, str, type[SpotError], str, str]] = [
-    ("Ceph", 403, "QuotaExceeded", "", StoreUnavailable, "no more room", "--save-total-limit"),
+    ("Ceph", 403, "QuotaExceeded", "", StoreUnavailable, "no space left for this account or bucket", "--save-total-limit"),
     (
         "MinIO",
         507,
         "XMinioStorageFull",
         "Storage backend has reached its minimum free drive threshold.",
         StoreUnavailable,
-        "room",
+        "no space left",
         "prune",
     ),
-    ("MinIO", 400, "XMinioAdminBucketQuotaExceeded", "Bucket quota exceeded", StoreUnavailable, "no more room", "larger quota"),
-    ("Backblaze", 403, "AccessDenied", "Cannot upload files, storage cap exceeded.", StoreUnavailable, "no more room", "prune"),
-    ("Wasabi", 403, "Strange", "Storage quota reached for this account", StoreUnavailable, "no more room", "prune"),
+    (
+        "MinIO",
+        400,
+        "XMinioAdminBucketQuotaExceeded",
+        "Bucket quota exceeded",
+        StoreUnavailable,
+        "no space left for this account or bucket",
+        "larger quota",
+    ),
+    (
+        "Backblaze",
+        403,
+        "AccessDenied",
+        "Cannot upload files, storage cap exceeded.",
+        StoreUnavailable,
+        "no space left for this account or bucket",
+        "prune",
+    ),
+    (
+        "Wasabi",
+        403,
+        "Strange",
+        "Storage quota reached for this account",
+        StoreUnavailable,
+        "no space left for this account or bucket",
+        "prune",
+    ),
     (
         "AWS",
         403,
@@ -48,7 +72,7 @@ REFUSALS: list[tuple[str, int, str, str, type[SpotError], str, str]] = [
         f'{ARN}"x" with an explicit deny in a service control policy',
         AccessDenied,
         "denies",
-        "words name",
+        "server's message for the kind of policy",
     ),
     (
         "AWS",
