@@ -15,6 +15,7 @@ import pytest
 
 from hf_spot.run.run import Run
 from tests.launch.conftest import PLAIN, Launch, Launcher, Twin
+from tests.signals import fuzz
 from tests.waiting import wait_for
 
 BY_DEFAULT = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"]
@@ -215,3 +216,8 @@ def test_a_terminal_that_is_lost_is_a_notice_and_nothing_that_is_printed_ends_th
     newest = Run(store).latest()
     assert newest is not None and newest.step == launch.step() >= 3
     assert [entry.kind for entry in Run(store).events()][-1] == "preempted"
+
+
+def test_random_signals_to_random_processes_lose_no_step_that_a_commit_was_due_for(tmp_path: Path) -> None:
+    came_to, wrong = fuzz(tmp_path, rounds=2, seed=3, ranks=(1, 2))
+    assert not wrong and came_to.total() == 2
