@@ -39,6 +39,7 @@ from hf_spot.training.trainer.resume_fixes import (
 )
 from hf_spot.training.trainer.saves import Saves
 from hf_spot.training.trainer.streams import chance_is_named, resumed_in_its_pass
+from hf_spot.training.trainer.trackers import continue_trackers, where_trackers_write
 from hf_spot.training.trainer.trainer_session import TrainerSession
 from hf_spot.training.trainer.weights import loaded_whole
 from hf_spot.training.upstream import check
@@ -194,6 +195,7 @@ class SpotCallback(TrainerCallback):
                 "output_dir": str(self._session.run_session.output_dir),
                 "epoch_of_data": state.epoch,
                 "counters": counters(self._session.trainer),
+                "trackers": where_trackers_write(self._session.trainer),
                 **to_details(batches(self._session.trainer)),
             },
         )
@@ -236,6 +238,7 @@ class SpotCallback(TrainerCallback):
             if session.restored is not None:
                 self._saved_step = session.restored.step
                 session.random_states.resume(self._make_up)
+                continue_trackers(trainer, session.restored.details.get("trackers", {}), session.restored.step)
             shield(self.args)
             self._session = session
             self._log_window = LogWindow(trainer, lambda: self._stopping, lambda: self._save_is_extra)
