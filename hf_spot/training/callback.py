@@ -26,6 +26,7 @@ from hf_spot.training.trainer.accumulation import Accumulation
 from hf_spot.training.trainer.batch_size import batches, from_details, to_details
 from hf_spot.training.trainer.entry import Entry
 from hf_spot.training.trainer.evaluation import Evaluations, Stopped
+from hf_spot.training.trainer.held_errors import HeldErrors
 from hf_spot.training.trainer.log_window import LogWindow
 from hf_spot.training.trainer.notebook import shows_errors
 from hf_spot.training.trainer.own_state import SavedTensors, after_train_begin, own_state
@@ -268,6 +269,7 @@ class SpotCallback(TrainerCallback):
                     dispatched_batches_skipped(),
                     chance_is_named(trainer),
                     self._stream_resumed(trainer, session),
+                    HeldErrors(trainer, self, lambda: self._stopping).held(),
                 ):
                     result = train(trainer, folder, *args, **kwargs)
                 session.end(trainer.state.global_step)

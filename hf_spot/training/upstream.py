@@ -112,13 +112,13 @@ ON_TRAIN_BEGIN = _method(
 CALLBACK_HANDLER = _attribute(
     _TRAINER,
     "callback_handler",
-    "training.trainer.entry training.trainer.restore training.trainer.trackers",
+    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.trackers",
     "SpotCallback is not found, so nothing is saved",
 )
 CALLBACKS = _attribute(
     _HANDLER,
     "callbacks",
-    "training.trainer.entry training.trainer.restore training.trainer.saves training.trainer.trackers",
+    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.saves training.trainer.trackers",
     "SpotCallback is not found, so nothing is saved",
 )
 RUN_EPOCH = _method(_TRAINER, "_run_epoch", "*, model, epoch, trial, start_time, …", "training.trainer.evaluation", _STOPPED)
@@ -281,6 +281,14 @@ ROTATE = _function(
     "…",
     "training.trainer.saves",
     "an older checkpoint is deleted from this disk before the new one is whole",
+    told=True,
+)
+CALL_EVENT = _method(
+    _HANDLER,
+    "call_event",
+    "event, args, state, control, …",
+    "training.trainer.held_errors",
+    "a callback that raises costs the checkpoint that is due",
     told=True,
 )
 ON_SAVE = _method(
