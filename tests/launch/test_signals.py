@@ -71,12 +71,14 @@ def options(ranks: int, *more: str) -> list[str]:
     ("ranks", "name", "to"),
     [
         (1, "SIGTERM", "rank"),  # the one that nvidia-smi shows
+        (1, "SIGUSR1", "guard"),
         (1, "SIGHUP", "all"),
         pytest.param(2, "SIGTERM", "all", marks=pytest.mark.fresh_python),  # what they inherit is blocked by who executes them
         (2, "SIGUSR1", "all"),
         pytest.param(1, "SIGHUP", "launcher", marks=pytest.mark.slow),
         pytest.param(1, "SIGINT", "all", marks=pytest.mark.slow),
         pytest.param(2, "SIGINT", "all", marks=pytest.mark.slow),
+        (2, "SIGTERM", "agent"),
         pytest.param(2, "SIGTERM", "rank", marks=pytest.mark.slow),
         pytest.param(3, "SIGHUP", "all", marks=pytest.mark.slow),
         pytest.param(3, "SIGUSR1", "rank", marks=pytest.mark.slow),
