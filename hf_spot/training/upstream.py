@@ -118,7 +118,8 @@ CALLBACK_HANDLER = _attribute(
 CALLBACKS = _attribute(
     _HANDLER,
     "callbacks",
-    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.saves training.trainer.trackers",
+    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.saves "
+    "training.trainer.trackers",
     "SpotCallback is not found, so nothing is saved",
 )
 RUN_EPOCH = _method(_TRAINER, "_run_epoch", "*, model, epoch, trial, start_time, …", "training.trainer.evaluation", _STOPPED)
