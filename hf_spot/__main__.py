@@ -11,6 +11,14 @@ def main() -> int:
         from hf_spot.launch import early
 
         early.listen(sys.argv[2:])  # before anything that takes time
+        try:
+            return _run()
+        finally:
+            early.ignore()
+    return _run()
+
+
+def _run() -> int:
     from hf_spot import cli
 
     return cli.main()

@@ -210,7 +210,7 @@ _REQUESTER_PAYS = Meaning(
 )
 _NO_ROOM = Meaning(
     Kind.QUOTA,
-    "the storage quota of this account or bucket is used up",
+    "the store has no space left for this account or bucket",
     "hf-spot checkpoints prune RUN --save-total-limit 1, or ask your provider for a larger quota; uploads are retried",
 )
 _NOT_SUPPORTED = Meaning(

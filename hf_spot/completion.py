@@ -31,7 +31,7 @@ def script(top: argparse.ArgumentParser, shell: str) -> str:
         import shtab
     except ImportError as error:
         raise ConfigError(
-            f"hf-spot completion needs shtab, which can't be imported: {error}", hint="pip install 'hf_spot[completion]'"
+            f"hf-spot completion needs shtab, which can't be imported: {error}", hint="pip install shtab"
         ) from error
     from hf_spot.launch.options import parser as launch_parser
 

@@ -24,10 +24,20 @@
 
 from __future__ import annotations
 
+import re
+
 EXIT_FINISHED = 0
 EXIT_USAGE = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 EXIT_FENCED = 76
+
+
+def without_passwords(text: str) -> str:
+    """Return a text in which no URL has a user and password before its host."""
+    return _USERINFO.sub("//…@", text)
+
+
+_USERINFO = re.compile(r"//[^/\s@'\"]*@(?:[^/\s@'\"]*@)*")
 
 
 class SpotError(Exception):
@@ -41,8 +51,8 @@ class SpotError(Exception):
     exit_code = EXIT_USAGE
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(without_passwords(message))
+        self.hint = without_passwords(hint)
 
     def __str__(self) -> str:
         message = super().__str__()

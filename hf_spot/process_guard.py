@@ -6,7 +6,8 @@ COMMAND, daemons included, which it had adopted; when the guard dies, COMMAND di
 launcher, which ends them; and the guard ends with COMMAND.
 
 No signal ends the guard but those that nobody can ignore: a scheduler may send any to every process of a job, and the launcher
-decides what it means. COMMAND gets the signals as the guard got them, blocked ones included.
+decides what it means. Those that were blocked when the guard was started are the ones that mean something: it passes them on,
+as a SIGTERM. COMMAND gets the signals as the guard got them, blocked ones included.
 
 It is run as a file, without site-packages: it imports nothing of hf_spot and is there in a few milliseconds. It is a process
 of its own because code between fork and exec may hang in a launcher that has threads.
@@ -20,6 +21,8 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _PR_SET_CHILD_SUBREAPER = 36
@@ -50,7 +53,8 @@ def guard(launcher_fd: int, command: Sequence[str]) -> int:
         command: to run.
     """
     adopt_orphans()
-    before = {one: signal.signal(one, signal.SIG_IGN) for one in signal.valid_signals() - _NOT_IGNORED}
+    launcher, blocked = os.getppid(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    before: dict[int, Any] = {one: signal.signal(one, signal.SIG_IGN) for one in signal.valid_signals() - _NOT_IGNORED}
     os.set_inheritable(launcher_fd, False)
     guarding = os.getpid()
     child = os.fork()
@@ -64,6 +68,15 @@ def guard(launcher_fd: int, command: Sequence[str]) -> int:
     os.set_blocking(any_ended, False)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if os.getppid() == launcher:
+            os.kill(launcher, signal.SIGTERM)
+
+    for heard in blocked & before.keys():
+        if before[heard] is not signal.SIG_IGN:  # under nohup
+            signal.signal(heard, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     while True:
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:  # orphans too

@@ -30,6 +30,19 @@ _CLAIMED_VARIABLE = "HF_SPOT_CLAIMED_AT"
 _ARGUMENTS_VARIABLE = "HF_SPOT_ARGUMENTS"
 
 
+def to_system(text: str) -> str:
+    """Return the text that this system's encoding makes UTF-8 of: for names of files and for variables, whatever the locale."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
+def from_system(text: str) -> str:
+    """Return what was meant by a word of the command line, or a variable: UTF-8, if it can be, whatever the locale."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text
+
+
 def make_private(folder: Path) -> None:
     """Make a folder, and those above it that are missing, for this user alone."""
     for one in (*reversed(folder.parents), folder):
@@ -92,7 +105,7 @@ class Runtime:
         if _DIRECTORY_VARIABLE not in environ:
             return None
         return cls(
-            store=environ[STORE_VARIABLE],
+            store=from_system(environ[STORE_VARIABLE]),
             launch=int(environ[_LAUNCH_VARIABLE]),
             directory=Path(environ[_DIRECTORY_VARIABLE]),
             arguments=SpotArguments(**json.loads(environ[_ARGUMENTS_VARIABLE])),
@@ -103,7 +116,7 @@ class Runtime:
     def to_environ(self) -> dict[str, str]:
         """The variables that `from_environ` reads."""
         return {
-            STORE_VARIABLE: self.store,
+            STORE_VARIABLE: to_system(self.store),
             _LAUNCH_VARIABLE: str(self.launch),
             _DIRECTORY_VARIABLE: str(self.directory),
             _LAUNCHER_VARIABLE: str(self.launcher),

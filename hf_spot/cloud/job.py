@@ -220,7 +220,8 @@ class Job:
         region: the preferred region, ideally that of the bucket.
         max_spend: maximum dollars for all machines of the run, over its whole life.
         setup: shell commands that a new machine runs first, as root: fetch the script, install its dependencies.
-        requirements: packages that pip installs before that, into a new environment; empty if the image has hf_spot.
+        requirements: packages that pip installs before that, into a new environment; empty if the image has hf_spot. hf_spot
+            itself comes from no registry, but from a wheel of the hf_spot that starts the machine (`hf_spot.cloud.wheel`).
         image_id: an AMI's id, ``resolve:ssm:PARAMETER``, or one of these per region.
         key_name: name of an EC2 key pair, or one per region.
         security_groups: ids (or ids per region); ``default`` is the network's default group, which blocks inbound traffic.

@@ -23,6 +23,7 @@ from hf_spot.cloud.machine_records import MachineRecords
 from hf_spot.cloud.orders import Order, Outcome
 from hf_spot.cloud.plans import Plan, Planner
 from hf_spot.cloud.user_data import render
+from hf_spot.cloud.wheel import Wheel, put, wheel_for
 from hf_spot.errors import CloudError, ConfigError, NoCapacity, StoreUnavailable
 from hf_spot.run.run import Run
 from hf_spot.run.seal import VARIABLE as JOURNAL_KEY
@@ -68,6 +69,7 @@ class Provisioner:
         self._now = now
         self._sleep = sleep
         self._say = say
+        self._is_in_store = False
         self.records = MachineRecords(run, cloud, now=now)
         self.planner = Planner(job, cloud, self.records, now=now)
 
@@ -86,7 +88,7 @@ class Provisioner:
                 f"deadline: {job.deadline:%Y-%m-%d %H:%M} UTC is in the past", hint="set a later deadline, or remove it"
             )
         self.planner.check_sites()
-        render(job, [], 1)
+        render(job, [], 1, wheel=wheel_for(job.store, os.environ))
         if os.environ.get(JOURNAL_KEY) and JOURNAL_KEY not in job.run:
             raise ConfigError(
                 f"${JOURNAL_KEY} is set here but not on the machines: they could not read the journal",
@@ -214,7 +216,7 @@ class Provisioner:
             pools=pools,
             image=self.planner.site(region)[0],
             site=job.site(region),
-            user_data=render(job, prices, minutes_affordable(pools, self.planner.left_usd())),
+            user_data=render(job, prices, minutes_affordable(pools, self.planner.left_usd()), wheel=self._wheel_in_store()),
             tags={
                 **job.tags,
                 "Name": f"hf-spot {job.name}",
@@ -226,6 +228,14 @@ class Provisioner:
             strategy=job.strategy,
             max_price=plan.rung.max_price,
         )
+
+    def _wheel_in_store(self) -> Wheel | None:
+        """What this process runs, where the machine will look for it. Raises StoreError."""
+        wheel = wheel_for(self._job.store, os.environ)
+        if wheel is not None and not self._is_in_store:
+            put(self.records.run.store, wheel)
+            self._is_in_store = True
+        return wheel
 
     def _send(self, order: Order) -> Outcome:
         if order.pools[0].market != SPOT or self._api == FLEET:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
@@ -17,15 +16,18 @@ from typing import Any, TextIO
 import yaml
 
 from hf_spot.cloud.job import ANY, PREFERRED, SPOT, Job, Rung
+from hf_spot.cloud.wheel import Wheel, install, put, wheel_for
 from hf_spot.errors import EXIT_PREEMPTED, CloudError, ConfigError
 from hf_spot.run import seal
 from hf_spot.runtime import STORE_VARIABLE
+from hf_spot.storage.open import open_store
 from hf_spot.storage.s3_settings import KMS_KEY_VARIABLE, OWNER_VARIABLE
 
 STRATEGY = "EAGER_NEXT_REGION"
 _ENDPOINT = "AWS_ENDPOINT_URL_S3"
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _VENV = "$HOME/.hf-spot-venv"
+_USERINFO = re.compile(r"//[^/]*@")
 _COPIES_CREDENTIALS = "LOCAL_CREDENTIALS"
 
 
@@ -52,7 +54,9 @@ def task(job: Job, environ: Mapping[str, str]) -> dict[str, Any]:
         for kind in rung.instance_types
     ]
     envs = {STORE_VARIABLE: job.store, "AWS_REGION": job.region}
-    envs |= {name: environ[name] for name in (KMS_KEY_VARIABLE, OWNER_VARIABLE, _ENDPOINT) if environ.get(name)}
+    envs |= {name: environ[name] for name in (KMS_KEY_VARIABLE, OWNER_VARIABLE) if environ.get(name)}
+    if endpoint := _endpoint(environ):
+        envs[_ENDPOINT] = _USERINFO.sub("//", endpoint)
     secrets = secret_names(environ)
     return {
         "name": job.name,
@@ -65,14 +69,14 @@ def task(job: Job, environ: Mapping[str, str]) -> dict[str, Any]:
         },
         "envs": envs,
         **({"secrets": dict.fromkeys(secrets)} if secrets else {}),
-        "setup": _setup(job),
+        "setup": _setup(job, wheel_for(job.store, environ)),
         "run": f"set -euo pipefail\nexport PATH={_VENV}/bin:$PATH\n{job.run}".rstrip() + "\n",
     }
 
 
 def secret_names(environ: Mapping[str, str]) -> list[str]:
     """Return the variables a machine needs that must not be stored: the journal key, and keys for a server other than AWS."""
-    names = (seal.VARIABLE, *(_KEYS if environ.get(_ENDPOINT) else ()))
+    names = (seal.VARIABLE, *(_KEYS if _endpoint(environ) else ()))
     return [name for name in names if environ.get(name)]
 
 
@@ -96,7 +100,8 @@ def notes(job: Job) -> list[str]:
 
 def render(job: Job, environ: Mapping[str, str]) -> str:
     """Return the task as YAML, for `sky jobs launch`, with the notes as comments."""
-    head = "".join(f"# {line}\n" for line in [f"sky jobs launch -n {job.name} FILE", *notes(job)])
+    first = [f"python -m hf_spot.cloud.wheel {job.store}"] if job.requirements and wheel_for(job.store, environ) else []
+    head = "".join(f"# {line}\n" for line in [*first, f"sky jobs launch -n {job.name} FILE", *notes(job)])
     return head + yaml.dump(task(job, environ), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -109,6 +114,8 @@ def launch(job: Job, environ: Mapping[str, str] = os.environ) -> list[int]:
     """
     sky = _sky()
     _check_identity(sky, job)
+    if job.requirements and (wheel := wheel_for(job.store, environ)) is not None:
+        put(open_store(job.store), wheel)
     with _explained("refuses the task", ConfigError):
         made = sky.Task.from_yaml_config(
             task(job, environ), secrets_overrides=[(name, environ[name]) for name in secret_names(environ)]
@@ -159,6 +166,12 @@ def cancel(job: Job) -> None:
 # -- inside -----------------------------------------------------------------------------------------------------------
 
 
+def _endpoint(environ: Mapping[str, str]) -> str | None:
+    from hf_spot.storage.s3_connection import endpoint_of_others  # importing boto3 is slow
+
+    return endpoint_of_others(environ)
+
+
 def _infra(job: Job, rung: Rung) -> list[str]:
     if rung.regions == ANY:
         return ["aws"]
@@ -173,11 +186,13 @@ def _image(job: Job, infra: str) -> dict[str, Any]:
     return {"image_id": known} if known else {}
 
 
-def _setup(job: Job) -> str:
+def _setup(job: Job, wheel: Wheel | None) -> str:
     lines = ["set -euo pipefail"]
     if job.requirements:
-        lines += [f"python3 -m venv {_VENV}", f"{_VENV}/bin/pip install -q {shlex.join(job.requirements)}"]
-    lines += [f"export PATH={_VENV}/bin:$PATH", job.setup.strip()]
+        lines += [f"python3 -m venv {_VENV}", f"export PATH={_VENV}/bin:$PATH", install(job.requirements, wheel)]
+    else:
+        lines += [f"export PATH={_VENV}/bin:$PATH"]
+    lines += [job.setup.strip()]
     return "\n".join(line for line in lines if line) + "\n"
 
 
@@ -185,7 +200,7 @@ def _sky() -> Any:
     try:
         import sky
     except ImportError as error:
-        raise ConfigError(f"SkyPilot can't be imported: {error}", hint="pip install 'hf_spot[sky]'") from error
+        raise ConfigError(f"SkyPilot can't be imported: {error}", hint="pip install 'skypilot[aws]'") from error
     return sky
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_spot.cloud.job import SHUTDOWN, Job
+from hf_spot.cloud.wheel import Wheel, install
 from hf_spot.errors import EXIT_FENCED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError
 from hf_spot.storage.s3_settings import KMS_KEY_VARIABLE, OWNER_VARIABLE
 
@@ -138,6 +139,8 @@ def render(
     made_by: str = "hf-spot provision",
     fuse: str = "the budget is spent",
     retire: str = LEAVE,
+    wheel: Wheel | None = None,
+    image_may_have_it: bool = False,
 ) -> str:
     """Return the user data of a machine.
 
@@ -153,6 +156,8 @@ def render(
         made_by: the command named as the generator of the user data.
         fuse: the reason for the shutdown after ``minutes``.
         retire: the shell command that ends a machine for good when its work is done.
+        wheel: of hf_spot, which no registry has; None if the image must have it.
+        image_may_have_it: install nothing where the image has hf_spot.
 
     Raises:
         ConfigError: setup and run are longer than EC2 allows.
@@ -180,7 +185,7 @@ def render(
         environment=_file("environment", "\n".join(f"{name}={value}" for name, value in variables.items())),
         fallback=copy if job.store.startswith("s3://") else "true",
         leave=retire if leaves else "true",
-        install=_install(job.requirements),
+        install=_install(job.requirements, wheel, image_may_have_it),
         prices=_file("prices.json", json.dumps([*prices])),
         setup_file=_file("setup", job.setup),
         run_file=_file("run", _RUN.format(run=job.run)),
@@ -198,11 +203,14 @@ def render(
     return text
 
 
-def _install(requirements: Sequence[str]) -> str:
+def _install(requirements: Sequence[str], wheel: Wheel | None, image_may_have_it: bool) -> str:
     if not requirements:
         return "# requirements: [] means that the image has hf_spot"
     make = f"python3 -m venv {FOLDER}/venv"
-    return f"{make} || (apt-get update && apt-get install -y python3-venv && {make})\npip install {shlex.join(requirements)}"
+    if wheel is None and [*requirements] == ["hf_spot"]:
+        return install(requirements, None)
+    commands = f"{make} || (apt-get update && apt-get install -y python3-venv && {make})\n{install(requirements, wheel)}"
+    return f"python3 -c 'import hf_spot' || {{\n{commands}\n}}" if image_may_have_it else commands
 
 
 def _file(name: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""Plots of runs and simulations. matplotlib is an extra: ``pip install 'hf_spot[plot]'``."""
+"""Plots of runs and simulations. matplotlib is an extra: ``pip install '.[plot]'``."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"a plot needs matplotlib: {error}", hint="pip install 'hf_spot[plot]'") from error
+        raise ConfigError(f"a plot needs matplotlib: {error}", hint="pip install matplotlib") from error
 
 
 def plot_losses(

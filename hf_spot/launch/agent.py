@@ -5,7 +5,8 @@ start and when all has ended.
 
 torchrun's agent ends with SIGTERM the ranks that one that crashed has left behind. Ranks take a SIGTERM for a notice, from
 whomever it comes, so they are killed instead, as they would have died of it; what they have started still gets the SIGTERM.
-The agent itself hears no signal that means a notice: they were blocked when it was started, and stay so.
+A signal that means a notice does nothing to the agent: they were blocked when it was started, and stay so; it passes them on to
+the launcher.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import logging
 import os
 import signal
 import sys
+import threading
 
 gc.disable()
 from accelerate.commands.launch import main  # noqa: E402
 
 from hf_spot.errors import EXIT_PREEMPTED  # noqa: E402
+from hf_spot.notices.signals import answered_signals, is_left_alone  # noqa: E402
 from hf_spot.runtime import Runtime  # noqa: E402
 from hf_spot.terminal import outlive_terminal  # noqa: E402
 
@@ -50,6 +53,15 @@ def kill_ranks() -> None:
     SubprocessHandler.close = kill_and_close  # type: ignore[method-assign]
 
 
+def _pass_on(runtime: Runtime) -> None:
+    signals = answered_signals(runtime.arguments)
+    while True:
+        number = signal.sigwait(signals)
+        if not is_left_alone(signal.Signals(number)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(runtime.launcher, signal.SIGTERM)
+
+
 def _main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -57,6 +69,8 @@ def _main() -> None:
     outlive_terminal()
     kill_ranks()
     runtime = Runtime.from_environ(os.environ)
+    if runtime is not None:
+        threading.Thread(target=_pass_on, args=(runtime,), name="hf_spot-signals", daemon=True).start()
     try:
         main()
     except ChildFailedError:

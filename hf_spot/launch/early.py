@@ -81,9 +81,18 @@ def stand_down() -> None:
     _is_over = True
 
 
+def ignore() -> None:
+    """Let go what comes while Python ends: it takes back all handlers first, and a signal would change the exit code."""
+    for one in signal.valid_signals():
+        if signal.getsignal(one) is _leave:
+            signal.signal(one, signal.SIG_IGN)
+
+
 def _leave(number: int, frame: FrameType | None) -> None:
+    global _is_over
     if _is_over:
         return
+    _is_over = True  # nothing more is to be said, and what is cleaned up now shall be
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     os.write(2, _TOLD)

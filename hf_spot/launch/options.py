@@ -272,7 +272,7 @@ def _main() -> None:
         told = parse(argv).to_json()
     except ConfigError as error:
         told = refusal(error)
-    with os.fdopen(int(answer_to), "w") as answer:
+    with contextlib.suppress(BrokenPipeError), os.fdopen(int(answer_to), "w") as answer:  # the launcher has ended
         answer.write(told)
     os._exit(0)  # nothing is left to do, and Python would look through all of torch for it
 

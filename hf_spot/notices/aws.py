@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import re
 import socket
 import time
@@ -14,8 +15,11 @@ from hf_spot.errors import ConfigError, SpotError
 from hf_spot.notices.metadata import TOKEN_PATH, Announcement, MetadataService, Session, iso_time, stamp
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 
+log = logging.getLogger("hf_spot")
+
 ENDPOINT_VARIABLE = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 MODE_VARIABLE = "AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE"
+V1_DISABLED_VARIABLE = "AWS_EC2_METADATA_V1_DISABLED"
 DISABLED_VARIABLE = "AWS_EC2_METADATA_DISABLED"
 TIMEOUT_VARIABLE = "AWS_METADATA_SERVICE_TIMEOUT"
 ATTEMPTS_VARIABLE = "AWS_METADATA_SERVICE_NUM_ATTEMPTS"
@@ -41,6 +45,7 @@ class IMDSSource:
         timeout_s: limit of one attempt for each part of a response.
         attempts: tries of a request within one poll. One is enough for a watcher, which polls again anyway.
         interval_s: seconds between polls; AWS recommends 5 or fewer.
+        allow_v1: ask without a session token where the service gives none (IMDSv1), as botocore does.
         clock: monotonic seconds, for the age of the session token.
 
     Raises:
@@ -56,6 +61,7 @@ class IMDSSource:
         timeout_s: float = 1.0,
         attempts: int = 1,
         interval_s: float = 2.0,
+        allow_v1: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not timeout_s > 0 or attempts < 1:
@@ -74,9 +80,11 @@ class IMDSSource:
         self._session = Session(
             self._service,
             _TOKEN_HEADER,
+            without_token=self._tell_v1 if allow_v1 else None,
             forbidden_hint=f"{modify} --http-endpoint enabled --instance-id ID",
             clock=clock,
         )
+        self._told_v1 = False
         self.where = self._service.where
         self.interval_s = interval_s
         self._interruption = Announcement(self.name)
@@ -112,7 +120,19 @@ class IMDSSource:
                 hint=f"{TIMEOUT_VARIABLE}=1 {ATTEMPTS_VARIABLE}=1",
             ) from error
         endpoint = environ.get(ENDPOINT_VARIABLE) or _ENDPOINTS[mode]
-        return cls(endpoint, timeout_s=timeout_s, attempts=attempts)
+        allow_v1 = environ.get(V1_DISABLED_VARIABLE, "").strip().lower() != "true"
+        return cls(endpoint, timeout_s=timeout_s, attempts=attempts, allow_v1=allow_v1)
+
+    def _tell_v1(self) -> None:
+        if not self._told_v1:
+            log.warning(
+                "%s gives no session tokens and answers without them (IMDSv1): notices are detected. To use IMDSv2: aws ec2 "
+                "modify-instance-metadata-options --http-tokens required --http-endpoint enabled --instance-id ID; inside a "
+                "container: %s",
+                self.where,
+                HOP_LIMIT,
+            )
+        self._told_v1 = True
 
     def poll(self) -> PreemptionNotice | None:
         """Return what the metadata service announces now.

@@ -20,6 +20,7 @@ _LONGEST_ANSWER_BYTES = 65536
 TOKEN_PATH = "/latest/api/token"
 _TOKEN_TTL_S = 21600  # the maximum of AWS and Alibaba
 _RENEW_EARLY_S = 60.0
+_WITHOUT_TOKEN_S = 300.0  # until a token is asked for again where none was given: each try may take as long as a timeout
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class Session:
         service: the service to query.
         header: header that carries the token; with the suffix ``-ttl-seconds``, the header that requests one.
         optional: continue without a token if the service does not support them.
+        without_token: called when the service gives no token, but answers without one; None if it must give one.
         forbidden_hint: what to try after a 403.
         clock: monotonic seconds, for the age of the token.
     """
@@ -131,12 +133,14 @@ class Session:
         header: str,
         *,
         optional: bool = False,
+        without_token: Callable[[], None] | None = None,
         forbidden_hint: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._service = service
         self._header = header
         self._optional = optional
+        self._without_token = without_token
         self._forbidden_hint = forbidden_hint
         self._clock = clock
         self._token = ""
@@ -156,9 +160,26 @@ class Session:
         return None if answer.status == 404 else self._expect_ok(answer, path).body
 
     def _get(self, path: str) -> Answer:
-        token = self.token()
+        try:
+            token = self.token()
+        except SpotError as refused:
+            if self._without_token is None:
+                raise
+            return self._get_without_token(path, self._without_token, refused)
         headers = {self._header: token} if token else {}
         return self._service.request("GET", f"/latest/meta-data/{path}", headers)
+
+    def _get_without_token(self, path: str, tell: Callable[[], None], refused: SpotError) -> Answer:
+        """Ask as the first version of the protocol does. What that can't answer either is the refusal of the token."""
+        try:
+            answer = self._service.request("GET", f"/latest/meta-data/{path}", {})
+        except SpotError:
+            raise refused from None
+        if answer.status not in (200, 404):
+            raise refused
+        tell()
+        self._token, self._renew_at = "", self._clock() + _WITHOUT_TOKEN_S
+        return answer
 
     def token(self) -> str:
         """Return the session token, renewed if it is about to expire. Raises SpotError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from importlib import resources
@@ -110,6 +111,7 @@ def ec2(*, store: str, script: str, name: str, gpus: int, region: str, setup: st
     """
     from hf_spot.cloud import user_data  # imports YAML, which `hf-spot --help` does not need
     from hf_spot.cloud.job import Job
+    from hf_spot.cloud.wheel import wheel_for
 
     job = Job(
         name=_named(name),
@@ -131,6 +133,8 @@ def ec2(*, store: str, script: str, name: str, gpus: int, region: str, setup: st
         made_by="hf-spot recipe ec2",
         fuse=f"{hours} hours are over",
         retire=out_of_the_group if auto_scaling_group else user_data.LEAVE,
+        wheel=wheel_for(store, os.environ),
+        image_may_have_it=True,
     )
 
 

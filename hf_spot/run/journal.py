@@ -192,7 +192,7 @@ def decode(data: bytes, key: bytes | None = None) -> Entry:
         if written["format"] > FORMAT:
             raise ConfigError(
                 f"this run was written by a newer hf_spot (journal format {written['format']}, this one reads {FORMAT})",
-                hint="pip install --upgrade hf_spot",
+                hint="install the version that wrote it, from where this one came",
             )
         state = written["state"]
         refs = tuple(_ref(**ref) for ref in state.pop("checkpoints"))
@@ -201,6 +201,7 @@ def decode(data: bytes, key: bytes | None = None) -> Entry:
         if written_at.tzinfo is None:
             raise TypeError(f"time {written['time']!r} has no time zone")
         number, kind, launch, id, told = (written[name] for name in ("number", "kind", _LAUNCH_KEY, "id", "data"))
+        _check_counts(told)
         return _typed(Entry(number, kind, launch, id, written_at, told, state))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpoint(f"not a journal entry: {data[:80]!r} ({error})") from error
@@ -229,6 +230,14 @@ def _typed(found: T) -> T:
         if isinstance(value, int) and value < 0:
             raise ValueError(f"{name} is {value}")
     return found
+
+
+def _check_counts(data: dict[str, Any]) -> None:
+    """Raise TypeError for what everybody counts with, where it is no count."""
+    for name in ("step", "committed_step", "best_step", "stage"):
+        value = data.get(name)
+        if value is not None and (type(value) is not int or value < 0):
+            raise TypeError(f"{name} is {value!r}")
 
 
 @lru_cache(maxsize=1024, typed=True)  # the entries of a journal repeat each other's checkpoints

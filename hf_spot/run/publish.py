@@ -94,7 +94,7 @@ def publish(
         transfer.download(run.store, checkpoint.ref.prefix, files, folder, progress=moved)
         written = () if CARD in chosen else (CARD,)
         for name in written:
-            (folder / name).write_text(card(folder, model.hub.id, checkpoint, story))
+            (folder / name).write_text(card(folder, model.hub.id, checkpoint, story), encoding="utf-8")
         model.publish(
             folder,
             sorted({*chosen, *written}),

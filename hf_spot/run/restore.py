@@ -195,16 +195,20 @@ def set_aside_uncommitted(run: Run, output_dir: Path, resume_step: int) -> None:
         resume_step: 0 when nothing is resumed.
     """
     marker = output_dir / _MARKER
-    used_before = marker.exists() and marker.read_text() == run.url
+    used_before = marker.exists() and marker.read_bytes() == _on_disk(run)
     for folder in output_dir.glob("checkpoint-*"):
         match = _CHECKPOINT.match(folder.name)
         if match and int(match[1]) > resume_step and (resume_step or used_before):
             set_aside(folder, "it was never committed")
     marker.parent.mkdir(parents=True, exist_ok=True)
-    marker.write_text(run.url)
+    marker.write_bytes(_on_disk(run))
 
 
 def holds_own_checkpoints(run: Run, output_dir: Path) -> bool:
     """True when local checkpoints here come from an earlier launch of this run (and were never committed if it has none)."""
     marker = output_dir / _MARKER
-    return marker.exists() and marker.read_text() == run.url
+    return marker.exists() and marker.read_bytes() == _on_disk(run)
+
+
+def _on_disk(run: Run) -> bytes:
+    return run.url.encode("utf-8", "surrogateescape")  # whatever the locale

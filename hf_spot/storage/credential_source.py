@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from hf_spot.errors import SpotError
+from hf_spot.errors import SpotError, without_passwords
 
 _LONGEST_WORDS = 300
 _SPEAK_IN_SENTENCES = ("botocore", "google", "azure")
@@ -77,7 +77,7 @@ def passed_on(failed: SourceFailed, *kinds: type[Exception]) -> None:
 
 
 def _own_words(error: Exception) -> str:
-    said = " ".join(str(error).split())
+    said = " ".join(without_passwords(str(error)).split())
     sentence = said and type(error).__module__.partition(".")[0] in _SPEAK_IN_SENTENCES
     return (said if sentence else f"{type(error).__name__}: {said}".rstrip(": "))[:_LONGEST_WORDS]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from hf_spot.errors import ConfigError
+from hf_spot.runtime import from_system, to_system
 from hf_spot.storage.local import LocalStore
 from hf_spot.storage.memory import MemoryStore
 from hf_spot.storage.store import ObjectStore
@@ -21,8 +22,13 @@ _HINT = (
 _KINDS = {
     "s3": ("s3", "S3Store", "boto3", "pip install boto3"),
     "hf": ("hub", "open_hub", "huggingface_hub", "pip install --upgrade huggingface_hub"),
-    "gs": ("gcs", "GoogleStore", "google-cloud-storage", "pip install 'hf_spot[gcs]'"),
-    "az": ("azure", "AzureStore", "azure-storage-blob", "pip install 'hf_spot[azure]'"),
+    "gs": ("gcs", "GoogleStore", "google-cloud-storage", "pip install 'google-cloud-storage>=3.1'"),
+    "az": (
+        "azure",
+        "AzureStore",
+        "azure-storage-blob",
+        "pip install azure-storage-blob azure-identity",
+    ),
 }  # scheme: module, what opens it, the package that it needs, and how to get that
 _OTHER_SPELLINGS = {
     "gcs": "gs",
@@ -57,14 +63,14 @@ def open_store(url: str | os.PathLike[str] | ObjectStore) -> ObjectStore:
         raise ConfigError("the store's URL is empty", hint=_HINT)
     found = _SCHEME.match(url)
     if not found:
-        return LocalStore(Path(url).expanduser())
+        return LocalStore(Path(to_system(from_system(url))).expanduser())
     scheme = found[1].lower()
     if not url[found.end() :].startswith("//"):
         if url[found.end() :].startswith("/") or scheme in ("file", "memory", *_KINDS, *_OTHER_SPELLINGS):
             raise ConfigError(f"{_shown(url)!r}: two slashes must follow '{scheme}:'", hint=_HINT)
         return LocalStore(Path(url).expanduser())  # a file name with a colon
     if scheme in _KINDS:
-        return _open(scheme, f"{scheme}:{url[found.end() :]}")
+        return _open(scheme, from_system(f"{scheme}:{url[found.end() :]}"))
     if scheme == "file":
         return LocalStore(_path_of(url))
     if scheme == "memory":

@@ -34,6 +34,7 @@ from hf_spot.errors import (
     StoreError,
     StoreNotFencing,
     StoreUnavailable,
+    without_passwords,
 )
 from hf_spot.storage.credential_source import SourceFailed
 from hf_spot.storage.keys import check_key, check_prefix
@@ -250,7 +251,7 @@ class S3Store:
         headers = answer.get("HTTPHeaders", {})
         said = headers.get("date")
         return Place(
-            endpoint=self._client.meta.endpoint_url,
+            endpoint=without_passwords(self._client.meta.endpoint_url),
             asked_in=self._client.meta.region_name,
             region=headers.get("x-amz-bucket-region"),
             time=parsedate_to_datetime(said) if said else None,
@@ -344,7 +345,10 @@ class S3Store:
         said = response.get("ResponseMetadata", {})
         known = {"bucket": self._bucket, "permission": _PERMISSIONS[doing]}
         if self._connections.is_open():  # else a setting keeps it from being made
-            known |= {"endpoint": urlsplit(self._client.meta.endpoint_url).netloc, "resource": self._resource(doing)}
+            known |= {
+                "endpoint": urlsplit(self._client.meta.endpoint_url).netloc.rpartition("@")[2],
+                "resource": self._resource(doing),
+            }
         meaning = explain(code, status=said.get("HTTPStatusCode", 0), message=message_of(error), **known)
         words = " ".join(message_of(error).split())[:_LONGEST_WORDS].rstrip(".")
         if code in ("NoSuchBucket", "404"):

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import boto3
 import botocore.session
 from botocore.config import Config
-from botocore.exceptions import UnknownCredentialError
+from botocore.exceptions import BotoCoreError, UnknownCredentialError
 from botocore.utils import determine_content_length
 
 from hf_spot.errors import ConfigError
@@ -64,6 +64,28 @@ class Connection:
             if _has_http_session(client):  # else each try waits for `_SILENCE_S`, as training/upstream.py says
                 client._endpoint.http_session = by_silence
         self.transfers = Transfers(self.client, bulk, connections=_CONNECTIONS)
+
+
+def endpoint_of_others(environ: Mapping[str, str]) -> str | None:
+    """Return the endpoint of a server that is not Amazon's, as boto3 finds it: in the environment, or in the AWS config file.
+
+    Args:
+        environ: another environment than this process's is asked for its variables alone.
+
+    Raises:
+        ConfigError: the config file can't be used.
+    """
+    if environ is not os.environ:
+        if environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
+            return None
+        return environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or None
+    try:
+        # Given keys, it looks for no others: those of this machine matter to nobody here.
+        found: str = boto3.Session().client("s3", aws_access_key_id="-", aws_secret_access_key="-").meta.endpoint_url
+    except (BotoCoreError, ValueError) as error:
+        raise ConfigError(f"the settings of S3 can't be read: {error}", hint="aws configure list") from error
+    host = urlsplit(found).hostname or ""
+    return None if host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws")) else found
 
 
 def _client(session: boto3.Session, s3: Any, silence_s: float = _SILENCE_S) -> Any:

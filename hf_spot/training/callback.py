@@ -26,6 +26,7 @@ from hf_spot.training.trainer.accumulation import Accumulation
 from hf_spot.training.trainer.batch_size import batches, from_details, to_details
 from hf_spot.training.trainer.entry import Entry
 from hf_spot.training.trainer.evaluation import Evaluations, Stopped
+from hf_spot.training.trainer.held_errors import HeldErrors
 from hf_spot.training.trainer.log_window import LogWindow
 from hf_spot.training.trainer.notebook import shows_errors
 from hf_spot.training.trainer.own_state import SavedTensors, after_train_begin, own_state
@@ -40,6 +41,7 @@ from hf_spot.training.trainer.resume_fixes import (
 )
 from hf_spot.training.trainer.saves import Saves
 from hf_spot.training.trainer.streams import chance_is_named, resumed_in_its_pass
+from hf_spot.training.trainer.trackers import continue_trackers, where_trackers_write
 from hf_spot.training.trainer.trainer_session import TrainerSession
 from hf_spot.training.trainer.weights import loaded_whole
 from hf_spot.training.upstream import check
@@ -201,6 +203,7 @@ class SpotCallback(TrainerCallback):
                 "epoch_of_data": state.epoch,
                 "counters": counters(self._session.trainer),
                 "fingerprint": {} if self._proof is None else self._proof.newest,
+                "trackers": where_trackers_write(self._session.trainer),
                 **to_details(batches(self._session.trainer)),
             },
         )
@@ -244,6 +247,7 @@ class SpotCallback(TrainerCallback):
             if session.restored is not None:
                 self._saved_step = session.restored.step
                 session.random_states.resume(self._make_up)
+                continue_trackers(trainer, session.restored.details.get("trackers", {}), session.restored.step)
             shield(self.args)
             self._session = session
             self._log_window = LogWindow(trainer, lambda: self._stopping, lambda: self._save_is_extra)
@@ -274,6 +278,7 @@ class SpotCallback(TrainerCallback):
                     dispatched_batches_skipped(),
                     chance_is_named(trainer),
                     self._stream_resumed(trainer, session),
+                    HeldErrors(trainer, self, lambda: self._stopping).held(),
                 ):
                     result = train(trainer, folder, *args, **kwargs)
                 session.end(trainer.state.global_step)

@@ -46,6 +46,7 @@ ONLY: dict[str, Callable[[Any], bool]] = {
     "FSDP": lambda trainer: bool(trainer.is_fsdp_enabled),
     "push_to_hub": lambda trainer: bool(trainer.args.push_to_hub),
     "GPUs": lambda trainer: trainer.args.device.type not in ("cpu", "meta"),
+    "TensorBoard": partial(_has_callback, "TensorBoardCallback"),
     "Weights & Biases": partial(_has_callback, "WandbCallback"),
     "TRL's SFTTrainer": lambda trainer: any(kind.__name__ == "SFTTrainer" for kind in type(trainer).__mro__),
     # Others divide by all steps, or don't have it under this name; where it is there, it is used.
@@ -111,13 +112,14 @@ ON_TRAIN_BEGIN = _method(
 CALLBACK_HANDLER = _attribute(
     _TRAINER,
     "callback_handler",
-    "training.trainer.entry training.trainer.restore",
+    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.trackers",
     "SpotCallback is not found, so nothing is saved",
 )
 CALLBACKS = _attribute(
     _HANDLER,
     "callbacks",
-    "training.trainer.entry training.trainer.restore training.trainer.saves",
+    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.saves "
+    "training.trainer.trackers",
     "SpotCallback is not found, so nothing is saved",
 )
 RUN_EPOCH = _method(_TRAINER, "_run_epoch", "*, model, epoch, trial, start_time, …", "training.trainer.evaluation", _STOPPED)
@@ -282,6 +284,14 @@ ROTATE = _function(
     "an older checkpoint is deleted from this disk before the new one is whole",
     told=True,
 )
+CALL_EVENT = _method(
+    _HANDLER,
+    "call_event",
+    "event, args, state, control, …",
+    "training.trainer.held_errors",
+    "a callback that raises costs the checkpoint that is due",
+    told=True,
+)
 ON_SAVE = _method(
     _HANDLER,
     "on_save",
@@ -293,6 +303,12 @@ ON_SAVE = _method(
 ON_LOG = _method(
     _HANDLER, "on_log", "args, state, control, logs, …", "training.trainer.metrics", "the log has no spot/… metrics", told=True
 )
+_BOARD: Any = {"told": True, "only": "TensorBoard"}
+_BOARDS = "TensorBoard shows each launch as a run of its own, and steps that are done again twice"
+_OF_TENSORBOARD = "transformers.integrations.integration_utils:TensorBoardCallback"
+TENSORBOARD_DIR = _attribute(_OF_TENSORBOARD, "logging_dir", "training.trainer.trackers", _BOARDS, **_BOARD)
+TENSORBOARD_WRITER = _attribute(_OF_TENSORBOARD, "tb_writer", "training.trainer.trackers", _BOARDS, **_BOARD)
+SUMMARY_WRITER = _attribute(_OF_TENSORBOARD, "_SummaryWriter", "training.trainer.trackers", _BOARDS, **_BOARD)
 WANDB_LOGS_MODEL = _attribute(
     "transformers.integrations.integration_utils:WandbCallback",
     "_log_model",

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -109,7 +110,9 @@ def test_checkpoints_are_no_file_mounts_and_the_script_runs_as_the_job_says(job:
     task = sky.task(job, {})
     assert set(task) == {"name", "resources", "envs", "setup", "run"}
     assert task["envs"] == {"HF_SPOT_STORE": "s3://bucket/runs/llama", "AWS_REGION": "us-east-1"}
-    assert "pip install -q hf_spot\n" in task["setup"]
+    assert re.search(
+        r"echo '[0-9a-f]{64}  hf_spot-[^']*' \| sha256sum --check --strict\npip install \./hf_spot-", task["setup"]
+    )
     assert task["setup"].endswith("git clone https://example.com/x.git\n")
     assert task["run"].endswith("cd x\nhf-spot launch train.py\n")
 
@@ -163,7 +166,7 @@ def test_without_skypilot_the_repair_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "sky", None)
     assert main(["sky", str(path), what]) == 2
-    assert "pip install 'hf_spot[sky]'" in capsys.readouterr().err
+    assert "pip install 'skypilot[aws]'" in capsys.readouterr().err
 
 
 # -- a schema of the task, without SkyPilot ----------------------------------------------------------------------------
@@ -468,3 +471,27 @@ def test_a_job_that_cannot_be_is_refused(path: Path, capsys: pytest.CaptureFixtu
     assert "did you mean ladder?" in capsys.readouterr().err
     with pytest.raises(ConfigError):
         load(path)
+
+
+@pytest.mark.parametrize("place", ["variable", "variable of S3", "config file", "ignored"])
+def test_an_endpoint_is_passed_on_wherever_the_client_finds_it_and_without_a_password(
+    place: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS"):
+        monkeypatch.delenv(name, raising=False)
+    endpoint = "https://me:hunter2@minio.example.com:9000"
+    (tmp_path / "config").write_text(f"[default]\nendpoint_url = {endpoint}\n" if place == "config file" else "")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "A")
+    if place != "config file":
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3" if place == "variable of S3" else "AWS_ENDPOINT_URL", endpoint)
+    if place == "ignored":
+        monkeypatch.setenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "true")
+    made = sky.task(job, os.environ)
+    if place == "ignored":
+        assert "AWS_ENDPOINT_URL_S3" not in made["envs"]
+        return
+    assert made["envs"]["AWS_ENDPOINT_URL_S3"] == "https://minio.example.com:9000"
+    assert "AWS_ACCESS_KEY_ID" in made["secrets"]
+    assert "hunter2" not in sky.render(job, os.environ)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hf_spot.arguments import SpotArguments
@@ -184,3 +186,41 @@ def test_a_module_that_is_not_there_is_not_launched_once(launcher: Launcher, tmp
     assert launch.wait() == 2, launch.text()
     assert "No module named 'no'" in launch.text() and "Traceback" not in launch.text()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a PID namespace")
+def test_as_the_first_process_of_a_container_it_hears_a_signal_before_it_has_imported_anything(tmp_path: Path) -> None:
+    """The kernel drops what such a process has no handler for, and nobody sends it twice."""
+    (tmp_path / "script.py").write_text("open('ran', 'w')")
+    launcher = [sys.executable, "-m", "hf_spot", "launch", "--store", "run", "script.py"]
+    outside = psutil.Popen(["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *launcher], cwd=tmp_path)
+    try:
+        wait_for(outside.children, longest_pause_s=0.005)
+        (first,) = outside.children()
+
+        def is_heard() -> bool:
+            caught = Path(f"/proc/{first.pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+            return bool(int(caught, 16) & 1 << (signal.SIGTERM - 1))
+
+        wait_for(is_heard, longest_pause_s=0.005)
+        assert not first.children()  # nor has it started anything
+        first.send_signal(signal.SIGTERM)
+        assert outside.wait(60) == 75
+    finally:
+        if outside.poll() is None:
+            outside.kill()
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_launcher_listens_before_it_imports_what_takes_time() -> None:
+    program = """
+import signal, sys
+sys.argv, sys.modules["hf_spot.cli"] = ["hf-spot", "launch"], None
+from hf_spot.__main__ import main
+try:
+    main()
+except ImportError:  # of what comes next; the signals that it has listened to are ignored while it ends
+    print(signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, sorted({"argparse", "json", "psutil", "boto3"} & {*sys.modules}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "True []\n"

@@ -15,6 +15,7 @@ import pytest
 
 from hf_spot.run.run import Run
 from tests.launch.conftest import PLAIN, Launch, Launcher, Twin
+from tests.signals import fuzz
 from tests.waiting import wait_for
 
 BY_DEFAULT = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"]
@@ -70,12 +71,14 @@ def options(ranks: int, *more: str) -> list[str]:
     ("ranks", "name", "to"),
     [
         (1, "SIGTERM", "rank"),  # the one that nvidia-smi shows
+        (1, "SIGUSR1", "guard"),
         (1, "SIGHUP", "all"),
         pytest.param(2, "SIGTERM", "all", marks=pytest.mark.fresh_python),  # what they inherit is blocked by who executes them
         (2, "SIGUSR1", "all"),
         pytest.param(1, "SIGHUP", "launcher", marks=pytest.mark.slow),
         pytest.param(1, "SIGINT", "all", marks=pytest.mark.slow),
         pytest.param(2, "SIGINT", "all", marks=pytest.mark.slow),
+        (2, "SIGTERM", "agent"),
         pytest.param(2, "SIGTERM", "rank", marks=pytest.mark.slow),
         pytest.param(3, "SIGHUP", "all", marks=pytest.mark.slow),
         pytest.param(3, "SIGUSR1", "rank", marks=pytest.mark.slow),
@@ -176,9 +179,10 @@ def test_a_signal_when_all_is_done_changes_no_exit_code() -> None:
         with pytest.raises(SystemExit) as ended:
             signal.raise_signal(signal.SIGUSR2)
         assert ended.value.code == 75
-        early.stand_down()
-        for one in handlers:
+        for one in handlers:  # nor does a second one, while the first is answered
             signal.raise_signal(one)
+        early.ignore()
+        assert {one for one in handlers if signal.getsignal(one) is signal.SIG_IGN} == handlers
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -214,3 +218,8 @@ def test_a_terminal_that_is_lost_is_a_notice_and_nothing_that_is_printed_ends_th
     newest = Run(store).latest()
     assert newest is not None and newest.step == launch.step() >= 3
     assert [entry.kind for entry in Run(store).events()][-1] == "preempted"
+
+
+def test_random_signals_to_random_processes_lose_no_step_that_a_commit_was_due_for(tmp_path: Path) -> None:
+    came_to, wrong = fuzz(tmp_path, rounds=2, seed=3, ranks=(1, 2))
+    assert not wrong and came_to.total() == 2

@@ -8,6 +8,7 @@ from xml.sax.saxutils import escape
 
 import pytest
 
+from hf_spot.cli import main
 from hf_spot.errors import AccessDenied, BucketNotFound, ConfigError, SpotError, StoreError, StoreUnavailable
 from hf_spot.storage.probe import probe
 from hf_spot.storage.s3 import S3Store
@@ -18,19 +19,43 @@ CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
 ARN = "User: arn:aws:sts::111122223333:assumed-role/spot/i-0 is not authorized to perform: s3:PutObject on resource: "
 # Who says it, status, code, words, our error, what means it, what to type.
 REFUSALS: list[tuple[str, int, str, str, type[SpotError], str, str]] = [
-    ("Ceph", 403, "QuotaExceeded", "", StoreUnavailable, "no more room", "--save-total-limit"),
+    ("Ceph", 403, "QuotaExceeded", "", StoreUnavailable, "no space left for this account or bucket", "--save-total-limit"),
     (
         "MinIO",
         507,
         "XMinioStorageFull",
         "Storage backend has reached its minimum free drive threshold.",
         StoreUnavailable,
-        "room",
+        "no space left",
         "prune",
     ),
-    ("MinIO", 400, "XMinioAdminBucketQuotaExceeded", "Bucket quota exceeded", StoreUnavailable, "no more room", "larger quota"),
-    ("Backblaze", 403, "AccessDenied", "Cannot upload files, storage cap exceeded.", StoreUnavailable, "no more room", "prune"),
-    ("Wasabi", 403, "Strange", "Storage quota reached for this account", StoreUnavailable, "no more room", "prune"),
+    (
+        "MinIO",
+        400,
+        "XMinioAdminBucketQuotaExceeded",
+        "Bucket quota exceeded",
+        StoreUnavailable,
+        "no space left for this account or bucket",
+        "larger quota",
+    ),
+    (
+        "Backblaze",
+        403,
+        "AccessDenied",
+        "Cannot upload files, storage cap exceeded.",
+        StoreUnavailable,
+        "no space left for this account or bucket",
+        "prune",
+    ),
+    (
+        "Wasabi",
+        403,
+        "Strange",
+        "Storage quota reached for this account",
+        StoreUnavailable,
+        "no space left for this account or bucket",
+        "prune",
+    ),
     (
         "AWS",
         403,
@@ -47,7 +72,7 @@ REFUSALS: list[tuple[str, int, str, str, type[SpotError], str, str]] = [
         f'{ARN}"x" with an explicit deny in a service control policy',
         AccessDenied,
         "denies",
-        "words name",
+        "server's message for the kind of policy",
     ),
     (
         "AWS",
@@ -327,3 +352,27 @@ def test_a_directory_bucket_of_s3_express_is_a_store(
         assert [ref.step for ref in Run(f"s3://{bucket}/run").state().checkpoints] == [2, 3]
         assert Run(f"s3://{bucket}/run").claim() == 2
         assert run.journal.refresh().launch == 2
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["http://me:hunter2@127.0.0.1:9", "http://hunter2@127.0.0.1:9", "http://me:hunter2@[bad", "ftp://me:hunter2@host:x"],
+)
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "HTTP_PROXY", "HTTPS_PROXY"])
+def test_a_password_in_a_url_is_never_printed(
+    endpoint: str, variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hf_spot.storage.s3_connection._TRIES", 1)
+    with CannedS3(404) as server:
+        use(monkeypatch, server.env())
+        if variable.endswith("PROXY"):
+            monkeypatch.setenv("AWS_ENDPOINT_URL", f"{variable.partition('_')[0].lower()}://s3.example.com")
+            monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.setenv(variable, endpoint)
+        with pytest.raises(SpotError) as caught:
+            S3Store("s3://bucket/run").get("k")
+        assert "hunter2" not in str(caught.value)
+        assert main(["checkpoints", "ls", "s3://bucket/run"]) == 2
+        assert main(["doctor", "--store", "s3://bucket/run"]) in (1, 2)
+    said = capsys.readouterr()
+    assert "hunter2" not in said.out + said.err

@@ -158,7 +158,7 @@ def _trained(trainer: Trainer) -> Iterator[torch.Tensor]:
 @lru_cache(maxsize=1)
 def _names_of_trainer() -> frozenset[str]:
     """Attributes that Trainer itself sets or reads: they are its business, or have repairs of their own."""
-    source = Path(str(transformers.trainer.__file__)).read_text()
+    source = Path(str(transformers.trainer.__file__)).read_text(encoding="utf-8")
     return frozenset(re.findall(r"\bself\.(\w+)", source))
 
 

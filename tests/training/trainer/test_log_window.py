@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -22,7 +23,7 @@ from tests.training.test_callback import QUIET, preempt
 from tests.training.trainer.test_exactness import PreemptEvaluation, Slow
 
 # Seconds of this machine, and what is divided by them: no two runs have the same.
-MEASURED = ("_runtime", "_per_second")
+MEASURED = ("runtime", "_per_second")
 
 CASES: dict[str, dict[str, Any]] = {
     "five steps a line": {"logging_steps": 5},
@@ -357,6 +358,64 @@ def test_a_stop_adds_no_line_for_trackers(store: str, tmp_path: Path) -> None:
             make(tmp_path / f"launch-{number}", callback, heard, Recorder(at_step, preempt(callback)), **settings).train()
     make(tmp_path / "last", SpotCallback(store, QUIET), heard, **settings).train()
     assert heard.lines == peace.lines
+
+
+def board(folder: Path) -> dict[str, Any]:
+    """What TensorBoard reads in a folder: scalars, and how often each text."""
+    read = EventAccumulator(str(folder))
+    read.Reload()
+    tags = [tag for tag in read.Tags()["scalars"] if not tag.endswith(MEASURED) and "/spot/" not in tag]
+    scalars = {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in tags}
+    return scalars | {tag: len(read.Tensors(tag)) for tag in read.Tags()["tensors"]}
+
+
+@pytest.mark.parametrize("by_name", [True, False], ids=["a folder by name", "Trainer's own folder"])
+def test_tensorboard_shows_what_it_shows_of_an_undisturbed_run(
+    store: str, tmp_path: Path, by_name: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "logging_steps": 2,
+        "save_steps": 4,
+        "eval_on_start": True,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "report_to": "tensorboard",
+    }
+    stamps = iter(f"runs/at-{number}" for number in range(9))
+    monkeypatch.setattr("transformers.integrations.integration_utils.default_logdir", lambda: next(stamps))
+    if by_name:
+        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "peace-board"))
+    peaceful(tmp_path, **settings)
+    if by_name:
+        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+
+    def die() -> None:
+        raise ZeroDivisionError
+
+    callback = SpotCallback(store, SpotArguments(notice="signal"))
+    with pytest.raises(TrainingPreempted):
+        make(tmp_path / "out", callback, Recorder(3, preempt(callback)), **settings).train()
+    callback = SpotCallback(store, QUIET)
+    with pytest.raises(ZeroDivisionError):  # steps 9 and 10 are told, and done again
+        make(tmp_path / "out", callback, Patient(callback), Recorder(11, die), **settings).train()
+    make(tmp_path / "out", SpotCallback(store, QUIET), **settings).train()
+    boards = ("board", "peace-board") if by_name else ("out/runs/at-1", "peace/runs/at-0")
+    one, other = (board(tmp_path / folder) for folder in boards)
+    assert one == other
+    assert [step for step, _ in one["train/loss"]] == [2, 4, 6, 8, 10, 12]
+    assert one["args/text_summary"] == 1
+
+
+def test_a_tracker_that_begins_anew_is_named(store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class WandbCallback(TrainerCallback):
+        """By its name, as its package may not be here."""
+
+    callback = SpotCallback(store, SpotArguments(notice="signal"))
+    with pytest.raises(TrainingPreempted):
+        make(tmp_path / "one", callback, WandbCallback(), Recorder(3, preempt(callback))).train()
+    assert "WANDB_RUN_ID" not in caplog.text
+    make(tmp_path / "two", SpotCallback(store, QUIET), WandbCallback()).train()
+    assert "to continue one: WANDB_RUN_ID=… WANDB_RESUME=allow" in caplog.text
 
 
 def test_a_checkpoint_without_a_window_is_named(store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

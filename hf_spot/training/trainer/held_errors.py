@@ -1,0 +1,102 @@
+"""What other callbacks raise in the way of a save is held until the save is handed over: a tracker that fails must not cost
+the checkpoint of a notice. Then it is raised, as Trainer itself would have done, or told where the training ends anyway."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl
+
+from hf_spot.training.upstream import CALL_EVENT, CALLBACK_HANDLER, CALLBACKS
+
+log = logging.getLogger("hf_spot")
+
+_BEFORE_A_SAVE = ("on_step_end", "on_log", "on_evaluate")
+_BEHIND_A_SAVE = ("on_step_begin", "on_epoch_begin", "on_train_end")
+
+
+class _Tolerant:
+    """A callback whose exceptions are noted instead of raised."""
+
+    def __init__(self, callback: TrainerCallback, note: Callable[[Exception], None]) -> None:
+        self.callback = callback
+        self._note = note
+
+    def __getattr__(self, event: str) -> Any:
+        act = getattr(self.callback, event)
+
+        def tolerant(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return act(*args, **kwargs)
+            except Exception as error:
+                self._note(error)
+                return None
+
+        return tolerant
+
+
+class HeldErrors:
+    """Stands between a trainer and its callbacks.
+
+    Args:
+        trainer: that is trained.
+        own: the callback whose exceptions are not held.
+        stopping: whether the training ends after the save.
+    """
+
+    def __init__(self, trainer: Trainer, own: TrainerCallback, stopping: Callable[[], bool]) -> None:
+        self._handler: Any = CALLBACK_HANDLER.of(trainer)
+        self._own = own
+        self._stopping = stopping
+        self._held: Exception | None = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold within the block what callbacks raise on the way to a save."""
+        with CALL_EVENT.replaced(self._handler, self._in_place_of):
+            yield
+
+    def _in_place_of(self, call_event: Callable[..., TrainerControl]) -> Callable[..., TrainerControl]:
+        def call(event: str, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+            due = control.should_save or event == "on_step_end"
+            if event != "on_save" and not (event in _BEFORE_A_SAVE and due):
+                if event in _BEHIND_A_SAVE:  # it could not be made
+                    self._release()
+                return call_event(event, args, state, control, **kwargs)
+            with self._tolerantly():
+                control = call_event(event, args, state, control, **kwargs)
+            if event == "on_save" or not control.should_save:
+                self._release()
+            return control
+
+        return call
+
+    @contextlib.contextmanager
+    def _tolerantly(self) -> Iterator[None]:
+        present = CALLBACKS.of(self._handler)
+        wrapped = [one if one is self._own else _Tolerant(one, self._note) for one in present]
+        CALLBACKS.set(self._handler, wrapped)
+        try:
+            yield
+        finally:
+            # A callback may have added another one, or removed itself.
+            left = [one.callback if isinstance(one, _Tolerant) else one for one in CALLBACKS.of(self._handler)]
+            present[:] = left
+            CALLBACKS.set(self._handler, present)
+
+    def _note(self, error: Exception) -> None:
+        if self._held is None:
+            log.error("a callback raised %s: %s; the checkpoint is saved first", type(error).__name__, error)
+        self._held = self._held or error
+
+    def _release(self) -> None:
+        error, self._held = self._held, None
+        if error is None:
+            return
+        if self._stopping():
+            log.warning("the training stops for another reason, and the next launch meets it again: %s", type(error).__name__)
+            return
+        raise error
