@@ -24,6 +24,7 @@ log = logging.getLogger("hf_spot")
 WEIGHTS, OPTIMIZER, SCHEDULER = "weights", "optimizer", "scheduler"
 COUNTERS, CALLBACKS, OWN = "counters", "callbacks", "state of the script"
 RANDOM, NEXT_BATCH = "random states", "next batch"
+_RANKS = "ranks"
 _STATE_COUNTERS = ("global_step", "epoch", "num_input_tokens_seen", "best_metric", "best_global_step")
 
 
@@ -58,6 +59,7 @@ class Proof:
             write: writes a text to a file, now or later.
         """
         parts = {
+            _RANKS: {"count": self._trainer.args.world_size},
             SCHEDULER: part_of(flat(_scheduler(self._trainer))),
             COUNTERS: self._counters(),
             CALLBACKS: self._callbacks(),
@@ -81,9 +83,11 @@ class Proof:
         return part_of({name: getattr(state, name) for name in _STATE_COUNTERS} | counters(self._trainer))
 
     def _callbacks(self) -> Part:
-        stateful = [one for one in self._trainer.callback_handler.callbacks if isinstance(one, ExportableState)]
-        states = {f"{type(one).__name__}#{at}": one.state() for at, one in enumerate(stateful)}
-        return part_of(flat({name: state["attributes"] for name, state in states.items()}))
+        states: dict[str, Any] = {}
+        for one in self._trainer.callback_handler.callbacks:
+            if isinstance(one, ExportableState):
+                states.setdefault(type(one).__name__, []).append(one.state()["attributes"])
+        return part_of(flat(states))
 
     # -- at a resume --------------------------------------------------------------------------------------------------
 
@@ -91,8 +95,11 @@ class Proof:
         """Compare with this checkpoint from now on. One of an earlier hf_spot has nothing to compare with."""
         path = checkpoint / FOLDER / self._name
         if path.exists():
-            self._saved = json.loads(path.read_text())
-            self._random_states.expect(self._saved.get(NEXT_BATCH))
+            saved = json.loads(path.read_text())
+            if saved[_RANKS]["count"] != self._trainer.args.world_size:  # each rank draws what another one drew
+                saved = {part: found for part, found in saved.items() if part not in (RANDOM, NEXT_BATCH)}
+            self._saved = saved
+            self._random_states.expect(saved.get(NEXT_BATCH))
 
     def compare_loaded(self, checkpoint: Path) -> None:
         """Compare what is live when everything has been loaded: Trainer's, and what callbacks make when they begin."""
@@ -100,10 +107,8 @@ class Proof:
             return
         self._compare(SCHEDULER, part_of(flat(_scheduler(self._trainer))))
         self._compare(COUNTERS, self._counters())
-        self._compare(CALLBACKS, self._callbacks())
-        live = part_of(self._carried.marks())
-        self._saved[OWN] = {path: mark for path, mark in self._saved.get(OWN, {}).items() if path in live}  # else it was named
-        self._compare(OWN, live)
+        self._compare_common(CALLBACKS, self._callbacks())
+        self._compare_common(OWN, part_of(self._carried.marks()))
         self._note(WEIGHTS, *_weights(self._trainer, checkpoint))
         self._note(OPTIMIZER, *_optimizer(self._trainer, checkpoint))
 
@@ -111,6 +116,13 @@ class Proof:
         assert self._saved is not None
         if part in self._saved:
             self._note(part, differences(part, self._saved[part], live), len(live))
+
+    def _compare_common(self, part: str, live: Part) -> None:
+        """Compare what both launches have: a script may hand over another callback than before."""
+        assert self._saved is not None
+        saved = self._saved.get(part, {})
+        self._saved[part] = {name: found for name, found in saved.items() if name in live}
+        self._compare(part, {name: found for name, found in live.items() if name in saved})
 
     def _note(self, part: str, wrong: list[str], compared: int) -> None:
         self._wrong += wrong
@@ -129,19 +141,12 @@ class Proof:
         Raises:
             ConfigError: something differs, and a difference ends the training.
         """
-        if self._saved is None:
-            return None
-        if (live := self._random_states.restored_digests) is not None:
-            # Some samplers make their generator when they are first iterated.
-            saved = self._saved.get(RANDOM, {})
-            self._saved[RANDOM] = {name: one for name, one in saved.items() if name in live or not name.startswith("data.")}
-            self._compare(RANDOM, {name: one for name, one in live.items() if name in saved or not name.startswith("data.")})
-        elif RANDOM in self._saved:
-            self._wrong.append(f"{RANDOM}: never restored")
-        if NEXT_BATCH in self._saved and (drawn := self._random_states.drawn_batch) is not None:
-            self._compare(NEXT_BATCH, drawn)
+        told = self._saved is not None
+        if self._saved is not None:
+            self._compare_restored(self._saved)
         self._saved = None
-        wrong = [f"rank {rank}: {one}" if rank else one for rank, told in enumerate(gather(self._wrong)) for one in told]
+        # A rank that was not there before has nothing to compare, and must answer all the same.
+        wrong = [f"rank {rank}: {one}" if rank else one for rank, found in enumerate(gather(self._wrong)) for one in found]
         if wrong and self._on_mismatch == "stop":
             raise ConfigError(
                 "the resumed training is not the one that was saved: " + "; ".join(wrong),
@@ -149,7 +154,20 @@ class Proof:
             )
         for one in wrong:
             log.warning("after the resume it is not as it was saved, and the training goes on: %s", one)
-        return self._verified
+        return self._verified if told else None
+
+    def _compare_restored(self, expected: dict[str, Part]) -> None:
+        """Compare what comes back only when the first epoch begins."""
+        if (live := self._random_states.restored_digests) is not None:
+            # Some samplers make their generator when they are first iterated.
+            saved = expected.get(RANDOM, {})
+            expected[RANDOM] = {name: one for name, one in saved.items() if name in live or not name.startswith("data.")}
+            self._compare(RANDOM, {name: one for name, one in live.items() if name in saved or not name.startswith("data.")})
+        elif RANDOM in expected:
+            self._wrong.append(f"{RANDOM}: never restored")
+        drawn, batch = self._random_states.drawn_batch, expected.get(NEXT_BATCH)
+        if batch is not None and drawn is not None and batch.get("of") == drawn["of"]:  # else steps are put together anew
+            self._compare(NEXT_BATCH, drawn)
 
 
 def _scheduler(trainer: Trainer) -> Any:

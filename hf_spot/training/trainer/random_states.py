@@ -232,7 +232,10 @@ class RandomStates:
         """Return which batch of its epoch is trained next, and a digest of its indices; None when that is not known."""
         number = self._passed_over + self._handed_out + 1
         indices = next((batch for at, batch in self._newest_indices if at == number), None)
-        return None if indices is None else {"number": number, "indices": digest_of(indices)}
+        return None if indices is None else self._batch(number, indices)
+
+    def _batch(self, number: int, indices: Any) -> dict[str, Any]:
+        return {"number": number, "of": [len(indices), self._trainer.args.world_size], "indices": digest_of(indices)}
 
     def expect(self, next_batch: dict[str, Any] | None) -> None:
         """Look out for the batch that `next_batch` told of when the checkpoint was saved."""
@@ -248,7 +251,7 @@ class RandomStates:
         """A sampler has drawn the indices of a batch."""
         self._newest_indices.append((number, indices))
         if number == self._expected_batch:
-            self._expected_batch, self._drawn_batch = None, {"number": number, "indices": digest_of(indices)}
+            self._expected_batch, self._drawn_batch = None, self._batch(number, indices)
 
     def drawn(self) -> None:
         """The indices of a batch have been drawn, and the batch is made next, in this process."""
