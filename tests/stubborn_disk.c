@@ -78,8 +78,19 @@ static int write_fails(int handle) {
 #define WRITE(name, parameters, arguments) \
     ssize_t name parameters { REAL(name); if (write_fails(handle)) return -1; return real arguments; }
 
-OF_PATH(link, "link", AT_FDCWD, to, (const char *from, const char *to), (from, to))
-OF_PATH(linkat, "link", there, to, (int here, const char *from, int there, const char *to, int flags), (here, from, there, to, flags))
+/* As in the kernel, a name that is there is told before links are refused. */
+int link(const char *from, const char *to) {
+    REAL(link);
+    if (path_under(AT_FDCWD, to) && access(to, F_OK) && refused("link")) return -1;
+    return real(from, to);
+}
+
+int linkat(int here, const char *from, int there, const char *to, int flags) {
+    REAL(linkat);
+    if (path_under(there, to) && faccessat(there, to, F_OK, 0) && refused("link")) return -1;
+    return real(here, from, there, to, flags);
+}
+
 OF_PATH(symlink, "symlink", AT_FDCWD, to, (const char *from, const char *to), (from, to))
 OF_PATH(chmod, "chmod", AT_FDCWD, path, (const char *path, mode_t mode), (path, mode))
 OF_PATH(fchmodat, "chmod", folder, path, (int folder, const char *path, mode_t mode, int flags), (folder, path, mode, flags))

@@ -75,7 +75,7 @@ def decide(kind: NoticeKind, seconds_left: float | None, measured: Measured) -> 
     if kind is NoticeKind.CANCELLED:
         return Decision(Action.GO_ON, "the notice was cancelled")
     if kind is NoticeKind.ADVISORY:
-        return Decision(Action.SAVE_AND_GO_ON, "the machine may be taken")
+        return Decision(Action.SAVE_AND_GO_ON, "the machine may be taken away")
     if seconds_left is None:
         return Decision(Action.SAVE_AND_STOP, "the notice names no deadline")
     left, save_s = f"{seconds_left:.0f} s left", measured.save_s

@@ -40,10 +40,10 @@ from hf_spot.training.trainer.resume_fixes import (
     set_epoch,
 )
 from hf_spot.training.trainer.saves import Saves
-from hf_spot.training.trainer.streams import chance_is_named, resumed_in_its_pass
+from hf_spot.training.trainer.streams import random_streams_named, resumed_in_its_pass
 from hf_spot.training.trainer.trackers import continue_trackers, where_trackers_write
 from hf_spot.training.trainer.trainer_session import TrainerSession
-from hf_spot.training.trainer.weights import loaded_whole
+from hf_spot.training.trainer.weights import all_weights_loaded
 from hf_spot.training.upstream import check
 from hf_spot.training.upstream_name import Scope
 
@@ -174,7 +174,7 @@ class SpotCallback(TrainerCallback):
             self._evaluations is not None
             and self._evaluations.running
             and self._session is not None
-            and self._session.was_going()
+            and self._session.machine_was_going()
         ):
             self._evaluations.cut()
 
@@ -274,9 +274,9 @@ class SpotCallback(TrainerCallback):
             try:
                 self._log_window.watch()
                 with (
-                    loaded_whole(trainer),
+                    all_weights_loaded(trainer),
                     dispatched_batches_skipped(),
-                    chance_is_named(trainer),
+                    random_streams_named(trainer),
                     self._stream_resumed(trainer, session),
                     HeldErrors(trainer, self, lambda: self._stopping).held(),
                 ):

@@ -93,7 +93,7 @@ def test_the_stop_button_commits_first_and_the_cell_goes_on_when_it_is_run_again
     assert len(error.strip().splitlines()) <= 5
     assert 2 < step < 8
     again = notebook.run(cell)
-    assert again.status == "ok" and f"going on from step {step}" in again.shown
+    assert again.status == "ok" and f"resuming from step {step}" in again.shown
     assert notebook.run("import signal; assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN").status == "ok"
 
 

@@ -13,7 +13,7 @@ from hf_spot.policy.trainer_flags import SAVE_IS_DUE, Flags, LoopState, Moment, 
 SUBSTEP, STEP, CUT, END = Moment.SUBSTEP_END, Moment.STEP_END, Moment.EVALUATION_CUT, Moment.EPOCH_END
 SAVE = Decision(Action.SAVE_AND_STOP, "60 s left")
 FINISH = Decision(Action.FINISH_UPLOAD_AND_STOP, "2 s left")
-ADVISORY = Decision(Action.SAVE_AND_GO_ON, "the machine may be taken")
+ADVISORY = Decision(Action.SAVE_AND_GO_ON, "the machine may be taken away")
 MIDDLE = LoopState(step=7, max_steps=12, saved_step=6)
 
 TABLE: list[tuple[str, Moment, Decision | None, LoopState, Flags]] = [

@@ -1,4 +1,4 @@
-"""The files of a loop's checkpoint: what is trained, random states, and the place in the data; each rank has its part."""
+"""The files of a loop's checkpoint: the trained state, random states, and the position in the data of each rank."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _FORMAT = "hf_spot loop 1"
 
 
 class LoopFiles:
-    """Writes and reads them.
+    """Writes and reads the files of a loop's checkpoint.
 
     Args:
-        loaders: of this process.
-        rank: of this process.
-        ranks: that train together.
-        url: of the run.
+        loaders: the data loaders of this process.
+        rank: number of this process.
+        ranks: number of ranks in the training.
+        url: URL of the run, for errors.
     """
 
     def __init__(self, loaders: Loaders, rank: int, ranks: int, url: str) -> None:
@@ -41,13 +41,13 @@ class LoopFiles:
         self._random_name = "rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth"
 
     def write(self, folder: Path, state: LoopState, told: dict[str, Any], only: Collection[Any] | None) -> None:
-        """Called on every rank.
+        """Write this rank's files. Every rank must call it.
 
         Args:
-            folder: of the checkpoint, empty.
-            state: what is trained.
-            told: the step, and what else `read` gives back.
-            only: as `Loaders.save` has it.
+            folder: empty folder for the checkpoint.
+            state: the state to save.
+            told: the step, and anything else that `read` should return.
+            only: as in `Loaders.save`.
 
         Raises:
             ConfigError: a value can't be used.
@@ -62,9 +62,9 @@ class LoopFiles:
             free_gb = shutil.disk_usage(local_dir).free / 1e9
             raise StoreError(
                 f"{folder.name} can't be saved: {error}; {os.uname().nodename}:{local_dir} has {free_gb:.1f} GB free",
-                hint=f"df -h {local_dir}; free some space and start the same command again: it goes on from the newest "
-                "commit. To train on without it: SpotArguments(on_save_error='go-on')",
-            ) from None  # its traceback holds half-written files open, whose space must become free
+                hint=f"df -h {local_dir}; free some space and start the same command again to resume from the newest "
+                "commit. To continue training without this checkpoint: SpotArguments(on_save_error='go-on')",
+            ) from None  # its traceback would keep half-written files open and their disk space in use
 
     def _write(self, folder: Path, state: LoopState, told: dict[str, Any], only: Collection[Any] | None) -> None:
         is_main = self._rank == 0
@@ -77,10 +77,10 @@ class LoopFiles:
             (folder / "trainer_state.json").write_text(json.dumps(whole, indent=2))
 
     def read(self, folder: Path, state: LoopState) -> dict[str, Any]:
-        """Called on every rank: the training goes on from there. What was told is returned.
+        """Restore this rank's state, and return what `write` was told. Every rank must call it.
 
         Raises:
-            ConfigError: it is that of another training.
+            ConfigError: the checkpoint is of another training.
         """
         told: dict[str, Any] = json.loads((folder / "trainer_state.json").read_bytes())
         if told.get("format") != _FORMAT:
@@ -91,12 +91,14 @@ class LoopFiles:
         state.read(folder)
         path = folder / self._random_name
         if not path.exists():
-            log.warning("rank %d was not there before: it draws what rank 0 drew", self._rank)
+            log.warning("rank %d did not exist at the save: it starts with the random state of another rank", self._rank)
             path = next(folder.glob("rng_state*.pth"))
-        # Verified by the journal's digest, as everything that is unpickled here.
+        # Like everything that is unpickled here, verified by the digest in the journal.
         random = torch.load(path, map_location="cpu", weights_only=False)
         self._loaders.resume(random["loaders"], random["now"], folder, random["ranks"])
         if random["ranks"] != self._ranks and self._rank == 0:
-            log.warning("%d ranks trained this, and now %d do: not the same bits", random["ranks"], self._ranks)
+            log.warning(
+                "this run was trained by %d ranks, and now by %d: results will not be bit-exact", random["ranks"], self._ranks
+            )
         restore(random["now"])
         return told

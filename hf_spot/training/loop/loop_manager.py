@@ -1,4 +1,4 @@
-"""What `SpotCheckpointManager` and `AcceleratorCheckpointManager` have in common: when a loop is restored, saved and ended."""
+"""The base of `SpotCheckpointManager` and `AcceleratorCheckpointManager`: restoring, saving and ending a custom loop."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ T = TypeVar("T")
 
 
 class LoopManager:
-    """A loop's side of a `RunSession`, which is taken when it is first needed. The two managers differ in what they are given.
+    """Connects a custom loop to a `RunSession`, which claims the run at the first call. The two managers differ in their state.
 
     Args:
-        checkpoint_dir: the run; None is that of `hf-spot launch`.
-        save_every_n_steps: for the loop to read.
-        args: settings; None takes those of `hf-spot launch`, or the defaults.
-        local_dir: for files on their way.
+        checkpoint_dir: the run; None uses that of `hf-spot launch`.
+        save_every_n_steps: the interval between saves, for the loop to read.
+        args: settings; None uses those of `hf-spot launch`, or the defaults.
+        local_dir: folder for files that are being written, uploaded or restored.
         now: the wall clock.
         clock: seconds, monotonic.
     """
@@ -82,8 +82,8 @@ class LoopManager:
         self._left = False
         self._step = 0
         self._told_advisories: set[str] = set()
-        self._session.listen(self._hears)
-        # `atexit` is not heard in processes that multiprocessing has started (``accelerate.notebook_launcher``).
+        self._session.listen(self._receive)
+        # `atexit` does not run in processes that multiprocessing has started (``accelerate.notebook_launcher``).
         self._session.closing.callback(Finalize(None, self._at_exit, exitpriority=100).cancel)
 
     def __repr__(self) -> str:
@@ -93,8 +93,9 @@ class LoopManager:
 
     @property
     def interrupted(self) -> bool:
-        """Whether the machine is being taken: save now, and leave the loop. With several ranks each must ask, equally often,
-        and all get the same answer at the same step.
+        """Return whether the machine is being taken away: if True, save now and leave the loop.
+
+        Every rank must read it equally often; all get the same answer at the same step.
 
         Raises:
             Fenced: a newer launch owns the run.
@@ -103,7 +104,7 @@ class LoopManager:
         session = self._session
         if session.preempted is not None:
             return True
-        notice = session.listener.heard_end()
+        notice = session.listener.termination()
         session.agreement.ask(session.ballot(notice))
         merged = session.agreement.answer()
         assert merged is not None
@@ -118,13 +119,13 @@ class LoopManager:
         return True
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Waits until everything saved so far is committed.
+        """Wait until everything saved so far is committed.
 
         Args:
-            timeout_s: how long at most, in seconds; None is ``SpotArguments(drain_timeout_s=…)``.
+            timeout_s: longest wait in seconds; None uses ``SpotArguments(drain_timeout_s=…)``.
 
         Raises:
-            StoreError: it is not.
+            StoreError: something is not committed by then.
             Fenced: a newer launch owns the run.
         """
         if self._begun and not self._closed:
@@ -132,13 +133,13 @@ class LoopManager:
             self._session.agreement.together(lambda: self._wait(at_most_s))
 
     def finish(self) -> None:
-        """The loop has come to its end: waits for the last commit, and says in the journal that the run is finished.
+        """Wait for the last commit, and record in the journal that the run is finished. Call it after the loop.
 
-        `hf-spot launch` then has nothing left to do for this run. What has not been saved is not in it. After an interruption
-        nothing is finished.
+        `hf-spot launch` then has nothing left to do for this run. What was not saved is lost. An interrupted run does not
+        count as finished.
 
         Raises:
-            TrainingPreempted: the loop was left for an interruption.
+            TrainingPreempted: the loop was left because of an interruption.
             StoreError: the last checkpoint could not be committed.
             Fenced: a newer launch owns the run.
         """
@@ -158,7 +159,7 @@ class LoopManager:
             self.close()
 
     def close(self) -> None:
-        """Stops listening, watching and uploading; waits for nothing. `finish`, or the end of a ``with`` block, calls it."""
+        """Stop receiving notices and uploading, without waiting. `finish` and the end of a ``with`` block call it."""
         if not self._closed and not self._session.forked:
             self._closed = True
             self._session.close()
@@ -175,7 +176,7 @@ class LoopManager:
     # -- the start ----------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        """Takes the run, when it is first used: ranks may not know each other before."""
+        """Claim the run at its first use: the ranks may not be able to communicate before."""
         if self._closed:
             raise ConfigError("this manager is closed: its loop has ended", hint="make a new SpotCheckpointManager")
         if self._begun:
@@ -191,7 +192,7 @@ class LoopManager:
         check(Scope.LOOP)
         session.join_ranks(ranks, rank, local_rank, self._local_dir, setting="SpotCheckpointManager(…, local_dir=…)")
         session.claim()
-        session.on_each_disk(lambda: _empty(self._local_dir))  # of what was on its way when an earlier launch was killed
+        session.on_each_disk(lambda: _empty(self._local_dir))  # of files that a killed launch left behind
         session.start_uploader()
         scratch = self._local_dir / ".hf_spot" / f"workers-{rank}"
         loaders = Loaders(scratch, self._iteration_begins, ranks)
@@ -207,7 +208,7 @@ class LoopManager:
     def _load(self, state: LoopState, optimizer: Any = None) -> tuple[int, int]:
         self._begin()
         if self._saved_step is not None:
-            self.wait()  # what was saved may be what is asked for
+            self.wait()  # the newest save may be the checkpoint to load
         session = self._session
         began = session.clock()
         found = session.restore_newest()
@@ -221,12 +222,12 @@ class LoopManager:
             session.on_each_disk(lambda: shutil.rmtree(folder, ignore_errors=True))
         self._saved_step = self._step = checkpoint.step
         session.timing.restored(session.clock() - began)
-        log.info("going on from step %d, committed by launch %d", checkpoint.step, checkpoint.ref.launch)
+        log.info("resuming from step %d, committed by launch %d", checkpoint.step, checkpoint.ref.launch)
         tell_changes(checkpoint.details, checkpoint.step)
         return checkpoint.step, int(told["epoch"])
 
     def _count_steps(self, optimizer: Any) -> None:
-        """Tells the launcher of steps between two saves, which it can't hear from a loop."""
+        """Report steps between saves to the launcher, by a hook of the optimizer: the loop itself does not report them."""
         inner, steps = getattr(optimizer, "optimizer", optimizer), self._session.steps
         if steps is None or not hasattr(inner, "register_step_post_hook"):
             return
@@ -239,9 +240,9 @@ class LoopManager:
 
     def _iteration_begins(self) -> None:
         if self._left:
-            raise self._preempted()  # nobody would keep what it trains, and an evaluation would take what time is left
+            raise self._preempted()  # further steps would be lost, and an evaluation would use up the time that is left
         if self._session.timing.step_begins(self._step):
-            log.debug("the first batch is asked for")
+            log.debug("the loop requests its first batch")
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -261,7 +262,7 @@ class LoopManager:
 
     def _check_step(self, step: int) -> None:
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ConfigError(f"step={step!r} is no number of steps", hint="step += 1 after each optimizer.step()")
+            raise ConfigError(f"step={step!r} is not a number of steps", hint="step += 1 after each optimizer.step()")
         if self._saved_step is not None and step < self._saved_step:
             raise ConfigError(
                 f"step={step} comes after step {self._saved_step}: steps count through all epochs",
@@ -283,7 +284,7 @@ class LoopManager:
                 session.agreement.together(lambda: session.finish_uploads(self._patience_s()))
                 raise
             if session.agreement.is_main:
-                next_is = "the last commit stands" if session.preempted else "the next save tries again"
+                next_is = "the last commit stands" if session.preempted else "the next save will try again"
                 log_always(logging.ERROR, "%s; %s", error.args[0], next_is)
             return
         self._saved_step = step
@@ -307,28 +308,28 @@ class LoopManager:
 
     def _submit(self, folder: Path, request: CommitRequest) -> None:
         if self._session.submit(folder, request, self._session.agreement):
-            shutil.rmtree(folder, ignore_errors=True)  # its files live on under the uploader's names until they are committed
+            shutil.rmtree(folder, ignore_errors=True)  # the uploader's hard links keep the files until they are committed
 
     # -- interruptions ------------------------------------------------------------------------------------------------
 
-    def _hears(self, notice: PreemptionNotice) -> None:
+    def _receive(self, notice: PreemptionNotice) -> None:
         left = notice.seconds_left(self._session.now())
         told = f"{notice.kind.value} from {notice.source}{'' if left is None else f', {left:.0f} s left'}"
         alert(told)
         self._session.hook.tell(told)
 
     def _tell_advisory(self) -> None:
-        notice = self._session.listener.heard() if self._session.runtime is None else None
+        notice = self._session.listener.current() if self._session.runtime is None else None
         if notice is None or notice.kind is not NoticeKind.ADVISORY or notice.id in self._told_advisories:
             return
         self._told_advisories.add(notice.id)
-        self._session.note(notice, "the machine may be taken")
+        self._session.note(notice, "the machine may be taken away")
 
     def _patience_s(self) -> float:
         return patience_s(self._session.left_s, training=True, drain_timeout_s=self._session.arguments.drain_timeout_s)
 
     def _leave(self, step: int) -> None:
-        """The machine goes: what is saved gets committed before this returns, if there is time for it."""
+        """End the training for a notice: wait until what was saved is committed, or time runs out."""
         session = self._session
         assert session.preempted is not None
         if self._left:
@@ -348,7 +349,7 @@ class LoopManager:
         committed = self._session.committed_step if self._session.agreement.alone else self._saved_step or 0
         return TrainingPreempted(
             f"preempted at step {self._step}; step {committed} is committed to {self.run.url}. "
-            "Start the same command again to go on.",
+            "Start the same command again to resume.",
             step=committed or None,
         )
 
@@ -358,11 +359,11 @@ class LoopManager:
         session, uploader, listener = self._session, self._session.uploader, self._session.listener
         if uploader is None:
             return
-        drained = uploader.drain(timeout_s, lambda: listener.heard_end() is not None and session.preempted is None)
+        drained = uploader.drain(timeout_s, lambda: listener.termination() is not None and session.preempted is None)
         if uploader.fenced is not None:
             raise uploader.fenced
-        notice = listener.heard_end()
-        if not drained and notice is not None:  # no longer than the machine lives
+        notice = listener.termination()
+        if not drained and notice is not None:  # wait no longer than until the deadline of the notice
             left = notice.seconds_left(session.now())
             drained = uploader.drain(min(timeout_s, patience_s(left, training=True, drain_timeout_s=timeout_s)))
         saved = self._saved_step or 0
@@ -370,11 +371,11 @@ class LoopManager:
             raise StoreError(
                 f"step {saved} was saved, but only step {session.committed_step} is in {self.run.url} "
                 f"after {timeout_s:.0f} s: {uploader.trouble or '(the log says why)'}",
-                hint="start the same command again: it goes on from there",
+                hint="start the same command again to resume from there",
             )
 
     def _end_badly(self, error: BaseException) -> None:
-        """The loop was left by an error or an exit; the other ranks may not know of it, so they are not asked."""
+        """Clean up after an error or an exit, without the other ranks: they may still be in the loop."""
         session = self._session
         if self._begun and session.uploader is not None and session.uploader.fenced is None:
             ended = isinstance(error, SystemExit)
@@ -386,7 +387,7 @@ class LoopManager:
         session.close(alone=True)
 
     def _at_exit(self) -> None:
-        """The process ends, and has not said how: what was saved gets committed."""
+        """Commit what was saved when the process ends without `finish`."""
         if self._closed or self._session.forked:
             return
         error = getattr(sys, "last_value", None)
@@ -412,7 +413,7 @@ def _url(checkpoint_dir: str | os.PathLike[str] | ObjectStore | None, runtime: R
 
 
 def _local_dir(store: ObjectStore, given: str | os.PathLike[str] | None) -> Path:
-    """A folder that nobody else writes to."""
+    """Return a folder that nothing else writes to."""
     if given is None and not isinstance(store, LocalStore):
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         given = Path(cache) / "hf_spot" / hashlib.sha256(store.url.encode()).hexdigest()[:16]

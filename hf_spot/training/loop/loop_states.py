@@ -1,4 +1,4 @@
-"""What a loop of one's own consists of, as files of a checkpoint: with the names that Trainer gives to its own."""
+"""The state of a custom loop as the files of a checkpoint, named as Trainer names its own."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _SHOWN = 5  # names of weights, in an error
 
 
 class LoopState(Protocol):
-    """What is saved and loaded, besides random states and loaders."""
+    """What is saved and loaded, apart from random states and data loaders."""
 
     def write(self, folder: Path, *, is_main: bool) -> None:
-        """Called on every rank."""
+        """Write the state. Every rank must call it."""
 
     def read(self, folder: Path) -> None:
-        """Called on every rank. Raises ConfigError where it is that of another training."""
+        """Load the state. Every rank must call it. Raises ConfigError if it is of another training."""
 
 
 class PlainState:
-    """A model, and what steps it. Ranks hold the same (DDP): rank 0 writes it.
+    """A model with its optimizer and scheduler. All ranks hold the same state (DDP), and rank 0 writes it.
 
     Args:
-        model: in whatever wraps it.
-        optimizer: None where there is none.
-        scheduler: None where there is none.
+        model: the model, wrapped or not.
+        optimizer: None if there is none.
+        scheduler: None if there is none.
 
     Raises:
-        ConfigError: the model is split among ranks.
+        ConfigError: the model is sharded.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
@@ -44,13 +44,13 @@ class PlainState:
         self._others = {"optimizer.pt": optimizer, "scheduler.pt": scheduler}
 
     def write(self, folder: Path, *, is_main: bool) -> None:
-        """model.safetensors, optimizer.pt and scheduler.pt."""
+        """Write model.safetensors, optimizer.pt and scheduler.pt."""
         if not is_main:
             return
         try:
             save_model(self._model, str(folder / "model.safetensors"))
         except (RuntimeError, AttributeError, KeyError) as error:
-            # Tensors that overlap without being the same, or state that is no tensor: safetensors has no words for it.
+            # safetensors can't store tensors that overlap partly, or state that is not a tensor.
             if says_full(error):
                 raise
             (folder / "model.safetensors").unlink(missing_ok=True)
@@ -59,7 +59,7 @@ class PlainState:
             torch.save(None if part is None else part.state_dict(), folder / name)
 
     def read(self, folder: Path) -> None:
-        """The files have been verified: what is unpickled is what this run has written."""
+        """Load the files. They have been verified: only what this run has written is unpickled."""
         try:
             if (folder / "model.safetensors").exists():
                 missing, unexpected = load_model(self._model, str(folder / "model.safetensors"), strict=False)
@@ -84,23 +84,23 @@ class PlainState:
 
 
 class AcceleratorState:
-    """What an ``accelerate.Accelerator`` has prepared and registered, by its own ``save_state`` and ``load_state``.
+    """What an ``accelerate.Accelerator`` has prepared and registered, saved by ``save_state`` and loaded by ``load_state``.
 
     Args:
-        accelerator: that knows model, optimizer and schedule already.
+        accelerator: has prepared the model, optimizer and scheduler.
     """
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
 
     def write(self, folder: Path, *, is_main: bool) -> None:
-        """As accelerate names them."""
+        """Write the files under accelerate's names."""
         self._accelerator.save_state(str(folder))
         if is_main and not any(folder.glob("scheduler*")):
             torch.save(None, folder / "scheduler.pt")
 
     def read(self, folder: Path) -> None:
-        """Into what is prepared."""
+        """Load the state into what is prepared."""
         try:
             self._accelerator.load_state(str(folder))
         except (RuntimeError, ValueError, KeyError) as error:
@@ -117,11 +117,11 @@ def _unwrapped(model: Any) -> nn.Module:
             break
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"a {type(model).__name__} is no model", hint="manager.save(model, optimizer, scheduler, step, epoch, loss)"
+            f"a {type(model).__name__} is not a model", hint="manager.save(model, optimizer, scheduler, step, epoch, loss)"
         )
     if any(hasattr(value, "full_tensor") for value in model.parameters()) or "FullySharded" in type(model).__name__:
         raise ConfigError(
-            "the model is split among ranks (FSDP): one rank can't save it",
+            "the model is sharded (FSDP): one rank can't save it",
             hint="manager = SpotCheckpointManager.for_accelerator(accelerator, checkpoint_dir)",
         )
     return model
@@ -130,7 +130,7 @@ def _unwrapped(model: Any) -> nn.Module:
 def _of_another(folder: Path, why: str) -> ConfigError:
     return ConfigError(
         f"{folder.name} was saved from another model or optimizer: {why}",
-        hint="the model that this run was begun with, or another checkpoint_dir",
+        hint="use the model that this run began with, or another checkpoint_dir",
     )
 
 

@@ -1,4 +1,4 @@
-"""The wait for the last commit, behind the last step: all ranks listen, and rank 0 knows what any of them hears."""
+"""The wait for the last commit, after the last step: all ranks watch for notices, and rank 0 learns of each of them."""
 
 from __future__ import annotations
 
@@ -16,83 +16,85 @@ log = logging.getLogger("hf_spot")
 
 
 class FinalDrain:
-    """Rank 0 calls `wait`, the others `listen_on`; both return when rank 0 waits no longer.
+    """Waits for the last commit. Rank 0 calls `wait`, the others `wait_for_main`; both return when rank 0 stops waiting.
 
     Args:
-        session: of the run.
+        session: the training's connection to its run.
     """
 
     def __init__(self, session: RunSession) -> None:
         self._session = session
-        self._elsewhere: PreemptionNotice | None = None
-        self._parted = False
+        self._notice_elsewhere: PreemptionNotice | None = None
+        self._disconnected = False
 
     def wait(self) -> bool:
-        """Whether everything is committed. A notice that comes too late for that makes the training a preempted one."""
+        """Return whether everything was committed. The training counts as preempted if a notice arrives and time runs out."""
         uploader = self._session.uploader
         try:
             return uploader is not None and self._session.fenced is None and self._drain(uploader)
         finally:
-            self._meet(is_draining=False)  # the others wait for this word
+            self._exchange(is_draining=False)  # the others wait for this message
 
-    def listen_on(self) -> None:
-        """While rank 0 waits for the last commit, the others tell what they hear: files of theirs may be on their way, too."""
+    def wait_for_main(self) -> None:
+        """Report notices to rank 0 while it waits for the last commit, and hurry this machine's own uploads."""
         session, hurried = self._session, False
-        while self._meet(is_draining=False):
-            if session.uploader is not None and self._elsewhere is not None and not hurried:
-                session.uploader.hurry(give_way=gives_way(self._elsewhere.seconds_left(session.now()), session.measured()))
+        while self._exchange(is_draining=False):
+            if session.uploader is not None and self._notice_elsewhere is not None and not hurried:
+                session.uploader.hurry(
+                    give_way=gives_way(self._notice_elsewhere.seconds_left(session.now()), session.measured())
+                )
                 hurried = True
 
-    def _meet(self, *, is_draining: bool) -> bool:
-        """One round after the last step, of all ranks: what was heard anywhere, and whether rank 0 waits any longer."""
+    def _exchange(self, *, is_draining: bool) -> bool:
+        """Exchange notices with all ranks once, after the last step; return whether rank 0 is still waiting."""
         agreement, now = self._session.agreement, self._session.now
-        if agreement.alone or self._parted:
+        if agreement.alone or self._disconnected:
             return False
-        notice = self._hear_end()
+        notice = self._termination()
         agreement.ask(self._session.ballot(notice, is_draining=is_draining))
         try:
             merged = agreement.answer()
         except RuntimeError as error:
-            log.warning("a rank is gone, and the last commit is waited for without it: %s", error)
-            self._parted = True
+            log.warning("a rank has ended; waiting for the last commit without it: %s", error)
+            self._disconnected = True
             return False
         assert merged is not None
-        if merged.terminate and notice is None and self._elsewhere is None:
+        if merged.terminate and notice is None and self._notice_elsewhere is None:
             left = merged.seconds_left
             deadline = None if left is None else now() + timedelta(seconds=left)
-            self._elsewhere = PreemptionNotice(NoticeKind.TERMINATE, "another rank", "after the last step", deadline)
+            self._notice_elsewhere = PreemptionNotice(NoticeKind.TERMINATE, "another rank", "after the last step", deadline)
         return merged.is_draining
 
     def _drain(self, uploader: Uploader) -> bool:
-        """Waits for the last commit, as long as the machine lives, if a notice says how long; whether it came."""
+        """Wait for the last commit until the drain timeout or the deadline of a notice; return whether it was made."""
         session = self._session
 
         def patience() -> float:
-            notice = self._hear_end()
+            notice = self._termination()
             left = notice.seconds_left(session.now()) if notice else None
             return patience_s(left, training=True, drain_timeout_s=session.arguments.drain_timeout_s)
 
         if session.preempted is not None:
             return uploader.drain(patience())
 
-        def is_heard() -> bool:
-            self._meet(is_draining=True)
-            return self._hear_end() is not None
+        def has_notice() -> bool:
+            self._exchange(is_draining=True)
+            return self._termination() is not None
 
-        if uploader.drain(patience(), is_heard):
+        if uploader.drain(patience(), has_notice):
             return True
-        notice = self._hear_end()
+        notice = self._termination()
         if notice is None:
             return False
-        # It came after the last step: nothing is left to stop, and nobody else waits for it.
-        alert(f"{notice.kind.value} from {notice.source}: the last upload is finished")
+        # The notice came after the last step: there is no training left to stop.
+        alert(f"{notice.kind.value} from {notice.source}: finishing the last upload")
         uploader.hurry(give_way=gives_way(notice.seconds_left(session.now()), session.measured()))
         drained = uploader.drain(patience())
         if not drained and session.fenced is None:
-            why = "after the last step; its upload did not end in time"
+            why = "after the last step; the upload did not finish in time"
             session.stop(Decision(Action.FINISH_UPLOAD_AND_STOP, why), notice.seconds_left(session.now()))
         return drained
 
-    def _hear_end(self) -> PreemptionNotice | None:
-        """The termination that was heard on this node and still holds, or by another rank."""
-        return self._session.listener.heard_end() or self._elsewhere
+    def _termination(self) -> PreemptionNotice | None:
+        """Return the termination notice that is in force, from this machine or another rank."""
+        return self._session.listener.termination() or self._notice_elsewhere

@@ -1,4 +1,4 @@
-"""What is heard on this node: by a watcher of this process, or by that of `hf-spot launch`, through a file."""
+"""Notices for this machine, from a watcher in this process or from that of `hf-spot launch`, through a file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hf_spot.runtime import Runtime
 
 
 class NoticeListener:
-    """Listens from the start, until `close`.
+    """Receives notices from construction until `close`.
 
     Args:
-        arguments: which sources.
-        runtime: of the launch, which then listens itself.
-        on_notice: called by a thread with each new notice that a watcher of this process hears.
-        keyboard: Ctrl-C is heard, too, where anything is.
+        arguments: name the sources.
+        runtime: of the launch, if one started this process; its watcher is then used.
+        on_notice: called from a thread with each new notice that a watcher of this process receives.
+        keyboard: treat Ctrl-C as a notice too, if any source is active.
     """
 
     def __init__(
@@ -33,26 +33,26 @@ class NoticeListener:
     ) -> None:
         self._runtime = runtime
         self._on_notice = on_notice
-        self.newest: PreemptionNotice | None = None  # that held when somebody looked last
+        self.newest: PreemptionNotice | None = None  # as of the last call
         self._mtime_ns = 0
         self.watcher: Watcher | None = None
         if runtime is None:
-            listened_to = sources(arguments, environ=os.environ)
-            if listened_to and keyboard:
-                listened_to.append(KeyboardSource())
-            self.watcher = Watcher(listened_to, self._hears)
+            active = sources(arguments, environ=os.environ)
+            if active and keyboard:
+                active.append(KeyboardSource())
+            self.watcher = Watcher(active, self._receive)
             self.watcher.start()
 
-    def _hears(self, notice: PreemptionNotice) -> None:
+    def _receive(self, notice: PreemptionNotice) -> None:
         self.newest = None if notice.kind is NoticeKind.CANCELLED else notice
         self._on_notice(notice)
 
-    def heard(self) -> PreemptionNotice | None:
-        """What holds now. Under a launch it costs one stat of a file that is usually absent."""
+    def current(self) -> PreemptionNotice | None:
+        """Return the notice in force, if any. Under a launch this costs one stat of a file that is usually absent."""
         if self._runtime is not None:
             try:
                 mtime_ns = os.stat(self._runtime.notice_path).st_mtime_ns
-            except OSError:  # nothing was heard, or somebody has emptied the folder since: the launcher fills it again
+            except OSError:  # no notice yet, or the folder was emptied since: the launcher writes it again
                 return self.newest
             if mtime_ns != self._mtime_ns:
                 self._mtime_ns = mtime_ns
@@ -60,12 +60,12 @@ class NoticeListener:
                 self.newest = None if notice is None or notice.kind is NoticeKind.CANCELLED else notice
         return self.newest
 
-    def heard_end(self) -> PreemptionNotice | None:
-        """The termination that holds now."""
-        notice = self.heard()
+    def termination(self) -> PreemptionNotice | None:
+        """Return the termination notice in force, if any."""
+        notice = self.current()
         return notice if notice is not None and notice.kind is NoticeKind.TERMINATE else None
 
     def close(self) -> None:
-        """Stops listening."""
+        """Stop receiving notices."""
         if self.watcher is not None:
             self.watcher.stop()

@@ -1,4 +1,4 @@
-"""RunSession: what a training does with its run, from the claim to the last commit, under Trainer or in a custom loop."""
+"""RunSession: a training's connection to its run, from the claim to the last commit, for Trainer and for custom loops."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class RunSession:
     Until `join_ranks` this process is the only rank.
 
     Args:
-        by: who claims, in words.
-        url: of the run, or its store.
+        by: what makes the claim, for people.
+        url: URL of the run, or its store.
         arguments: settings.
         runtime: the launch that started this process, if one did.
         stage: which training of the script this is, from 1.
@@ -90,9 +90,9 @@ class RunSession:
         self._save_s: float | None = None
         self._size_bytes: int | None = None
         self._preempted: Decision | None = None
-        self._gone_at: float | None = None  # by this process's clock
+        self._machine_ends_at: float | None = None  # by this process's clock
         self.closing = contextlib.ExitStack()
-        self.hook = Hook(None if runtime else hook_url(arguments, os.environ), self.run.url)  # a launcher tells it itself
+        self.hook = Hook(None if runtime else hook_url(arguments, os.environ), self.run.url)  # a launcher calls it itself
         self.closing.callback(self.hook.close)
         self._journal_writer = JournalWriter(self.run, self.hook)
         self.closing.callback(self._journal_writer.close)
@@ -100,14 +100,14 @@ class RunSession:
     # -- the start ----------------------------------------------------------------------------------------------------
 
     def join_ranks(self, world_size: int, rank: int, local_rank: int, output_dir: Path, *, setting: str) -> None:
-        """Meet the other ranks. All must call it.
+        """Set up communication with the other ranks. All ranks must call it.
 
         Args:
-            world_size: ranks of the training; ``torch.distributed`` must be initialised when there are several.
-            rank: of this process.
-            local_rank: its number on its machine.
+            world_size: number of ranks; ``torch.distributed`` must be initialised if there are several.
+            rank: number of this process.
+            local_rank: number of this process on its machine.
             output_dir: where checkpoints are written and restored to.
-            setting: that names it, as it is written.
+            setting: the setting that names ``output_dir``, for errors.
 
         Raises:
             ConfigError: ``output_dir`` can't be written to.
@@ -119,27 +119,27 @@ class RunSession:
         self.disk = find_disk(self.agreement, rank, local_rank, output_dir)
 
     def listen(self, on_notice: Callable[[PreemptionNotice], None] = lambda notice: None, *, keyboard: bool = False) -> None:
-        """Listen from now on, as a `NoticeListener` does."""
+        """Start a `NoticeListener`."""
         self.listener = NoticeListener(self.arguments, self.runtime, on_notice, keyboard=keyboard)
         self.closing.callback(self.listener.close)
 
     def tell_launcher(self) -> None:
-        """Let the launcher know that from now on there is something to save."""
+        """Tell the launcher that from now on there is something to save."""
         if self.runtime is not None:
             self.runtime.tell_training(True)
             self.closing.callback(self.runtime.tell_training, False)
             self.steps = StepCounter(self.runtime.step_path) if self.agreement.is_main else None
 
     def claim(self, *, unless_complete: bool = False) -> None:
-        """Claim the run on rank 0, or adopt the launcher's claim; the leaders of other disks write under that claim.
+        """Claim the run on rank 0, or adopt the launcher's claim; the leaders of other disks adopt it too.
 
-        A run that is claimed already stays so.
+        Does nothing if the run is already claimed.
 
         Args:
-            unless_complete: not where nothing is left to train, so nothing to write.
+            unless_complete: make no claim if the training is complete, as there will be nothing to write.
 
         Raises:
-            ConfigError: the machines see different stores.
+            ConfigError: the machines use different stores.
             SpotError: the run can't be used.
         """
         launch = self.agreement.from_main(lambda: self._claim_on_main(unless_complete))
@@ -166,32 +166,32 @@ class RunSession:
         if self.disk.leads and launch and self.run.launch != launch:
             if self.run.state().launch < launch:
                 raise ConfigError(
-                    f"{os.uname().nodename} does not see launch {launch} in {self.run.url}: the machines need one store",
+                    f"{os.uname().nodename} does not see launch {launch} in {self.run.url}: all machines must use one store",
                     hint="s3://bucket/prefix, or a directory on a file system that all machines share",
                 )
             self.run.adopt(launch)
 
     def on_each_disk(self, act: Callable[[], T]) -> T:
-        """The leader of each disk acts; every rank gets what rank 0's act gave."""
+        """Call ``act`` on the leader of each disk; return on every rank what rank 0's call returned."""
         result = self.agreement.together(lambda: act() if self.disk.leads else None)
         return self.agreement.from_main(lambda: cast(T, result))
 
     def restore_newest(self, look: Callable[[], None] = lambda: None) -> tuple[Checkpoint, Path] | None:
-        """Restore the newest whole commit of this training to each disk; None when there are no commits.
+        """Restore the newest intact commit of this training to each disk; return None if there are no commits.
 
         Args:
-            look: called again and again meanwhile; what it raises ends the restore.
+            look: called repeatedly during the restore; an exception from it ends the restore.
 
         Raises:
-            CorruptCheckpoint: there are commits, and none of them is whole.
-            StoreError: the store could not be asked.
+            CorruptCheckpoint: there are commits, but none is intact.
+            StoreError: the store could not be read.
         """
         refs = self.agreement.from_main(lambda: [ref for ref in self.run.state().checkpoints if ref.stage == self.stage])
         if not refs:
             return None
         runtime = self.runtime if self.disk.leads else None
         prefetched = self.agreement.together(lambda: runtime.wait_for_prefetched(look) if runtime is not None else None)
-        return self._here(
+        return self._on_this_machine(
             restore_newest(
                 self.run,
                 refs,
@@ -209,12 +209,12 @@ class RunSession:
 
         Args:
             ref: the commit.
-            label: one word or two, for the progress bar.
-            look: called again and again meanwhile; what it raises ends the restore.
+            label: one or two words for the progress bar.
+            look: called repeatedly during the restore; an exception from it ends the restore.
 
         Raises:
-            CorruptCheckpoint: its files are not what was committed.
-            StoreError: the store could not be asked.
+            CorruptCheckpoint: its files differ from what was committed.
+            StoreError: the store could not be read.
         """
 
         def on_this_disk() -> tuple[Checkpoint, Path]:
@@ -227,24 +227,24 @@ class RunSession:
                 progress=partial(_watched_bar, label, look),
             )
 
-        return self._here(self.on_each_disk(on_this_disk))
+        return self._on_this_machine(self.on_each_disk(on_this_disk))
 
     @property
     def _ranks_here(self) -> tuple[int, ...] | None:
         return None if self.disk.count == 1 else self.disk.ranks
 
     @overload
-    def _here(self, restored: tuple[Checkpoint, Path]) -> tuple[Checkpoint, Path]: ...
+    def _on_this_machine(self, restored: tuple[Checkpoint, Path]) -> tuple[Checkpoint, Path]: ...
 
     @overload
-    def _here(self, restored: tuple[Checkpoint, Path] | None) -> tuple[Checkpoint, Path] | None: ...
+    def _on_this_machine(self, restored: tuple[Checkpoint, Path] | None) -> tuple[Checkpoint, Path] | None: ...
 
-    def _here(self, restored: tuple[Checkpoint, Path] | None) -> tuple[Checkpoint, Path] | None:
-        """What rank 0 restored, with the folder on this machine: machines may call their folders differently."""
+    def _on_this_machine(self, restored: tuple[Checkpoint, Path] | None) -> tuple[Checkpoint, Path] | None:
+        """Return what rank 0 restored, with the folder on this machine: ``output_dir`` may differ between machines."""
         return None if restored is None else (restored[0], self.output_dir / restored[0].name)
 
     def start_uploader(self, on_commit: Callable[[Entry], None] = lambda entry: None) -> None:
-        """On the leader of each disk: from now on `submit` has somebody to hand a checkpoint to.
+        """Start the uploader that `submit` hands checkpoints to, on the leader of each disk.
 
         Args:
             on_commit: called after each commit, from the uploader's thread.
@@ -265,13 +265,13 @@ class RunSession:
     def decide(
         self, kind: NoticeKind, seconds_left: float | None, notice: PreemptionNotice | None, say: Callable[[str], None]
     ) -> Decision:
-        """Called on rank 0: what to do about a notice. The journal is told.
+        """Decide what to do about a notice, and record it in the journal. Called on rank 0.
 
         Args:
-            kind: of it.
-            seconds_left: until the deadline; None when it names none.
-            notice: the one that was heard on this node; None when it was heard elsewhere.
-            say: tells people.
+            kind: kind of the notice.
+            seconds_left: seconds until its deadline; None if it has none.
+            notice: the notice, if it was received on this machine; None if on another one.
+            say: called with a line for people.
         """
         decision = decide(kind, seconds_left, self.measured())
         say(f"{kind.value} from {notice.source if notice else 'another rank'}: {decision.action.value} ({decision.why})")
@@ -280,17 +280,19 @@ class RunSession:
         return decision
 
     def note(self, notice: PreemptionNotice, why: str) -> None:
-        """Writes a notice to the journal, which may be slow to answer: the training shall not wait for it."""
+        """Record a notice in the journal in the background: the training must not wait for a slow store."""
         self.record("notice", {**json.loads(notice.to_json()), "why": why}, patience_s=0.0)
 
     def ballot(
         self, notice: PreemptionNotice | None, *, advisory: bool = False, save_is_due: bool = False, is_draining: bool = False
     ) -> Ballot:
-        """Return what this rank tells the others.
+        """Return this rank's ballot.
 
         Args:
-            notice: that holds on this machine.
-            advisory: as in `Ballot`, and so are the others.
+            notice: the notice in force on this machine.
+            advisory: as in `Ballot`.
+            save_is_due: as in `Ballot`.
+            is_draining: as in `Ballot`.
         """
         return Ballot(
             terminate=notice is not None and notice.kind is NoticeKind.TERMINATE,
@@ -303,49 +305,51 @@ class RunSession:
 
     @property
     def preempted(self) -> Decision | None:
-        """The decision about a notice that ends the training, once there is one."""
+        """Return the decision that ends the training, once a notice has led to one."""
         return self._preempted
 
     def stop(self, decision: Decision, seconds_left: float | None) -> None:
-        """End the training for a notice.
+        """Record the decision to end the training because of a notice.
 
         Args:
-            decision: that ends it.
-            seconds_left: until the machine goes; None when nobody knows.
+            decision: the decision.
+            seconds_left: seconds until the machine is taken away; None if unknown.
         """
         self._preempted = decision
-        self._gone_at = None if seconds_left is None else self.clock() + seconds_left
+        self._machine_ends_at = None if seconds_left is None else self.clock() + seconds_left
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until the machine goes for which the training has stopped; None when nobody knows."""
-        return None if self._gone_at is None else self._gone_at - self.clock()
+        """Return the seconds until the machine is taken away, after `stop`; None if unknown."""
+        return None if self._machine_ends_at is None else self._machine_ends_at - self.clock()
 
     def measured(self) -> Measured:
-        """How long a save and its upload take."""
+        """Return how long a save and its upload take."""
         measured = self.uploader.measured() if self.uploader else Measured()
         return replace(measured, save_s=self._save_s, size_bytes=self._size_bytes)
 
     def note_save(self, save_s: float) -> None:
-        """Remember how long the newest save took, with the writing of its files behind the training, in seconds."""
+        """Record how long the newest save took in seconds, including files written while training continued."""
         self._save_s = save_s
 
     @property
     def save_s(self) -> float | None:
-        """Seconds that the newest save took; None before the first."""
+        """Return the seconds that the newest save took; None before the first."""
         return self._save_s
 
     # -- uploads ------------------------------------------------------------------------------------------------------
 
     def submit(self, folder: Path, request: CommitRequest, ranks: Agreement) -> bool:
-        """Has a checkpoint uploaded, once all its files are written: True on the leader of a disk whose part is on its way.
+        """Hand a checkpoint to the uploader, once all its files are written.
 
-        All ranks must call it when there are several disks.
+        Returns True on the leader of a disk if its part was queued.
+
+        All ranks must call it if there are several disks.
 
         Args:
-            folder: its part on this disk.
-            request: for all of it.
-            ranks: to agree with, when there are several disks.
+            folder: the part of the checkpoint on this disk.
+            request: describes the whole checkpoint.
+            ranks: the agreement to use if there are several disks.
         """
         elsewhere = self._on_earlier_disks(folder, ranks)
         if self.uploader is None:
@@ -356,12 +360,12 @@ class RunSession:
             self.uploader.submit(folder, part, elsewhere)
             self._size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         except OSError as error:
-            log_always(logging.ERROR, "%s can't be queued for upload, training goes on: %s", folder, error)
+            log_always(logging.ERROR, "%s can't be queued for upload; training goes on: %s", folder, error)
             return False
         return True
 
     def _on_earlier_disks(self, folder: Path, ranks: Agreement) -> set[str]:
-        """Files that are uploaded from another disk: with ``save_on_each_node`` each has what rank 0 writes."""
+        """Return the files that another disk uploads: with ``save_on_each_node`` each disk also has what rank 0 writes."""
         if self.disk.count == 1:
             return set()
         told = ranks.gather((self.disk.index, files_in(folder) if self.disk.leads else []))
@@ -369,11 +373,11 @@ class RunSession:
 
     @property
     def fenced(self) -> Fenced | None:
-        """The error to raise once the uploader has met a newer launch that owns the run."""
+        """Return the error to raise, once the uploader has found that a newer launch owns the run."""
         return self.uploader.fenced if self.uploader is not None else None
 
     def order_uploads(self) -> None:
-        """After a notice: let the newest checkpoint go first; what is in flight may have to give way to it."""
+        """Upload the newest checkpoint first after a notice; an upload in flight may have to be dropped for it."""
         if self._preempted is None:
             return
         give_way = self.agreement.from_main(lambda: gives_way(self.left_s, self.measured()))
@@ -381,7 +385,11 @@ class RunSession:
             self.uploader.hurry(give_way=give_way)
 
     def finish_uploads(self, timeout_s: float) -> None:
-        """Waits for what is on its way, before something ends. What does not arrive in time is told."""
+        """Wait for pending uploads before the training ends; report what is not committed in time.
+
+        Args:
+            timeout_s: longest wait in seconds.
+        """
         if self.uploader is None:
             return
         if not self.uploader.idle:
@@ -392,28 +400,31 @@ class RunSession:
 
     @property
     def committed_step(self) -> int:
-        """Of this stage, as far as this process knows; 0 for none."""
+        """Return the newest committed step of this training that this process knows of; 0 for none."""
         newest = self.run.journal.state.latest(self.stage)
         return newest.step if newest else 0
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def record(self, kind: str, data: dict[str, Any], *, patience_s: float | None = None) -> None:
-        """On rank 0: an entry for the journal, as `JournalWriter.record` has it."""
+        """Append an entry to the journal on rank 0; the arguments are those of `JournalWriter.record`."""
         if self.agreement.is_main:
             self._journal_writer.record(kind, data, patience_s=patience_s)
 
     @property
     def forked(self) -> bool:
-        """True in a child that the script forked during the training, and that leaves it by an error or an exit: the run, the
-        pins and the runtime's files are its parent's, and the threads that it would wait for are not in it."""
+        """Return True in a child process that the script forked during the training.
+
+        Such a child must not end the run when it fails or exits: the run, the pins and the runtime's files belong to its
+        parent, and the threads that it would wait for exist only there.
+        """
         return os.getpid() != self._process
 
     def close(self, *, alone: bool = False) -> None:
-        """Stops listening and uploading; gives back what was taken.
+        """Stop receiving notices and uploading, and release all resources.
 
         Args:
-            alone: the other ranks may not know of it.
+            alone: the other ranks may not be closing.
         """
         if self.forked:
             return

@@ -1,4 +1,4 @@
-"""What the time of a launch goes to, for the journal: `hf_spot.economics.report` adds it up."""
+"""How a launch spends its time, for the journal: `hf_spot.economics.report` adds it up."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class Timing:
-    """A stopwatch of one training, from its claim on.
+    """Measures one training from its claim on.
 
     Args:
-        now: the wall clock: a claim may have been made by another process.
+        now: the wall clock, because another process may have made the claim.
         clock: seconds, monotonic.
     """
 
@@ -26,15 +26,15 @@ class Timing:
         self._stalled_s = 0.0
 
     def claimed(self, at: datetime | None) -> None:
-        """The run was claimed then; None when nobody knows."""
+        """Record when the run was claimed; None if unknown."""
         self._claimed_at = at or self._claimed_at
 
     def restored(self, took_s: float) -> None:
-        """A checkpoint was fetched and checked."""
+        """Record how many seconds it took to fetch and verify a checkpoint."""
         self._restore_s = took_s
 
     def step_begins(self, step: int) -> bool:
-        """A step begins after ``step`` others; whether it is the first of this launch."""
+        """Record that a step begins after ``step`` others; return whether it is the first of this launch."""
         if self._first_step_s is not None:
             return False
         self._first_step_s = (self._now() - self._claimed_at).total_seconds()
@@ -42,14 +42,14 @@ class Timing:
         return True
 
     def stalled(self, for_s: float | None) -> None:
-        """Training stood still for a save; None when it is not known for how long."""
+        """Add the seconds that training stood still for a save; None if unknown."""
         self._stalled_s += for_s or 0.0
 
     def to_details(self, step: int) -> dict[str, Any]:
-        """For an entry of the journal: seconds so far; ``steps_s`` has evaluations in it, too.
+        """Return the seconds so far for a journal entry; ``steps_s`` includes evaluations.
 
         Args:
-            step: that is reached.
+            step: number of the step reached.
         """
 
         def rounded(seconds: float | None) -> float | None:

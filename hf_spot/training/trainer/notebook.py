@@ -16,14 +16,14 @@ def in_notebook() -> bool:
     return hasattr(builtins, "__IPYTHON__")
 
 
-def how_to_go_on() -> str:
+def how_to_resume() -> str:
     """What a person does after a preemption."""
     if in_notebook() and multiprocessing.parent_process() is not None:
         # The kernel keeps the rendezvous of the workers that have ended, and new ones would look for them.
-        return "Restart the kernel and run the cells again, here or on another machine: training goes on from there."
+        return "Restart the kernel and run the cells again, here or on another machine: training resumes from there."
     if in_notebook():
-        return "Run this cell again, here or on another machine: training goes on from there."
-    return "Start the same command again to go on."
+        return "Run this cell again, here or on another machine: training resumes from there."
+    return "Start the same command again to resume."
 
 
 def shows_errors() -> bool:
@@ -31,13 +31,13 @@ def shows_errors() -> bool:
     return in_notebook() and multiprocessing.parent_process() is None
 
 
-def hush_advice_on_exits() -> None:
+def suppress_exit_advice() -> None:
     """Keeps IPython, after a `TrainingPreempted`, from telling how to leave IPython, as it does below every SystemExit."""
     if in_notebook():
         warnings.filterwarnings("ignore", message="To exit: use", category=UserWarning, module="IPython")
 
 
-def forget_the_agents_handlers() -> None:
+def drop_inherited_handlers() -> None:
     """``accelerate.notebook_launcher`` forks its workers from the process in which torch's elastic agent handles signals by
     raising an error. What they inherit of it is not theirs: it would end the training in the middle of a step."""
     if multiprocessing.parent_process() is None or threading.current_thread() is not threading.main_thread():

@@ -17,7 +17,7 @@ from hf_spot.run.checkpoint import Checkpoint
 from hf_spot.run.restore import holds_own_checkpoints, set_aside_uncommitted, sweep
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.trainer.log_window import LogWindow
-from hf_spot.training.trainer.weights import loaded_whole
+from hf_spot.training.trainer.weights import all_weights_loaded
 from hf_spot.training.upstream import (
     BEST_METRIC,
     CALLBACK_HANDLER,
@@ -31,12 +31,12 @@ from hf_spot.training.upstream import (
 log = logging.getLogger("hf_spot")
 
 
-class Going(Exception):
+class MachineGoing(Exception):
     """The machine goes: ends a start that leads to no training."""
 
 
 class Resumption:
-    """Every rank must call every method. A restore ends with `Going` when the machine goes: nobody would train with it.
+    """Every rank must call every method. A restore ends with `MachineGoing` when the machine goes: nobody would train with it.
 
     Args:
         session: of the run, claimed already.
@@ -75,7 +75,7 @@ class Resumption:
         own = _is_own(resume_from_checkpoint, self._output_dir) and self._had_own
         return None if own or resume_from_checkpoint in (None, False) else resume_from_checkpoint
 
-    def bring_best(self, restored: Checkpoint) -> Path | None:
+    def restore_best(self, restored: Checkpoint) -> Path | None:
         """The folder of the best checkpoint so far, which may be the one that is resumed from; None when there is none, or it
         can't be restored."""
         session = self._session
@@ -97,8 +97,8 @@ class Resumption:
         return folder
 
     def _look(self) -> None:
-        if self._session.listener.heard_end() is not None:
-            raise Going
+        if self._session.listener.termination() is not None:
+            raise MachineGoing
 
 
 def _touch(folder: Path) -> None:
@@ -132,7 +132,7 @@ def load_finished(
         restore_own: brings back what Trainer does not save, from a folder.
         told: callbacks have heard the training's last lines.
     """
-    with loaded_whole(trainer):
+    with all_weights_loaded(trainer):
         LOAD_FROM_CHECKPOINT.of(trainer)(str(folder))
     args, window = trainer.args, LogWindow(trainer)
     state = trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))

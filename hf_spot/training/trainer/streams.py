@@ -62,7 +62,7 @@ def resumed_in_its_pass(trainer: Trainer, details: dict[str, Any], before: Batch
 
 
 @contextmanager
-def chance_is_named(trainer: Trainer) -> Iterator[None]:
+def random_streams_named(trainer: Trainer) -> Iterator[None]:
     """Within it, a stream that draws from the global generators of this process is told of, when it does so: a resumed
     training reads it from its start again, between other draws, and gets other samples.
 

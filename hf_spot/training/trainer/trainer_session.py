@@ -35,9 +35,9 @@ from hf_spot.training.session.final_drain import FinalDrain
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.trainer.batch_size import keep_samples
 from hf_spot.training.trainer.metrics import Metrics
-from hf_spot.training.trainer.notebook import forget_the_agents_handlers, how_to_go_on, hush_advice_on_exits
+from hf_spot.training.trainer.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
 from hf_spot.training.trainer.random_states import RandomStates
-from hf_spot.training.trainer.restore import Going, Resumption
+from hf_spot.training.trainer.restore import MachineGoing, Resumption
 from hf_spot.training.trainer.save_schedule import Cadence
 from hf_spot.training.trainer.saves import is_sharded
 from hf_spot.training.versions import tell_changes
@@ -140,14 +140,14 @@ class TrainerSession:
             TrainingPreempted: the machine is going already.
         """
         if self._session.runtime is None:
-            forget_the_agents_handlers()
+            drop_inherited_handlers()
         self._session.listen(keyboard=True)
         self._session.tell_launcher()
         self._session.claim(unless_complete=True)
         try:
             return self._begin(resume_from_checkpoint)
-        except Going:
-            warn_for_all("the machine is going: it begins no training any more")
+        except MachineGoing:
+            warn_for_all("the machine is being taken away: no training is started")
             newest = self._session.agreement.from_main(lambda: self._session.run.journal.state.latest(self._session.stage))
             self.leave(self._restored.step if self._restored else newest.step if newest else 0)
 
@@ -162,14 +162,14 @@ class TrainerSession:
             self._learn()
         if self._restored is not None:
             if self.trainer.args.load_best_model_at_end:
-                self._best_folder = resumption.bring_best(self._restored)
+                self._best_folder = resumption.restore_best(self._restored)
             self._session.timing.restored(self._session.clock() - began)
-            log.info("going on from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
+            log.info("resuming from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
             tell_changes(self._restored.details, self._restored.step)
             if not self._restored.ref.complete:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
-        if self.is_going():
-            raise Going
+        if self.machine_is_going():
+            raise MachineGoing
         if found is not None:
             return str(found[1])
         foreign: str | None = resumption.foreign(resume_from_checkpoint)
@@ -193,16 +193,16 @@ class TrainerSession:
 
         return self._session.agreement.from_main(look)
 
-    def is_going(self) -> bool:
+    def machine_is_going(self) -> bool:
         """Whether any rank has heard that its machine goes; all ranks must ask, and get the same answer."""
         self.ask()
-        return self._is_going(self._session.agreement.answer())
+        return self._must_stop(self._session.agreement.answer())
 
-    def was_going(self) -> bool:
-        """`is_going` as of the call before: the ranks agree while they do something else in between."""
-        going = self._is_going(self._session.agreement.answer())
+    def machine_was_going(self) -> bool:
+        """`machine_is_going` as of the call before: the ranks agree while they do something else in between."""
+        going = self._must_stop(self._session.agreement.answer())
         self.ask()
-        return going or (self._session.agreement.alone and self._is_going(self._session.agreement.answer()))
+        return going or (self._session.agreement.alone and self._must_stop(self._session.agreement.answer()))
 
     def leave(self, step: int) -> NoReturn:
         """Ends the launch before its first step. Raises TrainingPreempted.
@@ -218,7 +218,7 @@ class TrainerSession:
                 **self._session.timing.to_details(step),
             }
             self._session.record("preempted", data, patience_s=JOURNAL_LAST_WORD_S)
-        why = "interrupted" if self._is_interrupt else "the machine is going"
+        why = "interrupted" if self._is_interrupt else "the machine is being taken away"
         raise self._ending(f"{why}; nothing was trained in this launch.", step or None)
 
     @property
@@ -227,9 +227,9 @@ class TrainerSession:
         return self._session.listener.newest is not None and self._session.listener.newest.source == KeyboardSource.name
 
     def _ending(self, what: str, step: int | None) -> TrainingPreempted:
-        hush_advice_on_exits()
+        suppress_exit_advice()
         kind = TrainingInterrupted if self._is_interrupt else TrainingPreempted
-        return kind(f"{what}\n{how_to_go_on()}", step=step)
+        return kind(f"{what}\n{how_to_resume()}", step=step)
 
     def _learn(self) -> None:
         """Rank 0 reads what happened to the run, in a thread: the training does not wait for it."""
@@ -276,7 +276,7 @@ class TrainerSession:
 
     def ask(self) -> None:
         """Tell the other ranks what this one knows; `step_ended` and `micro_batch_ended` take the answer."""
-        session, notice = self._session, self._session.listener.heard()
+        session, notice = self._session, self._session.listener.current()
         # The ranks of a machine read one file, not at the same instant: an advisory counts once, when rank 0 has seen it.
         advisory = session.agreement.is_main and notice is not None and notice.kind is NoticeKind.ADVISORY
         self._asked_advisory = notice.id if advisory and notice and notice.id not in self._advisories else None
@@ -301,7 +301,7 @@ class TrainerSession:
 
         def decide_on_main() -> Decision | None:
             if leaves_step(seconds_left, rest_of_step_s, session.measured()) and rewindable():
-                return self._decide(NoticeKind.TERMINATE, seconds_left, session.listener.heard())
+                return self._decide(NoticeKind.TERMINATE, seconds_left, session.listener.current())
             return None
 
         decision = session.agreement.from_main(decide_on_main)
@@ -331,7 +331,7 @@ class TrainerSession:
         if self._asked_advisory is not None:
             self._advisories.add(self._asked_advisory)
         kind = NoticeKind.TERMINATE if merged.terminate else NoticeKind.ADVISORY
-        decision = session.agreement.from_main(lambda: self._decide(kind, merged.seconds_left, session.listener.heard()))
+        decision = session.agreement.from_main(lambda: self._decide(kind, merged.seconds_left, session.listener.current()))
         if decision.action in (Action.SAVE_AND_STOP, Action.FINISH_UPLOAD_AND_STOP):
             session.stop(decision, merged.seconds_left)
         return decision
@@ -348,7 +348,7 @@ class TrainerSession:
     def _is_quiet(self) -> bool:
         """Whether this rank has nothing to tell, as after nearly every step: microseconds count here."""
         session = self._session
-        return session.listener.heard() is None and session.fenced is None and not self._cadence.is_due()
+        return session.listener.current() is None and session.fenced is None and not self._cadence.is_due()
 
     def _decide(self, kind: NoticeKind, seconds_left: float | None, notice: PreemptionNotice | None) -> Decision:
         def say(told: str) -> None:
@@ -455,7 +455,7 @@ class TrainerSession:
         self._session.order_uploads()
         last = FinalDrain(self._session)
         if not self._session.agreement.is_main:
-            last.listen_on()
+            last.wait_for_main()
         self._session.agreement.from_main(lambda: self._end_on_main(step, last))
         self.stage_finished()
 
@@ -482,7 +482,7 @@ class TrainerSession:
                 f"training ended at step {step}, but only step {committed} is in {self._session.run.url} {why}",
                 hint=f"hf-spot checkpoints push {self._session.run.url} {folder}"
                 if folder.is_dir()
-                else "start the same command again: it goes on from there",
+                else "start the same command again to resume from there",
             )
         if self._session.runtime is None:
             self._session.record(
@@ -507,7 +507,7 @@ class TrainerSession:
         self._session.close()
 
     @staticmethod
-    def _is_going(merged: Ballot | None) -> bool:
+    def _must_stop(merged: Ballot | None) -> bool:
         return merged is not None and merged.terminate
 
 

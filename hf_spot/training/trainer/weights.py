@@ -24,7 +24,7 @@ log = logging.getLogger("hf_spot")
 
 
 @contextmanager
-def loaded_whole(trainer: Trainer) -> Iterator[None]:
+def all_weights_loaded(trainer: Trainer) -> Iterator[None]:
     """Within it, resuming a checkpoint loads all of its weights."""
     plain_load = LOAD_FROM_CHECKPOINT.of(trainer)
 

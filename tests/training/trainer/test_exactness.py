@@ -315,10 +315,10 @@ def test_what_a_callback_evaluates_by_itself_is_left_alone(store: str, tmp_path:
             if state.global_step in (4, 5):
                 session = callback._session
                 assert session is not None
-                is_going = session.is_going
-                session.is_going = lambda: asked.append(1) or is_going()  # type: ignore[method-assign, func-returns-value]
+                machine_is_going = session.machine_is_going
+                session.machine_is_going = lambda: asked.append(1) or machine_is_going()  # type: ignore[method-assign, func-returns-value]
                 trainer.evaluate()
-                session.is_going = is_going  # type: ignore[method-assign]
+                session.machine_is_going = machine_is_going  # type: ignore[method-assign]
 
     trainer = make_trainer(tmp_path, callback, Own(), eval_strategy="steps", eval_steps=4)
     trainer.train()

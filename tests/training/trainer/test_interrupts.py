@@ -39,7 +39,7 @@ def test_ctrl_c_commits_first_and_the_same_command_goes_on(tmp_path: Path, store
     assert ended.value.step == step
     assert (
         str(ended.value)
-        == f"interrupted at step {step}; step {step} is committed to {store}.\nStart the same command again to go on."
+        == f"interrupted at step {step}; step {step} is committed to {store}.\nStart the same command again to resume."
     )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     trainer = make_trainer(tmp_path / "again", SpotCallback(store))
