@@ -1,4 +1,4 @@
-"""A committed checkpoint, and what is asked of a commit."""
+"""A committed checkpoint, a request to commit one, and the checks of both."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Checkpoint:
     """A committed checkpoint.
 
     Args:
-        ref: what the journal's state remembers of it.
+        ref: the short record of it in the journal's state.
         time: when it was committed, by the writer's clock.
         reason: why it was saved: ``schedule``, ``cadence``, ``notice``, ``advisory``, ``end`` or ``push``.
         files: its manifest.
-        details: everything else that the commit recorded (world size, batch sizes, seconds measured, …).
+        details: everything else that the commit recorded (world size, batch sizes, measured durations, …).
     """
 
     ref: CheckpointRef
@@ -32,21 +32,21 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Return the number of optimizer steps done."""
         return self.ref.step
 
     @property
     def name(self) -> str:
-        """The folder's name, as Trainer would write it."""
+        """Return the name that Trainer gives the folder."""
         return f"checkpoint-{self.ref.step}"
 
 
 @dataclass(frozen=True)
 class CommitRequest:
-    """What is to be said about a checkpoint when it is committed; `Checkpoint` gives the meanings.
+    """What a commit will record about a checkpoint. `Checkpoint` explains the fields.
 
-    ``part`` of ``parts``: which disk's files these are, when a training's machines each write to their own. ``apart``: what
-    sets its files apart from those of an earlier checkpoint of the same step; empty where there is none.
+    ``part`` (of ``parts``) is the number of the disk that holds these files, when each machine writes to its own disk.
+    ``apart`` is a suffix that separates the files from those of an earlier checkpoint of the same step; empty if there is none.
     """
 
     step: int
@@ -61,7 +61,7 @@ class CommitRequest:
     apart: str = ""
 
     def prefix(self, launch: int) -> str:
-        """Key in the store under which the files of this checkpoint stand, without a slash at its end.
+        """Return the key in the store under which this checkpoint's files are kept, without a trailing slash.
 
         Args:
             launch: number of the launch that writes it.
@@ -72,7 +72,7 @@ class CommitRequest:
 
 
 def check_resumable(checkpoint: Checkpoint, url: str) -> None:
-    """Check that a committed checkpoint has every file that a resume reads; what was pushed by hand may be a model alone.
+    """Check that a committed checkpoint has every file that a resume reads: one that was pushed by hand may hold only a model.
 
     Raises:
         IncompleteCheckpoint: a file is missing.
@@ -89,8 +89,8 @@ def check_whole(request: CommitRequest, paths: Iterable[str], where: object) -> 
     """Check that a checkpoint has every file that a resume reads.
 
     Args:
-        request: what is committed.
-        paths: names of its files.
+        request: the commit to be made.
+        paths: names of the checkpoint's files.
         where: the folder or key, for the message.
 
     Raises:

@@ -1,5 +1,5 @@
-"""Which of a checkpoint's files stand in the store already, as part of an earlier one: a frozen base model that is saved whole,
-a tokenizer. They are copied there instead of being sent again."""
+"""Find the files of a checkpoint that the store already has as part of an earlier one, such as a tokenizer or a frozen base
+model that is saved in full. They are copied within the store instead of being uploaded again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hf_spot.run.manifest import FileEntry
 
-_WORTH_BYTES = 1 << 20  # a smaller file costs one request either way
+_WORTH_BYTES = 1 << 20  # copying or uploading a smaller file costs one request either way
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Standing:
 
     Args:
         digest: of its bytes, as in `FileEntry`.
-        key: where it stands.
+        key: its key in the store.
     """
 
     digest: str
@@ -25,14 +25,14 @@ class Standing:
 
 
 class Unchanged:
-    """What one writer knows of the newest checkpoint that stands in the store."""
+    """What one writer knows about the newest checkpoint in the store."""
 
     def __init__(self) -> None:
         self._standing: dict[str, tuple[FileEntry, str]] = {}
         self._moving: set[str] = set()
 
     def note(self, prefix: str, files: Iterable[FileEntry]) -> None:
-        """These files stand under ``prefix`` now, all of them."""
+        """Record that the store now has all of these files under ``prefix``."""
         for file in files:
             before = self._standing.get(file.path)
             if before is not None:
@@ -41,10 +41,10 @@ class Unchanged:
             self._standing[file.path] = (file, f"{prefix}/{file.path}")
 
     def candidate(self, path: str, size: int) -> Standing | None:
-        """The file of the checkpoint before that this one is perhaps equal to; None when that is not worth a look.
+        """Return the previous checkpoint's file that this one may be equal to; None when a comparison does not pay off.
 
-        Comparing takes a hash before anything is sent. A file that was different last time, as weights in training are, is
-        sent and hashed at the same time.
+        A comparison must hash the file before anything is sent. A file that differed last time, as the weights being trained
+        do, is sent and hashed at the same time instead.
         """
         file, key = self._standing.get(path, (None, ""))
         if file is None or file.size != size or size < _WORTH_BYTES or path in self._moving:

@@ -1,5 +1,5 @@
-"""Digests bind a checkpoint's files to the journal. What passes by on its way to or from a store is hashed in passing, so that
-nothing is read twice."""
+"""Digests bind a checkpoint's files to the journal. Files are hashed while they move to or from a store, so that nothing is
+read twice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = (*_HASHES, _PARTS)
 
 
 def digest_of(path: Path, hash: str | None = None) -> str:
-    """The digest of a file as a `hf_spot.run.manifest.FileEntry` has it, read in blocks; a large one by several threads.
+    """Return a file's digest in the form of `hf_spot.run.manifest.FileEntry`. Large files are read by several threads.
 
     Args:
         path: of the file.
@@ -40,25 +40,28 @@ def digest_of(path: Path, hash: str | None = None) -> str:
 
 
 class Passing:
-    """A `hf_spot.storage.store.Witness` that hashes a file on its way, whatever order its parts come in.
+    """A `hf_spot.storage.store.Witness` that hashes a file while it moves, in whatever order its parts arrive.
 
     Args:
         size_bytes: of the file.
-        progress: told of the bytes that move.
+        progress: called with the number of bytes that have moved.
     """
 
     def __init__(self, size_bytes: int, progress: Progress | None = None) -> None:
         self._size_bytes = size_bytes
         self._progress = progress
-        self._parts: dict[int, tuple[Any, int]] = {}  # by number: a hash, and where the next block of it begins
+        self._parts: dict[int, tuple[Any, int]] = {}  # by number: a hash, and the offset at which its next block begins
 
     def __call__(self, count: int) -> None:
-        """Passed on."""
+        """Pass the number of bytes on to ``progress``."""
         if self._progress is not None:
             self._progress(count)
 
     def see(self, at: int, block: memoryview) -> None:
-        """Blocks of one part come one after the other; one that begins a part again begins its hash again."""
+        """Hash a block that begins at byte ``at``.
+
+        The blocks of one part must arrive in order. A block that begins a part again restarts its hash.
+        """
         while block:
             number, inside = divmod(at, PART_BYTES)
             piece, block = block[: PART_BYTES - inside], block[PART_BYTES - inside :]
@@ -71,7 +74,7 @@ class Passing:
             at += len(piece)
 
     def digest(self) -> str | None:
-        """As `digest_of`; None when it has not seen all of the file."""
+        """Return the same as `digest_of`, or None if not all of the file has been seen."""
         ends = range(PART_BYTES, self._size_bytes, PART_BYTES)
         wanted = [*ends, self._size_bytes] if self._size_bytes else []
         if [end for _, (_, end) in sorted(self._parts.items())] != wanted:
@@ -86,12 +89,12 @@ def _name_for(size_bytes: int) -> str:
 
 
 def _combined(parts: Iterable[Any]) -> str:
-    """BLAKE3, in hex, of the BLAKE3 digests of the parts."""
+    """Return the BLAKE3, in hex, of the BLAKE3 digests of the parts."""
     return blake3(b"".join(part.digest() for part in parts)).hexdigest()
 
 
 def _hashed(hash: Any, path: Path, at: int = 0, count_bytes: int = sys.maxsize) -> Any:
-    """Has seen so many bytes of the file."""
+    """Return ``hash`` after it has been fed ``count_bytes`` bytes of the file, from byte ``at`` on."""
     block = memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
         file.seek(at)

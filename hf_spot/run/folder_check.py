@@ -1,4 +1,4 @@
-"""Is a local checkpoint folder whole? Answered from the files alone, without torch and without unpickling anything."""
+"""Check that a local checkpoint folder is complete, from the files alone: without torch, and without unpickling anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LONGEST_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
 
 def is_checkpoint_folder(path: Path) -> bool:
-    """True for a folder that Trainer wrote, whole or not; a run's folder has a journal instead."""
+    """Return whether Trainer wrote this folder, complete or not. A run's folder has a journal instead."""
     return path.is_dir() and not (path / "journal").exists() and bool(_looks_like(path))
 
 
@@ -24,10 +24,10 @@ def _looks_like(path: Path) -> bool:
 
 
 def problems_in(folder: Path) -> list[str]:
-    """What keeps this folder from being resumed, in words; an empty list when nothing was found.
+    """Return descriptions of what prevents a resume from this folder; an empty list if nothing was found.
 
-    Checked: everything that a resume reads is there; JSON parses; safetensors files are as long as their header says
-    (https://github.com/huggingface/safetensors#format); torch files are whole zip archives whose members match their CRC-32.
+    The checks: every file that a resume reads exists; JSON files parse; safetensors files are as long as their header says
+    (https://github.com/huggingface/safetensors#format); torch files are complete zip archives whose members match their CRC-32.
     """
     names = files_in(folder)
     ranks = sum(bool(re.fullmatch(r"rng_state_\d+\.pth", name)) for name in names)

@@ -1,6 +1,6 @@
-"""What the journal tells of the machines that a run has had, for `hf_spot.policy.cadence`.
+"""Read from the journal how long a run's machines have lived, for `hf_spot.policy.cadence`.
 
-Every commit carries what was known when it was made, so the newest entries are enough: those from the newest such commit on.
+Every commit carries the history known when it was made, so only the entries from the newest such commit on are read.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from hf_spot.errors import ObjectNotFound
 from hf_spot.policy.cadence import History, SaveCost
 from hf_spot.run.journal import BY_HAND, ENDINGS, Entry, Journal
 
-_MOST_ENTRIES = 64  # of launches in a row that committed nothing, more is not worth knowing
+_MOST_ENTRIES = 64  # reached only after many launches in a row that committed nothing; older ones would change little
 
 
 @dataclass(frozen=True)
 class Past:
-    """What was read.
+    """What the journal says about the launches of a run.
 
     Args:
         history: of all launches up to now, but for the end of the one that is under way.
         as_of: the last that was heard of the launch under way; its uptime is counted up to there.
         cost: of the newest save.
-        steps_lost: of the launch before, trained and not committed; None when nobody could tell.
+        steps_lost: steps that the previous launch trained but did not commit; None if unknown.
     """
 
     history: History = field(default_factory=History)
@@ -35,24 +35,25 @@ class Past:
     steps_lost: int | None = None
 
     def now(self, time: datetime) -> History:
-        """The history at a time in the launch under way."""
+        """Return the history, with the uptime of the launch under way counted up to ``time``."""
         more_s = 0.0 if self.as_of is None else max(0.0, (time - self.as_of).total_seconds())
         return replace(self.history, uptime_s=self.history.uptime_s + more_s)
 
 
 def read_past(journal: Journal) -> Past:
-    """Reads the newest entries, one request each: back to a commit that carries what was known by then, usually the second or
-    third, and 64 at most.
+    """Read the newest entries, one request each, back to a commit that carries the history.
+
+    That is usually the second or third entry. At most 64 are read.
 
     Raises:
-        StoreUnavailable: the store could not be asked.
+        StoreUnavailable: the store did not answer.
     """
     newest = journal.state.number
     entries: list[Entry] = []
     for number in range(newest, max(0, newest - _MOST_ENTRIES), -1):
         try:
             entries.append(journal.read(number))
-        except ObjectNotFound:  # somebody cut the journal's beginning off
+        except ObjectNotFound:  # somebody deleted the beginning of the journal
             break
         if _carried(entries[-1]) is not None:
             break
@@ -60,17 +61,17 @@ def read_past(journal: Journal) -> Past:
 
 
 def gather(entries: Iterable[Entry]) -> Past:
-    """Folds entries into what they tell. Pure.
+    """Fold entries into a `Past`. Pure.
 
-    A launch that ended without a word was interrupted without notice when another follows it. One that failed was not
-    interrupted: its script was wrong, and would be on any machine. Times are compared within one launch only.
+    A launch without an entry for its end was interrupted without notice if another launch follows it. A launch that failed was
+    not interrupted: its script would have failed on any machine. Times are compared within one launch only.
 
     Args:
         entries: oldest first; the last ones are of the launch under way.
     """
     past, announced = Past(), False
     for entry in entries:
-        if entry.kind == "prune" or entry.data.get("reason") == "push":  # somebody else's doing, at any time
+        if entry.kind == "prune" or entry.data.get("reason") == "push":  # may come from another process, at any time
             continue
         if entry.kind == "claim":
             if past.as_of is not None:
@@ -93,7 +94,7 @@ def gather(entries: Iterable[Entry]) -> Past:
 
 
 def to_details(history: History) -> dict[str, Any]:
-    """What a commit carries."""
+    """Return the history in the form in which a commit carries it."""
     return {"history": {**asdict(history), "uptime_s": round(history.uptime_s, 3)}}
 
 
@@ -101,7 +102,7 @@ def _carried(entry: Entry) -> History | None:
     found = entry.data.get("history") if entry.kind == "commit" and entry.data.get("reason") != "push" else None
     try:
         return History(**found) if found else None
-    except TypeError:  # of a newer hf_spot
+    except TypeError:  # written by a newer hf_spot
         return None
 
 

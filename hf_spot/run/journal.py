@@ -1,18 +1,19 @@
 """The journal of a run: numbered entries, each made by one create-if-absent put and never rewritten.
 
-Protocol (invariants in capitals are what the tests attack):
+Protocol (the tests attack the invariants in capitals):
 
-* Entry *n* is the object ``journal/{n:08d}.json``. Whoever creates it has read entry *n-1*: NUMBERS HAVE NO GAPS, and
+* Entry *n* is the object ``journal/{n:08d}.json``. Its writer has read entry *n-1* first: NUMBERS HAVE NO GAPS, and
   every entry carries the state of the run after it, so reading the newest one is enough.
 * ``claim`` begins the next launch. A writer belongs to one launch and may append only while that is the newest:
-  AN ENTRY OF AN OLDER EPOCH NEVER FOLLOWS A NEWER CLAIM. It finds its number taken, reads who took it, and raises `Fenced`.
-* An answer can be lost. Every draft has an ``id``; after trouble the writer reads the number back, and finding its own
-  id means success: ONE DRAFT BECOMES AT MOST ONE ENTRY.
-* Entries are never deleted: a stalled writer could otherwise recreate a number that everybody has passed.
+  AN ENTRY OF AN OLDER LAUNCH NEVER FOLLOWS A NEWER CLAIM. A writer of an older launch finds its number taken, reads the
+  entry, and raises `Fenced`.
+* An answer can be lost. Every draft has an ``id``. After an error the writer reads that number back; if it finds its own
+  id, the write succeeded: ONE DRAFT BECOMES AT MOST ONE ENTRY.
+* Entries are never deleted: otherwise a stalled writer could recreate a number that all others have passed.
 
-``tip.json`` remembers a number near the newest one, so that finding the tip costs four requests however long the journal
-is: the hint, a listing from there, the last that it shows, and the one behind that, because listings lag on some stores.
-It is a hint and never believed further than to start listing from there.
+``tip.json`` holds a number near the newest one, so that finding the newest entry costs four requests however long the
+journal is: the hint, a listing from there, the last entry listed, and the one after it, because listings lag on some stores.
+The number is only a hint: it decides where the listing starts, and nothing else.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ BY_HAND = "hf-spot checkpoints"  # the author of a claim that no training follow
 _PREFIX = "journal/"
 _HINT_KEY = "tip.json"
 _BATCH = 16  # entries read in a row
-_QUICK_S = 0.0005  # an entry that takes no longer, as on a local disk, is read sooner than threads would hand it over
+_QUICK_S = 0.0005  # entries that take no longer, as on a local disk, are read faster without threads
 _LAST_NUMBER = 10**8 - 1  # of an entry: its name has eight digits
 _NAME = re.compile(r"^journal/(\d{8})\.json$")
 
 
 @dataclass(frozen=True)
 class CheckpointRef:
-    """What every later entry remembers of a commit.
+    """The short record of a commit that every later entry carries.
 
     Args:
         entry: number of the commit's entry.
@@ -57,9 +58,9 @@ class CheckpointRef:
         stage: which call of ``trainer.train()`` in the script it belongs to, from 1.
         step: optimizer steps done.
         size_bytes: of all its files.
-        prefix: where its files stand, relative to the run.
-        best: it is what Trainer holds for the best of its stage.
-        complete: its stage was trained to the end.
+        prefix: where its files are, relative to the run.
+        best: whether Trainer considers it the best checkpoint of its training.
+        complete: whether its training had reached its end.
     """
 
     entry: int
@@ -74,13 +75,13 @@ class CheckpointRef:
 
 @dataclass(frozen=True)
 class RunState:
-    """A run as it stands after entry ``number``; number 0 is a run that nobody has claimed yet.
+    """The state of a run after entry ``number``. Number 0 is a run that has never been claimed.
 
     Args:
         number: of the newest entry.
         launch: of the newest claim.
         checkpoints: those that exist, oldest first: in the order of their commits, but those of one launch by their steps.
-        ended: how the newest launch ended (one of `ENDINGS`), or None while it runs or when it died unheard.
+        ended: how the newest launch ended (one of `ENDINGS`); None while it runs, or if it died without an entry.
     """
 
     number: int = 0
@@ -89,7 +90,7 @@ class RunState:
     ended: str | None = None
 
     def latest(self, stage: int | None = None) -> CheckpointRef | None:
-        """The newest checkpoint (of a stage), or None."""
+        """Return the newest checkpoint (of training number ``stage``), or None."""
         found = [ref for ref in self.checkpoints if stage is None or ref.stage == stage]
         return found[-1] if found else None
 
@@ -108,7 +109,7 @@ class Entry:
 
 
 def fold(state: RunState, number: int, kind: str, launch: int, data: dict[str, Any]) -> RunState:
-    """The state after an entry, from the state before it. Pure."""
+    """Return the state after an entry, from the state before it. Pure."""
     after = replace(state, number=number, launch=launch)
     if kind == "claim":
         return replace(after, ended=None)
@@ -129,11 +130,12 @@ def fold(state: RunState, number: int, kind: str, launch: int, data: dict[str, A
         )
         refs = [*state.checkpoints]
         place = len(refs)
-        # Before a deadline the newest goes first, and an older one of the same launch that comes after it stays an older one.
+        # Before a deadline the newest checkpoint is uploaded first: an older one of the same launch that is committed after it
+        # must still count as older.
         while place and data.get("reason") != "push" and _follows(refs[place - 1], new):
             place -= 1
         refs.insert(place, new)
-        # Which one is best changes with every evaluation, and a step can be committed again after a fallback.
+        # The best one can change with every evaluation, and a step can be committed again after falling back to an older one.
         best = max((ref.entry for ref in refs if (ref.stage, ref.step) == (new.stage, data.get("best_step"))), default=None)
         marked = (replace(ref, best=ref.entry == best) if ref.stage == new.stage else ref for ref in refs)
         return replace(after, checkpoints=tuple(marked))
@@ -141,31 +143,31 @@ def fold(state: RunState, number: int, kind: str, launch: int, data: dict[str, A
 
 
 def _follows(one: CheckpointRef, other: CheckpointRef) -> bool:
-    """Whether the same training of the same launch wrote ``one`` after ``other``: side by side, with more steps."""
+    """Return whether ``one`` has more steps than ``other``, both of the same training of the same launch."""
     beside = one.prefix.rpartition("/")[0] == other.prefix.rpartition("/")[0]
     return one.launch == other.launch and beside and one.step > other.step
 
 
-# The one word that format 1 spells otherwise than the code does.
+# The only name that differs between format 1 and the code.
 _LAUNCH_KEY = "epoch"
 
 
 def _to_disk(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `RunState` or a `CheckpointRef`, in their order, under the keys of format 1."""
+    """Return the fields of a `RunState` or a `CheckpointRef`, in their order, under the keys of format 1."""
     if "checkpoints" in fields:
         fields["checkpoints"] = [_to_disk(ref) for ref in fields["checkpoints"]]
     return {_LAUNCH_KEY if name == "launch" else name: value for name, value in fields.items()}
 
 
 def _from_disk(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass from the keys of format 1. Raises TypeError for a key that format 1 does not have."""
+    """Return a dataclass's fields from the keys of format 1. Raises TypeError for a key that format 1 does not have."""
     if "launch" in fields:
         raise TypeError("format 1 has no key 'launch'")
     return {"launch" if name == _LAUNCH_KEY else name: value for name, value in fields.items()}
 
 
 def encode(entry: Entry, key: bytes | None = None) -> bytes:
-    """The bytes that are put, sealed (see `hf_spot.run.seal`)."""
+    """Return the bytes to write for an entry, sealed (see `hf_spot.run.seal`)."""
     written = {
         "format": FORMAT,
         "number": entry.number,
@@ -180,11 +182,11 @@ def encode(entry: Entry, key: bytes | None = None) -> bytes:
 
 
 def decode(data: bytes, key: bytes | None = None) -> Entry:
-    """Reads `encode`'s bytes back.
+    """Return the entry that `encode` wrote.
 
     Raises:
         ConfigError: the entry was written by a newer hf_spot.
-        CorruptCheckpoint: these bytes are no journal entry.
+        CorruptCheckpoint: these bytes are not a journal entry.
         Untrusted: they were not signed with this key.
     """
     written = unseal(data, key)
@@ -222,7 +224,7 @@ _FIELDS = {one: [(each.name, _TYPES[str(each.type)]) for each in fields(one)] fo
 
 
 def _typed(found: T) -> T:
-    """What was read, if every field is of its declared type. Raises TypeError."""
+    """Return ``found`` if every field has its declared type. Raises TypeError, or ValueError for a number below zero."""
     for name, types in _FIELDS[type(found)]:
         value = getattr(found, name)
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
@@ -233,7 +235,7 @@ def _typed(found: T) -> T:
 
 
 def _check_counts(data: dict[str, Any]) -> None:
-    """Raise TypeError for what everybody counts with, where it is no count."""
+    """Check the fields that are used as counts. Raises TypeError for one that is not an integer from 0 on."""
     for name in ("step", "committed_step", "best_step", "stage"):
         value = data.get(name)
         if value is not None and (type(value) is not int or value < 0):
@@ -246,11 +248,11 @@ def _ref(**fields: Any) -> CheckpointRef:
 
 
 class Journal:
-    """Reads and appends; knows the newest state it has seen. Safe to use from several threads.
+    """Reads and appends entries, and keeps the newest state it has seen. Safe to use from several threads.
 
     Args:
-        store: where the run stands.
-        key: signs entries, and refuses those that it has not signed.
+        store: the run's store.
+        key: signs entries; entries that are not signed with it are refused.
         now: the clock that stamps entries.
         new_id: makes the ids of drafts.
     """
@@ -269,17 +271,17 @@ class Journal:
         self._new_id = new_id
         self._lock = threading.RLock()
         self._state = RunState()
-        self._doubtful: dict[str, int] = {}  # drafts that may stand: the first number that each may stand under
-        self.launch = 0  # under whose claim this writer writes; 0 when it only reads
-        self.claimed_at: datetime | None = None  # when this writer made it itself
+        self._doubtful: dict[str, int] = {}  # ids of drafts that may have been written: the first number that each may have
+        self.launch = 0  # the launch that this writer belongs to; 0 when it only reads
+        self.claimed_at: datetime | None = None  # set when this writer made the claim itself
 
     @property
     def state(self) -> RunState:
-        """As last seen; `refresh` asks the store."""
+        """Return the state as last seen. `refresh` asks the store."""
         return self._state
 
     def refresh(self) -> RunState:
-        """Finds the newest entry: at most four requests while the hint is fresh."""
+        """Find the newest entry and return the state after it: at most four requests while the hint is fresh."""
         with self._lock:
             number = self._last_number(self._state.number or self._read_hint())
             if number > self._state.number:
@@ -289,19 +291,19 @@ class Journal:
             return self._state
 
     def read(self, number: int) -> Entry:
-        """One entry that must be there. Raises ObjectNotFound, CorruptCheckpoint, Untrusted."""
+        """Return an entry that must exist. Raises ObjectNotFound, CorruptCheckpoint, Untrusted."""
         return again_if_missing(lambda: self._read_twice(number))
 
     def _read_twice(self, number: int) -> Entry:
         try:
             return self._read(number)
-        except (CorruptCheckpoint, Untrusted):  # damaged on the way, or where it stands?
+        except (CorruptCheckpoint, Untrusted):  # if it was only damaged on the way, a second read succeeds
             return self._read(number)
 
     def _read(self, number: int) -> Entry:
         entry = decode(self._store.get(_name(number)), self.key)
-        if not entry.number == entry.state.number == number:  # a signature says who wrote it, and not where it was put
-            raise CorruptCheckpoint(f"entry {entry.number} of {self._store.url} stands under the number {number}")
+        if not entry.number == entry.state.number == number:  # the signature covers the entry's bytes, not its key in the store
+            raise CorruptCheckpoint(f"entry {entry.number} of {self._store.url} is stored under the number {number}")
         return entry
 
     def _read_if_there(self, number: int) -> Entry | None:
@@ -311,7 +313,7 @@ class Journal:
             return None
 
     def entries(self) -> Iterator[Entry]:
-        """All entries, oldest first."""
+        """Yield all entries, oldest first."""
         last = self.refresh().number
         quickest_s = math.inf
         for number in range(1, min(_BATCH, last) + 1):
@@ -336,22 +338,22 @@ class Journal:
             return entry
 
     def adopt(self, launch: int) -> None:
-        """Goes on under a claim made by another process of the same launch. Raises Fenced when it is not the newest."""
+        """Write under a claim made by another process of the same launch. Raises Fenced if it is not the newest."""
         with self._lock:
             self.launch = launch
             self._holds(self.refresh())
 
     def append(self, kind: str, data: dict[str, Any], *, id: str | None = None) -> Entry:
-        """Adds an entry under this writer's launch.
+        """Add an entry under this writer's launch, and return it.
 
         Args:
             kind: one of `KINDS`.
             data: JSON values.
-            id: give the same one when repeating a call whose answer was lost.
+            id: pass the same id again when repeating a call whose answer was lost.
 
         Raises:
             Fenced: a newer launch has claimed the run.
-            StoreUnavailable: the store could not be asked; the entry may or may not stand.
+            StoreUnavailable: the store did not answer; the entry may or may not have been written.
         """
         with self._lock:
             return self._append(kind, data, id or self._new_id(), self._holds)
@@ -385,7 +387,7 @@ class Journal:
             self.refresh()
 
     def _find_doubtful(self, id: str) -> Entry | None:
-        """Where a draft stands whose answer was lost: others may have written behind it since, so its number can be passed."""
+        """Return the entry of a draft whose answer was lost, or None. Others may have appended entries after it since."""
         for number in range(self._doubtful.get(id, self._state.number + 1), self._state.number + 1):
             if (entry := self.read(number)).id == id:
                 del self._doubtful[id]
@@ -393,7 +395,7 @@ class Journal:
         return None
 
     def _create(self, draft: Entry) -> Entry:
-        """The entry that stands under the draft's number afterwards: the draft, or whoever came first."""
+        """Create the draft; return the entry that has its number now: the draft, or the entry of a faster writer."""
         try:
             if self._store.create(_name(draft.number), encode(draft, self.key)):
                 return draft
@@ -425,7 +427,7 @@ class Journal:
         try:
             self._store.put(_HINT_KEY, json.dumps({"entry": number}).encode())
         except StoreUnavailable:
-            return  # the entry stands; the next one writes a fresher hint
+            return  # the entry is written; the next one writes a newer hint
 
 
 def _name(number: int) -> str:

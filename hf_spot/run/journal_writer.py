@@ -23,7 +23,7 @@ class JournalWriter:
 
     Args:
         run: whose journal is written.
-        hook: the user's webhook, which is told of endings too; None tells nobody.
+        hook: the user's webhook, to which the end of a launch is posted too; None posts nothing.
     """
 
     def __init__(self, run: Run, hook: Hook | None = None) -> None:
@@ -34,7 +34,7 @@ class JournalWriter:
     def record(self, kind: str, data: dict[str, Any], *, patience_s: float | None = None) -> None:
         """Append an entry, and wait for it.
 
-        Trouble is logged, not raised: what the journal lacks must not change how a training ends.
+        Errors are logged, not raised: a missing entry must not change how a training ends.
 
         Args:
             kind: of the entry.
@@ -48,14 +48,14 @@ class JournalWriter:
             log.error("%r could not be written to the journal: %s does not answer", kind, self._run.url)
 
     def ask(self, request: Callable[[], T], *, patience_s: float | None = None) -> Future[T] | None:
-        """Perform a request after everything that was recorded before.
+        """Perform a request after all entries recorded before it.
 
         Args:
             request: reads from the store.
             patience_s: how long to wait at most; None waits as long as it takes.
 
         Returns:
-            The finished request, or None when there was no answer in time.
+            The finished request, or None if there was no answer in time.
         """
         asked = self._worker.submit(request)
         return asked if wait([asked], patience_s).done else None
@@ -69,7 +69,7 @@ class JournalWriter:
             self._run.record(kind, data)
         except SpotError as error:
             log.error("%r could not be written to the journal: %s", kind, error)
-        except Exception as error:  # of a library's: the training goes on
+        except Exception as error:  # of a library that the store uses: the training continues
             log.error("%r could not be written to the journal: %s: %s", kind, type(error).__name__, error)
             log.debug("writing %r to the journal", kind, exc_info=True)
 

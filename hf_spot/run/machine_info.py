@@ -1,4 +1,4 @@
-"""What a claim tells of the machine that makes it: what it is, and what it costs."""
+"""Describe this machine for a claim: what it is, and what it costs."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _TIMEOUT_S = 0.5
 
 
 def about_this_machine(by: str, environ: Mapping[str, str]) -> dict[str, Any]:
-    """The data of a claim.
+    """Return the data of a claim.
 
     Args:
-        by: who claims, in words.
+        by: what makes the claim, such as a command.
         environ: the environment.
 
     Raises:
@@ -62,10 +62,10 @@ def about_this_machine(by: str, environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def this_machine(environ: Mapping[str, str]) -> dict[str, Any]:
-    """A value for each of `KEYS`, None where it is not known.
+    """Return a value for each of `KEYS`, None where it is unknown.
 
-    What ``$HF_SPOT_MACHINE`` says counts; the rest is asked of the metadata service where the machine is recognised as
-    one of EC2. No machine is asked that is not, and a service that does not answer costs half a second, and is no error.
+    ``$HF_SPOT_MACHINE`` takes precedence. On a machine recognised as EC2, the metadata service supplies the rest. On other
+    machines no request is made. A service that does not answer costs half a second and is not an error.
 
     Raises:
         ConfigError: ``$HF_SPOT_MACHINE`` can't be used.
@@ -95,9 +95,9 @@ def _told(text: str) -> dict[str, Any]:
     try:
         told = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"${VARIABLE} is no JSON: {error}", hint=_EXAMPLE) from error
+        raise ConfigError(f"${VARIABLE} is not JSON: {error}", hint=_EXAMPLE) from error
     if not isinstance(told, dict):
-        raise ConfigError(f"${VARIABLE}={text!r} is no JSON object", hint=_EXAMPLE)
+        raise ConfigError(f"${VARIABLE}={text!r} is not a JSON object", hint=_EXAMPLE)
     for key, value in told.items():
         if key not in KEYS:
             raise ConfigError(f"${VARIABLE} has a key {key!r}; it may have {', '.join(KEYS)}", hint=_EXAMPLE)
@@ -108,7 +108,7 @@ def _told(text: str) -> dict[str, Any]:
 
 
 def _wanted(key: str, value: Any) -> str | None:
-    """What a value should be and is not, in words."""
+    """Return a description of what a value should be, or None if it is valid."""
     if key in _PRICES:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return None if number and math.isfinite(value) and value >= 0 else "a number of dollars"

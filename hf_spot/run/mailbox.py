@@ -1,4 +1,4 @@
-"""Messages between the machines of one launch, each an object in the store beside what it is about."""
+"""Messages between the machines of one launch, each an object in the store, next to the files it concerns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _READ_AT_ONCE = 16  # parts of a checkpoint
 
 
 class Mailbox:
-    """Sends and reads messages. Each is sealed as a journal entry is, together with the key that it was written to.
+    """Sends and reads messages. Each is sealed like a journal entry, together with the key that it was written to.
 
     Args:
         run: whose launch the machines belong to.
@@ -27,15 +27,15 @@ class Mailbox:
         self._run = run
 
     def hand_in(self, request: CommitRequest, files: list[FileEntry] | None) -> None:
-        """Tell machine 0 that this machine's part of a checkpoint is in place, or with None that it never will be."""
+        """Tell machine 0 that this machine has uploaded its part of a checkpoint, or (with None) that it never will."""
         key = self._part_key(request, request.part)
         self._send(key, {"files": None if files is None else [asdict(file) for file in files]})
 
     def other_parts(self, request: CommitRequest) -> list[FileEntry] | None:
-        """Return the files that all other machines have handed in, or None while one of them has not.
+        """Return the files that all other machines have uploaded, or None while one of them has not finished.
 
         Raises:
-            IncompleteCheckpoint: a machine has given up its part.
+            IncompleteCheckpoint: a machine has given up uploading its part.
         """
         keys = [self._part_key(request, part) for part in range(1, request.parts)]
         folder = f"{request.prefix(self._run.launch)}/{_PARTS}/"
@@ -49,16 +49,16 @@ class Mailbox:
             if message is None:
                 return None
             if message["files"] is None:
-                raise IncompleteCheckpoint(f"checkpoint-{request.step}: machine {part} went on to a newer one")
+                raise IncompleteCheckpoint(f"checkpoint-{request.step}: machine {part} gave it up for a newer one")
             found += [FileEntry.of(file) for file in message["files"]]
         return found
 
     def invite(self, invitation: dict[str, Any]) -> None:
-        """Write down where the other machines of this launch find machine 0."""
+        """Publish the address at which the other machines of this launch reach machine 0."""
         self._send(_invitation_key(self._run.launch), invitation)
 
     def invitation(self) -> tuple[int, dict[str, Any]] | None:
-        """Return the newest launch and the invitation of its machine 0, or None where there is none yet."""
+        """Return the newest launch and the invitation of its machine 0, or None if there is none yet."""
         launch = self._run.state().launch
         found = self._read(_invitation_key(launch))
         return None if found is None else (launch, found)
@@ -75,7 +75,7 @@ class Mailbox:
         except ObjectNotFound:
             return None
         if not isinstance(sealed, dict) or sealed.get("key") != key or not isinstance(sealed.get("told"), dict):
-            raise CorruptCheckpoint(f"{self._run.url}/{key} is no message for this key")
+            raise CorruptCheckpoint(f"{self._run.url}/{key} is not a message for this key")
         return cast(dict[str, Any], sealed["told"])
 
 

@@ -1,4 +1,4 @@
-"""What is in a checkpoint folder: names, sizes, checksums, and whether it is enough to resume from."""
+"""The contents of a checkpoint folder: names, sizes, digests, and whether they are enough to resume from."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from hf_spot.run.digest import NAMES, digest_of
 from hf_spot.run.seal import LARGEST
 
 MOST_RANKS = 1_000_000
-_MOST_NAMED = 20  # files that are missing
+_MOST_NAMED = 20  # missing files of ranks that a message names
 _DIGEST = re.compile(rf"({'|'.join(NAMES)}):[0-9a-f]{{64}}")
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a checkpoint: ``path`` relative to its folder with ``/``, ``size`` in bytes, and ``digest``: a hash's name,
-    a colon, and its value in hex.
+    """One file of a checkpoint: ``path`` relative to its folder, with ``/``; ``size`` in bytes; and ``digest``: the name of a
+    hash, a colon, and its value in hex.
 
     ``blake3`` (https://github.com/BLAKE3-team/BLAKE3-specs) is what ``b3sum`` prints. Files of more than 64 MiB have
-    ``blake3-64m``: the BLAKE3 of the BLAKE3 digests (32 bytes each) of their parts of 64 MiB, which can be had while the parts
-    come in any order. A cryptographic hash and nothing weaker, because what is restored gets unpickled: the journal must bind
-    it. It takes a quarter of the time of SHA-256, in which older runs were written.
+    ``blake3-64m``: the BLAKE3 of the BLAKE3 digests (32 bytes each) of their parts of 64 MiB, which can be computed while the
+    parts arrive in any order. The hash must be cryptographic, because restored files are unpickled: the journal must bind their
+    contents. BLAKE3 takes a quarter of the time of SHA-256, which older runs used.
     """
 
     path: str
@@ -42,20 +42,20 @@ class FileEntry:
 
     @classmethod
     def of(cls, told: dict[str, Any]) -> FileEntry:
-        """What a journal tells of a file; older runs tell ``sha256``. Raises CorruptCheckpoint, KeyError."""
+        """Return the entry for a file in a journal; older runs have ``sha256``. Raises CorruptCheckpoint, KeyError."""
         digest = told["digest"] if "digest" in told else f"sha256:{told['sha256']}"
         return cls(told["path"], told["size"], digest)
 
 
 def check_path(path: str) -> None:
-    """Refuses a name that could leave the checkpoint's folder. Raises CorruptCheckpoint."""
+    """Refuse a name that could lead outside the checkpoint's folder. Raises CorruptCheckpoint."""
     parts = PurePosixPath(path).parts if isinstance(path, str) else ()
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path or str(PurePosixPath(path)) != path:
         raise CorruptCheckpoint(f"a manifest names the file {path!r}, which could lie outside the checkpoint's folder")
 
 
 def check_names(files: Iterable[FileEntry]) -> None:
-    """Refuses names that would be one file on some filesystem, or a file and a folder. Raises CorruptCheckpoint."""
+    """Refuse names that some filesystems can't tell apart, or that are both a file and a folder. Raises CorruptCheckpoint."""
     names = Counter(file.path.casefold() for file in files)
     folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
     if twins := sorted(name for name, count in names.items() if count > 1 or name in folders):
@@ -63,9 +63,9 @@ def check_names(files: Iterable[FileEntry]) -> None:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Relative names of all regular files below ``folder``, sorted; dot-files too (FSDP's ``.metadata`` is one).
+    """Return the relative names of all regular files below ``folder``, sorted, with dot-files such as FSDP's ``.metadata``.
 
-    Trainer leaves ``.tmp*`` files behind when a save was cut short; those are left out.
+    Names that begin with ``.tmp`` are left out: Trainer leaves such files behind when a save is cut short.
     """
     found = []
     for root, _, names in os.walk(folder):
@@ -74,7 +74,8 @@ def files_in(folder: Path) -> list[str]:
 
 
 def difference(folder: Path, entry: FileEntry) -> str | None:
-    """How the file in ``folder`` differs from the manifest, in words, or None. Sizes first: they cost nothing."""
+    """Return a description of how the file in ``folder`` differs from the manifest, or None. Sizes are compared first: that
+    costs nothing."""
     path = folder / entry.path
     if not path.is_file():
         return f"{entry.path} is missing"
@@ -85,8 +86,8 @@ def difference(folder: Path, entry: FileEntry) -> str | None:
     return None
 
 
-# What Trainer's resume reads; each group is satisfied by any one of its patterns. Trainer itself goes on in silence
-# with a fresh optimizer, schedule or RNG when these are missing.
+# What Trainer's resume reads; each group is satisfied by any one of its patterns. When one is missing, Trainer itself silently
+# continues with a new optimizer, schedule or random state.
 _WEIGHTS = r"(model|adapter_model|pytorch_model)[^/]*\.(safetensors|bin)|pytorch_model_fsdp_\d+/.+|global_step\d+/.+"
 _NEEDED = {
     "weights (model.safetensors)": rf"({_WEIGHTS}|.+/adapter_model\.(safetensors|bin))",
@@ -97,13 +98,13 @@ _NEEDED = {
 
 
 def missing_for_resume(paths: Iterable[str], world_size: int) -> list[str]:
-    """Names of what a resume needs and ``paths`` lacks; an empty list when the checkpoint is whole.
+    """Return the names of files that a resume needs and ``paths`` lacks; an empty list if the checkpoint is complete.
 
-    Of the files of ranks the first ones are named.
+    Of missing files of ranks only the first ones are named.
 
     Args:
         paths: relative file names.
-        world_size: number of ranks that trained; each has its own RNG file when there are several.
+        world_size: number of ranks that trained; if there are several, each has its own file of random states.
     """
     names = set(paths)
     missing = [label for label, pattern in _NEEDED.items() if not any(re.fullmatch(pattern, name) for name in names)]
@@ -112,18 +113,18 @@ def missing_for_resume(paths: Iterable[str], world_size: int) -> list[str]:
 
 
 def has_weights(paths: Iterable[str]) -> bool:
-    """Whether ``paths`` has a model's or an adapter's weights, in one of the forms that Trainer writes."""
+    """Return whether ``paths`` has the weights of a model or adapter, in one of the forms that Trainer writes."""
     return any(re.fullmatch(next(iter(_NEEDED.values())), name) for name in paths)
 
 
-# What one rank alone reads: Trainer's random states, what hf_spot adds to them, and DeepSpeed's shards.
+# Files that only one rank reads: Trainer's random states, those that hf_spot adds, and DeepSpeed's shards.
 _OF_ONE_RANK = re.compile(
     r"(?:.*/)?(?:rng_state_(\d+)\.pth|random_states/[^/]*_(\d+)\.[a-z]+|[a-z0-9_]*zero_pp_rank_(\d+)_[^/]*)"
 )
 
 
 def needed_by(files: Iterable[FileEntry], ranks: Collection[int]) -> tuple[FileEntry, ...]:
-    """The files that a machine with these ranks reads when it resumes: all but those of other ranks alone."""
+    """Return the files that a machine with these ranks reads when it resumes: all except those that only other ranks read."""
 
     def needed(path: str) -> bool:
         match = _OF_ONE_RANK.fullmatch(path)

@@ -1,4 +1,4 @@
-"""Objects that must be there and are not found at once: a proxy answers 404, or a store lags behind its own writes."""
+"""Wait for objects that must exist but are not found at once: a proxy answers 404, or a store lags behind its own writes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ T = TypeVar("T")
 def again_if_missing(
     read: Callable[[], T], *, waits_s: Sequence[float] = WAITS_S, look: Callable[[], None] = lambda: None
 ) -> T:
-    """Read an object that must be there, again after each of ``waits_s`` seconds while it is not found.
+    """Read an object that must exist. While it is not found, try again after each of ``waits_s`` seconds.
 
     Args:
-        read: raises ObjectNotFound where it is not.
-        waits_s: empty to ask once.
-        look: called after each wait; what it raises ends the wait.
+        read: raises ObjectNotFound if the object is missing.
+        waits_s: empty to try once.
+        look: called after each wait; an exception that it raises ends the wait.
 
     Raises:
-        ObjectNotFound: it is not there in the end either.
+        ObjectNotFound: the object is missing after the last wait, too.
     """
     for wait_s in waits_s:
         try:

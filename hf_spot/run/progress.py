@@ -1,4 +1,4 @@
-"""What a person sees of a transfer: a bar, and nothing where nobody looks at a terminal."""
+"""Show a transfer's progress: a bar in a terminal, and nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from tqdm.auto import tqdm
 
 
 class Bar:
-    """A `Progress` that shows how much of ``size_bytes`` has moved, and clears its line when all of it has, or on `close`.
+    """A `Progress` that shows how much of ``size_bytes`` has moved. It clears its line when all of it has moved, or on `close`.
 
-    Nothing is shown where standard error is no terminal, and where Hugging Face's own bars are switched off
+    Nothing is shown if standard error is not a terminal, or if Hugging Face's own bars are switched off
     (``HF_HUB_DISABLE_PROGRESS_BARS``, ``huggingface_hub.utils.disable_progress_bars``, ``transformers.utils.logging.
     disable_progress_bar``).
 
     Args:
         what: one word or two.
-        size_bytes: of everything that is to be moved.
-        delay_s: a transfer that takes no longer is not shown.
+        size_bytes: total to move.
+        delay_s: a transfer that takes no longer than this is not shown.
     """
 
     def __init__(self, what: str, size_bytes: int, *, delay_s: float = 0.0) -> None:
@@ -37,14 +37,14 @@ class Bar:
         )
 
     def __call__(self, count: int) -> None:
-        """As `Progress`; below zero for what has to be moved again."""
+        """Add ``count`` bytes, as `Progress` does; a negative number for bytes that must be moved again."""
         with self._lock:
             self._shown.update(count)
             if self._shown.n >= self._size_bytes:
                 self._shown.close()  # from now on nothing is shown
 
     def close(self) -> None:
-        """Clears the line. More than once is no harm."""
+        """Clear the line. Repeated calls do nothing."""
         with self._lock:  # another thread could draw it anew
             self._shown.close()
 
@@ -56,7 +56,7 @@ class Bar:
 
 
 def _switched_off(environ: Mapping[str, str]) -> bool:
-    hub = sys.modules.get("huggingface_hub.utils")  # who has not imported it, has switched nothing off but by the variable
+    hub = sys.modules.get("huggingface_hub.utils")  # if it is not imported, only the variable can have switched bars off
     if hub is not None:
         return bool(hub.are_progress_bars_disabled())
     return environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "ON", "YES", "TRUE")

@@ -1,4 +1,4 @@
-"""Publishes a checkpoint of a run as a model on the Hugging Face Hub: what a model needs, with a card, in one commit."""
+"""Publish a checkpoint of a run as a model on the Hugging Face Hub: the files that a model needs and a card, in one commit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hf_spot.storage.store import Progress
 CARD = "README.md"
 _WEIGHTS = re.compile(r"(.+/)?(model|adapter_model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
 _OTHER = re.compile(r".+\.(json|jinja|txt|md|model|tiktoken|py|safetensors)")
-# What only a resume reads, be it Trainer's, FSDP's, DeepSpeed's or ours.
+# Files that only a resume reads: those of Trainer, FSDP, DeepSpeed and hf_spot.
 _OF_TRAINING = re.compile(
     r"(.+/)?(trainer_state\.json|zero_to_fp32\.py|optimizer[^/]*|(next_batch|workers)_\d+\.json"
     r"|(pytorch_model_fsdp|optimizer|global_step)_?\d+/.+|random_states/.+|\.[^/]+)"
@@ -31,7 +31,7 @@ _HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Published:
-    """What was published: ``step`` of the run, ``url`` of the model, ``files`` in it, ``size_bytes`` of all."""
+    """What was published: ``step`` of the run, ``url`` of the model, ``files`` in it, ``size_bytes`` of all files."""
 
     step: int
     url: str
@@ -40,12 +40,12 @@ class Published:
 
 
 def choose(names: Iterable[str]) -> list[str]:
-    """Those of a checkpoint's files that a model is loaded from; no file that is nothing but a pickle, except weights. Pure."""
+    """Return the names of files that loading the model needs. Pickle files other than weights are left out. Pure."""
     return [name for name in names if _WEIGHTS.fullmatch(name) or (_OTHER.fullmatch(name) and not _OF_TRAINING.fullmatch(name))]
 
 
 def pick(run: Run, step: int | None) -> Checkpoint:
-    """The checkpoint of ``step``, or the best one where Trainer knows one, or the newest. Raises NoCheckpoint."""
+    """Return the checkpoint of ``step``; by default the best if Trainer chose one, else the newest. Raises NoCheckpoint."""
     best = [ref for ref in run.state().checkpoints if ref.best]
     return run.checkpoint(best[-1]) if step is None and best else run.find(step)
 
@@ -60,22 +60,22 @@ def publish(
     story: str = "",
     progress: Callable[[int], Progress | None] = lambda size_bytes: None,
 ) -> Published:
-    """Brings a checkpoint here, verified, and uploads it to a model repository, which is made when it is missing.
+    """Download and verify a checkpoint, and upload it to a model repository, which is created if it does not exist.
 
     Args:
-        run: that has it.
+        run: the run that has the checkpoint.
         url: ``hf://owner/name``.
-        step: default: the best, or else the newest.
-        private: a new repository is for its owner alone.
-        everything: the optimizer and all else that a resume needs, too.
-        story: a line for the card about the training.
-        progress: makes a progress callback for so many bytes.
+        step: of the checkpoint; by default the best, else the newest.
+        private: make a new repository private.
+        everything: include the optimizer and everything else that a resume needs.
+        story: a line about the training, for the card.
+        progress: makes a progress callback for a number of bytes.
 
     Raises:
         NoCheckpoint: there is none.
-        ConfigError: ``url`` is no model repository, or the checkpoint has no weights that a model could be loaded from.
+        ConfigError: ``url`` is not a model repository, or the checkpoint has no weights to load a model from.
         CorruptCheckpoint: the checkpoint differs from what was committed.
-        StoreError: others have changed the repository meanwhile, or one of the stores said no.
+        StoreError: others have changed the repository meanwhile, or one of the stores refused.
     """
     model = open_model(url)
     checkpoint = pick(run, step)
@@ -98,7 +98,7 @@ def publish(
         model.publish(
             folder,
             sorted({*chosen, *written}),
-            defaults=written,  # somebody may have improved it
+            defaults=written,  # an existing card may have been edited and stays
             superseded=lambda name: bool(_WEIGHTS.fullmatch(name)),  # else the old shards would be loaded with the new ones
             private=private,
             message=f"Step {checkpoint.step}",
@@ -108,12 +108,12 @@ def publish(
 
 
 def card(folder: Path, name: str, checkpoint: Checkpoint, story: str) -> str:
-    """The text of a model card, with what the files of the model tell.
+    """Return the text of a model card, with the information found in the model's files.
 
     Args:
         folder: of the model.
         name: ``owner/name``.
-        checkpoint: that it is.
+        checkpoint: the published checkpoint.
         story: a line about the training.
     """
     config, adapter = _read(folder / "config.json"), _read(folder / "adapter_config.json")

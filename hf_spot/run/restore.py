@@ -1,4 +1,4 @@
-"""Brings a run's newest usable checkpoint to this machine and clears away local folders that would mislead a resume."""
+"""Restore a run's newest usable checkpoint on this machine, and set aside local folders that would mislead a resume."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def restore_newest(
     world_size: int = 1,
     progress: Callable[[int], Progress | None] = lambda size_bytes: None,
 ) -> Restored | None:
-    """Restore the newest of these commits that is whole; None when there are none.
+    """Restore the newest of these commits that is complete. Return None if there are no commits.
 
     A commit whose files are damaged or missing is reported, and the one before it is restored.
 
@@ -45,12 +45,12 @@ def restore_newest(
         run: to read from.
         refs: oldest commit first.
         output_dir: the Trainer's.
-        everywhere: runs the restore of one commit on each disk of the training; what it raises on one disk it raises on all.
-        prefetched: as `restore_checkpoint` has it, and so are the others.
+        everywhere: runs the restore of one commit on each disk of the training; an exception on one disk is raised on all.
+        prefetched: as in `restore_checkpoint`, like the remaining arguments.
 
     Raises:
-        CorruptCheckpoint: there are commits, and none of them is whole. Starting afresh without a word would lose the run.
-        StoreError: the store could not be asked.
+        CorruptCheckpoint: there are commits, but none of them is complete. Silently starting from step 0 would lose the run.
+        StoreError: the store did not answer.
     """
     for ref in reversed(refs):
         restore = partial(
@@ -87,21 +87,21 @@ def restore_checkpoint(
 ) -> Restored:
     """Restore one commit as the folder ``output_dir/checkpoint-<step>``.
 
-    What has been prefetched and verified already is moved there; a folder that is there stays if it is the same to the byte;
-    otherwise the commit is downloaded and verified.
+    A checkpoint that was prefetched, and so verified, is moved there. An existing folder stays if it is the same to the byte.
+    Otherwise the commit is downloaded and verified.
 
     Args:
         run: to read from.
         ref: the commit.
         output_dir: the Trainer's.
-        prefetched: what the launcher has fetched, this commit or another.
-        ranks: that read this disk, when not all do: only what they need is fetched.
-        world_size: ranks in all. If there were others when it was saved, everything is fetched.
-        progress: makes a progress callback for a download of so many bytes.
+        prefetched: what the launcher has downloaded: this commit or another.
+        ranks: the ranks that read this disk, if not all do; only the files that they need are downloaded.
+        world_size: number of all ranks. If it was another when the checkpoint was saved, all files are downloaded.
+        progress: makes a progress callback for a download of a number of bytes.
 
     Raises:
-        CorruptCheckpoint: its files are not what was committed.
-        StoreError: the store could not be asked.
+        CorruptCheckpoint: its files differ from what was committed.
+        StoreError: the store did not answer.
     """
     checkpoint = run.checkpoint(ref)
     check_resumable(checkpoint, run.url)
@@ -109,7 +109,7 @@ def restore_checkpoint(
     if checkpoint.details.get("world_size") != world_size:
         ranks = None
     adopted = prefetched is not None and adopt_prefetched(prefetched, ref.entry, output_dir, ranks=ranks)
-    # A private folder in a place where others may rename it can have been replaced by another one.
+    # Where others may rename a private folder, they can have replaced it.
     trusted = adopted and prefetched is not None and prefetched.folder is not None and _is_guarded(prefetched.folder.parents[1])
     if not trusted and folder.exists() and (problems := run.compare(checkpoint, folder, ranks=ranks)):
         set_aside(folder, problems[0])
@@ -120,13 +120,13 @@ def restore_checkpoint(
 
 
 def adopt_prefetched(prefetched: Prefetched, entry: int, into: Path, *, ranks: Collection[int] | None = None) -> bool:
-    """Move a prefetched checkpoint, verified as it was downloaded, to its place; tell whether it could be.
+    """Move a prefetched checkpoint, which was verified as it was downloaded, to its place. Return whether that was possible.
 
     Args:
-        prefetched: what the launcher has fetched.
+        prefetched: what the launcher has downloaded.
         entry: number of the commit to restore.
         into: folder that gets ``checkpoint-<step>``.
-        ranks: whose files are needed; None for those of all.
+        ranks: whose files are needed; None for all ranks.
     """
     enough = prefetched.ranks is None or (ranks is not None and set(ranks) <= set(prefetched.ranks))
     if prefetched.entry != entry or prefetched.folder is None or not enough or (into / prefetched.folder.name).exists():
@@ -144,7 +144,7 @@ def adopt_prefetched(prefetched: Prefetched, entry: int, into: Path, *, ranks: C
 
 
 def is_private(folder: Path) -> bool:
-    """Tell whether a folder, itself and not what a link leads to, is this user's, and nobody else can enter it."""
+    """Return whether a folder belongs to this user and nobody else can enter it. A symbolic link does not count as a folder."""
     return _is_own_folder(folder) and not os.lstat(folder).st_mode & 0o077
 
 
@@ -157,7 +157,7 @@ def _is_own_folder(folder: Path) -> bool:
 
 
 def _is_guarded(folder: Path) -> bool:
-    """Whether nobody else can rename what this user has in a folder."""
+    """Return whether nobody else can rename what this user has in a folder."""
     try:
         found = os.stat(folder)
     except OSError:
@@ -166,8 +166,8 @@ def _is_guarded(folder: Path) -> bool:
 
 
 def set_aside(folder: Path, why: str) -> Path:
-    """Renames ``checkpoint-N`` to ``torn-checkpoint-N``: rotation and ``get_last_checkpoint`` take every
-    ``checkpoint-*`` for whole. Only the newest torn folder is kept."""
+    """Rename ``checkpoint-N`` to ``torn-checkpoint-N``, because rotation and ``get_last_checkpoint`` assume that every
+    ``checkpoint-*`` is complete. Only the newest torn folder is kept. Return its path."""
     for older in folder.parent.glob("torn-checkpoint-*"):
         shutil.rmtree(older, ignore_errors=True)
     target = folder.with_name(f"torn-{folder.name}")
@@ -177,17 +177,17 @@ def set_aside(folder: Path, why: str) -> Path:
 
 
 def sweep(output_dir: Path) -> None:
-    """Removes what killed launches left in ``output_dir/.hf_spot``: halves of downloads, and the hard links of uploads,
-    which would hold the space of checkpoints long rotated away. Only for the holder of the claim."""
+    """Remove what killed launches left in ``output_dir/.hf_spot``: partial downloads, and the hard links of uploads, which
+    would keep the space of checkpoints that rotation has deleted. Only the holder of the claim may call this."""
     for pattern in ("restore-*", "pins-*"):
         for leftover in (output_dir / ".hf_spot").glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def set_aside_uncommitted(run: Run, output_dir: Path, resume_step: int) -> None:
-    """Sets aside local checkpoints newer than the step that training goes on from: what they hold was never committed.
+    """Set aside local checkpoints newer than the step that training resumes from: they were never committed.
 
-    In a folder that this run has not used before, with nothing to resume, they are somebody else's and stay.
+    If there is nothing to resume and this run has not used the folder before, they belong to someone else and stay.
 
     Args:
         run: whose folder it is.
@@ -205,7 +205,8 @@ def set_aside_uncommitted(run: Run, output_dir: Path, resume_step: int) -> None:
 
 
 def holds_own_checkpoints(run: Run, output_dir: Path) -> bool:
-    """True when local checkpoints here come from an earlier launch of this run (and were never committed if it has none)."""
+    """Return whether the local checkpoints here come from an earlier launch of this run. If the run has no commits, they were
+    never committed."""
     marker = output_dir / _MARKER
     return marker.exists() and marker.read_bytes() == _on_disk(run)
 

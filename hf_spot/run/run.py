@@ -44,19 +44,19 @@ _LAUNCH_FOLDER = re.compile(r"^e(\d{4,})/")
 
 
 def _mark(prefix: str) -> str:
-    """Key of the object that says that a push writes under ``prefix``."""
+    """Return the key of the object that reserves ``prefix`` for a push."""
     return f"{prefix}/{_TAKEN}"
 
 
 class Run:
     """A run's journal and checkpoints. A notebook shows it as tables, with a timeline if matplotlib is installed.
 
-    Reading needs nothing but the URL. Writing needs a claim: `claim` for a new launch, `adopt` for a process of it.
+    Reading needs only the URL. Writing needs a claim: call `claim` for a new launch, `adopt` in other processes of that launch.
 
     Args:
         url: ``s3://bucket/prefix``, a directory, or an `ObjectStore`.
         allow_unfenced_store: accept a store that can't keep two machines apart.
-        workers: files moved at the same time.
+        workers: number of files to move at the same time.
 
     ``$HF_SPOT_JOURNAL_KEY`` signs the journal (`hf_spot.run.seal`).
 
@@ -73,12 +73,12 @@ class Run:
 
     @property
     def url(self) -> str:
-        """Where the run stands."""
+        """Return the run's URL."""
         return self.store.url
 
     @property
     def launch(self) -> int:
-        """Number of the launch that this object writes for; 0 when it only reads."""
+        """Return the number of the launch that this object writes for; 0 if it only reads."""
         return self.journal.launch
 
     def __repr__(self) -> str:
@@ -91,28 +91,28 @@ class Run:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def state(self) -> RunState:
-        """Where the run stands now: four requests."""
+        """Return the run's current state: four requests."""
         return self.journal.refresh()
 
     def events(self) -> Iterator[Entry]:
-        """The whole journal, oldest first."""
+        """Yield all entries of the journal, oldest first."""
         return self.journal.entries()
 
     def checkpoints(self) -> list[Checkpoint]:
-        """The checkpoints that exist, oldest commit first."""
+        """Return the checkpoints that exist, oldest commit first."""
         return [self.checkpoint(ref) for ref in self.state().checkpoints]
 
     def checkpoint(self, ref: CheckpointRef) -> Checkpoint:
-        """The whole commit behind what the state remembers of it: one request."""
+        """Return the full commit for a reference from the state: one request."""
         return self._from_entry(self.journal.read(ref.entry), ref)
 
     def latest(self, stage: int | None = None) -> Checkpoint | None:
-        """The newest committed checkpoint, or None."""
+        """Return the newest committed checkpoint (of training number ``stage``), or None."""
         ref = self.state().latest(stage)
         return None if ref is None else self.checkpoint(ref)
 
     def find(self, step: int | None = None) -> Checkpoint:
-        """The newest checkpoint, or the newest commit of ``step``. Raises NoCheckpoint."""
+        """Return the newest checkpoint, or the newest commit of ``step``. Raises NoCheckpoint."""
         refs = [ref for ref in self.state().checkpoints if step is None or ref.step == step]
         if not refs:
             what = "no committed checkpoint" if step is None else f"no checkpoint of step {step}"
@@ -120,20 +120,20 @@ class Run:
         return self.checkpoint(refs[-1])
 
     def pull(self, into: str | PathLike[str], step: int | None = None, *, progress: Progress | None = None) -> Path:
-        """Downloads and verifies a checkpoint into the folder ``into/checkpoint-<step>`` and returns that path.
+        """Download and verify a checkpoint into the folder ``into/checkpoint-<step>``, and return that path.
 
-        A folder that already holds exactly these files is left as it is.
+        A folder that already has exactly these files is left as it is.
 
         Raises:
             NoCheckpoint: there is none (of this step).
-            CorruptCheckpoint: it differs from what was committed, or another folder stands in the way.
+            CorruptCheckpoint: it differs from what was committed, or a folder with this name and other files exists.
         """
         return self.fetch(self.find(step), Path(into), progress=progress)
 
     def fetch(
         self, checkpoint: Checkpoint, into: Path, *, ranks: Collection[int] | None = None, progress: Progress | None = None
     ) -> Path:
-        """`pull` for a checkpoint in hand; with ``ranks`` only what these ranks need to resume."""
+        """Download a given checkpoint as `pull` does; with ``ranks``, only the files that these ranks need to resume."""
         folder = into / checkpoint.name
         files = checkpoint.files if ranks is None else needed_by(checkpoint.files, ranks)
         if folder.exists():
@@ -142,7 +142,7 @@ class Run:
                 self.remember(checkpoint, ranks=ranks)
                 return folder
             raise CorruptCheckpoint(
-                f"{folder} stands in the way and is not this checkpoint: {problems[0]}",
+                f"{folder} already exists and is not this checkpoint: {problems[0]}",
                 hint=f"mv {folder} {folder.with_name('my-' + folder.name)}",
             )
         into.mkdir(parents=True, exist_ok=True)
@@ -153,16 +153,16 @@ class Run:
         return folder
 
     def remember(self, checkpoint: Checkpoint, *, ranks: Collection[int] | None = None) -> None:
-        """This machine goes on from it (``ranks`` as for `fetch`): what a later checkpoint has of its files is copied in the
-        store, and not sent again."""
+        """Remember the files of the checkpoint that this machine resumes from (``ranks`` as in `fetch`). If a later checkpoint
+        has them too, they are copied within the store instead of being uploaded again."""
         files = checkpoint.files if ranks is None else needed_by(checkpoint.files, ranks)
         self._unchanged.note(checkpoint.ref.prefix, files)
 
     def read(self, checkpoint: Checkpoint, path: str) -> bytes:
-        """One small file of a checkpoint, verified.
+        """Return the contents of a small file of a checkpoint, verified.
 
         Raises:
-            CorruptCheckpoint: it is not there, or differs from what was committed.
+            CorruptCheckpoint: it is missing, or differs from what was committed.
         """
         files = [file for file in checkpoint.files if file.path == path]
         if not files:
@@ -175,15 +175,16 @@ class Run:
             return (folder / path).read_bytes()
 
     def compare(self, checkpoint: Checkpoint, folder: Path, *, ranks: Collection[int] | None = None) -> list[str]:
-        """How a local folder differs from a commit (for ``ranks``, from what they need), in words; an empty list when its
-        files are the same to the byte."""
+        """Return descriptions of how a local folder differs from a commit; an empty list if its files are the same to the byte.
+        With ``ranks``, only the files that these ranks need are compared."""
         files = checkpoint.files if ranks is None else needed_by(checkpoint.files, ranks)
         return [problem for file in files if (problem := difference(folder, file))]
 
     def verify(self, step: int | None = None, *, progress: Progress | None = None) -> dict[int, list[str]]:
-        """Reads every file of the checkpoints (or of one step's) back: problems by entry number, empty lists when whole.
+        """Read back every file of all checkpoints, or of one step's. Return the problems by entry number; an empty list means
+        that the checkpoint is complete.
 
-        One that is pruned meanwhile is left out.
+        A checkpoint that is pruned meanwhile is left out.
         """
         chosen = [self.find(step)] if step is not None else self.checkpoints()
         found = {}
@@ -194,14 +195,14 @@ class Run:
         return found
 
     def _problems(self, checkpoint: Checkpoint, progress: Progress | None) -> list[str] | None:
-        """What is wrong with a checkpoint's files; None when somebody has pruned it meanwhile."""
+        """Return the problems of a checkpoint's files; None if it was pruned meanwhile."""
         lacking = missing_for_resume((f.path for f in checkpoint.files), checkpoint.details.get("world_size", 1))
         problems = [f"{name} is missing" for name in lacking if checkpoint.reason != "push"]
         damaged: list[str] = []
         with tempfile.TemporaryDirectory(prefix="hf_spot-verify-") as scratch:
             for file in checkpoint.files:
                 folder = Path(scratch) / "file"
-                waits_s = () if damaged else WAITS_S  # patience for one is enough to tell
+                waits_s = () if damaged else WAITS_S  # once one is damaged, waiting for the others changes nothing
                 try:
                     transfer.download(self.store, checkpoint.ref.prefix, [file], folder, progress=progress, waits_s=waits_s)
                     shutil.rmtree(folder)
@@ -217,20 +218,20 @@ class Run:
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def claim(self, data: dict[str, Any] | None = None) -> int:
-        """Proves that the store can be used, then takes the run over under a new launch, which is returned.
+        """Check that the store can be used, then claim the run for a new launch, and return its number.
 
         Raises:
-            StoreError: the store can't be used; the message names the permission or the repair.
+            StoreError: the store can't be used; the message names the missing permission or the fix.
         """
         probe(self.store, allow_unfenced=self._allow_unfenced_store)
         return self.journal.claim(data or {}).launch
 
     def adopt(self, launch: int) -> None:
-        """Writes on under a claim made by another process of the same launch. Raises Fenced."""
+        """Write under a claim made by another process of the same launch. Raises Fenced if it is not the newest."""
         self.journal.adopt(launch)
 
     def join(self) -> None:
-        """Writes beside the newest launch without fencing it; claims the run when nobody has yet."""
+        """Write beside the newest launch without fencing it. Claims the run if it has never been claimed."""
         probe(self.store, allow_unfenced=self._allow_unfenced_store)
         launch = self.state().launch
         if launch:
@@ -239,11 +240,11 @@ class Run:
             self.claim({"by": BY_HAND})
 
     def record(self, kind: str, data: dict[str, Any]) -> Entry:
-        """Appends an entry that is no commit. Raises Fenced, StoreUnavailable."""
+        """Append an entry that is not a commit, and return it. Raises Fenced, StoreUnavailable."""
         return self.journal.append(kind, data)
 
     def upload(self, folder: Path, request: CommitRequest, *, progress: Progress | None = None) -> list[FileEntry]:
-        """Puts a checkpoint's files in place; nobody sees them until `commit`.
+        """Upload a checkpoint's files and return their manifest. The checkpoint does not exist until `commit`.
 
         Raises:
             IncompleteCheckpoint: a file that a resume needs is missing.
@@ -256,12 +257,12 @@ class Run:
         return files
 
     def commit(self, request: CommitRequest, files: list[FileEntry], *, id: str | None = None) -> Entry:
-        """Makes an uploaded checkpoint exist. ``id``: the same one when repeating after a lost answer.
+        """Make an uploaded checkpoint exist, and return its entry. Pass the same ``id`` when repeating after a lost answer.
 
         Raises:
-            Fenced: a newer launch owns the run.
+            Fenced: a newer launch has claimed the run.
             IncompleteCheckpoint: a file that a resume needs is missing.
-            CorruptCheckpoint: two machines have uploaded a file of one name.
+            CorruptCheckpoint: two machines have uploaded files with the same name.
         """
         if request.parts > 1:
             check_names(files)
@@ -280,39 +281,39 @@ class Run:
         return self.journal.append("commit", data, id=id)
 
     def push(self, folder: str | PathLike[str], step: int | None = None, *, progress: Progress | None = None) -> Checkpoint:
-        """Upload and commit a local folder, beside whatever launch is running: nobody is fenced.
+        """Upload and commit a local folder, beside a launch that may be running: no launch is fenced.
 
-        Nothing that stands is touched: its files get a place of their own, and are nobody's until the commit.
+        Existing files are not changed: the upload gets a place of its own, which belongs to no checkpoint until the commit.
 
         Args:
             folder: such as ``out/checkpoint-500``.
-            step: needed when the folder's name doesn't end in it.
+            step: needed if the folder's name doesn't end with it.
 
         Raises:
-            ConfigError: no such folder, no step, no checkpoint, or the run is finished.
+            ConfigError: the folder does not exist or is not a checkpoint, the step is missing, or the run is finished.
         """
         path = Path(folder)
         if not path.is_dir():
-            raise ConfigError(f"{path} is no folder", hint="hf-spot checkpoints push RUN out/checkpoint-500")
+            raise ConfigError(f"{path} is not a folder", hint="hf-spot checkpoints push RUN out/checkpoint-500")
         match = re.fullmatch(r"checkpoint-(\d+)", path.resolve().name)
         if step is None and match is None:
-            raise ConfigError(f"{path} does not say which step it is", hint="add --step N")
+            raise ConfigError(f"the name of {path} has no step", hint="add --step N")
         number = int(match[1]) if step is None and match else step or 0
         if number < 0:
-            raise ConfigError(f"--step {number} is no step", hint="add --step N")
+            raise ConfigError(f"--step {number} is not a step", hint="add --step N")
         names = files_in(path)
         if not has_weights(names):
             raise ConfigError(
-                f"{path} is no checkpoint: it has no weights, such as model.safetensors",
+                f"{path} is not a checkpoint: it has no weights, such as model.safetensors",
                 hint="hf-spot checkpoints push RUN out/checkpoint-500, a folder that Trainer wrote",
             )
         world_size = max(1, sum(bool(re.fullmatch(r"rng_state_\d+\.pth", name)) for name in names))
         if missing := missing_for_resume(names, world_size):
-            log.warning("%s lacks %s: it can be pulled, and no training can resume from it", path, ", ".join(missing))
+            log.warning("%s lacks %s: it can be pulled, but no training can resume from it", path, ", ".join(missing))
         self.join()
         if self.journal.state.ended == "finished":
             raise ConfigError(
-                f"{self.url} is finished: nothing would be trained from what is pushed there",
+                f"{self.url} is finished: no training would resume from a checkpoint pushed there",
                 hint=f"hf-spot checkpoints push ANOTHER-RUN {path}, and launch that",
             )
         request = self._place_for(CommitRequest(step=number, reason="push", world_size=world_size))
@@ -321,7 +322,7 @@ class Run:
         return self._from_entry(entry, next(ref for ref in entry.state.checkpoints if ref.entry == entry.number))
 
     def _place_for(self, request: CommitRequest) -> CommitRequest:
-        """The request with a place that is nobody else's: where nothing stands, and that is marked as taken first."""
+        """Return the request with a place of its own in the store: an empty one, reserved before anything is written."""
         prefix = request.prefix(self.launch)
         if not any(True for _ in self.store.list(f"{prefix}/")) and self.store.create(_mark(prefix), uuid.uuid4().hex.encode()):
             # Another push may have been committed there, and pruned, since the journal was read.
@@ -331,23 +332,23 @@ class Run:
         return replace(request, apart=uuid.uuid4().hex[:12])
 
     def prune(self, save_total_limit: int | None) -> list[CheckpointRef]:
-        """Takes old checkpoints out of the run, then deletes their files; returns what went.
+        """Remove old checkpoints from the run, then delete their files. Return the removed ones.
 
         Args:
-            save_total_limit: newest ones that stay, besides the best; None or 0 keeps all.
+            save_total_limit: how many of the newest to keep, besides the best; None or 0 keeps all.
         """
         gone = to_prune(self.journal.state.checkpoints, save_total_limit)
         if gone:
-            # First the entry: a reader never sees a checkpoint whose files are going.
+            # The entry comes first, so that no reader sees a checkpoint whose files are being deleted.
             self.record("prune", {"entries": [ref.entry for ref in gone], "steps": [ref.step for ref in gone]})
             kept = {ref.prefix for ref in self.journal.state.checkpoints}
             transfer.delete(self.store, [ref.prefix for ref in gone if ref.prefix not in kept])
         return gone
 
     def collect_garbage(self) -> int:
-        """Deletes files that older launches left without a commit, and aborts their uploads; returns how many went.
+        """Delete files that older launches left without a commit, and abort their uploads. Return how many were removed.
 
-        Only what older launches wrote: those writers are fenced, so nothing of theirs can be committed any more.
+        Only files of older launches are deleted: their writers are fenced, so the files can't be committed any more.
         """
 
         def stale(key: str) -> bool:
@@ -371,4 +372,4 @@ class Run:
                 raise TypeError(f"world_size is {ranks!r}")
             return Checkpoint(ref=ref, time=entry.time, reason=details["reason"], files=files, details=details)
         except (KeyError, TypeError) as error:
-            raise CorruptCheckpoint(f"entry {entry.number} of {self.url} is no commit ({error})") from error
+            raise CorruptCheckpoint(f"entry {entry.number} of {self.url} is not a commit ({error})") from error

@@ -1,8 +1,8 @@
-"""Binds a journal entry to its bytes, so that what was damaged or planted is not taken for one.
+"""Seal journal entries, so that damaged or forged ones are detected.
 
-Without a key the seal is the SHA-256 of the entry: it shows damage. With ``$HF_SPOT_JOURNAL_KEY`` it is an HMAC-SHA-256
-(RFC 2104): whoever can write to the bucket but does not have the key can't make an entry, and so can't have a file
-restored that no launch has committed.
+Without a key the seal is the SHA-256 of the entry: it reveals damage. With ``$HF_SPOT_JOURNAL_KEY`` it is an HMAC-SHA-256
+(RFC 2104): someone who can write to the bucket but does not have the key can't make an entry, and so can't make a launch
+restore a file that no launch has committed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 from hf_spot.errors import ConfigError, CorruptCheckpoint, Untrusted
 
 VARIABLE = "HF_SPOT_JOURNAL_KEY"
-LARGEST = 2**63 - 1  # number that a journal may hold, of bytes, steps, or anything
+LARGEST = 2**63 - 1  # the largest number that a journal may hold, whatever it counts
 _LONG = re.compile(r"\d{19}")
 _SHORTEST = 16  # characters; shorter ones can be guessed
 _SEAL = re.compile(rb',"seal":"(sha256|hmac-sha256):([0-9a-f]{64})"\}')
 
 
 def key_from(environ: Mapping[str, str]) -> bytes | None:
-    """The key of ``$HF_SPOT_JOURNAL_KEY``, or None. Raises ConfigError for one that can be guessed."""
+    """Return the key in ``$HF_SPOT_JOURNAL_KEY``, or None. Raises ConfigError for a key that is too short to be safe."""
     value = environ.get(VARIABLE, "")
     if value and len(value) < _SHORTEST:
         raise ConfigError(
@@ -34,16 +34,16 @@ def key_from(environ: Mapping[str, str]) -> bytes | None:
 
 
 def seal(fields: Mapping[str, Any], key: bytes | None) -> bytes:
-    """The fields as JSON, with the seal as the last of them."""
+    """Return the fields as JSON, with the seal as the last field."""
     body = json.dumps(fields, separators=(",", ":")).encode()
     return body[:-1] + f',"seal":"{_digest(body, key)}"}}'.encode()
 
 
 def unseal(data: bytes, key: bytes | None) -> Any:
-    """The fields that were sealed.
+    """Return the fields that were sealed.
 
     Raises:
-        CorruptCheckpoint: these bytes were not sealed, or are damaged.
+        CorruptCheckpoint: these bytes are not sealed, or are damaged.
         Untrusted: they were sealed with another key, or with none.
     """
     end = max(data.rfind(b',"seal":"'), 0)
@@ -73,7 +73,7 @@ def unseal(data: bytes, key: bytes | None) -> Any:
 def _counted(digits: str) -> int:
     number = int(digits)
     if abs(number) > LARGEST:
-        raise ValueError(f"no number of anything: {digits[:30]}")
+        raise ValueError(f"a number that is too large: {digits[:30]}")
     return number
 
 

@@ -1,4 +1,4 @@
-"""Moves a checkpoint's files between a folder and the store, several at a time, and binds them to their digests."""
+"""Move a checkpoint's files between a folder and the store, several at a time, and verify their digests."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from hf_spot.storage.store import ObjectStore, Progress
 from hf_spot.storage.threads import Workers
 
 LOST_BYTES = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
-"""With these, `os.fsync` says that bytes are lost; with others, that the filesystem has no such thing."""
+"""Error numbers by which `os.fsync` reports lost bytes. Others mean that the filesystem does not support it."""
 _TRIES = 3
-_SMALL_BYTES = 1 << 20  # up to here one plain read is cheaper than a transfer, which first asks for the size
+_SMALL_BYTES = 1 << 20  # up to this size one plain read is cheaper than a transfer, which first requests the size
 
 
 def upload(
@@ -35,15 +35,15 @@ def upload(
     workers: int = 4,
     progress: Progress | None = None,
 ) -> list[FileEntry]:
-    """Puts every file of ``folder`` under ``prefix`` and returns the manifest that a commit needs.
+    """Upload every file of ``folder`` under ``prefix`` and return the manifest that a commit needs.
 
-    A file that stands in the store already is copied there. Others are hashed as they are sent, or afterwards where the store
-    shows nothing of them. Memory does not grow with the files: at most ``workers`` x 4 MB (blocks of each file that is
-    copied), and for S3 1 MB for each connection, because parts are read from the file as they go out.
+    A file that the store already has is copied there. Other files are hashed as they are sent, or afterwards if the store's
+    client does not show the bytes. Memory does not grow with the files: at most ``workers`` x 4 MB (blocks of each file that
+    is copied), and for S3 1 MB for each connection, because parts are read from the file as they are sent.
 
     Raises:
         StoreError: from the store, for the first file that failed.
-        SpotError: a file changed while it was read, so that checksum and upload could disagree.
+        SpotError: a file changed while it was read, so its digest and the uploaded bytes may differ.
     """
     known = unchanged or Unchanged()
 
@@ -67,7 +67,7 @@ def upload(
             path = folder / name
             before = path.stat()
             standing = known.candidate(name, before.st_size)
-            if standing and standing.key != f"{prefix}/{name}":  # else a try before this one failed after it
+            if standing and standing.key != f"{prefix}/{name}":  # the same key: an earlier attempt uploaded it and failed later
                 jobs.append((name, before, pool.submit(put_or_copy, name, path, before.st_size, standing)))
             else:
                 jobs.append((name, before, pool.submit(put, name, path, before.st_size)))
@@ -94,11 +94,11 @@ def download(
     progress: Progress | None = None,
     waits_s: Sequence[float] = WAITS_S,
 ) -> None:
-    """Fetches ``files`` into the new folder ``folder``; it appears whole and verified, or not at all.
+    """Download ``files`` into the new folder ``folder``. It appears complete and verified, or not at all.
 
     Raises:
         CorruptCheckpoint: an object is missing, or differs from the manifest.
-        SpotError: the disk has no room.
+        SpotError: the disk is full, or can't be written.
         StoreError: from the store.
     """
     check_names(files)
@@ -106,7 +106,7 @@ def download(
     private: Path | None = None
     try:
         hidden.mkdir(parents=True, exist_ok=True)
-        private = Path(tempfile.mkdtemp(prefix="restore-", dir=hidden))  # of this user alone, by a name that nobody can guess
+        private = Path(tempfile.mkdtemp(prefix="restore-", dir=hidden))  # private, with a name that nobody can guess
         work = private / folder.name
         work.mkdir()
         _check_room(work, sum(entry.size for entry in files))
@@ -115,7 +115,7 @@ def download(
             path = work / entry.path
             path.parent.mkdir(parents=True, exist_ok=True)
             problem: str | None = None
-            for _ in range(_TRIES):  # damaged on the way, or where it stands?
+            for _ in range(_TRIES):  # if it was only damaged on the way, another try succeeds
                 passing = Passing(entry.size, progress)
                 try:
                     again_if_missing(
@@ -163,8 +163,8 @@ def _get(store: ObjectStore, key: str, path: Path, size_bytes: int, passing: Pas
 
 
 def pin(folder: Path, into: Path, without: Collection[str] = ()) -> None:
-    """Makes ``into`` hold the files of ``folder`` as they are now, by hard links: milliseconds, no space, and Trainer's
-    rotation can't hurt it. Where the filesystem has no hard links the files are copied."""
+    """Link the files of ``folder`` into ``into``, all but those named in ``without``, so that Trainer's rotation can't delete
+    them. Hard links take milliseconds and no space. If the filesystem does not support them, the files are copied."""
     try:
         for name in files_in(folder):
             if name in without:
@@ -174,14 +174,14 @@ def pin(folder: Path, into: Path, without: Collection[str] = ()) -> None:
             try:
                 os.link(folder / name, target)
             except OSError:
-                shutil.copyfile(folder / name, target)  # bytes alone: some filesystems know no modes and no times
+                shutil.copyfile(folder / name, target)  # only the bytes: some filesystems support neither modes nor times
     except BaseException:
-        shutil.rmtree(into, ignore_errors=True)  # what has been copied may be what fills the disk
+        shutil.rmtree(into, ignore_errors=True)  # the copies may be what fills the disk
         raise
 
 
 def copy_files(folder: Path, into: Path) -> None:
-    """Copy the files of ``folder``, and only their bytes: mounted buckets and Windows' shares refuse modes and times."""
+    """Copy the files of ``folder``, and only their bytes: mounted buckets and Windows shares refuse modes and times."""
     for name in files_in(folder):
         target = into / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +189,7 @@ def copy_files(folder: Path, into: Path) -> None:
 
 
 def delete(store: ObjectStore, prefixes: Iterable[str]) -> None:
-    """Deletes every object under each of ``prefixes`` (folders)."""
+    """Delete every object under each of ``prefixes`` (folders)."""
     for prefix in prefixes:
         store.delete(info.key for info in store.list(f"{prefix}/"))
 
@@ -198,7 +198,7 @@ def _check_room(folder: Path, size_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < size_bytes:
         raise SpotError(
-            f"{folder.parents[2]} has {free_bytes / 1e9:.1f} GB free, and the checkpoint needs {size_bytes / 1e9:.1f} GB",
+            f"{folder.parents[2]} has {free_bytes / 1e9:.1f} GB free, but the checkpoint needs {size_bytes / 1e9:.1f} GB",
             hint="free some space, or set output_dir to a larger disk",
         )
 

@@ -1,4 +1,4 @@
-"""The uploader: one background thread that turns finished checkpoint folders into commits, whatever the network does."""
+"""The uploader: one background thread that uploads finished checkpoint folders and commits them, whatever the network does."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _FIRST_RETRY_S = 1.0
 _LONGEST_RETRY_S = 30.0
 _PART_POLL_S = 0.5
 _ASK_S = 0.2
-_SHOWN_AFTER_S = 1.0  # who waits no longer need not be told what for
+_SHOWN_AFTER_S = 1.0  # a shorter wait needs no explanation
 _CLOSE_S = 2.0
-_TELLING_S = 2.0  # an upload that has run for so long tells what the network is like today
+_TELLING_S = 2.0  # after this long an upload shows how fast the network is now
 
 
 class _Cancelled(SpotError):
@@ -46,7 +46,7 @@ class _Job:
     request: CommitRequest
     size_bytes: int
     queued: float
-    files: list[FileEntry] | None = None  # once they are in place
+    files: list[FileEntry] | None = None  # set once they are uploaded
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -55,7 +55,7 @@ class _Job:
 
     @property
     def is_whole(self) -> bool:
-        """False when somebody has deleted files of it: pins stand in output_dir, and go with it."""
+        """Return whether all its files still exist: the pins are inside output_dir and are deleted along with it."""
         try:
             return _size_bytes(self.folder) == self.size_bytes
         except OSError:  # it is being deleted
@@ -63,18 +63,18 @@ class _Job:
 
 
 class Uploader:
-    """Takes checkpoint folders from the training thread and never makes it wait.
+    """Accepts checkpoint folders from the training thread and never makes it wait.
 
-    At most one upload is under way and one waits: when training saves faster than the network carries, the newest waiting
-    checkpoint replaces an older one, unless that one is the best so far: then both wait. Trouble with the store is retried
-    for ever, and the next checkpoint takes the place of one that can't get through.
+    At most one upload is under way and one waits. If training saves faster than the network carries, the newest checkpoint
+    replaces the one that waits, unless that is the best so far: then both wait. Store errors are retried without end, and the
+    next checkpoint replaces one that can't be uploaded.
 
     Args:
-        run: holds a claim.
+        run: a run that this process has claimed or adopted.
         pins: folder for the hard links, on the filesystem of the checkpoints; made when needed, removed by `close`.
-        save_total_limit: given to `Run.prune` after each commit.
+        save_total_limit: passed to `Run.prune` after each commit.
         on_commit: called after each commit, from the uploader's thread.
-        keeps_house: deletes what earlier launches left; one uploader of a launch does.
+        keeps_house: delete what earlier launches left; true for one uploader of a launch.
         clock: seconds, monotonic.
     """
 
@@ -98,7 +98,7 @@ class Uploader:
         self._changed = threading.Condition()
         self._waiting: list[_Job] = []
         self._standing = frozenset(ref.prefix for ref in run.journal.state.checkpoints)
-        self._times: Counter[tuple[int, int]] = Counter()  # that a stage's step was submitted
+        self._times: Counter[tuple[int, int]] = Counter()  # how often each (training, step) was submitted
         self._given_up: list[CommitRequest] = []
         self._current: _Job | None = None
         self._began = 0.0
@@ -117,7 +117,7 @@ class Uploader:
     # -- called by the training thread --------------------------------------------------------------------------------
 
     def submit(self, folder: Path, request: CommitRequest, elsewhere: Collection[str] = ()) -> None:
-        """Pins ``folder`` and queues it. Returns at once; what goes wrong later is told by `trouble` and `fenced`.
+        """Pin ``folder``, queue it, and return at once. `trouble` and `fenced` report later errors.
 
         Args:
             folder: with the files.
@@ -138,7 +138,7 @@ class Uploader:
         with self._changed:
             for job in [job for job in self._waiting if job.request.step != request.best_step]:
                 log.warning(
-                    "checkpoint-%d gives way to checkpoint-%d: saves come faster than uploads",
+                    "checkpoint-%d gives way to checkpoint-%d: saves are faster than uploads",
                     job.request.step,
                     request.step,
                 )
@@ -147,9 +147,9 @@ class Uploader:
             self._changed.notify_all()
 
     def _set_apart(self, request: CommitRequest) -> CommitRequest:
-        """The request with a place in the store of its own: nothing is written where the files of a commit stand.
+        """Return the request with a place of its own in the store, so that the files of a commit are never overwritten.
 
-        All machines of a launch come to the same place: they submit the same steps in the same order.
+        All machines of a launch choose the same place, because they submit the same steps in the same order.
         """
         key = request.stage, request.step
         number = self._times[key]
@@ -159,10 +159,10 @@ class Uploader:
         return apart
 
     def hurry(self, *, give_way: bool) -> None:
-        """The machine is going: from now on the newest checkpoint goes first.
+        """Upload the newest checkpoint first from now on, because the machine is being taken away.
 
         Args:
-            give_way: the upload under way ends for one that is newer; if it is that of the best so far, it is tried again.
+            give_way: end the upload under way when a newer one waits; the upload of the best so far is tried again afterwards.
         """
         with self._changed:
             self._hurried = True
@@ -170,11 +170,11 @@ class Uploader:
             self._changed.notify_all()
 
     def drain(self, timeout_s: float, interrupted: Callable[[], bool] = lambda: False) -> bool:
-        """Waits until everything submitted is committed: True; False after ``timeout_s`` seconds, or when fenced.
+        """Wait until everything submitted is committed. Return False after ``timeout_s`` seconds, or if fenced.
 
         Args:
             timeout_s: how long to wait.
-            interrupted: asked again and again, from this thread; True ends the wait.
+            interrupted: called repeatedly, from this thread; True ends the wait.
         """
         give_up_at = time.monotonic() + timeout_s
         with self._changed, Bar("upload", self._left_bytes(), delay_s=_SHOWN_AFTER_S) as bar:
@@ -196,7 +196,7 @@ class Uploader:
         return under_way + sum(job.size_bytes for job in self._waiting)
 
     def close(self) -> None:
-        """Ends the thread without waiting for uploads, and removes the pins. Call `drain` first."""
+        """End the thread without waiting for uploads, and remove the pins. Call `drain` first."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -207,16 +207,16 @@ class Uploader:
 
     @property
     def fenced(self) -> Fenced | None:
-        """Set once a newer launch owns the run: nothing will be committed any more."""
+        """Return the error if a newer launch has claimed the run: then nothing will be committed any more. Otherwise None."""
         return self._fenced
 
     @property
     def trouble(self) -> Exception | None:
-        """Why the newest attempt failed, or None since the last commit."""
+        """Return the error of the newest attempt, or None if it succeeded."""
         return self._trouble
 
     def measured(self) -> Measured:
-        """What is known of the network, and what is on its way."""
+        """Return what is known about the network, and the uploads under way and waiting."""
         with self._changed:
             now = ([self._current] if self._current else []) + self._waiting
             moved = self._moved_bytes if self._current else 0
@@ -229,7 +229,7 @@ class Uploader:
             )
 
     def _rate(self) -> float | None:
-        """Bytes per second; None when nothing was sent yet."""
+        """Return bytes per second; None before anything has been sent."""
         took_s = self._clock() - self._began
         if self._current and 0 < self._moved_bytes < self._current.size_bytes and took_s >= _TELLING_S:
             return self._moved_bytes / took_s
@@ -237,7 +237,7 @@ class Uploader:
 
     @property
     def idle(self) -> bool:
-        """True when everything submitted is committed, or given up."""
+        """Return whether everything submitted is committed or given up."""
         return not self._waiting and self._current is None
 
     # -- the thread ---------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ class Uploader:
                     self._discard(job)
                     retry_s = _FIRST_RETRY_S
                 elif self._waiting and not self._is_best(job):
-                    self._discard(job)  # the newer one catches up
+                    self._discard(job)  # the newer checkpoint replaces it
                 else:
                     self._waiting.insert(0, job)
                 if failed is not None and job not in self._waiting:
@@ -286,14 +286,14 @@ class Uploader:
         return job.best and all(newer.request.best_step == job.request.step for newer in self._waiting)
 
     def _attempt(self, job: _Job) -> Exception | None:
-        """Uploads and commits one job; the exception instead of raising it, because the thread has to live on."""
+        """Upload and commit one job. Return an exception instead of raising it, because the thread must live on."""
         name = f"checkpoint-{job.request.step}"
         try:
             while self._given_up:
                 self._mailbox.hand_in(self._given_up[0], None)
                 self._given_up.pop(0)
             sent = job.files is None
-            if job.files is None:  # else only the answer to the commit was lost
+            if job.files is None:  # otherwise only the answer to the commit was lost
                 job.files = self._run.upload(job.folder, job.request, progress=self._moved)
             files = job.files
             upload_s = max(self._clock() - self._began, 1e-6)
@@ -315,7 +315,7 @@ class Uploader:
                 log_always(
                     logging.ERROR,
                     "%s is gone from this disk, and not in %s (was output_dir deleted?); training goes on, and the next "
-                    "checkpoint catches up",
+                    "checkpoint replaces it",
                     name,
                     self._run.url,
                 )
@@ -325,7 +325,7 @@ class Uploader:
                 return error
             log_always(logging.ERROR, _RETRIED, name, self._run.url, error)
             return error
-        except Exception as error:  # of a library's that no store has translated
+        except Exception as error:  # of a library, not translated by the store
             log_always(logging.ERROR, _RETRIED, name, self._run.url, f"{type(error).__name__}: {error}")
             log.debug("the upload of %s", name, exc_info=True)
             return error
@@ -350,8 +350,8 @@ class Uploader:
             gone = self._run.prune(self._save_total_limit)
             if gone:
                 log.info("pruned from the run: %s", ", ".join(f"checkpoint-{ref.step}" for ref in gone))
-        except Exception as error:  # the commit stands, whatever follows it
-            log.warning("old checkpoints stay for now: %s", error or type(error).__name__)
+        except Exception as error:  # whatever happens after it, the commit exists
+            log.warning("old checkpoints were not deleted, and stay for now: %s", error or type(error).__name__)
 
     def _tidy(self) -> None:
         try:
@@ -359,7 +359,7 @@ class Uploader:
             if count:
                 log.info("deleted %d files that earlier launches left without a commit", count)
         except Exception as error:  # the next launch tidies up, too
-            log.warning("files of earlier launches were not tidied up: %s", error or type(error).__name__)
+            log.warning("files left by earlier launches were not deleted: %s", error or type(error).__name__)
 
     def _moved(self, count: int) -> None:
         with self._changed:
@@ -375,15 +375,15 @@ class Uploader:
 
     def _note_given_up(self, request: CommitRequest) -> None:
         if request.part:
-            self._given_up.append(request)  # machine 0 waits for it
+            self._given_up.append(request)  # machine 0 waits for this part
 
     def _discard(self, job: _Job) -> None:
         shutil.rmtree(job.folder, ignore_errors=True)
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same upload may succeed later. A checkpoint that lacks files, or has changed, stays so; a store, a setting of
-    it, a source of credentials or a disk may be put right."""
+    """Return whether the same upload may succeed later. A checkpoint that lacks files or has changed stays so; a store, its
+    settings, a source of credentials or a disk may be repaired."""
     return isinstance(error, (StoreError, ConfigError)) or not isinstance(error, SpotError)
 
 

@@ -1,4 +1,4 @@
-"""A webhook that hears what happens to a run: ``{"text": …}``, as Slack, Mattermost and Discord (``/slack``) take it."""
+"""Post a run's events to a webhook, as ``{"text": …}``, which Slack, Mattermost and Discord (``/slack``) accept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PAUSE_S = 1.0
 
 
 def hook_url(arguments: SpotArguments, environ: Mapping[str, str]) -> str | None:
-    """Where to post to, by the settings or ``$HF_SPOT_ON_EVENT``. Raises ConfigError."""
+    """Return the URL to post to, from the settings or ``$HF_SPOT_ON_EVENT``; None if neither has one. Raises ConfigError."""
     if arguments.on_event is not None or not environ.get(VARIABLE):
         return arguments.on_event
     check_hook(environ[VARIABLE], f"${VARIABLE}")
@@ -31,9 +31,9 @@ def hook_url(arguments: SpotArguments, environ: Mapping[str, str]) -> str | None
 
 
 class Hook:
-    """Posts one event after the other, in a thread: nobody waits for it but `close`, for at most `WEBHOOK_LAST_WORD_S`.
+    """Posts one event after the other, in a thread. Only `close` waits for it, for at most `WEBHOOK_LAST_WORD_S`.
 
-    The URL is a secret, as Slack's holds the token, and appears in no message.
+    The URL is a secret (Slack's contains the token) and appears in no message.
 
     Args:
         url: to post to; None posts nothing.
@@ -47,12 +47,12 @@ class Hook:
         self._told: list[Future[None]] = []
 
     def tell(self, text: str) -> None:
-        """Posts, some time soon: with one more try after a second, and one line in the log if that fails too."""
+        """Post ``text`` soon. If that fails, try once more after a second; if that fails too, log one line."""
         if self._worker is not None:
             self._told.append(self._worker.submit(self._post_or_log, f"hf_spot: {self._about}: {text}"))
 
     def close(self, patience_s: float | None = None) -> None:
-        """Waits for what is on its way: `WEBHOOK_LAST_WORD_S`, if nothing else is said."""
+        """Wait until all events are posted, for at most ``patience_s`` seconds (default: `WEBHOOK_LAST_WORD_S`)."""
         if self._worker is not None:
             wait(self._told, WEBHOOK_LAST_WORD_S if patience_s is None else patience_s)
             self._worker.shutdown(wait=False, cancel_futures=True)
@@ -64,8 +64,8 @@ class Hook:
             except Exception:
                 time.sleep(_PAUSE_S)
                 self._post(text)
-        except Exception as error:  # whatever it is, the training goes on
-            log.warning("the webhook at %s was not told %r: %s", urlsplit(self._url or "").hostname, text, _in_words(error))
+        except Exception as error:  # whatever it is, the training continues
+            log.warning("the webhook at %s did not receive %r: %s", urlsplit(self._url or "").hostname, text, _in_words(error))
 
     def _post(self, text: str) -> None:
         body, headers = json.dumps({"text": text}).encode(), {"Content-Type": "application/json"}
@@ -75,7 +75,7 @@ class Hook:
 
 
 def _in_words(error: Exception) -> str:
-    """Never the error's own words, which may hold the URL."""
+    """Return a description of the error, without its own text, which may contain the URL."""
     if isinstance(error, urllib.error.HTTPError):
         return f"HTTP status {error.code}"
     reason = error.reason if isinstance(error, urllib.error.URLError) else error

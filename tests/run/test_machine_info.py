@@ -67,8 +67,8 @@ def test_a_service_that_knows_little_or_says_nothing_is_no_error() -> None:
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ("{", "is no JSON"),
-        ("9.83", "is no JSON object"),
+        ("{", "is not JSON"),
+        ("9.83", "is not a JSON object"),
         ('{"price": 9.83}', "has a key 'price'"),
         ('{"price_usd_per_hour": "9.83"}', "a number of dollars"),
         ('{"price_usd_per_hour": true}', "a number of dollars"),

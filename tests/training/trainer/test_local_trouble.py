@@ -157,7 +157,7 @@ def test_a_restore_that_finds_no_room_says_so_and_leaves_nothing(disk: SmallDisk
     out = disk.path / "out"
     disk.fill(64)
     recorder = Recorder()
-    with pytest.raises(SpotError, match="GB free, and the checkpoint needs"):
+    with pytest.raises(SpotError, match="GB free, but the checkpoint needs"):
         make_trainer(out, SpotCallback(store, QUIET), recorder).train()
     disk.empty()
     assert recorder.losses == {}
