@@ -53,7 +53,7 @@ def test_all_ranks_go_on_over_a_full_disk_and_hear_a_notice(launcher: Launcher, 
         launch = launcher.plain(run.url, "--hold_at", "3", "--epochs", "20", *BEST, options=options, env=env)
         fill_at_step_3(launch, disk, run)
         wait_for(
-            lambda: "training goes on, and the next save tries again" in launch.text() or launch.process.poll() is not None
+            lambda: "training goes on, and the next save will try again" in launch.text() or launch.process.poll() is not None
         )
         launch.process.terminate()
         assert launch.wait() == 75, launch.text()

@@ -332,7 +332,7 @@ class AsyncCheckpointWriter:
     def _part(self, error: BaseException) -> None:
         """A rank is gone in the middle of what all do together. Its launch ends, and the next start sets aside what is torn:
         the others may be writing to it."""
-        log.warning("a checkpoint is not written to its end, because a rank is gone: %s", error)
+        log.warning("a checkpoint is left incomplete, because a rank has ended: %s", error)
         self.parted = True
         self._ranks.close()  # those who wait for this one learn it by that
 

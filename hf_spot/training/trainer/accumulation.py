@@ -1,7 +1,7 @@
-"""An optimizer step of several micro-batches, and the way back to before it began.
+"""An optimizer step of several micro-batches, and how to undo one that was started.
 
-Trainer saves what the last finished step left. A step that is given up in its middle must leave no trace in that: its
-forward passes have drawn random numbers, moved buffers (the running statistics of BatchNorm) and counted tokens.
+Trainer saves the state after the last finished step. A step that is abandoned halfway must leave no trace in it: its
+forward passes have drawn random numbers, changed buffers (the running statistics of BatchNorm) and counted tokens.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from hf_spot.training.trainer.resume_fixes import carry_counters, counters
 from hf_spot.training.upstream import ACCUMULATION, FLOS, FOREACH_COPY
 
 _MOST_BUFFER_BYTES = 64_000_000  # copied once a step
-_DEVICES = ("cpu", "cuda")  # those whose random state `RandomStates` can return to in the middle of a training
+_DEVICES = ("cpu", "cuda")  # those whose random state `RandomStates` can restore during a training
 
 
 class Accumulation:
-    """Times the micro-batches of a step, and can take back those that were done.
+    """Times the micro-batches of a step, and can undo those that were done.
 
     Args:
-        trainer: whose steps are meant.
+        trainer: the Trainer.
         random_states: of this training.
         log_window: of this training.
         clock: seconds, monotonic.
@@ -51,7 +51,7 @@ class Accumulation:
         self._done = 0
 
     def begin(self) -> None:
-        """A step begins."""
+        """Record the state at the start of a step."""
         self._random_states.step_begins()
         self._mark = self._log_window.mark()
         if self._buffers is None:
@@ -63,14 +63,16 @@ class Accumulation:
         self._began, self._done = self._clock(), 0
 
     def micro_batch_ended(self) -> float:
-        """A micro-batch, not the last of its step, is done: seconds that the rest of the step should need."""
+        """Record the end of a micro-batch that is not the last of its step; return the estimated seconds for the rest of it."""
         self._done += 1
         each_s = (self._clock() - self._began) / self._done
         return each_s * (int(ACCUMULATION.of(self._trainer)) - self._done)
 
     def rewindable(self) -> bool:
-        """Whether `rewind` can be called: not for very large buffers, those that a forward pass replaces, or devices whose
-        random state is not known."""
+        """Return whether `rewind` can be called.
+
+        False if buffers are very large or were replaced by a forward pass, or if the device's random state can't be restored.
+        """
         now = self._find_buffers()
         return (
             self._buffers is not None
@@ -80,7 +82,7 @@ class Accumulation:
         )
 
     def rewind(self) -> None:
-        """Makes all as it was before the step began. The gradients stay: nothing saves them."""
+        """Restore the state at the start of the step, except gradients, which no checkpoint contains."""
         self._random_states.rewind()
         if self._mark is not None:
             self._log_window.rewind(self._mark)

@@ -1,4 +1,4 @@
-"""A run that goes on with another number of GPUs, or with smaller ones: each optimizer step keeps its samples."""
+"""Keeps the samples of each optimizer step when a run resumes with another number of GPUs, or with smaller ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_spot.training.upstream import TOTAL_BATCH_SIZE, TRAIN_BATCH_SIZE
 
 
 def batches(trainer: Trainer) -> Batches:
-    """How this training puts a step together, as Trainer counts it (``auto_find_batch_size`` and all)."""
+    """Return how Trainer composes an optimizer step, including the effect of ``auto_find_batch_size``."""
     args = trainer.args
     micro_batch = int(TRAIN_BATCH_SIZE.of(trainer))
     ranks = int(TOTAL_BATCH_SIZE.of(trainer)(args)) // (micro_batch * args.gradient_accumulation_steps)
@@ -24,7 +24,7 @@ def batches(trainer: Trainer) -> Batches:
 
 
 def to_details(made: Batches) -> dict[str, int]:
-    """What a commit records of them."""
+    """Return what a commit records about the batches."""
     return {
         "per_device_train_batch_size": made.per_device,
         "gradient_accumulation_steps": made.accumulation,
@@ -33,7 +33,7 @@ def to_details(made: Batches) -> dict[str, int]:
 
 
 def from_details(details: dict[str, Any]) -> Batches | None:
-    """What `to_details` recorded; None in a commit that was pushed by hand."""
+    """Return the batches that `to_details` recorded; None for a commit that was pushed by hand."""
     if "per_device_train_batch_size" not in details:
         return None
     ranks = details.get("data_parallel_size", details["world_size"])
@@ -41,14 +41,14 @@ def from_details(details: dict[str, Any]) -> Batches | None:
 
 
 def keep_samples(trainer: Trainer, details: dict[str, Any], *, allow_change: bool) -> None:
-    """Makes the steps of this launch hold the samples of those before: sets the accumulation, or the batch of a device.
+    """Make the steps of this launch contain the same samples as before, by setting the accumulation or the device batch size.
 
     Must be called on every rank, before ``train()`` does anything.
 
     Args:
-        trainer: about to resume.
-        details: of the commit that it resumes from.
-        allow_change: go on with other samples.
+        trainer: the Trainer, about to resume.
+        details: details of the commit that it resumes from.
+        allow_change: continue with other samples if they can't be kept.
 
     Raises:
         ConfigError: the samples of a step can't be kept.
@@ -59,21 +59,28 @@ def keep_samples(trainer: Trainer, details: dict[str, Any], *, allow_change: boo
         return
     now = batches(trainer)
     if args.auto_find_batch_size and before.world_size == now.world_size:
-        now = Batches(before.per_device, now.accumulation, now.world_size)  # Trainer itself goes on with what it found
+        now = Batches(before.per_device, now.accumulation, now.world_size)  # Trainer itself keeps the size that it found
     found = fit(before, now)
     if found is Fit.REGROUPED:
-        warn_for_all("a step was %s, and is %s: the same samples, but not the same bits", before, now)
+        warn_for_all(
+            "an optimizer step was %s, and is now %s: the samples are the same, but results will not be bit-exact", before, now
+        )
     elif found is Fit.OTHER and allow_change:
-        warn_for_all("a step was %s, and is %s: steps, learning rate and data change", before, now)
+        warn_for_all("an optimizer step was %s, and is now %s: steps, learning rate and data change", before, now)
     elif found is Fit.OTHER:
         kept = keep_total(before, now) if _may_change(trainer) else None
         if kept is None:
             raise ConfigError(
                 f"an optimizer step of this run is {before} samples; this launch would make it {now}",
-                hint=f"{repair(before, now) or 'another number of ranks'}; to change it all the same: --allow-batch-change",
+                hint=f"{repair(before, now) or 'use another number of ranks'}; to change it anyway: --allow-batch-change",
             )
         _apply(trainer, kept)
-        warn_for_all("a step was %s, and would be %s: made %s. The same samples, but not the same bits", before, now, kept)
+        warn_for_all(
+            "an optimizer step was %s, and would be %s: set to %s. The samples are the same, but results will not be bit-exact",
+            before,
+            now,
+            kept,
+        )
 
 
 def _may_change(trainer: Trainer) -> bool:

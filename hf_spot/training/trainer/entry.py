@@ -1,6 +1,6 @@
-"""The way in: ``Trainer.train`` is wrapped once, so that a `SpotCallback` can restore before Trainer reads its checkpoint.
+"""The entry point: ``Trainer.train`` is wrapped once, so that a `SpotCallback` can restore before Trainer reads a checkpoint.
 
-A callback is never given its trainer, and ``on_train_begin`` comes too late to resume.
+A callback never gets a reference to its trainer, and ``on_train_begin`` is too late to resume.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ C = TypeVar("C", bound=TrainerCallback)
 
 
 class _Trainings(threading.local):
-    """Trainers that are within ``Trainer.train`` in this thread, in the order of their calls."""
+    """The trainers that are inside ``Trainer.train`` in this thread, in the order of their calls."""
 
     def __init__(self) -> None:
         self.under_way: list[Trainer] = []
@@ -37,13 +37,14 @@ _trainings = _Trainings()
 class Entry(Generic[C]):
     """Wraps ``Trainer.train`` for one kind of callback.
 
-    A callback whose trainer begins to train by another way, as a subclass with a loop of its own may do, is refused: it could
-    neither restore nor save.
+    A trainer that starts training without ``Trainer.train``, as a subclass with its own loop may do, is refused: the callback
+    could neither restore nor save it.
 
     Args:
-        kind: of the callback.
-        run: trains a trainer that holds such a callback; given both, the plain ``train``, and its arguments.
-        make: makes a callback for trainers that have none.
+        kind: class of the callback.
+        run: trains a trainer with such a callback; called with the callback, the trainer, the original ``train`` and its
+            arguments.
+        make: creates a callback for trainers that have none.
     """
 
     def __init__(self, kind: type[C], run: Callable[..., Any], make: Callable[[], C]) -> None:
@@ -54,7 +55,7 @@ class Entry(Generic[C]):
         self._wrapped: type[Trainer] | None = None
 
     def install(self, trainer_class: type[Trainer], *, for_all: bool = False) -> None:
-        """Wrap ``trainer_class.train``. More than once is no harm.
+        """Wrap ``trainer_class.train``. Further calls have no effect.
 
         Args:
             trainer_class: ``transformers.Trainer``.
@@ -82,7 +83,7 @@ class Entry(Generic[C]):
         register_optimizer_step_pre_hook(self._before_step)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """For loops that tell callbacks nothing."""
+        """Check trainers whose loop calls no callbacks."""
         if not _trainings.under_way and (owner := _owner_of(None)) is not None:
             self._check(owner.callback_handler)
 
@@ -95,9 +96,9 @@ class Entry(Generic[C]):
         nested = len(_trainings.under_way) > 1
         if callbacks or self._for_all:
             if trial is not None:
-                warn_for_all("a hyperparameter search is not made preemptible: its trials are not one run")
+                warn_for_all("a hyperparameter search is not preemptible: its trials are not one run")
             elif nested:
-                warn_for_all("a training within another training is not made preemptible: an interruption repeats all of it")
+                warn_for_all("a training inside another training is not preemptible: after an interruption it starts again")
         if trial is not None or nested or not (callbacks or self._for_all):
             with _without(trainer, callbacks):
                 return plain_train(trainer, resumed, trial, *args, **kwargs)
@@ -107,7 +108,7 @@ class Entry(Generic[C]):
         return self._run(callbacks[0], trainer, plain_train, resumed, trial, *args, **kwargs)
 
     def _check(self, handler: CallbackHandler) -> None:
-        """Refuse a training that comes neither from ``Trainer.train`` nor from a trainer that nobody asked to protect."""
+        """Raise ConfigError for a training that bypasses ``Trainer.train``, if it should be preemptible."""
         if not self._for_all and not any(isinstance(callback, self._kind) for callback in handler.callbacks):
             return
         owner = _owner_of(handler)
@@ -129,7 +130,7 @@ def _within(trainer: Trainer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without(trainer: Trainer, callbacks: list[Any]) -> Iterator[None]:
-    """Within it, callbacks hear nothing of this trainer: they may belong to a training around it."""
+    """Remove callbacks from a trainer within the block: they may belong to the training around it."""
     handler = trainer.callback_handler
     before = list(handler.callbacks)
     handler.callbacks[:] = [callback for callback in before if callback not in callbacks]
@@ -143,12 +144,12 @@ def _without(trainer: Trainer, callbacks: list[Any]) -> Iterator[None]:
 
 
 def _owner_of(handler: CallbackHandler | None) -> Trainer | None:
-    """Find the trainer in the calls that lead here: neither a handler nor an optimizer knows it. None finds any trainer."""
+    """Return the trainer of a handler, or any trainer for None, from the call stack: a handler has no reference to it."""
     frame = sys._getframe()
     while frame is not None:
-        if "self" in frame.f_code.co_varnames[:1]:  # all locals take microseconds
+        if "self" in frame.f_code.co_varnames[:1]:  # reading all locals would take microseconds
             owner = frame.f_locals.get("self")
             if isinstance(owner, Trainer) and handler in (None, owner.callback_handler):
                 return owner
-        frame = frame.f_back  # type: ignore[assignment]  # None behind the last one
+        frame = frame.f_back  # type: ignore[assignment]  # None after the last one
     return None

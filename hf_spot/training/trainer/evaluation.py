@@ -1,4 +1,4 @@
-"""Evaluations that a notice can end: nobody evaluates through the last two minutes of a machine."""
+"""Evaluations that a notice can end: the last two minutes of a machine are for the checkpoint."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from hf_spot.training.upstream import (
 
 
 class _Cut(Exception):
-    """Ends an evaluation from inside."""
+    """Ends an evaluation from within."""
 
 
 class Stopped(Exception):
-    """Ends a resumed training before its first step: the evaluation that was made up for says so."""
+    """Ends a resumed training before its first step, because the evaluation that was made up stops it early."""
 
 
 class Evaluations:
-    """Takes over a trainer's evaluations until `close`.
+    """Wraps a trainer's evaluations until `close`.
 
-    One that is cut leaves the training as it was before: random state, log, mode of the model. The launch after it makes up
-    for it, from that same state.
+    An evaluation that is cut short leaves the random state, the log and the mode of the model as they were before it. The next
+    launch makes up for it from that state.
 
     Args:
-        trainer: whose evaluations are meant.
+        trainer: the Trainer.
         random_states: of this training.
         log_window: of this training.
-        when_cut: called after a cut; it decides whether to save.
+        when_cut: called after an evaluation was cut short; decides whether to save.
         resumed: the checkpoint of this run that the training resumes, or None.
     """
 
@@ -59,9 +59,9 @@ class Evaluations:
         self._when_cut = when_cut
         self._evaluated_before = resumed is not None and _has_evaluated(resumed)
         self._is_resumed = resumed is not None
-        self.has_begun = False  # an epoch: before that, Trainer evaluates for ``eval_on_start`` only
+        self.has_begun = False  # whether an epoch has begun: before that, Trainer evaluates only for ``eval_on_start``
         self.was_cut = False
-        self.running = False  # on every rank at once, so that they can agree: not so in what callbacks evaluate themselves
+        self.running = False  # on all ranks at the same time, so that they can agree; not in evaluations that callbacks start
         self._on_evaluate = ON_EVALUATE.of(trainer.callback_handler)
         ON_EVALUATE.set(trainer.callback_handler, self._evaluated)
         EVALUATE.set(trainer, self._evaluate)
@@ -69,19 +69,19 @@ class Evaluations:
         RUN_EPOCH.set(trainer, self._run_epoch)
 
     def cut(self) -> None:
-        """Called from an event of the evaluation: does not return."""
+        """End the evaluation under way. Call it from one of its events; it does not return."""
         raise _Cut
 
     def make_up(self) -> None:
-        """The evaluation that a notice suppressed or cut in the launch before."""
+        """Run the evaluation that a notice suppressed or cut short in the previous launch. Raises Stopped."""
         metrics = EVALUATE.of(self._trainer)(None, None)
         BEST_METRIC.of(self._trainer)(metrics=metrics, trial=None)
         self._trainer.model.train()  # type: ignore[union-attr]
         if self._trainer.control.should_training_stop and not self.was_cut:
-            raise Stopped  # EarlyStoppingCallback, say; Trainer would look only after one step more
+            raise Stopped  # by EarlyStoppingCallback, for example; Trainer itself would look only after another step
 
     def close(self) -> None:
-        """Gives the trainer its methods back."""
+        """Restore the trainer's methods."""
         for name in (EVALUATE, BEST_METRIC, RUN_EPOCH):
             name.restore(self._trainer)
         ON_EVALUATE.restore(self._trainer.callback_handler)
@@ -92,7 +92,7 @@ class Evaluations:
         try:
             plain_run(*args, **kwargs)
         except Stopped:
-            # What Trainer does after the loop that it would have left; the checkpoint has to say that it is the last one.
+            # What Trainer does after leaving its loop; the checkpoint must record that it is the last one.
             trainer = self._trainer
             trainer.control = ON_EPOCH_END.of(trainer.callback_handler)(trainer.args, trainer.state, trainer.control)
             trainer.control.should_save = True
@@ -103,7 +103,7 @@ class Evaluations:
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if self._is_resumed and not self.has_begun:
-            return {}  # ``eval_on_start`` is for the start of the run: its line is in the log, its callbacks have heard of it
+            return {}  # ``eval_on_start`` belongs to the start of the run: it is in the log, and callbacks were told
         logged = len(self._trainer.state.log_history)
         mark = self._log_window.mark()
         self._random_states.remember()
@@ -114,7 +114,7 @@ class Evaluations:
         except _Cut:
             self._random_states.return_to_remembered()
             self._log_window.rewind(mark)
-            del self._trainer.state.log_history[logged:]  # several evaluation sets log one by one
+            del self._trainer.state.log_history[logged:]  # several evaluation sets log one after another
             self._trainer.model.train()  # type: ignore[union-attr]
             self.was_cut = True
             self._when_cut()

@@ -1,5 +1,7 @@
-"""What other callbacks raise in the way of a save is held until the save is handed over: a tracker that fails must not cost
-the checkpoint of a notice. Then it is raised, as Trainer itself would have done, or told where the training ends anyway."""
+"""Holds exceptions of other callbacks until a save is handed over: a failing tracker must not cost the checkpoint.
+
+Then the exception is raised, as Trainer itself would have done, or logged if the training ends anyway.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ _BEHIND_A_SAVE = ("on_step_begin", "on_epoch_begin", "on_train_end")
 
 
 class _Tolerant:
-    """A callback whose exceptions are noted instead of raised."""
+    """Wraps a callback whose exceptions are recorded instead of raised."""
 
     def __init__(self, callback: TrainerCallback, note: Callable[[Exception], None]) -> None:
         self.callback = callback
@@ -39,12 +41,12 @@ class _Tolerant:
 
 
 class HeldErrors:
-    """Stands between a trainer and its callbacks.
+    """Holds exceptions that callbacks raise on the way to a save.
 
     Args:
-        trainer: that is trained.
-        own: the callback whose exceptions are not held.
-        stopping: whether the training ends after the save.
+        trainer: the Trainer.
+        own: hf_spot's callback, whose exceptions are not held.
+        stopping: returns whether the training ends after the save.
     """
 
     def __init__(self, trainer: Trainer, own: TrainerCallback, stopping: Callable[[], bool]) -> None:
@@ -55,7 +57,7 @@ class HeldErrors:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold within the block what callbacks raise on the way to a save."""
+        """Hold exceptions within the block."""
         with CALL_EVENT.replaced(self._handler, self._in_place_of):
             yield
 
@@ -63,7 +65,7 @@ class HeldErrors:
         def call(event: str, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
             due = control.should_save or event == "on_step_end"
             if event != "on_save" and not (event in _BEFORE_A_SAVE and due):
-                if event in _BEHIND_A_SAVE:  # it could not be made
+                if event in _BEHIND_A_SAVE:  # there was no save
                     self._release()
                 return call_event(event, args, state, control, **kwargs)
             with self._tolerantly():
@@ -97,6 +99,6 @@ class HeldErrors:
         if error is None:
             return
         if self._stopping():
-            log.warning("the training stops for another reason, and the next launch meets it again: %s", type(error).__name__)
+            log.warning("the training stops for another reason; the next launch may raise this again: %s", type(error).__name__)
             return
         raise error

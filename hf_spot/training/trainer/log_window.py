@@ -2,8 +2,8 @@
 
 Trainer adds up losses on the device and reports their mean at each log line: its *window*, the steps since the last line. No
 checkpoint holds it, nor the sum for ``train_loss``, nor when the training began. `LogWindow` adds them to each checkpoint and
-returns to them, so that ``state.log_history``, what trackers hear, and the metrics that ``train()`` returns are those of a run
-that nobody interrupted. Seen with transformers 5.8 to 5.24.
+restores them, so that ``state.log_history``, the lines that trackers get, and the metrics that ``train()`` returns are those
+of an uninterrupted run. Verified with transformers 5.8 to 5.24.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from hf_spot.training.upstream import (
 log = logging.getLogger("hf_spot")
 
 _FOLDER = "log_window"  # inside a checkpoint; each rank adds up its own losses
-# A trainer of another library averages more than the loss (TRL's rewards and entropies, sentence-transformers' parts of a
-# loss), and these methods, overridden, are where it reports and forgets them.
+# Trainers of other libraries average more than the loss (TRL's rewards and entropies, sentence-transformers' parts of a
+# loss); they report and reset these values in overrides of these methods.
 _REPORTING = (LOG_LINE.name, LOG_SAVE_EVALUATE.name)
 _OWN = {one.name for one in (LOSS_SO_FAR, TOTAL_LOSS, LAST_LOGGED, FLOS)}
 
@@ -56,12 +56,12 @@ class Mark:
 
 
 class LogWindow:
-    """Takes part in a trainer's logging from `watch` to `close`.
+    """Wraps a trainer's logging from `watch` to `close`.
 
     Args:
-        trainer: whose log it is.
-        is_stopping: whether a notice ends the training: what Trainer reports at its end is then left to a later launch.
-        is_extra: whether the save under way is one that an uninterrupted run would not make.
+        trainer: the Trainer.
+        is_stopping: returns whether a notice ends the training; a later launch then reports the end.
+        is_extra: returns whether the save under way is one that an uninterrupted run would not make.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class LogWindow:
     # -- in a training ------------------------------------------------------------------------------------------------
 
     def watch(self) -> None:
-        """Called before the training begins: from now on."""
+        """Start wrapping. Call it before the training begins."""
         for name, method in (
             (LOG_SAVE_EVALUATE, self._log_save_evaluate),
             (FINALIZE, self._finalize),
@@ -93,10 +93,10 @@ class LogWindow:
             name.set(self._trainer, method)
 
     def begin(self, checkpoint: Path | None) -> None:
-        """Called when Trainer has set its window to nothing.
+        """Restore the window of a checkpoint. Call it after Trainer has reset its own.
 
         Args:
-            checkpoint: that the training resumes; None if it begins.
+            checkpoint: the checkpoint that the training resumes from, or None.
         """
         self._began_s = time.time()
         self._first = _take(self._trainer, self._names)
@@ -109,7 +109,7 @@ class LogWindow:
         also = _take(trainer, self._names)
         carried = {name for name, value in also.items() if name in self._carried or not _equal(value, self._first.get(name))}
         if self._is_extra() and self._flos is not None:
-            # As if Trainer had not added them up for this save: a sum of floats depends on its order.
+            # Undo Trainer's addition for this save: a sum of floats depends on its order.
             self._set_flos(*self._flos)
         step, norm, rate = self._last
         window = {
@@ -129,7 +129,7 @@ class LogWindow:
         torch.save(window, str(checkpoint / _FOLDER / f"rank_{trainer.args.process_index}.pt"))
 
     def make_up(self) -> None:
-        """Write the line at the end of an epoch that the launch before did not come to, if there is one to write."""
+        """Write the log line at the end of an epoch that the previous launch did not reach, if there is one."""
         if not self._pending:
             return
         trainer, (_, norm, rate) = self._trainer, self._last
@@ -140,17 +140,17 @@ class LogWindow:
         LOG_SAVE_EVALUATE.plain(trainer)(LOSS_SO_FAR.of(trainer), norm, *what, learning_rate=rate)
 
     def mark(self) -> Mark:
-        """Return this moment, for `rewind`: a step or an evaluation begins that may be given up."""
+        """Return a mark for `rewind`, before a step or an evaluation that may be abandoned."""
         trainer = self._trainer
         return Mark(LOSS_SO_FAR.of(trainer).clone(), _take(trainer, self._names, by_length=True))
 
     def rewind(self, mark: Mark) -> None:
-        """Forget what was added up since ``mark``."""
+        """Discard what was added up since ``mark``."""
         LOSS_SO_FAR.of(self._trainer).copy_(mark.tr_loss)
         _put_back(self._trainer, mark.also)
 
     def close(self) -> None:
-        """Give the trainer its methods back."""
+        """Restore the trainer's methods."""
         for name in (LOG_SAVE_EVALUATE, FINALIZE, STORE_FLOS, INITIAL_VALUES):
             name.restore(self._trainer)
 
@@ -169,7 +169,7 @@ class LogWindow:
     ) -> None:
         step, norm, rate = self._last
         if learning_rate is None and step == self._trainer.state.global_step:
-            grad_norm, learning_rate = norm, rate  # no step was done since the resume: it is an epoch's end
+            grad_norm, learning_rate = norm, rate  # no step since the resume: this is the end of an epoch
         self._last = (self._trainer.state.global_step, grad_norm, learning_rate)
         self._flos = None
         what = (tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time - self._earlier_s)
@@ -193,7 +193,7 @@ class LogWindow:
     # -- the parts of a window ----------------------------------------------------------------------------------------
 
     def _log_is_pending(self) -> bool:
-        """Whether an uninterrupted run writes a line between this save and the next step: at the end of an epoch."""
+        """Return whether an uninterrupted run logs between this save and the next step, at the end of an epoch."""
         trainer = self._trainer
         args, state = trainer.args, trainer.state
         ends = state.global_step >= state.max_steps or (trainer.control.should_training_stop and not self._is_stopping())
@@ -202,12 +202,12 @@ class LogWindow:
         return by_epoch and at_end and state.global_step > LAST_LOGGED.of(trainer)
 
     def _load(self, checkpoint: Path) -> bool:
-        """Return to the window of a checkpoint; False if it holds none."""
+        """Restore the window of a checkpoint; return False if it contains none."""
         trainer, files = self._trainer, sorted((checkpoint / _FOLDER).glob("rank_*.pt"))
         if not files:
             if trainer.args.process_index == 0:
                 log.warning(
-                    "%s does not say which losses belong to the next log line: that line, and train_loss, are those of the "
+                    "%s does not contain the losses for the next log line: that line, and train_loss, will cover only the "
                     "steps from here on",
                     checkpoint.name,
                 )
@@ -218,7 +218,7 @@ class LogWindow:
         if len(windows) == ranks:
             window = torch.load(checkpoint / _FOLDER / f"rank_{rank}.pt", map_location="cpu", weights_only=True)
             tr_loss, current_flos = window["tr_loss"], window["flos"][1]
-        else:  # the line reports the mean of the ranks, and the sum of what they computed
+        else:  # a log line reports the mean loss of the ranks, and the sum of their operations
             tr_loss = torch.stack([one["tr_loss"] for one in windows]).mean(0)
             current_flos = sum(one["flos"][1] for one in windows) if rank == 0 else 0
         LOSS_SO_FAR.set(trainer, tr_loss.to(trainer.args.device))
@@ -239,11 +239,11 @@ class LogWindow:
     # -- of a finished training ---------------------------------------------------------------------------------------
 
     def load_finished(self, checkpoint: Path) -> bool:
-        """Return to the window of a training's last checkpoint, outside of ``train()``; False if it holds none."""
+        """Restore the window of a training's last checkpoint, outside ``train()``; return False if it contains none."""
         return self._load(checkpoint)
 
     def summarize(self) -> TrainOutput:
-        """Report the end of a training that is finished, as Trainer does; call it after `load_finished`."""
+        """Report the end of a finished training as Trainer does. Call it after `load_finished`."""
         trainer = self._trainer
         STORE_FLOS.of(trainer)()
         steps = trainer.state.global_step - FIRST_STEP.of(trainer)
@@ -262,22 +262,22 @@ def _say_nothing(*args: Any, **kwargs: Any) -> None:
 
 @dataclass(frozen=True)
 class _Length:
-    """Of a list that only grows until it is reported: enough to return to, and nothing to copy."""
+    """The length of a list that only grows until it is reported: enough to restore it without a copy."""
 
     count: int
 
 
 class _NotPlain(Exception):
-    """A value is an object of its own, and no number, text, tensor or collection of those."""
+    """A value is not a number, a string, a tensor or a collection of these."""
 
 
 def _take(trainer: Trainer, names: frozenset[str], *, by_length: bool = False) -> dict[str, Any]:
-    """Return copies of the plain values that a trainer of another library, or of the script, reports of itself.
+    """Return copies of the plain values that a subclass of Trainer reports.
 
     Args:
-        trainer: whose attributes they are.
-        names: of these attributes.
-        by_length: take the length of a list for its copy.
+        trainer: the Trainer.
+        names: names of the attributes.
+        by_length: keep only the length of a list.
     """
     found = {}
     for name in names & vars(trainer).keys():
@@ -337,8 +337,10 @@ def _put_back(trainer: Trainer, values: dict[str, Any]) -> None:
 
 
 def _refill(target: Any, value: Any, device: torch.device) -> Any:
-    """Return ``target`` with what `_copy` took of it, or the value where it holds nothing else. Collections stay the objects
-    that they are: a ``defaultdict`` has its factory, a ``deque`` its length."""
+    """Return ``target`` with the contents that `_copy` took, or the value itself if ``target`` is not a collection.
+
+    Collections stay the same objects, because a ``defaultdict`` has a factory and a ``deque`` a maximum length.
+    """
     if isinstance(value, _Length):
         del target[value.count :]
         return target

@@ -1,4 +1,4 @@
-"""``spot/…`` metrics: they travel with Trainer's own next log, so that whatever ``report_to`` names shows them."""
+"""``spot/…`` metrics, added to Trainer's next log line, so that every tracker in ``report_to`` shows them."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from hf_spot.training.upstream import ON_LOG
 
 
 class Metrics:
-    """Adds what was measured since the last log to what callbacks hear of the next, until `close`.
+    """Adds measurements to the log lines that callbacks get, until `close`.
 
-    Not to ``state.log_history``, which is part of every checkpoint: an interrupted run's would differ from its twin's, and
-    seconds measured on a machine are no part of a training. Trackers put ``train/`` in front, as of all that is not an
-    evaluation's.
+    They are not added to ``state.log_history``, which is part of every checkpoint and must be the same in an interrupted and an
+    uninterrupted run. Trackers put ``train/`` before the names, as they do for everything except evaluations.
 
     Args:
-        trainer: whose log it is.
-        gauges: asked at each log, by name; None is left out.
+        trainer: the Trainer.
+        gauges: functions by name, called at each log line; None is left out.
     """
 
     def __init__(self, trainer: Trainer, gauges: dict[str, Callable[[], float | None]]) -> None:
         self._trainer = trainer
         self._gauges = gauges
         self._fresh: deque[tuple[str, float]] = deque()
-        if trainer.args.process_index == 0 and ON_LOG.trouble() is None:  # no other rank reports
+        if trainer.args.process_index == 0 and ON_LOG.trouble() is None:  # only this rank reports
             self._on_log = ON_LOG.of(trainer.callback_handler)
             ON_LOG.set(trainer.callback_handler, self._logged)
 
     def put(self, name: str, value: float | None) -> None:
-        """For the next log, from any thread; None is left out."""
+        """Add a value to the next log line; None is left out. Any thread may call it."""
         if value is not None:
             self._fresh.append((f"spot/{name}", value))
 
@@ -47,10 +46,10 @@ class Metrics:
         try:
             return self._on_log(args, state, control, shown, **kwargs)
         finally:
-            # Callbacks may change what `train()` returns: PrinterCallback takes ``total_flos`` out of it.
+            # Callbacks may change what `train()` returns: PrinterCallback removes ``total_flos``.
             logs.clear()
             logs.update({name: value for name, value in shown.items() if name not in found})
 
     def close(self) -> None:
-        """Gives the trainer its method back."""
+        """Restore the trainer's method."""
         ON_LOG.restore(self._trainer.callback_handler)

@@ -1,4 +1,4 @@
-"""What a Trainer's training consists of beside what Trainer saves: its subclass, callbacks, data, loss, other models."""
+"""Finds the state of a training that Trainer does not save: its subclass, callbacks, data, loss, other models."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from hf_spot.training.state.values import is_tensor
 from hf_spot.training.state.walk import Found, Walk, is_of_script
 from hf_spot.training.upstream import FLATTEN, TORCH_SAVE
 
-# What belongs to a process and not to the training: which weights an engine beside it holds, and so on.
+# Attributes that belong to a process and not to the training, such as which weights an inference engine has loaded.
 _OF_THIS_PROCESS = re.compile(r"trainer\.(_last_loaded_step|_hf_spot\w*)$")
 
 
 class SavedTensors:
-    """Sees which tensors go into the files of a checkpoint, from `recording` on.
+    """Records which tensors are written to the files of a checkpoint.
 
     Args:
-        trainer: whose saves these are.
+        trainer: the Trainer.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -39,7 +39,7 @@ class SavedTensors:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Within it, all that is written is seen."""
+        """Record all tensors that are written within the block."""
         self._memory, self._names = set(), {}
         self._everything = bool(self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled)
 
@@ -69,7 +69,7 @@ class SavedTensors:
                 self._note(value)
 
     def holds(self, path: str, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is in the files: it itself, or one of its name and shape that was made of it."""
+        """Return whether the files contain a tensor, or one of the same name and shape that was derived from it."""
         of_model, _, name = path.partition(".")
         if self._everything and of_model == "model":
             return True
@@ -79,10 +79,10 @@ class SavedTensors:
 
 
 def own_state(trainer: Trainer) -> CarriedState:
-    """Return what has to be carried for a training.
+    """Return the `CarriedState` of a training.
 
     Args:
-        trainer: about to train.
+        trainer: the Trainer, about to train.
     """
 
     def find(walk: Walk) -> Iterator[Found]:
@@ -98,7 +98,7 @@ def own_state(trainer: Trainer) -> CarriedState:
 
 
 def _new_walk(trainer: Trainer) -> Walk:
-    """Return a walk that leaves out what is Trainer's own, or ours."""
+    """Return a walk that skips Trainer's own objects and hf_spot's."""
     handler = trainer.callback_handler
     ours = [one for one in handler.callbacks if type(one).__module__.partition(".")[0] in ("hf_spot", "transformers")]
     skip = [trainer.args, trainer.state, trainer.control, handler, trainer.accelerator, trainer.optimizer]
@@ -140,13 +140,13 @@ _IN_STATE_DICT = {"state", "param_groups", "defaults", "base_lrs", "last_epoch",
 
 def _handed(walk: Walk, name: str, handed: Any) -> Iterator[Found]:
     if name in ("optimizer", "lr_scheduler"):
-        inner = getattr(handed, name.removeprefix("lr_"), handed)  # accelerate's keep it inside
+        inner = getattr(handed, name.removeprefix("lr_"), handed)  # accelerate wraps it
         if inner is not None and is_of_script(type(inner)):
             yield from walk.attributes(name, inner, lambda key: key not in _IN_STATE_DICT)
     elif isinstance(handed, dict) and name == "eval_dataset":
         for key, one in handed.items():
             yield from walk.value(f"{name}[{key!r}]", one)
-    elif not isinstance(handed, (list, tuple, str, type(None))):  # lists are data, and not state
+    elif not isinstance(handed, (list, tuple, str, type(None))):  # lists are data, not state
         yield from walk.value(name, handed)
 
 
@@ -157,13 +157,13 @@ def _trained(trainer: Trainer) -> Iterator[torch.Tensor]:
 
 @lru_cache(maxsize=1)
 def _names_of_trainer() -> frozenset[str]:
-    """Attributes that Trainer itself sets or reads: they are its business, or have repairs of their own."""
+    """Return the attributes that Trainer itself uses: it saves them, or `trainer/` handles them one by one."""
     source = Path(str(transformers.trainer.__file__)).read_text(encoding="utf-8")
     return frozenset(re.findall(r"\bself\.(\w+)", source))
 
 
 def after_train_begin(trainer: Trainer, act: Callable[[], None]) -> None:
-    """Call ``act`` once, when all callbacks have heard that the training begins: they may make what is to be restored there."""
+    """Call ``act`` once, after ``on_train_begin`` of all callbacks: they may create objects there that must be restored."""
     handler: Any = trainer.callback_handler
     plain = handler.on_train_begin
 

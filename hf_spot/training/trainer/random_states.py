@@ -1,7 +1,7 @@
-"""What Trainer leaves out of a checkpoint, or does otherwise when it resumes, and an interrupted run needs to end the same.
+"""Random states that Trainer does not save, or restores at the wrong moment, and that a bit-exact resume needs.
 
-Each repair is applied from outside, to a resumed training only: an uninterrupted one stays as Trainer makes it. Seen with
-transformers 5.23 and accelerate 1.15.
+Each repair changes only a resumed training; an uninterrupted one stays as Trainer runs it. Verified with transformers 5.23
+and accelerate 1.15.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from hf_spot.training.upstream import INSIDE, LOAD_RNG_STATE, SAVE_RNG_STATE
 log = logging.getLogger("hf_spot")
 
 _NEWEST = 1024  # batches whose indices are remembered: workers are so many ahead at most
-_FOLDER = "random_states"  # inside a checkpoint; a rank's file has the name that Trainer gives to `rng_state`
+_FOLDER = "random_states"  # inside a checkpoint; the files are named like Trainer's `rng_state`
 
 
 class RandomStates:
-    """Adds to each checkpoint the random states of two earlier moments, and returns to them when it is resumed.
+    """Adds the random states of two earlier moments to each checkpoint, and restores them at a resume.
 
     *The start of the epoch.* A sampler that draws its order from the global generators (``group_by_length``,
-    ``use_seedable_sampler=False``) draws it there. Trainer saves the state of the middle alone.
+    ``use_seedable_sampler=False``) draws it there. Trainer saves only the state at the time of the save.
 
-    *The draw of the next batch.* accelerate fetches a batch before it hands out the one before: at a save in the middle of
-    an epoch the next batch has been made already. A collator or a dataset that draws random numbers (masked language
-    modelling, augmentation) must draw those of that moment for it again, and those after the save for the batches behind
-    it; Trainer makes all of them first and restores the generators afterwards. With workers (``dataloader_num_workers``)
-    batches are made elsewhere, and this is not repaired.
+    *The draw of the next batch.* accelerate fetches a batch before it returns the previous one: at a save in the middle of an
+    epoch the next batch already exists. A collator or a dataset that draws random numbers (masked language modelling,
+    augmentation) must draw the numbers of that moment again for this batch, and those after the save for later batches; Trainer
+    makes the batches first and restores the generators afterwards. With workers (``dataloader_num_workers``) batches are made
+    in other processes, and `WorkerStates` is responsible.
 
     Args:
-        trainer: whose generators are saved and restored, by its own methods.
-        folder: on this machine, for what Trainer writes; `close` removes it.
+        trainer: the Trainer; its own methods save and restore the generators.
+        folder: local folder for files that Trainer writes; `close` removes it.
     """
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:
@@ -76,21 +76,21 @@ class RandomStates:
         self._read_data_side(None)
 
     def resume(self, then: Callable[[], None]) -> None:
-        """Takes over the moment at which Trainer returns to the state of the checkpoint.
+        """Wrap the method by which Trainer restores the random states of the checkpoint.
 
         Args:
-            then: called once, right after it.
+            then: called once, right afterwards.
         """
         self._then = then
         LOAD_RNG_STATE.set(self._trainer, self._return_to_checkpoint)
 
     def begin_epoch(self, dataloader: Any, resumed: Path | None, *, middle: bool = True) -> None:
-        """An epoch begins.
+        """Prepare the random states for an epoch that begins.
 
         Args:
-            dataloader: of the epoch.
+            dataloader: the DataLoader of the epoch.
             resumed: the checkpoint, if this is the first epoch after a resume.
-            middle: that checkpoint is not one of the end of an epoch.
+            middle: whether the checkpoint was saved in the middle of an epoch.
         """
         if getattr(dataloader, "persistent_workers", False):
             self._workers.note_seeded(int(self._trainer.state.epoch or 0) > 0)
@@ -119,22 +119,22 @@ class RandomStates:
         self._mark()
 
     def micro_batch_ended(self) -> None:
-        """A batch has been trained; called before `step_ended`."""
+        """Count a trained batch. Call it before `step_ended`."""
         self._micro_batches += 1
 
     def step_ended(self) -> None:
-        """An optimizer step is done. What follows it (an evaluation, a save) still belongs to it."""
+        """Record the end of an optimizer step. An evaluation or a save that follows still belongs to it."""
         self._handed_out = self._micro_batches
         self._step_ended = True
 
     def step_begins(self) -> None:
-        """The micro-batches of the next step have been made."""
+        """Record the start of a step, when its micro-batches have been made."""
         self._mark()
 
     def rewind(self) -> None:
-        """Returns to the moment between the last step and the one under way, as if that had not begun.
+        """Restore the random states between the last finished step and the one under way.
 
-        A checkpoint that is saved now is one of the last finished step.
+        A checkpoint that is saved now belongs to the last finished step.
         """
         assert self._between_steps is not None
         state, self._before_draw, self._draws = self._between_steps
@@ -142,7 +142,7 @@ class RandomStates:
         self._data_side.restore(state["data_side"])
 
     def save(self, checkpoint: Path) -> None:
-        """Adds this rank's states to a checkpoint."""
+        """Add this rank's states to a checkpoint."""
         if self._start_of_epoch:
             _write(self._start_of_epoch, checkpoint / _FOLDER)
             if self._before_draw is not None:
@@ -164,29 +164,29 @@ class RandomStates:
         self._resumed_data_side = {moment: from_json(told.get(moment, {})) for moment in ("began", "draw", "saved")}
 
     def remember(self) -> None:
-        """Keeps the random state of this moment for `return_to_remembered`."""
+        """Keep the current random states for `return_to_remembered`."""
         self._remembered_files = self._files_of_now(self._remembered)
 
     def return_to_remembered(self) -> None:
-        """Returns to it."""
+        """Restore the random states that `remember` kept."""
         make_private(self._remembered)
         _write(self._remembered_files, self._remembered)
         LOAD_RNG_STATE.plain(self._trainer)(str(self._remembered))
         forget()
 
     def _files_of_now(self, folder: Path) -> dict[str, bytes]:
-        """Return what Trainer writes of this moment. In memory, because somebody may clean /tmp before it is needed."""
+        """Return the files that Trainer writes for the current states, in memory, because /tmp may be cleaned meanwhile."""
         make_private(folder)
         SAVE_RNG_STATE.of(self._trainer)(str(folder))
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def close(self) -> None:
-        """Gives the trainer its method back, and removes the folder."""
+        """Restore the trainer's method, and remove the folder."""
         LOAD_RNG_STATE.restore(self._trainer)
         shutil.rmtree(self._folder, ignore_errors=True)
         shutil.rmtree(self._remembered, ignore_errors=True)
         self._workers.close()
-        # They would tie trainer and loaders into a cycle; torch is slow to end workers that the garbage collector finds.
+        # Otherwise trainer and loaders form a cycle, and torch is slow to end workers that the garbage collector finds.
         for watched in self._watched:
             watched.release()
 
@@ -204,13 +204,13 @@ class RandomStates:
 
     def _watch(self, dataloader: Any) -> None:
         sampler = getattr(dataloader, "batch_sampler", None)
-        # A dispatcher draws on one rank only, and an evaluation there would wait for the others for ever.
+        # A dispatcher draws on one rank only, and an evaluation there would wait for the other ranks forever.
         if sampler is None or isinstance(dataloader, DataLoaderDispatcher):
             self._before_draw = None
             return
         if isinstance(sampler, _Watched):
             return
-        # A DataLoader refuses such a change, for fear of one that has begun to iterate; accelerate's keep theirs inside.
+        # A DataLoader refuses to change its sampler, as it may be iterating already; accelerate's loaders wrap another one.
         object.__setattr__(
             INSIDE.of(dataloader) if INSIDE.is_on(dataloader) else dataloader,
             "batch_sampler",
@@ -254,7 +254,7 @@ class RandomStates:
             self._expected_batch, self._drawn_batch = None, self._batch(number, indices)
 
     def drawn(self) -> None:
-        """The indices of a batch have been drawn, and the batch is made next, in this process."""
+        """Restore or record random states, after a batch's indices were drawn and before the batch is made in this process."""
         now = self._mark()
         self._draws += 1
         if self._resumed_draw is not None:
@@ -270,7 +270,7 @@ class RandomStates:
     def _load_start_of_epoch(self, states: Path) -> None:
         args = self._trainer.args
         name = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
-        if not (states / name).exists():  # other ranks than before: the order of the data is that of rank 0
+        if not (states / name).exists():  # the number of ranks has changed: use the data order of rank 0
             found = next((path for path in (states / "rng_state_0.pth", states / "rng_state.pth") if path.exists()), None)
             if found is not None:
                 shutil.copyfile(found, states / name)
@@ -281,12 +281,12 @@ class RandomStates:
         return capture() | {"data_side": self._data_side.capture()}
 
     def _mark(self) -> dict[str, Any] | None:
-        """The state of now, if it had to be taken."""
+        """Record the states between two steps, once per step; return them if they were captured now."""
         if not self._step_ended:
             return None
         self._step_ended = False
         now = self._capture()
-        if self._trainer.args.gradient_accumulation_steps > 1:  # a step of one micro-batch is never left in its middle
+        if self._trainer.args.gradient_accumulation_steps > 1:  # a step of one micro-batch is never abandoned
             now |= capture_gpus()
         self._between_steps = (now, self._before_draw, self._draws)
         return now
@@ -302,7 +302,7 @@ class RandomStates:
 
 
 class _Watched(BatchSampler):
-    """A batch sampler that tells `RandomStates` of each draw, and is the one inside in everything else."""
+    """Wraps a batch sampler and reports each draw to `RandomStates`."""
 
     def __init__(self, inner: Any, states: RandomStates, worker_states: WorkerStates | None) -> None:
         self._inner = inner
@@ -310,7 +310,7 @@ class _Watched(BatchSampler):
         self.worker_states = worker_states
 
     def release(self) -> None:
-        """From now on it tells nobody."""
+        """Stop reporting draws."""
         self._states = self.worker_states = None
 
     def __iter__(self) -> Iterator[list[int]]:

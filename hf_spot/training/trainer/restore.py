@@ -1,4 +1,4 @@
-"""What Trainer resumes from: the run's newest commit, brought to where Trainer looks, or what was there before hf_spot."""
+"""Finds what Trainer resumes from: the run's newest commit, restored to ``output_dir``, or a checkpoint from before hf_spot."""
 
 from __future__ import annotations
 
@@ -32,14 +32,16 @@ log = logging.getLogger("hf_spot")
 
 
 class MachineGoing(Exception):
-    """The machine goes: ends a start that leads to no training."""
+    """The machine is being taken away: ends a start before any training."""
 
 
 class Resumption:
-    """Every rank must call every method. A restore ends with `MachineGoing` when the machine goes: nobody would train with it.
+    """Restores checkpoints for Trainer. Every rank must call every method.
+
+    A termination notice ends a restore with `MachineGoing`.
 
     Args:
-        session: of the run, claimed already.
+        session: connection to the run, which must be claimed.
     """
 
     def __init__(self, session: RunSession) -> None:
@@ -49,12 +51,14 @@ class Resumption:
         self._had_own = False
 
     def restore(self, resume_from_checkpoint: str | bool | None) -> tuple[Checkpoint, Path] | None:
-        """The newest commit of this stage, if one is wanted and there is one; local folders that would mislead are cleared
-        away.
+        """Restore the newest commit of this training, and set aside local checkpoints that were never committed.
+
+        Args:
+            resume_from_checkpoint: as given to ``train()``; False restores nothing.
 
         Raises:
-            CorruptCheckpoint: there are commits, and none of them is whole.
-            StoreError: the store could not be asked.
+            CorruptCheckpoint: there are commits, but none is intact.
+            StoreError: the store could not be read.
         """
         session, found = self._session, None
         session.on_each_disk(lambda: sweep(self._output_dir))
@@ -66,7 +70,7 @@ class Resumption:
         return found
 
     def foreign(self, resume_from_checkpoint: Any) -> Any:
-        """What Trainer shall resume from when the run has nothing: a checkpoint from before hf_spot is Trainer's business."""
+        """Return what Trainer should resume from if the run has no commit: a checkpoint that hf_spot did not make, or None."""
         return self._session.agreement.from_main(lambda: self._foreign(resume_from_checkpoint))
 
     def _foreign(self, resume_from_checkpoint: Any) -> Any:
@@ -76,8 +80,11 @@ class Resumption:
         return None if own or resume_from_checkpoint in (None, False) else resume_from_checkpoint
 
     def restore_best(self, restored: Checkpoint) -> Path | None:
-        """The folder of the best checkpoint so far, which may be the one that is resumed from; None when there is none, or it
-        can't be restored."""
+        """Restore the best checkpoint so far and return its folder; None if there is none, or it can't be restored.
+
+        Args:
+            restored: the checkpoint that the training resumes from, which may be the best one.
+        """
         session = self._session
         bests = [ref for ref in self._run.journal.state.checkpoints if ref.stage == session.stage and ref.best]
         best = session.agreement.from_main(lambda: bests[0] if bests else None)
@@ -90,9 +97,9 @@ class Resumption:
             _, folder = session.restore(best, "restore best", self._look)
         except SpotError as error:
             if session.agreement.is_main:
-                log.error("the best checkpoint so far can't be restored; a later one will be taken for the best: %s", error)
+                log.error("the best checkpoint so far can't be restored, so a later one will count as the best: %s", error)
             return None
-        # Rotation goes by modification time: what is resumed from must count as the newer one.
+        # Trainer's rotation goes by modification time, and must treat the checkpoint to resume from as the newer one.
         session.on_each_disk(lambda: _touch(resumed))
         return folder
 
@@ -102,12 +109,12 @@ class Resumption:
 
 
 def _touch(folder: Path) -> None:
-    with contextlib.suppress(PermissionError, NotImplementedError):  # mounted buckets know no times
+    with contextlib.suppress(PermissionError, NotImplementedError):  # mounted buckets have no modification times
         os.utime(folder)
 
 
 def _is_own(resume_from_checkpoint: str | bool | None, output_dir: Path) -> bool:
-    """True for what ``get_last_checkpoint(output_dir)`` may have given the script: the run's own newest commit is better."""
+    """Return whether a path may come from ``get_last_checkpoint(output_dir)``: the run's newest commit takes precedence."""
     if isinstance(resume_from_checkpoint, str):
         return Path(resume_from_checkpoint).resolve().parent == output_dir.resolve()
     return resume_from_checkpoint is True
@@ -122,15 +129,15 @@ def load_finished(
     *,
     told: bool,
 ) -> TrainOutput:
-    """Leave the trainer as ``train()`` left it when it finished, without training: Trainer itself would do one step more.
+    """Bring the trainer into the state after a finished ``train()``, without training: Trainer itself would do one more step.
 
     Args:
-        trainer: that trained it, or one like it.
-        folder: of the last checkpoint.
-        restored: that checkpoint.
-        best_folder: of the best checkpoint, where there is one.
-        restore_own: brings back what Trainer does not save, from a folder.
-        told: callbacks have heard the training's last lines.
+        trainer: the Trainer.
+        folder: folder of the last checkpoint.
+        restored: the last checkpoint.
+        best_folder: folder of the best checkpoint, if there is one.
+        restore_own: restores state that Trainer does not save, from a folder.
+        told: whether callbacks already got the training's last log lines.
     """
     with all_weights_loaded(trainer):
         LOAD_FROM_CHECKPOINT.of(trainer)(str(folder))
@@ -161,8 +168,11 @@ def load_finished(
 
 
 def _prepare(trainer: Trainer) -> None:
-    """Bring the model into the state that a training leaves it in: in ``train()`` mode, if it was not evaluated last, and known
-    to accelerate, so that no later evaluation reports how long its preparation took."""
+    """Bring the model into the state that a training leaves it in.
+
+    It is in ``train()`` mode unless it was evaluated last, and prepared by accelerate, so that no later evaluation reports the
+    time for that.
+    """
     model, state = trainer.model, trainer.state
     assert model is not None
     model.train(not any(_is_of_evaluation(line) for line in state.log_history if line.get("step") == state.global_step))
@@ -188,8 +198,10 @@ def _evaluate(trainer: Trainer) -> None:
 
 @contextlib.contextmanager
 def _unheard(trainer: Trainer) -> Iterator[None]:
-    """Within it, callbacks hear nothing: they have heard it already. All but Trainer's own for its flow and the terminal, which
-    also choose what of a line `train()` returns."""
+    """Remove callbacks within the block, because they got these events already.
+
+    Trainer's own callbacks for its flow and the terminal stay: they also decide what ``train()`` returns.
+    """
     callbacks = CALLBACKS.of(CALLBACK_HANDLER.of(trainer))
     before = list(callbacks)
     callbacks[:] = [one for one in before if type(one).__module__ == TrainerCallback.__module__]

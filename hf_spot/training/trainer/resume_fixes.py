@@ -1,5 +1,7 @@
-"""Repairs of what Trainer and accelerate do otherwise when they resume. Each is made only where its fault is still there: what
-a library has mended itself would otherwise be mended twice."""
+"""Repairs for faults of Trainer and accelerate at a resume.
+
+Each repair first tests that its fault still exists: otherwise it would break what the library has fixed.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +31,20 @@ log = logging.getLogger("hf_spot")
 
 
 def set_epoch(dataloader: Any, epoch: int) -> None:
-    """Tell samplers which epoch it is as Trainer does at the start of each, but before it skips what was trained: through
-    the sampler that skips, Trainer's own call does not reach them."""
+    """Set the epoch of all samplers before trained batches are skipped.
+
+    Trainer's own call at the start of an epoch does not reach them through the sampler that skips.
+    """
     batch_sampler = getattr(dataloader, "batch_sampler", None)
     if reaches_through_skips(dataloader):
         return
     for one in (dataloader, SKIPS_INSIDE.of(batch_sampler) if SKIPS_INSIDE.is_on(batch_sampler) else None):
-        if one is not None and hasattr(one, "set_epoch"):  # not every sampler has an order of its own for each epoch
+        if one is not None and hasattr(one, "set_epoch"):  # only samplers whose order depends on the epoch have it
             one.set_epoch(epoch)
 
 
 class _Told:
-    """Knows which epoch it has been told."""
+    """Records the epoch that was set."""
 
     epoch = 0
 
@@ -57,9 +61,9 @@ class _ToldBatchSampler(_Told, BatchSampler):
 
 
 def reaches_through_skips(dataloader: Any) -> bool:
-    """Return whether accelerate tells the samplers of such a loader their epoch even through the one that skips batches.
+    """Return whether ``set_epoch`` of such a loader reaches its samplers through the sampler that skips batches.
 
-    It is tried on a tiny loader. False for loaders that are not accelerate's.
+    Tries it on a tiny loader. Returns False for loaders that are not accelerate's.
     """
     kind = next((one for one in (DataLoaderDispatcher, DataLoaderShard) if isinstance(dataloader, one)), None)
     if kind is None:
@@ -75,10 +79,10 @@ def reaches_through_skips(dataloader: Any) -> bool:
 
 @contextmanager
 def dispatched_batches_skipped() -> Iterator[None]:
-    """Within it, a resume skips what all ranks have trained of batches that rank 0 hands out (``dispatch_batches``).
+    """Skip the right number of batches at a resume within the block, if rank 0 loads for all ranks (``dispatch_batches``).
 
-    Each of them is made of one batch of the sampler for every rank; ``accelerate.skip_first_batches`` skips the sampler's
-    batches as if there were one rank.
+    Each dispatched batch consists of one batch of the sampler per rank; ``accelerate.skip_first_batches`` counts the sampler's
+    batches as if there were one rank. Raises ConfigError if it skips any other number.
     """
 
     def make(plain_skip: Any) -> Any:
@@ -93,7 +97,7 @@ def dispatched_batches_skipped() -> Iterator[None]:
                 return skipping
             if passed_over != num_batches:
                 raise ConfigError(
-                    f"accelerate passes over {passed_over} batches where {num_batches * ranks} were trained",
+                    f"accelerate skips {passed_over} batches, but {num_batches * ranks} were trained",
                     hint=how_to_install({"accelerate"}),
                 )
             return plain_skip(dataloader, num_batches * ranks)
@@ -109,22 +113,22 @@ def _batches_of_sampler(dataloader: Any) -> int:
 
 
 def counters(trainer: Trainer) -> dict[str, int]:
-    """What a trainer counts for its log and does not save: TRL's tokens (``num_tokens``). Other trainers have none."""
+    """Return the counters that a trainer logs but does not save: TRL's ``num_tokens``. Other trainers have none."""
     return {one.name: one.of(trainer) for one in (TRAIN_TOKENS,) if one.is_on(trainer)}
 
 
 def carry_counters(trainer: Trainer, counted: dict[str, int]) -> None:
-    """Go on counting from what `counters` told."""
+    """Set the counters to what `counters` returned."""
     for one in (TRAIN_TOKENS,):
         if one.is_on(trainer) and one.name in counted:
             one.set(trainer, counted[one.name])
 
 
 def carry_callback_states(trainer: Trainer) -> None:
-    """Give stateful callbacks (``EarlyStoppingCallback``) back what they knew at the checkpoint.
+    """Restore the state of stateful callbacks (``EarlyStoppingCallback``) from the checkpoint.
 
-    Trainer does it only with ``restore_callback_states_from_checkpoint``, and then by making new callbacks. What a callback
-    knows already is left alone.
+    Trainer does this only with ``restore_callback_states_from_checkpoint``, and then by creating new callbacks. Attributes that
+    are already right are not set again.
     """
     if trainer.args.restore_callback_states_from_checkpoint:
         return
@@ -141,4 +145,4 @@ def carry_callback_states(trainer: Trainer) -> None:
                 for attribute, value in forgotten.items():
                     setattr(callback, attribute, value)
                 if forgotten:
-                    log.info("%s goes on with what it knew", name)
+                    log.info("restored the state of %s", name)

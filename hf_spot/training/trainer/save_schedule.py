@@ -1,4 +1,4 @@
-"""When a training saves next: what `hf_spot.policy.cadence` needs to know, collected on rank 0."""
+"""When a training saves next: rank 0 collects what `hf_spot.policy.cadence` needs to decide it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from hf_spot.run.history import Past
 
 log = logging.getLogger("hf_spot")
 
-_LOOK_AGAIN_S = 5.0  # what is known changes slowly, and a step must not pay for it
+_LOOK_AGAIN_S = 5.0  # the data changes slowly, and steps must stay fast
 _BUSY_S = 0.2
 
 
 class Cadence:
-    """Says when a save is due. Asking costs one look at the clock, but for every few seconds.
+    """Decides when a save is due. Most calls cost one look at the clock; a full decision is made every few seconds.
 
     Args:
-        trainer: whose schedule of saves is left as it is.
+        trainer: the Trainer; its own schedule of saves stays.
         arguments: settings.
-        busy: whether a checkpoint is being written or uploaded: another would only queue.
-        now: the wall clock, in which the journal counts.
+        busy: returns whether a checkpoint is being written or uploaded: another one would only queue.
+        now: the wall clock, which the journal uses.
         clock: seconds, monotonic.
     """
 
@@ -54,16 +54,16 @@ class Cadence:
         self._said = False
 
     def began(self) -> None:
-        """The first step of this launch begins."""
+        """Record that the first step of this launch begins."""
         self._began = self._clock()
         self._first_step = self._trainer.state.global_step
         self.saved(None)
 
     def saved(self, stall_s: float | None) -> None:
-        """A save has ended, or begins: from now on steps may be lost.
+        """Record that a save has ended, or begins: steps from now on may be lost.
 
         Args:
-            stall_s: how long training stood still for it; None when it is not known.
+            stall_s: seconds that training stood still for it; None if unknown.
         """
         if stall_s is not None:
             self._stall_s = stall_s
@@ -72,33 +72,33 @@ class Cadence:
             self._due_at = self._look_at = self._since
 
     def committed(self, save_s: float, upload_s: float) -> None:
-        """A checkpoint was committed. Called from the uploader's thread.
+        """Record that a checkpoint was committed. Called from the uploader's thread.
 
         Args:
-            save_s: from the begin of its save to the end of its writing.
-            upload_s: from there to its last file being in place.
+            save_s: seconds from the start of the save until its files were written.
+            upload_s: seconds from then until its last file was uploaded.
         """
         self._commit_s = save_s + upload_s
 
     def remember(self, past: Past) -> None:
-        """What the journal tells. Called from another thread, some time after the start."""
+        """Record what the journal says about earlier launches. Called from another thread, some time after the start."""
         self._past = past
 
     @property
     def _cost(self) -> SaveCost:
-        """As measured in this launch, or else in the one before."""
+        """Return the cost of a save as measured in this launch, or else in earlier ones."""
         known = self._past.cost if self._past else SaveCost()
         stall_s = known.stall_s if self._stall_s is None else self._stall_s
         return SaveCost(stall_s, known.commit_s if self._commit_s is None else self._commit_s)
 
     def due_in_s(self) -> float | None:
-        """Seconds until the next save, Trainer's or one that is added; None when it is not known, or all are Trainer's."""
+        """Return the seconds until the next save, scheduled or added; None if unknown, or if no saves are added."""
         if self._arguments.cadence == "fixed" or (scheduled_s := self._scheduled_s()) is None:
             return None
         return max(0.0, min(self._due_at, self._since + scheduled_s) - self._clock())
 
     def is_due(self) -> bool:
-        """Whether a save has to be added after the step under way."""
+        """Return whether a save must be added after the current step."""
         if self._look_at == math.inf or self._look_at > (now := self._clock()):
             return False
         step_s = self._step_s() or 0.0
@@ -120,8 +120,8 @@ class Cadence:
         if not self._said and stall_s is not None:
             self._said = True
             log.info(
-                "saves are added: one about every %.0f s would be best, as training stands still %.2f s for one, and an "
-                "interruption is expected every %.0f min, %.0f%% of them without a usable notice",
+                "adding saves: one about every %.0f s is best, because a save stops training for %.2f s, and an interruption "
+                "is expected every %.0f min, %.0f%% of them without a usable notice",
                 best_interval_s(stall_s, expected),
                 stall_s,
                 expected.mean_time_s / 60,
@@ -133,7 +133,7 @@ class Cadence:
         return (self._clock() - self._began) / steps if steps else None
 
     def _scheduled_s(self) -> float | None:
-        """Seconds from the last save to the next that Trainer will make by itself."""
+        """Return the seconds from the last save to the next one that Trainer schedules; None if unknown."""
         step_s = self._step_s()
         if step_s is None:
             return None
@@ -142,7 +142,7 @@ class Cadence:
 
 
 def _scheduled_step(trainer: Trainer) -> int:
-    """The step of the next save by Trainer's own strategy; the last one is saved in any case."""
+    """Return the step of Trainer's next scheduled save; the last step is always saved."""
     args, state, step = trainer.args, trainer.state, trainer.state.global_step
     upcoming = state.max_steps
     if args.save_strategy == SaveStrategy.STEPS and state.save_steps > 0:

@@ -1,4 +1,4 @@
-"""Saves that fail because of a disk: all ranks learn of it, what is torn goes away, and nobody takes it for a checkpoint."""
+"""Saves that fail because of a disk: all ranks learn of it, and the incomplete checkpoint is removed."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ _ONLY_WRITE = ("transformers", "trl", "sentence_transformers", "peft")
 
 
 class Saves:
-    """Takes the place of ``trainer._save_checkpoint`` from `watch` to `close`.
+    """Replaces ``trainer._save_checkpoint`` from `watch` to `close`.
 
-    A rank that can't write goes on with the save as if it could, because the others may wait for it in the middle of it.
-    At the end all ranks know: if one could not write, each disk's part of the folder is removed, which frees its space,
-    nothing is rotated away or pushed to the Hub for it, and no callback hears of a save.
+    A rank that can't write continues with the save as if it could, because other ranks may wait for it in a collective. At
+    the end all ranks know: if one could not write, each disk's part of the folder is removed, no older checkpoint is rotated
+    away, nothing is pushed to the Hub, and no callback is told of a save.
 
     Args:
-        trainer: whose saves these are.
-        agreement: of its ranks.
-        disk: that this rank writes to.
-        behind: writes the files while training goes on.
-        finish: writes what Trainer leaves out of a checkpoint, on every rank; given its folder, and what was written.
-        failed: called by every rank after a save that failed. What it raises ends the training.
+        trainer: the Trainer.
+        agreement: agreement of its ranks.
+        disk: the disk that this rank writes to.
+        behind: writes the files while training continues.
+        finish: writes what Trainer does not save, on every rank; called with the folder and the tensors written so far.
+        failed: called on every rank after a failed save. An exception from it ends the training.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Saves:
         self._best: tuple[Any, Any, Any] = (None, None, None)
 
     def watch(self) -> None:
-        """Called when the training has its state: from now on."""
+        """Start replacing. Call it when the training's state is complete."""
         self._best = self._best_now()
         if self._may_go_on() and (self._agreement.is_main or is_sharded(self._trainer)):
             self._behind.expect(_size_bytes(self._trainer.model, here=is_sharded(self._trainer)))
@@ -95,7 +95,7 @@ class Saves:
 
         def save(*args: Any, **kwargs: Any) -> None:
             whole = self.settle()
-            # What could not be written last time is met where it happens.
+            # After a failed save, write at once, so that an error is found where it happens.
             goes_on = all(self._agreement.gather(whole and self._may_go_on()))
             self._folder = self._output_dir / f"checkpoint-{self._trainer.state.global_step}"
             self._trouble = None
@@ -113,7 +113,7 @@ class Saves:
         SAVE_CHECKPOINT.set(self._trainer, save)
 
     def settle(self) -> bool:
-        """Waits for the files of the newest save; False when they could not be written, and are gone."""
+        """Wait for the files of the newest save; return False if they could not be written and were removed."""
         self._behind.wait()
         return self._behind.take_error() is None
 
@@ -121,15 +121,17 @@ class Saves:
         return str(self._explain(error).args[0])
 
     def _give_up(self, why: str) -> None:
-        """Called by the thread that writes behind the training, when that of no rank writes any more."""
+        """Remove a failed save. Called from the writer thread, when no rank is writing any more."""
         if self._agreement.is_main:
-            log_always(logging.ERROR, "%s; training goes on, and the next save tries again", why)
+            log_always(logging.ERROR, "%s; training goes on, and the next save will try again", why)
         if self._disk.leads:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _may_go_on(self) -> bool:
-        """Whether training goes on while the files of this save are written; all ranks must agree. Not when it ends anyway, or
-        when somebody may read them in the save or right after it."""
+        """Return whether training may continue while the files of this save are written; all ranks must agree.
+
+        False if the training ends anyway, or if something may read the files during the save or right after it.
+        """
         trainer = self._trainer
         ends = trainer.control.should_training_stop or trainer.state.global_step >= trainer.state.max_steps
         read = trainer.args.push_to_hub or any(map(_reads_checkpoints, trainer.callback_handler.callbacks))
@@ -137,20 +139,20 @@ class Saves:
         return known and not (ends or read or trainer.is_deepspeed_enabled or self._behind.parted)
 
     def close(self) -> None:
-        """Gives the trainer its method back, when all is written."""
+        """Restore the trainer's method, after all files are written."""
         self.settle()
         SAVE_CHECKPOINT.restore(self._trainer)
 
     def _conclude(self, failure: SpotError | None) -> None:
         if failure is None:
             for act in self._at_the_end:
-                self._behind.then(act)  # an older checkpoint goes when the new one is there
+                self._behind.then(act)  # delete an older checkpoint only after the new one is complete
             self._best = self._best_now()
             return
         self._agreement.together(lambda: shutil.rmtree(self._folder, ignore_errors=True) if self._disk.leads else None)
         state = self._trainer.state
         if state.best_global_step == state.global_step:
-            # What isn't there can't be loaded at the end; a later one may be better than the one before.
+            # The removed checkpoint can't be loaded at the end of the training.
             state.best_metric, state.best_global_step, state.best_model_checkpoint = self._best
         self._tell_nobody()
         self._failed(failure)
@@ -160,7 +162,7 @@ class Saves:
         return state.best_metric, state.best_global_step, state.best_model_checkpoint
 
     def _tell_nobody(self) -> None:
-        """Trainer tells its callbacks next that it has saved: they would look for the folder."""
+        """Suppress the ``on_save`` event that Trainer sends next: callbacks would look for the folder."""
         handler = self._trainer.callback_handler
 
         def on_save(args: Any, state: Any, control: TrainerControl) -> TrainerControl:
@@ -175,9 +177,9 @@ class Saves:
 
     @contextlib.contextmanager
     def _forgiving(self) -> Iterator[None]:
-        """Within it, what only writes fails in silence, and what should follow a save is kept for later.
+        """Hold errors of functions that only write, and postpone what should follow a save, within the block.
 
-        The rest of Trainer's save may be a collective, and is left alone.
+        The rest of Trainer's save may be a collective, and is not changed.
         """
         trainer, state = self._trainer, self._trainer.state
         self._saving = threading.get_ident()
@@ -208,7 +210,7 @@ class Saves:
         return attempt
 
     def _attempt_together(self, write: Callable[..., Any]) -> Callable[..., Any]:
-        """For what all ranks do together: it raises on all of them, and must not be left out on one."""
+        """Wrap a collective, which raises on all ranks and must be called by all, even after an error."""
         return lambda *args, **kwargs: self._note_trouble(write, *args, **kwargs)
 
     def _note_trouble(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -217,7 +219,7 @@ class Saves:
         except (Exception, CheckpointException) as error:
             if not is_of_a_disk(error):
                 raise
-            # In words only: the error's traceback holds half-written files open, whose space must become free.
+            # As text only: the error's traceback would keep half-written files open and their disk space in use.
             self._trouble = self._trouble or self._explain(error)
             return None
 
@@ -229,21 +231,21 @@ class Saves:
             f"{self._folder.name} can't be saved: {in_words(error, self._output_dir)}; "
             f"{os.uname().nodename}:{self._output_dir} has {free_gb(self._output_dir)}",
             hint=f"df -h {self._output_dir}; free some space, or lower TrainingArguments(save_total_limit=…), and start the "
-            "same command again: it goes on from the newest commit. To train on without it: --on-save-error go-on",
+            "same command again to resume from the newest commit. To continue without this checkpoint: --on-save-error go-on",
         )
 
 
 def is_sharded(trainer: Trainer) -> bool:
-    """Whether each rank writes a part of the weights, and not rank 0 all of them."""
+    """Return whether each rank writes a part of the weights, rather than rank 0 all of them."""
     return trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
 
 
 def _size_bytes(model: Any, *, here: bool) -> int:
-    """Of a checkpoint: what is saved of the weights, and AdamW's two moments of each that is trained.
+    """Estimate the size of a checkpoint: the saved weights, and AdamW's two moments of each trained weight.
 
     Args:
-        model: that is trained.
-        here: only what this rank holds.
+        model: the model.
+        here: count only what this rank holds.
     """
     weights = list(model.parameters())
     trained = [one for one in weights if one.requires_grad]
@@ -252,7 +254,7 @@ def _size_bytes(model: Any, *, here: bool) -> int:
 
 
 def _is_known(method: tuple[Any, str]) -> bool:
-    """Whether it is as a library has it that only writes; a script's own may read what it has written."""
+    """Return whether a method is defined by a library whose methods only write; a script's own may read its files."""
     owner, name = method
     definer = next((kind for kind in type(owner).__mro__ if name in vars(kind)), None)
     return definer is None or definer.__module__.partition(".")[0] in _ONLY_WRITE

@@ -1,8 +1,8 @@
-"""Datasets without a length: gone through more than once, and drawing random numbers.
+"""Datasets without a length, iterated more than once or drawing random numbers.
 
-Trainer takes such a training for one epoch of ``max_steps`` steps: on resume it skips all batches that were ever trained, as
-if the first pass had held them. Its own ``state.epoch`` tells better: whole passes before the point, and behind it the
-batches of the pass under way, in units of ``max_steps`` times the accumulation.
+Trainer treats such a training as one epoch of ``max_steps`` steps: at a resume it skips all batches that were ever trained, as
+if the first pass had contained them. Its own ``state.epoch`` is right: the integer part counts whole passes, and the fraction
+the batches of the current pass, in units of ``max_steps`` times the accumulation.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ _LOOKS = 4
 
 @contextmanager
 def resumed_in_its_pass(trainer: Trainer, details: dict[str, Any], before: Batches, now: Batches) -> Iterator[None]:
-    """Within it, a training on a stream resumes in the pass of the checkpoint, behind what that pass had given.
+    """Resume a training on a stream in the right pass and at the right batch within the block.
 
     Args:
-        trainer: about to resume.
-        details: of the commit that it resumes from.
-        before: how its steps were put together then.
-        now: and are now.
+        trainer: the Trainer, about to resume.
+        details: details of the commit that it resumes from.
+        before: how its steps were composed at the save.
+        now: how they are composed now.
+
+        Raises:
+            ConfigError: Trainer resumes at another batch than expected.
     """
     if not isinstance(trainer.train_dataset, IterableDataset) or has_length(trainer.train_dataset):
         yield
@@ -48,8 +51,8 @@ def resumed_in_its_pass(trainer: Trainer, details: dict[str, Any], before: Batch
         all_in_one_pass = (0, trainer.state.global_step * trainer.args.gradient_accumulation_steps)
         if theirs not in (all_in_one_pass, (passes, in_pass)):
             raise ConfigError(
-                f"this Trainer resumes a stream at batch {theirs[1]} of pass {theirs[0]}; it was left at batch {in_pass} "
-                f"of pass {passes}",
+                f"this Trainer resumes a stream at batch {theirs[1]} of pass {theirs[0]}; it was interrupted at batch "
+                f"{in_pass} of pass {passes}",
                 hint=how_to_install({"transformers"}),
             )
         return passes, in_pass
@@ -63,11 +66,12 @@ def resumed_in_its_pass(trainer: Trainer, details: dict[str, Any], before: Batch
 
 @contextmanager
 def random_streams_named(trainer: Trainer) -> Iterator[None]:
-    """Within it, a stream that draws from the global generators of this process is told of, when it does so: a resumed
-    training reads it from its start again, between other draws, and gets other samples.
+    """Warn within the block if a stream draws from this process's global generators.
+
+    A resumed training reads the stream again from its start, between other draws, and gets other samples.
 
     Args:
-        trainer: about to train.
+        trainer: the Trainer, about to train.
     """
     if not isinstance(trainer.train_dataset, IterableDataset) or trainer.args.dataloader_num_workers:
         yield
@@ -87,9 +91,8 @@ def random_streams_named(trainer: Trainer) -> Iterator[None]:
         if pack(capture()) != before:
             looks = 0
             warn_for_all(
-                "%s draws random numbers from the global generators of the training process: resumed in the middle of an epoch "
-                "it gives other samples than without an interruption; to be exact set dataloader_num_workers=1, or give it a "
-                "generator of its own",
+                "%s draws random numbers from the global generators of the training process: after a resume in the middle of "
+                "an epoch it gives other samples; for exact results set dataloader_num_workers=1, or give it its own generator",
                 type(trainer.train_dataset).__name__,
             )
         return fetched

@@ -1,4 +1,4 @@
-"""Trackers of a resumed training: one run of the tracker for one run, where it can be had."""
+"""Trackers of a resumed training: one tracker run for all launches of a run, where possible."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_spot.training.upstream import CALLBACK_HANDLER, CALLBACKS, SUMMARY_WRITE
 log = logging.getLogger("hf_spot")
 
 _TENSORBOARD = "TensorBoardCallback"
-# What a script sets so that a later launch continues a tracker's run: by callback, the variable that says which.
+# By callback: the variable by which a later launch continues a tracker's run, and an example.
 _CONTINUED_BY = {
     "WandbCallback": ("WANDB_RUN_ID", "WANDB_RUN_ID=… WANDB_RESUME=allow"),
     "MLflowCallback": ("MLFLOW_RUN_ID", "MLFLOW_RUN_ID=…"),
@@ -36,26 +36,25 @@ def where_trackers_write(trainer: Trainer) -> dict[str, Any]:
 
 
 def continue_trackers(trainer: Trainer, details: dict[str, Any], step: int) -> None:
-    """Have TensorBoard go on in the folder that it wrote to before, without the lines of steps that are done again, and say
-    which trackers begin another run at each launch.
+    """Continue TensorBoard's folder without the lines of repeated steps, and log which trackers begin a new run in each launch.
 
     Args:
-        trainer: about to resume.
-        details: of the commit that it resumes from.
-        step: of that commit.
+        trainer: the Trainer, about to resume.
+        details: details of the commit that it resumes from.
+        step: step of that commit.
     """
     for callback in _named(trainer, _TENSORBOARD):
         if TENSORBOARD_DIR.of(callback) is None and "tensorboard" in details:
             TENSORBOARD_DIR.set(callback, str(Path(trainer.args.output_dir or ".") / details["tensorboard"]))
-        if TENSORBOARD_WRITER.of(callback) is None:  # else it is the script's own
+        if TENSORBOARD_WRITER.of(callback) is None:  # otherwise the script has created one
             SUMMARY_WRITER.set(callback, partial(_continued, SUMMARY_WRITER.of(callback), step))
     for name, (variable, setting) in _CONTINUED_BY.items():
         if _named(trainer, name) and variable not in os.environ and trainer.args.process_index == 0:
-            log.info("%s begins another run of its tracker in each launch; to continue one: %s", name, setting)
+            log.info("%s begins a new tracker run in each launch; to continue one, set %s", name, setting)
 
 
 def _continued(make: Any, step: int, log_dir: str) -> Any:
-    """Return a writer to a folder in which nothing after ``step`` counts any more, and what is said at a start stands once."""
+    """Return a TensorBoard writer that discards what was logged after ``step``, and does not repeat the texts of a start."""
     has_begun = any(Path(log_dir).glob("events.out.tfevents.*"))
     # "Crashed at step T+X, restarted at step T": readers then discard what was written from T on, as of step T + 1 here.
     writer = make(log_dir=log_dir, purge_step=step + 1)
@@ -63,7 +62,7 @@ def _continued(make: Any, step: int, log_dir: str) -> Any:
         plain = writer.add_text
 
         def add_text(tag: str, text_string: str, global_step: int | None = None, *args: Any, **kwargs: Any) -> None:
-            if global_step is not None:  # Trainer's settings and the model's, which have none, are there
+            if global_step is not None:  # the settings of Trainer and model have no step, and are already there
                 plain(tag, text_string, global_step, *args, **kwargs)
 
         writer.add_text = add_text

@@ -1,4 +1,4 @@
-"""TrainerSession: one call of ``trainer.train()`` and the run that it belongs to, from the claim to the last commit."""
+"""TrainerSession: one call of ``trainer.train()`` with its run, from the claim to the last commit."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ if TYPE_CHECKING:
 log = logging.getLogger("hf_spot")
 
 
-# Trainings that this process has finished, by run. A script that trains twice has two stages: after a preemption in the
-# second, the first must end at once with its own last checkpoint, and the second go on from its own.
+# Trainings that this process has finished, by run. If a script trains twice and is preempted in the second training, the next
+# launch must end the first at once with its last checkpoint, and resume the second from its own.
 _finished_stages: Counter[str] = Counter()
 
 
 class TrainerSession:
-    """Restores what Trainer resumes from, decides about notices, commits saves, and ends the training as it should end.
+    """Restores checkpoints, decides about notices, commits saves, and ends the training.
 
-    Holds a `RunSession`, which does what custom loops need too.
+    Holds a `RunSession`, which does what custom loops need as well.
 
     Args:
         trainer: the Trainer, before ``train()`` does anything.
-        url: of the run.
+        url: URL of the run.
         arguments: settings.
         runtime: the launch that started this process, if one did.
         now: the wall clock.
@@ -117,27 +117,27 @@ class TrainerSession:
 
     @property
     def run_session(self) -> RunSession:
-        """What custom loops need too."""
+        """Return the part that custom loops use as well."""
         return self._session
 
     @property
     def restored(self) -> Checkpoint | None:
-        """The commit that the training resumes from."""
+        """Return the commit that the training resumes from, if any."""
         return self._restored
 
     @property
     def best_folder(self) -> Path | None:
-        """The best checkpoint so far, restored to this machine."""
+        """Return the folder of the best checkpoint so far, if it was restored."""
         return self._best_folder
 
     # -- the start ----------------------------------------------------------------------------------------------------
 
     def begin(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        """Claim the run, restore what there is, start listening; return the folder to resume from, or None.
+        """Watch for notices, claim the run, restore its newest commit; return the folder to resume from, or None.
 
         Raises:
-            SpotError: the run can't be used; nothing was trained.
-            TrainingPreempted: the machine is going already.
+            SpotError: the run can't be used.
+            TrainingPreempted: the machine is being taken away already.
         """
         if self._session.runtime is None:
             drop_inherited_handlers()
@@ -157,7 +157,7 @@ class TrainerSession:
         if found is not None:
             self._restored = found[0]
         if self._restored is None or not self._restored.ref.complete:
-            self._session.claim()  # a finished run was asked to train again
+            self._session.claim()  # a finished run should be trained again
             self._session.start_uploader(self._committed)
             self._learn()
         if self._restored is not None:
@@ -176,10 +176,10 @@ class TrainerSession:
         return foreign
 
     def end_was_told(self) -> bool:
-        """Whether callbacks have heard the last lines of the training that is complete; all ranks must ask.
+        """Return whether callbacks got the last log lines of the complete training. All ranks must call it.
 
-        A launch that a notice ended left them to this one. So did one that ended between the last commit and what an
-        evaluation or an epoch's end says after it, as far as the journal tells.
+        If a notice ended the previous launch, this launch must send them. The same holds if that launch ended after the last
+        commit, but before the evaluation or the end of the epoch, as far as the journal shows.
         """
         restored, stage = self._restored, self._session.stage
         assert restored is not None
@@ -194,21 +194,21 @@ class TrainerSession:
         return self._session.agreement.from_main(look)
 
     def machine_is_going(self) -> bool:
-        """Whether any rank has heard that its machine goes; all ranks must ask, and get the same answer."""
+        """Return whether any rank's machine is being taken away. All ranks must call it, and get the same answer."""
         self.ask()
         return self._must_stop(self._session.agreement.answer())
 
     def machine_was_going(self) -> bool:
-        """`machine_is_going` as of the call before: the ranks agree while they do something else in between."""
+        """Return `machine_is_going` as of the previous call, so that the ranks can agree while they work."""
         going = self._must_stop(self._session.agreement.answer())
         self.ask()
         return going or (self._session.agreement.alone and self._must_stop(self._session.agreement.answer()))
 
     def leave(self, step: int) -> NoReturn:
-        """Ends the launch before its first step. Raises TrainingPreempted.
+        """End the launch before its first step. Raises TrainingPreempted.
 
         Args:
-            step: that is committed; 0 for none.
+            step: the committed step; 0 for none.
         """
         if self._session.run.launch:
             data = {
@@ -223,7 +223,7 @@ class TrainerSession:
 
     @property
     def _is_interrupt(self) -> bool:
-        """Whether a person ends the training, and not a cloud."""
+        """Return whether a user, and not a cloud, ends the training."""
         return self._session.listener.newest is not None and self._session.listener.newest.source == KeyboardSource.name
 
     def _ending(self, what: str, step: int | None) -> TrainingPreempted:
@@ -232,7 +232,7 @@ class TrainerSession:
         return kind(f"{what}\n{how_to_resume()}", step=step)
 
     def _learn(self) -> None:
-        """Rank 0 reads what happened to the run, in a thread: the training does not wait for it."""
+        """Read the history of the run on rank 0, in a thread: the training does not wait for it."""
         if not self._session.agreement.is_main:
             return
 
@@ -240,10 +240,10 @@ class TrainerSession:
             try:
                 self._past = history.read_past(self._session.run.journal)
             except SpotError as error:
-                log.info("what happened to %s before could not be read: %s", self._session.run.url, error)
+                log.info("the history of %s could not be read: %s", self._session.run.url, error)
                 return
             except Exception:
-                log.exception("what happened to %s before could not be read", self._session.run.url)
+                log.exception("the history of %s could not be read", self._session.run.url)
                 return
             self._cadence.remember(self._past)
             if self._restored is not None:
@@ -270,25 +270,25 @@ class TrainerSession:
     # -- during training ----------------------------------------------------------------------------------------------
 
     def step_begins(self) -> None:
-        """Called by every rank when a step begins."""
+        """Record that a step begins. Every rank must call it."""
         if self._session.timing.step_begins(self.trainer.state.global_step) and self._session.agreement.is_main:
             self._cadence.began()
 
     def ask(self) -> None:
-        """Tell the other ranks what this one knows; `step_ended` and `micro_batch_ended` take the answer."""
+        """Cast this rank's ballot; `step_ended` and `micro_batch_ended` read the result."""
         session, notice = self._session, self._session.listener.current()
-        # The ranks of a machine read one file, not at the same instant: an advisory counts once, when rank 0 has seen it.
+        # The ranks of a machine don't read the notice at the same instant: an advisory counts once, when rank 0 has seen it.
         advisory = session.agreement.is_main and notice is not None and notice.kind is NoticeKind.ADVISORY
         self._asked_advisory = notice.id if advisory and notice and notice.id not in self._advisories else None
         save_is_due = session.agreement.is_main and self._cadence.is_due()
         session.agreement.ask(session.ballot(notice, advisory=self._asked_advisory is not None, save_is_due=save_is_due))
 
     def micro_batch_ended(self, rest_of_step_s: float, *, rewindable: Callable[[], bool]) -> Decision | None:
-        """Called by every rank between two micro-batches of a step: a decision if the step is to be left, else None.
+        """Decide between two micro-batches whether to abandon the step; return None to continue. Every rank must call it.
 
         Args:
-            rest_of_step_s: what the rest of the step should need.
-            rewindable: whether all can be made as it was before the step.
+            rest_of_step_s: estimated seconds for the rest of the step.
+            rewindable: returns whether the step can be undone.
         """
         session = self._session
         merged = session.agreement.answer()
@@ -310,7 +310,7 @@ class TrainerSession:
         return decision
 
     def step_ended(self, step: int) -> Decision | None:
-        """Decide what to do after an optimizer step; None when no rank has anything to answer. Every rank must call it."""
+        """Decide what to do after an optimizer step; return None if there is nothing to do. Every rank must call it."""
         session = self._session
         if session.steps is not None:
             session.steps.tell(step)
@@ -340,13 +340,13 @@ class TrainerSession:
         """Decide how to stop when a notice has ended an evaluation. Every rank must call it."""
         decision = self.step_ended(step)
         if decision is None or decision.action is Action.SAVE_AND_GO_ON:
-            # The notice was taken back in this moment, but the evaluation is gone: the next launch makes up for it.
-            decision = Decision(Action.SAVE_AND_STOP, "a notice that has been taken back ended an evaluation")
+            # The notice has just been cancelled, but the evaluation is lost: the next launch makes up for it.
+            decision = Decision(Action.SAVE_AND_STOP, "a notice that was then cancelled ended an evaluation")
             self._session.stop(decision, None)
         return decision
 
     def _is_quiet(self) -> bool:
-        """Whether this rank has nothing to tell, as after nearly every step: microseconds count here."""
+        """Return whether this rank has nothing to report, as after nearly every step: microseconds count here."""
         session = self._session
         return session.listener.current() is None and session.fenced is None and not self._cadence.is_due()
 
@@ -359,27 +359,27 @@ class TrainerSession:
         return self._session.decide(kind, seconds_left, notice, say)
 
     def save_begins(self) -> None:
-        """A save comes next: starts the clock."""
+        """Record that a save comes next."""
         self._save_began = self._session.clock()
-        self._cadence.saved(None)  # if it fails, the next attempt is not the next step
+        self._cadence.saved(None)  # so that a failed save is not repeated after the very next step
 
     def save_failed(self, why: SpotError, *, stops: bool) -> None:
-        """Called by every rank when a checkpoint could not be written by one of them.
+        """Report a checkpoint that a rank could not write. Every rank must call it.
 
         Args:
-            why: it could not.
-            stops: ends the training with this error, after what is under way has been committed.
+            why: the error.
+            stops: raise it, after pending uploads are committed.
         """
         self._save_began = None
         if stops:
             self._session.agreement.together(lambda: self._session.finish_uploads(self._session.arguments.drain_timeout_s))
             raise why
-        next_is = "the last commit stands" if self._session.preempted else "training goes on, and the next save tries again"
+        next_is = "the last commit stands" if self._session.preempted else "training goes on, and the next save will try again"
         if self._session.agreement.is_main:
             log_always(logging.ERROR, "%s; %s", why.args[0], next_is)
 
     def saved(self, folder: Path, request: CommitRequest) -> None:
-        """Called by every rank when all parts of a checkpoint are written; rank 0 hands the folder to the uploader."""
+        """Hand a checkpoint to the uploader, once all its files are written. Every rank must call it after the save."""
         if self._session.disk.count > 1:
             self.behind.then_together(self._rotate_as_on_main)
         began, self._save_began = self._save_began, None
@@ -399,7 +399,7 @@ class TrainerSession:
     def _submit(
         self, folder: Path, request: CommitRequest, began: float | None, stall_s: float | None, ranks: Agreement
     ) -> None:
-        """Called when all files are written, by whoever wrote them."""
+        """Submit a checkpoint. Called when all its files are written, from the thread that wrote them."""
         session = self._session
         if began is not None:
             session.note_save(session.clock() - began)
@@ -409,7 +409,7 @@ class TrainerSession:
         self._session.submit(folder, replace(request, details=details), ranks)
 
     def _committed(self, entry: Entry) -> None:
-        """Called after each commit, from the uploader's thread."""
+        """Record the measurements of a commit. Called from the uploader's thread."""
         upload_s, size_bytes = entry.data["upload_s"], sum(file["size"] for file in entry.data["files"])
         if entry.data["save_s"] is not None:
             self._cadence.committed(entry.data["save_s"], upload_s)
@@ -417,23 +417,23 @@ class TrainerSession:
         self._metrics.put("upload_gb_per_s", size_bytes / 1e9 / upload_s if upload_s else None)
 
     def _is_busy(self) -> bool:
-        """Whether a new checkpoint would queue. Behind one that the store does not take it would not: it takes its place."""
+        """Return whether a new checkpoint would have to wait. It replaces one that the store does not accept."""
         if self._session.uploader is None or self._session.uploader.trouble is not None:
             return False
         return not (self._session.uploader.idle and self.behind.wait(0.0))
 
     def _carried(self) -> dict[str, Any]:
-        """For the launches after this one; nothing as long as the past is not known."""
+        """Return details for later launches; empty until the history is known."""
         return history.to_details(self._past.now(self._session.now())) if self._past else {}
 
     def _share_of_memory(self) -> float:
-        """This rank's, when several of its machine write much."""
+        """Return the share of the machine's memory for this rank's saves, if several of its ranks write much."""
         node = os.uname().nodename
         ranks = self._session.agreement.gather(node).count(node)
         return 1.0 if self._session.agreement.is_main and not is_sharded(self.trainer) else 1 / ranks
 
     def _rotate_as_on_main(self, ranks: Agreement) -> None:
-        """Trainer rotates on rank 0's disk alone; the others would fill up with shards."""
+        """Delete the checkpoints that rank 0 has rotated away: Trainer does so on rank 0's disk only."""
         kept = ranks.from_main(lambda: {path.name for path in self._session.output_dir.glob("checkpoint-*")})
         if self._session.disk.leads:
             for path in self._session.output_dir.glob("checkpoint-*"):
@@ -443,10 +443,10 @@ class TrainerSession:
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def end(self, step: int) -> None:
-        """After ``train()`` returned: waits for the last commit and ends as the run ended.
+        """Wait for the last commit after ``train()`` has returned, and record how the training ended.
 
         Raises:
-            TrainingPreempted: a notice stopped the training, or came so late that its last checkpoint isn't committed.
+            TrainingPreempted: a notice stopped the training, or left no time to commit its last checkpoint.
             Fenced: a newer launch owns the run.
             StoreError: the last checkpoint could not be committed in ``drain_timeout_s``.
         """
@@ -460,7 +460,7 @@ class TrainerSession:
         self.stage_finished()
 
     def stage_finished(self) -> None:
-        """The next ``train()`` of this process is another training, and doesn't resume this one."""
+        """Mark this training as finished: the next ``train()`` of this process is another training, and doesn't resume it."""
         _finished_stages[self._url] = self._session.stage
 
     def _end_on_main(self, step: int, last: FinalDrain) -> None:
@@ -490,10 +490,10 @@ class TrainerSession:
             )
 
     def failed(self, error: BaseException) -> None:
-        """The training raised: commits what is under way, and says so in the journal when no launcher will."""
+        """Commit pending uploads after an exception, and record it in the journal if there is no launcher to do it."""
         if self._session.forked or self._session.uploader is None or self._session.uploader.fenced is not None:
             return
-        # Who presses Ctrl-C a second time has seen what there is to wait for.
+        # A user who presses Ctrl-C a second time has seen what the training waits for.
         impatient = isinstance(error, KeyboardInterrupt) and self._is_interrupt
         if not impatient:
             self._session.finish_uploads(min(FAILED_DRAIN_S, self._session.arguments.drain_timeout_s))
@@ -503,7 +503,7 @@ class TrainerSession:
             self._session.record("failed", told, patience_s=JOURNAL_LAST_WORD_S if impatient else None)
 
     def close(self) -> None:
-        """Stop listening and uploading, and give back what was taken."""
+        """Stop receiving notices and uploading, and release all resources."""
         self._session.close()
 
     @staticmethod
@@ -519,8 +519,8 @@ def _check(trainer: Trainer) -> None:
         )
     if getattr(args, "enable_jit_checkpoint", False):
         raise ConfigError(
-            "TrainingArguments(enable_jit_checkpoint=True) and SpotCallback would both answer SIGTERM",
+            "TrainingArguments(enable_jit_checkpoint=True) and SpotCallback would both handle SIGTERM",
             hint="set enable_jit_checkpoint=False",
         )
     if args.ignore_data_skip:
-        warn_for_all("ignore_data_skip=True: a resumed run sees other data than an uninterrupted one; set it to False")
+        warn_for_all("ignore_data_skip=True: a resumed run trains on other data than an uninterrupted one; set it to False")

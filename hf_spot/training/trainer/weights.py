@@ -1,8 +1,8 @@
-"""Weights that a checkpoint names otherwise than the model does.
+"""Weights that have other names in a checkpoint than in the model.
 
-``save_pretrained`` writes the names of the Hub (mixtures of experts, vision transformers, vision-language models), and
-``from_pretrained`` translates them back; Trainer's resume does not: it goes on with those layers as they were initialised
-and says so in a warning among others (https://github.com/huggingface/transformers/issues/48805, seen with 5.23).
+``save_pretrained`` writes the Hub's names (mixtures of experts, vision transformers, vision-language models), and
+``from_pretrained`` translates them back; Trainer's resume does not: it continues with those layers as initialised, and only
+logs a warning (https://github.com/huggingface/transformers/issues/48805, seen with 5.23).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ log = logging.getLogger("hf_spot")
 
 @contextmanager
 def all_weights_loaded(trainer: Trainer) -> Iterator[None]:
-    """Within it, resuming a checkpoint loads all of its weights."""
+    """Load all weights of a checkpoint at a resume within the block."""
     plain_load = LOAD_FROM_CHECKPOINT.of(trainer)
 
-    def load(resume_from_checkpoint: str, *model: torch.nn.Module) -> None:  # sentence-transformers' takes no model
+    def load(resume_from_checkpoint: str, *model: torch.nn.Module) -> None:  # sentence-transformers' method takes no model
         results: list[Any] = []
         WARN_AFTER_LOAD.set(trainer, results.append)
         try:
@@ -50,7 +50,7 @@ def all_weights_loaded(trainer: Trainer) -> Iterator[None]:
 
 
 def _load_translated(model: PreTrainedModel, checkpoint: str) -> None:
-    # One that holds every weight without rounding: `from_pretrained` gives all of them the same.
+    # A dtype that holds every weight without rounding, because `from_pretrained` converts all weights to one.
     dtype = functools.reduce(torch.promote_types, {value.dtype for value in model.parameters()}, torch.bfloat16)
     before = capture() | capture_gpus()
     load: Any = type(model).from_pretrained
@@ -59,8 +59,8 @@ def _load_translated(model: PreTrainedModel, checkpoint: str) -> None:
     if lost := {*told["missing_keys"], *map(str, told["mismatched_keys"])}:
         raise CorruptCheckpoint(
             f"{checkpoint} does not hold all of {type(model).__name__}; missing: {', '.join(sorted(lost)[:5])}",
-            hint="is it the model that this run was begun with?",
+            hint="is this the model that the run began with?",
         )
     model.load_state_dict(loaded.state_dict(), strict=False)
     model.tie_weights()
-    log.info("the checkpoint's weights were translated from the Hub's names: Trainer would have left some as initialised")
+    log.info("translated the checkpoint's weights from the Hub's names; Trainer would have left some layers as initialised")

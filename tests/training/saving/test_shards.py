@@ -124,5 +124,5 @@ def test_a_rank_that_is_killed_in_the_middle_of_its_shards_leaves_no_commit_and_
     assert killed == -9, said[1]
     for survivor, words in ((main, said[0]), (other, said[2])):  # who plans for all, and who waits for the plan
         assert survivor not in (0, -9), words
-        assert "because a rank is gone" in words
+        assert "because a rank has ended" in words
     assert [entry.data["step"] for entry in Run(tmp_path / "killed/run").events() if entry.kind == "commit"] == [3]

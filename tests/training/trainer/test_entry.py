@@ -118,7 +118,7 @@ def test_a_training_within_another_is_named_and_touches_nothing_of_it(
     trainer = make_trainer(tmp_path / "outer", callback, Patient(callback), Within(train_inside), recorder)
     trainer.train()
     assert found == [STEPS]
-    assert "a training within another training is not made preemptible" in caplog.text
+    assert "a training inside another training is not preemptible" in caplog.text
     assert same(weights(trainer), peace[0])
     assert [ref.step for ref in Run(store).state().checkpoints] == [6, 9, 12]
     assert kinds(store)[-1] == "finished"
@@ -138,7 +138,7 @@ def test_a_hyperparameter_search_is_named_and_not_made_preemptible(
     )
     assert best is not None
     assert len(recorder.evaluated) == 2
-    assert caplog.text.count("a hyperparameter search is not made preemptible") == 2
+    assert caplog.text.count("a hyperparameter search is not preemptible") == 2
     assert kinds(store) == []
     assert callback in trainer.callback_handler.callbacks
 

@@ -437,4 +437,4 @@ def test_a_checkpoint_without_a_window_is_named(store: str, tmp_path: Path, capl
         patch.setattr(Trainer, "_inner_training_loop", forget)
         trainer.train()
     assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [5, 10]
-    assert any("checkpoint-7 does not say which losses" in record.getMessage() for record in caplog.records)
+    assert any("checkpoint-7 does not contain the losses" in record.getMessage() for record in caplog.records)

@@ -83,7 +83,7 @@ def test_an_accelerate_that_skips_otherwise_is_refused(dispatcher: Any, monkeypa
     monkeypatch.setattr(transformers.trainer, "skip_first_batches", skips_one_too_few)
     with (
         dispatched_batches_skipped(),
-        pytest.raises(ConfigError, match="passes over 5 batches where 6 were trained") as refused,
+        pytest.raises(ConfigError, match="skips 5 batches, but 6 were trained") as refused,
     ):
         transformers.trainer.skip_first_batches(dispatcher, 3)
     assert refused.value.hint == 'pip install "accelerate==1.15.0"'
@@ -212,7 +212,7 @@ def test_a_stream_is_resumed_in_its_pass(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_trainer_that_resumes_a_stream_elsewhere_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="batch 5 of pass 1; it was left at batch 4 of pass 1"):
+    with pytest.raises(ConfigError, match="batch 5 of pass 1; it was interrupted at batch 4 of pass 1"):
         _resumed_at(tmp_path, monkeypatch, (1, 5))
 
 
