@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import hf_spot.log  # its handler comes with the package, as that of transformers
+import hf_spot.log  # importing the package adds the log handler, as in transformers
 import hf_spot.run.display
 
 if TYPE_CHECKING:

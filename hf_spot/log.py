@@ -1,13 +1,13 @@
-"""hf_spot's log: the logger ``hf_spot``, whose lines appear exactly once, whatever a script has set up for its own.
+"""hf_spot's log: the logger ``hf_spot``. Its lines appear exactly once, whatever logging a script has set up.
 
-Like those of transformers, its handler and its level come with the import, and no root logger is touched:
+As in transformers, the handler and the level are set by the import, and the root logger is not changed:
 
-- A handler of the script's that takes a line (at the root, as `logging.basicConfig` puts it there before us or after us, or at
-  the logger ``hf_spot``) shows it, in the script's format. Where there is none, the line goes to standard error.
-- The level is the one that ``transformers.utils.logging`` has been set to, else that of ``TRANSFORMERS_VERBOSITY`` or
-  ``ACCELERATE_LOG_LEVEL``, else INFO; ranks other than 0 show warnings and errors only. A level that somebody sets at the
-  logger ``hf_spot`` itself overrides all of these.
-- What must not be missed, `alert` and `log_always` show at every level.
+- If a handler of the script accepts a line, that handler shows it, in the script's format. It may be at the logger ``hf_spot``
+  or at the root, where `logging.basicConfig` puts it, before or after this import. Otherwise the line goes to standard error.
+- The level is the one set by ``transformers.utils.logging``, else by ``TRANSFORMERS_VERBOSITY`` or ``ACCELERATE_LOG_LEVEL``,
+  else INFO. Ranks other than 0 show only warnings and errors. A level set at the logger ``hf_spot`` itself overrides all of
+  these.
+- `alert` and `log_always` show lines that must not be missed at every level.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 log = logging.getLogger("hf_spot")
 
-_EVERYTHING = 1  # at the logger: nobody has set a level there, and `_is_wanted` decides
+_EVERYTHING = 1  # the logger's level until a user sets one: meanwhile `_is_wanted` decides
 _HANDLER_NAME = "hf_spot"
 _TRANSFORMERS_LEVELS = {
     "detail": logging.DEBUG,
@@ -30,7 +30,7 @@ _TRANSFORMERS_LEVELS = {
     "error": logging.ERROR,
     "critical": logging.CRITICAL,
 }
-_RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate looks for it
+_RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # those that accelerate reads
 
 
 def alert(text: str) -> None:
@@ -39,42 +39,42 @@ def alert(text: str) -> None:
 
 
 def log_always(level: int, message: str, *args: object, exc_info: bool = False) -> None:
-    """Log a line that must not be missed: it goes to standard error where the log would keep it to itself.
+    """Log a line that must not be missed: if the log would not show it, it goes to standard error.
 
     Args:
-        level: of `logging`.
-        message: with ``%`` for each of ``args``.
+        level: a level of `logging`.
+        message: with a ``%`` placeholder for each of ``args``.
         args: for the message.
-        exc_info: adds the traceback of the exception that is being handled.
+        exc_info: add the traceback of the exception that is being handled.
     """
-    heard_by_a_handler = any(map(_is_own, log.handlers)) or _is_taken(level)
-    if log.isEnabledFor(level) and _is_wanted(level) and heard_by_a_handler:
+    is_shown_by_a_handler = any(map(_is_own, log.handlers)) or _is_taken(level)
+    if log.isEnabledFor(level) and _is_wanted(level) and is_shown_by_a_handler:
         log.log(level, message, *args, exc_info=exc_info, stacklevel=2)
     else:
         AboveBars().handle(log.makeRecord(log.name, level, __file__, 0, message, args, sys.exc_info() if exc_info else None))
 
 
 def warn_for_all(message: str, *args: object) -> None:
-    """Log a warning that every rank has: rank 0 shows it, for all of them."""
+    """Log a warning that applies to all ranks; only rank 0 shows it."""
     if is_first_rank():
         log.warning(message, *args, stacklevel=2)
 
 
 def is_first_rank() -> bool:
-    """Tell whether this process is rank 0, or the only one, as its environment has it."""
+    """Return whether this process is rank 0, or the only one, according to its environment."""
     return next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0") == "0"
 
 
 def shown_level(transformers_level: int, environ: Mapping[str, str], *, is_first_rank: bool) -> int:
     """Return the lowest level that is shown.
 
-    WARNING is where transformers begins, and where each Trainer sets it again: as long as no variable names it, it is nobody's
-    wish.
+    WARNING is the default of transformers, which each Trainer sets again: unless a variable asks for it, it does not count as
+    the user's choice.
 
     Args:
         transformers_level: of the logger ``transformers``; NOTSET before it is imported.
         environ: the environment.
-        is_first_rank: whether this is rank 0, which speaks for all.
+        is_first_rank: whether this is rank 0, which logs for all ranks.
     """
     named = _TRANSFORMERS_LEVELS.get(environ.get("TRANSFORMERS_VERBOSITY", ""))
     of_accelerate = logging.getLevelName(environ.get("ACCELERATE_LOG_LEVEL", "").upper())
@@ -88,16 +88,16 @@ def shown_level(transformers_level: int, environ: Mapping[str, str], *, is_first
 
 
 def level_now() -> int:
-    """Return `shown_level` of this process."""
+    """Return the lowest level that is shown in this process."""
     return shown_level(logging.getLogger("transformers").level, os.environ, is_first_rank=is_first_rank())
 
 
 class AboveBars(logging.Handler):
-    """Writes hf_spot's log to standard error, each line on a line of its own above the bars of a training: Trainer's would
-    have it begin behind what it has drawn. In a notebook it goes into the cell that runs.
+    """Writes hf_spot's log to standard error, each line above a training's progress bars: otherwise it would begin behind what
+    Trainer's bar has drawn. In a notebook it appears in the output of the running cell.
 
     Args:
-        name: of the handler.
+        name: the handler's name.
     """
 
     def __init__(self, name: str = "") -> None:
@@ -106,11 +106,11 @@ class AboveBars(logging.Handler):
         self.setFormatter(logging.Formatter("hf-spot: %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """As `logging` calls it."""
+        """Write a record, as `logging.Handler.emit` does."""
         try:
             text = self.format(record)
             if sys.stderr.isatty():
-                text = f"\r\033[K{text}"  # the bar may be another process's
+                text = f"\r\033[K{text}"  # the bar may belong to another process
             if _bars():
                 _tqdm().write(text, file=sys.stderr)
             else:
@@ -120,10 +120,10 @@ class AboveBars(logging.Handler):
 
 
 class _WhereNobodyElseDoes(AboveBars):
-    """Writes what no other handler takes; one of those that write to the terminal finds its line free of bars."""
+    """Writes the records that no other handler accepts, and clears the bars for a handler that writes to the terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """As `logging` calls it."""
+        """Write a record, unless another handler does."""
         if not _is_taken(record.levelno):
             super().emit(record)
         elif any(_writes_to_terminal(one) for one in _others()):
@@ -133,7 +133,7 @@ class _WhereNobodyElseDoes(AboveBars):
 
 
 def _others() -> Iterator[logging.Handler]:
-    """Yield the handlers that see hf_spot's records beside our own."""
+    """Yield the handlers, other than hf_spot's own, that receive hf_spot's records."""
     logger: logging.Logger | None = log
     while logger is not None:
         for one in logger.handlers:
@@ -159,7 +159,7 @@ def _is_wanted(level: int) -> bool:
 
 
 def _tqdm() -> Any:
-    """Return tqdm's class, or None: who never imported it has no bars."""
+    """Return tqdm's class; None if it was never imported, so that there are no bars."""
     module = sys.modules.get("tqdm.std")
     return getattr(module, "tqdm", None)
 
@@ -172,7 +172,7 @@ def _by_level(record: logging.LogRecord) -> bool:
     return _is_wanted(record.levelno)
 
 
-if not any(map(_is_own, log.handlers)):  # as after `importlib.reload`
+if not any(map(_is_own, log.handlers)):  # there is one after `importlib.reload`
     log.addHandler(_WhereNobodyElseDoes(_HANDLER_NAME))
     log.addFilter(_by_level)
     if log.level == logging.NOTSET:

@@ -1,15 +1,15 @@
-"""A leash: a process on it dies when the one that started it dies, even of kill -9. Linux only; elsewhere it does nothing.
+"""Make a process die when the process that started it dies, even from kill -9. Linux only; on other systems it does nothing.
 
 ``python process_guard.py FD COMMAND…`` runs COMMAND and guards it for the launcher, which holds the other end of the pipe that
-FD reads. Three things hold, whoever is killed: when the launcher dies, the pipe ends, and the guard kills all that came from
-COMMAND, daemons included, which it had adopted; when the guard dies, COMMAND dies with it, and its orphans go to the
-launcher, which ends them; and the guard ends with COMMAND.
+FD reads. Three things hold, whichever process is killed. If the launcher dies, the pipe ends, and the guard kills all
+descendants of COMMAND, including daemons, which it has adopted. If the guard dies, COMMAND dies with it, and its orphans become
+children of the launcher, which ends them. If COMMAND ends, the guard ends.
 
-No signal ends the guard but those that nobody can ignore: a scheduler may send any to every process of a job, and the launcher
-decides what it means. Those that were blocked when the guard was started are the ones that mean something: it passes them on,
-as a SIGTERM. COMMAND gets the signals as the guard got them, blocked ones included.
+No signal ends the guard except those that can't be ignored: a scheduler may send any signal to every process of a job, and the
+launcher decides what it means. Signals that were blocked when the guard was started have a meaning: the guard passes them on
+to the launcher as SIGTERM. COMMAND starts with the signal settings that the guard started with, blocked signals included.
 
-It is run as a file, without site-packages: it imports nothing of hf_spot and is there in a few milliseconds. It is a process
+It is run as a file, without site-packages: it imports nothing of hf_spot and starts in a few milliseconds. It is a process
 of its own because code between fork and exec may hang in a launcher that has threads.
 """
 
@@ -30,10 +30,10 @@ _NOT_IGNORED = {signal.SIGCHLD, signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, 
 
 
 def tie(holder: int | None = None) -> None:
-    """From now on this process dies with the thread that started it; the tie survives an exec.
+    """Make this process die with the thread that started it, from now on, also after an exec.
 
     Args:
-        holder: process that must still be alive: it may have died before the leash was on.
+        holder: the process that started this one; if it has already died, this process is killed at once.
     """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if holder is not None and not _is_alive(holder):
@@ -41,16 +41,16 @@ def tie(holder: int | None = None) -> None:
 
 
 def adopt_orphans() -> None:
-    """Descendants whose parent dies become children of this process, so that none gets away."""
+    """Make descendants whose parent dies children of this process, so that none escapes."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def guard(launcher_fd: int, command: Sequence[str]) -> int:
-    """Run ``command`` until it ends; return its exit code, a signal as 128 and its number.
+    """Run ``command`` until it ends. Return its exit code; for a signal, 128 plus its number.
 
     Args:
-        launcher_fd: reading end of a pipe whose other end the launcher alone holds.
-        command: to run.
+        launcher_fd: reading end of a pipe whose other end only the launcher holds.
+        command: the command and its arguments.
     """
     adopt_orphans()
     launcher, blocked = os.getppid(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -63,23 +63,23 @@ def guard(launcher_fd: int, command: Sequence[str]) -> int:
         for one, handler in before.items():
             signal.signal(one, signal.SIG_DFL if handler is None else handler)
         os.execvp(command[0], list(command))
-    any_ended, told = os.pipe()
-    os.set_blocking(told, False)
+    any_ended, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
     os.set_blocking(any_ended, False)
-    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         if os.getppid() == launcher:
             os.kill(launcher, signal.SIGTERM)
 
-    for heard in blocked & before.keys():
-        if before[heard] is not signal.SIG_IGN:  # under nohup
-            signal.signal(heard, pass_on)
+    for one in blocked & before.keys():
+        if before[one] is not signal.SIG_IGN:  # nohup ignores SIGHUP, and that must stay so
+            signal.signal(one, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     while True:
-        while (ended := os.waitpid(-1, os.WNOHANG))[0]:  # orphans too
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:  # adopted orphans, too
             if ended[0] == child:
                 return os.WEXITSTATUS(ended[1]) if os.WIFEXITED(ended[1]) else 128 + os.WTERMSIG(ended[1])
         if launcher_fd in select.select([launcher_fd, any_ended], [], [])[0]:
@@ -111,7 +111,7 @@ def _descendants() -> list[int]:
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat", "rb") as file:
-                    # "pid (command) state parent …", and the command may hold anything
+                    # "pid (command) state parent …", where the command may contain any characters
                     parents[int(name)] = int(file.read().rpartition(b")")[2].split()[1])
             except OSError:
                 continue

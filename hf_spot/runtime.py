@@ -1,4 +1,5 @@
-"""What `hf-spot launch` and the processes it starts tell each other: a few variables, and files in one folder of the node."""
+"""Exchange messages between `hf-spot launch` and the processes that it starts: a few variables, and files in one folder of the
+machine."""
 
 from __future__ import annotations
 
@@ -31,12 +32,12 @@ _ARGUMENTS_VARIABLE = "HF_SPOT_ARGUMENTS"
 
 
 def to_system(text: str) -> str:
-    """Return the text that this system's encoding makes UTF-8 of: for names of files and for variables, whatever the locale."""
+    """Return the text that this system encodes as UTF-8, whatever the locale: for file names and environment variables."""
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
 def from_system(text: str) -> str:
-    """Return what was meant by a word of the command line, or a variable: UTF-8, if it can be, whatever the locale."""
+    """Return the intended text of a command-line argument or variable: read as UTF-8 if possible, whatever the locale."""
     try:
         return os.fsencode(text).decode("utf-8")
     except UnicodeError:
@@ -44,7 +45,7 @@ def from_system(text: str) -> str:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, for this user alone."""
+    """Create a folder, and its missing parents, with access for this user only."""
     for one in (*reversed(folder.parents), folder):
         if not one.exists():
             one.mkdir(mode=0o700, exist_ok=True)
@@ -55,7 +56,8 @@ _TRAINED = "ended"
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Readers see the old text or the new, never a part. No fsync: these files need not survive the machine."""
+    """Write a file so that readers see the old text or the new one, never a part. There is no fsync, because these files need
+    not survive the machine."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -63,12 +65,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class Prefetched:
-    """What the launcher has fetched before anybody asked.
+    """The checkpoint that the launcher has downloaded in advance.
 
     Args:
-        entry: number of the commit; None while it is under way.
-        folder: where it stands, verified; None when it could not be fetched.
-        ranks: whose files are there; None for those of all.
+        entry: number of the commit; None while the download is under way.
+        folder: the verified folder; None if the download failed.
+        ranks: whose files were downloaded; None for all ranks.
     """
 
     entry: int | None = None
@@ -80,16 +82,16 @@ class Prefetched:
 class Runtime:
     """One launch, as its workers see it.
 
-    Its folder may be emptied, or be deleted, by those who clean /tmp: what was told is then unknown again, and the next word
-    makes the folder anew. `hf_spot.launch.folder` keeps it alive and fills it again.
+    A cleanup of /tmp may empty or delete its folder. The messages in it are then lost, and the next message creates the folder
+    again. `hf_spot.launch.folder` keeps the folder from being deleted, and restores its contents.
 
     Args:
         store: URL of the run.
         launch: the number of the claim under which this launch writes.
-        directory: a folder on the node's own disk, shared by the launcher and its workers, gone after the launch.
+        directory: a folder on the machine's own disk, shared by the launcher and its workers, deleted after the launch.
         arguments: the settings given to the launcher.
         launcher: process id of the launcher.
-        claimed_at: when it made the claim; None on machines that follow another's.
+        claimed_at: when it made the claim; None on machines that joined the claim of another machine.
     """
 
     store: str
@@ -101,7 +103,7 @@ class Runtime:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Runtime | None:
-        """The launch that started this process, or None when `hf-spot launch` didn't."""
+        """Return the launch that started this process, or None if `hf-spot launch` did not start it."""
         if _DIRECTORY_VARIABLE not in environ:
             return None
         return cls(
@@ -114,7 +116,7 @@ class Runtime:
         )
 
     def to_environ(self) -> dict[str, str]:
-        """The variables that `from_environ` reads."""
+        """Return the variables that `from_environ` reads."""
         return {
             STORE_VARIABLE: to_system(self.store),
             _LAUNCH_VARIABLE: str(self.launch),
@@ -126,35 +128,36 @@ class Runtime:
 
     @property
     def notice_path(self) -> Path:
-        """Every rank stats this file once a step; a missing file means that nothing was heard."""
+        """Return the path of the notice. Every rank checks for it once a step; it is missing while there is no notice."""
         return self.directory / "notice.json"
 
     @property
     def step_path(self) -> Path:
-        """Eight bytes, the last optimizer step in progress (see `StepCounter`)."""
+        """Return the path of the step counter: eight bytes, the last finished optimizer step (see `StepCounter`)."""
         return self.directory / "step"
 
     @property
     def training_path(self) -> Path:
-        """Says whether `trainer.train()` is running (see `tell_training`)."""
+        """Return the path of the file that says whether `trainer.train()` is running (see `tell_training`)."""
         return self.directory / "training"
 
     def tell_training(self, is_training: bool) -> None:
-        """Tell the launcher that a training begins, or has ended: only between the two can a notice become a checkpoint."""
+        """Tell the launcher that a training begins or has ended. A notice can lead to a checkpoint only between the two."""
         self._with_room(lambda: write_atomically(self.training_path, _TRAINING if is_training else _TRAINED))
 
     def read_training(self) -> bool | None:
-        """Return what a worker told last; None when none has told anything, or the file is gone."""
+        """Return whether a training is running, as last reported by a worker; None if there is no report."""
         try:
             return self.training_path.read_text() == _TRAINING
         except OSError:
             return None
 
     def is_trusted(self) -> bool:
-        """Tell whether the folder is this user's: where everybody may write, another may make it after it was deleted."""
+        """Return whether the folder belongs to this user. In a parent that all may write to, another user could have created it
+        after it was deleted."""
         try:
-            everybody_s = self.directory.parent.stat().st_mode & stat.S_IWOTH
-            return not everybody_s or self.directory.lstat().st_uid == os.geteuid()
+            is_shared = self.directory.parent.stat().st_mode & stat.S_IWOTH
+            return not is_shared or self.directory.lstat().st_uid == os.geteuid()
         except OSError:
             return False
 
@@ -171,7 +174,7 @@ class Runtime:
                 raise
             self._reserve_path.unlink(missing_ok=True)
             write()
-            with contextlib.suppress(OSError):  # for the next word
+            with contextlib.suppress(OSError):  # for the next message
                 self.reserve()
 
     @property
@@ -187,12 +190,12 @@ class Runtime:
         return self.directory / "exit_code"
 
     def reserve(self) -> None:
-        """Takes a little space, which is given back when the disk has become full: what was heard must reach the workers, and
-        their word the launcher. Raises OSError when there is no room already."""
+        """Reserve some space, which is released when the disk is full: a notice must still reach the workers, and their exit
+        code the launcher. Raises OSError if the disk is already full."""
         self._reserve_path.write_bytes(bytes(_RESERVE_BYTES))
 
     def write_exit_code(self, code: int) -> None:
-        """What a worker ends with: torchrun's agent would make 1 of it. The first worker's word stands."""
+        """Record the exit code of a worker, which torchrun's agent would turn into 1. Only the first code is kept."""
 
         def write() -> None:
             with contextlib.suppress(FileExistsError), self._exit_code_path.open("xb", buffering=0) as file:
@@ -205,23 +208,23 @@ class Runtime:
         self._with_room(write)
 
     def read_exit_code(self) -> int | None:
-        """The first code that a worker wrote, or None."""
+        """Return the first code that a worker wrote, or None."""
         try:
             return int(self._exit_code_path.read_text()) if self.is_trusted() else None
         except (OSError, ValueError):
             return None
 
     def expect_prefetch(self) -> None:
-        """A checkpoint is about to be fetched: whoever wants one waits for `tell_prefetched`."""
+        """Announce the download of a checkpoint: workers that need one now wait until `tell_prefetched` is called."""
         self._prefetched_path.touch()
 
     def tell_prefetched(self, restore: Prefetched) -> None:
-        """The download has ended, with a folder or without."""
+        """Announce the end of the download, with a folder or without."""
         folder = None if restore.folder is None else str(restore.folder)
         write_atomically(self._prefetched_path, json.dumps([restore.entry, folder, restore.ranks]))
 
     def read_prefetched(self) -> Prefetched | None:
-        """What is being fetched or has been; None when nothing is."""
+        """Return the state of the download; None if there is none."""
         if not self.is_trusted():
             return None
         try:
@@ -234,10 +237,10 @@ class Runtime:
         return Prefetched(entry, None if folder is None else Path(folder), None if ranks is None else tuple(ranks))
 
     def wait_for_prefetched(self, look: Callable[[], None]) -> Prefetched | None:
-        """Return what the launcher has fetched, once it has; None when it fetches nothing.
+        """Wait for the launcher's download to end, and return its result; None if there is no download.
 
         Args:
-            look: called again and again meanwhile; what it raises ends the wait.
+            look: called repeatedly while waiting; an exception that it raises ends the wait.
         """
         while (prefetched := self.read_prefetched()) is not None and prefetched.entry is None:
             look()
@@ -245,11 +248,11 @@ class Runtime:
         return prefetched
 
     def write_notice(self, notice: PreemptionNotice) -> None:
-        """Replaces what was heard before."""
+        """Write the notice, in place of an earlier one."""
         self._with_room(lambda: write_atomically(self.notice_path, notice.to_json()))
 
     def read_notice(self) -> PreemptionNotice | None:
-        """What was heard last, or None."""
+        """Return the last notice, or None."""
         try:
             return PreemptionNotice.from_json(self.notice_path.read_text()) if self.is_trusted() else None
         except FileNotFoundError:
@@ -257,26 +260,26 @@ class Runtime:
 
 
 class StepCounter:
-    """The last finished optimizer step in a file mapped into memory: telling costs no system call, and what was told
-    survives the death of the process that told it.
+    """The last finished optimizer step, in a memory-mapped file: writing it costs no system call, and it survives the death of
+    the process that wrote it.
 
     Args:
-        path: made when it does not exist.
+        path: created if it does not exist.
     """
 
     def __init__(self, path: Path) -> None:
         with path.open("a+b") as file:
-            # Memory over a hole of a file on a full disk is a bus error when it is written to.
+            # Writing to memory mapped over a hole in a file would be a bus error on a full disk.
             os.posix_fallocate(file.fileno(), 0, _STEP.size)
             self._memory = mmap.mmap(file.fileno(), _STEP.size)
 
     def tell(self, step: int) -> None:
-        """Replaces what was told before."""
+        """Write the last finished step."""
         _STEP.pack_into(self._memory, 0, step)
 
     @staticmethod
     def read(path: Path) -> int | None:
-        """What was told last, or None."""
+        """Return the step that was written last, or None."""
         try:
             step: int = _STEP.unpack(path.read_bytes())[0]
         except (FileNotFoundError, struct.error):

@@ -1,4 +1,4 @@
-"""How long one part of hf_spot waits for another, in one place. Polling intervals stand beside the code that polls."""
+"""All timeouts with which one part of hf_spot waits for another. Polling intervals are defined next to the code that polls."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ JOURNAL_LAST_WORD_S = 5.0  # for an entry of the journal when the machine is abo
 PEER_LAST_WORD_S = 3.0  # a training that failed because of another machine may end before that machine's launcher says so
 WEBHOOK_LAST_WORD_S = 2.0  # for events that are still on their way when a launch ends
 FAILED_DRAIN_S = 60.0  # for the upload under way when the training raised an error
-IDLE_GRACE_S = 10.0  # for a script that is not training, after a notice without a deadline: it may be about to begin or to end
-LATE_S = 30.0  # past a deadline: machines have been seen to live a little longer than announced
+IDLE_GRACE_S = 10.0  # for a script that is not training, after a notice without a deadline: it may be about to begin or end
+LATE_S = 30.0  # past a deadline: machines sometimes live a little longer than announced
 NEIGHBOUR_FAILED_S = 5.0  # for the ranks of this machine after those of another machine have failed
 
 # -- between launches -------------------------------------------------------------------------------------------------
 
 FIRST_PAUSE_S = 1.0  # before a training that crashed is started again; twice as long after each fruitless launch
 LONGEST_PAUSE_S = 60.0
-MEETING_S = 1800.0  # for the other machines: a replacement may take its time
+MEETING_S = 1800.0  # for the other machines: it may take long to get a replacement
 
 # -- between ranks ----------------------------------------------------------------------------------------------------
 
