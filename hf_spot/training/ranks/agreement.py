@@ -1,4 +1,4 @@
-"""How the ranks of one training learn the same thing at the same step."""
+"""Lets all ranks of a training come to the same decision at the same step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 class Agreement:
-    """A private gloo group on the CPU, so that agreeing neither disturbs the GPUs nor depends on the training's backend.
+    """Exchanges values between ranks, over a private gloo group on the CPU, independent of GPUs and the training's backend.
 
-    What is asked in every step goes over a `Board` where all ranks are on one machine. With one process everything is answered
-    at once. All ranks must call the same methods in the same order.
+    Ballots of every step go over a `Board` if all ranks are on one machine. With one process every method returns at once. All
+    ranks must call the same methods in the same order.
 
     Args:
         world_size: number of ranks; ``torch.distributed`` must be initialised when there are several.
@@ -30,13 +30,13 @@ class Agreement:
     def __init__(self, world_size: int) -> None:
         self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=RANKS_S)) if world_size > 1 else None
         self._values = array("d", [0.0] * VALUES)
-        self._tensor = torch.frombuffer(self._values, dtype=torch.float64)  # the same memory: no tensor is made in a step
+        self._tensor = torch.frombuffer(self._values, dtype=torch.float64)  # the same memory, so that no step creates a tensor
         self._options = dist.AllreduceOptions() if world_size > 1 else None
         if self._options is not None:
             self._options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
         self._work: Any = None
         self._own: Ballot | None = None
-        self.alone = world_size == 1  # nothing need be asked ahead of time
+        self.alone = world_size == 1  # ballots need not be cast ahead of time
         self._asked = False
         rank = dist.get_rank() if world_size > 1 else 0
         self.is_main = rank == 0
@@ -44,18 +44,18 @@ class Agreement:
 
     @property
     def group(self) -> Any:
-        """For the collectives of others; None with one process."""
+        """Return the process group, for other collectives; None with one process."""
         return self._group
 
     @property
     def asked(self) -> bool:
-        """True between `ask` and `answer`; on all ranks or on none."""
+        """Return whether `ask` was called without `answer` since; the same on all ranks."""
         return self._asked
 
     def ask(self, ballot: Ballot) -> None:
-        """Cast this rank's ballot, and return at once: what the training does next hides the time that agreeing takes.
+        """Cast this rank's ballot, and return at once: the exchange overlaps with the training's next work.
 
-        An answer that nobody has taken is dropped.
+        An answer that was not read is dropped.
         """
         self.answer()
         self._asked = True
@@ -66,14 +66,14 @@ class Agreement:
             self._board.show(*ballot.to_values())
             return
         self._values[:] = array("d", ballot.to_values())
-        # Not by `dist.all_reduce`, which takes twice as long to begin.
+        # `dist.all_reduce` would take twice as long to start.
         self._work = self._group.allreduce([self._tensor], self._options)
 
     def answer(self) -> Ballot | None:
-        """Return all ranks' last ballots, merged; None when nothing was asked.
+        """Return the merged ballots of all ranks; None if none were cast.
 
         Raises:
-            RuntimeError: a rank is gone.
+            RuntimeError: a rank has ended.
         """
         if not self._asked:
             return None
@@ -86,14 +86,14 @@ class Agreement:
         return Ballot.from_values(self._values) if self._group is not None else self._own
 
     def from_main(self, act: Callable[[], T]) -> T:
-        """Lets rank 0 act; every rank gets its result, or its exception."""
+        """Call ``act`` on rank 0; return its result, or raise its exception, on every rank."""
         if self._group is None:
             return act()
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = act()
-            except BaseException as error:  # the others wait for this word, whatever it is
+            except BaseException as error:  # the other ranks wait for the outcome, whatever it is
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[1] is not None:
@@ -102,7 +102,7 @@ class Agreement:
         return result
 
     def gather(self, value: T) -> list[T]:
-        """What every rank brings, in the order of ranks."""
+        """Return the values of all ranks, in the order of ranks."""
         if self._group is None:
             return [value]
         found: list[Any] = [None] * dist.get_world_size()
@@ -110,11 +110,11 @@ class Agreement:
         return found
 
     def together(self, act: Callable[[], T]) -> T:
-        """Every rank acts; when one fails all do, with its own error or the first rank's that has one."""
+        """Call ``act`` on every rank; if one fails, raise on all: a rank's own error, or that of the first rank with one."""
         outcome: list[Any] = [None, None]
         try:
             outcome[0] = act()
-        except BaseException as error:  # the others wait for this word, whatever it is
+        except BaseException as error:  # the other ranks wait for the outcome, whatever it is
             outcome[1] = error
         errors = [error for error in self.gather(outcome[1]) if error is not None]
         if errors:
@@ -123,12 +123,12 @@ class Agreement:
         return result
 
     def barrier(self) -> None:
-        """Returns when every rank has called it."""
+        """Wait until every rank has called it."""
         if self._group is not None:
             dist.barrier(group=self._group)
 
     def close(self) -> None:
-        """Gives the group back: gloo sometimes aborts at interpreter exit when it is left to it."""
+        """Destroy the group: gloo sometimes aborts if that is left to the end of the interpreter."""
         if self._board is not None:
             self._board.close()
             self._board = None

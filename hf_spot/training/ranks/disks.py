@@ -1,4 +1,4 @@
-"""The disks that ranks write to: whether they can, and which of them share one, whose leader uploads and restores its files."""
+"""The disks that ranks write to: checks them, and finds which ranks share one. Its leader uploads and restores its files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Disk:
     """The disk under a rank's ``output_dir``.
 
     Args:
-        index: 0 is rank 0's.
-        count: disks of this training.
-        ranks: that write to it.
-        leads: this rank looks after it.
+        index: number of the disk; rank 0's is 0.
+        count: number of disks in this training.
+        ranks: the ranks that write to it.
+        leads: whether this rank uploads and restores its files.
     """
 
     index: int
@@ -29,15 +29,15 @@ class Disk:
 
 
 def find_disk(agreement: Agreement, rank: int, local_rank: int, output_dir: Path) -> Disk:
-    """Asks all ranks; every rank must call it.
+    """Find out which ranks share a disk. Every rank must call it.
 
-    Machines either have disks of their own, or share rank 0's (NFS, FSx): that is found out by looking.
+    Machines either have their own disks, or share rank 0's (NFS, FSx): a test file shows which.
 
     Args:
-        agreement: of the ranks.
-        rank: of this process.
-        local_rank: its number on its machine.
-        output_dir: the Trainer's; made on rank 0's disk.
+        agreement: agreement of the ranks.
+        rank: number of this process.
+        local_rank: number of this process on its machine.
+        output_dir: the Trainer's ``output_dir``; created on rank 0's disk.
     """
     if agreement.alone:
         return Disk(0, 1, (0,), True)
@@ -57,7 +57,7 @@ def find_disk(agreement: Agreement, rank: int, local_rank: int, output_dir: Path
     disks: list[list[int]] = [[]]
     current = disks[0]
     for number, (local, sees) in enumerate(answers):
-        if local == 0:  # ranks of a machine follow each other, and its first one answers for it
+        if local == 0:  # a machine's ranks are consecutive, and its first one answers for all
             current = disks[0] if sees else []
             if not sees:
                 disks.append(current)
@@ -67,11 +67,11 @@ def find_disk(agreement: Agreement, rank: int, local_rank: int, output_dir: Path
 
 
 def check_writable(folder: Path, *, setting: str) -> None:
-    """Makes the folder, and writes a file to it. Raises ConfigError where that can't be.
+    """Create the folder and write a file to it. Raises ConfigError if that fails.
 
     Args:
-        folder: for checkpoints.
-        setting: that names another one, as it is written: ``TrainingArguments(output_dir=…)``.
+        folder: folder for checkpoints.
+        setting: the setting for the folder, for the error: ``TrainingArguments(output_dir=…)``.
     """
     probe = folder / ".hf_spot" / f"probe-{os.uname().nodename}-{os.getpid()}"
     try:

@@ -1,6 +1,6 @@
-"""Numbers that the processes of one machine show one another in memory that they share.
+"""Exchange of numbers between the processes of one machine, in shared memory.
 
-That takes microseconds, and needs no other thread to run: a collective on the CPU takes hundreds where the cores are busy.
+It takes microseconds and needs no other thread; a collective on the CPU takes hundreds of microseconds if the cores are busy.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 _SHARED_MEMORY = Path("/dev/shm")
-_LINE_BYTES = 128  # a slot shares no cache line with another, nor with the one that is fetched beside it
+_LINE_BYTES = 128  # a slot shares no cache line with another slot, nor the adjacent line that is prefetched
 _SPIN_S = 100e-6
 _FIRST_SLEEP_S, _LONGEST_SLEEP_S = 20e-6, 2e-3
 _LOOK_FOR_THE_DEAD_S = 0.2
 
 
 class Gone(RuntimeError):
-    """A process has ended, or left, that the others wait for."""
+    """A process that others wait for has ended, or has closed the board."""
 
 
 class Board:
-    """Each of ``ranks`` processes shows its numbers, round after round, and reads the largest of all.
+    """Lets each of ``ranks`` processes show its numbers, round by round, and read the maximum of all.
 
-    A round's numbers carry their own checksum, so that it does not matter in which order a processor lets others see what was
-    written. Two slots per rank are enough: nobody begins the round after next before all have read this one. That a process
-    lives is told by its lock on a byte of the file, which the kernel takes back when it ends, however it ends: all must have
-    opened the board before one of them waits for another.
+    A round's numbers include a checksum, so that the order in which writes become visible does not matter. Two slots per
+    rank are enough: no process begins the round after next before all have read this one. A process is alive as long as it
+    holds a lock on its byte of the file, which the kernel releases however the process ends. All must open the board before
+    one of them waits for another.
 
     Args:
-        path: a file that `create` made.
-        rank: of this process, from 0.
-        ranks: how many there are.
-        values: numbers that each shows.
+        path: a file from `create`.
+        rank: number of this process, from 0.
+        ranks: number of processes.
+        values: number of values that each process shows.
 
     Raises:
-        OSError: the file is not there (another machine, another container), or can't be mapped.
+        OSError: the file does not exist here (another machine or container), or can't be mapped.
     """
 
     def __init__(self, path: Path, rank: int, ranks: int, values: int) -> None:
@@ -53,40 +53,40 @@ class Board:
         self._file = path.open("r+b", buffering=0)
         try:
             self._memory = mmap.mmap(self._file.fileno(), _size_bytes(ranks))
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)  # gone with the first descriptor that is closed
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)  # closing any descriptor of the file releases it
         except (OSError, ValueError) as error:
             self._file.close()
             raise OSError(f"{path} can't be shared: {error}") from error
 
     @staticmethod
     def create(ranks: int) -> Path | None:
-        """Makes the file of a board, in memory; None where the machine has no room for it.
+        """Create the file of a board in shared memory; return None if there is no room.
 
-        Who made it removes it when all have opened it, or could not.
+        The caller must remove it after all processes have tried to open it.
         """
         path = _SHARED_MEMORY / f"hf_spot-{secrets.token_hex(8)}"
         try:
             with path.open("xb") as file:
                 os.fchmod(file.fileno(), 0o600)
-                # Memory over a hole of a file that finds no room later is a bus error.
+                # Writing to a mapped hole of a file is a bus error if there is no room.
                 os.posix_fallocate(file.fileno(), 0, _size_bytes(ranks))
-        except (OSError, AttributeError):  # AttributeError: not on this system
+        except (OSError, AttributeError):  # AttributeError: this system lacks the function
             path.unlink(missing_ok=True)
             return None
         return path
 
     def show(self, *values: float) -> None:
-        """Begins a round with these numbers. The one before must have been read by `largest`."""
+        """Begin a round with these numbers. The previous round must have been read by `largest`."""
         self._round += 1
         record = self._record.pack(self._round, *values)
         at = self._at(self._rank)
         self._memory[at : at + self._record.size + self._check.size] = record + self._check.pack(zlib.crc32(record))
 
     def largest(self, patience_s: float) -> tuple[float, ...]:
-        """Element by element the largest number of this round, when all have shown theirs.
+        """Wait until all have shown their numbers of this round; return the maximum of each number.
 
         Raises:
-            Gone: a process has ended without showing them, or shows nothing for ``patience_s`` seconds.
+            Gone: a process has ended without showing its numbers, or has shown none for ``patience_s`` seconds.
         """
         found = []
         for rank in range(self._ranks):
@@ -95,7 +95,7 @@ class Board:
         return tuple(map(max, *found)) if self._ranks > 1 else found[0]
 
     def close(self) -> None:
-        """Leaves. Who still waits for this process learns that it is gone."""
+        """Close the board. Processes that wait for this one get `Gone`."""
         self._memory.close()
         self._file.close()
 
@@ -108,7 +108,7 @@ class Board:
         if number != self._round:
             return None
         check = self._check.unpack_from(self._memory, at + self._record.size)[0]
-        # What was read and what was checked may differ while it is being written: packed again, it is one thing.
+        # The memory may change between two reads: packing the values again checks exactly what was read.
         return tuple(values) if zlib.crc32(self._record.pack(number, *values)) == check else None
 
     def _wait_for(self, rank: int, patience_s: float) -> tuple[float, ...]:
@@ -124,7 +124,7 @@ class Board:
                 if not self._lives(rank) and self._read(rank) is None:
                     raise Gone(f"rank {rank} has ended")
                 if now - began > patience_s:
-                    raise Gone(f"rank {rank} has said nothing for {patience_s:.0f} s")
+                    raise Gone(f"rank {rank} has not responded for {patience_s:.0f} s")
             time.sleep(sleep_s)
             sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
         return shown
@@ -145,14 +145,14 @@ def open_together(
     from_main: Callable[[Callable[[], Path | None]], Path | None],
     gather: Callable[[bool], list[bool]],
 ) -> Board | None:
-    """Called by all ranks: a board for all of them, or None for all when one of them can't reach it.
+    """Open one board on all ranks; return None on all if one of them can't open it. All ranks must call it.
 
     Args:
-        rank: of this process.
-        ranks: how many there are.
-        values: numbers that each shows.
-        from_main: lets rank 0 act, and gives its result to all.
-        gather: what every rank brings.
+        rank: number of this process.
+        ranks: number of ranks.
+        values: number of values that each rank shows.
+        from_main: calls a function on rank 0, and returns its result on all ranks.
+        gather: returns the values of all ranks.
     """
     path = from_main(lambda: Board.create(ranks))
     if path is None:

@@ -1,4 +1,4 @@
-"""Memory for the copies of a save: reserved once, used again, given back."""
+"""Memory for the copies of a save: reserved once, reused, released at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ALIGNMENT = 64
 
 
 def free_bytes() -> int:
-    """Memory that this process may still take: what the machine has, or what the container's limit leaves."""
+    """Return the bytes that this process may still allocate, limited by the machine and the container."""
     left = [psutil.virtual_memory().available]
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
@@ -24,12 +24,12 @@ def free_bytes() -> int:
 
 
 class Arena:
-    """Memory that holds the copies of one checkpoint, and is used again for the next.
+    """Memory that holds the copies of one checkpoint, and is reused for the next one.
 
-    Address space for ``limit_bytes`` is reserved once; memory is taken where it is written, and given back by `close`.
+    Address space for ``limit_bytes`` is reserved once; the system allocates memory as it is written, and `close` releases it.
 
     Args:
-        limit_bytes: that the copies may take together.
+        limit_bytes: most bytes that the copies may use together.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -41,15 +41,15 @@ class Arena:
         self._arrivals = Arrivals()
 
     def clear(self) -> None:
-        """Forgets the copies. Nobody may be reading them any more."""
+        """Discard the copies. They must no longer be in use."""
         self._used = 0
         self._arrivals.clear()
 
     def copy(self, source: torch.Tensor) -> torch.Tensor | None:
-        """A copy of these bytes, which may be read after `wait`; or None when there is no room for it.
+        """Return a copy of these bytes, complete after `wait`; None if there is no room for it.
 
         Args:
-            source: one-dimensional, uint8, wherever it is.
+            source: one-dimensional, uint8, on any device.
         """
         count = source.numel()
         if count == 0:
@@ -65,22 +65,22 @@ class Arena:
         return target.copy_(source)
 
     def holds(self, address: int) -> bool:
-        """Whether a copy begins there."""
+        """Return whether an address lies in the copies."""
         return self._address <= address < self._address + self._used
 
     def wait(self) -> None:
-        """Returns when all copies are whole."""
+        """Wait until all copies are complete."""
         self._arrivals.wait()
 
     def touch(self, count: int) -> None:
-        """Takes the memory for so many bytes: the first copy into memory that is fresh is three times as slow."""
+        """Allocate and pin memory for ``count`` bytes in advance: the first copy into fresh memory is three times as slow."""
         if self._reserved():
             count = max(1, min(count, self.limit_bytes))
             torch.frombuffer(self._memory, dtype=torch.uint8, count=count).zero_()
             self.pin(count)
 
     def pin(self, count: int | None = None) -> None:
-        """Makes copies from a GPU into the first ``count`` bytes fast; None for those in use. For the thread that writes."""
+        """Pin the first ``count`` bytes, or those in use, so that copies from a GPU are fast. Call it in the writer thread."""
         if self._pins is not None:
             self._pins.reach(self._used if count is None else count)
 
@@ -91,16 +91,16 @@ class Arena:
             except (OSError, ValueError, OverflowError):
                 self.limit_bytes = 0
                 return False
-            if hasattr(mmap, "MADV_DONTFORK"):  # DataLoader workers would share it, and have it copied page by page
+            if hasattr(mmap, "MADV_DONTFORK"):  # forked DataLoader workers would share it, and each write would copy a page
                 self._memory.madvise(mmap.MADV_DONTFORK)
             self._address = torch.frombuffer(self._memory, dtype=torch.uint8, count=1).data_ptr()
             self._pins = Pins(self._address, self.limit_bytes)
         return self._memory is not None
 
     def close(self) -> None:
-        """Gives the memory back, as soon as the last copy is gone."""
+        """Release the memory, as soon as the last copy is deleted."""
         if self._pins is not None:
-            with contextlib.suppress(RuntimeError):  # of a device that has failed
+            with contextlib.suppress(RuntimeError):  # the device has failed
                 self.wait()
             self._pins.close()
         self._memory = self._pins = None

@@ -1,15 +1,15 @@
-"""A save that training hardly feels: the state is copied in memory, and the files are written while training goes on.
+"""Asynchronous saves: the state is copied in memory, and the files are written while training continues.
 
-What takes the time of a Trainer's save is checksums and files, not the state: a copy of it takes a tenth of that. So within
-`AsyncCheckpointWriter.capturing` Trainer, PEFT and TRL save as ever, in their own order and formats, and whatever they hand to
-``torch.save`` or safetensors is copied at the last moment: when the bytes of a tensor would go to the file. The same code of
-torch and safetensors then writes the same bytes from the copies, in a thread; both give up the GIL for it.
+A Trainer's save spends its time on checksums and files; copying the state takes a tenth of that. So within
+`AsyncCheckpointWriter.capturing` Trainer, PEFT and TRL save as always, in their own order and formats, and what they pass to
+``torch.save`` or safetensors is copied at the last moment, when the bytes of a tensor would be written to the file. The same
+code of torch and safetensors then writes the same bytes from the copies in a thread; both release the GIL meanwhile.
 
-So is what all ranks write together by ``torch.distributed.checkpoint.save`` (FSDP's shards; see `shards`). Either all ranks
-write a save behind their training or none does, and it has an end when the last of them has written.
+The same holds for the collective ``torch.distributed.checkpoint.save`` (FSDP's shards; see `shards`). Either all ranks write a
+save asynchronously or none does, and it is complete when the last of them has written.
 
-Only the training thread is captured, and only files that are named by a path. Seen with torch 2.13 and safetensors 0.8; where
-these look different, files are written at once.
+Only writes of the training thread to files named by a path are captured. Verified with torch 2.13 and safetensors 0.8; if the
+libraries have changed, files are written at once.
 """
 
 from __future__ import annotations
@@ -48,25 +48,25 @@ from hf_spot.training.upstream import (
 
 log = logging.getLogger("hf_spot")
 
-_SHARE = 0.5  # of the memory that is free at the first save
+_SHARE = 0.5  # share of the memory that is free at the first save
 _DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in (TYPES.find() or {}).items()}
-# None where torch or safetensors has changed: files are written at once then, which `hf_spot.training.upstream.check` says.
+# None if torch or safetensors has changed: files are then written at once, and `hf_spot.training.upstream.check` warns.
 _plain_open = OPEN_ZIPFILE.find()
 _plain_serialize = SERIALIZE_FILE.find()
 _plain_save_together = SAVE_TOGETHER.find()
 
 
 class AsyncCheckpointWriter:
-    """Writes the files of one save after the other, in a thread.
+    """Writes the files of saves in a thread, one save after the other.
 
-    Several ranks must capture the same saves. What one of them can't write has failed for all, which they learn when all have
-    ended: only then nobody writes to the folder any more.
+    Several ranks must capture the same saves. If one rank can't write, the save has failed for all; they learn it when all have
+    finished, because only then no rank writes to the folder any more.
 
     Args:
-        limit_bytes: of memory for copies; None takes half of what is free at the first save. A file that does not fit is
-            written at once, as Trainer does it.
-        ranks: that save together; for these saves only, because others may agree on something else meanwhile.
-        share: of the memory that is this rank's, when there are others on its machine.
+        limit_bytes: memory for copies; None uses half of what is free at the first save. A file that does not fit is written
+            at once, as Trainer does it.
+        ranks: an agreement for these saves only, because the training uses its own at the same time.
+        share: this rank's share of that memory, if its machine has several.
     """
 
     def __init__(self, limit_bytes: int | None = None, ranks: Agreement | None = None, share: float = 1.0) -> None:
@@ -83,10 +83,10 @@ class AsyncCheckpointWriter:
         self._said = False
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
-        self.parted = False  # a rank is gone: nothing can be written together any more
+        self.parted = False  # a rank has ended: no more collective writes are possible
 
     def expect(self, size_bytes: int) -> None:
-        """A first save of about this size will come: takes the memory for it, in the background."""
+        """Allocate memory for a first save of about this size, in the background."""
         arena = self._make_arena()
         self._submit(lambda: arena.touch(size_bytes))
 
@@ -100,14 +100,14 @@ class AsyncCheckpointWriter:
     def capturing(
         self, in_words: Callable[[BaseException], str] = str, on_error: Callable[[str], None] = lambda why: None
     ) -> Iterator[None]:
-        """Within it, what this thread saves is copied, and written after its end.
+        """Copy what this thread saves within the block, and write it after the block.
 
-        Waits for the files of the save before, because the memory is the same.
+        Waits for the files of the previous save first, because they use the same memory.
 
         Args:
-            in_words: says why a file can't be written here.
-            on_error: called with these words on every rank when one can't write and none writes any more, from the thread
-                that writes.
+            in_words: returns why a file can't be written, for people.
+            on_error: called with this text on every rank if a rank could not write, when none writes any more, from the writer
+                thread.
         """
         self.wait()
         self._in_words = in_words
@@ -128,10 +128,10 @@ class AsyncCheckpointWriter:
             return
         while self._pending:
             write = self._pending.pop(0)
-            # The others wait for this one in the middle of what they write together.
+            # The other ranks wait for this one in the collective write.
             self._submit(write, always=isinstance(write, _Together))
         if self._pending:
-            self._submit(self._make_arena().pin)  # the next save copies faster
+            self._submit(self._make_arena().pin)  # so that the next save copies faster
         self._submit(lambda: self._conclude(on_error), always=True)
 
     def write_text(self, path: Path, text: str) -> None:
@@ -146,23 +146,22 @@ class AsyncCheckpointWriter:
             write()
 
     def forget(self) -> None:
-        """Within `capturing`: what was captured is not to be written after all; all ranks must call it, or none."""
+        """Discard what was captured. Call it within `capturing`, on all ranks or on none."""
         self._pending.clear()
         self._forgotten = True
 
     def then(self, act: Callable[[], None]) -> None:
-        """Calls ``act`` when all that was captured so far is written by all ranks, or at once if it is; not if the writing
-        failed."""
+        """Call ``act`` once all ranks have written what was captured so far, or at once if they have; never after a failure."""
         if self._jobs.unfinished_tasks:
             self._submit(act)
         elif self._error is None:
             act()
 
     def then_together(self, act: Callable[[Agreement], None]) -> None:
-        """As `then`, for what all ranks do together; all must call it.
+        """Call ``act`` as `then` does, for a collective. All ranks must call it.
 
         Args:
-            act: given the ranks, to agree with.
+            act: called with the agreement of these ranks.
         """
 
         def agreed() -> None:
@@ -175,21 +174,25 @@ class AsyncCheckpointWriter:
             agreed()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Waits until everything is written; False when it is not after ``timeout_s`` seconds. A forked child, in which the
-        thread is not, waits for nothing."""
+        """Wait until everything is written; return False if it is not within ``timeout_s`` seconds.
+
+        A forked child, which has no writer thread, does not wait.
+        """
         if os.getpid() != self._process:
             return True
         with self._jobs.all_tasks_done:
             return self._jobs.all_tasks_done.wait_for(lambda: not self._jobs.unfinished_tasks, timeout_s)
 
     def take_error(self) -> str | None:
-        """What the writing of the newest save failed with on any rank, once. In words only: the error itself holds
-        half-written files open, whose space must become free."""
+        """Return why the newest save could not be written by any rank, once; None if it was.
+
+        The reason is text: the exception itself would keep half-written files open and their disk space in use.
+        """
         error, self._error = self._error, None
         return error
 
     def close(self) -> None:
-        """Waits for the files, ends the thread and gives the memory back."""
+        """Wait for the files, end the thread and release the memory."""
         if os.getpid() != self._process:
             return
         if self._thread is not None:
@@ -222,7 +225,7 @@ class AsyncCheckpointWriter:
         def write() -> None:
             self._arrive()
             _plain_serialize(specs, filename, metadata=metadata)
-            copies.clear()  # they had to live until here
+            copies.clear()  # the copies must exist until the file is written
 
         self._pending.append(write)
 
@@ -242,13 +245,13 @@ class AsyncCheckpointWriter:
         return save
 
     def _stage(self, args: tuple[Any, ...], save: dict[str, Any]) -> tuple[StagedPlanner | None, str | None]:
-        """What this rank writes, or why it can't be kept."""
+        """Return what this rank writes, or why it can't be copied."""
         assert self._arena is not None
         try:
             if args:
-                raise Unknown("its arguments have no names")
+                raise Unknown("its arguments are positional")
             staged = stage(self._arena.copy, is_coordinator=self._ranks.is_main, **save)
-        except Exception as error:  # the others wait for a word; torch's own save will meet what is really wrong
+        except Exception as error:  # the other ranks wait for an answer; torch's own save will raise the actual error
             words = str(error) if isinstance(error, Unknown) else repr(error)
             return None, f"sharded checkpoints are written while training waits: {words}"
         return staged, None if staged is not None else self._too_large()
@@ -277,10 +280,10 @@ class AsyncCheckpointWriter:
             self._arena.wait()
 
     def keep(self, source: torch.Tensor) -> torch.Tensor | None:
-        """A copy of these bytes until they are written; None when there is no room, which is said once."""
+        """Return a copy of these bytes; None if there is no room, which is logged once."""
         assert self._arena is not None
         if source.device.type == "cpu" and self._arena.holds(source.data_ptr()):
-            return source  # brought from a device just now
+            return source  # just copied from a device
         copy = self._arena.copy(source)
         if copy is None:
             self._say_once(self._too_large())
@@ -289,7 +292,7 @@ class AsyncCheckpointWriter:
     def _too_large(self) -> str:
         assert self._arena is not None
         return (
-            f"a checkpoint does not fit into the {self._arena.limit_bytes / 1e9:.1f} GB of memory that saves may take: the "
+            f"a checkpoint does not fit into the {self._arena.limit_bytes / 1e9:.1f} GB of memory that saves may use: the "
             "rest of it is written while training waits"
         )
 
@@ -313,13 +316,13 @@ class AsyncCheckpointWriter:
             if self._error is None or (always and not self.parted):
                 try:
                     act()
-                except BaseException as error:  # told to the training thread: see `take_error`
+                except BaseException as error:  # reported to the training thread: see `take_error`
                     self._error = self._error or self._in_words(error) or repr(error)
-            del act, job  # and with them the copies
+            del act, job  # releases the copies
             self._jobs.task_done()
 
     def _conclude(self, on_error: Callable[[str], None]) -> None:
-        """The end of a save: no rank writes any more, and all learn whether one could not."""
+        """End a save: wait until no rank writes any more, and find out on all of them whether one failed."""
         try:
             errors = self._ranks.gather(self._error)
         except Exception as error:
@@ -330,32 +333,34 @@ class AsyncCheckpointWriter:
             on_error(self._error)
 
     def _part(self, error: BaseException) -> None:
-        """A rank is gone in the middle of what all do together. Its launch ends, and the next start sets aside what is torn:
-        the others may be writing to it."""
+        """Stop collective writes, because a rank has ended during one.
+
+        The incomplete folder stays, because other ranks may be writing to it; the next start sets it aside.
+        """
         log.warning("a checkpoint is left incomplete, because a rank has ended: %s", error)
         self.parted = True
-        self._ranks.close()  # those who wait for this one learn it by that
+        self._ranks.close()  # so that ranks that wait for this one get an error
 
 
 class _Together:
-    """Writes what was staged of a sharded save, with the other ranks."""
+    """Writes the staged part of a sharded save, together with the other ranks."""
 
     def __init__(self, behind: AsyncCheckpointWriter, staged: StagedPlanner, writer: Any) -> None:
         self._behind = behind
         self._staged = staged
         self._writer = writer
-        # Each thread has one of its own, the first of the machine if it is not told: all ranks would take memory there.
+        # The current device is per thread, and by default the machine's first: all ranks would allocate memory there.
         self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # type: ignore[no-untyped-call]
 
     def __call__(self) -> None:
         ranks = self._behind._ranks
-        # Never the training's own group, which is at work.
+        # Never the training's own group, which is in use.
         how: dict[str, Any] = {"no_dist": True} if ranks.alone else {"process_group": ranks.group}
         self._behind._arrive()
         try:
             with torch.cuda.device(self._device):
                 _plain_save_together({}, storage_writer=self._writer, planner=self._staged, **how)
-        except CheckpointException as error:  # raised on all ranks; each speaks for itself: see `_conclude`
+        except CheckpointException as error:  # raised on all ranks; each reports its own error: see `_conclude`
             if (rank := 0 if ranks.alone else torch.distributed.get_rank()) in error.failures:
                 raise error.failures[rank][0] from None
         except Exception as error:
@@ -364,7 +369,7 @@ class _Together:
 
 
 class _Captured:
-    """Takes the place of ``torch._C.PyTorchFileWriter`` in ``torch.save``: remembers the records, and replays them later."""
+    """Replaces ``torch._C.PyTorchFileWriter`` in ``torch.save``: stores the records, and replays them later."""
 
     def __init__(self, behind: AsyncCheckpointWriter, path: str) -> None:
         self._behind = behind
@@ -382,14 +387,14 @@ class _Captured:
             self._behind._pending.append(self._write)
 
     def write_record(self, name: str, data: Any, size: int) -> None:
-        """As the real one's."""
+        """Store a record, or write it at once if it can't be copied. The parameters are those of torch's method."""
         if self._at_once is None and isinstance(data, torch.UntypedStorage):
             kept = self._behind.keep(_bytes_of(data)[:size])
             if kept is None:
                 self._write_at_once()
             else:
                 data = kept.untyped_storage() if size else b""
-        elif not isinstance(data, (bytes, str)):  # an address, or what else may change before it is written
+        elif not isinstance(data, (bytes, str)):  # an address, or another value that may change before it is written
             self._write_at_once()
         if self._at_once is None:
             self._records.append((name, data, size))

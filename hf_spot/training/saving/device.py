@@ -1,8 +1,8 @@
 """Copies from a device (a GPU) to the memory of a save.
 
-They are queued on the stream on which the training queues its own work: behind all that makes the state, and before all that
-changes it again. So no copy sees a later step, and the training thread waits for none. What makes them fast is memory whose
-pages are pinned: the device then writes to it by itself, at the speed of the wire.
+They are queued on the stream that the training itself uses: after all work that produces the state, and before any that changes
+it again. So no copy sees a later step, and the training thread waits for none. Pinned memory makes them fast: the device writes
+to it directly, at the speed of the bus.
 
 Source: https://docs.nvidia.com/cuda/cuda-runtime-api/api-sync-behavior.html.
 """
@@ -22,16 +22,16 @@ from hf_spot.training.upstream import STORAGE_CPU, TO_NDARRAY
 
 log = logging.getLogger("hf_spot")
 
-_PIECE_BYTES = 64 << 20  # that are pinned at once; a copy may not cross from one into the next
+_PIECE_BYTES = 64 << 20  # bytes that are pinned at a time; a copy must not cross from one piece into the next
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of this process
 
 
 class Pins:
-    """Pins memory from its begin on, as far as it is used. A driver that will not leaves the rest as it is.
+    """Pins memory from its start, as far as it is used. If the driver refuses, the rest stays unpinned.
 
     Args:
-        address: of the memory, at the begin of a page.
-        size_bytes: of it.
+        address: address of the memory, at the start of a page.
+        size_bytes: size of the memory.
     """
 
     def __init__(self, address: int, size_bytes: int) -> None:
@@ -41,10 +41,10 @@ class Pins:
         self._refused = False
 
     def reach(self, end: int) -> None:
-        """Pins it as far as ``end``, in bytes from its begin. No copy may be under way.
+        """Pin the memory up to ``end``, in bytes from its start. No copy may be under way.
 
-        Not for the training's thread: an error of CUDA stays with the thread that met it, and would be raised by what it does
-        next.
+        Don't call it in the training thread: a CUDA error stays with the thread that caused it, and would be raised by its next
+        operation.
         """
         while _in_use() and not self._refused and (begin := len(self._pinned) * _PIECE_BYTES) < end:
             address, size = self._address + begin, min(_PIECE_BYTES, self._size_bytes - begin)
@@ -53,7 +53,7 @@ class Pins:
                 self._pinned.append(address)
 
     def close(self) -> None:
-        """Gives it back. No copy may be under way."""
+        """Unpin the memory. No copy may be under way."""
         while self._pinned:
             _succeeded("cudaHostUnregister", self._pinned.pop())
         self._refused = True
@@ -67,23 +67,23 @@ def _in_use() -> bool:
 def _succeeded(name: str, *arguments: int) -> bool:
     code = int(getattr(torch.cuda.cudart(), name)(*arguments))  # type: ignore[no-untyped-call]
     if code:
-        log.info("%s answered %d: saves copy from the GPU without pinned memory", name, code)
+        log.info("%s returned %d: saves copy from the GPU without pinned memory", name, code)
     return code == 0
 
 
 class Arrivals:
-    """The copies of one save, and when they have arrived."""
+    """Starts the copies of one save, and waits for them."""
 
     def __init__(self) -> None:
         self._last: dict[int, torch.Event] = {}
 
     def expect(self, source: torch.Tensor, target: torch.Tensor, begin: int) -> None:
-        """Queues a copy. The target is complete after `wait`.
+        """Queue a copy. The target is complete after `wait`.
 
         Args:
             source: one-dimensional, uint8, on a device for which `in_order` holds.
-            target: the same in CPU memory.
-            begin: where the target lies, in bytes from where the pinned memory begins.
+            target: tensor of the same size in CPU memory.
+            begin: offset of the target in bytes from the start of the pinned memory.
         """
         count, at = source.numel(), 0
         while at < count:
@@ -93,18 +93,18 @@ class Arrivals:
         self._last[source.device.index or 0] = torch.accelerator.current_stream(source.device).record_event()
 
     def wait(self) -> None:
-        """Returns when all that was started has arrived. From any thread."""
+        """Wait until all copies have arrived. Any thread may call it."""
         for event in list(self._last.values()):
             event.synchronize()
 
     def clear(self) -> None:
-        """Before the next save."""
+        """Forget the copies, before the next save."""
         self._last.clear()
 
 
 def in_order(device: torch.device) -> bool:
-    """Whether what is queued for this device, copies to the CPU among it, is done in the order of one current stream."""
-    if device.type in ("cpu", "meta", "mps"):  # mps: copies have a queue of their own
+    """Return whether this device executes its work, including copies to the CPU, in the order of one current stream."""
+    if device.type in ("cpu", "meta", "mps"):  # mps uses a separate queue for copies
         return False
     accelerator = torch.accelerator.current_accelerator()
     return accelerator is not None and accelerator.type == device.type
@@ -112,12 +112,12 @@ def in_order(device: torch.device) -> bool:
 
 @contextmanager
 def taken_over(take: Callable[[Any, int, int], torch.Tensor | None]) -> Iterator[None]:
-    """Within it, what ``torch.save`` and safetensors bring from a device to the CPU, this thread's, is copied by ``take``.
+    """Use ``take`` within the block for this thread's copies from a device to the CPU by ``torch.save`` and safetensors.
 
-    Seen with torch 2.13 and safetensors 0.8.
+    Verified with torch 2.13 and safetensors 0.8.
 
     Args:
-        take: copies so many bytes of an untyped storage from an offset on; None when it does not, and the library does.
+        take: copies bytes of an untyped storage, given offset and count; returns None to let the library copy.
     """
     thread = threading.get_ident()
 

@@ -104,7 +104,7 @@ def test_a_process_that_lives_and_says_nothing_is_waited_for_as_long_as_is_wante
         here.show(-1.0)
         assert here.largest(PATIENCE_S) == told.recv()
         here.show(0.0)
-        with pytest.raises(Gone, match="rank 1 has said nothing for 1 s"):
+        with pytest.raises(Gone, match="rank 1 has not responded for 1 s"):
             here.largest(0.8)
 
 
