@@ -194,7 +194,7 @@ def decode(data: bytes, key: bytes | None = None) -> Entry:
         if written["format"] > FORMAT:
             raise ConfigError(
                 f"this run was written by a newer hf_spot (journal format {written['format']}, this one reads {FORMAT})",
-                hint="install the version that wrote it, from where this one came",
+                hint="upgrade hf_spot: install the version that wrote this run, from where this one came",
             )
         state = written["state"]
         refs = tuple(_ref(**ref) for ref in state.pop("checkpoints"))

@@ -219,6 +219,8 @@ def test_early_stopping_whose_last_evaluation_was_put_off_stops_at_the_same_step
 class PreemptEvaluation(TrainerCallback):
     """A notice in the middle of the n-th evaluation."""
 
+    per_launch = ("batches",)
+
     def __init__(self, callback: SpotCallback, number: int) -> None:
         self.act, self.number, self.batches, self.losses = preempt(callback), number, 0, Recorder()
 
