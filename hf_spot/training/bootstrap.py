@@ -1,5 +1,7 @@
-"""``python -m hf_spot.training.bootstrap [--module] SCRIPT [ARGS…]``: runs a script as ``python SCRIPT`` would, with every
-`Trainer` in it made preemptible. `hf-spot launch` starts each rank this way."""
+"""``python -m hf_spot.training.bootstrap [--module] SCRIPT [ARGS…]``: runs a script with every `Trainer` made preemptible.
+
+`hf-spot launch` starts each rank this way.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +29,18 @@ _LARGE = ("torch", "transformers")
 
 
 class TrainerHook(importlib.abc.MetaPathFinder):
-    """Calls `hf_spot.training.callback.install` when ``transformers.trainer`` has been imported, by whomever.
+    """Calls `hf_spot.training.callback.install` as soon as anything has imported ``transformers.trainer``.
 
-    A script that never imports it pays nothing. Python's garbage collector rests while torch and transformers are imported,
-    and leaves alone what they have brought once Trainer is there, as `gc.freeze` is meant for: it would go through a million
-    objects again and again, before and between the steps, and for about a second when the process ends, maybe of a machine
-    that has few of them left. Where Trainer is imported by a function of the script, which may have made a model already
-    that it will want to be rid of, nothing is left alone.
+    A script that never imports it is not affected. Python's garbage collector is off while torch and transformers are
+    imported, and then ignores their objects (`gc.freeze`): it would scan a million objects again and again between steps, and
+    for about a second when the process ends, when a machine may have few seconds left. Nothing is frozen if a function of the
+    script imports Trainer, because it may have created a model already that must be freed later.
     """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The spec that the others find, with a loader that does one thing more."""
+        """Return the spec that the standard finder finds, with a loader that also installs hf_spot's callback."""
         is_trainer = name == _TRAINER
         if is_trainer:
             sys.meta_path.remove(self)
@@ -50,7 +51,7 @@ class TrainerHook(importlib.abc.MetaPathFinder):
             loader: Any = spec.loader
             exec_module = loader.exec_module
 
-            def exec_in_peace(module: ModuleType) -> None:
+            def exec_and_install(module: ModuleType) -> None:
                 was_enabled = gc.isenabled()
                 gc.disable()
                 try:
@@ -65,7 +66,7 @@ class TrainerHook(importlib.abc.MetaPathFinder):
                     if was_enabled:
                         gc.enable()
 
-            loader.exec_module = exec_in_peace
+            loader.exec_module = exec_and_install
         return spec
 
 
@@ -77,7 +78,11 @@ def _at_the_top_of_the_script() -> bool:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the script. What it raises goes on as it would without us, but for hf_spot's own errors, which are told in words."""
+    """Run the script. Its exceptions are raised as without hf_spot; hf_spot's own errors are printed without a traceback.
+
+    Args:
+        argv: ``--module`` or nothing, the script or module, and its arguments.
+    """
     runtime, process = Runtime.from_environ(os.environ), os.getpid()
     process_guard.tie(runtime.launcher if runtime else None)
     if runtime is not None:
@@ -87,18 +92,20 @@ def main(argv: Sequence[str]) -> None:
     try:
         _run(argv)
     except BaseException as error:
-        if os.getpid() == process:  # and not a child that the script has forked: its end is not the training's
+        if os.getpid() == process:  # not in a child that the script has forked: its end is not the training's
             _tell_end(runtime, error)
         raise
 
 
 def _tell_end(runtime: Runtime | None, error: BaseException) -> None:
-    """Tells the launcher the exit code, and the user in words what is no accident. Raises SystemExit then."""
+    """Report the exit code to the launcher, and print an error of hf_spot. Raises SystemExit for the latter."""
     code = 1
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     elif isinstance(error, SpotError) and not isinstance(error, StoreUnavailable):
-        code = error.exit_code  # the store may be back in a minute; what is wrong with a setting is wrong again
+        code = (
+            error.exit_code
+        )  # not for a store that is unavailable: it may be back in a minute, while a wrong setting stays wrong
     if runtime is not None and code:
         runtime.write_exit_code(code)
     if isinstance(error, SpotError):
@@ -118,34 +125,33 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def leave_signals_to_the_launcher(runtime: Runtime) -> None:
-    """Make this process outlive the signals that mean preemption: dying of one would lose the save.
+    """Forward signals that mean preemption to the launcher: dying of one would lose the save.
 
-    They may come to it alone, by somebody who has found it in a list of processes, or to every process of the job. Either way
-    the launcher gets to know, and a notice goes from there to all ranks. Those that came while this process was started have
-    waited for this.
+    A signal may reach only this process, or every process of the job. Either way the launcher learns of it, and sends a notice
+    to all ranks. Signals that arrived while this process was starting were blocked until now.
 
-    It is done by handlers and not by SIG_IGN, which children would inherit: they would no longer die when they are told to.
-    torchrun's agent has another way to end its ranks (see `hf_spot.launch.agent`).
+    Handlers are used instead of SIG_IGN, which children would inherit: they could no longer be terminated. torchrun's agent
+    ends its ranks in another way (see `hf_spot.launch.agent`).
     """
     owner, launcher = os.getpid(), runtime.launcher
     signals = [one for one in answered_signals(runtime.arguments) if not is_left_alone(one)]
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # it came before `let_go`
+        if os.getpid() != owner:  # it arrived before `restore_defaults`
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         else:
-            with contextlib.suppress(ProcessLookupError):  # then this process is about to die as well
-                os.kill(launcher, signal.SIGTERM)  # not the same signal: two SIGINTs mean that nothing is waited for
+            with contextlib.suppress(ProcessLookupError):  # without a launcher this process is about to end as well
+                os.kill(launcher, signal.SIGTERM)  # not the same signal: a second SIGINT means not to wait for anything
 
-    def let_go() -> None:
+    def restore_defaults() -> None:
         for one in signals:
             if signal.getsignal(one) is pass_on:
                 signal.signal(one, signal.SIG_DFL)
 
     for one in signals:
         signal.signal(one, pass_on)
-    os.register_at_fork(after_in_child=let_go)
+    os.register_at_fork(after_in_child=restore_defaults)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, answered_signals(runtime.arguments))
 
 

@@ -1,5 +1,7 @@
-"""SpotCallback: Trainer's events in, ``control.should_*`` out. It decides nothing: `TrainerSession` knows what holds, and
-`hf_spot.policy.trainer_flags` which flags follow."""
+"""SpotCallback: maps Trainer's events to ``control.should_*``.
+
+It makes no decisions: `TrainerSession` decides, and `hf_spot.policy.trainer_flags` derives the flags.
+"""
 
 from __future__ import annotations
 
@@ -53,14 +55,14 @@ log = logging.getLogger("hf_spot")
 class SpotCallback(TrainerCallback):
     """Makes a Trainer survive preemption: ``Trainer(..., callbacks=[SpotCallback("s3://bucket/runs/my-run")])``.
 
-    ``trainer.train()`` then starts, or goes on from the run's newest committed checkpoint; ``train(resume_from_checkpoint=
-    False)`` starts afresh. Every checkpoint that Trainer saves is uploaded in the background. On a preemption notice the
-    training saves, commits and raises `TrainingPreempted` out of ``train()``.
+    ``trainer.train()`` then starts, or resumes from the run's newest committed checkpoint; ``train(resume_from_checkpoint=
+    False)`` starts from the beginning. Every checkpoint that Trainer saves is uploaded in the background. On a preemption
+    notice the training saves, commits, and ``train()`` raises `TrainingPreempted`.
 
     Args:
         store: URL of the run. None: ``$HF_SPOT_STORE`` (set by ``hf-spot launch``), else the Trainer's ``output_dir``
             itself is the run (EFS, Filestore, NFS).
-        args: settings; None takes those of ``hf-spot launch``, or the defaults.
+        args: settings; None uses those of ``hf-spot launch``, or the defaults.
 
     Raises:
         ConfigError: ``store`` is not the store of the ``hf-spot launch`` that started this process.
@@ -97,13 +99,13 @@ class SpotCallback(TrainerCallback):
         _entry.install(Trainer)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy, deep or pickled, has the same settings and is in no training."""
+        """Copy or pickle only the settings: a copy takes no part in a training."""
         return type(self), (self._store, self.args)
 
     # -- Trainer's events, in the order of the loop -------------------------------------------------------------------
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Points Trainer at the best checkpoint where it stands on this machine, and callbacks at what they knew."""
+        """Tell Trainer where the best checkpoint is on this machine, and restore the state of other callbacks."""
         if self._session is None or self._saves is None:
             return
         if self._session.best_folder is not None:
@@ -116,7 +118,7 @@ class SpotCallback(TrainerCallback):
         self._log_window.begin(self._resumed_folder(self._session))
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Makes sure that a resumed epoch has the order that it began with."""
+        """Give a resumed epoch the data order that it began with."""
         if self._session is None:
             return
         loader = kwargs.get("train_dataloader")
@@ -127,7 +129,7 @@ class SpotCallback(TrainerCallback):
         self._session.random_states.begin_epoch(loader, checkpoint, middle=not _is_epoch_end(state))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A step of several micro-batches may be left in its middle: remembers what it would have to return to."""
+        """Record the state before a step of several micro-batches, which may be abandoned halfway."""
         if self._session is not None:
             if not self._is_proven and self._proof is not None:
                 self._is_proven = True
@@ -137,7 +139,7 @@ class SpotCallback(TrainerCallback):
             self._accumulation.begin()
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Answers what was heard, when the rest of the step would take too long."""
+        """Act on a notice within a step, if the rest of the step would take too long."""
         if self._session is None or self._accumulation is None:
             return
         self._session.random_states.micro_batch_ended()
@@ -145,7 +147,7 @@ class SpotCallback(TrainerCallback):
         decision = self._session.micro_batch_ended(rest_s, rewindable=self._accumulation.rewindable)
         if decision is None:
             return
-        warn_for_all("step %d is interrupted; the next launch does it again", state.global_step + 1)
+        warn_for_all("step %d is interrupted; the next launch repeats it", state.global_step + 1)
         self._set(Moment.SUBSTEP_END, decision, args, state, control)
         if self._save_is_owed:
             self._accumulation.rewind()
@@ -153,12 +155,12 @@ class SpotCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The ranks agree while the optimizer works."""
+        """Cast this rank's ballot: the ranks agree while the optimizer works."""
         if self._session is not None and not self._session.run_session.agreement.alone:
             self._session.ask()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Answers what was heard."""
+        """Act on notices, and save if a save is due."""
         if self._session is None:
             return
         self._added = None
@@ -169,7 +171,7 @@ class SpotCallback(TrainerCallback):
             self._session.save_begins()
 
     def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A notice ends an evaluation, which may take longer than the machine lives."""
+        """End an evaluation after a notice: it may take longer than the time that is left."""
         if (
             self._evaluations is not None
             and self._evaluations.running
@@ -179,12 +181,12 @@ class SpotCallback(TrainerCallback):
             self._evaluations.cut()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A save after an evaluation begins here."""
+        """Record the start of a save after an evaluation."""
         if self._session is not None and control.should_save:
             self._session.save_begins()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Hands the checkpoint over."""
+        """Hand the checkpoint over for upload."""
         if self._session is None or state.global_step == self._saved_step:
             return
         self._saved_step = state.global_step
@@ -209,10 +211,10 @@ class SpotCallback(TrainerCallback):
         )
         self._session.saved(self._session.run_session.output_dir / f"checkpoint-{state.global_step}", request)
         if self._stopping:
-            state.best_model_checkpoint = None  # as in `on_epoch_end`, which may have passed already
+            state.best_model_checkpoint = None  # as in `on_epoch_end`, which may have been called already
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Called after the last epoch, and after every early stop, before Trainer logs, evaluates and saves once more."""
+        """Set the flags for Trainer's last log line, evaluation and save, after the last epoch or an early stop."""
         if self._session is None:
             return
         if control.should_training_stop and self._saves is not None:
@@ -226,7 +228,7 @@ class SpotCallback(TrainerCallback):
     def _train_within(
         self, trainer: Trainer, train: Any, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Do what ``trainer.train()`` does when this callback is among the trainer's."""
+        """Run ``trainer.train()`` for a trainer that has this callback."""
         check(Scope.TRAINER, trainer)
         url = self._store or os.environ.get(STORE_VARIABLE) or str(trainer.args.output_dir)
         self._saved_step, self._stopping, self._evaluation_skipped, self._save_is_owed = -1, False, False, False
@@ -325,7 +327,7 @@ class SpotCallback(TrainerCallback):
     def _set(
         self, moment: Moment, decision: Decision | None, args: TrainingArguments, state: TrainerState, control: TrainerControl
     ) -> None:
-        """Set the flags that follow from a decision, and remember what the next moments have to know of it."""
+        """Set the flags that follow from a decision, and record what later events need to know about it."""
         flags = flags_for(moment, decision, self._loop_state(args, state, control))
         self._save_is_extra = bool(flags.should_save) and not control.should_save
         for name in ("should_save", "should_evaluate", "should_log", "should_training_stop"):
@@ -347,14 +349,18 @@ class SpotCallback(TrainerCallback):
         assert self._session is not None and self._evaluations is not None
         decision = self._session.stop_after_cut_evaluation(trainer.state.global_step)
         if not self._evaluations.has_begun:
-            self._session.leave(0)  # ``eval_on_start``: there is nothing to save, and the next launch begins with it
+            self._session.leave(
+                0
+            )  # ``eval_on_start``: there is nothing to save, and the next launch begins with this evaluation
         self._set(Moment.EVALUATION_CUT, decision, trainer.args, trainer.state, trainer.control)
         if trainer.control.should_save:
             self._session.save_begins()
 
     def _make_up(self) -> None:
-        """Do what an uninterrupted run did between the checkpoint and the next step, in its order; called right after Trainer
-        has restored the random states."""
+        """Make up for what an uninterrupted run does between the checkpoint and the next step, in the same order.
+
+        Called right after Trainer has restored the random states.
+        """
         assert self._session is not None and self._session.restored is not None and self._log_window is not None
         pending = bool(self._session.restored.details.get("evaluation_pending"))
         at_epoch_end = self._session.trainer.args.eval_strategy == IntervalStrategy.EPOCH
@@ -365,19 +371,24 @@ class SpotCallback(TrainerCallback):
             self._make_up_for_evaluation()
 
     def _make_up_for_evaluation(self) -> None:
-        """At the one moment where it draws the random numbers that it would have drawn."""
+        """Make up for an evaluation at the only moment at which it draws the right random numbers."""
         assert self._session is not None and self._evaluations is not None
         try:
             self._evaluations.make_up()
         except Stopped:
-            self._saved_step = -1  # the checkpoint that was resumed is the last one: it is saved again to say so
+            self._saved_step = (
+                -1
+            )  # the checkpoint that was resumed turns out to be the last one, and is saved again to record that
             raise
         if self._stopping:
             self._session.leave(self._session.restored.step if self._session.restored else 0)
 
     def _evaluation_pending(self, args: TrainingArguments, state: TrainerState, loop: LoopState) -> bool:
-        """True when an uninterrupted run evaluates between this save and the next step: a resumed one has to make up for it,
-        because the evaluation draws random numbers, picks the best model and may step the schedule."""
+        """Return whether an uninterrupted run evaluates between this save and the next step.
+
+        A resumed run must make up for it, because an evaluation draws random numbers, selects the best model and may step the
+        scheduler.
+        """
         ends = _is_epoch_end(state) or is_complete(loop)
         at_epoch_end = args.eval_strategy == IntervalStrategy.EPOCH and ends and args.eval_delay <= (state.epoch or 0)
         evaluated = any(
@@ -401,7 +412,7 @@ def _finish_save(
 
 
 def _restore_own_state(carried: CarriedState, proof: Proof, folder: Path | None) -> None:
-    carried.look("model.")  # `model_init` makes it after the training has begun
+    carried.look("model.")  # `model_init` creates the model after the training has begun
     if folder is not None:
         carried.restore(folder)
         proof.expect(folder)
@@ -416,5 +427,5 @@ _entry = Entry(SpotCallback, SpotCallback._train_within, SpotCallback)
 
 
 def install(trainer_module: Any) -> None:
-    """For `hf_spot.training.bootstrap`: from now on every Trainer of this process is preemptible."""
+    """Make every Trainer of this process preemptible. Called by `hf_spot.training.bootstrap`."""
     _entry.install(trainer_module.Trainer, for_all=True)

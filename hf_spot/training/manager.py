@@ -1,4 +1,4 @@
-"""SpotCheckpointManager: checkpoints of a loop of one's own, in a run like that of a Trainer."""
+"""SpotCheckpointManager: checkpoints of a custom training loop, in a run like that of a Trainer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from hf_spot.training.upstream import OPTIMIZERS
 
 
 class SpotCheckpointManager(LoopManager):
-    """Saves a training loop of your own to a run, and brings it back: model, optimizer, schedule, random states, and the place
-    in the DataLoader that it iterates.
+    """Saves and restores a custom training loop: model, optimizer, scheduler, random states, and position in its DataLoader.
 
     ::
 
@@ -33,18 +32,18 @@ class SpotCheckpointManager(LoopManager):
                     manager.save(model, optimizer, scheduler, step, epoch, loss)
                     sys.exit(75)
 
-    ``break`` and ``return`` do as well. Files are uploaded behind the training; a save after an interruption returns when it is
-    committed. Whatever begins to iterate a DataLoader after that ends with `TrainingPreempted`. Used as a context manager it
-    marks the run as finished at the end of the block, and ends with `TrainingPreempted` after an interruption.
+    ``break`` and ``return`` work as well. Files are uploaded in the background; a save after an interruption returns once it
+    is committed. Iterating a DataLoader after that raises `TrainingPreempted`. As a context manager it marks the run as
+    finished at the end of the block, or raises `TrainingPreempted` after an interruption.
 
-    With several ranks (DDP) each must call every method.
+    With several ranks (DDP) every rank must call every method.
 
     Args:
-        checkpoint_dir: the run: ``s3://bucket/prefix``, or a directory. None is that of `hf-spot launch`.
-        save_every_n_steps: for the loop to read; at least 1.
-        args: settings; None takes those of `hf-spot launch`, or the defaults.
-        local_dir: folder of this machine for files on their way; None is ``checkpoint_dir`` where that is a directory, else a
-            folder in the user's cache.
+        checkpoint_dir: the run: ``s3://bucket/prefix``, or a directory. None uses that of `hf-spot launch`.
+        save_every_n_steps: the interval between saves, for the loop to read; at least 1.
+        args: settings; None uses those of `hf-spot launch`, or the defaults.
+        local_dir: folder of this machine for files that are being written, uploaded or restored; None uses ``checkpoint_dir``
+            if that is a directory, else a folder in the user's cache.
 
     Raises:
         ConfigError: a value can't be used.
@@ -59,29 +58,30 @@ class SpotCheckpointManager(LoopManager):
         args: SpotArguments | None = None,
         local_dir: str | os.PathLike[str] | None = None,
     ) -> AcceleratorCheckpointManager:
-        """For a loop with an ``accelerate.Accelerator``, after its ``prepare``: the manager's methods are then
-        ``save(step, epoch, loss)`` and ``load_latest()``.
+        """Return a manager for a loop with an ``accelerate.Accelerator``, after its ``prepare``.
+
+        Its methods are ``save(step, epoch, loss)`` and ``load_latest()``.
 
         Args:
-            accelerator: whose ``save_state`` and ``load_state`` are used.
-            checkpoint_dir: as above.
-            save_every_n_steps: as above.
-            args: as above.
-            local_dir: as above.
+            accelerator: the accelerator; its ``save_state`` and ``load_state`` are used.
+            checkpoint_dir: as in `SpotCheckpointManager`.
+            save_every_n_steps: as in `SpotCheckpointManager`.
+            args: as in `SpotCheckpointManager`.
+            local_dir: as in `SpotCheckpointManager`.
         """
         manager = AcceleratorCheckpointManager(checkpoint_dir, save_every_n_steps, args=args, local_dir=local_dir)
         manager.accelerator = accelerator
         return manager
 
     def load_latest(self, model: nn.Module, optimizer: Any = None, scheduler: Any = None) -> tuple[int, int]:
-        """Loads the newest whole checkpoint; the step and the epoch that it was saved with, and (0, 0) when there is none.
+        """Load the newest intact checkpoint; return its step and epoch, or (0, 0) if there is none.
 
-        The epoch's DataLoader then begins with the batches that were not trained.
+        The epoch's DataLoader then begins with the first batch that was not trained.
 
         Raises:
-            ConfigError: it is that of another model.
-            CorruptCheckpoint: there are checkpoints, and none is whole.
-            StoreError: the store could not be asked.
+            ConfigError: the checkpoint is of another model.
+            CorruptCheckpoint: there are checkpoints, but none is intact.
+            StoreError: the store could not be read.
         """
         return self._load(PlainState(model, optimizer, scheduler), optimizer)
 
@@ -96,36 +96,36 @@ class SpotCheckpointManager(LoopManager):
         *,
         dataloader: Any = None,
     ) -> None:
-        """Writes a checkpoint, and has it uploaded. A step that is saved already is not saved again.
+        """Write a checkpoint, and upload it in the background. A step that was saved already is not saved again.
 
         Args:
-            model: also wrapped by DDP or ``torch.compile``.
-            optimizer: or None.
-            scheduler: or None.
-            step: optimizer steps done in all epochs.
-            epoch: under way; behind the end of its DataLoader, the next one.
-            loss: for the record.
-            dataloader: the one (or a list of those) that the loop is in the middle of, where that should not be found out.
+            model: the model, possibly wrapped by DDP or ``torch.compile``.
+            optimizer: the optimizer, or None.
+            scheduler: the scheduler, or None.
+            step: optimizer steps done, over all epochs.
+            epoch: the current epoch; after the end of its DataLoader, the next one.
+            loss: stored for information.
+            dataloader: the DataLoader (or a list of them) that the loop is iterating; None detects it.
 
         Raises:
             ConfigError: a value can't be used.
-            StoreError: the local disk can't be written to; what was saved before is committed first.
+            StoreError: the local disk can't be written to; earlier saves are committed first.
             Fenced: a newer launch owns the run.
-            TrainingPreempted: the loop has been saved for an interruption, and went on.
+            TrainingPreempted: the loop continued after its save for an interruption.
         """
         self._save(PlainState(model, optimizer, scheduler), step, epoch, loss, dataloader)
 
 
 class AcceleratorCheckpointManager(LoopManager):
-    """What `SpotCheckpointManager.for_accelerator` returns."""
+    """The manager that `SpotCheckpointManager.for_accelerator` returns."""
 
     accelerator: Any
 
     def load_latest(self) -> tuple[int, int]:
-        """As that of `SpotCheckpointManager`, for what the accelerator has prepared."""
+        """Load what the accelerator has prepared, as `SpotCheckpointManager.load_latest` does."""
         optimizers: Sequence[Any] = OPTIMIZERS.of(self.accelerator) if OPTIMIZERS.is_on(self.accelerator) else ()
         return self._load(AcceleratorState(self.accelerator), optimizers[0] if optimizers else None)
 
     def save(self, step: int, epoch: int, loss: Any = None, *, dataloader: Any = None) -> None:
-        """As that of `SpotCheckpointManager`, for what the accelerator has prepared."""
+        """Save what the accelerator has prepared, as `SpotCheckpointManager.save` does."""
         self._save(AcceleratorState(self.accelerator), step, epoch, loss, dataloader)

@@ -1,13 +1,13 @@
-"""Every name that hf_spot takes from the insides of other libraries, and what is lost without it.
+"""Every internal name of other libraries that hf_spot uses, and what is lost without it.
 
-Libraries rename private names without notice, and change what a method is given. `check` looks at the names of this table
-when a training begins. Where a promise rests on a name that is missing or takes other parameters, the training is refused;
-where only speed or comfort is lost, one line says what. All other modules reach these names through the constants below
-(``tests/test_house.py`` enforces it). Modules below ``training/`` can't: they do without a missing name,
-or raise, and are listed so that `check` says so.
+Libraries rename private names and change parameters without notice. `check` tests the names of this table when a training
+begins. If a promise depends on a name that is missing or has other parameters, the training is refused; if only speed or
+convenience is lost, one line says what. All other modules use these names through the constants below
+(``tests/test_house.py`` enforces it). Modules below ``training/`` can't: they work without a missing name, or raise, and are
+listed so that `check` reports it.
 
-Nothing is imported to be checked: what nobody has imported is not used. ``tests/training/test_upstream.py`` proves that the
-libraries still call what is replaced here.
+`check` imports nothing: a library that was not imported is not used. ``tests/training/test_upstream.py`` proves that the
+libraries still call what hf_spot replaces.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ONLY: dict[str, Callable[[Any], bool]] = {
     "TensorBoard": partial(_has_callback, "TensorBoardCallback"),
     "Weights & Biases": partial(_has_callback, "WandbCallback"),
     "TRL's SFTTrainer": lambda trainer: any(kind.__name__ == "SFTTrainer" for kind in type(trainer).__mro__),
-    # Others divide by all steps, or don't have it under this name; where it is there, it is used.
+    # Older versions divide by all steps, or lack this name; if it exists, it is used.
     "transformers from 5.23 on": lambda trainer: _is_at_least("transformers", 5, 23),
     "load_best_model_at_end": lambda trainer: bool(trainer.args.load_best_model_at_end),
 }
@@ -93,13 +93,13 @@ def _value(owner: str, name: str, users: str, without: str, **more: Any) -> Name
     return _name("value", owner, name, "", users, without, **more)
 
 
-# Trainer: how a training goes
-_STEPS = "an optimizer step may hold other samples after a resume"
-_STOPPED = "a training that was stopped early, and is resumed, does one step too many"
-_EVALUATIONS = "a notice can't end an evaluation, and one that it left out is not made up for"
-_LINES = "log lines and train_loss of an interrupted training are not those of an uninterrupted one"
-_STREAMS = "a stream is resumed at another sample than the one that it was left at"
-_RANDOM = "random numbers after a resume are not those of an uninterrupted training"
+# Trainer: the course of a training
+_STEPS = "an optimizer step may contain other samples after a resume"
+_STOPPED = "a training that was stopped early does one step too many when it is resumed"
+_EVALUATIONS = "a notice can't end an evaluation, and a skipped evaluation is not made up for"
+_LINES = "log lines and train_loss of an interrupted training differ from those of an uninterrupted one"
+_STREAMS = "a stream is resumed at the wrong sample"
+_RANDOM = "random numbers after a resume differ from those of an uninterrupted training"
 
 TRAIN = _method(_TRAINER, "train", "resume_from_checkpoint, trial, …", "training.trainer.entry", "nothing is saved or resumed")
 ON_TRAIN_BEGIN = _method(
@@ -161,7 +161,7 @@ GET_BATCH_SAMPLES = _method(
     "get_batch_samples",
     "epoch_iterator, …",
     "training.trainer.streams",
-    "a stream that gives other samples after a resume is not named",
+    "there is no warning about a stream that gives other samples after a resume",
     only="datasets without a length",
 )
 TRAIN_BATCH_SIZE = _attribute(_TRAINER, "_train_batch_size", "training.trainer.batch_size", _STEPS)
@@ -170,21 +170,21 @@ ACCUMULATION = _attribute(
     _TRAINER,
     "current_gradient_accumulation_steps",
     "training.trainer.accumulation",
-    "a notice has to wait for the end of a step of several micro-batches",
+    "a notice can't interrupt a step of several micro-batches",
     only="several micro-batches per step",
 )
 FLOS = _attribute(
     _TRAINER,
     "current_flos",
     "training.trainer.accumulation training.trainer.log_window",
-    "a step that a notice ended in its middle is counted twice",
+    "a step that a notice interrupted is counted twice",
 )
 FOREACH_COPY = _function(
     "torch",
     "_foreach_copy_",
     "…",
     "training.trainer.accumulation",
-    "a notice has to wait for the end of a step of several micro-batches",
+    "a notice can't interrupt a step of several micro-batches",
     only="several micro-batches per step",
 )
 LOAD_RNG_STATE = _method(
@@ -197,7 +197,7 @@ TRAIN_TOKENS = _attribute(
     "trl.trainer.sft_trainer:SFTTrainer",
     "_total_train_tokens",
     "training.trainer.resume_fixes",
-    "num_tokens in the log begins again at 0 after a resume",
+    "num_tokens in the log restarts at 0 after a resume",
     told=True,
     only="TRL's SFTTrainer",
     optional=True,
@@ -244,7 +244,7 @@ SKIP_FIRST_BATCHES = _function(
 )
 
 # Trainer: what a save writes
-_FULL_DISK = "a full disk ends the training, or has its ranks wait for each other for ever"
+_FULL_DISK = "a full disk ends the training, or makes its ranks wait for each other forever"
 SAVE_CHECKPOINT = _method(
     _TRAINER,
     "_save_checkpoint",
@@ -258,14 +258,14 @@ SAVE_MODEL = _method(
     "save_model",
     "…",
     "training.trainer.saves",
-    "a script that reads what its save_model has just written may find half of it",
+    "a script that reads files right after its own save_model may find them incomplete",
 )
 SAVE_OPTIMIZER = _method(
     _TRAINER,
     "_save_optimizer_and_scheduler",
     "…",
     "training.trainer.saves",
-    "a script that reads what its own save has just written may find half of it",
+    "a script that reads files right after its own save may find them incomplete",
 )
 SAVE_STATE = _method("transformers.trainer_callback:TrainerState", "save_to_json", "…", "training.trainer.saves", _FULL_DISK)
 PUSH_FROM_CHECKPOINT = _method(
@@ -273,7 +273,7 @@ PUSH_FROM_CHECKPOINT = _method(
     "_push_from_checkpoint",
     "…",
     "training.trainer.saves",
-    "a checkpoint that a full disk has torn is pushed to the Hub",
+    "a checkpoint that is incomplete because of a full disk is pushed to the Hub",
     only="push_to_hub",
 )
 ROTATE = _function(
@@ -281,7 +281,7 @@ ROTATE = _function(
     "rotate_checkpoints",
     "…",
     "training.trainer.saves",
-    "an older checkpoint is deleted from this disk before the new one is whole",
+    "an older checkpoint is deleted from this disk before the new one is complete",
     told=True,
 )
 CALL_EVENT = _method(
@@ -289,7 +289,7 @@ CALL_EVENT = _method(
     "call_event",
     "event, args, state, control, …",
     "training.trainer.held_errors",
-    "a callback that raises costs the checkpoint that is due",
+    "an exception in a callback prevents the checkpoint that is due",
     told=True,
 )
 ON_SAVE = _method(
@@ -297,14 +297,14 @@ ON_SAVE = _method(
     "on_save",
     "args, state, control",
     "training.trainer.saves",
-    "callbacks are told of a save that a full disk has prevented",
+    "callbacks are told of a save that failed because of a full disk",
     told=True,
 )
 ON_LOG = _method(
     _HANDLER, "on_log", "args, state, control, logs, …", "training.trainer.metrics", "the log has no spot/… metrics", told=True
 )
 _BOARD: Any = {"told": True, "only": "TensorBoard"}
-_BOARDS = "TensorBoard shows each launch as a run of its own, and steps that are done again twice"
+_BOARDS = "TensorBoard shows each launch as a separate run, and repeated steps twice"
 _OF_TENSORBOARD = "transformers.integrations.integration_utils:TensorBoardCallback"
 TENSORBOARD_DIR = _attribute(_OF_TENSORBOARD, "logging_dir", "training.trainer.trackers", _BOARDS, **_BOARD)
 TENSORBOARD_WRITER = _attribute(_OF_TENSORBOARD, "tb_writer", "training.trainer.trackers", _BOARDS, **_BOARD)
@@ -326,7 +326,7 @@ PEFT_CONFIG = _attribute(  # other models have none
     optional=True,
 )
 
-# Files, written while the training goes on
+# Files that are written while training continues
 _WAITS = "training waits until a checkpoint is written"
 _SHARDS_WAIT = "training waits until a sharded checkpoint is written"
 _TOGETHER = "torch.distributed.checkpoint"
@@ -345,7 +345,7 @@ FLATTEN = _function(
     "_flatten_as_ptr",
     "tensors, keep_alive_buffer",
     "training.trainer.own_state",
-    "weights stand in a checkpoint twice: in Trainer's file and among what hf_spot adds to it",
+    "a checkpoint contains weights twice: in Trainer's file and in hf_spot's",
     told=True,
 )
 TENSOR_SPEC = _name(
@@ -406,14 +406,14 @@ FAILURES = _attribute(
     _TOGETHER + ".api:CheckpointException",
     "failures",
     "training.saving.async_writer",
-    "what a rank could not write is told less clearly",
+    "an error of a rank that can't write is reported less clearly",
     **_FSDP,
 )
 
-# Loaders: where the data stand
+# Loaders: positions in the data
 _PLACE = "a resumed loop gets other batches than an uninterrupted one"
 _ACCELERATE: Any = {"scope": Scope.LOOP, "optional": True}
-_WORKERS = "a signal to the whole job ends DataLoader workers, and the training before it can save"
+_WORKERS = "a signal to the whole job kills DataLoader workers, and so the training before it can save"
 ITERATE = _method(_LOADER, "__iter__", "", "training.data.loaders", _PLACE, scope=Scope.LOOP)
 ITERATOR = _attribute(_LOADER, "_iterator", "training.data.iterations", _PLACE, scope=Scope.LOOP)
 INDEX_SAMPLER = _attribute(
@@ -433,7 +433,7 @@ WORKER_LOOP = _function(
     "dataset_kind, dataset, index_queue, data_queue, done_event, auto_collation, collate_fn, drop_last, base_seed, init_fn, "
     "worker_id, …",
     "training.data.worker_processes",
-    f"{_WORKERS}; what workers draw at random differs after a resume",
+    f"{_WORKERS}; random numbers in workers differ after a resume",
     scope=_BOTH,
 )
 SHARD = _name("class", "accelerate.data_loader", "DataLoaderShard", "…", "training.data.loaders", _PLACE, **_ACCELERATE)
@@ -477,7 +477,7 @@ PREPARED_MODELS = _attribute(
     "accelerate.accelerator:Accelerator",
     "_models",
     "training.trainer.restore",
-    "evaluations after a finished training tell how long its model was prepared",
+    "evaluations after a finished training report how long the preparation of its model took",
     told=True,
     optional=True,
 )
@@ -485,7 +485,7 @@ OPTIMIZERS = _attribute(
     "accelerate.accelerator:Accelerator",
     "_optimizers",
     "training.manager",
-    "hf-spot launch shows the steps of saves alone",
+    "hf-spot launch shows only steps that were saved",
     told=True,
     **_ACCELERATE,
 )
@@ -493,7 +493,7 @@ ORIGINAL_MODULE = _attribute(
     "torch._dynamo.eval_frame:OptimizedModule",
     "_orig_mod",
     "training.loop.loop_states",
-    "a checkpoint of a compiled model has names that the plain model does not know",
+    "a checkpoint of a compiled model has names that the plain model lacks",
     **_ACCELERATE,
 )
 AGENT_HANDLER = _function(
@@ -508,7 +508,7 @@ NUMPY_RANDOM = _value(
     "numpy.random.mtrand",
     "_rand",
     "training.data.rng",
-    "each step reads numpy's random state anew (some 20 microseconds)",
+    "each step reads numpy's random state again (about 20 microseconds)",
     told=True,
     scope=_BOTH,
 )
@@ -516,13 +516,13 @@ NUMPY_BITS = _value(
     "numpy.random.mtrand:RandomState",
     "_bit_generator",
     "training.data.rng",
-    "each step reads numpy's random state anew (some 20 microseconds)",
+    "each step reads numpy's random state again (about 20 microseconds)",
     told=True,
     scope=_BOTH,
 )
 
-# Stores: those that are open (they look after themselves where a name is missing)
-_COPIES = "downloads from S3 copy each block twice more"
+# Stores: only those in use (they cope with a missing name themselves)
+_COPIES = "downloads from S3 copy each block two more times"
 _DATA: Any = {"scope": _BOTH, "optional": True}
 S3_BODY = _attribute("botocore.response:StreamingBody", "_raw_stream", "storage.s3_parts", _COPIES, told=True, **_DATA)
 S3_ANSWER = _attribute("urllib3.response:HTTPResponse", "_fp", "storage.s3_parts", _COPIES, told=True, **_DATA)
@@ -530,11 +530,11 @@ S3_PROMPTER = _attribute(
     "botocore.credentials:AssumeRoleProvider",
     "_prompter",
     "storage.s3_connection",
-    "a launch without a terminal waits for an MFA code that nobody can type",
+    "a launch without a terminal waits for an MFA code that can't be entered",
     told=True,
     **_DATA,
 )
-_DEAD = "a dead connection to S3 is noticed after 30 s and not after 5"
+_DEAD = "a dead connection to S3 is detected after 30 s instead of 5"
 S3_ENDPOINT = _attribute("botocore.client:BaseClient", "_endpoint", "storage.s3_connection", _DEAD, told=True, **_DATA)
 S3_SESSION = _attribute("botocore.endpoint:Endpoint", "http_session", "storage.s3_connection", _DEAD, told=True, **_DATA)
 XET_SESSION = _name(
@@ -543,7 +543,7 @@ XET_SESSION = _name(
     "XetSession",
     "",
     "storage.hub_connection",
-    "files can't be brought to the Hugging Face Hub, or from there",
+    "files can't be transferred to or from the Hugging Face Hub",
     **_DATA,
 )
 XET_UPLOAD = _method(
@@ -551,7 +551,7 @@ XET_UPLOAD = _method(
     "new_upload_commit",
     "…",
     "storage.hub_connection",
-    "files can't be brought to the Hugging Face Hub",
+    "files can't be uploaded to the Hugging Face Hub",
     **_DATA,
 )
 XET_DOWNLOAD = _method(
@@ -559,17 +559,17 @@ XET_DOWNLOAD = _method(
     "new_download_stream_group",
     "…",
     "storage.hub_connection",
-    "files can't be fetched from the Hugging Face Hub",
+    "files can't be downloaded from the Hugging Face Hub",
     **_DATA,
 )
 GCS_HTTP = _attribute(
     "google.cloud.storage.client:Client",
     "_http",
     "storage.gcs",
-    "files can't be brought to Google Cloud Storage, or from there",
+    "files can't be transferred to or from Google Cloud Storage",
     **_DATA,
 )
-BARS = _attribute("tqdm.std:tqdm", "_instances", "log", "log lines begin behind a progress bar", told=True, **_DATA)
+BARS = _attribute("tqdm.std:tqdm", "_instances", "log", "log lines start on the line of a progress bar", told=True, **_DATA)
 
 # hf-spot launch
 _LAUNCHES = "hf-spot launch can't read the options of accelerate launch"
@@ -589,25 +589,24 @@ TABLE: tuple[Name, ...] = tuple(one for one in globals().values() if isinstance(
 
 
 def check(scope: Scope, trainer: Any = None) -> None:
-    """Look whether the names that a training needs are there and take what they are given; say in one line what is lost where
-    only speed or comfort is.
+    """Check that the names that a training needs exist and accept hf_spot's parameters; warn in one line about minor losses.
 
     Args:
         scope: what is about to begin.
-        trainer: that trains, if one does.
+        trainer: the Trainer, if there is one.
 
     Raises:
-        ConfigError: a promise rests on a name that is missing or has changed.
+        ConfigError: a promise depends on a name that is missing or has changed.
     """
     needed = [one for one in TABLE if one.scope & scope and (not one.only or (trainer is not None and ONLY[one.only](trainer)))]
     troubled = [(one, trouble) for one in needed if (trouble := one.trouble()) is not None]
     refused = [(one, trouble) for one, trouble in troubled if one.refused]
     if refused:
         raise ConfigError(_in_words(refused), hint=how_to_install({one.library for one, _ in refused}))
-    if scope is not Scope.LAUNCH:  # whose process trains nothing
+    if scope is not Scope.LAUNCH:  # no training runs in the launcher's process
         tell_untested()
     if troubled:
-        warn_for_all("%s. To have it: %s", _in_words(troubled), how_to_install({one.library for one, _ in troubled}))
+        warn_for_all("%s. To fix this: %s", _in_words(troubled), how_to_install({one.library for one, _ in troubled}))
 
 
 def _in_words(troubled: Iterable[tuple[Name, str]]) -> str:

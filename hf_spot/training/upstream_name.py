@@ -1,4 +1,4 @@
-"""A name of another library: where it lives, what it takes, and how to reach it. `hf_spot.training.upstream` lists them."""
+"""A name of another library: its place, its parameters, and access to it. `hf_spot.training.upstream` lists them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Literal
 
 _MISSING: Any = object()
-# What somebody else has put in the place of a library's function is not judged by the names of its parameters.
+# If other code has replaced a library's function, the names of its parameters are not checked.
 _LIBRARIES = frozenset(
     (
         "accelerate",
@@ -32,7 +32,7 @@ _LIBRARIES = frozenset(
 
 
 class Scope(Flag):
-    """Who needs a name."""
+    """What needs a name."""
 
     TRAINER = auto()
     LOOP = auto()
@@ -44,17 +44,17 @@ class Name:
     """One name of another library.
 
     Args:
-        owner: where it lives: a module, or ``module:Class``.
-        name: there.
-        kind: an ``attribute`` is one of a class's objects, and known by the methods that read or set it.
-        takes: the parameters that hf_spot gives or reads: by position from the first on, behind ``*`` by name. More of them
-            must have defaults, unless ``…`` stands at the end: then they are handed on as they come.
+        owner: its place: a module, or ``module:Class``.
+        name: the name there.
+        kind: an ``attribute`` belongs to a class's objects, and is found in the methods that read or set it.
+        takes: the parameters that hf_spot passes or reads: by position from the first on, after ``*`` by name. Further ones
+            must have defaults, unless ``…`` is at the end: then they are passed on unchanged.
         users: modules of hf_spot, without ``hf_spot.``.
-        without: what is lost, for a user to read.
-        refused: a promise rests on it. False: only speed or comfort does.
-        scope: who needs it.
+        without: what is lost without it, for users.
+        refused: whether a promise depends on it; False if only speed or convenience does.
+        scope: what needs it.
         only: the trainings that need it, a key of `ONLY`; empty for all.
-        optional: its module may be missing from a process that uses the library.
+        optional: whether its module may be missing from a process that uses the library.
     """
 
     owner: str
@@ -70,19 +70,19 @@ class Name:
 
     @property
     def shown(self) -> str:
-        """As a person would write it: without the module where a class says enough."""
+        """Return the name for people: without the module if there is a class."""
         module, _, kind = self.owner.partition(":")
         return f"{kind or module}.{self.name}"
 
     @property
     def library(self) -> str:
-        """The package that is imported, as ``transformers``."""
+        """Return the top-level package, such as ``transformers``."""
         return self.owner.partition(":")[0].partition(".")[0]
 
     # -- the check ----------------------------------------------------------------------------------------------------
 
     def trouble(self) -> str | None:
-        """Return what is wrong with it, in words; None when it is as it was, or its library is not in use."""
+        """Return what is wrong with the name, for people; None if nothing is, or its library is not in use."""
         module_name, _, kind = self.owner.partition(":")
         owner: Any = sys.modules.get(module_name)
         if owner is None:
@@ -101,16 +101,16 @@ class Name:
         return None
 
     def find(self) -> Any:
-        """Return what it stands for; None when it can't be used. Not for attributes."""
+        """Return the object with this name; None if it can't be used. Not for attributes."""
         return None if (home := self.home()) is None else getattr(home, self.name)
 
     def put(self, value: Any) -> None:
-        """Put a value in its place, where it lives. Do nothing when it can't be used, which `check` has said."""
+        """Replace the object with this name in its module or class. Do nothing if `check` has reported it."""
         if (home := self.home()) is not None:
             setattr(home, self.name, value)
 
     def home(self) -> Any:
-        """Return the module or the class where it lives; None when it can't be used."""
+        """Return the module or class that contains the name; None if it can't be used."""
         module, _, kind = self.owner.partition(":")
         if module not in sys.modules or self.trouble() is not None:
             return None
@@ -119,32 +119,32 @@ class Name:
     # -- the use ------------------------------------------------------------------------------------------------------
 
     def of(self, owner: Any) -> Any:
-        """Return what an object, class or module has under this name now."""
+        """Return the current value of this name on an object, class or module."""
         return getattr(owner, self.name)
 
     def is_on(self, owner: Any) -> bool:
-        """Return whether an object has it: for what only some objects have by nature."""
+        """Return whether an object has this name. Only for names that some objects lack by design."""
         return hasattr(owner, self.name)
 
     def plain(self, owner: Any) -> Callable[..., Any]:
-        """Return the method that an object's class has, whatever has taken its place on the object."""
+        """Return the method of an object's class, even if it was replaced on the object."""
         return partial(getattr(type(owner), self.name), owner)
 
     def set(self, owner: Any, value: Any) -> None:
-        """Put a value in its place on one object, or class."""
+        """Set this name on an object or class."""
         setattr(owner, self.name, value)
 
     def restore(self, owner: Any) -> None:
-        """Remove what `set` has put on an object, so that its class's is in force again."""
+        """Remove what `set` has set on an object, so that the class's method is used again."""
         vars(owner).pop(self.name, None)
 
     @contextlib.contextmanager
     def replaced(self, owner: Any, make: Callable[[Any], Any]) -> Iterator[None]:
-        """Put something else in its place for a while. Where it can't be used, which `check` has said, do nothing.
+        """Replace the name within the block. Do nothing if it can't be used, which `check` has reported.
 
         Args:
             owner: the object, class or module.
-            make: given what is there, returns what takes its place.
+            make: returns the replacement, given the original.
         """
         if self.trouble() is not None or not hasattr(owner, self.name):
             yield
@@ -186,7 +186,7 @@ def _unwrapped(function: Any) -> Any:
 
 
 def accepts(function: Any, takes: str, *, bound: bool) -> bool:
-    """Return whether a function can be given these parameters. One that does not tell its own is taken at its word."""
+    """Return whether a function accepts these parameters; True if its signature is unknown."""
     function = _unwrapped(function)
     positional, by_name, required, any_positional, any_name = _parameters(function)
     if bound:
@@ -203,9 +203,9 @@ def accepts(function: Any, takes: str, *, bound: bool) -> bool:
 
 
 def _parameters(function: Any) -> tuple[list[str], list[str], set[str], bool, bool]:
-    """Return those by position, those by name alone, those without a default, and whether ``*args`` and ``**kwargs`` are there.
+    """Return positional parameters, keyword-only ones, those without default, and whether ``*args`` and ``**kwargs`` exist.
 
-    Of a function of Python its code tells them, fifty times as fast as `inspect.signature`.
+    Reads the code object of a Python function, which is fifty times as fast as `inspect.signature`.
     """
     code = getattr(function, "__code__", None)
     if code is not None:
@@ -223,7 +223,7 @@ def _parameters(function: Any) -> tuple[list[str], list[str], set[str], bool, bo
         )
     try:
         told = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # compiled, and says nothing
+    except (TypeError, ValueError):  # a compiled function without a signature
         return [], [], set(), True, True
     kinds: dict[Any, list[inspect.Parameter]] = {}
     for one in told:

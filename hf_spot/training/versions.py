@@ -1,4 +1,4 @@
-"""Which versions of other libraries a training runs with: those that the tests know, and those of the launch before."""
+"""Versions of other libraries: compares them with the tested ones, and with those of the previous launch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ TESTED: dict[str, tuple[str, ...]] = {
     "peft": ("0.21.2",),
     "trl": ("1.16.0",),
 }
-_PACKAGES = {"google": "google-cloud-storage"}  # whose name is not that of the module
+_PACKAGES = {"google": "google-cloud-storage"}  # packages whose name differs from the module's
 
 _told: set[tuple[str, str]] = set()
 
 
 def version_of(module: str) -> str:
-    """Return the version of an imported library; empty when nobody can tell."""
+    """Return the version of an imported library; empty if unknown."""
     found = getattr(sys.modules.get(module), "__version__", None)
     if isinstance(found, str):
         return found
@@ -34,12 +34,12 @@ def version_of(module: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of hf_spot and of those libraries of `TESTED` that are imported, for a commit."""
+    """Return the versions of hf_spot and of the imported libraries in `TESTED`, for a commit."""
     return {name: version_of(name) for name in ("hf_spot", *TESTED) if name in sys.modules}
 
 
 def tell_untested() -> None:
-    """Name in one line, once per process, the libraries whose version the test suite has never run with."""
+    """Warn in one line, once per process, about versions that the test suite has never run with."""
     found = {name: version for name, version in versions().items() if name in TESTED and not is_tested(name, version)}
     if fresh := found.items() - _told:
         _told.update(fresh)
@@ -48,16 +48,16 @@ def tell_untested() -> None:
 
 
 def is_tested(name: str, version: str) -> bool:
-    """Return whether the suite has run with this version; builds of it, as ``2.13.0+cu130``, are not told apart."""
+    """Return whether the suite has run with this version; builds such as ``2.13.0+cu130`` count as the same version."""
     return version.partition("+")[0] in TESTED[name]
 
 
 def tell_changes(details: Mapping[str, Any], step: int) -> None:
-    """Name in one line what has another version than when the checkpoint was saved that a training resumes from.
+    """Warn in one line about versions that differ from those at the save of the checkpoint that a training resumes from.
 
     Args:
-        details: of its commit; those of an older hf_spot name no versions.
-        step: of it.
+        details: details of its commit; an older hf_spot recorded no versions.
+        step: its step.
     """
     before, now = details.get("versions") or {}, versions()
     changed = [f"{name} {before[name]} → {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
@@ -68,7 +68,7 @@ def tell_changes(details: Mapping[str, Any], step: int) -> None:
 
 
 def how_to_install(modules: set[str]) -> str:
-    """Return the command that installs versions of these libraries that are known to work."""
+    """Return the command that installs working versions of these libraries."""
     wanted = [f'"{name}=={TESTED[name][-1]}"' for name in TESTED if name in modules]
     others = sorted(_PACKAGES.get(name, name) for name in modules - TESTED.keys())
     commands = [f"pip install {' '.join(wanted)}"] * bool(wanted) + [f"pip install --upgrade {' '.join(others)}"] * bool(others)

@@ -159,7 +159,7 @@ def _assert_told(one: Name, what: str, told: Callable[[], list[str]]) -> None:
     else:
         check(scope, object())
         (line,) = told()
-        said, _, hint = line.rpartition("To have it: ")
+        said, _, hint = line.rpartition("To fix this: ")
         assert one.without in line
     assert what in said
     assert versions.version_of(one.library) in said

@@ -418,7 +418,7 @@ def test_a_tracker_that_begins_anew_is_named(store: str, tmp_path: Path, caplog:
         make(tmp_path / "one", callback, WandbCallback(), Recorder(3, preempt(callback))).train()
     assert "WANDB_RUN_ID" not in caplog.text
     make(tmp_path / "two", SpotCallback(store, QUIET), WandbCallback()).train()
-    assert "to continue one: WANDB_RUN_ID=… WANDB_RESUME=allow" in caplog.text
+    assert "to continue one, set WANDB_RUN_ID=… WANDB_RESUME=allow" in caplog.text
 
 
 def test_a_checkpoint_without_a_window_is_named(store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -182,7 +182,7 @@ def test_a_callback_is_told_what_it_does_not_know(
     trainer.state.stateful_callbacks = {"Knowing": {"args": {}, "attributes": {"number": 7}}}
     carry_callback_states(trainer)
     assert (callback.number, callback.told) == (7, 1 + told)
-    assert len([record for record in caplog.records if "what it knew" in record.getMessage()]) == told
+    assert len([record for record in caplog.records if "restored the state of" in record.getMessage()]) == told
 
 
 def test_a_counter_is_carried_to_trainers_that_have_it(tmp_path: Path) -> None:
