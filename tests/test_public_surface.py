@@ -104,6 +104,7 @@ def test_the_settings_and_their_defaults_are_these() -> None:
         "drain_timeout_s": 600.0,
         "peer_timeout_s": 30.0,
         "on_save_error": "stop",
+        "on_mismatch": "stop",
         "save_memory_gb": None,
         "upload_workers": 4,
         "allow_batch_change": False,

@@ -102,6 +102,7 @@ class Launch:
         reached_step: the last step that is known to be done.
         commits: number of checkpoints that it committed.
         notices: number of preemption notices that it detected.
+        verified: parts of the resumed training that were compared with what was saved, and are the same.
         ended: ``preempted``, ``finished``, ``failed``, or ``no word`` if the journal has no end of it.
         last_heard: time of its last entry.
         notice_to_commit_s: seconds from its first notice to the resulting commit; None without one.
@@ -125,6 +126,7 @@ class Launch:
     reached_step: int = 0
     commits: int = 0
     notices: int = 0
+    verified: list[str] = field(default_factory=list)
     ended: str = "no word"
     notice_to_commit_s: float | None = None
     steps_lost: int | None = None
@@ -277,6 +279,9 @@ def _claimed(entry: Entry, now: datetime, step: int, before: Launch | None) -> L
 def _add_entry(launch: Launch, entry: Entry, now: datetime, step: int) -> None:
     launch.last_heard = now
     data = entry.data
+    if entry.kind == "resumed":
+        launch.verified = [str(part) for part in data.get("verified", [])]
+        return
     if entry.kind == "notice":
         launch.notices += 1
         kind = data.get("kind", NoticeKind.TERMINATE.value)

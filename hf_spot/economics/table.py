@@ -21,6 +21,10 @@ def render_report(report: Report, url: str) -> str:
         + (f" and {unknown} launches without a recorded end" if unknown else "")
         + f", {report.steps_redone} steps redone"
     )
+    proven = [launch for launch in report.launches if launch.verified]
+    if proven:
+        parts = [part for part in proven[0].verified if all(part in launch.verified for launch in proven)]
+        lines.append(f"{len(proven)} resumes verified before their first step: {', '.join(parts)}")
     machines = machine_rows(report)
     lines += ["", *columns(machines)] if len(machines) > 1 else []
     lines += ["", *columns(time_rows(report), left=(0, 3)), "", *money_lines(report)]

@@ -277,3 +277,17 @@ def test_an_ending_does_not_make_steps_of_the_last_upload() -> None:
         (60, ("finished", {"step": 10, "timing": timing(10, 10, 60)})),
     ]
     assert summarise(timed(events)).parts["training"] == 10
+
+
+def test_what_resumes_have_proven_is_told() -> None:
+    def resumed(*verified: str) -> Event:
+        return "resumed", {"step": 5, "stage": 1, "verified": [*verified]}
+
+    report = summarise(
+        journal_of(
+            claim(), commit(5), claim(), resumed("weights", "optimizer", "next batch"), claim(), resumed("weights", "optimizer")
+        )
+    )
+    assert [len(launch.verified) for launch in report.launches] == [0, 3, 2]
+    text = render_report(report, "url")
+    assert "2 resumes verified before their first step: weights, optimizer" in text.splitlines()
