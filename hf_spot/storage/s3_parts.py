@@ -1,8 +1,8 @@
 """Move files to and from S3 in parts, several at a time, each directly between the file and its connection.
 
 botocore's own transfers read a file in blocks of 16 kB, and copy received bytes four times. Here a block has 1 MB in uploads
-and 4 MB in downloads. It is read from the file when the connection can send it, and written to the file when it arrives, so that
-a transfer needs one block of memory for each connection, whatever the size of the file.
+and 4 MB in downloads. It is read from the file when the connection can send it, and written to the file when it arrives, so
+that a transfer needs one block of memory for each connection, whatever the size of the file.
 """
 
 from __future__ import annotations
