@@ -1,1 +1,1 @@
-"""Where runs live: one Protocol (`store`), one module per kind of store, `open` to choose, `probe` to prove."""
+"""Where runs are kept: one Protocol (`store`), one module for each kind of store, `open` to choose one, `probe` to check it."""

@@ -1,8 +1,8 @@
 """AzureStore: a run in a container of Azure Blob Storage, by Azure's own client.
 
-Which account, and who asks: ``AZURE_STORAGE_CONNECTION_STRING``, or ``AZURE_STORAGE_ACCOUNT`` with ``AZURE_STORAGE_KEY``,
-``AZURE_STORAGE_SAS_TOKEN``, or else what `azure.identity.DefaultAzureCredential` finds: the identity of the machine or of the
-pod, ``az login``.
+Account and credentials come from ``AZURE_STORAGE_CONNECTION_STRING``, or from ``AZURE_STORAGE_ACCOUNT`` with
+``AZURE_STORAGE_KEY`` or ``AZURE_STORAGE_SAS_TOKEN``; otherwise `azure.identity.DefaultAzureCredential` finds credentials, such
+as the identity of the machine or pod, or ``az login``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hf_spot.storage.per_process import PerProcess, renamed_when_whole
 from hf_spot.storage.store import ObjectInfo, Progress
 from hf_spot.storage.threads import Workers
 
-PART_BYTES = 4 << 20  # held in memory while it is sent; up to here the service also checks what it returns
+PART_BYTES = 4 << 20  # held in memory while it is sent; up to this size the service also returns checksums
 _MOST_PARTS = 50_000  # of one blob: Azure's limit
 _CONNECTIONS = min(64, max(16, os.cpu_count() or 1))
 _READS = 5  # of a part whose answer breaks off
@@ -44,10 +44,10 @@ _LOG_IN = "az login; or a managed identity with the role 'Storage Blob Data Cont
 
 
 class AzureStore:
-    """An `ObjectStore` in a container. Nothing is asked before the first call; usable from threads and after a fork.
+    """An `ObjectStore` in a container. The first call makes the first request. Usable from threads and after a fork.
 
-    Files go up and down in parts of 4 MB, several at a time, each checked by its MD5. Memory: 4 MB for each of 16 to 64
-    connections.
+    Files are uploaded and downloaded in parts of 4 MB, several at a time, each verified by its MD5. This takes 4 MB of memory
+    for each of 16 to 64 connections.
 
     Args:
         url: ``az://container/prefix``; the prefix may be empty.
@@ -59,7 +59,7 @@ class AzureStore:
     def __init__(self, url: str) -> None:
         found = _URL.fullmatch(url)
         if not found:
-            raise ConfigError(f"{url!r} names no container of Azure Blob Storage", hint="az://container/prefix")
+            raise ConfigError(f"{url!r} is not the URL of a container of Azure Blob Storage", hint="az://container/prefix")
         prefix = (found["prefix"] or "").strip("/")
         self._name = found["container"]
         self._base = f"{check_key(prefix)}/" if prefix else ""
@@ -67,22 +67,22 @@ class AzureStore:
 
     @property
     def url(self) -> str:
-        """Container and prefix, without a slash at the end."""
+        """Return the URL: container and prefix, without a trailing slash."""
         return f"az://{self._name}/{self._base}".rstrip("/")
 
     def get(self, key: str) -> bytes:
-        """Get Blob, checked by the client."""
+        """Return the blob's bytes, verified by the client (Get Blob)."""
         with self._explained("read", key):
             body: bytes = self._blob(key).download_blob(validate_content="md5").readall()
             return body
 
     def put(self, key: str, data: bytes) -> None:
-        """Put Blob, checked by its MD5."""
+        """Write or replace the blob, verified by its MD5 (Put Blob)."""
         with self._explained("write", key):
             self._blob(key).upload_blob(data, overwrite=True, validate_content="md5")
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put Blob with ``If-None-Match: *``."""
+        """Write the blob if it does not exist (Put Blob with ``If-None-Match: *``)."""
         with self._explained("write", key):
             try:
                 self._blob(key).upload_blob(data, overwrite=False, validate_content="md5")
@@ -91,12 +91,12 @@ class AzureStore:
                 return False
 
     def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """Put Block for each part, then Put Block List."""
+        """Upload the file (Put Block for each part, then Put Block List)."""
         blob, job = self._blob(key), Job(progress)
         with path.open("rb", buffering=0) as file, self._explained("write", key):
             size = os.fstat(file.fileno()).st_size
             part_bytes = max(PART_BYTES, -(-size // _MOST_PARTS))
-            upload = uuid.uuid4().hex[:16]  # two uploads of one name don't take each other's blocks
+            upload = uuid.uuid4().hex[:16]  # so that two uploads of one name don't mix their blocks
 
             def send(first: int) -> str:
                 part = os.pread(file.fileno(), part_bytes, first)
@@ -111,12 +111,12 @@ class AzureStore:
                 blocks = job.in_parts(self._connection.workers, send, range(0, size, part_bytes))
                 blob.commit_block_list([BlobBlock(block) for block in blocks])
             except BaseException:
-                with contextlib.suppress(azure.AzureError):  # what can't be dropped now is dropped by the next launch
+                with contextlib.suppress(azure.AzureError):  # if this fails, the next launch drops them
                     self._drop_blocks(blob)
                 raise
 
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """Ranges several at a time, into a file beside ``path`` that is renamed when whole."""
+        """Download several ranges at a time into a file beside ``path`` that is renamed when complete."""
         blob, job = self._blob(key), Job(progress)
         with renamed_when_whole(path) as file, self._explained("read", key):
             about = blob.get_blob_properties()
@@ -131,7 +131,7 @@ class AzureStore:
             job.in_parts(self._connection.workers, fetch, range(0, about.size, PART_BYTES))
 
     def copy(self, source: str, key: str) -> None:
-        """Copy Blob, which Azure does by itself within an account; asked until it has."""
+        """Copy within the account (Copy Blob), and poll until the copy has ended."""
         origin, blob = self._blob(source), self._blob(key)
         with self._explained("read", source):
             status = blob.start_copy_from_url(origin.url)["copy_status"]
@@ -145,13 +145,13 @@ class AzureStore:
             raise StoreUnavailable(f"Azure's copy of {self.url}/{source} has ended: {status}")
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
-        """Pages of up to 5000, from the prefix on: the service can't begin behind a name."""
+        """Yield the objects, in pages of up to 5000, from the start of the prefix: the service can't start after a name."""
         for key, size in self._listed(self._base + check_prefix(prefix)):
             if key > start_after and not key.endswith("/"):
                 yield ObjectInfo(key, size)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """One request each, several at a time."""
+        """Delete the blobs, one request for each, several at a time."""
         names = [self._base + check_key(key) for key in keys]
 
         def remove(name: str) -> None:
@@ -165,7 +165,7 @@ class AzureStore:
             Job(None).in_parts(self._connection.workers, remove, names)
 
     def abort(self, stale: Callable[[str], bool]) -> int:
-        """Drops blobs that have blocks and were never made of them; Azure would keep, and bill, these for a week."""
+        """Drop the blocks of unfinished uploads, which Azure would keep, and bill, for a week. Return the number of uploads."""
         whole = {key for key, _ in self._listed(self._base)}
         begun = [key for key, _ in self._listed(self._base, include=["uncommittedblobs"]) if key not in whole and stale(key)]
         for key in begun:
@@ -176,7 +176,7 @@ class AzureStore:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _drop_blocks(self, blob: Any) -> None:
-        """An empty blob takes the place of the blocks, and is deleted; neither where another blob stands."""
+        """Replace the blocks with an empty blob, and delete it. If the blob itself exists, do nothing."""
         with contextlib.suppress(azure.ResourceExistsError, azure.ResourceModifiedError):
             made = blob.commit_block_list([], match_condition=MatchConditions.IfMissing)
             blob.delete_blob(etag=made["etag"], match_condition=MatchConditions.IfNotModified)
@@ -221,7 +221,7 @@ class AzureStore:
         try:
             yield
         except SourceFailed as failed:
-            self._connections.forget()  # somebody may log in while a training goes on
+            self._connections.forget()  # the user may log in during a training
             where = f"az://{self._name}/{self._base}{key}"
             raise StoreUnavailable(f"can't {doing} {where}: {failed}", hint=failed.hint or _LOG_IN) from failed
         except azure.AzureError as error:
@@ -237,7 +237,7 @@ class AzureStore:
             make = f"az storage container create --name {self._name}"
             return BucketNotFound(f"the container {self._name} does not exist", hint=make)
         if isinstance(error, azure.ClientAuthenticationError) or status == 401:
-            self._connections.forget()  # somebody may log in while a training goes on
+            self._connections.forget()  # the user may log in during a training
             return AccessDenied(what, hint=_LOG_IN)
         if status == 403:
             return AccessDenied(what, hint=_LOG_IN)
@@ -251,7 +251,7 @@ class AzureStore:
 
 
 class _Connection:
-    """What one process holds open: a client, and the threads that move parts of files."""
+    """The client of one process, and the threads that move parts of files."""
 
     def __init__(self) -> None:
         session = requests.Session()
@@ -266,11 +266,11 @@ class _Connection:
         if text := environ.get("AZURE_STORAGE_CONNECTION_STRING"):
             try:
                 self.service = BlobServiceClient.from_connection_string(text, **settings)
-            except ValueError as error:  # which repeats a part of it
-                raise ConfigError("AZURE_STORAGE_CONNECTION_STRING is no connection string", hint=_ACCOUNT_HINT) from error
+            except ValueError as error:  # whose text has a part of the secret
+                raise ConfigError("AZURE_STORAGE_CONNECTION_STRING is not a connection string", hint=_ACCOUNT_HINT) from error
         elif account := environ.get("AZURE_STORAGE_ACCOUNT") or environ.get("AZURE_STORAGE_ACCOUNT_NAME"):
             if not re.fullmatch("[a-z0-9]{3,24}", account):
-                raise ConfigError(f"AZURE_STORAGE_ACCOUNT={account!r} is no account's name", hint=_ACCOUNT_HINT)
+                raise ConfigError(f"AZURE_STORAGE_ACCOUNT={account!r} is not the name of an account", hint=_ACCOUNT_HINT)
             secret = environ.get("AZURE_STORAGE_KEY") or environ.get("AZURE_STORAGE_SAS_TOKEN")
             self.service = BlobServiceClient(
                 f"https://{account}.blob.core.windows.net", credential=secret or _found_credential(), **settings
@@ -281,6 +281,6 @@ class _Connection:
 
 
 def _found_credential() -> Any:
-    """What Azure's own search finds. Raises SourceFailed, as what is returned does."""
+    """Return the credentials that Azure's own search finds. The search raises SourceFailed, and so does their use."""
     with credential_source():
         return GuardedSource(DefaultAzureCredential(), passed_on=(azure.AzureError,))

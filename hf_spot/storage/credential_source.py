@@ -1,4 +1,4 @@
-"""The border to sources of credentials: files, helper programs, login services, metadata services. They may raise anything."""
+"""Handle errors of credential sources: files, helper programs, login services, metadata services. They may raise anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SPEAK_IN_SENTENCES = ("botocore", "google", "azure")
 
 
 class SourceFailed(Exception):
-    """A source of credentials failed. Says why in the source's own words, in one line; ``hint`` says what to type.
+    """A source of credentials failed. The message has the source's own text, in one line; ``hint`` is the command to type.
 
     Args:
         error: what the source raised.
@@ -27,7 +27,7 @@ class SourceFailed(Exception):
 
 @contextlib.contextmanager
 def credential_source() -> Iterator[None]:
-    """Raise `SourceFailed` for whatever a source of credentials raises within the block."""
+    """Raise `SourceFailed` for any exception that a source of credentials raises within the block."""
     try:
         yield
     except (SpotError, SourceFailed):
@@ -37,11 +37,11 @@ def credential_source() -> Iterator[None]:
 
 
 class GuardedSource:
-    """A source of credentials of a cloud's client library; raises `SourceFailed` for whatever it raises.
+    """A wrapper around a client library's source of credentials. It raises `SourceFailed` for any exception of the source.
 
     Args:
         source: the library's object. Its methods and properties are passed on.
-        passed_on: exceptions that the library's own client knows what to do with.
+        passed_on: exceptions that are passed on unchanged, because the library's own client handles them.
     """
 
     def __init__(self, source: Any, passed_on: tuple[type[Exception], ...] = ()) -> None:
@@ -71,7 +71,7 @@ class GuardedSource:
 
 
 def passed_on(failed: SourceFailed, *kinds: type[Exception]) -> None:
-    """Raise what the source raised, if it is one of ``kinds``."""
+    """Raise the source's own exception if it is one of ``kinds``."""
     if isinstance(failed.__cause__, kinds):
         raise failed.__cause__ from None
 

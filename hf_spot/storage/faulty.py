@@ -1,4 +1,4 @@
-"""FaultyStore: any store, with trouble on demand: for tests, for the demo, and for users who want to see it."""
+"""FaultyStore: any store, with errors on demand, for tests, for the demo, and for users who want to see the effect."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def _unavailable() -> Exception:
 
 @dataclass(frozen=True)
 class Fault:
-    """One way in which calls go wrong.
+    """One way in which calls fail.
 
     Args:
         method: name of an `ObjectStore` method, or ``*``.
         key: pattern (`fnmatch`) for the key; for `list` its prefix; for `delete` any of its keys.
-        occurrence: only the n-th matching call, from 1; 0 means every one.
-        probability: that such a call is hit; drawn from the store's seed, and the same however threads are timed.
-        answer_lost: the call is carried out first, and fails then.
-        error: makes what is raised; None raises nothing (to wait only).
-        until: the call waits for this event before anything else.
+        occurrence: only the n-th matching call fails, counted from 1; 0 means every call.
+        probability: that such a call fails; drawn from the store's seed, and independent of the timing of threads.
+        answer_lost: the call is carried out first, and then fails.
+        error: makes the exception to raise; None raises nothing (to wait only).
+        until: the call first waits for this event.
     """
 
     method: str = "*"
@@ -44,12 +44,12 @@ class Fault:
 class FaultyStore:
     """An `ObjectStore` around another one.
 
-    Set ``outage = True`` and every call fails with `StoreUnavailable`, transfers under way included, until it is False
-    again. ``calls`` lists (method, key) of every call so far.
+    While ``outage`` is True, every call fails with `StoreUnavailable`, including transfers under way. ``calls`` lists
+    (method, key) of every call so far.
 
     Args:
         inner: the store that does the work.
-        faults: what goes wrong; the first that applies to a call is used.
+        faults: the faults to inject; the first that applies to a call is used.
         seed: for ``probability``.
     """
 
@@ -64,54 +64,54 @@ class FaultyStore:
 
     @property
     def url(self) -> str:
-        """Of the inner store."""
+        """Return the inner store's URL."""
         return self.inner.url
 
     @property
     def fences(self) -> bool:
-        """As the inner store."""
+        """Return whether the inner store fences."""
         return fences(self.inner)
 
     def get(self, key: str) -> bytes:
-        """As the inner store, or a fault."""
+        """Call the inner store, or fail."""
         after = self._enter("get", key)
         data = self.inner.get(key)
         after()
         return data
 
     def put(self, key: str, data: bytes) -> None:
-        """As the inner store, or a fault."""
+        """Call the inner store, or fail."""
         after = self._enter("put", key)
         self.inner.put(key, data)
         after()
 
     def create(self, key: str, data: bytes) -> bool:
-        """As the inner store, or a fault."""
+        """Call the inner store, or fail."""
         after = self._enter("create", key)
         made = self.inner.create(key, data)
         after()
         return made
 
     def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """As the inner store, or a fault."""
+        """Call the inner store, or fail."""
         after = self._enter("put_file", key)
         self.inner.put_file(key, path, self._watched(progress))
         after()
 
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """As the inner store, or a fault."""
+        """Call the inner store, or fail."""
         after = self._enter("get_file", key)
         self.inner.get_file(key, path, self._watched(progress))
         after()
 
     def copy(self, source: str, key: str) -> None:
-        """As the inner store, or a fault that names ``key``."""
+        """Call the inner store, or fail. A fault's pattern is matched with ``key``, not with ``source``."""
         after = self._enter("copy", key)
         self.inner.copy(source, key)
         after()
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
-        """As the inner store, or a fault at the first step."""
+        """Call the inner store, or fail at the first item."""
         after = self._enter("list", prefix)
         for info in self.inner.list(prefix, start_after):
             self._check_outage()
@@ -119,21 +119,21 @@ class FaultyStore:
         after()
 
     def delete(self, keys: Iterable[str]) -> None:
-        """As the inner store, or a fault."""
+        """Call the inner store, or fail."""
         gone = [*keys]
         after = self._enter("delete", *gone)
         self.inner.delete(gone)
         after()
 
     def abort(self, stale: Callable[[str], bool]) -> int:
-        """As the inner store, or a fault."""
+        """Call the inner store, or fail."""
         after = self._enter("abort", "")
         count = self.inner.abort(stale)
         after()
         return count
 
     def _enter(self, method: str, *keys: str) -> Callable[[], None]:
-        """Fails now, or returns what must be called once the work is done."""
+        """Fail now, or return a function to call once the work is done."""
         with self._lock:
             self.calls.extend((method, key) for key in keys)
             fault = self._fault_for(method, keys)

@@ -1,7 +1,7 @@
 """GoogleStore: a run in a bucket of Google Cloud Storage, by Google's own client.
 
-Credentials are the client's business: ``gcloud auth application-default login``, ``GOOGLE_APPLICATION_CREDENTIALS``, the
-service account of the machine or of the pod. ``STORAGE_EMULATOR_HOST`` leads to an emulator.
+The client finds the credentials: ``gcloud auth application-default login``, ``GOOGLE_APPLICATION_CREDENTIALS``, or the
+service account of the machine or pod. ``STORAGE_EMULATOR_HOST`` selects an emulator.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from hf_spot.storage.threads import Workers
 
 PART_BYTES = 64 << 20
 PAGE = 1000  # names in an answer
-_MOST_PARTS = 32  # that one request puts together: Google's limit
-_SENT_BYTES = 4 << 20  # at once, and held in memory meanwhile; a multiple of 256 KB
+_MOST_PARTS = 32  # that one request can compose: Google's limit
+_SENT_BYTES = 4 << 20  # in one request, and held in memory meanwhile; a multiple of 256 KB
 _CONNECTIONS = min(64, max(16, os.cpu_count() or 1))
-_READS = 5  # of a part whose answer breaks off again and again without a byte in between
+_READS = 5  # of a part, if the answer repeatedly breaks off without a byte
 _TIMEOUTS = {"timeout": (5, 30), "retry": DEFAULT_RETRY.with_timeout(60.0)}  # seconds: to connect, of silence, of all tries
 _URL = re.compile(r"gs://(?P<bucket>[a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/(?P<prefix>[^?#]*))?")
 _LOG_IN = "gcloud auth application-default login"
 
 
 class GoogleStore:
-    """An `ObjectStore` in a bucket. Nothing is asked before the first call; usable from threads and after a fork.
+    """An `ObjectStore` in a bucket. The first call makes the first request. Usable from threads and after a fork.
 
-    A file of more than 64 MB goes up in parts, each an object of its own in a hidden folder, checked by CRC32C; one request
-    then puts them together. Memory: at most 4 MB for each of 16 to 64 connections.
+    A file of more than 64 MB is uploaded in parts, each an object of its own in a hidden folder, verified by CRC32C; one
+    request then composes them. This takes at most 4 MB of memory for each of 16 to 64 connections.
 
     Args:
         url: ``gs://bucket/prefix``; the prefix may be empty.
@@ -59,7 +59,7 @@ class GoogleStore:
     def __init__(self, url: str) -> None:
         found = _URL.fullmatch(url)
         if not found:
-            raise ConfigError(f"{url!r} names no bucket of Google Cloud Storage", hint="gs://bucket/prefix")
+            raise ConfigError(f"{url!r} is not the URL of a bucket of Google Cloud Storage", hint="gs://bucket/prefix")
         prefix = (found["prefix"] or "").strip("/")
         self._name = found["bucket"]
         self._base = f"{check_key(prefix)}/" if prefix else ""
@@ -67,22 +67,22 @@ class GoogleStore:
 
     @property
     def url(self) -> str:
-        """Bucket and prefix, without a slash at the end."""
+        """Return the URL: bucket and prefix, without a trailing slash."""
         return f"gs://{self._name}/{self._base}".rstrip("/")
 
     def get(self, key: str) -> bytes:
-        """One GET, checked by the client."""
+        """Return the object's bytes, by one GET, verified by the client."""
         with self._explained("read", key):
             body: bytes = self._blob(key).download_as_bytes(raw_download=True, **_TIMEOUTS)
             return body
 
     def put(self, key: str, data: bytes) -> None:
-        """One upload, checked by CRC32C."""
+        """Write or replace the object, verified by CRC32C."""
         with self._explained("write", key):
             self._blob(key).upload_from_string(data, checksum="crc32c", **_TIMEOUTS)
 
     def create(self, key: str, data: bytes) -> bool:
-        """An upload with ``ifGenerationMatch=0``: only where no object stands."""
+        """Write the object if it does not exist (``ifGenerationMatch=0``)."""
         with self._explained("write", key):
             try:
                 self._blob(key).upload_from_string(data, checksum="crc32c", if_generation_match=0, **_TIMEOUTS)
@@ -91,7 +91,7 @@ class GoogleStore:
                 return False
 
     def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """One upload, or up to 32 parts several at a time that are then put together; those are deleted again."""
+        """Upload the file at once, or in up to 32 parts, several at a time, which are then composed and deleted."""
         blob, job = self._blob(key), Job(progress)
         with path.open("rb", buffering=0) as file, self._explained("write", key):
             size = os.fstat(file.fileno()).st_size
@@ -111,14 +111,14 @@ class GoogleStore:
 
             try:
                 job.in_parts(self._connection.workers, send, range(len(parts)))
-                # What is put together is what was checked: a generation is one upload's.
+                # Only verified parts are composed: each generation belongs to one upload.
                 blob.compose(parts, if_source_generation_match=[part.generation for part in parts], **_TIMEOUTS)
             finally:
                 with contextlib.suppress(google.GoogleAPIError, login.GoogleAuthError, requests.RequestException):
                     self._remove([part.name for part in parts])
 
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """Ranges of one generation several at a time, into a file beside ``path`` that is renamed when whole."""
+        """Download several ranges of one generation at a time into a file beside ``path`` that is renamed when complete."""
         blob, job = self._blob(key), Job(progress)
         with renamed_when_whole(path) as file, self._explained("read", key):
             blob.reload(**_TIMEOUTS)
@@ -130,7 +130,7 @@ class GoogleStore:
             job.in_parts(self._connection.workers, fetch, range(0, blob.size, PART_BYTES))
 
     def copy(self, source: str, key: str) -> None:
-        """Rewritten by Google, however large."""
+        """Copy the object within Google Cloud, whatever its size (Rewrite)."""
         origin, blob, token = self._blob(source), self._blob(key), None
         with self._explained("read", source):
             while True:
@@ -139,7 +139,7 @@ class GoogleStore:
                     return
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
-        """Objects.list, a page at a time."""
+        """Yield the objects, a page at a time (Objects.list)."""
         wanted = self._base + check_prefix(prefix)
         begin = {"start_offset": self._base + start_after} if start_after else {}
         for key, size in self._listed(wanted, **begin):
@@ -147,13 +147,14 @@ class GoogleStore:
                 yield ObjectInfo(key, size)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """One request each, several at a time."""
+        """Delete the objects, one request for each, several at a time."""
         names = [self._base + check_key(key) for key in keys]
         with self._explained("delete", names[0][len(self._base) :] if names else ""):
             self._remove(names)
 
     def abort(self, stale: Callable[[str], bool]) -> int:
-        """Deletes the parts of uploads that were not put together. A part cut short is forgotten by Google within a week."""
+        """Delete the parts of uploads that were not composed, and return the number of these uploads. Google itself drops an
+        incomplete part within a week."""
         begun: dict[str, list[str]] = {}
         for key, _ in self._listed(f"{self._base}{TEMPORARY_FOLDER}/"):
             begun.setdefault(key.split("/")[1], []).append(self._base + key)
@@ -169,8 +170,8 @@ class GoogleStore:
         blob.upload_from_file(part, size=size, rewind=False, checksum="crc32c", **_TIMEOUTS)
 
     def _fetch(self, blob: Any, job: Job, handle: int, at: int, end: int) -> None:
-        """Bytes ``at`` to ``end`` to their place in the file; an answer that breaks off is asked for again from there on. The
-        client's own way reads 8 KB at a time."""
+        """Write bytes ``at`` to ``end`` to their place in the file. If an answer breaks off, request the rest. The client's own
+        download would read 8 KB at a time."""
         buffer = memoryview(bytearray(min(BLOCK_IN_BYTES, end - at)))
         url = f"{self._connection.client.api_endpoint}/download/storage/v1/b/{self._name}/o/{quote(blob.name, safe='')}"
         query = {"alt": "media", "generation": blob.generation}
@@ -253,7 +254,7 @@ class GoogleStore:
         if isinstance(error, login.TransportError):
             return StoreUnavailable(what)
         if isinstance(error, login.GoogleAuthError):
-            self._connections.forget()  # somebody may log in while a training goes on
+            self._connections.forget()  # the user may log in during a training
             return AccessDenied(what, hint=_LOG_IN)
         if isinstance(error, google.Unauthorized):
             self._connections.forget()
@@ -285,8 +286,8 @@ _TROUBLE = (
 
 
 class _Told:
-    """A part as the client wants a file to be, which tells the job how far it has been read; what is read again, because a
-    request was repeated, is not told again."""
+    """A part in the form of a file, as the client needs it. It reports to the job how far it has been read; bytes that are read
+    again, because a request was repeated, are not reported again."""
 
     def __init__(self, job: Job, handle: int, first: int, size: int) -> None:
         self._job = job
@@ -296,7 +297,7 @@ class _Told:
         self.tell, self.seek = self._piece.tell, self._piece.seek
 
     def read(self, count: int = -1) -> bytes:
-        """As a file does. Raises Stopped, SpotError."""
+        """Read as a file does. Raises Stopped, SpotError."""
         self._job.may_go_on()
         before = self._piece.tell()
         block = self._piece.read(count)
@@ -312,7 +313,7 @@ class _Told:
 
 
 class _Connection:
-    """What one process holds open: a client, and the threads that move parts of files."""
+    """The client of one process, and the threads that move parts of files."""
 
     def __init__(self) -> None:
         try:
@@ -321,7 +322,7 @@ class _Connection:
         except SourceFailed as failed:
             passed_on(failed, login.GoogleAuthError)
             raise
-        self.session = self.client._http  # its credentials, refreshed; no other way to them is public
+        self.session = self.client._http  # has the credentials and refreshes them; there is no public access to them
         self.session.credentials = GuardedSource(self.session.credentials, passed_on=(login.GoogleAuthError,))
         adapter = requests.adapters.HTTPAdapter(pool_connections=4, pool_maxsize=2 * _CONNECTIONS)
         self.session.mount("https://", adapter)

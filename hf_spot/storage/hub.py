@@ -1,9 +1,9 @@
 """HubRepoStore and HubBucketStore: a run on the Hugging Face Hub, in a repository or in a bucket.
 
-A repository is Git: every write is a commit, which names its parent where two writers must be kept apart, and is then refused
-if another commit came first. The Hub limits commits per hour, so what several threads want to write at one time goes into one.
+A repository is Git: every write is a commit. To keep two writers apart, a commit names its parent; it is then refused if
+another commit came first. The Hub limits commits per hour, so simultaneous writes of several threads go into one commit.
 
-A bucket takes any number of writes, and none of them can be conditional: it can't keep two machines apart, and says so.
+A bucket accepts any number of writes, but none of them can be conditional: it can't keep two machines apart, and declares that.
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ _URL = re.compile(
     r"hf://(?:(?P<kind>models|datasets|buckets)/)?(?!(?:models|datasets|buckets|spaces)/)(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<prefix>.*))?"
 )
 _EXAMPLES = "hf://buckets/owner/name/run, or hf://owner/name/run for a model repository"
-_SAMPLE_BYTES = 512  # of a file, by which the Hub decides how to keep it
-_BATCH = 1000  # files named in one request
-_CREATES_S = 60.0  # of trying, while others commit
+_SAMPLE_BYTES = 512  # of a file, by which the Hub decides how to store it
+_BATCH = 1000  # files in one request
+_CREATES_S = 60.0  # for retries of `create` while others commit
 
 
 def open_hub(url: str) -> ObjectStore:
-    """The store behind ``hf://buckets/owner/name/prefix``, ``hf://owner/name/prefix`` or ``hf://datasets/owner/name/prefix``;
-    behind a repository's name may stand ``@branch``.
+    """Return the store at ``hf://buckets/owner/name/prefix``, ``hf://owner/name/prefix`` or ``hf://datasets/owner/name/prefix``.
+
+    A repository's name may be followed by ``@branch``.
 
     Raises:
-        ConfigError: no such URL.
+        ConfigError: ``url`` is none of these.
     """
     found = _URL.fullmatch(url)
     if not found:
-        raise ConfigError(f"{url!r} names no place on the Hub", hint=_EXAMPLES)
+        raise ConfigError(f"{url!r} is not the URL of a repository or bucket on the Hub", hint=_EXAMPLES)
     kind = (found["kind"] or "models")[:-1]
     if kind == "bucket" and found["revision"]:
         raise ConfigError(f"{url!r}: buckets have no revisions", hint=_EXAMPLES)
@@ -58,19 +59,19 @@ def open_hub(url: str) -> ObjectStore:
 
 
 def open_model(url: str) -> HubRepoStore:
-    """The model repository ``hf://owner/name``, which may not be there yet.
+    """Return the model repository ``hf://owner/name``, which need not exist yet.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: ``url`` is something else.
     """
     store = open_hub(url)
     if not isinstance(store, HubRepoStore) or store.hub.kind != "model" or store.url != f"hf://{store.hub.shown}":
-        raise ConfigError(f"{url!r} names no model repository", hint="hf://owner/name")
+        raise ConfigError(f"{url!r} is not the URL of a model repository", hint="hf://owner/name")
     return store
 
 
 class _HubStore:
-    """What repositories and buckets have in common: reading."""
+    """The part that repositories and buckets share: reading."""
 
     def __init__(self, hub: Hub, prefix: str) -> None:
         self.hub = hub
@@ -78,16 +79,16 @@ class _HubStore:
 
     @property
     def url(self) -> str:
-        """As it was opened, without a slash at the end."""
+        """Return the URL, without a trailing slash."""
         return f"hf://{self.hub.shown}/{self._base}".rstrip("/")
 
     def get(self, key: str) -> bytes:
-        """GET of the file."""
+        """Return the file's bytes, by one GET."""
         body: bytes = self.hub.ask("GET", self.hub.resolve(self._path(key)), doing="read", key=self._path(key)).content
         return body
 
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """By Xet, into a file beside ``path`` that is renamed when whole; a small file of a repository with one GET."""
+        """Download by Xet into a file beside ``path`` that is renamed when complete; small files of a repository by a GET."""
         file = self._about(key)
         with renamed_when_whole(path) as target, contextlib.ExitStack() as stack:
             at, see = 0, witness_of(progress)
@@ -105,7 +106,7 @@ class _HubStore:
                     progress(len(block))
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
-        """The tree below the last whole folder of ``prefix``, in pages, sorted here."""
+        """Yield the objects. The Hub lists the tree below the last full folder of ``prefix`` in pages; it is sorted here."""
         check_prefix(prefix)
         folder = (self._base + prefix).rpartition("/")[0]
         url = f"{self.hub.api}/tree{self.hub.at_revision}" + (f"/{quote(folder, safe=self._slashes)}" if folder else "")
@@ -118,10 +119,10 @@ class _HubStore:
         yield from sorted(found, key=lambda info: info.key)
 
     def abort(self, stale: Callable[[str], bool]) -> int:
-        """What was uploaded and never got a name is the Hub's to remove."""
+        """Return 0: the Hub itself removes uploaded bytes that never became a file."""
         return 0
 
-    _slashes = ""  # a folder is one segment of the URL of a bucket's listing, and several of a repository's
+    _slashes = ""  # a folder is one segment in the URL of a bucket's listing, but several in that of a repository
 
     def _path(self, key: str) -> str:
         return self._base + check_key(key)
@@ -134,7 +135,7 @@ class _HubStore:
         return file
 
     def _there(self, keys: Iterable[str], doing: str) -> Iterator[tuple[str, ...]]:
-        """The paths of those of ``keys`` that exist, in batches: deleting others is an error on the Hub."""
+        """Yield the paths of the ``keys`` that exist, in batches: deleting others is an error on the Hub."""
         paths = (self._path(key) for key in keys)
         while batch := [*islice(paths, _BATCH)]:
             if there := tuple(self.hub.about(batch, doing=doing)):
@@ -146,19 +147,19 @@ class HubBucketStore(_HubStore):
 
     Args:
         hub: the bucket.
-        prefix: without slashes around it.
+        prefix: without slashes at its ends.
     """
 
-    # The API that adds files takes no condition, and says of itself that it is no transaction.
+    # The API that adds files accepts no condition, and its documentation says that it is not a transaction.
     fences = False
 
     def put(self, key: str, data: bytes) -> None:
-        """The bytes by Xet, then one request that names them."""
+        """Upload the bytes by Xet, then add the file by one request."""
         self._send(key, iter([memoryview(data)] if data else []))
 
     def create(self, key: str, data: bytes) -> bool:
-        """Looks, then writes: of two that do so at the same moment both may think that they won, hence ``fences``. A machine
-        that wakes up later is still found out."""
+        """Look, then write. Two machines that do so at the same moment may both get True, hence ``fences = False``. A machine
+        that comes later gets False."""
         path = self._path(key)
         if self.hub.about([path], doing="write"):
             return False
@@ -166,16 +167,16 @@ class HubBucketStore(_HubStore):
         return True
 
     def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """The bytes by Xet, which sends only what the Hub has not got, then one request that names them."""
+        """Upload the bytes by Xet, which sends only those that the Hub does not have, then add the file by one request."""
         with path.open("rb", buffering=0) as file:
             self._send(key, _blocks(file, progress))
 
     def copy(self, source: str, key: str) -> None:
-        """Another name for the same bytes."""
+        """Add a file with the same bytes."""
         self._batch(self._added(self._path(key), self._about(source)), key=key)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """1000 in a request."""
+        """Delete the files, 1000 in one request."""
         for paths in self._there(keys, "delete"):
             self._batch(*({"type": "deleteFile", "path": path} for path in paths), key=paths[0])
 
@@ -207,7 +208,7 @@ class HubRepoStore(_HubStore):
 
     Args:
         hub: the repository.
-        prefix: without slashes around it.
+        prefix: without slashes at its ends.
     """
 
     _slashes = "/"
@@ -217,16 +218,16 @@ class HubRepoStore(_HubStore):
         self._together = _Together(lambda operations: self.commit(operations))
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
-        """The branch's tree, without what Git and the Hub keep there for themselves."""
+        """Yield the objects in the branch's tree, without ``.gitattributes``, which Git and the Hub need."""
         return (info for info in super().list(prefix, start_after) if self._base or info.key != ".gitattributes")
 
     def put(self, key: str, data: bytes) -> None:
-        """One commit, with what other threads are about to write."""
+        """Make one commit, together with the simultaneous writes of other threads."""
         self._together.add({self._path(key): _text_file(self._path(key), data)})
 
     def create(self, key: str, data: bytes) -> bool:
-        """A commit whose parent is the one that did not have ``key``; the Hub refuses it when another came first, and then it
-        is looked again."""
+        """Make a commit whose parent is the commit that did not have ``key``. If the Hub refuses it because another commit came
+        first, look again."""
         path = self._path(key)
         give_up_at = time.monotonic() + _CREATES_S
         for attempt in range(1000):
@@ -237,17 +238,20 @@ class HubRepoStore(_HubStore):
                 return True
             if time.monotonic() > give_up_at:
                 break
-            time.sleep(random.uniform(0, min(2.0, 0.05 * 2**attempt)))  # so that two don't meet again and again
+            time.sleep(
+                random.uniform(0, min(2.0, 0.05 * 2**attempt))
+            )  # random, so that two writers don't collide again and again
         raise StoreUnavailable(f"can't create hf://{self.hub.shown}/{path}: others commit all the time")
 
     def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """The bytes by Xet, which sends only what the Hub has not got; then a commit, with those that are on their way now."""
+        """Upload the bytes by Xet, which sends only those that the Hub does not have; then make one commit, together with the
+        uploads of other threads that are under way."""
         where = self._path(key)
         with path.open("rb", buffering=0) as file, self._together.uploading() as done:
             done({where: self.prepared(where, file, progress)})
 
     def copy(self, source: str, key: str) -> None:
-        """One commit that gives the same bytes another name."""
+        """Make a commit that adds a file with the same bytes."""
         file, path = self._about(source), self._path(key)
         if file.sha256 is None:
             self.put(key, self.get(source))
@@ -255,12 +259,12 @@ class HubRepoStore(_HubStore):
             self._together.add({path: _large_file(path, file)})
 
     def delete(self, keys: Iterable[str]) -> None:
-        """One commit for 1000."""
+        """Delete the files, by one commit for each 1000."""
         for paths in self._there(keys, "delete"):
             self._together.add({path: _deleted(path) for path in paths})
 
     def head(self) -> str:
-        """The newest commit of the branch. Raises BucketNotFound."""
+        """Return the newest commit of the branch. Raises BucketNotFound."""
         for branch in self.hub.ask("GET", f"{self.hub.api}/refs", doing="read").json()["branches"]:
             if branch["name"] == self.hub.revision:
                 return str(branch["targetCommit"])
@@ -270,7 +274,7 @@ class HubRepoStore(_HubStore):
         )
 
     def prepared(self, path: str, file: Any, progress: Progress | None) -> dict[str, Any]:
-        """Uploads an open file as the Hub wants to have it, and returns what a commit must say to give it a name."""
+        """Upload an open file in the way that the Hub asks for, and return the operation with which a commit adds it."""
         size = os.fstat(file.fileno()).st_size
         sample = base64.b64encode(file.read(_SAMPLE_BYTES)).decode()
         file.seek(0)
@@ -286,7 +290,7 @@ class HubRepoStore(_HubStore):
         return _large_file(path, self.hub.send(_blocks(file, progress), path, sha256=True))
 
     def commit(self, operations: Iterable[dict[str, Any]], *, parent: str = "", message: str = "hf_spot") -> bool:
-        """Commits; False when ``parent`` is given and is not the newest commit any more."""
+        """Make a commit. Return False if ``parent`` is given and is no longer the newest commit."""
         head = {"summary": message, "description": "", **({"parentCommit": parent} if parent else {})}
         operations = [*operations]
         for attempt in range(5):
@@ -318,16 +322,16 @@ class HubRepoStore(_HubStore):
         workers: int = 4,
         progress: Progress | None = None,
     ) -> None:
-        """Uploads files and makes one commit of all, or none; the repository is made when it is missing.
+        """Upload files and add all of them by one commit, or none. The repository is created if it does not exist.
 
         Args:
-            folder: that holds them.
-            names: relative to it, and likewise in the repository.
-            superseded: says of another file in the repository that it goes with this commit.
-            defaults: of ``names``, those that give way to what the repository has.
-            private: a new repository is for its owner alone.
+            folder: the folder of the files.
+            names: relative to it, and the same in the repository.
+            superseded: returns whether another file of the repository is deleted by this commit.
+            defaults: those of ``names`` that are left out if the repository already has them.
+            private: make a new repository private.
             message: of the commit.
-            workers: files uploaded at the same time.
+            workers: number of files to upload at the same time.
             progress: see `Progress`.
 
         Raises:
@@ -335,7 +339,9 @@ class HubRepoStore(_HubStore):
         """
         try:
             head = self.head()
-        except (BucketNotFound, AccessDenied):  # the Hub tells nobody what is not theirs; who may not create hears why
+        # The Hub does not reveal whether a repository exists that this user can't see. If creating it is not allowed either,
+        # that error says why.
+        except (BucketNotFound, AccessDenied):
             self.hub.create(private=private)
             head = self.head()
         there = {info.key for info in self.list()}
@@ -352,37 +358,37 @@ class HubRepoStore(_HubStore):
         operations += [_deleted(self._path(name)) for name in old]
         if not self.commit(operations, parent=head, message=message):
             raise StoreError(
-                f"{self.url} has been changed by somebody else meanwhile; nothing was published",
+                f"{self.url} was changed by someone else meanwhile; nothing was published",
                 hint=f"see {self.hub.endpoint}/{self.hub.id}/commits/{self.hub.revision}, then the same command again",
             )
 
 
 class _Together:
-    """Makes one commit of what several threads want to write.
+    """Makes one commit of the writes of several threads.
 
-    A file that is uploaded waits until no other is on its way, so that a checkpoint's files become one commit; other writes
-    wait for nothing but the commit under way.
+    An uploaded file waits until no other upload is under way, so that a checkpoint's files become one commit. Other writes wait
+    only for the commit under way.
 
     Args:
-        commit: what makes one.
+        commit: makes a commit.
     """
 
     def __init__(self, commit: Callable[[list[dict[str, Any]]], object]) -> None:
         self._commit = commit
         self._changed = threading.Condition()
-        self._moving = 0  # files on their way
+        self._moving = 0  # uploads under way
         self._waiting: list[_Wish] = []
         self._committing = False
         self._process = os.getpid()
 
     def add(self, operations: dict[str, dict[str, Any]]) -> None:
-        """Returns once these operations, by the path that each is about, are committed."""
+        """Commit operations, given by the path that each concerns. Return when they are committed."""
         self._carry_out(_Wish(operations, patient=False))
 
     @contextlib.contextmanager
     def uploading(self) -> Iterator[Callable[[dict[str, dict[str, Any]]], None]]:
-        """While a file is on its way. What it gives is called with the operations once the file has arrived, and returns when
-        they are committed."""
+        """Surround the upload of a file. Call the function that this yields with the operations once the file is uploaded; it
+        returns when they are committed."""
         arrived = False
         self._know_the_process()
         with self._changed:
@@ -405,7 +411,7 @@ class _Together:
                     self._changed.notify_all()
 
     def _know_the_process(self) -> None:
-        if self._process != os.getpid():  # after a fork: the threads that were at work, or held the lock, are not here
+        if self._process != os.getpid():  # after a fork: the threads that were working or held the lock do not exist here
             self.__init__(self._commit)  # type: ignore[misc]
 
     def _carry_out(self, wish: _Wish) -> None:
@@ -443,7 +449,7 @@ class _Together:
 
 
 class _Wish:
-    """What one thread wants to be committed."""
+    """The operations that one thread wants to commit."""
 
     def __init__(self, operations: dict[str, dict[str, Any]], *, patient: bool) -> None:
         self.operations = operations
@@ -469,7 +475,7 @@ def _lines(values: Iterable[dict[str, Any]]) -> bytes:
 
 
 def _blocks(file: Any, progress: Progress | None) -> Iterator[memoryview]:
-    """The rest of an open file; each block is gone when the next is asked for."""
+    """Yield the rest of an open file in blocks; each is overwritten by the next."""
     buffer, at, see = memoryview(bytearray(BLOCK_BYTES)), 0, witness_of(progress)
     while count := file.readinto(buffer):
         see(at, buffer[:count])

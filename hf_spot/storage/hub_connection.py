@@ -1,8 +1,8 @@
-"""How one process speaks to the Hugging Face Hub: requests of its API, and the bytes of files by Xet.
+"""Communicate with the Hugging Face Hub: requests to its API, and the bytes of files by Xet.
 
-Login, endpoint and offline mode are huggingface_hub's business: ``hf auth login``, ``HF_TOKEN``, ``HF_ENDPOINT`` and
-``HF_HUB_OFFLINE`` work. Requests are made here and not by `HfApi` because of two things that it has no setting for: an end to
-silence, since a machine that is being taken away can't wait without limit, and progress that can cancel an upload.
+huggingface_hub handles login, endpoint and offline mode: ``hf auth login``, ``HF_TOKEN``, ``HF_ENDPOINT`` and
+``HF_HUB_OFFLINE`` work. Requests are made here and not by `HfApi`, because it has no settings for two things: a timeout, which
+a machine that is being taken away needs, and progress that can cancel an upload.
 
 The API: https://huggingface.co/docs/hub/api. Xet: https://huggingface.co/docs/xet.
 """
@@ -33,22 +33,22 @@ from hf_spot.storage.per_process import PerProcess
 
 try:
     import hf_xet
-except ImportError:  # no wheel for this processor
+except ImportError:  # there is no wheel for this processor
     hf_xet = None
 
 _SILENCE_S = 30.0  # without an answer
-_WAITS_S = (0.3, 1.0, 3.0)  # before a request that failed is sent again
-_PATIENCE_S = 10.0  # a request that the Hub wants later than this is for the caller to repeat
+_WAITS_S = (0.3, 1.0, 3.0)  # before a failed request is sent again
+_PATIENCE_S = 10.0  # if the Hub asks for a longer wait, the caller must repeat the request
 _BUSY = (500, 502, 503, 504)
-_ASKED_TO_WAIT = re.compile(r"\bt=(\d+)")  # of the header RateLimit: "api";r=0;t=55
+_ASKED_TO_WAIT = re.compile(r"\bt=(\d+)")  # in the header RateLimit: "api";r=0;t=55
 
 log_in = "hf auth login, or export HF_TOKEN=…"
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """What the Hub tells of a file: ``path`` from the root of the repository or bucket, ``size`` in bytes, and the name of its
-    content in Xet and in Git LFS, None where it has none."""
+    """A file on the Hub: ``path`` from the root of the repository or bucket, ``size`` in bytes, and the hashes that identify
+    its content in Xet and in Git LFS, or None."""
 
     path: str
     size: int
@@ -79,35 +79,35 @@ class Hub:
 
     @property
     def shown(self) -> str:
-        """As it stands in a URL behind ``hf://``."""
+        """Return the name as it appears in a URL after ``hf://``."""
         place = {"model": "", "dataset": "datasets/", "bucket": "buckets/"}[self.kind]
         return f"{place}{self.id}" + ("" if self.revision == "main" else f"@{self.revision}")
 
     @property
     def at_revision(self) -> str:
-        """The end of an API's path that names the branch."""
+        """Return the end of an API path that names the branch."""
         return "" if self.kind == "bucket" else f"/{quote(self.revision, safe='')}"
 
     def resolve(self, path: str) -> str:
-        """The URL of a file's bytes."""
+        """Return the URL of a file's bytes."""
         place = {"model": "", "dataset": "datasets/", "bucket": "buckets/"}[self.kind]
         return f"{self.endpoint}/{place}{self.id}/resolve{self.at_revision}/{quote(path)}"
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def ask(self, method: str, url: str, *, doing: str, key: str = "", accept: Iterable[int] = (), **request: Any) -> Any:
-        """The answer to a request, sent again after trouble that may pass.
+        """Send a request and return the answer. The request is sent again after errors that may be temporary.
 
         Args:
-            method: of HTTP.
-            url: all of it.
-            doing: and ``key``: for what is said when it fails.
-            key: of the object.
-            accept: status codes that are answers, too.
-            request: for httpx.
+            method: the HTTP method.
+            url: the full URL.
+            doing: what the request is for, for the error message.
+            key: the object that it concerns, for the error message.
+            accept: error status codes whose answers are returned, too.
+            request: further arguments of httpx.
 
         Raises:
-            SpotError: the Hub said no, or nothing.
+            SpotError: the Hub refused, or did not answer.
         """
         with self.explained(doing, key):
             headers = {**self.headers(), **request.pop("headers", {})}
@@ -131,7 +131,7 @@ class Hub:
         raise AssertionError("the last try returns or raises")
 
     def pages(self, url: str, **request: Any) -> Iterator[list[dict[str, Any]]]:
-        """The pages of a listing, as the header Link names them; none when there is no such folder."""
+        """Yield the pages of a listing, following the header Link; none if there is no such folder."""
         next_url: str | None = url
         while next_url:
             try:
@@ -140,18 +140,18 @@ class Hub:
                 return
             yield answer.json()
             next_url = answer.links.get("next", {}).get("url")
-            request.pop("params", None)  # the next page's URL holds them
+            request.pop("params", None)  # the next page's URL contains them
 
     def create(self, *, private: bool) -> None:
-        """Makes the repository; none is made where one is."""
+        """Create the repository if it does not exist."""
         with self.explained("create", ""):
             api = HfApi(endpoint=self.endpoint, library_name="hf_spot")
             api.create_repo(self.id, repo_type=self.kind, private=private, exist_ok=True)
 
     def headers(self) -> dict[str, str]:
-        """Of every request; the token is looked up each time, because somebody may log in while a training goes on."""
+        """Return the headers of a request. The token is looked up each time, because the user may log in during a training."""
         try:
-            with credential_source():  # the token may stand in a file
+            with credential_source():  # the token may be in a file
                 headers: dict[str, str] = build_hf_headers(library_name="hf_spot")
                 return headers
         except SourceFailed as failed:
@@ -159,7 +159,7 @@ class Hub:
             raise
 
     def about(self, paths: Iterable[str], *, doing: str) -> dict[str, HubFile]:
-        """What is known of those of ``paths`` that are files."""
+        """Return the files among ``paths``."""
         wanted = {"paths": [*paths]}
         if self.kind == "bucket":
             answer = self.ask("POST", f"{self.api}/paths-info", json=wanted, doing=doing, key=wanted["paths"][0])
@@ -171,7 +171,7 @@ class Hub:
     # -- bytes --------------------------------------------------------------------------------------------------------
 
     def send(self, blocks: Iterable[memoryview], key: str, *, sha256: bool) -> HubFile:
-        """Brings bytes to where Xet keeps them; no file has them yet. What raises in ``blocks`` ends it and is passed on."""
+        """Upload bytes to Xet. They belong to no file yet. An exception from ``blocks`` ends the upload and is raised."""
         with self._xet_trouble("write", key):
             commit = self._xet.new_upload_commit(**self._way_to_bytes("write", key))
             stream = commit.start_upload_stream(sha256=hf_xet.COMPUTE_SHA256 if sha256 else hf_xet.SKIP_SHA256)
@@ -183,14 +183,14 @@ class Hub:
                 info = stream.finish().xet_info
                 commit.wait_to_finish()
         except BaseException:
-            with contextlib.suppress(Exception):  # the first trouble is the one to be told
+            with contextlib.suppress(Exception):  # the first error is the one to report
                 stream.abort()
                 commit.abort()
             raise
         return HubFile(key, info.file_size, info.hash, info.sha256)
 
     def fetch(self, file: HubFile, key: str) -> Generator[bytes, None, None]:
-        """The bytes of a file that is in Xet, in blocks."""
+        """Yield the bytes of a file that is in Xet, in blocks."""
         with self._xet_trouble("read", key):
             group = self._xet.new_download_stream_group(**self._way_to_bytes("read", key))
             stream = iter(group.download_stream(hf_xet.XetFileInfo(file.xet_hash, file.size)))
@@ -224,7 +224,7 @@ class Hub:
 
     @contextlib.contextmanager
     def explained(self, doing: str, key: str) -> Iterator[None]:
-        """Raises what huggingface_hub raises as a SpotError."""
+        """Translate exceptions of huggingface_hub into a SpotError."""
         try:
             yield
         except _all_trouble() as error:
@@ -236,7 +236,7 @@ class Hub:
             yield
         except SpotError:
             raise
-        except Exception as error:  # Xet has no base class of its own for what it raises
+        except Exception as error:  # Xet's exceptions have no base class of their own
             raise StoreUnavailable(f"can't {doing} hf://{self.shown}/{key}: {error}") from error
 
     def _explain(self, doing: str, key: str, error: Exception) -> SpotError:
@@ -248,9 +248,7 @@ class Hub:
         if isinstance(error, SourceFailed):
             return StoreUnavailable(f"{what}: {error}", hint=error.hint or log_in)
         if not isinstance(error, HfHubHTTPError):
-            return StoreUnavailable(
-                f"{what}: {error or type(error).__name__}", hint=f"does this machine have a way to {self.endpoint}?"
-            )
+            return StoreUnavailable(f"{what}: {error or type(error).__name__}", hint=f"can this machine reach {self.endpoint}?")
         answer = error.response
         status, code = answer.status_code, answer.headers.get("X-Error-Code", "")
         told = error.server_message or answer.reason_phrase or str(status)
@@ -266,7 +264,7 @@ class Hub:
             )
         if status == 401 and get_token() is not None:
             return AccessDenied(f"{what}: {told}", hint=log_in)
-        if status in (401, 404):  # the Hub tells nobody that something private is there
+        if status in (401, 404):  # the Hub does not reveal that something private exists
             make = "hf buckets create" if self.kind == "bucket" else f"hf repos create --type {self.kind}"
             there = f"{what}: it does not exist"
             if get_token() is None:
@@ -274,7 +272,7 @@ class Hub:
             return BucketNotFound(f"{there}, or this login can't see it", hint=f"{make} --private {self.id}")
         if status == 429:
             return StoreUnavailable(
-                f"{what}: the Hub wants fewer requests: {told}",
+                f"{what}: the Hub asks for fewer requests: {told}",
                 hint=f"wait {_wished_wait_s(answer):.0f} s, and save less often: commits to a repository are limited per hour",
             )
         if status in (408, 409, 412) or status >= 500:
@@ -283,22 +281,22 @@ class Hub:
 
 
 def model_card(metadata: dict[str, Any], text: str) -> str:
-    """A README.md for the Hub.
+    """Return a README.md for the Hub.
 
     Args:
-        metadata: of ``huggingface_hub.ModelCardData``.
+        metadata: arguments of ``huggingface_hub.ModelCardData``.
         text: Markdown.
     """
     return str(ModelCard(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{text}"))
 
 
 def hub_file(told: dict[str, Any]) -> HubFile:
-    """What a listing says of one file."""
+    """Return the file that an item of a listing describes."""
     return HubFile(told["path"], told["size"], told.get("xetHash"), (told.get("lfs") or {}).get("oid"))
 
 
 def _network_trouble() -> tuple[type[Exception], ...]:
-    """What the HTTP library of this huggingface_hub raises: it has changed from httpx to httpx2."""
+    """Return the network errors of the HTTP library that this huggingface_hub uses: httpx, or httpx2 in newer versions."""
     library = __import__(type(get_session()).__module__.partition(".")[0])
     return (library.TransportError,)
 
@@ -308,7 +306,7 @@ def _all_trouble() -> tuple[type[Exception], ...]:
 
 
 def _wished_wait_s(answer: Any) -> float:
-    """Seconds that a 429 asks to wait; a minute where it doesn't say."""
+    """Return the seconds that a 429 asks to wait; a minute if it does not say."""
     told = answer.headers.get("Retry-After", "")
     if told.isdigit():
         return float(told)

@@ -1,4 +1,4 @@
-"""The least that a role or user must be allowed so that a run in S3 works: nothing but the run's own objects."""
+"""The minimal permissions that a role or user needs for a run in S3: only the run's own objects."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ KEY = ("kms:GenerateDataKey", "kms:Decrypt")
 
 
 def policy(url: str, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """An IAM policy document (version 2012-10-17) for the run at ``url``.
+    """Return an IAM policy document (version 2012-10-17) for the run at ``url``.
 
-    Listing is allowed for the run's prefix. A request that names no prefix has to be allowed, too: S3 asks for this
-    permission when an object does not exist, and says "access denied" instead of "not found" without it.
+    Listing is allowed for the run's prefix. A request without a prefix must be allowed, too: when an object does not exist, S3
+    requires this permission, and answers "access denied" instead of "not found" without it.
 
     Args:
         url: ``s3://bucket/prefix``.
-        environ: where ``$HF_SPOT_S3_SSE_KMS_KEY_ID`` and ``$AWS_PARTITION`` may stand.
+        environ: may have ``$HF_SPOT_S3_SSE_KMS_KEY_ID`` and ``$AWS_PARTITION``.
 
     Raises:
-        ConfigError: no S3 URL, or a KMS key that is not named by its ARN.
+        ConfigError: ``url`` is not an S3 URL, or the KMS key is not given by its ARN.
     """
     name, prefix = parse(url)
     prefix = re.sub(r"[*?$]", r"${\g<0>}", prefix)

@@ -18,24 +18,23 @@ from hf_spot.storage.per_process import renamed_when_whole
 from hf_spot.storage.store import ObjectInfo, Progress, witness_of
 
 _CHUNK_BYTES = 4 << 20
-_STALE_S = 86400.0  # a half-written file that nobody has touched for a day was left by a machine that died
+_STALE_S = 86400.0  # a half-written file that has not changed for a day was left by a machine that died
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _GONE = (errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EAGAIN)
-_DELETED_ON_NFS = re.compile(r"\.nfs[0-9a-f]{24}")  # and still open on the machine that deleted it, which removes it then
+_DELETED_ON_NFS = re.compile(r"\.nfs[0-9a-f]{24}")  # deleted but still open on a machine, which removes it when it closes it
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class LocalStore:
     """An `ObjectStore` in a directory. Objects are ordinary files; half-written ones stay in a hidden folder.
 
-    The directory itself is made by the first write, its parent is not: an unmounted ``/mnt/efs`` must not pass for an
-    empty run.
+    The first write creates the directory itself, but not its parent: an unmounted ``/mnt/efs`` must not look like an empty run.
 
-    Trouble with the store raises children of StoreError; trouble with the caller's own file in `put_file` and
-    `get_file` is the OSError that it is.
+    Errors of the store raise subclasses of StoreError. Errors of the caller's own file in `put_file` and `get_file` are raised
+    as the OSError that they are.
 
     Args:
-        path: the directory, absolute or relative to the working directory of this moment.
+        path: the directory, absolute or relative to the current working directory.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -44,23 +43,23 @@ class LocalStore:
 
     @property
     def url(self) -> str:
-        """The directory's absolute path."""
+        """Return the directory's absolute path."""
         return str(self._root)
 
     def get(self, key: str) -> bytes:
-        """Reads the file."""
+        """Return the file's bytes."""
         check_key(key)
         for last in (False, False, True):
-            try:  # a report reads every entry of a journal, and a Path for each would take as long as the reading
+            try:  # a report reads every entry of a journal, and creating a Path for each would take as long as reading it
                 with open(f"{self._root}{os.sep}{key}", "rb", buffering=0) as file:
                     return file.readall()
             except OSError as error:
-                if last or error.errno != errno.ESTALE:  # NFS: replaced while it was read; the new one can be read
+                if last or error.errno != errno.ESTALE:  # NFS: replaced while it was read; the new file can be read
                     raise self._explain("read", self._root / key, error) from error
         raise AssertionError("the last try returns or raises")
 
     def put(self, key: str, data: bytes) -> None:
-        """Writes a file beside, syncs it and renames it."""
+        """Write a temporary file, sync it and rename it."""
         path = self._path(key)
         with self._half_written("write", path) as (file, temporary), self._explained("write", path):
             _write(file, data)
@@ -68,7 +67,7 @@ class LocalStore:
             self._into_place(lambda: os.replace(temporary, path), path)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Links a synced file to its name, which the filesystem allows once."""
+        """Link a synced file to its name, which the filesystem allows only once."""
         path = self._path(key)
         with self._half_written("create", path) as (file, temporary), self._explained("create", path):
             _write(file, data)
@@ -77,7 +76,7 @@ class LocalStore:
                 self._into_place(lambda: os.link(temporary, path), path)
                 return True
             except FileExistsError:
-                # An NFS client that repeats a request whose answer was lost finds its own link standing there.
+                # An NFS client that repeats a request whose answer was lost finds its own link.
                 return _links(temporary) == 2
             except OSError as error:
                 if error.errno not in _NO_LINKS or path.parent.stat().st_dev != temporary.stat().st_dev:
@@ -88,7 +87,7 @@ class LocalStore:
                 ) from error
 
     def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """Copies the file, syncs the copy and renames it."""
+        """Copy the file, sync the copy and rename it."""
         final = self._path(key)
         with open(path, "rb") as source, self._half_written("write", final) as (file, temporary):
 
@@ -102,7 +101,7 @@ class LocalStore:
                 self._into_place(lambda: os.replace(temporary, final), final)
 
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """Copies to a hidden file beside ``path``, syncs and renames it."""
+        """Copy to a hidden file beside ``path``, sync it and rename it."""
         origin, path = self._path(key), Path(path)
         with self._explained("read", origin):
             source = FileIO(origin)
@@ -117,8 +116,8 @@ class LocalStore:
         _sync_folder(path.parent)
 
     def copy(self, source: str, key: str) -> None:
-        """A second name for the same file, which takes no space: objects are replaced and deleted, never written into. A copy
-        where the filesystem has no hard links."""
+        """Give the same file a second name, which takes no space: objects are replaced and deleted, but never modified. If the
+        filesystem has no hard links, copy the file."""
         origin, final = self._path(source), self._path(key)
         with self._explained("read", origin):
             os.stat(origin)
@@ -133,17 +132,17 @@ class LocalStore:
             self.put_file(key, origin)
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
-        """Walks only what ``prefix`` and ``start_after`` leave over, one directory in memory at a time."""
-        # Everything that matches lies under the last whole folder of the prefix: nothing else is walked.
+        """Yield the objects. Only folders that can contain matching keys are read, one folder in memory at a time."""
+        # All matching keys are under the last complete folder of the prefix.
         folder = check_prefix(prefix).rpartition("/")[0]
         with self._explained("list", self._root):
-            # In this order, because somebody may be making it at this moment.
+            # In this order, because another process may be creating the directory at this moment.
             if (self._root.exists() and not self._root.is_dir()) or not self._root.parent.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self._root))
         yield from self._walk(f"{folder}/" if folder else "", prefix, start_after)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Removes files, and the folders that this leaves empty."""
+        """Delete files, and the folders that this leaves empty."""
         for key in keys:
             path = self._path(key)
             missing = contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -152,7 +151,7 @@ class LocalStore:
             self._prune(path.parent)
 
     def abort(self, stale: Callable[[str], bool]) -> int:
-        """Removes half-written files."""
+        """Delete half-written files, and return their number."""
         count = 0
         with self._explained("list", self._root / TEMPORARY_FOLDER), contextlib.suppress(FileNotFoundError):
             for leftover in (self._root / TEMPORARY_FOLDER).iterdir():
@@ -164,8 +163,8 @@ class LocalStore:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def _walk(self, folder: str, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
-        """Keys under ``folder`` (empty, or ending in a slash) in the order of S3: by the whole key, as if '/' were a
-        letter. Sorting each directory's entries with their slash gives exactly that."""
+        """Yield the objects under ``folder`` (empty, or ending with a slash) in S3's order: by the full key, with '/' as a
+        character like any other. Sorting each directory's entries with their slash gives exactly this order."""
         with self._explained("list", self._root / folder):
             try:
                 with os.scandir(self._root / folder) as found:
@@ -186,20 +185,20 @@ class LocalStore:
                     except OSError as error:
                         if error.errno not in (errno.ENOENT, errno.ESTALE):
                             raise
-                        info = None  # deleted since
+                        info = None  # deleted meanwhile
                 if info is not None:
                     yield info
 
     @staticmethod
     def _name(folder: str, entry: os.DirEntry[str]) -> str:
-        # A link to a directory is neither an object nor followed: it could lead out, or round in a circle.
+        # A link to a directory is neither an object nor followed: it could lead outside, or be circular.
         return f"{folder}{entry.name}/" if entry.is_dir(follow_symlinks=False) else f"{folder}{entry.name}"
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _half_written(self, doing: str, path: Path) -> Iterator[tuple[FileIO, Path]]:
-        """A new file on the store's own filesystem, which vanishes unless it is moved to its place."""
+        """Create a temporary file on the store's own filesystem. Delete it at the end of the block unless it was renamed."""
         folder = self._root / TEMPORARY_FOLDER
         # It names the first folder of the key, so that `abort` can tell whose it was.
         temporary = folder / f"{path.relative_to(self._root).parts[0]}.{os.getpid()}-{uuid.uuid4().hex}"
@@ -214,11 +213,11 @@ class LocalStore:
                 self._sweep(folder, temporary)
                 yield file, temporary
         finally:
-            with contextlib.suppress(OSError):  # moved to its place, or left to the next sweep
+            with contextlib.suppress(OSError):  # renamed, or left to the next sweep
                 temporary.unlink()
 
     def _sweep(self, folder: Path, fresh: Path) -> None:
-        """Once per store: removes what dead machines left. Ages are by the fileserver's clock, read off a new file."""
+        """Delete what dead machines left, once per store. Ages are measured by the fileserver's clock, read from a new file."""
         if self._swept:
             return
         self._swept = True
@@ -229,7 +228,7 @@ class LocalStore:
                     leftover.unlink()
 
     def _into_place(self, move: Callable[[], None], path: Path) -> None:
-        """Runs ``move``, making the folders above ``path``; a `delete` elsewhere may remove them again in between."""
+        """Create the folders above ``path``, then call ``move``. Try again if a `delete` elsewhere removes them in between."""
         for attempt in range(20):
             self._make_folder(path.parent)
             try:
@@ -251,14 +250,14 @@ class LocalStore:
             _sync_folder(folder.parent)
 
     def _prune(self, folder: Path) -> None:
-        """Removes the folders that a deletion has left empty, up to the root, which stays."""
+        """Remove the folders that a deletion has left empty, up to the root, which stays."""
         while folder != self._root:
             try:
                 folder.rmdir()
             except FileNotFoundError:
-                pass  # another delete was faster; its parent may still be ours to remove
+                pass  # another delete was faster; the parent may still be empty
             except OSError:
-                return  # not empty, or something was put there in this moment
+                return  # not empty, or a file was added at this moment
             folder = folder.parent
 
     # -- keys and errors ----------------------------------------------------------------------------------------------
@@ -298,7 +297,7 @@ class LocalStore:
 
 
 def _links(path: Path) -> int:
-    """Names of a file. By opening it: NFS asks the server then, and believes what it remembers otherwise (close-to-open)."""
+    """Return the number of a file's names. The file is opened, because otherwise NFS answers from its cache (close-to-open)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         return os.fstat(handle).st_nlink

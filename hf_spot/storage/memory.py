@@ -1,4 +1,4 @@
-"""MemoryStore: objects in this process's memory, for tests and for trying things out."""
+"""MemoryStore: objects in this process's memory, for tests and experiments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_i
 
 
 class MemoryStore:
-    """An `ObjectStore` that lasts as long as the process. Opening the same URL twice gives the same objects.
+    """An `ObjectStore` that lasts as long as the process. Stores with the same URL share their objects.
 
     Args:
         url: ``memory://name``; any name.
@@ -31,28 +31,28 @@ class MemoryStore:
     def __init__(self, url: str = "memory://default") -> None:
         name = url.removeprefix("memory://").strip("/")
         if not url.startswith("memory://") or not name:
-            raise ConfigError(f"{url!r} names no memory store", hint="memory://any-name")
+            raise ConfigError(f"{url!r} is not the URL of a memory store", hint="memory://any-name")
         self._url = f"memory://{name}"
         self._objects = _spaces.setdefault(name, {})
 
     @property
     def url(self) -> str:
-        """As it was opened."""
+        """Return the URL of the store."""
         return self._url
 
     def get(self, key: str) -> bytes:
-        """The object's bytes. Raises ObjectNotFound."""
+        """Return the object's bytes. Raises ObjectNotFound."""
         try:
             return self._objects[check_key(key)]
         except KeyError:
             raise ObjectNotFound(f"{self._url}/{key} does not exist") from None
 
     def put(self, key: str, data: bytes) -> None:
-        """Replaces the object."""
+        """Write or replace the object."""
         self._objects[check_key(key)] = bytes(data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """One thread of all that try gets True."""
+        """Write the object if it does not exist. Of several threads that try, one gets True."""
         check_key(key)
         with _lock:
             if key in self._objects:
@@ -61,7 +61,7 @@ class MemoryStore:
             return True
 
     def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """Reads the file into memory."""
+        """Read the file into memory."""
         check_key(key)
         chunks = []
         with open(path, "rb") as source:
@@ -72,7 +72,7 @@ class MemoryStore:
         self._objects[key] = b"".join(chunks)
 
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """Writes the object to ``path``."""
+        """Write the object to ``path``."""
         data = self.get(key)
         with open(path, "wb") as target:
             for start in range(0, len(data), _CHUNK_BYTES):
@@ -82,21 +82,21 @@ class MemoryStore:
                     progress(len(chunk))
 
     def copy(self, source: str, key: str) -> None:
-        """Both keys hold the same bytes."""
+        """Write the bytes of ``source`` to ``key``, too."""
         self.put(key, self.get(source))
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
-        """The keys of this moment, sorted."""
+        """Yield the present objects, sorted by key."""
         check_prefix(prefix)
         for key in sorted(self._objects.copy()):
             if key.startswith(prefix) and key > start_after and (data := self._objects.get(key)) is not None:
                 yield ObjectInfo(key, len(data))
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Forgets objects."""
+        """Delete the objects."""
         for key in keys:
             self._objects.pop(check_key(key), None)
 
     def abort(self, stale: Callable[[str], bool]) -> int:
-        """Nothing outlives this process."""
+        """Return 0: nothing outlives this process."""
         return 0

@@ -1,4 +1,4 @@
-"""open_store: from what the user writes to the store that is meant."""
+"""open_store: open the store that a URL or path refers to."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _KINDS = {
         "azure-storage-blob",
         "pip install azure-storage-blob azure-identity",
     ),
-}  # scheme: module, what opens it, the package that it needs, and how to get that
+}  # scheme: module, function that opens it, the package that it needs, and how to install that
 _OTHER_SPELLINGS = {
     "gcs": "gs",
     "azure": "az",
@@ -43,7 +43,7 @@ _OTHER_SPELLINGS = {
 
 
 def open_store(url: str | os.PathLike[str] | ObjectStore) -> ObjectStore:
-    """The store at ``url``. Nothing is asked or written yet: see `hf_spot.storage.probe.probe`.
+    """Return the store at ``url``. No request is made yet: `hf_spot.storage.probe.probe` checks the store.
 
     Args:
         url: ``s3://bucket/prefix``, ``gs://bucket/prefix``, ``az://container/prefix``, ``hf://owner/name/prefix``,
@@ -51,14 +51,14 @@ def open_store(url: str | os.PathLike[str] | ObjectStore) -> ObjectStore:
             returned as it is.
 
     Raises:
-        ConfigError: this can't be a store, or a package for it is missing.
+        ConfigError: ``url`` can't be a store, or a package that it needs is missing.
     """
     if isinstance(url, os.PathLike):
         return LocalStore(Path(url).expanduser())
     if not isinstance(url, str):
         if isinstance(url, ObjectStore):
             return url
-        raise ConfigError(f"a {type(url).__name__} is no store", hint=_HINT)
+        raise ConfigError(f"a {type(url).__name__} is not a store", hint=_HINT)
     if not url.strip() or "\0" in url:
         raise ConfigError("the store's URL is empty", hint=_HINT)
     found = _SCHEME.match(url)
@@ -79,7 +79,7 @@ def open_store(url: str | os.PathLike[str] | ObjectStore) -> ObjectStore:
         meant = _OTHER_SPELLINGS[scheme]
         place = "container" if meant == "az" else "bucket"
         raise ConfigError(f"{_shown(url)!r}: {scheme}:// is spelled {meant}:// here", hint=f"{meant}://{place}/prefix")
-    raise ConfigError(f"{_shown(url)!r}: {scheme}:// is no kind of store", hint=_HINT)
+    raise ConfigError(f"{_shown(url)!r}: {scheme}:// is not a kind of store", hint=_HINT)
 
 
 def _open(scheme: str, url: str) -> ObjectStore:
@@ -95,10 +95,10 @@ def _open(scheme: str, url: str) -> ObjectStore:
 def _path_of(url: str) -> Path:
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost") or len(parts.path) < 2 or parts.query or parts.fragment:
-        raise ConfigError(f"{url!r} names no directory", hint="file:///an/absolute/path, or the path alone")
+        raise ConfigError(f"{url!r} is not the URL of a directory", hint="file:///an/absolute/path, or only the path")
     return Path(unquote(parts.path))
 
 
 def _shown(url: str) -> str:
-    """Without what could be a password."""
+    """Return the URL without a part that could be a password."""
     return re.sub(r"//[^/]*@", "//…@", url)

@@ -1,4 +1,4 @@
-"""Files that are moved in parts, several at a time: what a part is, and how all end when one fails or all are cancelled."""
+"""Move files in parts, several at a time, and end all parts when one of them fails or the transfer is cancelled."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from hf_spot.errors import SpotError
 from hf_spot.storage.store import Progress, witness_of
 from hf_spot.storage.threads import Workers
 
-BLOCK_BYTES = 1 << 20  # going out, it is read, hashed and sent while it is in the processor's cache
-BLOCK_IN_BYTES = 4 << 20  # large enough to lie in huge pages, which makes it a fifth faster
+BLOCK_BYTES = 1 << 20  # uploads: small enough to be read, hashed and sent while it is in the processor's cache
+BLOCK_IN_BYTES = 4 << 20  # downloads: large enough for huge pages, which makes them a fifth faster
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class Stopped(Exception):
-    """Ends one part, because another one has failed or the whole was cancelled."""
+    """Ends one part, because another one has failed or the transfer was cancelled."""
 
 
 class Job:
-    """One transfer: its progress, and the first thing that went wrong in any of its parts."""
+    """One transfer: its progress, and the first error in any of its parts."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
@@ -34,17 +34,18 @@ class Job:
         self._trouble: BaseException | None = None
 
     def may_go_on(self) -> None:
-        """Raises Stopped once something went wrong."""
+        """Raise Stopped if a part has failed or the transfer was cancelled."""
         if self._trouble is not None:
             raise Stopped
 
     def fail(self, error: BaseException) -> None:
-        """Takes note of it; only the first counts."""
+        """Record an error; only the first is kept."""
         with self._lock:
             self._trouble = self._trouble or error
 
     def moved(self, count: int) -> None:
-        """Tells the progress. What it raises ends the transfer, and is not told to anybody else on the way."""
+        """Report ``count`` bytes to the progress callback. An exception that it raises ends the transfer; it is recorded, and
+        Stopped is raised in its place."""
         if self._progress is None:
             return
         with self._lock:
@@ -57,7 +58,7 @@ class Job:
         raise Stopped
 
     def doing(self, act: Callable[[T], R], item: T) -> R:
-        """Acts, unless something went wrong elsewhere; notes what goes wrong here."""
+        """Call ``act``, unless another part has failed. Record its error if it fails."""
         self.may_go_on()
         try:
             return act(item)
@@ -67,7 +68,7 @@ class Job:
 
     @contextlib.contextmanager
     def ending(self, futures: list[Future[Any]]) -> Iterator[None]:
-        """Leaves no part at work: the file is about to be closed."""
+        """Wait for all parts before the block is left, because the file is about to be closed. Cancel the rest if one fails."""
         try:
             yield
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -82,7 +83,7 @@ class Job:
 
     @contextlib.contextmanager
     def first_trouble(self) -> Iterator[None]:
-        """Raises what went wrong first, instead of what followed from it."""
+        """Raise the transfer's first error instead of an error that followed from it."""
         try:
             yield
         except BaseException as error:
@@ -91,7 +92,7 @@ class Job:
             raise
 
     def in_parts(self, workers: Workers, act: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """Has ``workers`` act on each item, and returns what came of them once all have ended. Raises the first trouble."""
+        """Have ``workers`` call ``act`` for each item, and return the results once all have ended. Raises the first error."""
         with self.first_trouble():
             futures = [workers.submit(self.doing, act, item) for item in items]
             with self.ending(futures):
@@ -99,7 +100,7 @@ class Job:
 
 
 class Piece:
-    """A part of an open file, as botocore wants a body to be. It reads with ``pread``: parts share the file's handle."""
+    """A part of an open file, in the form that botocore needs for a body. It uses ``pread``: parts share the file's handle."""
 
     def __init__(self, job: Job, handle: int, first: int, size: int) -> None:
         self._job = job
@@ -113,23 +114,23 @@ class Piece:
         return self._size
 
     def read(self, count: int = -1) -> bytes:
-        """As a file does."""
+        """Read as a file does."""
         count = self._size - self._at if count is None or count < 0 else min(count, self._size - self._at)
         block = os.pread(self._handle, count, self._first + self._at)
         self._at += len(block)
         return block
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As a file does."""
+        """Seek as a file does."""
         self._at = offset + (0, self._at, self._size)[whence]
         return self._at
 
     def tell(self) -> int:
-        """As a file does."""
+        """Return the position, as a file does."""
         return self._at
 
     def blocks(self) -> Iterator[memoryview]:
-        """All of it, in pieces of one buffer: each is gone when the next is asked for. Raises SpotError."""
+        """Yield the whole part in blocks, which share one buffer: each is overwritten by the next. Raises SpotError."""
         buffer = memoryview(bytearray(min(BLOCK_BYTES, self._size)))
         at = 0
         while at < self._size:
@@ -140,7 +141,7 @@ class Piece:
             at += got
 
     def __iter__(self) -> Iterator[memoryview]:
-        """The blocks, as they are sent; a part that is sent again takes back what it has told of its progress."""
+        """Yield the blocks as they are sent. When a part is sent again, its earlier progress is subtracted."""
         try:
             if self._told:
                 self._job.moved(-self._told)
@@ -152,13 +153,13 @@ class Piece:
                 self._told += len(block)
                 self._job.moved(len(block))
         except (OSError, SpotError) as error:
-            # Out of here it would count as a broken connection, and be retried.
+            # Raised here, the error would count as a broken connection and be retried.
             self._job.fail(error)
             raise Stopped from error
 
 
 def write_at(handle: int, rest: memoryview, at: int) -> None:
-    """Writes all of ``rest`` to its place in an open file."""
+    """Write all of ``rest`` to an open file, from byte ``at`` on."""
     while rest:
         written = os.pwrite(handle, rest, at)
         rest, at = rest[written:], at + written

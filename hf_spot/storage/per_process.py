@@ -1,4 +1,4 @@
-"""What several stores have in common: what each process opens for itself, and files that appear only when they are whole."""
+"""Shared by several stores: objects that each process opens for itself, and files that appear only when they are complete."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class PerProcess(Generic[T]):
     """Open something once in each process: sockets and threads don't survive a fork. Usable from threads.
 
     Args:
-        open: makes it; called when it is first needed.
+        open: opens it; called when it is first needed.
     """
 
     def __init__(self, open: Callable[[], T]) -> None:
         self._open = open
         self._opened: dict[int, T] = {}  # by process id
-        self._locks: dict[int, threading.Lock] = {}  # likewise: a lock may be held by a thread that was not forked
+        self._locks: dict[int, threading.Lock] = {}  # by process id, too: a lock may be held by a thread that was not forked
 
     def get(self) -> T:
-        """Return this process's own. Raises what opening it raises."""
+        """Return this process's own. Raises any error of opening it."""
         process = os.getpid()
         if process not in self._opened:
             with self._locks.setdefault(process, threading.Lock()):
@@ -36,17 +36,17 @@ class PerProcess(Generic[T]):
         return self._opened[process]
 
     def is_open(self) -> bool:
-        """Tell whether this process has opened it."""
+        """Return whether this process has opened it."""
         return os.getpid() in self._opened
 
     def forget(self) -> None:
-        """Have the next call open it anew. Whoever uses the present one may go on with it."""
+        """Have the next call open it again. Threads that use the present one may continue to do so."""
         self._opened.pop(os.getpid(), None)
 
 
 @contextlib.contextmanager
 def renamed_when_whole(path: Path) -> Iterator[FileIO]:
-    """Open a hidden file beside ``path``, which takes its place at the end of the block, or is deleted if the block raises."""
+    """Open a hidden file beside ``path``. It is renamed to ``path`` at the end of the block, or deleted if the block raises."""
     path = Path(path)
     beside = path.with_name(f".hf_spot-{uuid.uuid4().hex}")
     try:

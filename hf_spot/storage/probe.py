@@ -1,4 +1,4 @@
-"""probe: proves that a store can do all that a run needs, before anything is trusted to it."""
+"""probe: check that a store can do everything that a run needs, before a run relies on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class _Steps:
-    """The checks, one after the other; ``doing`` says which one is under way."""
+    """The checks, one after the other. ``doing`` names the one under way."""
 
     def __init__(self, store: ObjectStore, allow_unfenced: bool) -> None:
         self._store = store
@@ -37,7 +37,7 @@ class _Steps:
         store, key = self._store, f"{FOLDER}{time.time():.0f}-{uuid.uuid4().hex}"
         try:
             with self._step("writing (create)"):
-                store.create(key, b"first")  # False can be our own success, when its answer was lost and it was sent again
+                store.create(key, b"first")  # False can mean success: the answer was lost and the request was sent again
             with self._step("reading back"):
                 data = store.get(key)
             if data != b"first":
@@ -51,18 +51,18 @@ class _Steps:
             if listed != [key]:
                 raise StoreError(f"{store.url} does not list what was written to it: {listed} for {[key]}")
         except BaseException:
-            with contextlib.suppress(SpotError):  # the first error is the one to be told
+            with contextlib.suppress(SpotError):  # the first error is the one to report
                 store.delete([key])
             raise
         with self._step("deleting"):
             store.delete([key])
-            # A request that was given up, and repeated, may still be carried out: that is then deleted, too.
+            # A request that timed out and was repeated may still be carried out later: then the object is deleted again.
             left = self._listed(key, [], lambda: store.delete([key]))
         if left:
             raise StoreError(f"{store.url} still lists {key} after it was deleted")
 
     def _listed(self, key: str, wanted: list[str], again: Callable[[], None]) -> list[str]:
-        """What is listed, after some patience with a store whose listings lag behind: nothing here relies on them."""
+        """Return the keys that are listed. Wait a little if the store's listings lag behind: a run does not rely on them."""
         give_up_at = time.monotonic() + _LAG_S
         while (listed := [info.key for info in self._store.list(key)]) != wanted and time.monotonic() < give_up_at:
             time.sleep(_LAG_POLL_S)
@@ -73,7 +73,7 @@ class _Steps:
         url = self._store.url
         why = "ignores create-if-absent: it let a second writer replace what the first had created"
         if not fences(self._store):
-            why = "has no create-if-absent: of two writers at the same moment both win"
+            why = "has no create-if-absent: two writers at the same moment both succeed"
         if not self._allow_unfenced:
             raise StoreNotFencing(
                 f"{url} {why}, so it can't keep two machines from damaging one run",
@@ -92,25 +92,25 @@ class _Steps:
 
 
 def leftovers(store: ObjectStore) -> list[str]:
-    """Keys of probes that were killed a day ago or earlier."""
+    """Return the keys left by probes that were killed a day ago or earlier."""
     times = ((info.key, info.key.removeprefix(FOLDER).partition("-")[0]) for info in store.list(FOLDER))
     return [key for key, began in times if not began.isdigit() or time.time() - int(began) > _STALE_S]
 
 
 def probe(store: ObjectStore, *, allow_unfenced: bool = False) -> None:
-    """Writes, reads back, creates again, lists and deletes one small object, ``.probe/<time>-<uuid>``.
+    """Write, read back, create again, list and delete one small object, ``.probe/<time>-<uuid>``.
 
-    Six requests where all is well. Ends after 20 seconds at most, also when the network swallows packets or a
-    fileserver hangs.
+    This takes six requests if there is no error, and at most 20 seconds, even if the network drops packets or a fileserver
+    hangs.
 
     Args:
         store: the store to check.
         allow_unfenced: accept, with a warning, a store that ignores create-if-absent.
 
     Raises:
-        StoreNotFencing: the store ignores create-if-absent, and that was not accepted.
-        StoreUnavailable: no answer.
-        StoreError: other trouble, naming the step that failed and what it needs.
+        StoreNotFencing: the store ignores create-if-absent, and ``allow_unfenced`` is False.
+        StoreUnavailable: the store did not answer.
+        StoreError: another error; the message names the step that failed and what it needs.
         ConfigError: a setting of the store can't be used.
     """
     steps = _Steps(store, allow_unfenced)
@@ -118,7 +118,7 @@ def probe(store: ObjectStore, *, allow_unfenced: bool = False) -> None:
 
 
 def answer(work: Callable[[], T], doing: Callable[[], str]) -> T:
-    """What ``work`` returns or raises. After 20 seconds StoreUnavailable, which says what it was ``doing``."""
+    """Return or raise the outcome of ``work``. After 20 seconds raise StoreUnavailable, with what it was ``doing``."""
     outcome: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
 
     def run() -> None:
@@ -127,15 +127,15 @@ def answer(work: Callable[[], T], doing: Callable[[], str]) -> T:
         except BaseException as error:
             outcome.put((None, error))
 
-    # A thread, because nothing else ends a call that hangs in a name server or in a dead mount; a daemon, because it
-    # may then never end.
+    # A thread, because there is no other way to abandon a call that hangs in a name server or a dead mount; a daemon, because
+    # it may then never end.
     threading.Thread(target=run, name="hf_spot-probe", daemon=True).start()
     try:
         value, error = outcome.get(timeout=LIMIT_S)
     except Empty:
         raise StoreUnavailable(
             f"{doing()}: no answer within {LIMIT_S:.0f} s",
-            hint="is the address right, and does this machine have a way there (route, VPC endpoint, proxy, mount)?",
+            hint="is the address right, and can this machine reach it (route, VPC endpoint, proxy, mount)?",
         ) from None
     if error is not None:
         raise error

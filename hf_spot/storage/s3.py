@@ -1,8 +1,8 @@
-"""S3Store: a run in a bucket of S3, or of anything that speaks S3's protocol.
+"""S3Store: a run in a bucket of S3, or of any server with S3's protocol.
 
-Credentials, region, profile and endpoint are boto3's business: every variable and file of the AWS tools works, such as
-``AWS_PROFILE``, ``AWS_ENDPOINT_URL_S3`` or ``addressing_style`` in ``~/.aws/config``. Two variables say what boto3 has
-no setting for:
+boto3 finds credentials, region, profile and endpoint: every variable and file of the AWS tools works, such as
+``AWS_PROFILE``, ``AWS_ENDPOINT_URL_S3`` or ``addressing_style`` in ``~/.aws/config``. Two variables are for settings that
+boto3 does not have:
 
 * ``HF_SPOT_S3_EXPECTED_BUCKET_OWNER``: account id; a bucket of another account is refused (AccessDenied).
 * ``HF_SPOT_S3_SSE_KMS_KEY_ID``: objects are encrypted under this KMS key instead of the bucket's default.
@@ -51,9 +51,9 @@ from hf_spot.storage.s3_settings import (
 )
 from hf_spot.storage.store import ObjectInfo, Progress
 
-_READS = 3  # of an answer that breaks
+_READS = 3  # of an answer that breaks off
 _DELETE_BATCH = 1000  # S3's limit
-_LONGEST_WORDS = 500  # of a server
+_LONGEST_WORDS = 500  # of a server's message, in characters
 _NO_CHECKSUMS = "export AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
 _CALLED_FOR_CHECKSUMS = (
     *(
@@ -94,9 +94,9 @@ class Place:
 
     Args:
         endpoint: URL of the server.
-        asked_in: the region that this machine is set up for.
-        region: the bucket's own, or None where the server does not tell.
-        time: by the server's clock, to the second, or None.
+        asked_in: the region that this machine is configured for.
+        region: the bucket's own region, or None if the server does not report it.
+        time: the server's time, to the second, or None.
     """
 
     endpoint: str
@@ -106,10 +106,10 @@ class Place:
 
 
 class S3Store:
-    """An `ObjectStore` in a bucket. Nothing is asked before the first call; usable from threads and after a fork.
+    """An `ObjectStore` in a bucket. The first call makes the first request. Usable from threads and after a fork.
 
-    Trouble with the store raises children of StoreError, settings that can't be used ConfigError; trouble with the
-    caller's own file in `put_file` and `get_file` is the OSError that it is.
+    Errors of the store raise subclasses of StoreError; settings that can't be used raise ConfigError. Errors of the caller's
+    own file in `put_file` and `get_file` are raised as the OSError that they are.
 
     Args:
         url: ``s3://bucket/prefix``; the prefix may be empty.
@@ -128,11 +128,11 @@ class S3Store:
 
     @property
     def url(self) -> str:
-        """Bucket and prefix, without a slash at the end."""
+        """Return the URL: bucket and prefix, without a trailing slash."""
         return f"s3://{self._bucket}/{self._base}".rstrip("/")
 
     def get(self, key: str) -> bytes:
-        """GetObject."""
+        """Return the object's bytes (GetObject)."""
         target = self._target(key)
         with self._explained("read", key):
             before = reads_small.set(True)
@@ -143,13 +143,17 @@ class S3Store:
                 reads_small.reset(before)
 
     def put(self, key: str, data: bytes) -> None:
-        """PutObject."""
+        """Write or replace the object (PutObject)."""
         target = self._target(key)
         with self._explained("write", key):
             self._client.put_object(Body=data, **target, **self._encryption)
 
     def create(self, key: str, data: bytes) -> bool:
-        """PutObject with ``If-None-Match: *``. Raises StoreNotFencing when the server refuses that header."""
+        """Write the object if it does not exist (PutObject with ``If-None-Match: *``).
+
+        Raises:
+            StoreNotFencing: the server refuses that header.
+        """
         target = self._target(key)
         for wait_s in (*_CONFLICT_WAITS_S, None):
             with self._explained("write", key):
@@ -165,37 +169,38 @@ class S3Store:
                             f"{self.url} refuses create-if-absent (If-None-Match), so it can't keep two machines apart",
                             hint="another store, or a newer version of its server",
                         ) from error
-                    # Another create of this key is just being decided: S3 asks to try again.
+                    # Another create of this key is under way: S3 asks to try again.
                     if code != "ConditionalRequestConflict" or wait_s is None:
                         raise
             time.sleep(wait_s)
         raise AssertionError("the last try returns or raises")
 
     def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """One PutObject, or parts of 64 MB several at a time; a failed or cancelled upload leaves no parts behind."""
+        """Upload the file by one PutObject, or in parts of 64 MB, several at a time. A failed or cancelled upload leaves no
+        parts behind."""
         target = self._target(key)
         with self._explained("write", key):
             self._connection.transfers.upload(target, self._encryption, path, progress)
 
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """Parts of 64 MB several at a time, into a file beside ``path`` that is renamed when whole."""
+        """Download parts of 64 MB, several at a time, into a file beside ``path`` that is renamed when complete."""
         target = self._target(key)
         with self._explained("read", key):
             self._connection.transfers.download(target, path, progress)
 
     def copy(self, source: str, key: str) -> None:
-        """CopyObject, or UploadPartCopy for what is larger than that allows."""
+        """Copy the object within the store (CopyObject; UploadPartCopy for a large object)."""
         origin, target = self._target(source), self._target(key)
         with self._explained("read", source):
             self._connection.transfers.copy(origin, target, self._encryption)
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
-        """ListObjectsV2, a page of at most 1000 keys at a time."""
+        """Yield the objects, a page of at most 1000 keys at a time (ListObjectsV2)."""
         wanted = self._base + check_prefix(prefix)
         if not is_directory_bucket(self._bucket):
             yield from self._pages(wanted, prefix, {"StartAfter": self._base + start_after} if start_after else {})
             return
-        # A directory bucket (S3 Express) lists whole folders, from their beginning, and in no order.
+        # A directory bucket (S3 Express) lists only whole folders, from their beginning, and in no particular order.
         found = self._pages(wanted[: wanted.rfind("/") + 1], prefix, {})
         chosen = (info for info in found if info.key.startswith(prefix) and info.key > start_after)
         yield from sorted(chosen, key=lambda info: info.key)
@@ -211,17 +216,17 @@ class S3Store:
                 return
             for found in page.get("Contents", ()):
                 key = found["Key"][len(self._base) :]
-                if key and not key.endswith("/"):  # consoles make such objects to show a folder
+                if key and not key.endswith("/"):  # consoles create such objects to show a folder
                     yield ObjectInfo(key, found["Size"])
 
     def delete(self, keys: Iterable[str]) -> None:
-        """DeleteObjects, 1000 at a time; one by one where the server doesn't know that."""
+        """Delete the objects, 1000 at a time (DeleteObjects); one by one if the server does not support that."""
         names = (self._base + check_key(key) for key in keys)
         while batch := [*islice(names, _DELETE_BATCH)]:
             self._delete(batch)
 
     def abort(self, stale: Callable[[str], bool]) -> int:
-        """AbortMultipartUpload for each of ListMultipartUploads; none where the server can't list them."""
+        """Abort stale multipart uploads and return their number. If the server can't list them, none is aborted."""
         found = []
         with self._explained("list unfinished uploads of", ""):
             try:
@@ -242,7 +247,7 @@ class S3Store:
         return count
 
     def place(self) -> Place:
-        """HeadBucket, whatever it answers: where the bucket is, and what time it is there."""
+        """Return where the bucket is and the server's time, from any answer to HeadBucket, even an error."""
         with self._explained("list", ""):
             try:
                 answer = self._client.head_bucket(Bucket=self._bucket, **self._owner)["ResponseMetadata"]
@@ -261,7 +266,7 @@ class S3Store:
         try:
             self._client.abort_multipart_upload(Bucket=self._bucket, Key=name, UploadId=upload_id, **self._owner)
         except aws.ClientError as error:
-            if code_of(error) not in ("NoSuchUpload", "404"):  # its writer has aborted it
+            if code_of(error) not in ("NoSuchUpload", "404"):  # its writer has aborted it meanwhile
                 raise
 
     def _delete(self, names: Sequence[str]) -> None:
@@ -318,15 +323,16 @@ class S3Store:
             raise self._explain_source(doing, key, failed) from failed
         except (aws.ClientError, aws.BotoCoreError, HTTPError, RecursionError) as error:
             if _is_recursion(error):
-                # botocore asks where a redirecting bucket is, is redirected, asks where that is, and so on.
+                # botocore asks where a redirecting bucket is, is redirected again, asks again, and so on.
                 raise ConfigError(
                     f"can't {doing} s3://{self._bucket}/{self._base}{key}: the server redirects without saying where to",
-                    hint=f"has AWS_ENDPOINT_URL to begin with https://? Otherwise {explain('301', bucket=self._bucket).hint}",
+                    hint=f"should AWS_ENDPOINT_URL begin with https://? Otherwise {explain('301', bucket=self._bucket).hint}",
                 ) from error
             raise self._explain(doing, key, error) from error
 
     def _explain_source(self, doing: str, key: str, failed: SourceFailed) -> SpotError:
-        """What kept a request from being signed. A source that fails may work later; one that nobody has logged in to, too."""
+        """Return the error for a request that could not be signed. A source that fails may work later, for example after the
+        user has logged in."""
         self._ask_for_credentials_again()
         cause = failed.__cause__
         meaning = explain(code_of(cause)) if isinstance(cause, aws.BotoCoreError) else None
@@ -336,7 +342,7 @@ class S3Store:
         return (AccessDenied if missing else StoreUnavailable)(f"{told}: {failed}".replace(": : ", ": "), hint=hint)
 
     def _explain(self, doing: str, key: str, error: Exception) -> SpotError:
-        """What the server said no to, or what kept it from answering."""
+        """Return the error for a request that the server refused, or did not answer."""
         response: Any = error.response if isinstance(error, aws.ClientError) else {}
         code = code_of(error)
         where = f"s3://{self._bucket}/{self._base}{key}"
@@ -344,7 +350,7 @@ class S3Store:
             return ObjectNotFound(f"{where} does not exist")
         said = response.get("ResponseMetadata", {})
         known = {"bucket": self._bucket, "permission": _PERMISSIONS[doing]}
-        if self._connections.is_open():  # else a setting keeps it from being made
+        if self._connections.is_open():  # otherwise a setting keeps the client from being created
             known |= {
                 "endpoint": urlsplit(self._client.meta.endpoint_url).netloc.rpartition("@")[2],
                 "resource": self._resource(doing),
@@ -371,14 +377,15 @@ class S3Store:
         return _ERRORS.get(meaning.kind, unknown)(f"can't {doing} {where}: {told}", hint=hint or _HINTS.get(unknown, ""))
 
     def _may_refuse_checksums(self, code: str, words: str) -> bool:
-        """Whether a refused upload carried a checksum that may be why: servers other than Amazon's call that many names."""
+        """Return whether an upload may have been refused for its checksum: other servers than Amazon's report that in many
+        ways."""
         if not self._connections.is_open() or self._client.meta.config.request_checksum_calculation == "when_required":
             return False
         amazons = (urlsplit(self._client.meta.endpoint_url).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
         return speaks_of_checksums(words) or (code in _CALLED_FOR_CHECKSUMS and not amazons)
 
     def _ask_for_credentials_again(self) -> None:
-        """The next call reads files and asks processes anew: somebody may log in while a training goes on."""
+        """Make the next call look for credentials again, because the user may log in during a training."""
         self._connections.forget()
 
     def _resource(self, doing: str) -> str:
@@ -392,7 +399,7 @@ class S3Store:
         if self._encryption and doing in ("read", "write"):
             hint += f"; and kms:GenerateDataKey and kms:Decrypt on the key of ${KMS_KEY_VARIABLE}"
         if self._owner:
-            hint += f"; or the bucket is not of the account in ${OWNER_VARIABLE}"
+            hint += f"; or the bucket does not belong to the account in ${OWNER_VARIABLE}"
         return hint
 
 
@@ -404,12 +411,12 @@ _ERRORS: dict[Kind, type[SpotError]] = {
     Kind.QUOTA: StoreUnavailable,
 }
 _HINTS: dict[type[SpotError], str] = {ConfigError: "aws configure list"}
-# No timeouts: botocore has waited for those often enough.
+# Timeouts are not among them: botocore has already retried those.
 _BROKEN = (aws.IncompleteReadError, aws.FlexibleChecksumError, aws.ResponseStreamingError)
 
 
 def _again_if_broken(read: Callable[[], T]) -> T:
-    """botocore repeats a request, but not the reading of an answer that breaks off or was damaged on the way."""
+    """Read an answer, again if it breaks off or is damaged: botocore repeats only the request, not the reading."""
     for _ in range(_READS - 1):
         with contextlib.suppress(*_BROKEN):
             return read()
@@ -417,11 +424,12 @@ def _again_if_broken(read: Callable[[], T]) -> T:
 
 
 def status_of(error: aws.ClientError) -> int:
-    """The HTTP status of an answer, 0 where it is not known."""
+    """Return the HTTP status of an answer; 0 if it is unknown."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _is_recursion(error: Exception) -> bool:
-    """Where the depth is reached inside the HTTP client, as with Python 3.13, botocore takes it for a broken connection."""
+    """Return whether the cause is a RecursionError. If it is raised inside the HTTP client, as with Python 3.13, botocore
+    reports it as a broken connection."""
     inner = error.kwargs.get("error") if isinstance(error, aws.HTTPClientError) else error
     return isinstance(inner, RecursionError)

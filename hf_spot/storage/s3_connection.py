@@ -1,4 +1,4 @@
-"""What one process holds open to talk to S3: a boto3 client, its credentials, and the threads that move parts of files."""
+"""One process's connection to S3: a boto3 client, its credentials, and the threads that move parts of files."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ from hf_spot.errors import ConfigError
 from hf_spot.storage.credential_source import SourceFailed, credential_source, passed_on
 from hf_spot.storage.s3_parts import Transfers
 
-# For all transfers of one store together. One connection to S3 carries less than 100 MB/s, and large machines have wide links.
+# For all transfers of one store together. One connection to S3 carries less than 100 MB/s; large machines have faster networks.
 _CONNECTIONS = min(64, max(16, os.cpu_count() or 1))
 _TRIES = 5
-_SILENCE_S = 30.0  # without a byte: then a connection counts as dead
-# The first tries of a small request end sooner: most silences are one dead connection, and a commit has a deadline. Later
-# ones are patient, because a server may be slow.
+_SILENCE_S = 30.0  # after this long without a byte a connection counts as dead
+# The first tries of a small request time out sooner: the cause is mostly one dead connection, and a commit has a deadline.
+# Later tries wait longer, because a server may be slow.
 _FIRST_SILENCES_S = (5.0, 10.0, 20.0)
 _QUICK_REQUESTS = ("PutObject", "HeadObject", "ListObjectsV2", "DeleteObject", "CreateMultipartUpload")
-_QUICK_BYTES = 128 << 10  # more may lie in a slow line's buffer for a while after it was sent
-_SIGNED_BY = "hf_spot_signed_by"  # in the context of a request: an access key's id
+_QUICK_BYTES = 128 << 10  # more may wait in the send buffer of a slow network for a while
+_SIGNED_BY = "hf_spot_signed_by"  # key in the context of a request, for the id of an access key
 _REFUSALS = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "InvalidAccessKeyId")
 
-reads_small = ContextVar("reads_small", default=False)  # set by `S3Store.get`: a file's download is a GetObject, too
-_silence_s = ContextVar("silence_s", default=_SILENCE_S)  # of the try that this thread is about to make
+reads_small = ContextVar(
+    "reads_small", default=False
+)  # set by `S3Store.get`, because the download of a file is a GetObject, too
+_silence_s = ContextVar("silence_s", default=_SILENCE_S)  # for the try that this thread is about to make
 
 
 class Connection:
-    """What one process holds open: a client, and the threads that move parts of files."""
+    """The client of one process, and the threads that move parts of files."""
 
     def __init__(self) -> None:
         core = botocore.session.get_session()
@@ -49,7 +51,7 @@ class Connection:
         self.client = _client(session, {})
         host = urlsplit(self.client.meta.endpoint_url).hostname or ""
         chosen = (core.get_scoped_config().get("s3") or {}).get("addressing_style")
-        # Servers other than Amazon's seldom have a name per bucket in DNS.
+        # Other servers than Amazon's rarely have a host name for each bucket.
         named = host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
         style = {} if chosen or named else {"addressing_style": "path"}
         if style:
@@ -61,16 +63,17 @@ class Connection:
             client.meta.events.register_last("request-created.s3", credentials.note_signer)
         by_silence = _HttpSessions(lambda silence_s: _client(session, style, silence_s))
         for client in (self.client, bulk):
-            if _has_http_session(client):  # else each try waits for `_SILENCE_S`, as training/upstream.py says
+            if _has_http_session(client):  # otherwise each try waits for `_SILENCE_S`, as training/upstream.py says
                 client._endpoint.http_session = by_silence
         self.transfers = Transfers(self.client, bulk, connections=_CONNECTIONS)
 
 
 def endpoint_of_others(environ: Mapping[str, str]) -> str | None:
-    """Return the endpoint of a server that is not Amazon's, as boto3 finds it: in the environment, or in the AWS config file.
+    """Return the endpoint of a server that is not Amazon's, or None. It is found as boto3 does: in the environment or in the
+    AWS config file.
 
     Args:
-        environ: another environment than this process's is asked for its variables alone.
+        environ: if it is not this process's own environment, only its variables are used.
 
     Raises:
         ConfigError: the config file can't be used.
@@ -80,7 +83,7 @@ def endpoint_of_others(environ: Mapping[str, str]) -> str | None:
             return None
         return environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or None
     try:
-        # Given keys, it looks for no others: those of this machine matter to nobody here.
+        # With keys given, boto3 does not look for others: the credentials of this machine do not matter here.
         found: str = boto3.Session().client("s3", aws_access_key_id="-", aws_secret_access_key="-").meta.endpoint_url
     except (BotoCoreError, ValueError) as error:
         raise ConfigError(f"the settings of S3 can't be read: {error}", hint="aws configure list") from error
@@ -105,11 +108,11 @@ def _client(session: boto3.Session, s3: Any, silence_s: float = _SILENCE_S) -> A
 
 
 class _Credentials:
-    """What boto3 finds, and asks for anew when a server refuses it: a session may be revoked before its time, and somebody
-    may write new keys into a file. An upload under way then goes on with the part that was refused.
+    """The credentials that boto3 finds. When a server refuses them, they are looked up again: a session may be revoked early,
+    and the user may write new keys into a file. An upload under way then continues with the refused part.
 
     Args:
-        session: knows where to look.
+        session: botocore's, which finds the credentials.
     """
 
     def __init__(self, session: Any) -> None:
@@ -120,13 +123,13 @@ class _Credentials:
         self._lock = threading.Lock()
 
     def load_credentials(self) -> _Credentials | None:
-        """Called by botocore, which signs each request with what ``get_frozen_credentials`` gives then."""
+        """Find credentials. botocore calls this, and signs each request with the result of ``get_frozen_credentials``."""
         with credential_source():
             self._held = self._first.load_credentials()
         return None if self._held is None else self
 
     def _ask_nobody(self) -> None:
-        """Raise at once where botocore would ask for a code (MFA) and wait for an answer that nobody can type."""
+        """Make botocore raise at once instead of prompting for an MFA code, which nobody could type."""
 
         def refuse(prompt: str) -> str:
             raise EOFError(prompt.rstrip(": "))
@@ -135,7 +138,7 @@ class _Credentials:
             self._first.get_provider("assume-role")._prompter = refuse
 
     def get_frozen_credentials(self) -> Any:
-        """Called by botocore for each signature: may ask a service, or run a program. Raises SourceFailed."""
+        """Return the credentials for a signature. This may call a service or run a program. Raises SourceFailed."""
         with credential_source():
             return self._held.get_frozen_credentials()
 
@@ -144,28 +147,28 @@ class _Credentials:
             with credential_source():
                 return getattr(self._held, name)
         except SourceFailed as failed:
-            passed_on(failed, AttributeError)  # botocore asks what there is
+            passed_on(failed, AttributeError)  # botocore checks which attributes exist
             raise
 
     def note_signer(self, request: Any, **kwargs: Any) -> None:
-        """Called by botocore when it has signed a request."""
+        """Record which key signed a request. botocore calls this after signing."""
         signed = re.search(r"Credential=([^/]+)/", str(request.headers.get("Authorization", "")))
         request.context[_SIGNED_BY] = signed[1] if signed else ""
 
     def renew_if_refused(self, request_dict: Any, response: Any = None, attempts: int = 1, **kwargs: Any) -> float | None:
-        """Called by botocore after each request: seconds until it is sent again, or None."""
+        """Return the seconds until a request is sent again, or None. botocore calls this after each request."""
         code = "" if response is None else response[1].get("Error", {}).get("Code", "")
         refused = request_dict["context"].get(_SIGNED_BY)
         return 0.0 if code in _REFUSALS and attempts < _TRIES and refused and self._has_others(refused) else None
 
     def _has_others(self, refused: str) -> bool:
         with self._lock:
-            if self._held.get_frozen_credentials().access_key == refused:  # else another thread has asked already
+            if self._held.get_frozen_credentials().access_key == refused:  # otherwise another thread has already renewed them
                 try:
                     with credential_source():
                         found = botocore.session.get_session().get_credentials()
                         fresh = None if found is None else found.get_frozen_credentials().access_key
-                except SourceFailed:  # the refusal says more
+                except SourceFailed:  # the server's refusal is the better message
                     return False
                 if fresh in (None, refused):
                     return False
@@ -182,7 +185,7 @@ def _has_terminal() -> bool:
 
 
 def _limit_silence(request: Any, operation_name: str, **kwargs: Any) -> None:
-    """Called by botocore before each try."""
+    """Set the timeout of a try. botocore calls this before each one."""
     attempt = request.context.get("retries", {}).get("attempt", 1)
     size = request.headers.get("X-Amz-Decoded-Content-Length") or determine_content_length(request.data or b"")
     small = size is not None and int(size) <= _QUICK_BYTES and (operation_name in _QUICK_REQUESTS or reads_small.get())
@@ -195,14 +198,14 @@ def _has_http_session(client: Any) -> bool:
 
 
 class _HttpSessions:
-    """Stand in for the HTTP session of botocore's clients, and send each try by a session that waits as long as it may.
+    """A replacement for the HTTP session of botocore's clients that sends each try through a session with its own timeout.
 
-    A botocore session has one timeout for all requests (since 1.43.68 also one for each, which pins of older ones leave out).
-    Those here are lent by clients that differ in nothing else: proxies, certificates and the number of connections are as
-    configured.
+    A botocore session has one timeout for all requests (since 1.43.68 also one for each, but older versions must work, too).
+    The sessions here belong to clients that differ only in the timeout: proxies, certificates and the number of connections are
+    as configured.
 
     Args:
-        client: makes a client whose requests wait for so many seconds.
+        client: makes a client with a timeout in seconds.
     """
 
     def __init__(self, client: Callable[[float], Any]) -> None:
@@ -211,14 +214,14 @@ class _HttpSessions:
         self._lock = threading.Lock()
 
     def send(self, request: Any) -> Any:
-        """Called by botocore, in the thread that called `_limit_silence`, after it."""
+        """Send a request. botocore calls this after `_limit_silence`, in the same thread."""
         silence_s = _silence_s.get()
-        with self._lock:  # making a client is not safe in threads
+        with self._lock:  # creating a client is not thread-safe
             if silence_s not in self._clients:
                 self._clients[silence_s] = self._client(silence_s)
         return self._clients[silence_s]._endpoint.http_session.send(request)
 
     def close(self) -> None:
-        """Called by botocore when a client is closed."""
+        """Close all clients. botocore calls this when a client is closed."""
         for client in self._clients.values():
             client.close()

@@ -1,8 +1,8 @@
-"""Moves files to and from S3 in parts, several at a time, each straight between the file and its connection.
+"""Move files to and from S3 in parts, several at a time, each directly between the file and its connection.
 
-botocore's own transfers read a file in blocks of 16 kB, and copy what comes in four times. Here a block is 1 MB going out and 4
-coming in, read from its place in the file when the connection can take it and written to its place when it comes, so that a
-transfer holds one block for each connection, whatever the size of the file.
+botocore's own transfers read a file in blocks of 16 kB, and copy received bytes four times. Here a block has 1 MB in uploads
+and 4 MB in downloads. It is read from the file when the connection can send it, and written to the file when it arrives, so
+that a transfer needs one block of memory for each connection, whatever the size of the file.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from hf_spot.storage.threads import Workers
 
 PART_BYTES = 64 << 20
 _MOST_PARTS = 10_000  # S3's limit
-_MOST_COPIED_BYTES = 1 << 30  # by one request; S3 allows five times as much, but copies parts side by side
+_MOST_COPIED_BYTES = 1 << 30  # by one request; S3 allows five times as much, but copies parts in parallel
 _COPIED_PART_BYTES = 512 << 20
-_READS = 5  # of a part whose answer breaks off again and again without a byte in between
-# No timeouts: botocore has waited for those often enough.
+_READS = 5  # of a part, if the answer repeatedly breaks off without a byte
+# Timeouts are not among them: botocore has already retried those.
 _BROKEN = (aws.IncompleteReadError, aws.ResponseStreamingError)
 _CONTENT_RANGE = re.compile(r"bytes \d+-\d+/(\d+)")
 
 
 class Transfers:
-    """What moves files for one process.
+    """Moves files for one process.
 
     Args:
         client: boto3's.
-        bulk: a client for the bytes of parts. Their signature need not cover them, even where no TLS does: the journal binds a
-            file to its digest, and a second hash would cost more than the transfer.
-        connections: parts moved at the same time, of all files together.
+        bulk: a client for the bytes of parts. Their signature need not cover them, even without TLS: the journal binds a file
+            to its digest, and a second hash would cost more than the transfer.
+        connections: number of parts to move at the same time, of all files together.
     """
 
     def __init__(self, client: Any, bulk: Any, *, connections: int) -> None:
@@ -50,13 +50,13 @@ class Transfers:
         self._bulk = bulk
         self._workers = Workers(connections, "hf_spot-part")
         bulk.meta.events.register("before-send.s3", _send_in_blocks)
-        # Raised before the retries see it: a cancelled part would otherwise be tried five times.
+        # This runs before botocore's retries: otherwise a cancelled part would be tried five times.
         bulk.meta.events.register_first("needs-retry.s3", _end_if_stopped)
         wanted = client.meta.config.request_checksum_calculation != "when_required"
         self._checksum = _checksum() if wanted else None
 
     def upload(self, target: dict[str, str], extra: dict[str, str], path: Path, progress: Progress | None) -> None:
-        """One PutObject, or the parts of a multipart upload, which is aborted when one of them fails.
+        """Upload a file by one PutObject, or by a multipart upload, which is aborted if a part fails.
 
         Args:
             target: bucket, key and owner, for every request.
@@ -86,7 +86,7 @@ class Transfers:
             self._in_parts(job, send, range(0, size, part_bytes), size, target, {**extra, **self._about_sums})
 
     def download(self, target: dict[str, str], path: Path, progress: Progress | None) -> None:
-        """GetObject in ranges, into a file beside ``path`` that is renamed when whole.
+        """Download an object in ranges, into a file beside ``path`` that is renamed when complete.
 
         Raises:
             OSError: the file can't be written.
@@ -102,18 +102,18 @@ class Transfers:
             def fetch(first: int) -> None:
                 self._fetch({**target, **same}, job, file.fileno(), first, min(first + PART_BYTES, size), None)
 
-            # A server that knows no ranges sends everything, and then nothing is left to ask for.
+            # A server that does not support ranges sends the whole object at once.
             end = PART_BYTES if total else size
             rest = [self._workers.submit(job.doing, fetch, first) for first in range(end, size, PART_BYTES)]
             with job.ending(rest):
                 self._fetch({**target, **same}, job, file.fileno(), 0, min(end, size), begin["Body"])
 
     def copy(self, source: dict[str, str], target: dict[str, str], extra: dict[str, str]) -> None:
-        """CopyObject; UploadPartCopy in parts for an object that is too large for it.
+        """Copy an object by CopyObject; a large one in parts, by UploadPartCopy.
 
         Args:
-            source: bucket, key and owner of what is copied.
-            target: likewise of the copy.
+            source: bucket, key and owner of the original.
+            target: bucket, key and owner of the copy.
             extra: for the request that makes the object.
         """
         origin: dict[str, Any] = {"CopySource": {"Bucket": source["Bucket"], "Key": source["Key"]}}
@@ -140,7 +140,7 @@ class Transfers:
         target: dict[str, str],
         extra: dict[str, str],
     ) -> None:
-        """A multipart upload, from its begin to its completion, or to its abortion when a part fails."""
+        """Make a multipart upload. Complete it, or abort it if a part fails."""
         upload_id = self._client.create_multipart_upload(**target, **extra)["UploadId"]
 
         def part(first: int) -> dict[str, Any]:
@@ -155,8 +155,8 @@ class Transfers:
                     parts = [future.result() for future in futures]
                 self._client.complete_multipart_upload(UploadId=upload_id, MultipartUpload={"Parts": parts}, **target)
         except BaseException:
-            # What can't be aborted now is aborted by the next launch.
-            with contextlib.suppress(Exception):  # the first trouble is the one to be told
+            # If this fails, the next launch aborts the upload.
+            with contextlib.suppress(Exception):  # the first error is the one to report
                 self._client.abort_multipart_upload(UploadId=upload_id, **target)
             raise
 
@@ -166,10 +166,10 @@ class Transfers:
         except aws.ClientError as error:
             if error.response.get("Error", {}).get("Code") not in ("InvalidRange", "416"):
                 raise
-            return self._bulk.get_object(**target)  # nothing can be a range of an empty object
+            return self._bulk.get_object(**target)  # an empty object has no ranges
 
     def _fetch(self, target: dict[str, str], job: Job, handle: int, at: int, end: int, body: Any) -> None:
-        """Bytes ``at`` to ``end`` to their place in the file; an answer that breaks off is asked for again from there on."""
+        """Write bytes ``at`` to ``end`` to their place in the file. If an answer breaks off, request the rest."""
         buffer = memoryview(bytearray(min(BLOCK_IN_BYTES, end - at)))
         tries = 0
         while True:
@@ -203,7 +203,7 @@ class Transfers:
 
 
 class _Answer:
-    """The body of an answer, read from http.client without the two copies that botocore and urllib3 make on the way."""
+    """The body of an answer, read from http.client without the two copies that botocore and urllib3 would make."""
 
     def __init__(self, body: Any) -> None:
         self._body = body
@@ -212,7 +212,7 @@ class _Answer:
         self._plain = plain if isinstance(plain, http.client.HTTPResponse) and hasattr(self._raw, "release_conn") else None
 
     def read_into(self, buffer: memoryview) -> memoryview:
-        """The next bytes, at least one. Raises one of `_BROKEN` when no more come."""
+        """Return the next bytes, at least one. Raises one of `_BROKEN` if no more arrive."""
         if self._plain is None:
             block = memoryview(self._body.read(len(buffer)))
         else:
@@ -225,14 +225,14 @@ class _Answer:
         return block
 
     def close(self) -> None:
-        """The connection can be used again if everything was read."""
+        """Close the body. If all of it was read, the connection can be used again."""
         if self._plain is not None and self._plain.isclosed():
             self._raw.release_conn()
         self._body.close()
 
 
 class _Blocks:
-    """A `Piece` that doesn't look like a file, which would be read in blocks of 16 kB."""
+    """A wrapper that keeps a `Piece` from looking like a file, which botocore would read in blocks of 16 kB."""
 
     def __init__(self, piece: Piece) -> None:
         self._piece = piece
@@ -241,11 +241,11 @@ class _Blocks:
         return iter(self._piece)
 
     def seek(self, offset: int) -> None:
-        """Called by botocore before it sends the body again; each iteration begins at the beginning."""
+        """Do nothing: botocore calls this before it sends the body again, and each iteration starts from the beginning."""
 
 
 def _send_in_blocks(request: Any, **kwargs: Any) -> None:
-    """Called by botocore with a request that is ready and signed."""
+    """Replace a request's body with its blocks. botocore calls this when the request is signed."""
     if isinstance(request.body, Piece):
         request.body = _Blocks(request.body)
 
@@ -256,7 +256,8 @@ def _end_if_stopped(caught_exception: Exception | None = None, **kwargs: Any) ->
 
 
 def _checksum() -> tuple[str, Callable[[Piece], bytes], str]:
-    """What S3 compares an upload with: its name, how to get it, and what it is of. CRC-64/NVME is the fastest one by far."""
+    """Return the name of the checksum that S3 verifies, the function that computes it, and its type. CRC-64/NVME is by far the
+    fastest."""
     if importlib.util.find_spec("awscrt") is not None:
         from awscrt.checksums import crc64nvme
 

@@ -1,4 +1,4 @@
-"""ObjectStore: what a run needs of a place that keeps files. The nine methods are the whole surface."""
+"""ObjectStore: the methods that a run needs of a place that keeps files. There are nine, and no others are used."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 Progress = Callable[[int], None]
-"""Called with the number of bytes moved since the last call, from any thread. An exception that it raises ends the
-transfer and reaches the caller: that is how a transfer is cancelled."""
+"""Called with the number of bytes moved since the last call, from any thread. To cancel a transfer it raises an exception,
+which ends the transfer and is raised to the caller."""
 
 
 class Witness(Protocol):
-    """A `Progress` that is shown what moves, too, by stores that have it in their hands: `witness_of` finds it."""
+    """A `Progress` that also sees the bytes, in stores that handle them themselves. `witness_of` finds it."""
 
     def __call__(self, count: int, /) -> None:
-        """As `Progress`."""
+        """Report ``count`` bytes, as `Progress` does."""
 
     def see(self, at: int, block: memoryview, /) -> None:
-        """These bytes stand ``at`` bytes behind the file's start. The block is gone when this returns. From any thread, and in
-        any order of the parts of a file; a part that is moved again is shown again, from its start."""
+        """Look at the block that begins at byte ``at`` of the file. The block is valid only during the call. Calls come from
+        any thread, with the parts of a file in any order; a part that is moved again is shown again, from its start."""
 
 
 def witness_of(progress: Progress | None) -> Callable[[int, memoryview], None]:
-    """What to show blocks to: nobody, if this progress is no `Witness`."""
+    """Return the function to show blocks to. If this progress is not a `Witness`, the function does nothing."""
     return getattr(progress, "see", lambda at, block: None)
 
 
@@ -40,54 +40,56 @@ class ObjectInfo:
 class ObjectStore(Protocol):
     """Keys are relative, ``/``-separated, without a leading slash and without ``..``.
 
-    Every method may be called from several threads. Methods raise children of `hf_spot.errors.StoreError` and nothing
-    else for trouble with the store: `StoreUnavailable` when the same call may work later, `ObjectNotFound`,
-    `AccessDenied`, `BucketNotFound`. `put`, `put_file`, `copy`, `delete` are idempotent; `create` is not, and its answer can be
-    lost: callers read back.
+    Every method may be called from several threads. For errors of the store, methods raise only subclasses of
+    `hf_spot.errors.StoreError`: `StoreUnavailable` if the same call may succeed later, `ObjectNotFound`, `AccessDenied`,
+    `BucketNotFound`. `put`, `put_file`, `copy` and `delete` are idempotent. `create` is not, and its answer can be lost, so
+    callers read back.
     """
 
     @property
     def url(self) -> str:
-        """Where this store is, as the user would write it; never holds credentials."""
+        """Return the store's address, as a user writes it, without credentials."""
 
     def get(self, key: str) -> bytes:
-        """The object's bytes. Raises ObjectNotFound."""
+        """Return the object's bytes. Raises ObjectNotFound."""
 
     def put(self, key: str, data: bytes) -> None:
-        """Writes or replaces a small object; readers see all of it or none."""
+        """Write or replace a small object. Readers see all of it or none."""
 
     def create(self, key: str, data: bytes) -> bool:
-        """Writes a small object only if none stands there: True if this call made it, False if one existed.
+        """Write a small object only if the key does not exist. Return True if this call created it, False if it existed.
 
-        Atomic across machines and durable when it returns. S3: ``If-None-Match: *``; local: ``link`` of a synced file.
+        The call is atomic across machines, and the object is durable when it returns. S3 uses ``If-None-Match: *``; a local
+        store links a synced file.
         """
 
     def put_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """Uploads a file of any size; durable and whole when it returns, invisible or whole before."""
+        """Upload a file of any size. The object is durable when this returns, and never visible as a part."""
 
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        """Downloads to ``path`` (its folder exists; an existing file is replaced). On error ``path`` may hold a part."""
+        """Download to ``path``. Its folder must exist; an existing file is replaced. After an error it may be incomplete."""
 
     def copy(self, source: str, key: str) -> None:
-        """Makes ``key`` hold what ``source`` holds, without moving it through this machine where the store can do that; durable
-        and whole when it returns. Raises ObjectNotFound."""
+        """Copy ``source`` to ``key``, if possible within the store, without moving the bytes through this machine. The copy is
+        durable and complete when this returns. Raises ObjectNotFound."""
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
-        """Objects whose key starts with ``prefix`` and sorts after ``start_after``, ascending by key, lazily paged."""
+        """Yield the objects whose key starts with ``prefix`` and sorts after ``start_after``, in ascending order of keys. Pages
+        are requested as needed."""
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Deletes objects; a key that does not exist is no error."""
+        """Delete objects. A key that does not exist is not an error."""
 
     def abort(self, stale: Callable[[str], bool]) -> int:
-        """Removes what uploads left that never came to their end, such as the parts of a process that was killed; returns
-        how many uploads these were.
+        """Remove what unfinished uploads left, such as the parts uploaded by a process that was killed. Return the number of
+        these uploads.
 
         Args:
-            stale: says of a key, or of the first folder of one (``e0007/``), that nobody writes there any more.
+            stale: returns whether a key, or the first folder of one (``e0007/``), is no longer written to.
         """
 
 
 def fences(store: ObjectStore) -> bool:
-    """Whether `create` can keep two machines apart, as far as the store knows of itself: a class says that it can't by an
-    attribute ``fences = False``. Whether it does is tried out by `hf_spot.storage.probe`."""
+    """Return whether `create` can keep two machines apart, as the store declares it: a class that can't has the attribute
+    ``fences = False``. `hf_spot.storage.probe` tests whether it really does."""
     return bool(getattr(store, "fences", True))

@@ -1,4 +1,4 @@
-"""Threads of the background: they keep no process from ending, however they hang, and no training from its processor."""
+"""Background threads, which never keep a process from ending, even if they hang, and leave the processor to the training."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ T = TypeVar("T")
 _Job = tuple["Future[Any]", Callable[[], Any]]
 
 
-_NICE = 5  # a quarter of a processor, where training wants it; all of it, where nobody does
+_NICE = 5  # a quarter of a processor while training needs it, else all of it
 
 
 def stand_back() -> None:
-    """Gives the calling thread a low priority: training and its DataLoader workers come first. Linux counts threads alone."""
+    """Give the calling thread a low priority, so that training and its DataLoader workers come first. Linux sets it for one
+    thread."""
     if hasattr(os, "setpriority"):
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 class Workers(Executor):
-    """A ``ThreadPoolExecutor`` with daemon threads of low priority: Python waits for those of its own at the end of a process,
-    and a request that a store has swallowed would then hold a machine whose minutes are counted.
+    """A ``ThreadPoolExecutor`` with daemon threads of low priority. At the end of a process Python waits for the threads of its
+    own executor, so a request that a store never answers would keep a machine that is about to be taken away.
 
     Args:
-        max_workers: threads at most; each is started when it is first needed.
-        thread_name_prefix: of their names.
+        max_workers: maximum number of threads; each is started when it is first needed.
+        thread_name_prefix: prefix of the threads' names.
     """
 
     def __init__(self, max_workers: int, thread_name_prefix: str = "hf_spot") -> None:
@@ -45,11 +46,11 @@ class Workers(Executor):
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._closed = False
-        # The threads know the queue and not this object: they end when nobody can submit any more.
+        # The threads refer to the queue and not to this object, so they end when nobody can submit any more.
         weakref.finalize(self, self._jobs.put, None).atexit = False
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Has a thread call ``fn``. Raises RuntimeError after `shutdown`."""
+        """Have a thread call ``fn``. Raises RuntimeError after `shutdown`."""
         future: Future[T] = Future()
         with self._lock:
             if self._closed:
@@ -63,7 +64,8 @@ class Workers(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Takes no more; with ``wait`` until all that was submitted is done, or cancelled with ``cancel_futures``."""
+        """Accept no more jobs. With ``wait``, wait until all submitted jobs are done; with ``cancel_futures``, cancel those
+        that have not started."""
         with self._lock:
             self._closed = True
             while cancel_futures:
@@ -88,6 +90,6 @@ def _work(jobs: SimpleQueue[_Job | None], idle: threading.Semaphore) -> None:
                 future.set_result(act())
             except BaseException as error:
                 future.set_exception(error)
-        del job, future, act  # what they hold on to may be large
+        del job, future, act  # they may refer to large objects
         idle.release()
     jobs.put(None)  # the next thread ends, too

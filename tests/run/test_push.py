@@ -170,7 +170,7 @@ def test_what_is_no_checkpoint_is_refused_before_anything_is_written(
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("hi")
-    with pytest.raises(ConfigError, match="no checkpoint"):
+    with pytest.raises(ConfigError, match="not a checkpoint"):
         Run(store).push(folder)
     assert not [*store.list()]
 

@@ -177,7 +177,7 @@ def test_pushing_beside_a_running_launch_fences_nobody(run: Run, store: MemorySt
 
 
 def test_pushing_what_is_no_folder_or_has_no_step_says_what_to_type(store: MemoryStore, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no folder"):
+    with pytest.raises(ConfigError, match="not a folder"):
         Run(store).push(tmp_path / "missing")
     with pytest.raises(ConfigError, match="--step"):
         Run(store).push(tmp_path)

@@ -136,11 +136,11 @@ def test_a_server_that_never_answers_holds_up_nobody(caplog: pytest.LogCaptureFi
     "url", ["", "slack", "ftp://host/s3cr3t", "http:///s3cr3t", "http://host/s3cr3t x", "http://h:1x/s3cr3t"]
 )
 def test_what_is_no_url_is_refused_without_being_repeated(url: str) -> None:
-    with pytest.raises(ConfigError, match="on_event is no http") as caught:
+    with pytest.raises(ConfigError, match="on_event is not an http") as caught:
         SpotArguments(on_event=url)
     assert "s3cr3t" not in str(caught.value)
     if url:
-        with pytest.raises(ConfigError, match=r"\$HF_SPOT_ON_EVENT is no http") as caught:
+        with pytest.raises(ConfigError, match=r"\$HF_SPOT_ON_EVENT is not an http") as caught:
             hook_url(SpotArguments(), {"HF_SPOT_ON_EVENT": url})
         assert "s3cr3t" not in str(caught.value)
 

@@ -88,5 +88,5 @@ def test_a_key_and_wildcards_and_what_is_no_bucket() -> None:
     assert document["Statement"][0]["Resource"] == "arn:aws:s3:::bucket/a${*}b/*"
     with pytest.raises(ConfigError, match="ARN"):
         policy("s3://bucket/a", {"HF_SPOT_S3_SSE_KMS_KEY_ID": "alias/mine"})
-    with pytest.raises(ConfigError, match="no bucket"):
+    with pytest.raises(ConfigError, match="not the name of a bucket"):
         policy("/mnt/efs/run", {})
