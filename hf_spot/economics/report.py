@@ -29,7 +29,7 @@ PART_MEANS = {
 }
 FREE_FIRST_HOUR = "https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/billing-for-interrupted-spot-instances.html"
 _INNER = ("process", "stage", "marks", "first_notice", "terminated_since")
-_WORDS = ("commit", "notice", *ENDINGS)
+_WORDS = ("resumed", "commit", "notice", *ENDINGS)
 
 
 @dataclass(frozen=True)
