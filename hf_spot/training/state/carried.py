@@ -55,6 +55,7 @@ class CarriedState:
         self._never = never
         self._began: dict[str, Any] = {}
         self._carried: set[str] = set()
+        self._homeless: set[str] = set()
         self._named: set[str] = set()
 
     def look(self, only: str = "") -> None:
@@ -111,7 +112,8 @@ class CarriedState:
 
     def marks(self) -> dict[str, str]:
         """Return something for each path that is carried, which differs when what stands there does."""
-        here = {found.path: found for found in self._all(self._walk()) if found.path in self._carried}
+        compared = self._carried - self._homeless
+        here = {found.path: found for found in self._all(self._walk()) if found.path in compared}
         return {path: repr(_mark(here[path])) for path in sorted(self._carried) if path in here}
 
     def _name(self, values: dict[str, Any], lost: list[str]) -> None:
@@ -156,6 +158,7 @@ class CarriedState:
                 raise CorruptCheckpoint(f"{checkpoint.name}/{FOLDER}: {path} can't be read ({error!r})") from error
             if not _put(here.get(path), path, value, walk):
                 homeless.append(path)
+        self._homeless.update(homeless)
         if homeless:
             log.warning("%s: saved, but not there any more in this launch, so not restored", _in_words(homeless))
         return [path for path in written if path not in homeless]
@@ -172,6 +175,15 @@ def _mark(found: Found) -> Any:
 
 
 def _put(found: Found | None, path: str, value: Any, walk: Walk) -> bool:
+    """Put a value in its place; tell whether it has one. A property, or an object that refuses it, is none."""
+    try:
+        return _put_there(found, path, value, walk)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        log.debug("%s: %r", path, error)
+        return False
+
+
+def _put_there(found: Found | None, path: str, value: Any, walk: Walk) -> bool:
     if found is None:
         owner = walk.owners.get(path.rpartition(".")[0])
         if owner is None:

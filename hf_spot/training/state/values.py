@@ -168,7 +168,8 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
 
 
 def decode(written: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return the value that `encode` was given. A tensor comes back on the CPU; a ``defaultdict`` without its factory.
+    """Return the value that `encode` was given. A tensor comes back on the kind of device that it was on, where there is one;
+    a ``defaultdict`` without its factory.
 
     Raises:
         KeyError, TypeError, ValueError: it was not written by `encode`.
@@ -176,7 +177,7 @@ def decode(written: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if not isinstance(written, dict):
         return written
     if "tensor" in written:
-        return tensors[written["tensor"]]
+        return _on(written.get("device", "cpu"), tensors[written["tensor"]])
     if "array" in written:
         data = tensors[written["array"]].numpy().copy()
         return data.view(numpy.dtype(written["dtype"])).reshape(written["shape"])
@@ -198,6 +199,11 @@ def decode(written: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if written["sequence"] == "deque":
         return deque(items, written["maxlen"])
     return _SEQUENCES[written["sequence"]](items)
+
+
+def _on(device: str, tensor: torch.Tensor) -> torch.Tensor:
+    accelerator = torch.accelerator.current_accelerator() if device != "cpu" else None
+    return tensor.to(accelerator) if accelerator is not None and accelerator.type == device else tensor
 
 
 def put_into(old: Any, new: Any) -> Any:

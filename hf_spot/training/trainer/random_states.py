@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.data_loader import DataLoaderDispatcher
 from torch.utils.data import BatchSampler
 from transformers import Trainer
@@ -221,7 +222,10 @@ class RandomStates:
 
     def digests(self) -> dict[str, Any]:
         """Return a digest for each generator, and for what data are made from beside them, as they stand now."""
-        return {name: digest_of(state) for name, state in (capture() | capture_gpus() | self._data_side.capture()).items()}
+        states = capture() | self._data_side.capture()
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state()  # of this process's GPU: a machine may have more than the training uses
+        return {name: digest_of(state) for name, state in states.items()}
 
     @property
     def restored_digests(self) -> dict[str, Any] | None:
