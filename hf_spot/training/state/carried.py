@@ -110,7 +110,7 @@ class CarriedState:
         return list(values)
 
     def marks(self) -> dict[str, str]:
-        """Return something for each path that is carried, which differs when what stands there does."""
+        """Return a mark for each saved path, which changes when the value changes."""
         here = {found.path: found for found in self._all(self._walk()) if found.path in self._carried}
         return {path: repr(_mark(here[path])) for path in sorted(self._carried) if path in here}
 
