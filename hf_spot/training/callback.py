@@ -349,9 +349,8 @@ class SpotCallback(TrainerCallback):
         assert self._session is not None and self._evaluations is not None
         decision = self._session.stop_after_cut_evaluation(trainer.state.global_step)
         if not self._evaluations.has_begun:
-            self._session.leave(
-                0
-            )  # ``eval_on_start``: there is nothing to save, and the next launch begins with this evaluation
+            # ``eval_on_start``: there is nothing to save, and the next launch begins with this evaluation
+            self._session.leave(0)
         self._set(Moment.EVALUATION_CUT, decision, trainer.args, trainer.state, trainer.control)
         if trainer.control.should_save:
             self._session.save_begins()

@@ -43,7 +43,7 @@ def tell_untested() -> None:
     found = {name: version for name, version in versions().items() if name in TESTED and not is_tested(name, version)}
     if fresh := found.items() - _told:
         _told.update(fresh)
-        told = [f"{name} {found[name]} (but with {' and '.join(TESTED[name])})" for name, _ in sorted(fresh)]
+        told = [f"{name} {found[name]} (only with {' and '.join(TESTED[name])})" for name, _ in sorted(fresh)]
         warn_for_all("hf_spot's tests have not run with %s", ", ".join(told))
 
 

@@ -315,8 +315,8 @@ def test_a_version_that_was_never_tested_is_named_once(told: Callable[[], list[s
     check(Scope.LOOP)
     check(Scope.LOOP)
     assert told() == [
-        "hf_spot's tests have not run with accelerate 1.16.0 (but with 1.10.0 and 1.15.0), "
-        "transformers 5.99.1 (but with 5.6.0 and 5.23.0)"
+        "hf_spot's tests have not run with accelerate 1.16.0 (only with 1.10.0 and 1.15.0), "
+        "transformers 5.99.1 (only with 5.6.0 and 5.23.0)"
     ]
 
 
@@ -703,7 +703,7 @@ def test_a_training_that_only_gets_slower_is_told(
     make_trainer(tmp_path, SpotCallback(store, QUIET), max_steps=3).train()
     assert told() == [
         f"torch {torch.__version__} has changed the parameters of torch.serialization._open_zipfile_writer: training waits "
-        'until a checkpoint is written. To have it: pip install "torch==2.13.0"'
+        'until a checkpoint is written. To fix this: pip install "torch==2.13.0"'
     ]
     newest = Run(store).latest()
     assert newest is not None and newest.ref.complete

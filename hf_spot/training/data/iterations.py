@@ -1,7 +1,7 @@
-"""One iteration of a DataLoader, counted while it goes on, and brought to where another process left it.
+"""One iteration of a DataLoader: counts its batches, and resumes at the position that another process saved.
 
-It begins from the random states that the one before began with, passes over what was trained without loading it, and hands out
-the rest. `hf_spot.training.data.loaders` says which iterations there are.
+A resumed iteration begins with the random states that the original one began with, skips trained batches without loading them,
+and returns the rest. `hf_spot.training.data.loaders` keeps track of all iterations.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from hf_spot.training.upstream import DISPATCHER, INDEX_SAMPLER, INSIDE, ITERATI
 
 
 class IterationOwner(Protocol):
-    """What an iteration needs of `hf_spot.training.data.loaders.Loaders`."""
+    """The part of `hf_spot.training.data.loaders.Loaders` that an iteration needs."""
 
     @property
     def ranks(self) -> int:
-        """Number of ranks."""
+        """Return the number of ranks."""
 
     @property
     def handed_out(self) -> int:
-        """Batches that all loaders have handed out so far."""
+        """Return the number of batches that all loaders have returned so far."""
 
     def hands_out(self) -> int:
-        """Count a batch that is handed out, and return its number."""
+        """Count a batch that is returned to the training, and return its number."""
 
     def take_now(self) -> dict[str, Any] | None:
-        """Return the random states to resume with, to the first iteration that arrives where it stood."""
+        """Return the random states to resume with, once, to the first iteration that reaches its saved position."""
 
     def drive(self, iteration: TrackedIteration | None) -> TrackedIteration | None:
-        """Name the iteration at work, to which accelerate's inner loader belongs; return the one before."""
+        """Set the active iteration, to which accelerate's inner loader belongs; return the previous one."""
 
 
 class TrackedLoader:
-    """A loader that has been iterated. It does not keep the loader alive.
+    """Keeps track of a loader that has been iterated, by a weak reference.
 
     Args:
-        loader: of torch or of accelerate.
-        order: of its first iteration among those of all loaders.
-        workers: the states of its workers.
+        loader: a loader of torch or accelerate.
+        order: number of its first iteration among the first iterations of all loaders.
+        workers: the random states of its workers.
     """
 
     def __init__(self, loader: Any, order: int, workers: WorkerStates) -> None:
@@ -64,59 +64,59 @@ class TrackedLoader:
         self.generators = _generators(loader)
 
     def restore(self, begun: int, workers: WorkerStates) -> None:
-        """Count on from an earlier process.
+        """Continue counting from an earlier process.
 
         Args:
-            begun: iterations that had begun there.
-            workers: the states of its workers.
+            begun: number of iterations that had begun there.
+            workers: the random states of its workers.
         """
         self.begun, self.workers = begun, workers
 
     def begins(self, iteration: TrackedIteration, *, anew: bool) -> None:
-        """Remember the newest iteration.
+        """Record the newest iteration.
 
         Args:
             iteration: the newest one.
-            anew: it begins at the start, and does not go on with one of an earlier process.
+            anew: whether it begins at the start, instead of resuming one of an earlier process.
         """
         self.begun += anew
         self.newest = weakref.ref(iteration)
         self.made_before, self.newest_made = self.made(), iteration.made
 
     def seed_workers(self) -> None:
-        """Tell the workers' states whether their seeds have been drawn before."""
+        """Record in the workers' states whether their seeds have been drawn before."""
         self.workers.note_seeded(self.persistent and self.begun > 1)
 
     def current(self) -> TrackedIteration | None:
-        """Its newest iteration, if it is under way."""
+        """Return the newest iteration, if it is under way."""
         newest = self.newest()
         return None if newest is None or newest.ended else newest
 
     def made(self) -> int:
-        """Batches that the newest iteration has handed out in this process."""
+        """Return the number of batches that the newest iteration has returned in this process."""
         return self.newest_made[0]
 
     @property
     def iteration_of_accelerate(self) -> int | None:
-        """accelerate counts iterations to seed their order."""
+        """Return accelerate's count of iterations, which seeds their order; None for a loader of torch."""
         loader = self._loader()
         return int(ITERATION.of(loader)) if ITERATION.is_on(loader) else None
 
     def set_iteration_of_accelerate(self, number: int | None) -> None:
-        """Goes on counting from there."""
+        """Set accelerate's count of iterations; do nothing for None, or for a loader of torch."""
         loader = self._loader()
-        if number is not None and ITERATION.is_on(loader):  # a loader of torch has none
+        if number is not None and ITERATION.is_on(loader):  # a loader of torch has no count
             ITERATION.set(loader, number)
 
 
 class TrackedIteration:
-    """What ``iter(dataloader)`` returns while somebody watches: hands out the same batches.
+    """Returns the same batches as ``iter(dataloader)``, which it replaces while `Loaders` watches.
 
     Args:
-        loaders: that watch.
-        known: the loader.
-        loader: itself, kept alive as long as it is iterated.
-        position: to begin at; None is the start.
+        loaders: the `Loaders`.
+        known: what is known of the loader.
+        loader: the loader itself, kept alive while it is iterated.
+        position: the position to begin at; None for the start.
     """
 
     def __init__(self, loaders: IterationOwner, known: TrackedLoader, loader: Any, position: dict[str, Any] | None) -> None:
@@ -143,7 +143,7 @@ class TrackedIteration:
     # -- the beginning ------------------------------------------------------------------------------------------------
 
     def _enter(self) -> None:
-        """What draws first is next."""
+        """Record the random states at the start, restored first if the iteration resumes. Call it before the first draw."""
         self._entered = True
         if self._position is not None:
             self._found = _capture()
@@ -154,7 +154,7 @@ class TrackedIteration:
         self._iteration_of_accelerate = self._known.iteration_of_accelerate
 
     def over(self, plain: Callable[[Any], Iterator[Any]]) -> TrackedIteration:
-        """Iterates a loader of torch."""
+        """Iterate a loader of torch."""
         self._enter()
         self._batches = self.inside(self.loader, plain)
         if isinstance(self.loader.dataset, IterableDataset):
@@ -166,9 +166,9 @@ class TrackedIteration:
         return self
 
     def over_prepared(self, plain: Callable[[Any], Iterator[Any]]) -> TrackedIteration:
-        """Iterates a loader of accelerate, which takes a batch before it hands out the one before."""
+        """Iterate a loader of accelerate, which fetches a batch before it returns the previous one."""
         dispatches = isinstance(self.loader, DISPATCHER.find() or ())
-        # accelerate takes a batch before it hands out the one before, or did so when the position was saved.
+        # accelerate fetches a batch before it returns the previous one, or did so when the position was saved.
         self._ahead = not dispatches and (self._position is None or bool(self._position.get("ahead", True)))
         if dispatches and not SPLIT_BATCHES.of(self.loader):
             self._skip_inside *= self._loaders.ranks
@@ -181,7 +181,7 @@ class TrackedIteration:
         if self._position is None:
             return
         warn_for_all(
-            "%s has no index: it is read again from its start up to batch %d, which is exact if it gives the same each time",
+            "%s has no index: reading it again from its start to batch %d, which is exact if it gives the same samples",
             type(self.loader.dataset).__name__,
             self._skipped,
         )
@@ -196,13 +196,13 @@ class TrackedIteration:
         self._arrive()
 
     def inside(self, loader: Any, plain: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
-        """The iterator of a loader of torch, with its order watched."""
+        """Return the iterator of a loader of torch, wrapping its sampler to observe the order."""
         known = self._known
         if known.workers_count:
             known.seed_workers()
         persistent = ITERATOR.of(loader)
         if known.workers_are_shifted and persistent is not None:
-            # Each worker has done the work of another one since the resume: they begin anew in their places.
+            # Since the resume each worker has done the work of another one: restart them in their own places.
             known.workers.go_on(known.made_before)
             ITERATOR.set(loader, None)
             persistent = None
@@ -214,16 +214,16 @@ class TrackedIteration:
         watched = _Order(sampler, self, known.workers if known.workers_count else None)
         if persistent is not None:
             INDEX_SAMPLER.set(persistent, watched)
-        object.__setattr__(loader, name, watched)  # a DataLoader refuses such a change, for fear of one that has begun
+        object.__setattr__(loader, name, watched)  # a DataLoader refuses to change its sampler, as it may be iterating already
         try:
             return plain(loader)
         finally:
             object.__setattr__(loader, name, sampler)
 
-    # -- called by the order, in its order ----------------------------------------------------------------------------
+    # -- called by the wrapped sampler, in this order -----------------------------------------------------------------
 
     def order_begins(self, indices: Iterator[Any]) -> None:
-        """The first index is drawn next: passes over those of batches that were trained."""
+        """Prepare the random states before the first index is drawn, and skip the indices of trained batches."""
         if self._position is not None and self._position["order"] is not None:
             if not self._ahead:
                 self._found = _capture()
@@ -235,20 +235,20 @@ class TrackedIteration:
             self._arrive()
 
     def draws(self) -> None:
-        """An index is drawn next."""
+        """Finish resuming before the second index is drawn, if there are no workers."""
         self._attempts += 1
         if self._position is not None and self._attempts > 1 and not self._known.workers_count:
             self._arrive()
 
     def drawn(self) -> None:
-        """An index was drawn, and its batch is made next."""
+        """Restore or record random states, after an index was drawn and before its batch is made."""
         if self._ahead and not self._known.workers_count:
             if self._position is not None and self._attempts == 1 and self._position["before_draw"] is not None:
                 restore(self._position["before_draw"])
             self._before_draw = capture()
 
     def _arrive(self) -> None:
-        """The loader stands where it stood, and the training goes on with the random states of the save."""
+        """End the resumption of this loader at its saved position: continue with the random states of the save."""
         if self._position is None:
             return
         self._position = None
@@ -295,12 +295,12 @@ class TrackedIteration:
         if self._position is not None:
             self._arrive()
         if not self.ended and self._iteration_of_accelerate is not None:
-            # With nothing left to train accelerate does not count it.
+            # accelerate does not count an iteration with nothing left to train.
             self._known.set_iteration_of_accelerate(self._iteration_of_accelerate + 1)
         self.ended = True
 
     def position(self) -> dict[str, Any]:
-        """Where it stands."""
+        """Return the position, for a checkpoint."""
         ahead = self._ahead and self._attempts > self.made[0]
         return {
             "handed_out": self._skipped + self.made[0],
@@ -314,7 +314,7 @@ class TrackedIteration:
 
 
 class _Order(BatchSampler):
-    """A sampler that tells of each draw, and is the one inside in everything else."""
+    """Wraps a sampler and reports each draw to the iteration."""
 
     def __init__(self, inner: Any, iteration: TrackedIteration, worker_states: WorkerStates | None) -> None:
         self._inner = inner
@@ -325,7 +325,7 @@ class _Order(BatchSampler):
         return self._go(iter(self._inner))
 
     def _go(self, indices: Iterator[Any]) -> Iterator[Any]:
-        # The iteration is asked for each time: held here, it would not end where a loop is left.
+        # Dereferenced each time: a reference held here would keep the iteration alive after its loop was left.
         self._tell("order_begins", indices)
         while True:
             self._tell("draws")
@@ -356,14 +356,14 @@ def _kind(loader: Any) -> str:
     def size(one: Any) -> int | None:
         try:
             return len(one)
-        except TypeError:  # a stream has none
+        except TypeError:  # a stream has no length
             return None
 
     return f"{type(loader.dataset).__name__} of {size(loader.dataset)} samples in {size(loader)} batches of {loader.batch_size}"
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
-    """The generators that a loader and its samplers own, each once."""
+    """Return the generators that a loader and its samplers own, each once."""
     found: dict[int, torch.Generator] = {}
     looked_at = [loader]
     for one in looked_at:

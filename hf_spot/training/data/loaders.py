@@ -1,13 +1,13 @@
-"""Where the DataLoaders of a training stand, and how they get there again in another process.
+"""Saves the positions of the DataLoaders of a training, and resumes them in another process.
 
-A loop of one's own says ``for batch in dataloader`` and knows nothing of resuming. While a `Loaders` watches, each iteration
-of a ``torch.utils.data.DataLoader`` (and of accelerate's) is counted, and the random states are noted from which it has drawn
-its order. A loader that is iterated for the first time after a resume begins from the same states, passes over what was
-trained without loading it, and goes on with the random states of the save.
+A custom loop just says ``for batch in dataloader``. While a `Loaders` watches, it counts the batches of each iteration of a
+``torch.utils.data.DataLoader`` (or accelerate's), and records the random states from which the iteration drew its order. A
+loader that is iterated for the first time after a resume begins with the same states, skips trained batches without loading
+them, and continues with the random states of the save.
 
-*Which loader is which* in another process is told by its kind (dataset, batches) and, among those of a kind that are alive, by
-the order of their first iterations. *Which iterations are under way:* the one that has handed out the newest batch and neither
-ended nor been thrown away, and those that have handed out one between the newest two of that one (``zip(one, other)``).
+*Loaders are identified* across processes by their kind (dataset, batches) and, among those of a kind that are alive, by the
+order of their first iterations. *Iterations under way* are the one that returned the newest batch and has neither ended nor
+been discarded, and those that returned a batch between the newest two of that one (``zip(one, other)``).
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from hf_spot.training.data.worker_processes import shield
 from hf_spot.training.data.worker_states import WorkerStates
 from hf_spot.training.upstream import DISPATCHER, INSIDE, ITERATE, SHARD, STATEFUL
 
-_AHEAD = 2  # batches that accelerate takes beyond the one that is trained, and one to spare
+_AHEAD = 2  # batches that accelerate fetches beyond the current one, and one to spare
 
 _watching: list[Loaders] = []
 _plain_iter: dict[type, Callable[[Any], Iterator[Any]]] = {}
 
 
 class Loaders:
-    """The DataLoaders of this process, from `watch` to `close`.
+    """Keeps track of the DataLoaders of this process, from `watch` to `close`.
 
     Args:
-        scratch: folder on this machine for what workers share with the training; `close` empties it.
-        begins: called before each iteration; what it raises ends the training there.
-        ranks: that train together.
+        scratch: local folder for files that workers share with the training; `close` empties it.
+        begins: called before each iteration; an exception from it ends the training there.
+        ranks: number of ranks.
     """
 
     def __init__(self, scratch: Path, begins: Callable[[], None] = lambda: None, ranks: int = 1) -> None:
@@ -58,7 +58,7 @@ class Loaders:
         self._driven: TrackedIteration | None = None
 
     def watch(self, arguments: SpotArguments | None = None) -> None:
-        """From now on, until `close`.
+        """Wrap the iterators of all loaders, until `close`.
 
         Args:
             arguments: as for `shield`.
@@ -67,13 +67,13 @@ class Loaders:
         if self not in _watching:
             _watching.append(self)
         _replace(DataLoader, _iterate)
-        # Only what somebody has imported: accelerate takes its time.
+        # Only what is imported already: importing accelerate is slow.
         for kind in (SHARD.find(), DISPATCHER.find()):
             if kind is not None:
                 _replace(kind, _iterate_prepared)
 
     def close(self) -> None:
-        """Loaders are what they were."""
+        """Restore the loaders' own iterators."""
         if self in _watching:
             _watching.remove(self)
         if not _watching:
@@ -86,15 +86,15 @@ class Loaders:
     # -- saving and resuming ------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, rank: int, only: Collection[Any] | None = None) -> list[dict[str, Any]]:
-        """What `resume` needs to bring each loader to where it stands.
+        """Return what `resume` needs to resume each loader at its position.
 
         Args:
-            folder: of the checkpoint, for the states of workers.
-            rank: of this process.
-            only: loaders whose iterations count as under way; None finds them out.
+            folder: folder of the checkpoint, for the states of workers.
+            rank: number of this process.
+            only: loaders whose iterations are under way; None detects them.
         """
         if any(waiting["main"] for waiting in self._waiting):
-            warn_for_all("no DataLoader is the one that the checkpoint was in the middle of: its epoch began anew")
+            warn_for_all("no DataLoader matches the one that the checkpoint was saved in: the epoch started from its beginning")
             self._waiting = []
         under_way = self._under_way() if only is None else [self._explicit(loader) for loader in only]
         main = max(under_way, key=lambda one: one.last, default=None)
@@ -119,13 +119,13 @@ class Loaders:
         return entries
 
     def resume(self, entries: list[dict[str, Any]], now: dict[str, Any], folder: Path, ranks_before: int) -> None:
-        """The next iteration of each loader goes on where it stood.
+        """Resume the next iteration of each loader at its saved position.
 
         Args:
-            entries: made by `save`.
-            now: the random states of that moment, which the training goes on with.
-            folder: of the checkpoint.
-            ranks_before: that trained together then.
+            entries: the result of `save`.
+            now: the random states at the save, which the training continues with.
+            folder: folder of the checkpoint.
+            ranks_before: number of ranks at the save.
         """
         self._now = now
         for entry in entries:
@@ -157,7 +157,7 @@ class Loaders:
     # -- iterations ---------------------------------------------------------------------------------------------------
 
     def begin(self, loader: Any) -> TrackedIteration:
-        """An iteration of a loader begins."""
+        """Begin an iteration of a loader, at its saved position if there is one."""
         self._begins()
         known = self._known.get(loader)
         if known is None:
@@ -186,44 +186,44 @@ class Loaders:
         return sum(other.kind == known.kind and other.order < known.order for other in self._known.values())
 
     def take_now(self) -> dict[str, Any] | None:
-        """The random states to go on with, for the first that arrives where it stood: the others follow it."""
+        """Return the random states to continue with, once: for the first iteration that reaches its saved position."""
         now, self._now = self._now, None
         return now
 
     @property
     def handed_out(self) -> int:
-        """Batches, of all loaders."""
+        """Return the number of batches that all loaders have returned."""
         return self._handed_out
 
     def hands_out(self) -> int:
-        """A batch is handed out: its number."""
+        """Count a batch, and return its number."""
         self._handed_out += 1
         return self._handed_out
 
     @property
     def is_here(self) -> bool:
-        """False in a process that the training has forked."""
+        """Return False in a process that the training has forked."""
         return os.getpid() == self._process
 
     @property
     def ranks(self) -> int:
-        """That train together."""
+        """Return the number of ranks."""
         return self._ranks
 
     def drive(self, iteration: TrackedIteration | None) -> TrackedIteration | None:
-        """accelerate's iteration that is at work from now on, and whose loader inside belongs to it; the one before."""
+        """Set accelerate's active iteration, to which its inner loader belongs; return the previous one."""
         before, self._driven = self._driven, iteration
         return before
 
     def driven(self, inside: Any) -> TrackedIteration | None:
-        """The iteration that a loader inside one of accelerate's belongs to."""
+        """Return the iteration that an inner loader of accelerate's belongs to, if any."""
         driven = self._driven
         belongs = driven is not None and INSIDE.is_on(driven.loader) and INSIDE.of(driven.loader) is inside
         return driven if belongs else None
 
 
 def _iterate(self: Any) -> Iterator[Any]:
-    """Takes the place of ``DataLoader.__iter__``."""
+    """Replace ``DataLoader.__iter__``."""
     plain = _plain_iter[DataLoader]
     loaders = _watching[-1] if _watching else None
     if loaders is None or not loaders.is_here:
@@ -235,7 +235,7 @@ def _iterate(self: Any) -> Iterator[Any]:
 
 
 def _iterate_prepared(self: Any) -> Iterator[Any]:
-    """Takes the place of ``__iter__`` of accelerate's loaders."""
+    """Replace ``__iter__`` of accelerate's loaders."""
     plain = next(_plain_iter[kind] for kind in type(self).__mro__ if kind in _plain_iter)
     loaders = _watching[-1] if _watching else None
     if loaders is None or not loaders.is_here or STATEFUL.of(self):

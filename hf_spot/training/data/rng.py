@@ -1,4 +1,4 @@
-"""The random generators of a process as values: taken, set, and written down without pickle."""
+"""The states of a process's random generators: captured, restored, and serialized without pickle."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from hf_spot.training.upstream import NUMPY_BITS, NUMPY_RANDOM
 
 _PYTHON = struct.Struct("<i625I?d")
 _NUMPY = struct.Struct("<624Ii?d")
-_WINDOW_BYTES = 64  # of a Mersenne Twister: where it stands among its 624 numbers, and 15 of these
+_WINDOW_BYTES = 64  # of a Mersenne Twister: its position among its 624 numbers, and 15 of these
 
 
 def capture() -> dict[str, Any]:
-    """Python's, numpy's and torch's on the CPU: 2 microseconds, and 7 and 30 more when Python's and numpy's have changed since
-    the last time."""
+    """Return the states of Python's, numpy's and torch's CPU generators.
+
+    Takes 2 microseconds, and 7 and 30 more if Python's and numpy's have changed since the last call.
+    """
     return {"python": _python.get(), "numpy": _numpy.get(), "torch": torch.default_generator.get_state()}
 
 
 class _Kept:
-    """The state of a generator, kept until it changes: a step that draws nothing of it need not pay for handing it out.
+    """Caches the state of a generator until it changes, so that steps that draw nothing from it stay fast.
 
-    Whether it has changed is seen in the generator's own memory: each draw moves its position, and when all numbers are used,
-    or a seed is set, all are replaced. To look at all of them would take longer, as they are seldom in the processor's cache.
-    Beside the numbers there is one more, the second of a pair of normal ones that is kept for the next call: a state that holds
-    one is always read anew.
+    A change is detected in the generator's own memory: each draw moves the position, and when all numbers are used, or a seed
+    is set, all are replaced. Comparing all of them would take longer, because they are rarely in the processor's cache. The
+    state also includes the second of a pair of normal numbers, kept for the next call: such a state is never cached.
 
-    What is asked in every step touches few objects: they, too, are seldom in the cache.
+    The check in each step touches few objects, which are rarely in the processor's cache either.
 
     Args:
-        owner: of the generator.
-        generator_of: gives the generator that it has now.
-        address: of the window there; None when it can't be told, and the state is read each time.
-        read: hands out the state.
-        holds_normal: whether a state holds such a number.
+        owner: owner of the generator.
+        generator_of: returns the owner's current generator.
+        address: returns the address of the window in a generator; None if unknown: then the state is read each time.
+        read: returns the state.
+        holds_normal: returns whether a state includes a kept normal number.
     """
 
     __slots__ = ("_address", "_generator", "_generator_of", "_holds_normal", "_memory", "_owner", "_read", "_seen", "_state")
@@ -77,12 +78,12 @@ class _Kept:
         return state
 
     def forget(self) -> None:
-        """Somebody has set the state: that it looks the same is not enough."""
+        """Drop the cached state after the state was set: the window alone may look unchanged."""
         self._state = None
 
 
 def _address_in_python(generator: random.Random) -> int | None:
-    """CPython has position and numbers behind the head of the object: looked at before it is believed."""
+    """Return the address of the state behind CPython's object header, after verifying its contents; None if it differs."""
     layout, address = struct.Struct("@i624I"), id(generator) + object.__basicsize__
     if type(generator).__basicsize__ < object.__basicsize__ + layout.size:
         return None
@@ -91,7 +92,7 @@ def _address_in_python(generator: random.Random) -> int | None:
 
 
 def _address_in_numpy(generator: Any) -> int | None:
-    """numpy has the position behind the numbers, and tells where."""
+    """Return the address of the window, which ends with the position after the numbers; None for other generators."""
     if not isinstance(generator, numpy.random.MT19937):
         return None
     return int(generator.ctypes.state_address) + struct.calcsize("@624Ii") - _WINDOW_BYTES
@@ -106,7 +107,7 @@ _python = _Kept(
 )
 _numpy = _Kept(
     NUMPY_RANDOM.find(),
-    NUMPY_BITS.of if NUMPY_BITS.find() is not None else lambda owner: None,  # then it is read each time
+    NUMPY_BITS.of if NUMPY_BITS.find() is not None else lambda owner: None,  # then the state is read each time
     _address_in_numpy,
     numpy.random.get_state,
     lambda state: bool(state[3]),
@@ -114,18 +115,18 @@ _numpy = _Kept(
 
 
 def forget() -> None:
-    """Called when generators have been set by somebody else's code."""
+    """Drop cached states. Call it after other code has set generators."""
     _python.forget()
     _numpy.forget()
 
 
 def capture_gpus() -> dict[str, Any]:
-    """Those of the GPUs, to be joined to `capture`'s."""
+    """Return the states of the GPUs' generators, to be merged with `capture`'s."""
     return {"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {}
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Sets what `capture` took."""
+    """Restore states from `capture`, and from `capture_gpus` if they are included."""
     forget()
     random.setstate(state["python"])
     numpy.random.set_state(state["numpy"])
@@ -135,7 +136,7 @@ def restore(state: dict[str, Any]) -> None:
 
 
 def pack(state: dict[str, Any]) -> bytes:
-    """The generators of the CPU as bytes, always as many."""
+    """Return the states of the CPU generators as bytes of constant length."""
     version, internal, gauss = state["python"]
     _, keys, position, has_gauss, cached = state["numpy"]
     python = _PYTHON.pack(version, *internal, gauss is not None, gauss or 0.0)
@@ -144,7 +145,7 @@ def pack(state: dict[str, Any]) -> bytes:
 
 
 def unpack(data: bytes) -> dict[str, Any]:
-    """What `pack` was given. Raises struct.error for bytes that are too few."""
+    """Return the states that `pack` was given. Raises struct.error if there are too few bytes."""
     version, *internal, has_gauss, gauss = _PYTHON.unpack_from(data)
     *keys, position, has_cached, cached = _NUMPY.unpack_from(data, _PYTHON.size)
     return {
@@ -155,11 +156,11 @@ def unpack(data: bytes) -> dict[str, Any]:
 
 
 def states_of(generators: list[torch.Generator]) -> list[torch.Tensor]:
-    """Where generators stand."""
+    """Return the states of generators."""
     return [generator.get_state() for generator in generators]
 
 
 def set_states(generators: list[torch.Generator], states: list[torch.Tensor]) -> None:
-    """Brings generators to where `states_of` found them."""
+    """Restore the states that `states_of` returned."""
     for generator, state in zip(generators, states, strict=False):
         generator.set_state(state)

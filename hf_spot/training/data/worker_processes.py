@@ -1,8 +1,8 @@
-"""DataLoader workers that outlive a signal to the whole job.
+"""DataLoader workers that survive a signal to the whole job.
 
 Some schedulers send their signal to every process (systemd, ``scancel --full``, a container's init), and a terminal or Jupyter
-sends Ctrl-C's SIGINT. The training hears it and saves; its DataLoader workers would die of it, and the training with them in
-its next step, before it could save.
+sends Ctrl-C's SIGINT. The training treats it as a notice and saves; its DataLoader workers would die of it, and the training
+with them in its next step, before it could save.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hf_spot.runtime import Runtime
 from hf_spot.training.data.worker_states import Asked, Made, Worker, WorkerStates
 from hf_spot.training.upstream import SKIPS_INSIDE, START_WORKERS, WORKER_LOOP
 
-# None where torch has changed: `hf_spot.training.upstream.check` has refused the training then.
+# None if torch has changed: `hf_spot.training.upstream.check` then refuses the training.
 _plain_loop = WORKER_LOOP.find()
 _plain_start = START_WORKERS.find()
 
@@ -34,10 +34,10 @@ _signals: tuple[signal.Signals, ...] = ()
 
 
 def shield(arguments: SpotArguments | None = None) -> None:
-    """Have the workers of every DataLoader end of a signal that means a notice only when their own parent has sent it.
+    """Make the workers of every DataLoader ignore signals that mean a notice, unless their own parent sends them.
 
     Args:
-        arguments: that name the signals; None for those of the launch, or the default ones.
+        arguments: name the signals; None uses those of the launch, or the defaults.
     """
     global _signals
     if arguments is None:
@@ -50,10 +50,10 @@ def shield(arguments: SpotArguments | None = None) -> None:
 
 @contextmanager
 def seeded_before(would_be_there: bool) -> Iterator[None]:
-    """Within it, workers that persist draw no seed when they start: without an interruption they would be there already.
+    """Draw no seed for persistent workers that start within the block: without an interruption they would exist already.
 
     Args:
-        would_be_there: False changes nothing.
+        would_be_there: whether this is so; False changes nothing.
     """
     global _would_be_there
     before, _would_be_there = _would_be_there, would_be_there
@@ -69,7 +69,7 @@ def _start(self: Any, loader: Any) -> None:
     if states is not None:
         loader.worker_init_fn = states.to_worker(loader)
     persisted = states.seeded_before if states is not None else _would_be_there and loader.persistent_workers
-    if persisted:  # their seed must not be drawn from the training's random numbers a second time
+    if persisted:  # their seed must not be drawn from the training's generator a second time
         loader.generator = torch.Generator()
     try:
         _start_shielded(self, loader)
@@ -78,7 +78,7 @@ def _start(self: Any, loader: Any) -> None:
 
 
 def _states_of(loader: Any) -> WorkerStates | None:
-    """Set on the batch sampler of the training's loader; in a resumed epoch behind the sampler that skips."""
+    """Return the states set on the batch sampler of the training's loader, or, in a resumed epoch, on the one it wraps."""
     sampler = getattr(loader, "batch_sampler", None)
     for one in (sampler, SKIPS_INSIDE.of(sampler) if SKIPS_INSIDE.is_on(sampler) else None):
         states = getattr(one, "worker_states", None)
@@ -88,19 +88,19 @@ def _states_of(loader: Any) -> WorkerStates | None:
 
 
 def _start_shielded(self: Any, loader: Any) -> None:
-    # The workers inherit it with their first instruction: blocked by themselves, it would miss the threads that the import
-    # of numpy has made by then. So do the processes that multiprocessing starts for them: for "spawn" and "forkserver".
+    # The workers inherit the signal mask: if they set it themselves, it would miss threads that the import of numpy has
+    # started by then. So do the processes that multiprocessing starts for them with "spawn" and "forkserver".
     with held_back(_signals):
         if (loader.multiprocessing_context or multiprocessing).get_start_method() != "fork":
-            resource_tracker.ensure_running()  # otherwise the first worker starts it, and that unblocks SIGTERM
+            resource_tracker.ensure_running()  # otherwise the first worker starts it, which unblocks SIGTERM
             signal.pthread_sigmask(signal.SIG_BLOCK, _signals)
         _plain_start(self, loader)
 
 
 def shielded_loop(signals: Collection[signal.Signals], *args: Any, **kwargs: Any) -> None:
-    """What a worker runs. Public for pickle's sake: with ``spawn`` it travels by name."""
+    """Run torch's worker loop, with signals blocked. Public because ``spawn`` pickles it by name."""
     parent = multiprocessing.parent_process()
-    assert parent is not None  # with "forkserver" it is not the one that os.getppid() tells
+    assert parent is not None  # with "forkserver" os.getppid() is another process
     threading.Thread(target=_obey, args=(parent.pid, signals), name="hf_spot-shield", daemon=True).start()
     # dataset_kind, dataset, index_queue, data_queue, …, init_fn (9), worker_id (10), … as torch 2.6 to 2.13 pass them
     worker = args[9] if len(args) > 10 else None

@@ -1,11 +1,11 @@
-"""The random states of DataLoader workers: what they had before the batches that a resumed training makes first.
+"""The random states of DataLoader workers before the first batches of a resumed training.
 
-A worker draws its augmentations and masks from generators of its own, which nobody saves. Here each worker notes its state
-after every batch in a file that the training process maps, too; a save picks those that belong to the batches trained so
-far, though the workers are ahead of them. A resumed epoch begins with the first batch that is left: whichever worker makes
-it starts with the state of the one that would have made it.
+A worker draws augmentations and masks from its own generators, which Trainer does not save. Each worker writes its state
+after every batch to a file that the training process also maps; a save selects the states that belong to the batches trained
+so far, although the workers are ahead of them. A resumed epoch begins with the first batch that is left: the worker that makes
+it starts with the state of the worker that would have made it.
 
-Batch *n* of an iteration is made by worker *n mod workers* (torch's DataLoader deals them out in turn).
+Batch *n* of an iteration is made by worker *n mod workers* (torch's DataLoader assigns them in turn).
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ _SLOT_BYTES = _NUMBER.size + _STATE_BYTES
 
 
 class Ring:
-    """The newest states of each worker, in a file.
+    """Stores the newest states of each worker in a file.
 
     Args:
-        path: of the file; made when it does not exist.
-        workers: how many write.
-        depth: states kept of each.
+        path: the file; created if it does not exist.
+        workers: number of workers.
+        depth: number of states kept per worker.
     """
 
     def __init__(self, path: Path, workers: int, depth: int) -> None:
         self._workers, self._depth = workers, depth
         size_bytes = workers * depth * _SLOT_BYTES
         with path.open("a+b") as file:
-            os.posix_fallocate(file.fileno(), 0, size_bytes)  # or writing to it on a full disk would be a bus error
+            os.posix_fallocate(file.fileno(), 0, size_bytes)  # otherwise writing to it on a full disk would be a bus error
             self._memory = mmap.mmap(file.fileno(), size_bytes)
 
     def write(self, batch: int) -> None:
-        """Notes the generators of this process as the state after a batch; before the first one its number is negative."""
+        """Write the states of this process's generators after a batch; the state before the first one has a negative number."""
         at = self._slot(batch)
         self._memory[at + _NUMBER.size : at + _SLOT_BYTES] = pack(capture())
         _NUMBER.pack_into(self._memory, at, batch)
 
     def read(self, batch: int) -> bytes | None:
-        """The state after a batch; None when it was not noted, or is gone."""
+        """Return the state after a batch; None if it was not written, or was overwritten."""
         at = self._slot(batch)
         if _NUMBER.unpack_from(self._memory, at)[0] != batch:
             return None
@@ -70,14 +70,14 @@ class Ring:
 
 
 class Worker:
-    """What a worker is given, in place of its ``worker_init_fn``; travels by pickle where workers are spawned.
+    """Replaces a worker's ``worker_init_fn``; must be picklable for workers that are spawned.
 
     Args:
         init: the loader's own ``worker_init_fn``.
-        path: of the `Ring`.
-        workers: how many there are.
-        depth: of the ring.
-        first: states to begin with, by worker; None leaves what the seed gave.
+        path: file of the `Ring`.
+        workers: number of workers.
+        depth: depth of the ring.
+        first: initial states by worker; None keeps those from the seed.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Worker:
         self._init, self._path, self._workers, self._depth, self._first = init, path, workers, depth, first
 
     def __call__(self, worker_id: int) -> None:
-        """torch calls it in the worker, before the first batch."""
+        """Initialize the worker: torch calls this in the worker, before the first batch."""
         if self._init is not None:
             self._init(worker_id)
         if self._first is not None:
@@ -95,22 +95,22 @@ class Worker:
         self.begins(worker_id)
 
     def begins(self, worker_id: int) -> None:
-        """An iteration over the data begins."""
+        """Write the state at the start of an iteration."""
         self._ring.write(worker_id - self._workers)
 
     def made(self, batch: int) -> None:
-        """A batch has been made."""
+        """Write the state after a batch."""
         self._ring.write(batch)
 
 
 class Asked:
-    """The queue on which a worker is asked for batches: persistent workers hear here that an iteration begins again."""
+    """Wraps the queue of a worker's requests, which tells persistent workers that a new iteration begins."""
 
     def __init__(self, queue: Any, worker: Worker, worker_id: int) -> None:
         self._queue, self._worker, self._worker_id = queue, worker, worker_id
 
     def get(self, *args: Any, **kwargs: Any) -> Any:
-        """Passes it on."""
+        """Return the next request, and write the state if an iteration begins."""
         asked = self._queue.get(*args, **kwargs)
         if asked is not None and not isinstance(asked, tuple):
             self._worker.begins(self._worker_id)
@@ -121,13 +121,13 @@ class Asked:
 
 
 class Made:
-    """The queue on which a worker hands out batches: when one is received, the state after it has been noted."""
+    """Wraps the queue of a worker's batches, so that the state after a batch is written before the batch is received."""
 
     def __init__(self, queue: Any, worker: Worker) -> None:
         self._queue, self._worker = queue, worker
 
     def put(self, item: Any, *args: Any, **kwargs: Any) -> None:
-        """Notes, and passes it on."""
+        """Write the state after a batch, and pass the batch on."""
         if isinstance(item[0], int):
             self._worker.made(item[0])
         self._queue.put(item, *args, **kwargs)
@@ -137,11 +137,11 @@ class Made:
 
 
 class WorkerStates:
-    """The training process's side.
+    """Saves and resumes workers' states in the training process.
 
     Args:
-        folder: for the file that workers and training share, on this machine.
-        ahead: batches that the training may have taken beyond those that a save counts.
+        folder: local folder for the file that workers and training share.
+        ahead: number of batches that the training may have fetched beyond those that a save counts.
     """
 
     def __init__(self, folder: Path, ahead: int) -> None:
@@ -151,20 +151,20 @@ class WorkerStates:
         self._ring: Ring | None = None
         self._workers = 0
         self._first: list[bytes] | None = None
-        self._shift = self._shift_ahead = 0  # worker 0 of the iteration does what worker `shift` of an undisturbed one does
+        self._shift = self._shift_ahead = 0  # worker 0 of this iteration does what worker `shift` does in an uninterrupted one
         self._seeded_before = False
 
     @property
     def seeded_before(self) -> bool:
-        """Whether the workers' seeds have been drawn before, as they are once for workers that persist."""
+        """Return whether the workers' seeds have been drawn before: persistent workers draw them once."""
         return self._seeded_before
 
     def note_seeded(self, before: bool) -> None:
-        """Remember whether the workers' seeds have been drawn before."""
+        """Record whether the workers' seeds have been drawn before."""
         self._seeded_before = before
 
     def to_worker(self, loader: Any) -> Worker:
-        """What takes the place of a loader's ``worker_init_fn`` when its workers start."""
+        """Return what replaces a loader's ``worker_init_fn`` when its workers start."""
         self._workers = loader.num_workers
         depth = (loader.prefetch_factor or 2) + self._ahead + 3
         make_private(self._folder)
@@ -175,7 +175,7 @@ class WorkerStates:
         self._shift = self._shift_ahead
         if first is not None and len(first) != self._workers:
             warn_for_all(
-                "dataloader_num_workers was %d and is %d: what workers draw at random differs from an uninterrupted run; "
+                "dataloader_num_workers was %d and is now %d: random numbers in workers differ from an uninterrupted run; "
                 "set it to %d",
                 len(first),
                 self._workers,
@@ -185,22 +185,22 @@ class WorkerStates:
         return Worker(loader.worker_init_fn, self._path, self._workers, depth, first)
 
     def save(self, path: Path, handed_out: int) -> None:
-        """Writes the states of all workers to a file of the checkpoint.
+        """Write the states of all workers to a file of the checkpoint.
 
         Args:
-            path: of the file.
-            handed_out: batches of this iteration that have been trained.
+            path: the file.
+            handed_out: number of batches of this iteration that have been trained.
         """
         if self._ring is not None:
             states = [base64.b64encode(state).decode() for state in self._read(handed_out)]
             path.write_text(json.dumps({"handed_out": handed_out, "shift": self._shift, "states": states}))
 
     def resume(self, path: Path, *, middle: bool) -> None:
-        """The next workers begin where those of the checkpoint were.
+        """Start the next workers with the states of a checkpoint.
 
         Args:
-            path: written by `save`; may be missing.
-            middle: of an epoch; at its start only workers that persist go on with their states.
+            path: file from `save`; may be missing.
+            middle: whether the checkpoint is in the middle of an epoch; at its start only persistent workers keep their states.
         """
         if path.exists():
             found = json.loads(path.read_bytes())
@@ -210,7 +210,7 @@ class WorkerStates:
                 self._shift_ahead = (found["shift"] + found["handed_out"]) % len(states) if middle else 0
 
     def go_on(self, handed_out: int) -> None:
-        """The workers of the next epoch begin where those of a resumed one ended, which had a loader of its own."""
+        """Start the workers of the next epoch with the states at the end of a resumed one, which had a separate loader."""
         if self._ring is not None:
             self._go_on(self._read(handed_out), -self._shift)
             self._shift_ahead = 0
@@ -225,11 +225,11 @@ class WorkerStates:
         states = [state for batch in last if (state := self._noted(batch)) is not None]
         if len(states) == self._workers:
             return states
-        log.warning("the random states of DataLoader workers are not known: what they draw will differ after a resume")
+        log.warning("the random states of DataLoader workers are unknown: their random numbers will differ after a resume")
         return []
 
     def _noted(self, batch: int) -> bytes | None:
-        """The state after a batch; a worker that has made none yet may still be starting, while others have."""
+        """Return the state after a batch; wait for a worker that may still be starting. None if there is none."""
         assert self._ring is not None
         give_up_at = time.monotonic() + _START_S
         while (state := self._ring.read(batch)) is None and batch < 0 and time.monotonic() < give_up_at:
@@ -237,7 +237,7 @@ class WorkerStates:
         return state
 
     def close(self) -> None:
-        """Removes the file."""
+        """Remove the shared file."""
         self._forget_file()
 
     def _forget_file(self) -> None:

@@ -1,4 +1,4 @@
-"""State that no file of a checkpoint holds: found by what changes in a training, saved with the rest, restored at a resume."""
+"""State that Trainer's checkpoint files lack: detected by its changes in a training, saved with them, restored at a resume."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from hf_spot.training.state.walk import Found, Walk
 
 log = logging.getLogger("hf_spot")
 
-FOLDER = "hf_spot_state"  # in a checkpoint; neither Trainer nor `from_pretrained` looks into it
+FOLDER = "hf_spot_state"  # in a checkpoint; neither Trainer nor `from_pretrained` reads it
 _FORMAT = 1
 _SHOWN = 4  # paths, in one line
 
 
 class Saved(Protocol):
-    """What has been written to the files of a checkpoint."""
+    """The tensors in the files of a checkpoint."""
 
     def holds(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether a tensor, or one of this name and shape, is in them."""
+        """Return whether the files contain a tensor, or one of this name and shape."""
 
 
 class CarriedState:
-    """Remembers how everything stood when the training began; what differs at a save, and is in no file, is carried.
+    """Saves and restores state that has changed since the training began, and that the checkpoint's other files lack.
 
     Args:
-        find: looks at everything, in the same order each time.
-        walk: makes the walk that ``find`` is given.
-        trained: the tensors that an optimizer changes, at that moment.
-        rank: of this process. Tensors of models are the same on all ranks: rank 0 carries them.
-        never: paths that are another launch's business, such as caches of what stands in another process.
+        find: yields all state, always in the same order.
+        walk: creates the walk for ``find``.
+        trained: returns the tensors that an optimizer currently changes.
+        rank: number of this process. Tensors of models are the same on all ranks, and only rank 0 saves them.
+        never: returns whether a path must not be saved, such as a cache of another process's state.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class CarriedState:
         self._named: set[str] = set()
 
     def look(self, only: str = "") -> None:
-        """Remember how everything stands that has not been seen before.
+        """Record the current state of everything that was not recorded before.
 
         Args:
-            only: the beginning of the paths that are looked at.
+            only: prefix of the paths to record.
         """
         for found in self._all(self._walk()):
             if found.path.startswith(only) and found.path not in self._began:
@@ -72,11 +72,11 @@ class CarriedState:
         return (found for found in self._find(walk) if not self._never(found.path))
 
     def save(self, checkpoint: Path, saved: Saved, write: Callable[[Path, str], None]) -> list[str]:
-        """Write what has changed and is in no file.
+        """Write state that has changed and is in no other file.
 
         Args:
-            checkpoint: its folder, in which everything else has been written.
-            saved: what was.
+            checkpoint: folder of the checkpoint, with all other files.
+            saved: the tensors in those files.
             write: writes a text to a file, now or later.
 
         Returns:
@@ -111,33 +111,33 @@ class CarriedState:
         return list(values)
 
     def marks(self) -> dict[str, str]:
-        """Return something for each path that is carried, which differs when what stands there does."""
+        """Return a mark for each saved path, which changes when the value changes."""
         compared = self._carried - self._homeless
         here = {found.path: found for found in self._all(self._walk()) if found.path in compared}
         return {path: repr(_mark(here[path])) for path in sorted(self._carried) if path in here}
 
     def _name(self, values: dict[str, Any], lost: list[str]) -> None:
-        """Say once what is carried, and what can't be."""
+        """Log once per path what is saved, and what can't be."""
         fresh = [path for path in values if path not in self._named]
         self._named.update(fresh)
         if fresh and not self._rank:
-            log.info("saved with each checkpoint, as it changes and no file of Trainer's has it: %s", _in_words(fresh))
+            log.info("also saved with each checkpoint, because it changes and Trainer does not save it: %s", _in_words(fresh))
         for path in lost:
             if path not in self._named:
                 self._named.add(path)
                 owner = path.rpartition(".")[0]
                 log.warning(
-                    "%s changes in this training and can't be saved: a resumed run begins anew with it. Give %s a "
-                    "state_dict(), or make the callback an ExportableState",
+                    "%s changes in this training and can't be saved: it is reset in a resumed run. Give %s a state_dict(), or "
+                    "make the callback an ExportableState",
                     path,
                     owner or path,
                 )
 
     def restore(self, checkpoint: Path) -> list[str]:
-        """Put back what `save` wrote; return the paths. What has no place any more is named.
+        """Restore what `save` wrote; return the paths. Paths that no longer exist are logged.
 
         Raises:
-            CorruptCheckpoint: the files do not fit together.
+            CorruptCheckpoint: the files are inconsistent.
         """
         written: dict[str, Any] = {}
         tensors: dict[str, torch.Tensor] = {}
@@ -160,7 +160,7 @@ class CarriedState:
                 homeless.append(path)
         self._homeless.update(homeless)
         if homeless:
-            log.warning("%s: saved, but not there any more in this launch, so not restored", _in_words(homeless))
+            log.warning("not restored, because this launch does not have it: %s", _in_words(homeless))
         return [path for path in written if path not in homeless]
 
 
@@ -188,7 +188,7 @@ def _put_there(found: Found | None, path: str, value: Any, walk: Walk) -> bool:
         owner = walk.owners.get(path.rpartition(".")[0])
         if owner is None:
             return False
-        setattr(owner, path.rpartition(".")[2], value)  # made later in an undisturbed run
+        setattr(owner, path.rpartition(".")[2], value)  # an uninterrupted run creates it later
         return True
     if found.kind == "generator":
         set_state(found.value, value)
@@ -204,7 +204,7 @@ def _put_there(found: Found | None, path: str, value: Any, walk: Walk) -> bool:
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors, each with memory of its own, as safetensors wants them."""
+    """Return the same tensors without shared memory, which safetensors does not allow."""
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():

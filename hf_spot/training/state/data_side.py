@@ -1,7 +1,7 @@
-"""What data are made from beside the global generators: generators of their own, and settings that change while they are read.
+"""State of the data pipeline besides the global generators: its own generators, and attributes that change during reading.
 
-A batch is made before the one before it is trained. So what it is made from has to be known as it was at that moment, and not
-as it is at a save: it is noted at each draw, and takes the same way back as Python's, numpy's and torch's generators do.
+A batch is made before the previous one is trained. So a resume needs this state as it was when the batch was made, not as it is
+at a save: it is recorded at each draw, and restored together with Python's, numpy's and torch's generators.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from hf_spot.training.state.values import Generator, decode, encode, is_plain, s
 from hf_spot.training.state.walk import is_of_script, per_launch
 
 _NAMES = ("generator", "synchronized_generator")
-# Of accelerate's loaders, of torch's, of Trainer's collator, and of ours.
+# Attributes of the loaders of accelerate and torch, of Trainer's collator, and of hf_spot's wrappers.
 _INSIDE = ("base_dataloader", "batch_sampler", "sampler", "_inner", "collate_fn", "data_collator", "dataset", "datasets")
 
 
 def parts_of(loader: Any) -> Iterator[tuple[str, Any]]:
-    """Name what a DataLoader consists of, however deep accelerate and torch have put it: samplers, collator, dataset.
+    """Yield the parts of a DataLoader with their names, at any depth: samplers, collator, dataset.
 
-    A part is named by its class, as what lies around it differs between a training that is resumed and one that is not.
+    A part is named by its class, because its wrappers differ between a resumed training and an uninterrupted one.
     """
     looked_at, known, named = [loader], set(), Counter[str]()
     for one in looked_at:
@@ -42,10 +42,10 @@ def parts_of(loader: Any) -> Iterator[tuple[str, Any]]:
 
 
 class DataSide:
-    """The generators and plain attributes of what data are made with.
+    """Captures and restores the generators and plain attributes of the data pipeline.
 
     Args:
-        parts: path and object: loaders, samplers, the collator, the dataset.
+        parts: paths and objects: loaders, samplers, the collator, the dataset.
     """
 
     def __init__(self, parts: Iterable[tuple[str, Any]] = ()) -> None:
@@ -65,11 +65,11 @@ class DataSide:
 
     @property
     def names(self) -> list[str]:
-        """The generators, by path."""
+        """Return the paths of the generators."""
         return list(self._generators)
 
     def capture(self) -> dict[str, Any]:
-        """Return how everything stands: microseconds, where there is nothing of the script's own."""
+        """Return the current state. Takes microseconds if the script has no classes of its own here."""
         states: dict[str, Any] = {path: state_of(generator) for path, generator in self._generators.items()}
         for path, attributes, left_out in self._attributes:
             own = ((name, value) for name, value in attributes.items() if is_plain(value) and name not in left_out)
@@ -77,7 +77,7 @@ class DataSide:
         return states
 
     def restore(self, states: dict[str, Any]) -> None:
-        """Make everything stand as `capture` found it."""
+        """Restore the state that `capture` returned."""
         for path, generator in self._generators.items():
             if path in states:
                 set_state(generator, states[path])
@@ -88,10 +88,10 @@ class DataSide:
 
 
 def to_json(states: dict[str, Any]) -> dict[str, Any]:
-    """Return what `DataSide.capture` found as JSON."""
+    """Return the result of `DataSide.capture` as JSON."""
     return {path: encode(value, {}, path) for path, value in states.items()}
 
 
 def from_json(written: dict[str, Any]) -> dict[str, Any]:
-    """Return what `to_json` was given."""
+    """Return the state that `to_json` was given."""
     return {path: decode(value, {}) for path, value in written.items()}

@@ -1,4 +1,4 @@
-"""What a training looked like when it was saved, part by part, and where a resumed one differs from that. Pure."""
+"""Describes the state of a training at a save, part by part, and finds differences after a resume. Pure functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Part = dict[str, Any]  # JSON: names, and values or digests
 
 
 def digest_of(value: Any) -> str:
-    """Return a digest of everything that a value holds, with all bytes of its tensors."""
+    """Return a digest of a value, including all bytes of its tensors."""
     found = hashlib.sha256()
     _feed(found, value)
     return found.hexdigest()[:32]
@@ -44,7 +44,7 @@ def _feed(found: Any, value: Any) -> None:
 
 
 def part_of(values: Mapping[str, Any]) -> Part:
-    """Return named values as JSON: short plain ones as they are, digests of the others."""
+    """Return named values as JSON: short plain ones unchanged, and digests of the others."""
     return {name: _shown(value) for name, value in values.items()}
 
 
@@ -56,30 +56,30 @@ def _shown(value: Any) -> Any:
 
 
 def differences(part: str, saved: Part, live: Part) -> list[str]:
-    """Return what differs, each with its name and both values; an empty list when nothing does.
+    """Return the differences in words, each with its name and both values; an empty list if there are none.
 
     Args:
-        part: its name.
-        saved: when the checkpoint was saved.
-        live: now. JSON made of it counts, so that tuples and lists are one.
+        part: name of the part.
+        saved: the part at the save.
+        live: the part now; compared as JSON, in which tuples and lists are the same.
     """
     live = json.loads(json.dumps(live))
     names = [name for name in {**saved, **live} if saved.get(name, ...) != live.get(name, ...)]
-    told = [f"{part}: {name} was {saved.get(name, 'not there')}, is {live.get(name, 'not there')}" for name in names]
+    told = [f"{part}: {name} was {saved.get(name, 'missing')}, is {live.get(name, 'missing')}" for name in names]
     more = len(told) - _MOST_SHOWN
     return told[:_MOST_SHOWN] + ([f"{part}: {more} more"] if more > 0 else [])
 
 
 def differing_tensors(part: str, saved: Mapping[str, Any], live: Mapping[str, Any]) -> tuple[list[str], int]:
-    """Compare tensors to the bit.
+    """Compare tensors bit by bit.
 
     Args:
-        part: its name.
-        saved: tensors by name, as they stand in a file.
-        live: tensors by name, as the training has them.
+        part: name of the part.
+        saved: tensors by name, from a file.
+        live: tensors by name, from the training.
 
     Returns:
-        What differs, in words, and how many were compared.
+        The differences in words, and the number of tensors compared.
     """
     told, compared = [], 0
     for name, tensor in saved.items():
@@ -94,7 +94,7 @@ def differing_tensors(part: str, saved: Mapping[str, Any], live: Mapping[str, An
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """NaN equals itself here."""
+    """Return the bytes of a tensor, in which NaN equals itself."""
     flat = tensor.contiguous().reshape(-1)
     return flat.view(torch.uint8) if flat.numel() else flat
 

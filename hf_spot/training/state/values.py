@@ -1,4 +1,4 @@
-"""Values that can be written down without pickle: what they are, whether they have changed, and how they come back."""
+"""Values that can be saved without pickle: recognizes them, detects changes, encodes and restores them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 import numpy
 import torch
 
-MOST_ELEMENTS = 1000  # in a container that counts as state; a longer one is data
-_SAMPLED = 256  # values of a large tensor that are looked at to tell whether it has changed
-_SMALL = 4096  # values of a tensor that are all looked at
+MOST_ELEMENTS = 1000  # most elements of a container that counts as state; a longer one is data
+_SAMPLED = 256  # values of a large tensor that are compared to detect a change
+_SMALL = 4096  # size of a tensor up to which all values are compared
 _PLAIN = (bool, int, float, str, bytes, type(None))
 _SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
 _MAPPINGS: dict[str, type] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter, "defaultdict": defaultdict}
@@ -25,18 +25,18 @@ Generator = torch.Generator | numpy.random.Generator | numpy.random.RandomState 
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether a value is a tensor whose bytes are here."""
+    """Return whether a value is a tensor with its data in this process."""
     whole = type(value) in (torch.Tensor, torch.nn.Parameter) or isinstance(value, torch.nn.Buffer)
     return whole and value.layout == torch.strided and not value.is_meta
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is immutable and small: two places that hold it do not hold one thing."""
+    """Return whether a value is small and immutable, so that two places with it don't share an object."""
     return type(value) in _PLAIN or isinstance(value, (torch.dtype, numpy.generic))
 
 
 def is_value(value: Any) -> bool:
-    """Whether a value consists of numbers, strings, tensors, arrays, and containers of them that are not too long."""
+    """Return whether a value consists of numbers, strings, tensors, arrays, and containers of them that are not too long."""
     left = itertools.count(-MOST_ELEMENTS)
     return _is_value(value, left)
 
@@ -61,7 +61,7 @@ def _is_value(value: Any, left: Iterator[int]) -> bool:
 
 
 def mark_of(value: Any) -> Any:
-    """Return something that differs when the value does. Of a large tensor only some values are looked at.
+    """Return a mark that changes when the value changes. Only a sample of a large tensor is compared.
 
     Args:
         value: a value, or a generator.
@@ -84,12 +84,12 @@ def _sample(tensor: torch.Tensor) -> bytes:
     flat = tensor.detach().reshape(-1)
     if flat.numel() > _SMALL:
         step = flat.numel() // _SAMPLED
-        flat = flat[:: step | 1]  # odd, so that the values come from different columns
+        flat = flat[:: step | 1]  # odd, so that the sample covers different columns
     return bytes_of(flat)
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
-    """Return the bytes of a tensor, wherever it is."""
+    """Return the bytes of a tensor on any device."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
@@ -98,7 +98,7 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 
 
 def state_of(generator: Generator) -> Any:
-    """Return where a generator stands, as a value."""
+    """Return the state of a generator as a value."""
     if isinstance(generator, torch.Generator):
         return bytes_of(generator.get_state())
     if isinstance(generator, numpy.random.Generator):
@@ -109,7 +109,7 @@ def state_of(generator: Generator) -> Any:
 
 
 def set_state(generator: Generator, state: Any) -> None:
-    """Bring a generator to where `state_of` found it."""
+    """Restore the state that `state_of` returned."""
     if isinstance(generator, torch.Generator):
         generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
     elif isinstance(generator, numpy.random.Generator):
@@ -140,7 +140,7 @@ def _arrays(state: Any) -> Any:
 
 
 def encode(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
-    """Return a value as JSON; its tensors and arrays are put into ``tensors``, under names that begin with ``name``."""
+    """Return a value as JSON; its tensors and arrays are added to ``tensors``, under names that begin with ``name``."""
     if isinstance(value, torch.Tensor):
         key = f"{name}#{len(tensors)}"
         tensors[key] = value.detach()
@@ -168,8 +168,8 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
 
 
 def decode(written: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return the value that `encode` was given. A tensor comes back on the kind of device that it was on, where there is one;
-    a ``defaultdict`` without its factory.
+    """Return the value that `encode` was given. A ``defaultdict`` is returned as a ``dict``, a tensor on its kind of device if this
+    machine has one.
 
     Raises:
         KeyError, TypeError, ValueError: it was not written by `encode`.
@@ -188,7 +188,7 @@ def decode(written: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if "dtype" in written:
         found = getattr(torch, written["dtype"])
         if not isinstance(found, torch.dtype):
-            raise TypeError(f"torch.{written['dtype']} is no dtype")
+            raise TypeError(f"torch.{written['dtype']} is not a dtype")
         return found
     if "float" in written:
         return float(written["float"])
@@ -207,11 +207,11 @@ def _on(device: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def put_into(old: Any, new: Any) -> Any:
-    """Make ``old`` hold what ``new`` does, where it can, so that whoever else holds it sees it too; return what holds it then.
+    """Copy ``new`` into ``old`` if possible, so that other references to ``old`` see it; return the object with the new value.
 
     Args:
-        old: what stands there.
-        new: of `decode`.
+        old: the current value.
+        new: a value from `decode`.
     """
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
         if old.shape == new.shape and old.dtype == new.dtype:

@@ -1,4 +1,4 @@
-"""Finds state in the objects that a script hands to its training: values, generators, tensors of models, optimizers."""
+"""Finds state in the objects that a script passes to its training: values, generators, tensors of models, optimizers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from hf_spot.training.state.values import MOST_ELEMENTS, Generator, is_plain, is_tensor, is_value
 
 _DEEPEST = 6
-_OF_MODULES = frozenset(vars(torch.nn.Module()))  # what a module keeps for itself: parameters, hooks, …
+_OF_MODULES = frozenset(vars(torch.nn.Module()))  # a module's own attributes: parameters, hooks, …
 _STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -23,11 +23,11 @@ class Found:
     """One piece of state.
 
     Args:
-        path: where it is, as one would write it: ``callbacks.Average.of``.
-        kind: ``value``, ``tensor`` (of a module), ``generator``, ``state`` (of what has a ``state_dict``), or ``long`` (a
+        path: its path, as in code: ``callbacks.Average.of``.
+        kind: ``value``, ``tensor`` (of a module), ``generator``, ``state`` (an object with a ``state_dict``), or ``long`` (a
             container with so many elements that it counts as data).
-        value: what stands there now.
-        put: makes something else stand there; None where it can only be changed in place.
+        value: the current value.
+        put: replaces the value; None if it can only be changed in place.
     """
 
     path: str
@@ -37,40 +37,40 @@ class Found:
 
 
 def is_of_script(kind: type) -> bool:
-    """Whether a class was written by the user: it comes neither from an installed package nor from Python nor from us."""
+    """Return whether a class is the user's: neither from an installed package, nor from Python, nor from hf_spot."""
     module = kind.__module__
     if module == "__main__":
         return True
     if module == "builtins" or module.partition(".")[0] == "hf_spot":
         return False
     file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None:  # made by exec, as in a notebook, or compiled into Python
+    if file is None:  # created by exec, as in a notebook, or compiled into Python
         return module not in sys.stdlib_module_names
     return not {"site-packages", "dist-packages"} & {*Path(file).parts} and not Path(file).is_relative_to(_STDLIB)
 
 
 class Walk:
-    """One walk through objects; what has been found is not found again.
+    """Walks through objects; yields nothing twice.
 
     Args:
-        skip: objects that are not looked into.
+        skip: objects to skip.
     """
 
     def __init__(self, skip: Collection[Any] = ()) -> None:
         self._seen = {id(one) for one in skip}
-        self._skipped = list(skip)  # kept alive: an id is used again when its object has gone
-        self.owners: dict[str, Any] = {}  # objects whose attributes were looked at, by path
+        self._skipped = list(skip)  # keeps them alive: the id of a deleted object is reused
+        self.owners: dict[str, Any] = {}  # visited objects, by path
 
     def attributes(
         self, path: str, owner: Any, only: Callable[[str], bool] = lambda name: True, depth: int = 0
     ) -> Iterator[Found]:
-        """Find what the attributes of an object hold.
+        """Yield the state in the attributes of an object.
 
         Args:
-            path: of the object.
+            path: path of the object.
             owner: the object.
-            only: whether an attribute of this name is looked at.
-            depth: how many objects were passed on the way here.
+            only: returns whether to visit an attribute of this name.
+            depth: number of objects on the way here.
         """
         self._seen.add(id(owner))
         self.owners[path] = owner
@@ -83,13 +83,13 @@ class Walk:
                 yield from self.value(f"{path}.{name}", value, _attribute_setter(owner, name), depth)
 
     def value(self, path: str, value: Any, put: Callable[[Any], None] | None = None, depth: int = 0) -> Iterator[Found]:
-        """Find what a value holds.
+        """Yield the state in a value.
 
         Args:
-            path: of the value.
-            value: anything.
+            path: path of the value.
+            value: any value.
             put: as in `Found`.
-            depth: how many objects were passed on the way here.
+            depth: number of objects on the way here.
         """
         if is_plain(value):
             yield Found(path, "value", value, put)
@@ -107,7 +107,7 @@ class Walk:
             if isinstance(value, torch.nn.Parameter):
                 self.owners[path] = value
             if isinstance(value, torch.nn.Parameter) and value.grad is not None:
-                # `model.zero_grad()`, which Trainer calls, does not reach it: gradients add up from step to step.
+                # Trainer's `model.zero_grad()` does not reach it: its gradients add up from step to step.
                 yield Found(f"{path}.grad", "value", value.grad, _attribute_setter(value, "grad"))
         elif isinstance(value, (list, tuple, dict)):
             if len(value) > MOST_ELEMENTS:
@@ -122,7 +122,7 @@ class Walk:
             yield Found(path, "state", value)
 
     def module(self, path: str, module: torch.nn.Module) -> Iterator[Found]:
-        """Find the parameters and buffers of a model, and what modules of the script's own classes keep beside them."""
+        """Yield the parameters and buffers of a model, and other attributes of modules of the user's classes."""
         for name, inner in module.named_modules():
             if id(inner) in self._seen:
                 continue
@@ -143,7 +143,7 @@ class Walk:
                 yield from self.attributes(at, inner, lambda key: key not in _OF_MODULES, _DEEPEST - 1)
 
     def tensor(self, path: str, tensor: torch.Tensor) -> Iterator[Found]:
-        """Find a tensor that nothing else led to."""
+        """Yield a tensor that was not found otherwise."""
         if id(tensor) not in self._seen and is_tensor(tensor):
             self._seen.add(id(tensor))
             yield Found(path, "tensor", tensor)

@@ -1,4 +1,4 @@
-"""Every resume proves itself: what is live before the first step is compared with what was live at the save."""
+"""Verifies every resume: compares the state before the first step with the state at the save."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _STATE_COUNTERS = ("global_step", "epoch", "num_input_tokens_seen", "best_metric
 
 
 class Proof:
-    """Writes down at each save how the training stands, and compares at a resume.
+    """Records the state of the training at each save, and compares it at a resume.
 
     Args:
         trainer: the Trainer.
-        random_states: of this training.
-        carried: its state that no file of Trainer's holds.
-        on_mismatch: ``stop`` ends a resumed training that differs; ``warn`` says so and goes on.
+        random_states: random states of this training.
+        carried: state of this training that Trainer does not save.
+        on_mismatch: ``stop`` ends a resumed training that differs; ``warn`` logs the difference and continues.
     """
 
     def __init__(self, trainer: Trainer, random_states: RandomStates, carried: CarriedState, on_mismatch: str) -> None:
@@ -52,11 +52,11 @@ class Proof:
     # -- at a save ----------------------------------------------------------------------------------------------------
 
     def save(self, checkpoint: Path, write: Callable[[Path, str], None]) -> None:
-        """Add this rank's to a checkpoint.
+        """Add this rank's record to a checkpoint.
 
         Args:
-            checkpoint: its folder.
-            write: writes a text to a file, now or later.
+            checkpoint: folder of the checkpoint.
+            write: writes text to a file, now or later.
         """
         parts = {
             _RANKS: {"count": self._trainer.args.world_size},
@@ -75,7 +75,7 @@ class Proof:
 
     @property
     def newest(self) -> dict[str, str]:
-        """A digest for each part of the newest save on this rank."""
+        """Return a digest for each part of the newest save on this rank."""
         return dict(self._newest)
 
     def _counters(self) -> Part:
@@ -92,17 +92,19 @@ class Proof:
     # -- at a resume --------------------------------------------------------------------------------------------------
 
     def expect(self, checkpoint: Path) -> None:
-        """Compare with this checkpoint from now on. One of an earlier hf_spot has nothing to compare with."""
+        """Load the record of the checkpoint to compare with; checkpoints of an earlier hf_spot have none."""
         path = checkpoint / FOLDER / self._name
         if path.exists():
             saved = json.loads(path.read_text())
-            if saved[_RANKS]["count"] != self._trainer.args.world_size:  # each rank draws what another one drew
+            if (
+                saved[_RANKS]["count"] != self._trainer.args.world_size
+            ):  # the ranks' random numbers are then distributed differently
                 saved = {part: found for part, found in saved.items() if part not in (RANDOM, NEXT_BATCH)}
             self._saved = saved
             self._random_states.expect(saved.get(NEXT_BATCH))
 
     def compare_loaded(self, checkpoint: Path) -> None:
-        """Compare what is live when everything has been loaded: Trainer's, and what callbacks make when they begin."""
+        """Compare the state after everything was loaded, including what callbacks create in ``on_train_begin``."""
         if self._saved is None:
             return
         self._compare(SCHEDULER, part_of(flat(_scheduler(self._trainer))))
@@ -118,7 +120,7 @@ class Proof:
             self._note(part, differences(part, self._saved[part], live), len(live))
 
     def _compare_common(self, part: str, live: Part) -> None:
-        """Compare what both launches have: a script may hand over another callback than before."""
+        """Compare what both launches have: a script may pass other callbacks than before."""
         assert self._saved is not None
         saved = self._saved.get(part, {})
         self._saved[part] = {name: found for name, found in saved.items() if name in live}
@@ -130,43 +132,45 @@ class Proof:
             self._verified.append(part)
 
     def conclude(self, gather: Callable[[Any], list[Any]]) -> list[str] | None:
-        """Called once by every rank before the first step of a resumed training.
+        """Finish the comparison before the first step of a resumed training. Every rank must call it once.
 
         Args:
-            gather: what every rank brings.
+            gather: returns the values of all ranks.
 
         Returns:
-            The parts that are as they were saved; None when there is nothing to compare with.
+            The parts that are the same as at the save; None if there is no record to compare with.
 
         Raises:
-            ConfigError: something differs, and a difference ends the training.
+            ConfigError: something differs, and ``on_mismatch`` is ``stop``.
         """
         told = self._saved is not None
         if self._saved is not None:
             self._compare_restored(self._saved)
         self._saved = None
-        # A rank that was not there before has nothing to compare, and must answer all the same.
+        # A rank that did not exist at the save has nothing to compare, but must take part in the exchange.
         wrong = [f"rank {rank}: {one}" if rank else one for rank, found in enumerate(gather(self._wrong)) for one in found]
         if wrong and self._on_mismatch == "stop":
             raise ConfigError(
-                "the resumed training is not the one that was saved: " + "; ".join(wrong),
-                hint="report this, with the versions of hf-spot doctor; to resume all the same: --on-mismatch warn",
+                "the resumed training differs from what was saved: " + "; ".join(wrong),
+                hint="report this with the output of hf-spot doctor; to resume anyway: --on-mismatch warn",
             )
         for one in wrong:
-            log.warning("after the resume it is not as it was saved, and the training goes on: %s", one)
+            log.warning("the resumed training differs from what was saved; training goes on: %s", one)
         return self._verified if told else None
 
     def _compare_restored(self, expected: dict[str, Part]) -> None:
-        """Compare what comes back only when the first epoch begins."""
+        """Compare what is restored only when the first epoch begins."""
         if (live := self._random_states.restored_digests) is not None:
-            # Some samplers make their generator when they are first iterated.
+            # Some samplers create their generator only when they are first iterated.
             saved = expected.get(RANDOM, {})
             expected[RANDOM] = {name: one for name, one in saved.items() if name in live or not name.startswith("data.")}
             self._compare(RANDOM, {name: one for name, one in live.items() if name in saved or not name.startswith("data.")})
         elif RANDOM in expected:
             self._wrong.append(f"{RANDOM}: never restored")
         drawn, batch = self._random_states.drawn_batch, expected.get(NEXT_BATCH)
-        if batch is not None and drawn is not None and batch.get("of") == drawn["of"]:  # else steps are put together anew
+        if (
+            batch is not None and drawn is not None and batch.get("of") == drawn["of"]
+        ):  # otherwise steps are composed differently
             self._compare(NEXT_BATCH, drawn)
 
 
@@ -175,7 +179,7 @@ def _scheduler(trainer: Trainer) -> Any:
 
 
 def _weights(trainer: Trainer, checkpoint: Path) -> tuple[list[str], int]:
-    """Compare the live model with the files that were verified when they were restored."""
+    """Compare the model with the checkpoint's files, which were verified when they were restored."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.model is None:
         return [], 0
     live = dict(trainer.model.state_dict())

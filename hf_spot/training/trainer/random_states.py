@@ -221,7 +221,7 @@ class RandomStates:
     # -- proof --------------------------------------------------------------------------------------------------------
 
     def digests(self) -> dict[str, Any]:
-        """Return a digest for each generator, and for what data are made from beside them, as they stand now."""
+        """Return a digest of the current state of each generator, and of other state of the data pipeline."""
         states = capture() | self._data_side.capture()
         if torch.cuda.is_available():
             states["cuda"] = torch.cuda.get_rng_state()  # of this process's GPU: a machine may have more than the training uses
@@ -229,11 +229,11 @@ class RandomStates:
 
     @property
     def restored_digests(self) -> dict[str, Any] | None:
-        """The digests right after Trainer has returned to the state of the checkpoint; None when it has not."""
+        """Return the digests right after Trainer has restored the checkpoint's random states; None if it has not."""
         return self._restored_digests
 
     def next_batch(self) -> dict[str, Any] | None:
-        """Return which batch of its epoch is trained next, and a digest of its indices; None when that is not known."""
+        """Return the number in its epoch of the batch to train next, and a digest of its indices; None if unknown."""
         number = self._passed_over + self._handed_out + 1
         indices = next((batch for at, batch in self._newest_indices if at == number), None)
         return None if indices is None else self._batch(number, indices)
@@ -242,17 +242,17 @@ class RandomStates:
         return {"number": number, "of": [len(indices), self._trainer.args.world_size], "indices": digest_of(indices)}
 
     def expect(self, next_batch: dict[str, Any] | None) -> None:
-        """Look out for the batch that `next_batch` told of when the checkpoint was saved."""
+        """Record the batch that `next_batch` returned at the save, so that `drawn_batch` can be compared with it."""
         self._expected_batch = None if next_batch is None else next_batch["number"]
         self._passes_over = 0 if next_batch is None else next_batch["number"] - 1
 
     @property
     def drawn_batch(self) -> dict[str, Any] | None:
-        """The batch that was looked out for, once it has been drawn."""
+        """Return the expected batch as it was actually drawn, or None before that."""
         return self._drawn_batch
 
     def note_indices(self, number: int, indices: Any) -> None:
-        """A sampler has drawn the indices of a batch."""
+        """Record the indices of a batch that a sampler has drawn."""
         self._newest_indices.append((number, indices))
         if number == self._expected_batch:
             self._expected_batch, self._drawn_batch = None, self._batch(number, indices)

@@ -154,14 +154,14 @@ class Saves:
         if state.best_global_step == state.global_step:
             # The removed checkpoint can't be loaded at the end of the training.
             state.best_metric, state.best_global_step, state.best_model_checkpoint = self._best
-        self._tell_nobody()
+        self._suppress_on_save()
         self._failed(failure)
 
     def _best_now(self) -> tuple[Any, Any, Any]:
         state = self._trainer.state
         return state.best_metric, state.best_global_step, state.best_model_checkpoint
 
-    def _tell_nobody(self) -> None:
+    def _suppress_on_save(self) -> None:
         """Suppress the ``on_save`` event that Trainer sends next: callbacks would look for the folder."""
         handler = self._trainer.callback_handler
 
@@ -262,8 +262,8 @@ def _is_known(method: tuple[Any, str]) -> bool:
 
 def _reads_checkpoints(callback: TrainerCallback) -> bool:
     kind = type(callback)
-    hears = getattr(callback.on_save, "__func__", None) is not TrainerCallback.on_save
-    if not hears or kind.__module__.startswith(("hf_spot.", "transformers.trainer_callback")):
+    overrides = getattr(callback.on_save, "__func__", None) is not TrainerCallback.on_save
+    if not overrides or kind.__module__.startswith(("hf_spot.", "transformers.trainer_callback")):
         return False
     if kind.__name__ == "WandbCallback":
         return (

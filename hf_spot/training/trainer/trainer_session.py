@@ -254,16 +254,16 @@ class TrainerSession:
         historian.shutdown(wait=False)
 
     def proven(self, verified: list[str] | None) -> None:
-        """Called by every rank when a resumed training has been compared with what was saved.
+        """Report the result of comparing a resumed training with what was saved. Every rank must call it.
 
         Args:
-            verified: the parts that are the same; None when the checkpoint tells nothing to compare with.
+            verified: the parts that are the same; None if the checkpoint contains nothing to compare with.
         """
         assert self._restored is not None
         if verified is None:
-            log.info("%s was saved by an earlier hf_spot: what came back can't be compared", self._restored.name)
+            log.info("%s was saved by an earlier hf_spot: the resumed state can't be compared with it", self._restored.name)
             return
-        log.info("resumed at step %d as it was saved: %s", self._restored.step, ", ".join(verified) or "nothing to compare")
+        log.info("resumed at step %d exactly as saved: %s", self._restored.step, ", ".join(verified) or "nothing to compare")
         data = {"step": self._restored.step, "stage": self._session.stage, "entry": self._restored.ref.entry}
         self._session.record("resumed", {**data, "verified": verified}, patience_s=0.0)
 
