@@ -168,8 +168,8 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
 
 
 def decode(written: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return the value that `encode` was given. A ``defaultdict`` is returned as a ``dict``, a tensor on its kind of device if this
-    machine has one.
+    """Return the value that `encode` was given. A ``defaultdict`` is returned as a ``dict``, a tensor on its kind of device if
+    this machine has one.
 
     Raises:
         KeyError, TypeError, ValueError: it was not written by `encode`.
