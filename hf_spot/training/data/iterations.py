@@ -160,9 +160,9 @@ class TrackedIteration:
         if isinstance(self.loader.dataset, IterableDataset):
             self._read_over()
         elif self.loader.num_workers:
-            self._arrive()
+            self._end_resumption()
         else:
-            self._put_back()
+            self._restore_found()
         return self
 
     def over_prepared(self, plain: Callable[[Any], Iterator[Any]]) -> TrackedIteration:
@@ -193,7 +193,7 @@ class TrackedIteration:
                 next(self._batches, None)
         finally:
             self._loaders.drive(before)
-        self._arrive()
+        self._end_resumption()
 
     def inside(self, loader: Any, plain: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
         """Return the iterator of a loader of torch, wrapping its sampler to observe the order."""
@@ -232,13 +232,13 @@ class TrackedIteration:
         for _ in range(self._skip_inside):
             next(indices, None)
         if self._position is not None and not self._ahead and not self._known.workers_count:
-            self._arrive()
+            self._end_resumption()
 
     def draws(self) -> None:
         """Finish resuming before the second index is drawn, if there are no workers."""
         self._attempts += 1
         if self._position is not None and self._attempts > 1 and not self._known.workers_count:
-            self._arrive()
+            self._end_resumption()
 
     def drawn(self) -> None:
         """Restore or record random states, after an index was drawn and before its batch is made."""
@@ -247,7 +247,7 @@ class TrackedIteration:
                 restore(self._position["before_draw"])
             self._before_draw = capture()
 
-    def _arrive(self) -> None:
+    def _end_resumption(self) -> None:
         """End the resumption of this loader at its saved position: continue with the random states of the save."""
         if self._position is None:
             return
@@ -256,9 +256,9 @@ class TrackedIteration:
         if now is not None:
             restore(now)
             self._found = None
-        self._put_back()
+        self._restore_found()
 
-    def _put_back(self) -> None:
+    def _restore_found(self) -> None:
         if self._found is not None:
             restore(self._found)
             self._found = None
@@ -283,7 +283,7 @@ class TrackedIteration:
         finally:
             self._loaders.drive(before)
         if self._position is not None:
-            self._arrive()
+            self._end_resumption()
         self.made[0] += 1
         self.before_last, self.last = self.last or self.before_last, self._loaders.hands_out()
         return batch
@@ -293,7 +293,7 @@ class TrackedIteration:
 
     def _end(self) -> None:
         if self._position is not None:
-            self._arrive()
+            self._end_resumption()
         if not self.ended and self._iteration_of_accelerate is not None:
             # accelerate does not count an iteration with nothing left to train.
             self._known.set_iteration_of_accelerate(self._iteration_of_accelerate + 1)
@@ -322,21 +322,21 @@ class _Order(BatchSampler):
         self.worker_states = worker_states
 
     def __iter__(self) -> Iterator[Any]:
-        return self._go(iter(self._inner))
+        return self._report_draws(iter(self._inner))
 
-    def _go(self, indices: Iterator[Any]) -> Iterator[Any]:
+    def _report_draws(self, indices: Iterator[Any]) -> Iterator[Any]:
         # Dereferenced each time: a reference held here would keep the iteration alive after its loop was left.
-        self._tell("order_begins", indices)
+        self._report("order_begins", indices)
         while True:
-            self._tell("draws")
+            self._report("draws")
             try:
                 index = next(indices)
             except StopIteration:
                 return
-            self._tell("drawn")
+            self._report("drawn")
             yield index
 
-    def _tell(self, what: str, *args: Any) -> None:
+    def _report(self, what: str, *args: Any) -> None:
         iteration = self._iteration()
         if iteration is not None:
             getattr(iteration, what)(*args)

@@ -101,7 +101,7 @@ def shielded_loop(signals: Collection[signal.Signals], *args: Any, **kwargs: Any
     """Run torch's worker loop, with signals blocked. Public because ``spawn`` pickles it by name."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # with "forkserver" os.getppid() is another process
-    threading.Thread(target=_obey, args=(parent.pid, signals), name="hf_spot-shield", daemon=True).start()
+    threading.Thread(target=_exit_on_signal_of, args=(parent.pid, signals), name="hf_spot-shield", daemon=True).start()
     # dataset_kind, dataset, index_queue, data_queue, …, init_fn (9), worker_id (10), … as torch 2.6 to 2.13 pass them
     worker = args[9] if len(args) > 10 else None
     if isinstance(worker, Worker):
@@ -109,7 +109,7 @@ def shielded_loop(signals: Collection[signal.Signals], *args: Any, **kwargs: Any
     _plain_loop(*args, **kwargs)
 
 
-def _obey(parent: int | None, signals: Collection[signal.Signals]) -> None:
+def _exit_on_signal_of(parent: int | None, signals: Collection[signal.Signals]) -> None:
     while signal.sigwaitinfo(signals).si_pid != parent:
         continue
     os._exit(0)  # as torch's own handler does for a SIGTERM from the parent

@@ -80,10 +80,10 @@ class AsyncCheckpointWriter:
         self._jobs: queue.Queue[tuple[Callable[[], Any], bool] | None] = queue.Queue()
         self._error: str | None = None
         self._in_words: Callable[[BaseException], str] = str
-        self._said = False
+        self._has_warned = False
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
-        self.parted = False  # a rank has ended: no more collective writes are possible
+        self.disconnected = False  # a rank has ended: no more collective writes are possible
 
     def expect(self, size_bytes: int) -> None:
         """Allocate memory for a first save of about this size, in the background."""
@@ -129,7 +129,7 @@ class AsyncCheckpointWriter:
         while self._pending:
             write = self._pending.pop(0)
             # The other ranks wait for this one in the collective write.
-            self._submit(write, always=isinstance(write, _Together))
+            self._submit(write, always=isinstance(write, _CollectiveWrite))
         if self._pending:
             self._submit(self._make_arena().pin)  # so that the next save copies faster
         self._submit(lambda: self._conclude(on_error), always=True)
@@ -165,7 +165,7 @@ class AsyncCheckpointWriter:
         """
 
         def agreed() -> None:
-            if not self.parted and not any(self._ranks.gather(self._error is not None)):
+            if not self.disconnected and not any(self._ranks.gather(self._error is not None)):
                 act(self._ranks)
 
         if self._jobs.unfinished_tasks:
@@ -236,10 +236,10 @@ class AsyncCheckpointWriter:
             staged, why = self._stage(args, kwargs)
             reasons = [one for one in self._ranks.gather(why) if one is not None]
             if reasons:
-                self._say_once(reasons[0])
+                self._warn_once(reasons[0])
             if reasons or staged is None:
                 return plain(*args, **kwargs)
-            self._pending.append(_Together(self, staged, kwargs["storage_writer"]))
+            self._pending.append(_CollectiveWrite(self, staged, kwargs["storage_writer"]))
             return None
 
         return save
@@ -286,7 +286,7 @@ class AsyncCheckpointWriter:
             return source  # just copied from a device
         copy = self._arena.copy(source)
         if copy is None:
-            self._say_once(self._too_large())
+            self._warn_once(self._too_large())
         return copy
 
     def _too_large(self) -> str:
@@ -296,10 +296,10 @@ class AsyncCheckpointWriter:
             "rest of it is written while training waits"
         )
 
-    def _say_once(self, why: str) -> None:
-        if not self._said and self._ranks.is_main:
+    def _warn_once(self, why: str) -> None:
+        if not self._has_warned and self._ranks.is_main:
             log.warning("%s", why)
-        self._said = True
+        self._has_warned = True
 
     # -- the thread -----------------------------------------------------------------------------------------------------
 
@@ -313,7 +313,7 @@ class AsyncCheckpointWriter:
         stand_back()
         while (job := self._jobs.get()) is not None:
             act, always = job
-            if self._error is None or (always and not self.parted):
+            if self._error is None or (always and not self.disconnected):
                 try:
                     act()
                 except BaseException as error:  # reported to the training thread: see `take_error`
@@ -326,23 +326,23 @@ class AsyncCheckpointWriter:
         try:
             errors = self._ranks.gather(self._error)
         except Exception as error:
-            self._part(error)
+            self._disconnect(error)
             raise
         self._error = next((error for error in errors if error is not None), None)
         if self._error is not None:
             on_error(self._error)
 
-    def _part(self, error: BaseException) -> None:
+    def _disconnect(self, error: BaseException) -> None:
         """Stop collective writes, because a rank has ended during one.
 
         The incomplete folder stays, because other ranks may be writing to it; the next start sets it aside.
         """
         log.warning("a checkpoint is left incomplete, because a rank has ended: %s", error)
-        self.parted = True
+        self.disconnected = True
         self._ranks.close()  # so that ranks that wait for this one get an error
 
 
-class _Together:
+class _CollectiveWrite:
     """Writes the staged part of a sharded save, together with the other ranks."""
 
     def __init__(self, behind: AsyncCheckpointWriter, staged: StagedPlanner, writer: Any) -> None:
@@ -364,7 +364,7 @@ class _Together:
             if (rank := 0 if ranks.alone else torch.distributed.get_rank()) in error.failures:
                 raise error.failures[rank][0] from None
         except Exception as error:
-            self._behind._part(error)
+            self._behind._disconnect(error)
             raise
 
 

@@ -99,14 +99,14 @@ class LogWindow:
             checkpoint: the checkpoint that the training resumes from, or None.
         """
         self._began_s = time.time()
-        self._first = _take(self._trainer, self._names)
+        self._first = _copies_of(self._trainer, self._names)
         if checkpoint is not None:
             self._load(checkpoint)
 
     def save(self, checkpoint: Path) -> None:
         """Add this rank's window to a checkpoint; Trainer has written the rest of it."""
         trainer = self._trainer
-        also = _take(trainer, self._names)
+        also = _copies_of(trainer, self._names)
         carried = {name for name, value in also.items() if name in self._carried or not _equal(value, self._first.get(name))}
         if self._is_extra() and self._flos is not None:
             # Undo Trainer's addition for this save: a sum of floats depends on its order.
@@ -142,12 +142,12 @@ class LogWindow:
     def mark(self) -> Mark:
         """Return a mark for `rewind`, before a step or an evaluation that may be abandoned."""
         trainer = self._trainer
-        return Mark(LOSS_SO_FAR.of(trainer).clone(), _take(trainer, self._names, by_length=True))
+        return Mark(LOSS_SO_FAR.of(trainer).clone(), _copies_of(trainer, self._names, by_length=True))
 
     def rewind(self, mark: Mark) -> None:
         """Discard what was added up since ``mark``."""
         LOSS_SO_FAR.of(self._trainer).copy_(mark.tr_loss)
-        _put_back(self._trainer, mark.also)
+        _restore(self._trainer, mark.also)
 
     def close(self) -> None:
         """Restore the trainer's methods."""
@@ -178,7 +178,7 @@ class LogWindow:
     def _finalize(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         end = FINALIZE.plain(self._trainer)
         stopping = self._is_stopping()
-        with LOG_LINE.replaced(self._trainer, lambda plain: _say_nothing) if stopping else contextlib.nullcontext():
+        with LOG_LINE.replaced(self._trainer, lambda plain: _log_nothing) if stopping else contextlib.nullcontext():
             return end(trial, num_train_samples, start_time - self._earlier_s)
 
     def _store_flos(self) -> None:
@@ -229,7 +229,7 @@ class LogWindow:
         FIRST_TOKENS.set(trainer, window["first_tokens"])
         self._earlier_s, self._samples, self._last = window["seconds"], window["samples"], window["last"]
         self._pending, self._carried = window["log_pending"], set(window["also"])
-        _put_back(trainer, window["also"])
+        _restore(trainer, window["also"])
         return True
 
     def _set_flos(self, total: float, current: float) -> None:
@@ -256,7 +256,7 @@ class LogWindow:
         return TrainOutput(trainer.state.global_step, train_loss, metrics)
 
 
-def _say_nothing(*args: Any, **kwargs: Any) -> None:
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
     """Take the place of `Trainer.log`."""
 
 
@@ -271,7 +271,7 @@ class _NotPlain(Exception):
     """A value is not a number, a string, a tensor or a collection of these."""
 
 
-def _take(trainer: Trainer, names: frozenset[str], *, by_length: bool = False) -> dict[str, Any]:
+def _copies_of(trainer: Trainer, names: frozenset[str], *, by_length: bool = False) -> dict[str, Any]:
     """Return copies of the plain values that a subclass of Trainer reports.
 
     Args:
@@ -331,7 +331,7 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _put_back(trainer: Trainer, values: dict[str, Any]) -> None:
+def _restore(trainer: Trainer, values: dict[str, Any]) -> None:
     for name, value in values.items():
         setattr(trainer, name, _refill(getattr(trainer, name, None), value, trainer.args.device))
 

@@ -63,7 +63,7 @@ class Resumption:
         session, found = self._session, None
         session.on_each_disk(lambda: sweep(self._output_dir))
         if resume_from_checkpoint is not False:
-            found = session.restore_newest(self._look)
+            found = session.restore_newest(self._check_notice)
         self._had_own = session.agreement.from_main(lambda: holds_own_checkpoints(self._run, self._output_dir))
         step = found[0].step if found else 0
         session.on_each_disk(lambda: set_aside_uncommitted(self._run, self._output_dir, step))
@@ -94,7 +94,7 @@ class Resumption:
         if best.step == restored.step:
             return resumed
         try:
-            _, folder = session.restore(best, "restore best", self._look)
+            _, folder = session.restore(best, "restore best", self._check_notice)
         except SpotError as error:
             if session.agreement.is_main:
                 log.error("the best checkpoint so far can't be restored, so a later one will count as the best: %s", error)
@@ -103,7 +103,7 @@ class Resumption:
         session.on_each_disk(lambda: _touch(resumed))
         return folder
 
-    def _look(self) -> None:
+    def _check_notice(self) -> None:
         if self._session.listener.termination() is not None:
             raise MachineGoing
 
@@ -148,7 +148,7 @@ def load_finished(
     restore_own(folder)
     reported = window.load_finished(folder)
     LOAD_RNG_STATE.of(trainer)(str(folder))
-    with _unheard(trainer) if told else contextlib.nullcontext():
+    with _callbacks_removed(trainer) if told else contextlib.nullcontext():
         pending, at_epoch_end = restored.details.get("evaluation_pending"), args.eval_strategy == IntervalStrategy.EPOCH
         if pending and not at_epoch_end:
             _evaluate(trainer)
@@ -197,7 +197,7 @@ def _evaluate(trainer: Trainer) -> None:
 
 
 @contextlib.contextmanager
-def _unheard(trainer: Trainer) -> Iterator[None]:
+def _callbacks_removed(trainer: Trainer) -> Iterator[None]:
     """Remove callbacks within the block, because they got these events already.
 
     Trainer's own callbacks for its flow and the terminal stay: they also decide what ``train()`` returns.

@@ -43,7 +43,7 @@ def set_epoch(dataloader: Any, epoch: int) -> None:
             one.set_epoch(epoch)
 
 
-class _Told:
+class _EpochRecorder:
     """Records the epoch that was set."""
 
     epoch = 0
@@ -52,11 +52,11 @@ class _Told:
         self.epoch = epoch
 
 
-class _ToldSampler(_Told, SequentialSampler):
+class _RecordingSampler(_EpochRecorder, SequentialSampler):
     pass
 
 
-class _ToldBatchSampler(_Told, BatchSampler):
+class _RecordingBatchSampler(_EpochRecorder, BatchSampler):
     pass
 
 
@@ -68,8 +68,8 @@ def reaches_through_skips(dataloader: Any) -> bool:
     kind = next((one for one in (DataLoaderDispatcher, DataLoaderShard) if isinstance(dataloader, one)), None)
     if kind is None:
         return False
-    sampler = _ToldSampler(range(4))
-    batches = _ToldBatchSampler(sampler, 1, False)
+    sampler = _RecordingSampler(range(4))
+    batches = _RecordingBatchSampler(sampler, 1, False)
     inside: Any = batches
     if isinstance(getattr(dataloader, "batch_sampler", None), BatchSamplerShard):
         inside = BatchSamplerShard(batches, num_processes=1, process_index=0)

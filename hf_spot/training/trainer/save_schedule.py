@@ -51,7 +51,7 @@ class Cadence:
         self._began = self._since = 0.0
         self._first_step = 0
         self._due_at = self._look_at = math.inf
-        self._said = False
+        self._interval_logged = False
 
     def began(self) -> None:
         """Record that the first step of this launch begins."""
@@ -112,13 +112,13 @@ class Cadence:
         if self._busy():
             self._look_at = now + _BUSY_S
             return False
-        self._say(expected)
+        self._log_interval(expected)
         return True
 
-    def _say(self, expected: Interruptions) -> None:
+    def _log_interval(self, expected: Interruptions) -> None:
         stall_s = self._cost.stall_s
-        if not self._said and stall_s is not None:
-            self._said = True
+        if not self._interval_logged and stall_s is not None:
+            self._interval_logged = True
             log.info(
                 "adding saves: one about every %.0f s is best, because a save stops training for %.2f s, and an interruption "
                 "is expected every %.0f min, %.0f%% of them without a usable notice",

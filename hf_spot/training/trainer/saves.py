@@ -136,7 +136,7 @@ class Saves:
         ends = trainer.control.should_training_stop or trainer.state.global_step >= trainer.state.max_steps
         read = trainer.args.push_to_hub or any(map(_reads_checkpoints, trainer.callback_handler.callbacks))
         known = all(map(_is_known, [(trainer, name) for name in _OF_A_SAVE] + [(trainer.model, "save_pretrained")]))
-        return known and not (ends or read or trainer.is_deepspeed_enabled or self._behind.parted)
+        return known and not (ends or read or trainer.is_deepspeed_enabled or self._behind.disconnected)
 
     def close(self) -> None:
         """Restore the trainer's method, after all files are written."""

@@ -135,7 +135,7 @@ def test_samplers_are_not_told_twice_by_an_accelerate_that_tells_them(loader: An
         for one in (getattr(self, "batch_sampler", None), getattr(self, "sampler", None)):
             if one is not None:
                 tell(one, epoch)
-                if isinstance(one, Told) or type(one).__name__.startswith("_Told"):
+                if isinstance(one, Told) or type(one).__name__.startswith("_Recording"):
                     one.set_epoch(epoch)
 
     monkeypatch.setattr(SkipBatchSampler, "set_epoch", tell, raising=False)
