@@ -1,12 +1,12 @@
-"""``python -m hf_spot.launch.agent [OPTIONS] SCRIPT``: ``accelerate launch``, whose collector rests while torch is imported.
+"""``python -m hf_spot.launch.agent [OPTIONS] SCRIPT``: run ``accelerate launch``, without garbage collection while torch loads.
 
-What stays is left alone, as in the launcher and in the ranks: looking through it costs a processor second, before the ranks
-start and when all has ended.
+The objects that exist after the import are excluded from garbage collection, as in the launcher and in the ranks: scanning them
+would cost a second of processor time, before the ranks start and again at the end.
 
-torchrun's agent ends with SIGTERM the ranks that one that crashed has left behind. Ranks take a SIGTERM for a notice, from
-whomever it comes, so they are killed instead, as they would have died of it; what they have started still gets the SIGTERM.
-A signal that means a notice does nothing to the agent: they were blocked when it was started, and stay so; it passes them on to
-the launcher.
+When a rank crashes, torchrun's agent ends the other ranks with SIGTERM. A rank treats any SIGTERM as a notice, so the ranks are
+killed instead, which is how the SIGTERM would have ended them; their child processes still get the SIGTERM.
+Signals that mean a notice do nothing to the agent: they were blocked when it was started, and stay so. It passes them on to the
+launcher.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def kill_ranks() -> None:
-    """Make the agent of this process end its ranks at once, and the rest of their groups as ever.
+    """Make the agent of this process kill its ranks at once, and end the rest of their process groups as usual.
 
     Raises:
         ImportError, AttributeError: torch has changed.
@@ -65,7 +65,7 @@ def _pass_on(runtime: Runtime) -> None:
 def _main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger(main.__module__).addFilter(_is_news)  # the launcher has said it, once for all restarts
+    logging.getLogger(main.__module__).addFilter(_is_news)  # the launcher shows it, once for all restarts
     outlive_terminal()
     kill_ranks()
     runtime = Runtime.from_environ(os.environ)
@@ -74,7 +74,7 @@ def _main() -> None:
     try:
         main()
     except ChildFailedError:
-        # A rank that was preempted ends with a code that is no error.
+        # The exit code of a preempted rank is not an error.
         if runtime is None or runtime.read_exit_code() != EXIT_PREEMPTED:
             raise
         sys.exit(EXIT_PREEMPTED)

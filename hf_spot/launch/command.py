@@ -1,5 +1,5 @@
-"""What a launch is to run. The command line is read by a process of its own (`hf_spot.launch.options`): accelerate's parser
-imports torch, which the launcher neither waits for nor keeps in memory while others train."""
+"""The command that a launch runs. A separate process parses the command line (`hf_spot.launch.options`): accelerate's parser
+imports torch, and the launcher should neither wait for torch nor keep it in memory during the training."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class Machines:
 
 @dataclass(frozen=True)
 class Command:
-    """What to run, and how.
+    """The command to run, and its settings.
 
     Args:
         store: URL of the run.
         arguments: settings.
-        max_restarts: as ``--max-restarts`` says.
+        max_restarts: the value of ``--max-restarts``.
         argv: the command that trains.
-        environ: its environment, as accelerate wants it.
-        machines: that train together.
-        remarks: what accelerate has to say about the options, a line each.
+        environ: its environment, as accelerate sets it.
+        machines: the machines that train together.
+        remarks: accelerate's messages about the options, a line each.
     """
 
     store: str
@@ -52,12 +52,12 @@ class Command:
     remarks: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
-        """For `from_json`."""
+        """Return the command in the form that `from_json` reads."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Command:
-        """What `to_json` was called on. Raises ConfigError for a `refusal`."""
+        """Return the command from which `to_json` made this text. Raises ConfigError for a `refusal`."""
         told = json.loads(text)
         if "refused" in told:
             raise ConfigError(told["refused"], hint=told["hint"])
@@ -65,15 +65,15 @@ class Command:
 
 
 def refusal(error: ConfigError) -> str:
-    """For `Command.from_json`, in place of a command."""
+    """Return an error in the form that `Command.from_json` reads, in place of a command."""
     return json.dumps({"refused": error.args[0], "hint": error.hint})
 
 
 def likely_store(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> str | None:
-    """The URL of the run, as far as it can be told before accelerate's options are known; None when it may be anything.
+    """Return the URL of the run if it can be determined before the command line is parsed; otherwise None.
 
     Args:
-        argv: what stands behind ``hf-spot launch``.
+        argv: the arguments after ``hf-spot launch``.
         environ: the environment.
     """
     if (named := option(argv, "--store")) is not None:
@@ -82,30 +82,30 @@ def likely_store(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -
 
 
 class Reading:
-    """A command line that is being read, by a process that begins at once.
+    """A command line that is being parsed, by a process that starts at once.
 
     Args:
-        argv: what stands behind ``hf-spot launch``.
+        argv: the arguments after ``hf-spot launch``.
     """
 
     def __init__(self, argv: Sequence[str]) -> None:
         self.argv = argv
         ours, theirs = os.pipe()
         try:
-            # In a session of its own: Ctrl-C is for the launcher, and would make a traceback here.
+            # In a session of its own: Ctrl-C is meant for the launcher, and would print a traceback here.
             command = [sys.executable, "-m", _OPTIONS, str(theirs), *argv]
-            with held_back(likely_signals(argv)):  # to every process of a job: the launcher hears them
+            with held_back(likely_signals(argv)):  # a scheduler may signal every process of a job; the launcher reacts
                 self._process = subprocess.Popen(command, env=os.environ, pass_fds=[theirs], start_new_session=True)
         finally:
             os.close(theirs)
         self._answer = os.fdopen(ours)
 
     def result(self) -> Command:
-        """Waits for it.
+        """Wait for the parsed command line and return it.
 
         Raises:
             ConfigError: the command line can't be used.
-            SystemExit: ``--help`` was asked for and printed, or the reading failed, and has said why.
+            SystemExit: ``--help`` was printed, or the process failed and has printed why.
         """
         try:
             with self._answer:

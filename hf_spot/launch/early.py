@@ -1,8 +1,8 @@
-"""Signals to a launcher from its first moment to its last.
+"""Handle signals to a launcher from its start to its end.
 
-Before the run is claimed nothing can be lost, and a signal ends the launch as a preemption. Then `hf_spot.notices` listens.
-When that has ended, how the launch ended is decided, and no signal changes it any more. A process that is the first of its
-container is sent no signal that it has no handler for: this imports nothing that takes time.
+Before the run is claimed nothing can be lost, and a signal ends the launch as a preemption. After that `hf_spot.notices`
+handles them. When it stops, the outcome of the launch is decided, and signals no longer change it. The first process of a
+container does not receive signals for which it has no handler, so this module imports nothing that takes time.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from types import FrameType
 
 EXIT_PREEMPTED = 75  # as in `hf_spot.errors`
 _BY_DEFAULT = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
-_TOLD = b"hf-spot: preempted before anything began; start the same command again to go on\n"
+_PREEMPTED_EARLY = b"hf-spot: preempted before anything began; start the same command again to resume\n"
 
 _is_over = False
 
 
 def option(argv: Sequence[str], name: str) -> str | None:
-    """Return what stands behind an option of hf-spot on the command line, as far as it can be told before it is parsed.
+    """Return the value of an option of hf-spot, as far as it can be determined before the command line is parsed.
 
     Args:
-        argv: what stands behind ``hf-spot launch``.
+        argv: the arguments after ``hf-spot launch``.
         name: of the option, with its hyphens.
     """
     for number, word in enumerate(argv):
-        if word in ("-m", "--module") or word.endswith(".py"):  # what follows may be the script's own
+        if word in ("-m", "--module") or word.endswith(".py"):  # the rest may be the script's own arguments
             break
         if word == name:
             return next(iter(argv[number + 1 :]), None)
@@ -39,20 +39,20 @@ def option(argv: Sequence[str], name: str) -> str | None:
 
 
 def likely_signals(argv: Sequence[str]) -> list[signal.Signals]:
-    """Return the signals that will mean preemption, as far as the command line shows it; names that are none are left out."""
+    """Return the signals that will mean preemption, as far as the command line shows it. Invalid names are left out."""
     names = [*_BY_DEFAULT, *(name.strip().upper() for name in (option(argv, "--signals") or "").split(","))]
     usable = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}
     return [signal.Signals[name] for name in dict.fromkeys(names) if signal.Signals.__members__.get(name) in usable]
 
 
 def listen(argv: Sequence[str]) -> list[signal.Signals]:
-    """End the process with 75 at the first signal, until `stand_down`. A signal that somebody handles already stays theirs.
+    """End the process with 75 at the first signal, until `stand_down`. Signals that already have a handler keep it.
 
     Args:
-        argv: what stands behind ``hf-spot launch``.
+        argv: the arguments after ``hf-spot launch``.
 
     Returns:
-        The signals that are listened to from now on.
+        The signals that are handled from now on.
     """
     global _is_over
     _is_over = False
@@ -66,7 +66,7 @@ def listen(argv: Sequence[str]) -> list[signal.Signals]:
 
 @contextmanager
 def listening(argv: Sequence[str]) -> Iterator[None]:
-    """As `listen`, until the end of the block: for those who have more to do then."""
+    """Handle signals as `listen` does, and restore the default handlers at the end of the block."""
     free = listen(argv)
     try:
         yield
@@ -76,13 +76,13 @@ def listening(argv: Sequence[str]) -> Iterator[None]:
 
 
 def stand_down() -> None:
-    """From now on somebody else listens; what comes when they have stopped is let go."""
+    """Ignore signals from now on: another handler takes over, and when it has stopped, signals no longer matter."""
     global _is_over
     _is_over = True
 
 
 def ignore() -> None:
-    """Let go what comes while Python ends: it takes back all handlers first, and a signal would change the exit code."""
+    """Ignore signals while Python ends: it removes all handlers first, and a signal would change the exit code."""
     for one in signal.valid_signals():
         if signal.getsignal(one) is _leave:
             signal.signal(one, signal.SIG_IGN)
@@ -92,8 +92,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
     global _is_over
     if _is_over:
         return
-    _is_over = True  # nothing more is to be said, and what is cleaned up now shall be
+    _is_over = True  # a second signal must not interrupt the cleanup
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    os.write(2, _TOLD)
+    os.write(2, _PREEMPTED_EARLY)
     raise SystemExit(EXIT_PREEMPTED)

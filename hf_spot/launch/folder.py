@@ -1,4 +1,4 @@
-"""The folder through which a launch and its workers speak, kept alive in a place that others clean."""
+"""The folder through which a launch and its workers exchange messages, protected from programs that clean /tmp."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-_FRESHEN_EVERY_S = 3600.0  # those who delete by age take days
+_FRESHEN_EVERY_S = 3600.0  # programs that delete by age wait for days
 
 
 class RuntimeFolder:
-    """A fresh folder for this user alone, until `close`.
+    """A new folder that only this user can access, until `close`.
 
-    systemd-tmpfiles passes by what is locked; others go by the age of files, which never get old here; and what is deleted all
-    the same, `renew` makes again.
+    systemd-tmpfiles skips locked folders. Other programs delete by age, so the files here are kept young. If the folder is
+    deleted nevertheless, `renew` creates it again.
 
     Args:
         clock: seconds, monotonic.
 
     Raises:
-        OSError: it can't be made.
+        OSError: it can't be created.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -35,10 +35,10 @@ class RuntimeFolder:
         self._fresh_at = clock()
 
     def renew(self) -> bool:
-        """Make the folder again if it was deleted; tell whether it was.
+        """Create the folder again if it was deleted. Return whether it was.
 
         Raises:
-            OSError: it can't be made again, or it is another user's now.
+            OSError: it can't be created again, or it now belongs to another user.
         """
         if self._is_there():
             if self._clock() - self._fresh_at > _FRESHEN_EVERY_S:
@@ -47,18 +47,18 @@ class RuntimeFolder:
                     with contextlib.suppress(OSError):
                         os.utime(path)
             return False
-        with contextlib.suppress(FileExistsError):  # a worker may have made it
+        with contextlib.suppress(FileExistsError):  # a worker may have created it
             self.path.mkdir(mode=0o700)
         found = self.path.lstat()
         if found.st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode):
-            raise PermissionError(f"{self.path} was deleted, and is another user's now")
+            raise PermissionError(f"{self.path} was deleted, and now belongs to another user")
         self.path.chmod(0o700)
         os.close(self._lock)
         self._lock = self._locked()
         return True
 
     def close(self) -> None:
-        """Delete it."""
+        """Delete the folder."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
@@ -70,6 +70,6 @@ class RuntimeFolder:
 
     def _locked(self) -> int:
         held = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        with contextlib.suppress(OSError):  # some network file systems lock nothing
+        with contextlib.suppress(OSError):  # some network filesystems have no locks
             fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return held

@@ -1,6 +1,7 @@
-"""The options of ``hf-spot launch``: accelerate's parser with a group of ours, and the command that they make.
+"""The options of ``hf-spot launch``: accelerate's parser with a group of hf-spot's own, and the command that results from them.
 
-``python -m hf_spot.launch.options FD ARGUMENTS…`` writes it to a file descriptor, for `hf_spot.launch.command.Reading`.
+``python -m hf_spot.launch.options FD ARGUMENTS…`` writes the command to a file descriptor, for
+`hf_spot.launch.command.Reading`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, NoReturn
 import psutil
 
 if __name__ == "__main__":
-    gc.disable()  # accelerate imports torch, and the collector would look for garbage in it
+    gc.disable()  # accelerate imports torch, and garbage collection would slow that down
 import accelerate.commands.launch
 import accelerate.commands.utils
 import accelerate.utils.launch  # noqa: F401
@@ -38,10 +39,10 @@ from hf_spot.training.upstream_name import Scope
 MAX_RESTARTS = 3
 _ACCELERATES_LOG = logging.getLogger(VALIDATE_LAUNCH.owner)
 _AGENT = "hf_spot.launch.agent"
-_NAMES = {"keep_checkpoints": "save_total_limit"}  # of options that are not called as the settings
+_NAMES = {"keep_checkpoints": "save_total_limit"}  # options that have another name than their setting
 _BOOTSTRAP = "hf_spot.training.bootstrap"
 _GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
-_LOOPBACK = re.compile(r"localhost$|127\.|::1$")  # whoever says so has all "machines" on one
+_LOOPBACK = re.compile(r"localhost$|127\.|::1$")  # then all "machines" are on this one
 _EXAMPLE = "hf-spot launch --store s3://bucket/runs/my-run train.py"
 _MAX_RESTARTS_HELP = (
     "Launches in a row that may crash without committing anything before hf-spot gives up; preemptions don't count, and 0 "
@@ -50,15 +51,15 @@ _MAX_RESTARTS_HELP = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """accelerate's parser, our group in front of its others."""
+    """Return accelerate's parser, with hf-spot's options as its first group."""
     check(Scope.LAUNCH)
     made: argparse.ArgumentParser = LAUNCH_PARSER.find()()
     made.prog = "hf-spot launch"
     made.description = (
-        "Runs a training script as `accelerate launch` does, hears preemption notices, and goes on from the newest committed "
-        "checkpoint. All options of `accelerate launch` may be given."
+        "Run a training script as `accelerate launch` does, detect preemption notices, and resume from the newest committed "
+        "checkpoint. All options of `accelerate launch` are accepted."
     )
-    # accelerate's own formatter hides every group that it doesn't know.
+    # accelerate's own formatter hides every group that it does not know.
     made.formatter_class = argparse.HelpFormatter
     made.usage = "hf-spot launch --store URL [options of hf-spot and of accelerate launch] SCRIPT [its own arguments]"
     _add_options(made.add_argument_group("hf-spot"))
@@ -81,10 +82,10 @@ def _show_one_spelling(made: argparse.ArgumentParser) -> None:
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Command:
-    """Checks everything that can be checked before anything starts.
+    """Parse the command line, and check everything that can be checked before the launch starts.
 
     Args:
-        argv: what stands behind ``hf-spot launch``.
+        argv: the arguments after ``hf-spot launch``.
         environ: the environment.
 
     Raises:
@@ -94,7 +95,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
     arguments = SpotArguments(**{f.name: getattr(args, f.name) for f in dataclasses.fields(SpotArguments)})
     store = args.store or environ.get(STORE_VARIABLE)
     if not store:
-        raise ConfigError("hf-spot launch: no store is named", hint=f"{_EXAMPLE}, or export {STORE_VARIABLE}")
+        raise ConfigError("hf-spot launch: --store is missing", hint=f"{_EXAMPLE}, or export {STORE_VARIABLE}")
     if args.max_restarts < 0:
         raise ConfigError(f"--max-restarts {args.max_restarts} must not be negative", hint="0 never restarts")
     if args.no_python:
@@ -119,10 +120,10 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         command = [sys.executable, "-m", _BOOTSTRAP, *script]
         env = LAUNCH_ENVIRONMENT.find()(args)[1]
     if machines.count > 1 and _GLOO_VARIABLE not in env and (interface := interface_to(machines.main_ip)):
-        # Where a machine's name stands for 127.0.1.1, as Debian has it, gloo would listen where nobody can reach it.
+        # If a machine's name resolves to 127.0.1.1, as on Debian, gloo would listen on an unreachable address.
         if interface == "lo" and not _LOOPBACK.match(machines.main_ip):
             raise ConfigError(
-                f"--main_process_ip {machines.main_ip}: on this machine that name stands for a loopback address, which no "
+                f"--main_process_ip {machines.main_ip}: on this machine that name resolves to a loopback address, which no "
                 "other machine reaches",
                 hint=f"an address that `hostname -I` prints there, or export {_GLOO_VARIABLE}=eth0 (see ip -br addr)",
             )
@@ -131,7 +132,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
 
 
 def _check_script(path: Path) -> None:
-    """Refuse what no Python can run, today or at the fourth try."""
+    """Refuse a script that Python can't run, so that it is not restarted in vain."""
     if not path.exists():
         raise ConfigError(f"{path}: there is no such script", hint=f"ls {path.parent}")
     if path.is_dir() and not (path / "__main__.py").exists():
@@ -156,7 +157,7 @@ def _check_module(name: str) -> None:
             spec = importlib.util.find_spec(name)
     except ModuleNotFoundError as error:  # of a package above it
         raise ConfigError(f"-m {name}: {error}", hint=hint) from error
-    except Exception:  # what its packages do when they are imported is theirs, and may depend on what a launch has
+    except Exception:  # the import of its packages may fail here, and succeed in the environment of a launch
         return
     if spec is None:
         raise ConfigError(f"-m {name}: there is no such module", hint=hint)
@@ -164,7 +165,7 @@ def _check_module(name: str) -> None:
 
 @contextlib.contextmanager
 def _kept_remarks() -> Iterator[list[str]]:
-    """Collect what accelerate would print about the options: the launcher knows whether anybody needs to read it."""
+    """Collect accelerate's messages about the options instead of printing them: the launcher decides whether to show them."""
     remarks: list[str] = []
 
     class Keep(logging.Handler):
@@ -183,7 +184,7 @@ def _kept_remarks() -> Iterator[list[str]]:
 
 
 def interface_to(address: str) -> str | None:
-    """The network interface by which this machine reaches another one, or None."""
+    """Return the network interface through which this machine reaches another one, or None."""
     try:
         family, *_, where = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -202,17 +203,17 @@ def _machines(args: argparse.Namespace) -> Machines:
     example = "--num_machines 2 --machine_rank 0 --main_process_ip 10.0.0.1 --main_process_port 29500"
     if args.machine_rank is None or not args.main_process_ip:
         raise ConfigError(
-            f"--num_machines {count}: --machine_rank and --main_process_ip must be named on every machine", hint=example
+            f"--num_machines {count}: --machine_rank and --main_process_ip must be given on every machine", hint=example
         )
     if not 0 <= args.machine_rank < count:
-        raise ConfigError(f"--machine_rank {args.machine_rank} is none of 0 to {count - 1}", hint=example)
+        raise ConfigError(f"--machine_rank {args.machine_rank} is not one of 0 to {count - 1}", hint=example)
     if not _is_distributed(args):
         raise ConfigError(
             f"--num_machines {count} needs --multi_gpu, --use_fsdp or --use_deepspeed", hint=f"--multi_gpu {example}"
         )
     if args.num_processes % count:
         raise ConfigError(
-            f"--num_processes {args.num_processes} counts those of all {count} machines, and must be a multiple of {count}",
+            f"--num_processes {args.num_processes} is the total of all {count} machines, and must be a multiple of {count}",
             hint=f"--num_processes {count}",
         )
     return Machines(count, int(args.machine_rank), args.main_process_ip)
@@ -238,7 +239,7 @@ def _add_options(group: Any) -> None:
 
 
 def _of_accelerate(options: list[str]) -> list[str]:
-    """The options without those that hf-spot answers itself."""
+    """Return the options without those that hf-spot handles itself."""
     ours = OPTIONS_PARSER.find()(add_help=False, allow_abbrev=False)
     _add_options(ours.add_argument_group("hf-spot"))
     ours.add_argument("--max_restarts")
@@ -255,7 +256,7 @@ def _refuse_what_is_not_supported(args: argparse.Namespace, config: Any) -> None
     sagemaker = config is not None and "SAGEMAKER" in str(config.compute_environment)
     if args.tpu or sagemaker:
         raise ConfigError(
-            "hf-spot launch does not know TPUs and SageMaker", hint="accelerate launch, and SpotCallback in the script"
+            "hf-spot launch does not support TPUs and SageMaker", hint="accelerate launch, and SpotCallback in the script"
         )
     if args.mpirun_hostfile:
         raise ConfigError("--mpirun_hostfile is not supported", hint="--multi_gpu --num_processes N")
@@ -274,7 +275,7 @@ def _main() -> None:
         told = refusal(error)
     with contextlib.suppress(BrokenPipeError), os.fdopen(int(answer_to), "w") as answer:  # the launcher has ended
         answer.write(told)
-    os._exit(0)  # nothing is left to do, and Python would look through all of torch for it
+    os._exit(0)  # a normal exit would spend time on cleaning up torch
 
 
 if __name__ == "__main__":

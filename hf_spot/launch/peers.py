@@ -1,13 +1,13 @@
-"""The launchers of one training on several machines: they meet, hear each other's heart beat, and learn how the others end.
+"""Connect the launchers of one training on several machines: they meet, exchange heartbeats, and report how they end.
 
-torchrun's agents bring the ranks together, but start too early (a machine comes back before the others know that it was
-gone) and notice too late: a machine that dies without a word leaves the others in a collective for half an hour. So:
+torchrun's agents connect the ranks, but they start too early (a machine may come back before the others know that it was gone)
+and detect failures too late: when a machine dies, the others wait in a collective for half an hour. Therefore:
 
-* Machine 0 claims the run, listens on a port, and puts it into the store under its new launch, with a nonce. The others read
-  it and connect. When all are there it says go. A connection is proof of life, so a meeting left behind by a dead launch
-  misleads nobody.
-* From then on everybody sends a line each second. Silence for ``timeout_s``, or a connection that closes without a last
-  word, means that the machine is lost; machine 0 passes it on to the others.
+* Machine 0 claims the run, listens on a port, and writes the port to the store under its new launch, with a nonce. The others
+  read it and connect. When all are connected, machine 0 sends "go". A connection proves that a machine is alive, so an
+  invitation left behind by a dead launch does no harm.
+* From then on each machine sends a line every second. Silence for ``timeout_s``, or a connection that closes without a final
+  message, means that the machine is lost; machine 0 informs the others.
 
 Lines are JSON, one message each.
 """
@@ -35,14 +35,14 @@ _GREETING_S = 5.0
 _SAY_EVERY_S = 30.0
 _TICK_S = 0.2
 _LONGEST_LINE_BYTES = 4096
-_MOST_STRANGERS = 128  # that have not said yet who they are
+_MOST_STRANGERS = 128  # connections that have not identified themselves yet
 
-Wait = Callable[[float], bool]  # waits so many seconds; True when there is no point in waiting any longer
+Wait = Callable[[float], bool]  # waits for a number of seconds; True if there is no point in waiting any longer
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How the launch ended on another machine. ``verdict`` is LOST when it went without a word."""
+    """How the launch ended on another machine. ``verdict`` is LOST if it sent no final message."""
 
     machine: int
     verdict: Verdict
@@ -54,7 +54,7 @@ class Peers:
 
     Args:
         connections: to each other machine on machine 0; to machine 0 on the others.
-        timeout_s: silence that means death.
+        timeout_s: silence after which a machine counts as lost.
         clock: seconds, monotonic.
     """
 
@@ -77,10 +77,10 @@ class Peers:
         self._thread.start()
 
     def ended(self, wait_s: float = 0.0) -> Ended | None:
-        """The first machine that ended, one that did not end well before the others; None when all are there.
+        """Return a machine that has ended, preferably one that failed or was lost; None if all are still running.
 
         Args:
-            wait_s: how long to wait for a first word.
+            wait_s: how long to wait for one to end.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._ended, wait_s)
@@ -88,11 +88,11 @@ class Peers:
             return found[0] if found else None
 
     def tell(self, machine: int, verdict: Verdict, code: int) -> None:
-        """The last word of this machine."""
+        """Tell the other machines how the launch ended on this one."""
         self._send_to_all(_ended_message(Ended(machine, verdict, code)))
 
     def close(self) -> None:
-        """Closes the connections; the others take it for a death if `tell` did not come before."""
+        """Close the connections. If `tell` was not called before, the others consider this machine lost."""
         with self._changed:
             self._closing = True
         self._thread.join()
@@ -143,7 +143,7 @@ class Peers:
                 return
             self._ended[ended.machine] = ended
             self._changed.notify_all()
-        if len(self._connections) > 1:  # machine 0 of three or more: the others know each other only through it
+        if len(self._connections) > 1:  # machine 0 of three or more: the others are connected only through it
             self._send_to_all(_ended_message(ended), besides=ended.machine)
 
     def _send_to_all(self, message: dict[str, Any], besides: int | None = None) -> None:
@@ -155,7 +155,7 @@ class Host:
     """Machine 0 of a meeting.
 
     Args:
-        machines: how many there are, this one included.
+        machines: number of machines, including this one.
     """
 
     def __init__(self, machines: int) -> None:
@@ -167,11 +167,11 @@ class Host:
 
     @property
     def invitation(self) -> dict[str, Any]:
-        """What the others have to know."""
+        """Return what the other machines need in order to connect."""
         return {"port": self._listener.getsockname()[1], "nonce": self._nonce}
 
     def meet(self, wait: Wait, timeout_s: float, patience_s: float) -> Peers | None:
-        """Waits for the others; None when ``wait`` says that there is no point.
+        """Wait for the other machines. Return None if ``wait`` says that there is no point in waiting.
 
         Args:
             wait: see `Wait`.
@@ -179,7 +179,7 @@ class Host:
             patience_s: how long to wait.
 
         Raises:
-            TimeoutError: somebody did not come.
+            TimeoutError: a machine did not connect.
         """
         guests: dict[int, socket.socket] = {}
         began = said = beat = time.monotonic()
@@ -197,12 +197,12 @@ class Host:
                 missing = sorted(set(range(1, self._machines)) - guests.keys())
                 if time.monotonic() - said > _SAY_EVERY_S:
                     said = time.monotonic()
-                    log.info("waiting for the machines %s", ", ".join(map(str, missing)))
+                    log.info("waiting for machines %s", ", ".join(map(str, missing)))
                 if wait(0.0) or time.monotonic() - began > patience_s:
                     for connection in guests.values():
                         connection.close()
                     if time.monotonic() - began > patience_s:
-                        raise TimeoutError(f"machines {missing} did not come in {patience_s:.0f} s")
+                        raise TimeoutError(f"machines {missing} did not connect within {patience_s:.0f} s")
                     return None
         _tell_all(guests, {"go": True})
         return Peers(guests, timeout_s)
@@ -212,14 +212,14 @@ class Host:
         try:
             hello = _decode(line)
             if hello.get("nonce") != self._nonce:
-                raise ValueError("a stranger")
+                raise ValueError("it does not belong to this launch")
             why = None
             if hello.get("machines") != self._machines:
                 why = f"machine 0 was started with --num_machines {self._machines}"
             elif hello.get("machine") not in range(1, self._machines):
                 why = f"there is no machine {hello.get('machine')} of {self._machines}"
             elif hello["machine"] in guests and _lives(guests[hello["machine"]]):
-                why = f"machine {hello['machine']} is there already"
+                why = f"machine {hello['machine']} is already connected"
             if why is not None:
                 _send(connection, {"refused": why})
                 raise ValueError(why)
@@ -229,20 +229,20 @@ class Host:
 
 
 class _Door:
-    """Connections that have not said who they are: each has one deadline for its whole first line, and delays nobody.
+    """Connections that have not identified themselves. Each has one deadline for its entire first line, and delays no other.
 
     Args:
-        listener: that takes them, without blocking.
+        listener: accepts them, without blocking.
     """
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
-        self._waiting: dict[socket.socket, tuple[float, bytes]] = {}  # until when, and what came so far
+        self._waiting: dict[socket.socket, tuple[float, bytes]] = {}  # the deadline, and the bytes received so far
 
     def heard(self, timeout_s: float) -> list[tuple[socket.socket, bytes]]:
-        """Return connections with their first line, which are the caller's from now on; wait for news at most so long."""
+        """Wait for at most ``timeout_s`` seconds. Return connections with their first line; the caller then owns them."""
         found = []
         for key, _ in self._selector.select(timeout_s):
             if key.fileobj is self._listener:
@@ -255,7 +255,7 @@ class _Door:
         return found
 
     def close(self) -> None:
-        """Close what is left of them."""
+        """Close the remaining connections."""
         for connection in [*self._waiting]:
             self._forget(connection)
             connection.close()
@@ -263,13 +263,13 @@ class _Door:
 
     def _admit(self, connection: socket.socket) -> None:
         if len(self._waiting) >= _MOST_STRANGERS:
-            self._refuse(next(iter(self._waiting)), ConnectionError("too many came at once"))
+            self._refuse(next(iter(self._waiting)), ConnectionError("too many connections at once"))
         connection.setblocking(False)
         self._waiting[connection] = time.monotonic() + _GREETING_S, b""
         self._selector.register(connection, selectors.EVENT_READ)
 
     def _read(self, connection: socket.socket) -> bytes | None:
-        if connection not in self._waiting:  # sent away in this round
+        if connection not in self._waiting:  # refused in this round
             return None
         until, line = self._waiting[connection]
         try:
@@ -300,12 +300,12 @@ class _Door:
 
 
 def _send_away(connection: socket.socket, why: Exception) -> None:
-    log.warning("somebody who connected was sent away: %s", why)
+    log.warning("refused a connection: %s", why)
     connection.close()
 
 
 class Refused(Exception):
-    """Machine 0 sent this one away, and would again."""
+    """Machine 0 refused this machine, and would refuse it again."""
 
 
 def join(
@@ -317,23 +317,23 @@ def join(
     timeout_s: float,
     patience_s: float,
 ) -> tuple[int, Peers] | None:
-    """What the other machines do: finds machine 0 and waits until all are there.
+    """Connect to machine 0, from any other machine, and wait until all machines are connected.
 
     Args:
         machine: rank of this machine.
-        machines: how many there are.
+        machines: number of machines.
         address: of machine 0.
-        read_invitation: the newest launch and what machine 0 put into the store under it, or None.
+        read_invitation: returns the newest launch and the invitation of its machine 0, or None.
         wait: see `Wait`.
-        timeout_s: of the `Peers`, and of machine 0, which says each second that it waits.
-        patience_s: how long to look.
+        timeout_s: of the `Peers`; also for machine 0, which sends a line every second while it waits.
+        patience_s: how long to try.
 
     Returns:
-        The launch of the launch, and the connections; None when ``wait`` said that there is no point.
+        The number of the launch, and the connections; None if ``wait`` said that there is no point in waiting.
 
     Raises:
-        Refused: the machines were started with numbers that don't fit together.
-        TimeoutError: no meeting in ``patience_s``.
+        Refused: the machines were started with numbers that do not match.
+        TimeoutError: the machines did not meet within ``patience_s``.
     """
     began = said = time.monotonic()
     while True:
@@ -347,7 +347,7 @@ def join(
             said = time.monotonic()
             log.info("waiting for machine 0 at %s", address)
         if time.monotonic() - began > patience_s:
-            raise TimeoutError(f"machine 0 at {address} did not come in {patience_s:.0f} s")
+            raise TimeoutError(f"machine 0 at {address} did not answer within {patience_s:.0f} s")
         if wait(BEAT_S):
             return None
 
@@ -355,7 +355,7 @@ def join(
 def _knock(
     machine: int, machines: int, address: str, invitation: dict[str, Any], wait: Wait, timeout_s: float
 ) -> socket.socket | None:
-    """The connection, once machine 0 has said go; None when it is not there, or goes."""
+    """Return a connection once machine 0 has sent "go"; None if it is not there, or disappears."""
     try:
         connection = socket.create_connection((address, invitation["port"]), _GREETING_S)
     except (OSError, KeyError, TypeError, OverflowError):
@@ -401,18 +401,18 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _decode(line: bytes) -> dict[str, Any]:
-    """Raises ValueError for what is no message."""
+    """Return the message in a line. Raises ValueError if it is not a message."""
     try:
         message = json.loads(line)
     except RecursionError as error:
         raise ValueError("too deep a message") from error
     if not isinstance(message, dict):
-        raise ValueError(f"no message: {line!r}")
+        raise ValueError(f"not a message: {line!r}")
     return message
 
 
 def _read_byte(connection: socket.socket) -> bytes:
-    """Byte by byte, so that what follows stays in the socket; empty when none came in time. Raises OSError at the end."""
+    """Read one byte only, so that later messages stay in the socket. Return b"" after a timeout. Raises OSError at the end."""
     try:
         byte = connection.recv(1)
     except TimeoutError:

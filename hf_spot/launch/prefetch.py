@@ -1,7 +1,7 @@
-"""Fetches the newest checkpoint while the command line is read and the training processes start: both import torch.
+"""Download the newest checkpoint while the command line is parsed and the training processes start: both import torch.
 
-Of several machines each fetches what its own ranks need, to its own disk. A file system that they may share is left to
-machine 0, whose training process, too, brings what stands there for all.
+Each of several machines downloads what its own ranks need, to its own disk. On a filesystem that they may share only machine 0
+downloads, as its training process would.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ log = logging.getLogger("hf_spot")
 
 
 class _NotNeeded(SpotError):
-    """The machine is going, or the launch has ended: nobody trains with it."""
+    """The machine is being taken away, or the launch has ended: the checkpoint is no longer needed."""
 
 
 def newest_of(url: str) -> tuple[Run, CheckpointRef | None]:
-    """For `Prefetch`: what a launch of this run will go on from; None when nothing is left to train."""
+    """Return a run and the checkpoint that its next launch will resume from, for `Prefetch`; None if the run is finished."""
     run = Run(url)
     state = run.state()
     return run, None if state.ended == "finished" else state.latest()
 
 
 class Prefetch:
-    """One download, verified as every restore is, to the disk of the folder that the checkpoint came from. The training process
-    moves it to where it wants it (`hf_spot.run.restore.adopt_prefetched`); where it can't, it fetches the checkpoint itself.
+    """One download, verified like every restore, to the disk of the folder that the checkpoint was saved in. The training
+    process moves it to its place (`hf_spot.run.restore.adopt_prefetched`); if it can't, it downloads the checkpoint itself.
 
-    It begins at once, in a thread.
+    The download begins at once, in a thread.
 
     Args:
-        find: gives the run, and the commit that is wanted.
-        machines: of the launch; None while that is not known yet, as if it were one whose disk may be another's, too.
+        find: returns the run and the commit to download.
+        machines: of the launch; None while they are unknown: then nothing is downloaded to a disk that may be shared.
     """
 
     def __init__(self, find: Callable[[], tuple[Run, CheckpointRef | None]], machines: Machines | None = None) -> None:
@@ -60,7 +60,7 @@ class Prefetch:
         self._machines = machines
         self._needed: Callable[[], bool] = lambda: True
         self._ended = False
-        self.run: Run | None = None  # once it is found
+        self.run: Run | None = None  # set once it is found
         self._ref: CheckpointRef | None = None
         self._folder: Path | None = None
         worker = Workers(1, "hf_spot-ahead")
@@ -68,30 +68,30 @@ class Prefetch:
         worker.shutdown(wait=False)
 
     def serves(self, ref: CheckpointRef) -> bool:
-        """Whether it brings this commit, or has brought it; if not, it is closed."""
+        """Return whether this is, or was, a download of this commit. If not, close it."""
         fruitless = self._fetched.done() and self._fetched.result().folder is None
         if self._ended or self._ref != ref or fruitless:
             self.close()
         return not self._ended
 
     def hand_to(self, runtime: Runtime, needed: Callable[[], bool]) -> None:
-        """From now on the training process of this launch waits for it.
+        """Make the training process of this launch wait for the download.
 
         Args:
             runtime: of the launch.
-            needed: asked again and again; False ends the download.
+            needed: called repeatedly; False ends the download.
         """
         self._needed = needed
         runtime.expect_prefetch()
 
         def tell(fetched: Future[Prefetched]) -> None:
-            with contextlib.suppress(OSError):  # the folder has gone with its launch
+            with contextlib.suppress(OSError):  # the folder was deleted at the end of its launch
                 runtime.tell_prefetched(fetched.result())
 
         self._fetched.add_done_callback(tell)
 
     def close(self) -> None:
-        """The launch has ended; what nobody has moved away is deleted."""
+        """End the download, and delete its folder unless it was moved away."""
         self._ended = True
         wait([self._fetched], _CLOSE_S)
         if self._folder is not None:
@@ -104,16 +104,16 @@ class Prefetch:
         except _NotNeeded:
             log.log(logging.DEBUG if self._ended else logging.INFO, "the download of the newest checkpoint was given up")
         except (SpotError, OSError) as error:
-            log.debug("the newest checkpoint is left to the training process: %s", error)
-        except Exception as error:  # the training process meets it again, if it is one
-            log.debug("the newest checkpoint is left to the training process: %s: %s", type(error).__name__, error)
+            log.debug("the training process will download the newest checkpoint: %s", error)
+        except Exception as error:  # if it persists, the training process will report it
+            log.debug("the training process will download the newest checkpoint: %s: %s", type(error).__name__, error)
         return Prefetched(self._ref.entry if self._ref else 0)
 
     @staticmethod
     def _private_folder(beside: Path, whose: str) -> Path | None:
-        """Make a folder that only this user can enter, by a name that nobody can guess; None where that is impossible.
+        """Create a folder that only this user can enter, with a name that nobody can guess; return None if that is impossible.
 
-        Those that killed launches have left of the same ``whose`` are removed.
+        Folders that killed launches have left with the same ``whose`` are deleted.
         """
         name = f".hf_spot-restore-{hashlib.sha256(whose.encode()).hexdigest()[:12]}-"
         for left in beside.glob(f"{name}*"):
@@ -130,7 +130,7 @@ class Prefetch:
         output_dir = checkpoint.details.get("output_dir")
         if not isinstance(output_dir, str) or (Path(output_dir) / checkpoint.name).exists():
             return Prefetched(ref.entry)
-        # Not into output_dir itself: scripts look whether it is empty, and what is in it.
+        # Not into output_dir itself: scripts check whether it is empty, and look at its contents.
         beside = next(folder for folder in Path(output_dir).absolute().parents if folder.is_dir())
         machines, shared = self._machines or Machines(), _may_be_shared(beside)
         if shared and (machines.rank or self._machines is None):
@@ -138,21 +138,21 @@ class Prefetch:
         ranks = None if shared else _ranks(machines, checkpoint.details.get("world_size", 1))
         self._folder = self._private_folder(beside, f"{run.url} {machines.rank}")
         if self._folder is None:
-            log.info("%s keeps nothing private to a user: the checkpoint is left to the training process", beside)
+            log.info("%s can't have private folders: the training process will download the checkpoint", beside)
             return Prefetched(ref.entry)
         folder = self._folder
         with Bar("restore", ref.size_bytes) as bar:
 
             def moved(count: int) -> None:
                 if self._ended or not self._needed():
-                    raise _NotNeeded("nobody needs it any more")
+                    raise _NotNeeded("no longer needed")
                 bar(count)
 
             return Prefetched(ref.entry, run.fetch(checkpoint, folder, ranks=ranks, progress=moved), ranks)
 
 
 def _ranks(machines: Machines, world_size: int) -> tuple[int, ...] | None:
-    """Those of this machine, if there are as many as when the checkpoint was saved; None for all."""
+    """Return the ranks of this machine, assuming as many ranks as when the checkpoint was saved; None for all ranks."""
     each, rest = divmod(world_size, machines.count)
     if machines.count == 1 or rest:
         return None
@@ -160,7 +160,7 @@ def _ranks(machines: Machines, world_size: int) -> tuple[int, ...] | None:
 
 
 def _may_be_shared(folder: Path) -> bool:
-    """Whether other machines may see the same folder, as far as the name of its file system tells."""
+    """Return whether other machines may see the same folder, according to the type of its filesystem."""
     mounts = [one for one in psutil.disk_partitions(all=True) if folder.is_relative_to(one.mountpoint)]
     nearest = max(mounts, key=lambda one: len(one.mountpoint), default=None)
     return nearest is None or nearest.fstype not in _OF_ONE_MACHINE

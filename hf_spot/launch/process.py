@@ -1,4 +1,4 @@
-"""One launch's process and all that come from it: started on a leash, and gone without a trace afterwards."""
+"""One launch's process and all its descendants: they die with the launcher, and none is left after the launch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _GONE_S = 10.0
 
 
 class ProcessTree:
-    """Runs a command in a session of its own: neither Ctrl-C nor a signal to the launcher's group reaches it.
+    """Runs a command in a session of its own, so that neither Ctrl-C nor a signal to the launcher's group reaches it.
 
-    If this process dies, whatever the way, the command dies too. What the command started and left behind is killed by
-    `end`, daemons included.
+    If this process dies, for whatever reason, the command dies too. `end` kills all processes that the command has left behind,
+    daemons included.
 
     Args:
         command: to run.
         environ: its environment.
-        signals: that wait until the command unblocks them: none of its processes dies of them before it can listen.
+        signals: blocked until the command unblocks them, so that no process dies of them before it has a handler.
 
     Raises:
         OSError: it can't be started.
@@ -46,7 +46,7 @@ class ProcessTree:
             os.close(theirs)
 
     def wait(self, timeout_s: float) -> int | None:
-        """The exit code, or None when the command still runs after ``timeout_s``. A signal counts as 128 and its number."""
+        """Return the exit code, or None if the command still runs after ``timeout_s``. For a signal, 128 plus its number."""
         try:
             code = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -54,7 +54,7 @@ class ProcessTree:
         return code if code >= 0 else 128 - code
 
     def end(self) -> None:
-        """Kills what is left: the command if it runs, and every descendant."""
+        """Kill the command, if it still runs, and every descendant."""
         while left := [one for one in psutil.Process().children(recursive=True) if one not in self._strangers]:
             for one in left:
                 try:
@@ -62,7 +62,7 @@ class ProcessTree:
                 except psutil.NoSuchProcess:
                     continue
             if psutil.wait_procs(left, timeout=_GONE_S)[1]:
-                break  # in the kernel's hands (a dead mount): nothing more can be done from here
+                break  # stuck in the kernel (a dead mount): it can't be killed
         self._process.poll()
         if self._alive >= 0:
             os.close(self._alive)

@@ -1,4 +1,4 @@
-"""``hf-spot launch``: one watcher, one launch at a time, and a word in the journal about how each of them ended."""
+"""``hf-spot launch``: one watcher, one launch at a time, and a journal entry about how each launch ended."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ log = logging.getLogger("hf_spot")
 
 EXIT_INTERRUPTED = 130
 _TICK_S = 0.1
-_HOW_TO_PROTECT = "Trainer is protected once it trains; in a loop of your own, save with hf_spot.SpotCheckpointManager"
+_HOW_TO_PROTECT = "Trainer is protected once it trains; in a custom loop, save with hf_spot.SpotCheckpointManager"
 
 
 def launch(reading: Reading) -> int:
-    """Runs ``hf-spot launch`` and returns its exit code.
+    """Run ``hf-spot launch`` and return its exit code.
 
     Args:
-        reading: of what stands behind ``hf-spot launch``.
+        reading: of the arguments after ``hf-spot launch``.
 
     Raises:
         SpotError: the command line or the store can't be used; nothing was started.
@@ -77,7 +77,7 @@ def launch(reading: Reading) -> int:
         command = reading.result()
         found = ahead.run if ahead is not None and command.store == store else None
         run = Run(
-            command.store if found is None else found.store,  # it has met its server already
+            command.store if found is None else found.store,  # this one is already connected to its server
             allow_unfenced_store=command.arguments.allow_unfenced_store,
             workers=command.arguments.upload_workers,
         )
@@ -86,7 +86,7 @@ def launch(reading: Reading) -> int:
             newest = state.latest()
             log.info("%s is finished at step %d: nothing to do", run.url, newest.step if newest else 0)
             return EXIT_FINISHED
-        if state.latest() is None:  # whoever resumes has read it, and batches that differ are told by the training
+        if state.latest() is None:  # on a resume the user has seen them, and the training reports batches that differ
             for remark in command.remarks:
                 log.warning("%s", remark)
         if ahead is not None and (command.store != store or command.machines.count > 1):
@@ -99,9 +99,9 @@ class Supervisor:
     """Starts launches until one finishes, is preempted, or is given up.
 
     Args:
-        run: that is trained.
-        command: what to start.
-        early: a download of the run's newest checkpoint that has begun already.
+        run: the run to train.
+        command: the command to start.
+        early: a download of the run's newest checkpoint that has already begun.
         now: the wall clock.
         clock: seconds, monotonic.
     """
@@ -127,21 +127,21 @@ class Supervisor:
         self._watcher = Watcher([self._signals, *others], self._on_notice)
         self._heard = threading.Event()  # a TERMINATE
         self._heard_at = 0.0
-        self._trained_s = 0.0  # after it
+        self._trained_s = 0.0  # time from then on in which a training was running
         self._unreachable = False
-        self._training: bool | None = None  # as a worker of this launch told last; None while none has told anything
+        self._training: bool | None = None  # the last report of this launch's workers; None if there is none yet
         self._notice: PreemptionNotice | None = None
         self._runtime: Runtime | None = None
-        self._journal_writer = JournalWriter(run)  # what is asked at the end comes behind what was written
+        self._journal_writer = JournalWriter(run)  # its order lets the last reads see all that was written
         self._hook = Hook(hook_url(command.arguments, command.environ), run.url)
         self._machines = command.machines
         self._peers: Peers | None = None
 
     def supervise(self, on_listening: Callable[[], None] = lambda: None) -> int:
-        """Work until the end, and return the exit code of ``hf-spot launch``.
+        """Run launches until the end, and return the exit code of ``hf-spot launch``.
 
         Args:
-            on_listening: called when notices are listened to, before anything begins.
+            on_listening: called when the watcher runs, before the first launch.
         """
         fruitless = launches = 0
         with self._watcher, contextlib.closing(self._hook):
@@ -190,7 +190,8 @@ class Supervisor:
                 self._peers.close()
 
     def _meet(self) -> tuple[int, Peers | None] | None:
-        """Takes the run, together with the other machines if there are any: the launch; None when a notice came first."""
+        """Claim the run, together with the other machines if there are any. Return the launch and the connections to them; None
+        if a notice came first."""
         machines, arguments = self._machines, self._command.arguments
         about = about_this_machine("hf-spot launch", self._command.environ)
         if machines.count == 1:
@@ -219,7 +220,7 @@ class Supervisor:
             return None
         except Refused as error:
             raise ConfigError(
-                f"machine 0 does not take this one: {error}", hint="the same --num_machines everywhere"
+                f"machine 0 refused this machine: {error}", hint="use the same --num_machines on all machines"
             ) from error
 
     def _train(self, launch: int) -> tuple[Verdict, int]:
@@ -232,7 +233,7 @@ class Supervisor:
             stack.callback(folder.close)
             if self._machines.rank == 0:
                 self._hook.tell(f"launch {launch} has begun on {platform.node()}")
-            arguments = replace(self._command.arguments, on_event=None)  # it is told here
+            arguments = replace(self._command.arguments, on_event=None)  # this process posts the events
             runtime = Runtime(self._run.url, launch, folder.path, arguments, claimed_at=self._run.journal.claimed_at)
             try:
                 runtime.reserve()
@@ -274,12 +275,12 @@ class Supervisor:
                     alone_since = self._clock()
                     log.warning("machine %d: %s", ended.machine, ended.verdict.value)
                 if self._clock() - alone_since > outlives_s(ended.verdict, self._command.arguments.drain_timeout_s):
-                    log.error("the training can't go on without machine %d: killing it", ended.machine)
+                    log.error("the training can't continue without machine %d: killing it", ended.machine)
                     return ended.code or EXIT_PREEMPTED
         return code
 
     def _keep(self, folder: RuntimeFolder, runtime: Runtime) -> None:
-        """See that what was told is in the folder, whoever cleans it, and read what the workers have told."""
+        """Restore the notice in the folder if a cleanup deleted it, and read the workers' report."""
         told = runtime.read_training()
         self._training = self._training if told is None else told
         try:
@@ -287,16 +288,16 @@ class Supervisor:
             if self._notice is not None and (anew or not runtime.notice_path.exists()):
                 runtime.write_notice(self._notice)
             if anew:
-                log.warning("%s was deleted, and has been made again", folder.path)
+                log.warning("%s was deleted, and was created again", folder.path)
         except OSError as error:
             if not self._unreachable:
-                log.error("a notice can't reach the training any more: %s", error)
+                log.error("notices can no longer reach the training: %s", error)
             self._unreachable = True
 
     def _give_up(self) -> None:
         state = self._read_at_the_end() if self._training is False else None
         if state is not None and state.launch == self._run.launch and state.ended == Verdict.PREEMPTED.value:
-            log.info("the training is committed, and its process is slow to exit: ending it")
+            log.info("the training is committed, but its process is slow to exit: ending it")
         else:
             log.error("the training process did not end in time: killing it")
 
@@ -336,17 +337,17 @@ class Supervisor:
         if state is not None and not newer and (self._machines.rank == 0 or main_lost):
             self._write_ending(verdict, state, code, StepCounter.read(runtime.step_path))
         if verdict is Verdict.FENCED:
-            log.error("a newer launch owns %s; this one has ended", self._run.url)
+            log.error("a newer launch has claimed %s; this one has ended", self._run.url)
         elif verdict is Verdict.PREEMPTED:
             log.warning("%s", self._words_after_preemption(state))
         return verdict, code
 
     def _words_after_preemption(self, state: RunState | None) -> str:
         if self._training is not None:
-            return "preempted; start the same command again to go on"
+            return "preempted; start the same command again to resume"
         newest = state.latest() if state is not None else None
         if newest is not None:
-            return f"preempted before a training began; start the same command again to go on from step {newest.step}"
+            return f"preempted before a training began; start the same command again to resume from step {newest.step}"
         return f"preempted, and nothing was saved: the same command will begin from the start. {_HOW_TO_PROTECT}"
 
     def _tell_ending(self, verdict: Verdict, code: int, state: RunState | None) -> None:
@@ -361,12 +362,12 @@ class Supervisor:
             return None
         try:
             return asked.result()
-        except Exception as error:  # the exit code is the training's, whatever the journal, its store or a login says
+        except Exception as error:  # no error of the journal, its store or a login may change the training's exit code
             log.error("%s can't be read after the training: %s", self._run.url, _told(error))
             return None
 
     def _all_is_committed(self) -> bool:
-        """Whether this launch's training has said in the journal that every step which it made is committed."""
+        """Return whether, by the journal's last entry of this launch's training, every step that it made is committed."""
         state = self._run.journal.state
         if not self._heard.is_set() or state.ended != "preempted" or state.launch != self._run.launch:
             return False
@@ -376,7 +377,7 @@ class Supervisor:
         try:
             said = asked.result()
         except Exception as error:
-            log.warning("%s can't be read before the machine goes: %s", self._run.url, _told(error))
+            log.warning("%s can't be read before the machine is taken away: %s", self._run.url, _told(error))
             return False
         return said.get("step") is not None and bool(said["committed_step"] >= said["step"])
 
@@ -397,10 +398,10 @@ class Supervisor:
         newest = state.latest()
         data: dict[str, Any] = {"exit_code": code, "step": step, "committed_step": newest.step if newest else 0}
         if verdict is Verdict.FINISHED:
-            if state.ended == verdict.value:  # a loop of one's own has said so itself
+            if state.ended == verdict.value:  # a custom loop has already recorded it
                 return
             if newest is None or not newest.complete:
-                log.warning("the script ended well, but no training of it was committed to its end: not marked as finished")
+                log.warning("the script succeeded, but none of its trainings was committed at its end: not marked as finished")
                 return
             data["step"] = newest.step
             log.info("%s is finished at step %d", self._run.url, newest.step)
@@ -421,19 +422,19 @@ class Supervisor:
             try:
                 runtime.write_notice(notice)
             except FileNotFoundError:
-                log.info("the launch had ended already")
+                log.info("the launch had already ended")
             except OSError as error:
-                log.error("the training can't be told of it, and will be killed in the end: %s", error)
+                log.error("the notice can't be passed on to the training, which will be killed when its time is up: %s", error)
         if notice.kind is NoticeKind.TERMINATE:
             if runtime is not None and self._training is None:
-                log.warning("so far nothing of this script is protected, so nothing can be saved. %s", _HOW_TO_PROTECT)
+                log.warning("nothing of this script is protected yet, so nothing can be saved. %s", _HOW_TO_PROTECT)
             if not self._heard.is_set():
                 self._heard_at, self._trained_s = self._clock(), 0.0
             self._heard.set()
         elif notice.kind is NoticeKind.CANCELLED:
             self._heard.clear()
         if runtime is not None:
-            # The journal may be slow to answer, and neither the other sources nor the training shall wait for it.
+            # The journal may be slow to answer, and neither the other sources nor the training may wait for it.
             self._journal_writer.record("notice", json.loads(notice.to_json()), patience_s=0.0)
 
 

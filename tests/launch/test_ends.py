@@ -106,7 +106,7 @@ def test_a_script_that_nothing_protects_is_told_so_at_the_notice_and_at_the_end(
     assert launch.wait() == 75, launch.text()
     *_, last = [line for line in launch.text().splitlines() if line.startswith("hf-spot:")]
     assert "nothing was saved" in last and "begin from the start" in last and "SpotCheckpointManager" in last
-    assert "to go on" not in launch.text()
+    assert "to resume" not in launch.text()
 
 
 def test_a_training_that_has_not_begun_again_is_told_where_it_will(
@@ -119,7 +119,7 @@ def test_a_training_that_has_not_begun_again_is_told_where_it_will(
     wait_for(lambda: (tmp_path / "began").exists() or launch.process.poll() is not None)
     launch.process.send_signal(signal.SIGTERM)
     assert launch.wait() == 75, launch.text()
-    assert "start the same command again to go on from step 5" in launch.text()
+    assert "start the same command again to resume from step 5" in launch.text()
 
 
 @pytest.mark.parametrize(("takes_s", "closes"), [("3", True), ("100", False)])

@@ -149,9 +149,9 @@ def test_whoever_waits_can_be_told_to_stop(meeting: Meeting) -> None:
 
 def test_patience_ends() -> None:
     never = threading.Event()
-    with pytest.raises(TimeoutError, match=r"machines \[1\] did not come"):
+    with pytest.raises(TimeoutError, match=r"machines \[1\] did not connect"):
         Host(2).meet(never.wait, TIMEOUT_S, 0.1)
-    with pytest.raises(TimeoutError, match=r"machine 0 at .* did not come"):
+    with pytest.raises(TimeoutError, match=r"machine 0 at .* did not answer"):
         join(1, 2, "127.0.0.1", lambda: None, never.wait, TIMEOUT_S, 0.0)
 
 
