@@ -188,9 +188,9 @@ class Host:
                 if time.monotonic() - beat > BEAT_S:
                     beat = time.monotonic()
                     _tell_all(guests, {"wait": True})
-                for connection, line in door.heard(_TICK_S):
+                for connection, line in door.arrivals(_TICK_S):
                     self._greet(connection, line, guests)
-                for machine in [one for one, connection in guests.items() if not _lives(connection)]:
+                for machine in [one for one, connection in guests.items() if not _is_alive(connection)]:
                     guests.pop(machine).close()
                 if len(guests) == self._machines - 1:
                     break
@@ -218,7 +218,7 @@ class Host:
                 why = f"machine 0 was started with --num_machines {self._machines}"
             elif hello.get("machine") not in range(1, self._machines):
                 why = f"there is no machine {hello.get('machine')} of {self._machines}"
-            elif hello["machine"] in guests and _lives(guests[hello["machine"]]):
+            elif hello["machine"] in guests and _is_alive(guests[hello["machine"]]):
                 why = f"machine {hello['machine']} is already connected"
             if why is not None:
                 _send(connection, {"refused": why})
@@ -241,7 +241,7 @@ class _Door:
         self._selector.register(listener, selectors.EVENT_READ)
         self._waiting: dict[socket.socket, tuple[float, bytes]] = {}  # the deadline, and the bytes received so far
 
-    def heard(self, timeout_s: float) -> list[tuple[socket.socket, bytes]]:
+    def arrivals(self, timeout_s: float) -> list[tuple[socket.socket, bytes]]:
         """Wait for at most ``timeout_s`` seconds. Return connections with their first line; the caller then owns them."""
         found = []
         for key, _ in self._selector.select(timeout_s):
@@ -340,7 +340,7 @@ def join(
         invitation = read_invitation()
         if invitation is not None:
             launch, found = invitation
-            connection = _knock(machine, machines, address, found, wait, timeout_s)
+            connection = _connect(machine, machines, address, found, wait, timeout_s)
             if connection is not None:
                 return launch, Peers({0: connection}, timeout_s)
         if time.monotonic() - said > _SAY_EVERY_S:
@@ -352,7 +352,7 @@ def join(
             return None
 
 
-def _knock(
+def _connect(
     machine: int, machines: int, address: str, invitation: dict[str, Any], wait: Wait, timeout_s: float
 ) -> socket.socket | None:
     """Return a connection once machine 0 has sent "go"; None if it is not there, or disappears."""
@@ -422,7 +422,7 @@ def _read_byte(connection: socket.socket) -> bytes:
     return byte
 
 
-def _lives(connection: socket.socket) -> bool:
+def _is_alive(connection: socket.socket) -> bool:
     before = connection.gettimeout()
     connection.setblocking(False)
     try:

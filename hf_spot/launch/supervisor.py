@@ -284,10 +284,10 @@ class Supervisor:
         told = runtime.read_training()
         self._training = self._training if told is None else told
         try:
-            anew = folder.renew()
-            if self._notice is not None and (anew or not runtime.notice_path.exists()):
+            was_deleted = folder.renew()
+            if self._notice is not None and (was_deleted or not runtime.notice_path.exists()):
                 runtime.write_notice(self._notice)
-            if anew:
+            if was_deleted:
                 log.warning("%s was deleted, and was created again", folder.path)
         except OSError as error:
             if not self._unreachable:
@@ -363,7 +363,7 @@ class Supervisor:
         try:
             return asked.result()
         except Exception as error:  # no error of the journal, its store or a login may change the training's exit code
-            log.error("%s can't be read after the training: %s", self._run.url, _told(error))
+            log.error("%s can't be read after the training: %s", self._run.url, _describe(error))
             return None
 
     def _all_is_committed(self) -> bool:
@@ -377,7 +377,7 @@ class Supervisor:
         try:
             said = asked.result()
         except Exception as error:
-            log.warning("%s can't be read before the machine is taken away: %s", self._run.url, _told(error))
+            log.warning("%s can't be read before the machine is taken away: %s", self._run.url, _describe(error))
             return False
         return said.get("step") is not None and bool(said["committed_step"] >= said["step"])
 
@@ -438,7 +438,7 @@ class Supervisor:
             self._journal_writer.record("notice", json.loads(notice.to_json()), patience_s=0.0)
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return str(error) if isinstance(error, SpotError) else f"{type(error).__name__}: {error}"
 
 

@@ -24,7 +24,7 @@ class Past:
 
     Args:
         history: of all launches up to now, but for the end of the one that is under way.
-        as_of: the last that was heard of the launch under way; its uptime is counted up to there.
+        as_of: time of the newest entry of the launch under way; its uptime is counted up to there.
         cost: of the newest save.
         steps_lost: steps that the previous launch trained but did not commit; None if unknown.
     """

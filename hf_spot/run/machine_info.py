@@ -70,7 +70,7 @@ def this_machine(environ: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         ConfigError: ``$HF_SPOT_MACHINE`` can't be used.
     """
-    told = _told(environ.get(VARIABLE, ""))
+    told = _from_variable(environ.get(VARIABLE, ""))
     found = _ask_ec2(environ) if is_ec2(environ) and not told.keys() >= _PATHS.keys() else {}
     return {**dict.fromkeys(KEYS), **found, **told}
 
@@ -89,7 +89,7 @@ def _ask_ec2(environ: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
-def _told(text: str) -> dict[str, Any]:
+def _from_variable(text: str) -> dict[str, Any]:
     if not text.strip():
         return {}
     try:

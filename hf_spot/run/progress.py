@@ -45,7 +45,7 @@ class Bar:
 
     def close(self) -> None:
         """Clear the line. Repeated calls do nothing."""
-        with self._lock:  # another thread could draw it anew
+        with self._lock:  # another thread could draw it again
             self._shown.close()
 
     def __enter__(self) -> Bar:

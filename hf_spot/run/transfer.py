@@ -53,7 +53,7 @@ def upload(
         return passing.digest() or digest_of(path)
 
     def put_or_copy(name: str, path: Path, size_bytes: int, standing: Standing) -> str:
-        with contextlib.suppress(ObjectNotFound):  # somebody has pruned it
+        with contextlib.suppress(ObjectNotFound):  # it was pruned meanwhile
             if digest_of(path, standing.digest.partition(":")[0]) == standing.digest:
                 store.copy(standing.key, f"{prefix}/{name}")
                 if progress is not None:

@@ -97,7 +97,7 @@ class GoogleStore:
             size = os.fstat(file.fileno()).st_size
             if size <= PART_BYTES:
                 with job.first_trouble():
-                    self._upload(blob, _Told(job, file.fileno(), 0, size), size)
+                    self._upload(blob, _PartFile(job, file.fileno(), 0, size), size)
                 return
             part_bytes = PART_BYTES * max(1, -(-size // (_MOST_PARTS * PART_BYTES)))
             # It names the first folder of the key, so that `abort` can tell whose it was.
@@ -107,7 +107,7 @@ class GoogleStore:
             def send(number: int) -> None:
                 first = number * part_bytes
                 length = min(part_bytes, size - first)
-                self._upload(parts[number], _Told(job, file.fileno(), first, length), length)
+                self._upload(parts[number], _PartFile(job, file.fileno(), first, length), length)
 
             try:
                 job.in_parts(self._connection.workers, send, range(len(parts)))
@@ -165,7 +165,7 @@ class GoogleStore:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _upload(self, blob: Any, part: _Told, size: int) -> None:
+    def _upload(self, blob: Any, part: _PartFile, size: int) -> None:
         blob.chunk_size = _SENT_BYTES
         blob.upload_from_file(part, size=size, rewind=False, checksum="crc32c", **_TIMEOUTS)
 
@@ -285,7 +285,7 @@ _TROUBLE = (
 )
 
 
-class _Told:
+class _PartFile:
     """A part in the form of a file, as the client needs it. It reports to the job how far it has been read; bytes that are read
     again, because a request was repeated, are not reported again."""
 

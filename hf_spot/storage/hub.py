@@ -215,7 +215,7 @@ class HubRepoStore(_HubStore):
 
     def __init__(self, hub: Hub, prefix: str) -> None:
         super().__init__(hub, prefix)
-        self._together = _Together(lambda operations: self.commit(operations))
+        self._together = _GroupedCommits(lambda operations: self.commit(operations))
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
         """Yield the objects in the branch's tree, without ``.gitattributes``, which Git and the Hub need."""
@@ -363,7 +363,7 @@ class HubRepoStore(_HubStore):
             )
 
 
-class _Together:
+class _GroupedCommits:
     """Makes one commit of the writes of several threads.
 
     An uploaded file waits until no other upload is under way, so that a checkpoint's files become one commit. Other writes wait
@@ -377,20 +377,20 @@ class _Together:
         self._commit = commit
         self._changed = threading.Condition()
         self._moving = 0  # uploads under way
-        self._waiting: list[_Wish] = []
+        self._waiting: list[_PendingWrite] = []
         self._committing = False
         self._process = os.getpid()
 
     def add(self, operations: dict[str, dict[str, Any]]) -> None:
         """Commit operations, given by the path that each concerns. Return when they are committed."""
-        self._carry_out(_Wish(operations, patient=False))
+        self._carry_out(_PendingWrite(operations, patient=False))
 
     @contextlib.contextmanager
     def uploading(self) -> Iterator[Callable[[dict[str, dict[str, Any]]], None]]:
-        """Surround the upload of a file. Call the function that this yields with the operations once the file is uploaded; it
+        """Mark the block as the upload of a file. Once the file is uploaded, call the yielded function with the operations; it
         returns when they are committed."""
         arrived = False
-        self._know_the_process()
+        self._reset_after_fork()
         with self._changed:
             self._moving += 1
 
@@ -400,7 +400,7 @@ class _Together:
                 arrived = True
                 self._moving -= 1
                 self._changed.notify_all()
-            self._carry_out(_Wish(operations, patient=True))
+            self._carry_out(_PendingWrite(operations, patient=True))
 
         try:
             yield done
@@ -410,30 +410,30 @@ class _Together:
                     self._moving -= 1
                     self._changed.notify_all()
 
-    def _know_the_process(self) -> None:
+    def _reset_after_fork(self) -> None:
         if self._process != os.getpid():  # after a fork: the threads that were working or held the lock do not exist here
             self.__init__(self._commit)  # type: ignore[misc]
 
-    def _carry_out(self, wish: _Wish) -> None:
-        self._know_the_process()
+    def _carry_out(self, write: _PendingWrite) -> None:
+        self._reset_after_fork()
         with self._changed:
-            self._waiting.append(wish)
-            while not wish.done and (self._committing or (wish.patient and self._moving)):
+            self._waiting.append(write)
+            while not write.done and (self._committing or (write.patient and self._moving)):
                 self._changed.wait()
-            if not wish.done:
+            if not write.done:
                 self._committing = True
                 batch, self._waiting = self._waiting, []
-        if not wish.done:
+        if not write.done:
             self._commit_all(batch)
-        if wish.trouble is not None:
-            raise wish.trouble
+        if write.trouble is not None:
+            raise write.trouble
 
-    def _commit_all(self, batch: list[_Wish]) -> None:
+    def _commit_all(self, batch: list[_PendingWrite]) -> None:
         trouble: BaseException | None = None
         try:
             operations: dict[str, dict[str, Any]] = {}
-            for wish in batch:
-                operations |= wish.operations
+            for write in batch:
+                operations |= write.operations
             self._commit([*operations.values()])
         except SpotError as error:
             trouble = error
@@ -442,13 +442,13 @@ class _Together:
             raise
         finally:
             with self._changed:
-                for wish in batch:
-                    wish.done, wish.trouble = True, trouble
+                for write in batch:
+                    write.done, write.trouble = True, trouble
                 self._committing = False
                 self._changed.notify_all()
 
 
-class _Wish:
+class _PendingWrite:
     """The operations that one thread wants to commit."""
 
     def __init__(self, operations: dict[str, dict[str, Any]], *, patient: bool) -> None:

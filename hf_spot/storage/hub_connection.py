@@ -244,7 +244,7 @@ class Hub:
         if isinstance(error, OfflineModeIsEnabled):
             return ConfigError(f"{what}: huggingface_hub is in offline mode", hint="unset HF_HUB_OFFLINE")
         if isinstance(error, LocalTokenNotFoundError):
-            return AccessDenied(f"{what}: nobody is logged in", hint=log_in)
+            return AccessDenied(f"{what}: not logged in", hint=log_in)
         if isinstance(error, SourceFailed):
             return StoreUnavailable(f"{what}: {error}", hint=error.hint or log_in)
         if not isinstance(error, HfHubHTTPError):
@@ -268,7 +268,7 @@ class Hub:
             make = "hf buckets create" if self.kind == "bucket" else f"hf repos create --type {self.kind}"
             there = f"{what}: it does not exist"
             if get_token() is None:
-                return AccessDenied(f"{there}, or is private and nobody is logged in", hint=log_in)
+                return AccessDenied(f"{there}, or it is private and this machine is not logged in", hint=log_in)
             return BucketNotFound(f"{there}, or this login can't see it", hint=f"{make} --private {self.id}")
         if status == 429:
             return StoreUnavailable(
