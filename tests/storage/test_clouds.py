@@ -229,8 +229,8 @@ def test_what_azure_says_no_to_is_told_with_its_repair(
     ("variables", "match"),
     [
         ({}, "AZURE_STORAGE_ACCOUNT is not set"),
-        ({"AZURE_STORAGE_ACCOUNT": "Not an account"}, "no account's name"),
-        ({"AZURE_STORAGE_CONNECTION_STRING": "hunter2"}, "no connection string"),
+        ({"AZURE_STORAGE_ACCOUNT": "Not an account"}, "not the name of an account"),
+        ({"AZURE_STORAGE_CONNECTION_STRING": "hunter2"}, "not a connection string"),
     ],
 )
 def test_an_account_that_is_not_named_is_asked_for(
