@@ -204,8 +204,8 @@ def test_the_command_fails_when_something_does_not_work(tmp_path: Path, capsys: 
         (["--checkpoint-gb", "0"], "--checkpoint-gb 0"),
         (["--checkpoint-gb", "nan"], "--checkpoint-gb nan"),
         (["--grace-s", "-1"], "grace_s=-1"),
-        (["--store", "s3://x"], "no bucket's name"),
-        (["--store", "ftp://bucket/x"], "no kind of store"),
+        (["--store", "s3://x"], "not the name of a bucket"),
+        (["--store", "ftp://bucket/x"], "not a kind of store"),
         (["--job", "no-such-file.yaml"], "no-such-file.yaml"),
     ],
 )
