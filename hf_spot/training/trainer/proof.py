@@ -22,7 +22,7 @@ from hf_spot.training.trainer.resume_fixes import counters
 log = logging.getLogger("hf_spot")
 
 WEIGHTS, OPTIMIZER, SCHEDULER = "weights", "optimizer", "scheduler"
-COUNTERS, CALLBACKS, OWN = "counters", "callbacks", "state of the script"
+COUNTERS, STATEFUL_CALLBACKS, OWN = "counters", "callbacks", "state of the script"
 RANDOM, NEXT_BATCH = "random states", "next batch"
 _RANKS = "ranks"
 _STATE_COUNTERS = ("global_step", "epoch", "num_input_tokens_seen", "best_metric", "best_global_step")
@@ -62,7 +62,7 @@ class Proof:
             _RANKS: {"count": self._trainer.args.world_size},
             SCHEDULER: part_of(flat(_scheduler(self._trainer))),
             COUNTERS: self._counters(),
-            CALLBACKS: self._callbacks(),
+            STATEFUL_CALLBACKS: self._callbacks(),
             OWN: part_of(self._carried.marks()),
             RANDOM: self._random_states.digests(),
         }
@@ -109,7 +109,7 @@ class Proof:
             return
         self._compare(SCHEDULER, part_of(flat(_scheduler(self._trainer))))
         self._compare(COUNTERS, self._counters())
-        self._compare_common(CALLBACKS, self._callbacks())
+        self._compare_common(STATEFUL_CALLBACKS, self._callbacks())
         self._compare_common(OWN, part_of(self._carried.marks()))
         self._note(WEIGHTS, *_weights(self._trainer, checkpoint))
         self._note(OPTIMIZER, *_optimizer(self._trainer, checkpoint))
