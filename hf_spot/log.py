@@ -49,7 +49,7 @@ def log_always(level: int, message: str, *args: object, exc_info: bool = False) 
     """
     is_shown_by_a_handler = any(map(_is_own, log.handlers)) or _is_taken(level)
     if log.isEnabledFor(level) and _is_wanted(level) and is_shown_by_a_handler:
-        log.log(level, message, *args, exc_info=exc_info, stacklevel=2)
+        log.log(level, message, *args, exc_info=exc_info or None, stacklevel=2)  # not False: handlers compare it with None
     else:
         AboveBars().handle(log.makeRecord(log.name, level, __file__, 0, message, args, sys.exc_info() if exc_info else None))
 
