@@ -452,6 +452,11 @@ def _run(words: list[str], environ: dict[str, str]) -> NoReturn:
     os.environ.update({**environ, **{name: value for name, value in _imported.set_by_them.items() if name not in environ}})
     time.tzset()
     _show(words, environ)
+    # Python asks a file when it opens it whether it can be sought: these were opened for others.
+    sys.stdout, sys.stderr = (
+        open(fd, "w", encoding=stream.encoding, errors=stream.errors, closefd=False)
+        for fd, stream in ((1, sys.stdout), (2, sys.stderr))
+    )
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty(), write_through="-u" in options)  # type: ignore[union-attr]
     if "-Wignore" in options:

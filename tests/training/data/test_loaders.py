@@ -173,7 +173,7 @@ def one_by_one(self: Any) -> Iterator[Any]:
 @pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "one by one"])
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 11])
 def test_what_accelerate_has_prepared_is_handed_out_whether_it_makes_batches_ahead_or_not(
-    watch: Callable[[], Loaders], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, ahead: bool
+    monkeypatch: pytest.MonkeyPatch, watch: Callable[[], Loaders], tmp_path: Path, stop_at: int, ahead: bool
 ) -> None:
     if not ahead:
         monkeypatch.setattr(DataLoaderShard, "__iter__", one_by_one)
