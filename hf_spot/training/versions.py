@@ -13,7 +13,7 @@ from hf_spot.log import warn_for_all
 TESTED: dict[str, tuple[str, ...]] = {
     "transformers": ("5.6.0", "5.23.0"),
     "torch": ("2.13.0",),
-    "accelerate": ("1.10.0", "1.15.0"),
+    "accelerate": ("1.10.1", "1.15.0"),
     "peft": ("0.21.2",),
     "trl": ("1.16.0",),
 }
