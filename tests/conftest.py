@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell does this to what it runs in the background; the processes that tests start would never hear a Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # nohup does this, and hf-spot would rightly leave the signal ignored.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # Two workers and what they start share two cores: threads of torch would spin while they wait for each other. It is read

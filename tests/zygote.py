@@ -454,7 +454,7 @@ def _run(words: list[str], environ: dict[str, str]) -> NoReturn:
     _show(words, environ)
     # Python asks a file when it opens it whether it can be sought: these were opened for others.
     sys.stdout, sys.stderr = (
-        open(fd, "w", encoding=stream.encoding, errors=stream.errors, closefd=False)
+        open(fd, "w", encoding=stream.encoding, errors=stream.errors, closefd=False)  # noqa: SIM115  # for the whole process
         for fd, stream in ((1, sys.stdout), (2, sys.stderr))
     )
     for stream in (sys.stdout, sys.stderr):
