@@ -6,6 +6,7 @@ Then the exception is raised, as Trainer itself would have done, or logged if th
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -68,26 +69,16 @@ class HeldErrors:
                 if event in _BEHIND_A_SAVE:  # there was no save
                     self._release()
                 return call_event(event, args, state, control, **kwargs)
-            with self._tolerantly():
-                control = call_event(event, args, state, control, **kwargs)
+            # On a copy of the handler: callbacks may look for others in the real one, or add and remove some.
+            tolerant = copy.copy(self._handler)
+            present = CALLBACKS.of(self._handler)
+            CALLBACKS.set(tolerant, [one if one is self._own else _Tolerant(one, self._note) for one in present])
+            control = CALL_EVENT.plain(tolerant)(event, args, state, control, **kwargs)
             if event == "on_save" or not control.should_save:
                 self._release()
             return control
 
         return call
-
-    @contextlib.contextmanager
-    def _tolerantly(self) -> Iterator[None]:
-        present = CALLBACKS.of(self._handler)
-        wrapped = [one if one is self._own else _Tolerant(one, self._note) for one in present]
-        CALLBACKS.set(self._handler, wrapped)
-        try:
-            yield
-        finally:
-            # A callback may have added another one, or removed itself.
-            left = [one.callback if isinstance(one, _Tolerant) else one for one in CALLBACKS.of(self._handler)]
-            present[:] = left
-            CALLBACKS.set(self._handler, present)
 
     def _note(self, error: Exception) -> None:
         if self._held is None:
