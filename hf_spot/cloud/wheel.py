@@ -71,8 +71,16 @@ def build() -> tuple[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".pyc", ".so")
     }
-    for name in ("METADATA", "entry_points.txt"):
-        files[f"{info}/{name}"] = (about.read_text(name) or "").encode()
+    # A checkout that was installed with `pip install -e` and is the current folder has the older form, under the older name.
+    described = about.read_text("METADATA") or about.read_text("PKG-INFO")
+    entry_points = about.read_text("entry_points.txt")
+    if not described or not entry_points:
+        raise ConfigError(
+            "the installed hf_spot does not describe itself, so no wheel of it can be made",
+            hint="pip install --force-reinstall .",
+        )
+    files[f"{info}/METADATA"] = described.encode()
+    files[f"{info}/entry_points.txt"] = entry_points.encode()
     files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: hf_spot\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     record = "".join(f"{name},sha256={_record_digest(data)},{len(data)}\n" for name, data in files.items())
     files[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n".encode()

@@ -23,6 +23,14 @@ from tests.launch.conftest import Launcher
 from tests.waiting import wait_for
 
 
+def lives(process: psutil.Process) -> bool:
+    """Not so of one that has ended and that nobody has asked about yet."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.mark.fresh_python
 def test_a_signal_before_anything_has_begun_is_a_preemption(launcher: Launcher, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
@@ -39,7 +47,7 @@ def test_a_signal_before_anything_has_begun_is_a_preemption(launcher: Launcher, 
     assert "start the same command again" in launch.text()
     assert "Traceback" not in launch.text()
     assert not (tmp_path / "ran").exists() and not (tmp_path / "run" / "journal").exists()
-    wait_for(lambda: not any(one.is_running() for one in tree), "for what it had started")
+    wait_for(lambda: not any(map(lives, tree)), "for what it had started")
 
 
 def test_a_script_has_its_grace_after_its_last_checkpoint_however_long_that_took(

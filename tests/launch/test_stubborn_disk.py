@@ -87,6 +87,7 @@ def test_a_disk_that_cannot_rename_saves_and_a_restore_there_is_refused_in_one_l
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.get)
 def test_whichever_write_fails_the_run_stands_and_the_next_launch_finishes_it(
     error: int, disk: StubbornDisk, trainings: Launcher, twin: Twin, tmp_path: Path, counted: Callable[[str], None]

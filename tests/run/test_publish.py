@@ -136,7 +136,7 @@ def test_a_repository_that_changed_meanwhile_is_left_alone(
 
     monkeypatch.setattr(HubRepoStore, "prepared", interfere)
 
-    with pytest.raises(StoreError, match="changed by somebody else") as caught:
+    with pytest.raises(StoreError, match="changed by someone else") as caught:
         publish(run, "hf://me/busy")
     assert "commits/main" in caught.value.hint
     assert files(logged_in, "me/busy") == set()

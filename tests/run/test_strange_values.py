@@ -85,7 +85,9 @@ def read_all(url: str) -> None:
             assert main(command) in (0, 1, 2), command
 
 
-@pytest.mark.parametrize("offset", [0, *(pytest.param(offset, marks=pytest.mark.slow) for offset in range(1, len(VALUES)))])
+@pytest.mark.parametrize(
+    "offset", [0, *(pytest.param(offset, marks=[pytest.mark.slow, pytest.mark.proof]) for offset in range(1, len(VALUES)))]
+)
 def test_a_value_of_any_kind_is_an_error_in_words_or_none(tmp_path: Path, entries: list[dict[str, Any]], offset: int) -> None:
     url = str(tmp_path / "run")
     failed = []
