@@ -14,6 +14,7 @@ NOTICE_PLUGINS = "hf_spot.notices"  # the entry point group for sources from oth
 _TAKES_PARAMETER = ("file", "gcp", "slurm")
 SAVE_ERROR_ANSWERS = ("stop", "go-on")
 MISMATCH_ANSWERS = ("stop", "warn")
+CHANGE_ANSWERS = ("go-on", "stop")
 CADENCES = ("fixed", "auto")
 
 
@@ -119,6 +120,20 @@ class SpotArguments:
             "counters, the next batch): 'stop' ends it before its first step, with exit code 2; 'warn' logs it and goes on."
         },
     )
+    on_change: str = field(
+        default="go-on",
+        metadata={
+            "help": "When settings, data or versions differ from those that the checkpoint was saved with: 'go-on' says what "
+            "follows, in a line each, and continues; 'stop' ends the training before its first step, with exit code 2."
+        },
+    )
+    start_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start a new run from a checkpoint: RUN for the newest one of another run, RUN@STEP, or a folder such as "
+            "out/checkpoint-500. Once the run has checkpoints of its own, it resumes from those."
+        },
+    )
     save_memory_gb: float | None = field(
         default=None,
         metadata={
@@ -193,6 +208,10 @@ class SpotArguments:
         if self.on_mismatch not in MISMATCH_ANSWERS:
             raise ConfigError(
                 f"on_mismatch={self.on_mismatch!r} must be one of {', '.join(MISMATCH_ANSWERS)}", hint="--on-mismatch warn"
+            )
+        if self.on_change not in CHANGE_ANSWERS:
+            raise ConfigError(
+                f"on_change={self.on_change!r} must be one of {', '.join(CHANGE_ANSWERS)}", hint="--on-change go-on"
             )
         if self.save_memory_gb is not None and not self.save_memory_gb >= 0:
             raise ConfigError(f"save_memory_gb={self.save_memory_gb} must not be negative", hint="0 saves as Trainer does")

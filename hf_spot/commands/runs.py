@@ -93,8 +93,8 @@ def _ls(args: argparse.Namespace) -> int:
         print(f"{args.run} has no checkpoints")
     for ref in refs:
         marks = " ".join(word for word, holds in (("best", ref.best), ("complete", ref.complete)) if holds)
-        stage = "" if ref.stage == 1 else f" stage {ref.stage}"
-        print(f"checkpoint-{ref.step:<8}{stage} {megabytes(ref.size_bytes):>14}  launch {ref.launch:<4} {marks}".rstrip())
+        training = "" if ref.training == 1 else f" training {ref.training}"
+        print(f"checkpoint-{ref.step:<8}{training} {megabytes(ref.size_bytes):>14}  launch {ref.launch:<4} {marks}".rstrip())
     return 0
 
 
@@ -223,7 +223,7 @@ def _draw(args: argparse.Namespace, run: Run, report: Report) -> None:
             losses = losses_in(run.read(newest, "trainer_state.json"))
         except CorruptCheckpoint as error:
             print(f"hf-spot: the loss is not drawn: {error}", file=sys.stderr)
-    timeline = make_timeline(report, losses, newest.ref.stage if newest else 1)
+    timeline = make_timeline(report, losses, newest.ref.training if newest else 1)
     if args.plot:
         plot_timeline(args.plot, timeline, args.run)
     if args.html:

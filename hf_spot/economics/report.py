@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from hf_spot.notices.notice import NoticeKind
-from hf_spot.run.journal import BY_HAND, ENDINGS, Entry
+from hf_spot.run.journal import BY_HAND, ENDINGS, TRAINING_KEY, Entry
 
 PARTS = ("training", "redoing", "saving", "restoring", "starting", "ending", "other")
 PART_MEANS = {
@@ -28,7 +28,7 @@ PART_MEANS = {
     "waiting": "no machine was running the training",
 }
 FREE_FIRST_HOUR = "https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/billing-for-interrupted-spot-instances.html"
-_INNER = ("process", "stage", "marks", "first_notice", "terminated_since")
+_INNER = ("process", "training", "marks", "first_notice", "terminated_since")
 _WORDS = ("resumed", "commit", "notice", *ENDINGS)
 
 
@@ -75,13 +75,13 @@ class Mark:
 
     Args:
         time: time of the entry.
-        stage: number of the script's training.
+        training: number of the script's training.
         step: the step that was reached.
         timing: the measurements; None if there are none.
     """
 
     time: datetime
-    stage: int
+    training: int
     step: int
     timing: Timing | None = None
 
@@ -137,7 +137,7 @@ class Launch:
     measured: bool = False
     cost_usd: float | None = None
     process: tuple[Any, ...] = field(default=(), repr=False)
-    stage: int = field(default=1, repr=False)
+    training: int = field(default=1, repr=False)
     marks: list[Mark] = field(default_factory=list, repr=False)
     first_notice: datetime | None = field(default=None, repr=False)
     terminated_since: datetime | None = field(default=None, repr=False)
@@ -271,8 +271,8 @@ def _claimed(entry: Entry, now: datetime, step: int, before: Launch | None) -> L
         last_heard=now,
         waited_s=0.0 if before is None else (began - before.last_heard).total_seconds(),
         process=process,
-        stage=data.get("stage", 1),
-        marks=[Mark(now, data.get("stage", 1), step)],
+        training=data.get(TRAINING_KEY, 1),
+        marks=[Mark(now, data.get(TRAINING_KEY, 1), step)],
     )
 
 
@@ -289,7 +289,7 @@ def _add_entry(launch: Launch, entry: Entry, now: datetime, step: int) -> None:
         if kind != NoticeKind.ADVISORY.value:
             launch.terminated_since = None if kind == NoticeKind.CANCELLED.value else launch.terminated_since or now
         return
-    launch.stage = data.get("stage", launch.stage)
+    launch.training = data.get(TRAINING_KEY, launch.training)
     reached = data.get("step")
     if entry.kind == "commit":
         launch.commits += 1
@@ -301,7 +301,7 @@ def _add_entry(launch: Launch, entry: Entry, now: datetime, step: int) -> None:
         lost = None if reached is None else max(0, reached - launch.committed_step)
         launch.steps_lost = 0 if entry.kind == "finished" else lost
     if isinstance(reached, int):
-        launch.marks.append(Mark(now, launch.stage, reached, Timing.of(data)))
+        launch.marks.append(Mark(now, launch.training, reached, Timing.of(data)))
 
 
 # -- where the time went ----------------------------------------------------------------------------------------------
@@ -361,16 +361,16 @@ def _split(launch: Launch, highest: dict[int, int]) -> None:
     launch.cost_usd = None if price is None else launch.wall_s / 3600 * price * launch.machines
     measured = list(newest_timings(launch).items())
     launch.measured = bool(measured)
-    launch.reached_step = max((mark.step for mark in launch.marks if mark.stage == launch.stage), default=0)
+    launch.reached_step = max((mark.step for mark in launch.marks if mark.training == launch.training), default=0)
     if measured:
-        stage, timing = measured[-1]
-        if stage == launch.stage:
+        training, timing = measured[-1]
+        if training == launch.training:
             launch.resumed_step = max(0, timing.step - timing.steps)
             launch.reached_step = max(launch.reached_step, timing.step)
-    before = highest.get(launch.stage, 0)
+    before = highest.get(launch.training, 0)
     trained = launch.reached_step - launch.resumed_step
     launch.steps_redone = max(0, min(launch.reached_step, before) - launch.resumed_step) if trained > 0 else 0
-    highest[launch.stage] = max(before, launch.reached_step)
+    highest[launch.training] = max(before, launch.reached_step)
     if not measured:
         launch.parts["other"] = launch.wall_s
         return
@@ -388,13 +388,13 @@ def _split(launch: Launch, highest: dict[int, int]) -> None:
     if not any(timing.steps for _, timing in measured):
         starting_s, rest_s = starting_s + rest_s, 0.0
     # For a crashed training the launcher knows its last step, but not the time of the last steps.
-    further = launch.reached_step - timing.step if stage == launch.stage else 0
+    further = launch.reached_step - timing.step if training == launch.training else 0
     estimated_s = min(rest_s, further * timing.steps_s / timing.steps) if timing.steps else 0.0
     rest_s -= estimated_s
     since_notice_s = (launch.last_heard - launch.terminated_since).total_seconds() if launch.terminated_since else 0.0
     ending_s = min(rest_s, since_notice_s)
     own_s = timing.steps_s * scale + estimated_s  # of the last training: finished ones are not repeated
-    redoing_s = own_s * launch.steps_redone / trained if trained > 0 and stage == launch.stage else 0.0
+    redoing_s = own_s * launch.steps_redone / trained if trained > 0 and training == launch.training else 0.0
     launch.parts = {
         "training": max(0.0, steps_s * scale + estimated_s - redoing_s),  # x * 3 / 3 may be more than x
         "redoing": redoing_s,
@@ -410,8 +410,8 @@ def newest_timings(launch: Launch) -> dict[int, Timing]:
     """Return the measurements of each training up to its last step, without the last upload that its end may include."""
     found: dict[int, Timing] = {}
     for mark in launch.marks:
-        if mark.timing is not None and (mark.stage not in found or mark.timing.step > found[mark.stage].step):
-            found[mark.stage] = mark.timing
+        if mark.timing is not None and (mark.training not in found or mark.timing.step > found[mark.training].step):
+            found[mark.training] = mark.timing
     return found
 
 

@@ -34,7 +34,7 @@ def _picture(run: Run, report: Report) -> list[str]:
     newest = run.journal.state.latest()
     try:
         losses = losses_in(run.read(run.checkpoint(newest), "trainer_state.json")) if newest else {}
-        svg = timeline_svg(make_timeline(report, losses, newest.stage if newest else 1), "")
+        svg = timeline_svg(make_timeline(report, losses, newest.training if newest else 1), "")
     except SpotError as error:  # show the tables also without matplotlib
         return [f"<em>{escape(str(error))}</em>"]
     # A separate image: otherwise the ids of two timelines in one page would collide.
@@ -62,7 +62,7 @@ def _tables(report: Report, entries: list[Entry]) -> list[str]:
 
 def _checkpoint_row(ref: CheckpointRef, reason: str, time: str) -> list[str]:
     marks = " ".join(word for word, holds in (("best", ref.best), ("complete", ref.complete)) if holds)
-    name = f"checkpoint-{ref.step}" + (f" of training {ref.stage}" if ref.stage > 1 else "")
+    name = f"checkpoint-{ref.step}" + (f" of training {ref.training}" if ref.training > 1 else "")
     return [name, f"{ref.size_bytes / 1e6:,.1f} MB", str(ref.launch), reason, time, marks]
 
 

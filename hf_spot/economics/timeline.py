@@ -61,7 +61,7 @@ def losses_in(trainer_state: bytes) -> dict[int, float]:
     return {step: float(loss) for step, loss in found if isinstance(step, int) and isinstance(loss, (int, float))}
 
 
-def make_timeline(report: Report, losses: dict[int, float], stage: int = 1) -> Timeline:
+def make_timeline(report: Report, losses: dict[int, float], training: int = 1) -> Timeline:
     """Return the timeline of a report with at least one launch.
 
     Steps and saves are in order; unmeasured time is at the end of its launch.
@@ -69,7 +69,7 @@ def make_timeline(report: Report, losses: dict[int, float], stage: int = 1) -> T
     Args:
         report: report of the run.
         losses: loss by step.
-        stage: number of the training that these steps belong to.
+        training: number of the training that these steps belong to.
     """
     launches = report.launches
     began = launches[0].began
@@ -89,7 +89,7 @@ def make_timeline(report: Report, losses: dict[int, float], stage: int = 1) -> T
         if launch.ended in ("preempted", "failed") or (launch.ended == "no word" and launch is not launches[-1])
     ]
     lanes = [*dict.fromkeys(names), *([WAITING_LANE] if any(bar.part == "waiting" for bar in bars) else [])]
-    curves = _place([launch for launch in launches if launch.stage == stage], losses, began)
+    curves = _place([launch for launch in launches if launch.training == training], losses, began)
     return Timeline(began, tuple(lanes), tuple(bars), tuple(curves), tuple(interruptions))
 
 
@@ -109,14 +109,14 @@ def _intervals(launch: Launch) -> list[tuple[str, float]]:
     """Return the parts of a launch as consecutive intervals; they add up to its parts."""
     parts = launch.parts
     found = [("restoring", parts["restoring"]), ("starting", parts["starting"])]
-    measured = [(mark.stage, mark.timing) for mark in launch.marks if mark.timing is not None]
+    measured = [(mark.training, mark.timing) for mark in launch.marks if mark.timing is not None]
     thinned = [*measured[:: max(1, len(measured) // _FINEST)], *measured[-1:]]
     gains = []
     before = (0, Timing())
-    for stage, timing in thinned:
-        last = before[1] if stage == before[0] else Timing()
+    for training, timing in thinned:
+        last = before[1] if training == before[0] else Timing()
         gains.append((max(0.0, timing.steps_s - last.steps_s), max(0.0, timing.stalled_s - last.stalled_s)))
-        before = (stage, timing)
+        before = (training, timing)
     # Scale to the launch's parts: a changed clock, or the estimate of the last steps, may have altered the sums.
     trained_s, saved_s = (sum(gain[at] for gain in gains) or 1.0 for at in (0, 1))
     left_to_redo_s = parts["redoing"]
@@ -150,10 +150,10 @@ def _place(launches: Sequence[Launch], losses: dict[int, float], began: datetime
 def _knots(launch: Launch) -> list[tuple[int, float]]:
     """Return the steps that were reached, and their seconds since the launch began; both ascending."""
     held_before_s = (launch.marks[0].time - launch.began).total_seconds()
-    timing = newest_timings(launch).get(launch.stage)
+    timing = newest_timings(launch).get(launch.training)
     knots = [(launch.resumed_step, min(held_before_s + (timing.first_step_s if timing else 0.0), launch.wall_s))]
     for mark in launch.marks[1:]:
         at_s = (mark.time - launch.began).total_seconds() if mark.timing is None else held_before_s + mark.timing.elapsed_s
-        if mark.stage == launch.stage and mark.step > knots[-1][0]:
+        if mark.training == launch.training and mark.step > knots[-1][0]:
             knots.append((mark.step, min(max(at_s, knots[-1][1]), launch.wall_s)))
     return knots

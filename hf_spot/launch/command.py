@@ -3,13 +3,16 @@ imports torch, and the launcher should neither wait for torch nor keep it in mem
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError
@@ -18,6 +21,7 @@ from hf_spot.notices.signals import held_back
 from hf_spot.runtime import STORE_VARIABLE
 
 _OPTIONS = "hf_spot.launch.options"
+_LARGEST_BYTES = 2**20  # of a file that an argument names: scripts and configurations are smaller, data are not
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Command:
         environ: its environment, as accelerate sets it.
         machines: the machines that train together.
         remarks: accelerate's messages about the options, a line each.
+        script: the script, as it was named, and its own arguments.
     """
 
     store: str
@@ -50,6 +55,18 @@ class Command:
     environ: dict[str, str]
     machines: Machines = field(default_factory=lambda: Machines())
     remarks: list[str] = field(default_factory=list)
+    script: list[str] = field(default_factory=list)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the script, its arguments, and the contents of the files that they name."""
+        digest = hashlib.sha256()
+        for word in self.script:
+            digest.update(word.encode("utf-8", "surrogateescape") + b"\0")
+            with contextlib.suppress(OSError, ValueError):  # a word that names no file that can be read
+                path = Path(word.partition("=")[2] if word.startswith("--") and "=" in word else word)
+                if path.is_file() and path.stat().st_size <= _LARGEST_BYTES:
+                    digest.update(path.read_bytes() + b"\0")
+        return digest.hexdigest()[:16]
 
     def to_json(self) -> str:
         """Return the command in the form that `from_json` reads."""

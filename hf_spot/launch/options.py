@@ -39,7 +39,7 @@ from hf_spot.training.upstream_name import Scope
 MAX_RESTARTS = 3
 _ACCELERATES_LOG = logging.getLogger(VALIDATE_LAUNCH.owner)
 _AGENT = "hf_spot.launch.agent"
-_NAMES = {"keep_checkpoints": "save_total_limit"}  # options that have another name than their setting
+_NAMES = {"keep_checkpoints": "save_total_limit", "start_from": "from"}  # options that have another name than their setting
 _BOOTSTRAP = "hf_spot.training.bootstrap"
 _GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
 _LOOPBACK = re.compile(r"localhost$|127\.|::1$")  # then all "machines" are on this one
@@ -128,7 +128,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
                 hint=f"an address that `hostname -I` prints there, or export {_GLOO_VARIABLE}=eth0 (see ip -br addr)",
             )
         env[_GLOO_VARIABLE] = interface
-    return Command(store, arguments, args.max_restarts, command, env, machines, remarks)
+    return Command(store, arguments, args.max_restarts, command, env, machines, remarks, script)
 
 
 def _check_script(path: Path) -> None:

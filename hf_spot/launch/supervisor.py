@@ -48,6 +48,7 @@ from hf_spot.run.journal_writer import JournalWriter
 from hf_spot.run.machine_info import about_this_machine
 from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.run import Run
+from hf_spot.run.start_from import start_or_resume
 from hf_spot.run.webhook import Hook, hook_url
 from hf_spot.runtime import Runtime, StepCounter
 from hf_spot.timeouts import JOURNAL_LAST_WORD_S, MEETING_S, PEER_LAST_WORD_S
@@ -56,6 +57,11 @@ log = logging.getLogger("hf_spot")
 
 EXIT_INTERRUPTED = 130
 _TICK_S = 0.1
+_HOW_TO_TRAIN_ON = (
+    "to train longer, raise max_steps or num_train_epochs in the command or in a file that it names; to train on from there in "
+    "another run: --store ANOTHER-RUN --from %s"
+)
+_FEW = 16  # entries
 _HOW_TO_PROTECT = "Trainer is protected once it trains; in a custom loop, save with hf_spot.SpotCheckpointManager"
 
 
@@ -84,8 +90,15 @@ def launch(reading: Reading) -> int:
         state = run.state()
         if state.ended == "finished":
             newest = state.latest()
-            log.info("%s is finished at step %d: nothing to do", run.url, newest.step if newest else 0)
-            return EXIT_FINISHED
+            step = newest.step if newest else 0
+            finished_by = _finished_by(run, state)
+            if finished_by in (None, command.fingerprint()):
+                log.info("%s is finished at step %d: nothing to do", run.url, step)
+                log.info(_HOW_TO_TRAIN_ON if finished_by else "to train on from there: --store ANOTHER-RUN --from %s", run.url)
+                return EXIT_FINISHED
+            log.info(
+                "%s is finished at step %d, but the command or a file that it names has changed: starting it", run.url, step
+            )
         if state.latest() is None:  # on a resume the user has seen them, and the training reports batches that differ
             for remark in command.remarks:
                 log.warning("%s", remark)
@@ -195,11 +208,11 @@ class Supervisor:
         machines, arguments = self._machines, self._command.arguments
         about = about_this_machine("hf-spot launch", self._command.environ)
         if machines.count == 1:
-            return self._run.claim(about), None
+            return start_or_resume(self._run, about, arguments.start_from), None
         try:
             if machines.rank == 0:
                 host = Host(machines.count)
-                launch = self._run.claim({**about, "machines": machines.count})
+                launch = start_or_resume(self._run, {**about, "machines": machines.count}, arguments.start_from)
                 Mailbox(self._run).invite(host.invitation)
                 peers = host.meet(self._heard.wait, arguments.peer_timeout_s, MEETING_S)
                 return None if peers is None else (launch, peers)
@@ -403,7 +416,7 @@ class Supervisor:
             if newest is None or not newest.complete:
                 log.warning("the script succeeded, but none of its trainings was committed at its end: not marked as finished")
                 return
-            data["step"] = newest.step
+            data |= {"step": newest.step, "command": self._command.fingerprint()}
             log.info("%s is finished at step %d", self._run.url, newest.step)
         elif state.ended is not None or verdict is Verdict.FENCED:
             return
@@ -436,6 +449,21 @@ class Supervisor:
         if runtime is not None:
             # The journal may be slow to answer, and neither the other sources nor the training may wait for it.
             self._journal_writer.record("notice", json.loads(notice.to_json()), patience_s=0.0)
+
+
+def _finished_by(run: Run, state: RunState) -> str | None:
+    """Return the fingerprint of the command that finished the run; None if that was not recorded.
+
+    Args:
+        run: the run.
+        state: its state. Few entries follow the one that says how a launch ended.
+    """
+    for number in range(state.number, max(0, state.number - _FEW), -1):
+        entry = run.journal.read(number)
+        if entry.kind == "finished":
+            found = entry.data.get("command")
+            return found if isinstance(found, str) else None
+    return None
 
 
 def _describe(error: Exception) -> str:

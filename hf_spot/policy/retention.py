@@ -10,7 +10,7 @@ class Kept(Protocol):
     """The properties of a checkpoint that matter for retention."""
 
     @property
-    def stage(self) -> int:
+    def training(self) -> int:
         """Return the number of the script's training that it belongs to."""
 
     @property
@@ -33,6 +33,6 @@ def to_prune(checkpoints: Sequence[T], save_total_limit: int | None) -> list[T]:
     """
     if not save_total_limit:
         return []
-    newest_of_stage = {ref.stage: index for index, ref in enumerate(checkpoints)}
+    newest_of = {ref.training: index for index, ref in enumerate(checkpoints)}
     old = list(enumerate(checkpoints))[:-save_total_limit]
-    return [ref for index, ref in old if not ref.best and newest_of_stage[ref.stage] != index]
+    return [ref for index, ref in old if not ref.best and newest_of[ref.training] != index]

@@ -50,7 +50,7 @@ class CommitRequest:
     """
 
     step: int
-    stage: int = 1
+    training: int = 1
     reason: str = "schedule"
     complete: bool = False
     best_step: int | None = None
@@ -66,9 +66,9 @@ class CommitRequest:
         Args:
             launch: number of the launch that writes it.
         """
-        stage = "" if self.stage == 1 else f"/stage-{self.stage}"
+        training = "" if self.training == 1 else f"/stage-{self.training}"
         pushed = "/pushed" if self.reason == "push" else ""  # never where the launch itself writes
-        return f"e{launch:04d}{pushed}{stage}/checkpoint-{self.step}{f'-{self.apart}' if self.apart else ''}"
+        return f"e{launch:04d}{pushed}{training}/checkpoint-{self.step}{f'-{self.apart}' if self.apart else ''}"
 
 
 def check_resumable(checkpoint: Checkpoint, url: str) -> None:

@@ -37,9 +37,10 @@ from hf_spot.run.seal import seal, unseal
 from hf_spot.storage.store import ObjectStore
 
 FORMAT = 1
-KINDS = ("claim", "resumed", "commit", "notice", "preempted", "finished", "failed", "prune", "machine")
+KINDS = ("claim", "training", "resumed", "commit", "notice", "preempted", "finished", "failed", "prune", "machine")
 ENDINGS = ("preempted", "finished", "failed")
 BY_HAND = "hf-spot checkpoints"  # the author of a claim that no training follows
+TRAINING_KEY = "stage"  # the number of a training, in an entry's data
 _PREFIX = "journal/"
 _HINT_KEY = "tip.json"
 _BATCH = 16  # entries read in a row
@@ -55,7 +56,7 @@ class CheckpointRef:
     Args:
         entry: number of the commit's entry.
         launch: the launch that wrote it.
-        stage: which call of ``trainer.train()`` in the script it belongs to, from 1.
+        training: number of the training that it belongs to, from 1.
         step: optimizer steps done.
         size_bytes: of all its files.
         prefix: where its files are, relative to the run.
@@ -65,12 +66,27 @@ class CheckpointRef:
 
     entry: int
     launch: int
-    stage: int
+    training: int
     step: int
     size_bytes: int
     prefix: str
     best: bool = False
     complete: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingRef:
+    """The short record of a training that every later entry carries.
+
+    Args:
+        training: its number, from 1, in the order in which the run's trainings have begun.
+        entry: number of the newest entry that describes what it trains.
+        launch: the newest launch that worked on it.
+    """
+
+    training: int
+    entry: int
+    launch: int
 
 
 @dataclass(frozen=True)
@@ -82,17 +98,25 @@ class RunState:
         launch: of the newest claim.
         checkpoints: those that exist, oldest first: in the order of their commits, but those of one launch by their steps.
         ended: how the newest launch ended (one of `ENDINGS`); None while it runs, or if it died without an entry.
+        trainings: those that have described themselves, by their numbers. Earlier versions of hf_spot described none.
     """
 
     number: int = 0
     launch: int = 0
     checkpoints: tuple[CheckpointRef, ...] = ()
     ended: str | None = None
+    trainings: tuple[TrainingRef, ...] = ()
 
-    def latest(self, stage: int | None = None) -> CheckpointRef | None:
-        """Return the newest checkpoint (of training number ``stage``), or None."""
-        found = [ref for ref in self.checkpoints if stage is None or ref.stage == stage]
+    def latest(self, training: int | None = None) -> CheckpointRef | None:
+        """Return the newest checkpoint (of training number ``training``), or None."""
+        found = [ref for ref in self.checkpoints if training is None or ref.training == training]
         return found[-1] if found else None
+
+    @property
+    def next_training(self) -> int:
+        """Return the number that the next new training gets."""
+        known = [one.training for one in self.trainings] + [ref.training for ref in self.checkpoints]
+        return max(known, default=0) + 1
 
 
 @dataclass(frozen=True)
@@ -115,6 +139,14 @@ def fold(state: RunState, number: int, kind: str, launch: int, data: dict[str, A
         return replace(after, ended=None)
     if kind in ENDINGS:
         return replace(after, ended=kind)
+    if kind == "training":
+        new_one = TrainingRef(training=data[TRAINING_KEY], entry=number, launch=launch)
+        others = (one for one in state.trainings if one.training != new_one.training)
+        return replace(after, trainings=tuple(sorted((*others, new_one), key=lambda one: one.training)))
+    if kind == "resumed":
+        resumed = data.get(TRAINING_KEY)
+        met = (replace(one, launch=launch) if one.training == resumed else one for one in state.trainings)
+        return replace(after, trainings=tuple(met))
     if kind == "prune":
         gone = set(data["entries"])
         return replace(after, checkpoints=tuple(ref for ref in state.checkpoints if ref.entry not in gone))
@@ -122,7 +154,7 @@ def fold(state: RunState, number: int, kind: str, launch: int, data: dict[str, A
         new = CheckpointRef(
             entry=number,
             launch=launch,
-            stage=data["stage"],
+            training=data[TRAINING_KEY],
             step=data["step"],
             size_bytes=sum(file["size"] for file in data["files"]),
             prefix=data["prefix"],
@@ -136,8 +168,10 @@ def fold(state: RunState, number: int, kind: str, launch: int, data: dict[str, A
             place -= 1
         refs.insert(place, new)
         # The best one can change with every evaluation, and a step can be committed again after falling back to an older one.
-        best = max((ref.entry for ref in refs if (ref.stage, ref.step) == (new.stage, data.get("best_step"))), default=None)
-        marked = (replace(ref, best=ref.entry == best) if ref.stage == new.stage else ref for ref in refs)
+        best = max(
+            (ref.entry for ref in refs if (ref.training, ref.step) == (new.training, data.get("best_step"))), default=None
+        )
+        marked = (replace(ref, best=ref.entry == best) if ref.training == new.training else ref for ref in refs)
         return replace(after, checkpoints=tuple(marked))
     return after
 
@@ -148,22 +182,25 @@ def _follows(one: CheckpointRef, other: CheckpointRef) -> bool:
     return one.launch == other.launch and beside and one.step > other.step
 
 
-# The only name that differs between format 1 and the code.
+# The names that differ between format 1 and the code.
 _LAUNCH_KEY = "epoch"
+_KEYS = {"launch": _LAUNCH_KEY, "training": TRAINING_KEY}
+_NAMES = {key: name for name, key in _KEYS.items()}
 
 
 def _to_disk(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `RunState` or a `CheckpointRef`, in their order, under the keys of format 1."""
-    if "checkpoints" in fields:
-        fields["checkpoints"] = [_to_disk(ref) for ref in fields["checkpoints"]]
-    return {_LAUNCH_KEY if name == "launch" else name: value for name, value in fields.items()}
+    """Return the fields of a `RunState` or one of its records, in their order, under the keys of format 1."""
+    for name in ("checkpoints", "trainings"):
+        if name in fields:
+            fields[name] = [_to_disk(ref) for ref in fields[name]]
+    return {_KEYS.get(name, name): value for name, value in fields.items()}
 
 
 def _from_disk(fields: dict[str, Any]) -> dict[str, Any]:
     """Return a dataclass's fields from the keys of format 1. Raises TypeError for a key that format 1 does not have."""
-    if "launch" in fields:
-        raise TypeError("format 1 has no key 'launch'")
-    return {"launch" if name == _LAUNCH_KEY else name: value for name, value in fields.items()}
+    if unknown := _KEYS.keys() & fields.keys():
+        raise TypeError(f"format 1 has no key {min(unknown)!r}")
+    return {_NAMES.get(name, name): value for name, value in fields.items()}
 
 
 def encode(entry: Entry, key: bytes | None = None) -> bytes:
@@ -198,7 +235,8 @@ def decode(data: bytes, key: bytes | None = None) -> Entry:
             )
         state = written["state"]
         refs = tuple(_ref(**ref) for ref in state.pop("checkpoints"))
-        state = _typed(RunState(checkpoints=refs, **_from_disk(state)))
+        trainings = tuple(_typed(TrainingRef(**_from_disk(one))) for one in state.pop("trainings", ()))
+        state = _typed(RunState(checkpoints=refs, trainings=trainings, **_from_disk(state)))
         written_at = datetime.fromisoformat(written["time"])
         if written_at.tzinfo is None:
             raise TypeError(f"time {written['time']!r} has no time zone")
@@ -209,7 +247,7 @@ def decode(data: bytes, key: bytes | None = None) -> Entry:
         raise CorruptCheckpoint(f"not a journal entry: {data[:80]!r} ({error})") from error
 
 
-T = TypeVar("T", CheckpointRef, RunState, Entry)
+T = TypeVar("T", CheckpointRef, TrainingRef, RunState, Entry)
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "str": (str,),
@@ -218,9 +256,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "datetime": (datetime,),
     "dict[str, Any]": (dict,),
     "tuple[CheckpointRef, ...]": (tuple,),
+    "tuple[TrainingRef, ...]": (tuple,),
     "RunState": (RunState,),
 }
-_FIELDS = {one: [(each.name, _TYPES[str(each.type)]) for each in fields(one)] for one in (CheckpointRef, RunState, Entry)}
+_FIELDS = {
+    one: [(each.name, _TYPES[str(each.type)]) for each in fields(one)] for one in (CheckpointRef, TrainingRef, RunState, Entry)
+}
 
 
 def _typed(found: T) -> T:
@@ -236,7 +277,7 @@ def _typed(found: T) -> T:
 
 def _check_counts(data: dict[str, Any]) -> None:
     """Check the fields that are used as counts. Raises TypeError for one that is not an integer from 0 on."""
-    for name in ("step", "committed_step", "best_step", "stage"):
+    for name in ("step", "committed_step", "best_step", TRAINING_KEY):
         value = data.get(name)
         if value is not None and (type(value) is not int or value < 0):
             raise TypeError(f"{name} is {value!r}")
@@ -343,12 +384,12 @@ class Journal:
             self.launch = launch
             self._holds(self.refresh())
 
-    def append(self, kind: str, data: dict[str, Any], *, id: str | None = None) -> Entry:
+    def append(self, kind: str, data: dict[str, Any] | Callable[[RunState], dict[str, Any]], *, id: str | None = None) -> Entry:
         """Add an entry under this writer's launch, and return it.
 
         Args:
             kind: one of `KINDS`.
-            data: JSON values.
+            data: JSON values, or a function that returns them for the state before the entry.
             id: pass the same id again when repeating a call whose answer was lost.
 
         Raises:
@@ -366,14 +407,20 @@ class Journal:
             )
         return self.launch
 
-    def _append(self, kind: str, data: dict[str, Any], id: str, launch_for: Callable[[RunState], int]) -> Entry:
+    def _append(
+        self,
+        kind: str,
+        data: dict[str, Any] | Callable[[RunState], dict[str, Any]],
+        id: str,
+        launch_for: Callable[[RunState], int],
+    ) -> Entry:
         if (standing := self._find_doubtful(id)) is not None:
             return standing
         while True:
             launch = launch_for(self._state)
             number = self._state.number + 1
-            state = fold(self._state, number, kind, launch, data)
-            draft = Entry(number, kind, launch, id, self._now(), data, state)
+            told = data(self._state) if callable(data) else data
+            draft = Entry(number, kind, launch, id, self._now(), told, fold(self._state, number, kind, launch, told))
             try:
                 standing = self._create(draft)
             except StoreUnavailable:

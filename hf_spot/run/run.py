@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
@@ -20,7 +20,7 @@ from hf_spot.run import transfer
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest, check_resumable, check_whole
 from hf_spot.run.dedup import Unchanged
 from hf_spot.run.display import display
-from hf_spot.run.journal import BY_HAND, CheckpointRef, Entry, Journal, RunState
+from hf_spot.run.journal import BY_HAND, TRAINING_KEY, CheckpointRef, Entry, Journal, RunState, TrainingRef
 from hf_spot.run.manifest import (
     MOST_RANKS,
     FileEntry,
@@ -106,9 +106,9 @@ class Run:
         """Return the full commit for a reference from the state: one request."""
         return self._from_entry(self.journal.read(ref.entry), ref)
 
-    def latest(self, stage: int | None = None) -> Checkpoint | None:
-        """Return the newest committed checkpoint (of training number ``stage``), or None."""
-        ref = self.state().latest(stage)
+    def latest(self, training: int | None = None) -> Checkpoint | None:
+        """Return the newest committed checkpoint (of training number ``training``), or None."""
+        ref = self.state().latest(training)
         return None if ref is None else self.checkpoint(ref)
 
     def find(self, step: int | None = None) -> Checkpoint:
@@ -239,6 +239,28 @@ class Run:
         else:
             self.claim({"by": BY_HAND})
 
+    def describe_training(self, number: int | None, description: Mapping[str, Any]) -> TrainingRef:
+        """Record what a training trains, and return the record.
+
+        Args:
+            number: of the training; None for a new one, which gets the next number that is free.
+            description: named values, as JSON.
+
+        Raises:
+            Fenced: a newer launch has claimed the run.
+        """
+
+        def data(state: RunState) -> dict[str, Any]:
+            return {TRAINING_KEY: number or state.next_training, "trains": dict(description)}
+
+        entry = self.journal.append("training", data)
+        return next(one for one in entry.state.trainings if one.entry == entry.number)
+
+    def description(self, entry: int) -> dict[str, Any]:
+        """Return what the training that an entry describes trains: one request."""
+        found = self.journal.read(entry).data.get("trains")
+        return found if isinstance(found, dict) else {}
+
     def record(self, kind: str, data: dict[str, Any]) -> Entry:
         """Append an entry that is not a commit, and return it. Raises Fenced, StoreUnavailable."""
         return self.journal.append(kind, data)
@@ -269,7 +291,7 @@ class Run:
             check_whole(request, [file.path for file in files], request.prefix(self.launch))
         data = {
             "step": request.step,
-            "stage": request.stage,
+            TRAINING_KEY: request.training,
             "reason": request.reason,
             "complete": request.complete,
             "best_step": request.best_step,

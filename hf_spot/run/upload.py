@@ -128,7 +128,7 @@ class Uploader:
             OSError: it can't be pinned; machine 0 will not wait for it.
         """
         request = self._set_apart(request)
-        pinned = self._pins / f"{request.stage}-{request.step}-{uuid.uuid4().hex[:8]}"
+        pinned = self._pins / f"{request.training}-{request.step}-{uuid.uuid4().hex[:8]}"
         try:
             transfer.pin(folder, pinned, elsewhere)
         except OSError:
@@ -151,7 +151,7 @@ class Uploader:
 
         All machines of a launch choose the same place, because they submit the same steps in the same order.
         """
-        key = request.stage, request.step
+        key = request.training, request.step
         number = self._times[key]
         while (apart := replace(request, apart=str(number or ""))).prefix(self._run.launch) in self._standing:
             number += 1

@@ -193,7 +193,7 @@ class SpotCallback(TrainerCallback):
         loop = self._loop_state(args, state, control)
         request = CommitRequest(
             step=state.global_step,
-            stage=self._session.run_session.stage,
+            training=self._session.run_session.training,
             reason=reason_of_save(loop, self._added),
             complete=is_complete(loop),
             best_step=state.best_global_step,
@@ -201,6 +201,7 @@ class SpotCallback(TrainerCallback):
             details={
                 "evaluation_pending": self._evaluation_pending(args, state, loop),
                 "max_steps": state.max_steps,
+                "described": self._session.described,
                 "output_dir": str(self._session.run_session.output_dir),
                 "epoch_of_data": state.epoch,
                 "counters": counters(self._session.trainer),
@@ -239,9 +240,13 @@ class SpotCallback(TrainerCallback):
             carried.look()
             proof = Proof(trainer, session.random_states, carried, self.args.on_mismatch)
             self.resume_from_checkpoint = folder if session.restored else None
-            if session.restored is not None and session.restored.ref.complete:
-                log.info("step %d was the last one: nothing is left to train", session.restored.step)
-                session.stage_finished()
+            if session.restored is not None and session.nothing_left:
+                log.info(
+                    "step %d was the last one: the finished training %d is loaded, and nothing is left to train",
+                    session.restored.step,
+                    session.run_session.training,
+                )
+                session.training_finished()
                 told = session.end_was_told()
                 return load_finished(
                     trainer, Path(str(folder)), session.restored, session.best_folder, carried.restore, told=told

@@ -52,19 +52,15 @@ def is_tested(name: str, version: str) -> bool:
     return version.partition("+")[0] in TESTED[name]
 
 
-def tell_changes(details: Mapping[str, Any], step: int) -> None:
-    """Warn in one line about versions that differ from those at the save of the checkpoint that a training resumes from.
+def version_changes(details: Mapping[str, Any]) -> list[str]:
+    """Return a line about versions that differ from those at the save of the checkpoint to resume from, if any do.
 
     Args:
         details: details of its commit; an older hf_spot recorded no versions.
-        step: its step.
     """
     before, now = details.get("versions") or {}, versions()
     changed = [f"{name} {before[name]} → {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
-    if changed:
-        warn_for_all(
-            "since step %d was saved, versions have changed: %s; results may differ in the last bits", step, ", ".join(changed)
-        )
+    return [f"versions have changed: {', '.join(changed)}; results may differ in the last bits"] if changed else []
 
 
 def how_to_install(modules: set[str]) -> str:

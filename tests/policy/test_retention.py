@@ -11,7 +11,7 @@ from hf_spot.policy.retention import to_prune
 @dataclass(frozen=True)
 class Ref:
     step: int
-    stage: int = 1
+    training: int = 1
     best: bool = False
 
 
@@ -21,8 +21,8 @@ def test_the_newest_three_and_the_best_stay() -> None:
 
 
 def test_the_last_checkpoint_of_an_earlier_stage_stays() -> None:
-    refs = [Ref(10), Ref(20), Ref(5, stage=2), Ref(6, stage=2)]
-    assert to_prune(refs, 1) == [Ref(10), Ref(5, stage=2)]
+    refs = [Ref(10), Ref(20), Ref(5, training=2), Ref(6, training=2)]
+    assert to_prune(refs, 1) == [Ref(10), Ref(5, training=2)]
 
 
 def test_no_limit_and_zero_keep_everything() -> None:

@@ -131,7 +131,7 @@ def test_a_second_training_in_one_process_is_its_own(store: str, tmp_path: Path)
     trainer.train()
     assert same(weights(trainer), weights(plain))
     assert recorder.losses == plain_recorder.losses
-    assert [ref.stage for ref in Run(store).state().checkpoints] == [1, 2, 2, 2]
+    assert [ref.training for ref in Run(store).state().checkpoints] == [1, 2, 2, 2]
 
 
 def test_after_a_preemption_the_cell_of_a_notebook_can_be_run_again(store: str, tmp_path: Path, peace) -> None:  # type: ignore[no-untyped-def]
@@ -151,9 +151,9 @@ def test_a_finished_run_is_loaded_and_not_trained(store: str, tmp_path: Path, pe
     before = kinds(store)
     recorder = Recorder()
 
-    from hf_spot.training.trainer import trainer_session
+    from hf_spot.training.trainer import recognition
 
-    trainer_session._finished_stages.clear()  # as in a new process
+    recognition.forget_finished()  # as in a new process
     trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), recorder)
     assert trainer.train().global_step == STEPS
     assert recorder.losses == {}

@@ -20,11 +20,12 @@ import torch.distributed as dist
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, Fenced, SpotError, StoreError, TrainingPreempted
-from hf_spot.log import alert, log_always
+from hf_spot.log import alert, log_always, warn_for_all
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.policy.preemption import Action
 from hf_spot.policy.restarts import patience_s
 from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.journal import TRAINING_KEY
 from hf_spot.run.run import Run
 from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.storage.local import LocalStore
@@ -36,7 +37,7 @@ from hf_spot.training.loop.loop_states import LoopState
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.upstream import check
 from hf_spot.training.upstream_name import Scope
-from hf_spot.training.versions import tell_changes
+from hf_spot.training.versions import version_changes
 
 log = logging.getLogger("hf_spot")
 
@@ -153,7 +154,7 @@ class LoopManager:
                 raise self._preempted()
             self.wait()
             committed = session.agreement.from_main(lambda: session.committed_step)
-            data = {"step": committed, "stage": session.stage, **session.timing.to_details(committed)}
+            data = {"step": committed, TRAINING_KEY: session.training, **session.timing.to_details(committed)}
             session.record("finished", data, patience_s=session.arguments.drain_timeout_s)
         finally:
             self.close()
@@ -223,7 +224,8 @@ class LoopManager:
         self._saved_step = self._step = checkpoint.step
         session.timing.restored(session.clock() - began)
         log.info("resuming from step %d, committed by launch %d", checkpoint.step, checkpoint.ref.launch)
-        tell_changes(checkpoint.details, checkpoint.step)
+        for changed in version_changes(checkpoint.details):
+            warn_for_all("since step %d was saved, %s", checkpoint.step, changed)
         return checkpoint.step, int(told["epoch"])
 
     def _count_steps(self, optimizer: Any) -> None:
@@ -341,7 +343,8 @@ class LoopManager:
             raise session.fenced
         if session.agreement.is_main:
             committed = session.committed_step
-            data = {"step": step, "committed_step": committed, "stage": session.stage, "why": session.preempted.why}
+            data: dict[str, Any] = {"step": step, "committed_step": committed, TRAINING_KEY: session.training}
+            data["why"] = session.preempted.why
             session.record("preempted", {**data, **session.timing.to_details(step)}, patience_s=JOURNAL_LAST_WORD_S)
             log.warning("%s", self._preempted())
 
@@ -381,7 +384,7 @@ class LoopManager:
             ended = isinstance(error, SystemExit)
             session.finish_uploads(self._patience_s() if ended else min(FAILED_DRAIN_S, self._patience_s()))
             if not ended and not self._left and session.runtime is None:
-                data = {"error": type(error).__name__, "stage": session.stage, **session.timing.to_details(self._step)}
+                data = {"error": type(error).__name__, TRAINING_KEY: session.training, **session.timing.to_details(self._step)}
                 session.record("failed", data, patience_s=JOURNAL_LAST_WORD_S)
         self._closed = True
         session.close(alone=True)

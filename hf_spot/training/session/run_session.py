@@ -21,13 +21,14 @@ from hf_spot.log import log_always
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.policy.preemption import Decision, Measured, decide, gives_way
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest
-from hf_spot.run.journal import CheckpointRef, Entry
+from hf_spot.run.journal import TRAINING_KEY, CheckpointRef, Entry
 from hf_spot.run.journal_writer import JournalWriter
 from hf_spot.run.machine_info import about_this_machine
 from hf_spot.run.manifest import files_in
 from hf_spot.run.progress import Bar
 from hf_spot.run.restore import restore_checkpoint, restore_newest
 from hf_spot.run.run import Run
+from hf_spot.run.start_from import start_or_resume
 from hf_spot.run.upload import Uploader
 from hf_spot.run.webhook import Hook, hook_url
 from hf_spot.runtime import Runtime, StepCounter
@@ -54,7 +55,6 @@ class RunSession:
         url: URL of the run, or its store.
         arguments: settings.
         runtime: the launch that started this process, if one did.
-        stage: which training of the script this is, from 1.
         now: the wall clock.
         clock: seconds, monotonic.
     """
@@ -69,14 +69,13 @@ class RunSession:
         arguments: SpotArguments,
         runtime: Runtime | None,
         *,
-        stage: int = 1,
         now: Callable[[], datetime],
         clock: Callable[[], float],
     ) -> None:
         self._by = by
         self.arguments = arguments
         self.runtime = runtime
-        self.stage = stage
+        self._training = 1
         self.now = now
         self.clock = clock
         self._process = os.getpid()
@@ -130,37 +129,39 @@ class RunSession:
             self.closing.callback(self.runtime.tell_training, False)
             self.steps = StepCounter(self.runtime.step_path) if self.agreement.is_main else None
 
-    def claim(self, *, unless_complete: bool = False) -> None:
+    @property
+    def training(self) -> int:
+        """Return the number of the training in the run, from 1."""
+        return self._training
+
+    def enter(self, training: int) -> None:
+        """Work on a training of the run. Every rank must call it, before it claims or restores."""
+        self._training = training
+
+    def claim(self) -> None:
         """Claim the run on rank 0, or adopt the launcher's claim; the leaders of other disks adopt it too.
 
         Does nothing if the run is already claimed.
-
-        Args:
-            unless_complete: make no claim if the training is complete, as there will be nothing to write.
 
         Raises:
             ConfigError: the machines use different stores.
             SpotError: the run can't be used.
         """
-        launch = self.agreement.from_main(lambda: self._claim_on_main(unless_complete))
+        launch = self.agreement.from_main(self._claim_on_main)
         self.agreement.together(lambda: self._follow(launch))
 
-    def _claim_on_main(self, unless_complete: bool) -> int:
+    def _claim_on_main(self) -> int:
         if self.run.launch:
             return self.run.launch
         if self.runtime is not None:
             self.run.adopt(self.runtime.launch)
             self.timing.claimed(self.runtime.claimed_at)
-        elif not (unless_complete and self._is_complete()):
-            about = {**about_this_machine(self._by, os.environ), "stage": self.stage}
-            log.info("launch %d of %s", self.run.claim(about), self.run.url)
+        else:
+            about = {**about_this_machine(self._by, os.environ), TRAINING_KEY: self.training}
+            log.info("launch %d of %s", start_or_resume(self.run, about, self.arguments.start_from), self.run.url)
             self.timing.claimed(self.run.journal.claimed_at)
             self.hook.tell(f"launch {self.run.launch} has begun on {about['hostname']}")
         return self.run.launch
-
-    def _is_complete(self) -> bool:
-        newest = self.run.state().latest(self.stage)
-        return newest is not None and newest.complete
 
     def _follow(self, launch: int) -> None:
         if self.disk.leads and launch and self.run.launch != launch:
@@ -186,7 +187,7 @@ class RunSession:
             CorruptCheckpoint: there are commits, but none is intact.
             StoreError: the store could not be read.
         """
-        refs = self.agreement.from_main(lambda: [ref for ref in self.run.state().checkpoints if ref.stage == self.stage])
+        refs = self.agreement.from_main(lambda: [ref for ref in self.run.state().checkpoints if ref.training == self.training])
         if not refs:
             return None
         runtime = self.runtime if self.disk.leads else None
@@ -253,7 +254,7 @@ class RunSession:
             return
         self.uploader = Uploader(
             self.run,
-            self.output_dir / ".hf_spot" / f"pins-{self.run.launch}-{self.stage}",
+            self.output_dir / ".hf_spot" / f"pins-{self.run.launch}-{self.training}",
             save_total_limit=self.arguments.keep_checkpoints,
             on_commit=on_commit,
             keeps_house=self.agreement.is_main,
@@ -401,7 +402,7 @@ class RunSession:
     @property
     def committed_step(self) -> int:
         """Return the newest committed step of this training that this process knows of; 0 for none."""
-        newest = self.run.journal.state.latest(self.stage)
+        newest = self.run.journal.state.latest(self.training)
         return newest.step if newest else 0
 
     # -- the end ------------------------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ from __future__ import annotations
 import builtins
 import multiprocessing
 import signal
+import sys
 import threading
 import warnings
+from dataclasses import dataclass
 
 from hf_spot.training.upstream import AGENT_HANDLER
 
@@ -14,6 +16,27 @@ from hf_spot.training.upstream import AGENT_HANDLER
 def in_notebook() -> bool:
     """Return whether this process is IPython, in a kernel or a terminal, or was forked by it."""
     return hasattr(builtins, "__IPYTHON__")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a notebook that runs.
+
+    Args:
+        source: its text.
+        count: how many cells the kernel has run, with this one.
+    """
+
+    source: str
+    count: int
+
+
+def this_cell() -> Cell | None:
+    """Return the cell that is running; None outside a notebook."""
+    if not in_notebook():
+        return None
+    shell = sys.modules["IPython"].get_ipython()
+    return Cell(str((shell.user_ns.get("In") or [""])[-1]), int(shell.execution_count))
 
 
 def how_to_resume() -> str:

@@ -108,7 +108,7 @@ def _new_walk(trainer: Trainer) -> Walk:
 def _find(trainer: Trainer, walk: Walk) -> Iterator[Found]:
     if trainer.model is not None:
         yield from walk.module("model", trainer.model)
-    own = _names_of_trainer()
+    own = names_of_trainer()
     yield from walk.attributes("trainer", trainer, lambda name: name not in own)
     counted: dict[str, int] = {}
     for callback in trainer.callback_handler.callbacks:
@@ -156,7 +156,7 @@ def _trained(trainer: Trainer) -> Iterator[torch.Tensor]:
 
 
 @lru_cache(maxsize=1)
-def _names_of_trainer() -> frozenset[str]:
+def names_of_trainer() -> frozenset[str]:
     """Return the attributes that Trainer itself uses: it saves them, or `trainer/` handles them one by one."""
     source = Path(str(transformers.trainer.__file__)).read_text(encoding="utf-8")
     return frozenset(re.findall(r"\bself\.(\w+)", source))

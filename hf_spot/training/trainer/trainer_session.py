@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -20,11 +19,13 @@ from hf_spot.errors import ConfigError, SpotError, StoreError, TrainingInterrupt
 from hf_spot.log import alert, log_always, warn_for_all
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import KeyboardSource
+from hf_spot.policy.changes import consequences
 from hf_spot.policy.preemption import Action, Decision, leaves_step
 from hf_spot.policy.trainer_flags import SAVE_IS_DUE
+from hf_spot.policy.trainings import LENGTH, Match, differences, steps_left
 from hf_spot.run import history
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest
-from hf_spot.run.journal import Entry
+from hf_spot.run.journal import TRAINING_KEY, Entry
 from hf_spot.runtime import Runtime, make_private
 from hf_spot.storage.threads import Workers
 from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
@@ -34,23 +35,20 @@ from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
 from hf_spot.training.session.final_drain import FinalDrain
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.trainer.batch_size import keep_samples
+from hf_spot.training.trainer.description import describe
 from hf_spot.training.trainer.metrics import Metrics
 from hf_spot.training.trainer.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
 from hf_spot.training.trainer.random_states import RandomStates
+from hf_spot.training.trainer.recognition import finished, recognize
 from hf_spot.training.trainer.restore import MachineGoing, Resumption
 from hf_spot.training.trainer.save_schedule import Cadence
 from hf_spot.training.trainer.saves import is_sharded
-from hf_spot.training.versions import tell_changes
+from hf_spot.training.versions import version_changes
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 log = logging.getLogger("hf_spot")
-
-
-# Trainings that this process has finished, by run. If a script trains twice and is preempted in the second training, the next
-# launch must end the first at once with its last checkpoint, and resume the second from its own.
-_finished_stages: Counter[str] = Counter()
 
 
 class TrainerSession:
@@ -78,8 +76,7 @@ class TrainerSession:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         _check(trainer)
-        stage = _finished_stages[url] + 1
-        self._session = session = RunSession("SpotCallback", url, arguments, runtime, stage=stage, now=now, clock=clock)
+        self._session = session = RunSession("SpotCallback", url, arguments, runtime, now=now, clock=clock)
         self.trainer = trainer
         self._url = url
         args = trainer.args
@@ -91,6 +88,9 @@ class TrainerSession:
             setting="TrainingArguments(output_dir=…)",
         )
         self._restored: Checkpoint | None = None
+        self._nothing_left = False
+        self._description = describe(trainer)
+        self._described = 0  # number of the entry that has it
         self._best_folder: Path | None = None
         self._advisories: set[str] = set()
         self._asked_advisory: str | None = None
@@ -126,6 +126,16 @@ class TrainerSession:
         return self._restored
 
     @property
+    def nothing_left(self) -> bool:
+        """Return whether the training is complete, so that its end only needs to be loaded."""
+        return self._nothing_left
+
+    @property
+    def described(self) -> int:
+        """Return the number of the entry that describes what this training trains."""
+        return self._described
+
+    @property
     def best_folder(self) -> Path | None:
         """Return the folder of the best checkpoint so far, if it was restored."""
         return self._best_folder
@@ -143,21 +153,42 @@ class TrainerSession:
             drop_inherited_handlers()
         self._session.listen(keyboard=True)
         self._session.tell_launcher()
-        self._session.claim(unless_complete=True)
+        changed = self._recognize()
         try:
-            return self._begin(resume_from_checkpoint)
+            return self._begin(resume_from_checkpoint, changed)
         except MachineGoing:
             warn_for_all("the machine is being taken away: no training is started")
-            newest = self._session.agreement.from_main(lambda: self._session.run.journal.state.latest(self._session.stage))
+            newest = self._session.agreement.from_main(lambda: self._session.run.journal.state.latest(self._session.training))
             self.leave(self._restored.step if self._restored else newest.step if newest else 0)
 
-    def _begin(self, resume_from_checkpoint: str | bool | None) -> str | None:
+    def _recognize(self) -> Match:
+        """Find out which training of the run this is, and claim the run unless there is nothing left to train."""
+        session = self._session
+        if session.runtime is not None:
+            session.claim()  # the launcher has: this adopts it
+
+        def on_main() -> tuple[Match, bool]:
+            run = session.run
+            state = run.journal.state if run.launch else run.state()
+            found = recognize(run, self._description, run.launch)
+            newest = state.latest(found.number)
+            return found, newest is not None and newest.complete and not LENGTH & set(found.differences)
+
+        found, is_complete = session.agreement.from_main(on_main)
+        session.enter(found.number)
+        if not is_complete:
+            session.claim()
+        return found
+
+    def _begin(self, resume_from_checkpoint: str | bool | None, match: Match) -> str | None:
         began, resumption = self._session.clock(), Resumption(self._session)
         found = resumption.restore(resume_from_checkpoint)
         if found is not None:
             self._restored = found[0]
-        if self._restored is None or not self._restored.ref.complete:
+            self._nothing_left = self._session.agreement.from_main(self._look_what_is_left)
+        if not self._nothing_left:
             self._session.claim()  # a finished run should be trained again
+            self._describe(match)
             self._session.start_uploader(self._committed)
             self._learn()
         if self._restored is not None:
@@ -165,8 +196,7 @@ class TrainerSession:
                 self._best_folder = resumption.restore_best(self._restored)
             self._session.timing.restored(self._session.clock() - began)
             log.info("resuming from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
-            tell_changes(self._restored.details, self._restored.step)
-            if not self._restored.ref.complete:
+            if not self._nothing_left:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
         if self.machine_is_going():
             raise MachineGoing
@@ -175,20 +205,82 @@ class TrainerSession:
         foreign: str | None = resumption.foreign(resume_from_checkpoint)
         return foreign
 
+    def _before(self) -> dict[str, Any]:
+        """Return what the training was when the restored checkpoint was saved; empty if that was not recorded."""
+        assert self._restored is not None
+        entry = self._restored.details.get("described")
+        if isinstance(entry, int):
+            return self._session.run.description(entry)
+        origin = self._restored.details.get("from")  # a checkpoint of another run
+        return dict(origin.get("trains") or {}) if isinstance(origin, dict) else {}
+
+    def _look_what_is_left(self) -> bool:
+        """Report what has changed since the restored checkpoint was saved. Return whether there is nothing left to train.
+
+        Raises:
+            ConfigError: something has changed, and that should end the training; or it can't be told how long it is now.
+        """
+        restored, arguments = self._restored, self._session.arguments
+        assert restored is not None
+        before = self._before()
+        changed = differences(before, self._description)
+        told = [*consequences(before, self._description, changed, restored.step), *version_changes(restored.details)]
+        if told and arguments.on_change == "stop":
+            raise ConfigError(
+                f"since step {restored.step} was saved, this has changed: {'; '.join(told)}",
+                hint="--on-change go-on to train on with it, or undo the change",
+            )
+        for one in told:
+            warn_for_all("since step %d was saved, %s", restored.step, one)
+        if not LENGTH & set(changed):
+            wanted = int(self._description["max_steps"] or -1)
+            length = wanted if wanted > 0 else restored.details.get("max_steps")
+            return restored.ref.complete or (length is not None and restored.step >= length)  # it may be another run's
+        left = steps_left(before, self._description, step=restored.step, max_steps=restored.details.get("max_steps"))
+        if left is None and restored.ref.complete:
+            raise ConfigError(
+                "num_train_epochs has replaced max_steps in a training that is finished: how many steps are left can't be told",
+                hint="TrainingArguments(max_steps=…) with the new number of steps",
+            )
+        return left is False
+
+    def _describe(self, match: Match) -> None:
+        """Record what this training trains, unless the run knows it already."""
+        session = self._session
+
+        def on_main() -> int:
+            number = match.number if match.known is not None else None
+            known = {one.training: one for one in session.run.journal.state.trainings}.get(match.number)
+            if match.known is not None and match.known.description is not None and not match.differences and known:
+                return known.entry
+            if match.known is None and match.similar is not None:
+                log.info(
+                    "this is another training than number %d of this run: %s differ",
+                    match.similar.number,
+                    _named(match.differences),
+                )
+            return session.run.describe_training(number, self._description).entry
+
+        self._described = session.agreement.from_main(on_main)
+        number = session.agreement.from_main(
+            lambda: next(one.training for one in session.run.journal.state.trainings if one.entry == self._described)
+        )
+        session.enter(number)
+
     def end_was_told(self) -> bool:
         """Return whether callbacks got the last log lines of the complete training. All ranks must call it.
 
         If a notice ended the previous launch, this launch must send them. The same holds if that launch ended after the last
         commit, but before the evaluation or the end of the epoch, as far as the journal shows.
         """
-        restored, stage = self._restored, self._session.stage
+        restored, training = self._restored, self._session.training
         assert restored is not None
         if restored.reason == "notice":
             return False
 
         def look() -> bool:
             state = self._session.run.journal.state
-            went_on = any(ref.stage > stage for ref in state.checkpoints)
+            went_on = any(ref.training > training for ref in state.checkpoints)
             return went_on or state.ended == "finished" or not restored.details.get("evaluation_pending")
 
         return self._session.agreement.from_main(look)
@@ -264,7 +356,7 @@ class TrainerSession:
             log.info("%s was saved by an earlier hf_spot: the resumed state can't be compared with it", self._restored.name)
             return
         log.info("resumed at step %d exactly as saved: %s", self._restored.step, ", ".join(verified) or "nothing to compare")
-        data = {"step": self._restored.step, "stage": self._session.stage, "entry": self._restored.ref.entry}
+        data = {"step": self._restored.step, TRAINING_KEY: self._session.training, "entry": self._restored.ref.entry}
         self._session.record("resumed", {**data, "verified": verified}, patience_s=0.0)
 
     # -- during training ----------------------------------------------------------------------------------------------
@@ -457,11 +549,11 @@ class TrainerSession:
         if not self._session.agreement.is_main:
             last.wait_for_main()
         self._session.agreement.from_main(lambda: self._end_on_main(step, last))
-        self.stage_finished()
+        self.training_finished()
 
-    def stage_finished(self) -> None:
+    def training_finished(self) -> None:
         """Mark this training as finished: the next ``train()`` of this process is another training, and doesn't resume it."""
-        _finished_stages[self._url] = self._session.stage
+        finished(self._session.run.url, self._session.training)
 
     def _end_on_main(self, step: int, last: FinalDrain) -> None:
         drained = last.wait()
@@ -471,7 +563,12 @@ class TrainerSession:
             raise self._session.uploader.fenced
         committed = self._session.committed_step
         if self._session.preempted is not None:
-            data = {"step": step, "committed_step": committed, "stage": self._session.stage, "why": self._session.preempted.why}
+            data = {
+                "step": step,
+                "committed_step": committed,
+                TRAINING_KEY: self._session.training,
+                "why": self._session.preempted.why,
+            }
             self._session.record("preempted", {**data, **self._session.timing.to_details(step)}, patience_s=JOURNAL_LAST_WORD_S)
             how = "interrupted" if self._is_interrupt else "preempted"
             raise self._ending(f"{how} at step {step}; step {committed} is committed to {self._session.run.url}.", committed)
@@ -486,7 +583,7 @@ class TrainerSession:
             )
         if self._session.runtime is None:
             self._session.record(
-                "finished", {"step": step, "stage": self._session.stage, **self._session.timing.to_details(step)}
+                "finished", {"step": step, TRAINING_KEY: self._session.training, **self._session.timing.to_details(step)}
             )
 
     def failed(self, error: BaseException) -> None:
@@ -499,7 +596,11 @@ class TrainerSession:
             self._session.finish_uploads(min(FAILED_DRAIN_S, self._session.arguments.drain_timeout_s))
         if self._session.runtime is None:
             step = self.trainer.state.global_step
-            told = {"error": type(error).__name__, "stage": self._session.stage, **self._session.timing.to_details(step)}
+            told = {
+                "error": type(error).__name__,
+                TRAINING_KEY: self._session.training,
+                **self._session.timing.to_details(step),
+            }
             self._session.record("failed", told, patience_s=JOURNAL_LAST_WORD_S if impatient else None)
 
     def close(self) -> None:
@@ -524,3 +625,9 @@ def _check(trainer: Trainer) -> None:
         )
     if args.ignore_data_skip:
         warn_for_all("ignore_data_skip=True: a resumed run trains on other data than an uninterrupted one; set it to False")
+
+
+def _named(differences: tuple[str, ...]) -> str:
+    """Return the names of what differs, the most telling first and not all of them if there are many."""
+    shown = [name.rstrip(".") for name in differences][:5]
+    return ", ".join(shown) + (f" and {len(differences) - 5} more" if len(differences) > 5 else "")

@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
-from hf_spot.training.trainer import trainer_session
+from hf_spot.training.trainer import recognition
 from hf_spot.training.trainer.accumulation import Accumulation
 from tests.training.conftest import Patient, Recorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, preempt
@@ -189,7 +189,7 @@ def interrupted(
     store: str, tmp_path: Path, *at_steps: int, callbacks: tuple[TrainerCallback, ...] = (), **settings: Any
 ) -> tuple[Trainer, TrainOutput]:
     """One launch more than notices, each with another folder, as if in another process."""
-    trainer_session._finished_stages.clear()
+    recognition.forget_finished()
     for number, at_step in enumerate(at_steps):
         callback = SpotCallback(store, SpotArguments(notice="signal"))
         with pytest.raises(TrainingPreempted):

@@ -1,0 +1,106 @@
+"""Describes what a training trains, so that another launch knows it again and can tell what has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from hf_spot.policy.trainings import FOLDER, PARAMETERS, WEIGHTS
+from hf_spot.training.state.sampled import digest_of, rows_of
+from hf_spot.training.state.values import bytes_of, is_plain
+from hf_spot.training.state.walk import is_of_script
+from hf_spot.training.trainer.own_state import names_of_trainer
+
+_LONGEST = 80  # characters of a value that is kept as it is; of a longer one its digest is
+_SAMPLED = 16  # values of each parameter
+# Settings that don't say what is trained: where and when something is written, measured, evaluated or shown, on which devices.
+_LEFT_OUT = tuple(
+    "output_dir run_name project hub_ push_to_hub log report_to disable_tqdm save_ eval_ do_ per_device_eval metric_for "  # noqa: SIM905
+    "greater_is load_best include_ trackio skip_memory prediction_loss batch_eval bf16_full_eval fp16_full_eval use_cache "
+    "dataloader_num_workers dataloader_p dataloader_multi dataloader_in_order dataset_num_proc remove_unused auto_find "
+    "ddp_ deepspeed fsdp accelerator_config parallelism local_rank use_cpu _n_gpu vllm_ use_vllm debug "
+    "torch_compile torch_empty gradient_checkpointing activation_checkpointing full_determinism "
+    "resume_from restore_callback ignore_data enable_jit".split()
+)
+_SECRET = ("token", "password", "secret", "api_key")
+
+
+def describe(trainer: Trainer) -> dict[str, str | None]:
+    """Return named values that tell this training from others; None stands for a value that can't be looked at.
+
+    Nothing is read but a sample of the weights and of the data: it takes milliseconds.
+
+    Args:
+        trainer: the Trainer, before ``train()`` does anything.
+    """
+    every: dict[str, Any] = trainer.args.to_dict()  # type: ignore[no-untyped-call]
+    settings = {name: _shown(value) for name, value in every.items() if _counts(name)}
+    return {
+        PARAMETERS: _parameters(trainer.model),
+        WEIGHTS: _weights(trainer.model),
+        FOLDER: Path(trainer.args.output_dir or ".").absolute().name,
+        "trainer": type(trainer).__name__,
+        "dtype": _dtypes(trainer.model),
+        "data": digest_of(trainer.train_dataset),
+        "rows": str(rows_of(trainer.train_dataset)),
+        **settings,
+        **_objects(trainer),
+    }
+
+
+def _counts(setting: str) -> bool:
+    return not setting.startswith(_LEFT_OUT) and not any(word in setting.lower() for word in _SECRET)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str) and os.path.isabs(value):
+        value = Path(value).name  # another machine may have it elsewhere
+    shown = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return shown if len(shown) <= _LONGEST else hashlib.sha256(shown.encode()).hexdigest()[:16]
+
+
+def _parameters(model: Any) -> str:
+    digest = hashlib.sha256()
+    trained = 0
+    for name, parameter in model.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed has divided it among the ranks
+        digest.update(f"{name} {tuple(shape)} {parameter.requires_grad}\n".encode())
+        trained += parameter.requires_grad
+    return f"{digest.hexdigest()[:16]} ({trained} trained)"
+
+
+def _weights(model: Any) -> str | None:
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.is_meta or hasattr(parameter, "ds_id") or type(parameter.data) is not torch.Tensor:
+            return None  # its values are elsewhere
+        flat = parameter.detach().reshape(-1)
+        digest.update(bytes_of(flat[:: max(1, flat.numel() // _SAMPLED)][: _SAMPLED + 1]))
+    return digest.hexdigest()[:16]
+
+
+def _dtypes(model: Any) -> str:
+    return ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}))
+
+
+def _objects(trainer: Trainer) -> dict[str, str]:
+    """Return the plain values that a script has given its own objects: it may train with one value after another."""
+    found = {"collator.": digest_of(_plain_attributes(trainer.data_collator))}
+    if trainer.compute_loss_func is not None:
+        found["loss."] = digest_of(trainer.compute_loss_func)
+    if is_of_script(type(trainer)):
+        own = names_of_trainer()
+        values = {name: value for name, value in vars(trainer).items() if name not in own and not name.startswith("_")}
+        found |= {f"trainer.{name}": _shown(value) for name, value in values.items() if isinstance(value, (bool, int, float))}
+    return found
+
+
+def _plain_attributes(collator: Any) -> Any:
+    attributes = getattr(collator, "__dict__", None)
+    return collator if not attributes else {name: value for name, value in attributes.items() if is_plain(value)}
