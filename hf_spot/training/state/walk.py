@@ -118,7 +118,7 @@ class Walk:
                     yield from self.value(f"{path}[{key!r}]", one, inner, depth + 1)
         elif is_of_script(type(value)) and not isinstance(value, type) and depth < _DEEPEST:
             yield from self.attributes(path, value, depth=depth + 1)
-        elif _has_state_dict(value):
+        elif _has_state_dict(value) and not isinstance(value, torch.utils.data.DataLoader):  # its parts are found one by one
             yield Found(path, "state", value)
 
     def module(self, path: str, module: torch.nn.Module) -> Iterator[Found]:
