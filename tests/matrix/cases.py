@@ -31,7 +31,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from tests.matrix.compose import LIBRARIES, USUAL, build
+from tests.matrix.compose import LIBRARIES, USUAL, Composition, build
 
 SAMPLES, LENGTH, VOCABULARY = 42, 16, 64  # 42 = 10 batches of 4 and a remainder
 
@@ -408,9 +408,12 @@ def _(output_dir: Path) -> Trainer:
 # -- settings, in each library ----------------------------------------------------------------------------------------
 
 
+COMPOSED: dict[str, Composition] = {}
+
+
 def composed(name: str, stops: tuple[str, ...] = ("notice@4", "kill@9"), ranks: int = 1, **changed: Any) -> None:
     """Add a row for `USUAL` with some parts changed."""
-    made = USUAL | changed
+    made = COMPOSED[name] = USUAL | changed
     needs = LIBRARIES[made["family"]]
     CASES[name] = Case(lambda output_dir: build(made, output_dir), stops=stops, ranks=ranks, needs=needs)
 

@@ -68,7 +68,7 @@ def _trainer(made: Composition, out: Path, rows: int, reseed: bool = True) -> An
     if reseed:
         torch.manual_seed(0)
     family = made["family"]
-    model, kind, kind_of_args, given, more = _FAMILIES[family.partition(",")[0]](made, rows, out)
+    model, kind, kind_of_args, given, more = _FAMILIES[family_of(made)](made, rows, out)
     arguments = _settings(made, rows)
     args = kind_of_args(str(out), **(arguments | more))
     callbacks: list[Any] = []
@@ -126,6 +126,8 @@ def _settings(made: Composition, rows: int) -> dict[str, Any]:
         found["metric_for_best_model"] = "loss"
     if not made["optimizer"].startswith(("own", "look")):
         found["optim"] = made["optimizer"]
+    if family_of(made) == "lora":
+        found["label_names"] = ["labels"]  # PEFT hides the signature that Trainer would ask
     if made["optimizer"] == "sgd":
         found["optim_args"] = "momentum=0.9"
     if made["best"]:
@@ -154,6 +156,11 @@ def _settings(made: Composition, rows: int) -> dict[str, Any]:
     if made.get("workers"):
         found |= {"dataloader_num_workers": made["workers"], "dataloader_persistent_workers": made["persistent"]}
     return found
+
+
+def family_of(made: Composition) -> str:
+    """Return what trains, without its details."""
+    return str(made["family"]).partition(",")[0]
 
 
 def _small() -> Any:

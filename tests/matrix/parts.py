@@ -163,7 +163,8 @@ class LearntLoss:
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Add the parameter to the optimizer."""
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        optimizer.add_param_group({"params": [self.log_variance]})
+        if not any(one is self.log_variance for group in optimizer.param_groups for one in group["params"]):  # train() twice
+            optimizer.add_param_group({"params": [self.log_variance]})
         return optimizer
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
@@ -257,11 +258,12 @@ class Average(TrainerCallback):
 
 
 class Thaws(TrainerCallback):
-    """Trains without the first parameters for an epoch."""
+    """Trains without the first half of the parameters for an epoch."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
         """Freeze them."""
-        self.frozen = [name for name, weight in model.named_parameters() if weight.requires_grad][:4]
+        trained = [name for name, weight in model.named_parameters() if weight.requires_grad or state.global_step]
+        self.frozen = trained[: len(trained) // 2]
         if state.global_step == 0:
             for name, weight in model.named_parameters():
                 weight.requires_grad_(weight.requires_grad and name not in self.frozen)

@@ -279,7 +279,10 @@ class TrainerSession:
             return False
 
         def look() -> bool:
-            state = self._session.run.journal.state
+            journal = self._session.run.journal
+            state = journal.state
+            if state.ended == "failed" and journal.read(state.number).data.get(TRAINING_KEY) == training:
+                return False  # within this ``train()``, before its last log line
             went_on = any(ref.training > training for ref in state.checkpoints)
             return went_on or state.ended == "finished" or not restored.details.get("evaluation_pending")
 
