@@ -51,7 +51,7 @@ def test_a_callback_that_raises_at_a_save_is_heard_after_the_commit(
     assert user.raised >= 1
     assert steps(store) == [4]
     assert list(Run(store).verify().values()) == [[]]
-    assert kinds(store) == ["claim", "commit", "failed"]
+    assert kinds(store) == ["claim", "training", "commit", "failed"]
     assert "the checkpoint is saved first" in caplog.text
 
 
