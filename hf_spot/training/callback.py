@@ -267,6 +267,7 @@ class SpotCallback(TrainerCallback):
                 functools.partial(self._evaluation_was_cut, trainer),
                 self._resumed_folder(session),
             )
+            held = HeldErrors(trainer, self, lambda: self._stopping)
             self._saves = Saves(
                 trainer,
                 session.run_session.agreement,
@@ -274,6 +275,7 @@ class SpotCallback(TrainerCallback):
                 session.behind,
                 functools.partial(_finish_save, session, self._log_window, carried, proof),
                 functools.partial(self._save_failed, trainer),
+                held.hold,
             )
             self._resumed_epoch_is_ahead = session.restored is not None
             restored_to = None if session.restored is None else Path(str(folder))
@@ -286,7 +288,7 @@ class SpotCallback(TrainerCallback):
                     dispatched_batches_skipped(),
                     random_streams_named(trainer),
                     self._stream_resumed(trainer, session),
-                    HeldErrors(trainer, self, lambda: self._stopping).held(),
+                    held.held(),
                 ):
                     result = train(trainer, folder, *args, **kwargs)
                 session.end(trainer.state.global_step)
