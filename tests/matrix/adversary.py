@@ -32,8 +32,6 @@ FAMILIES = tuple(LIBRARIES)
 NAMED = (
     "can't be saved: it is reset in a resumed run",
     "not restored, because this launch does not have it",
-    "not exact",
-    "can't be resumed exactly",
     "other data than an uninterrupted one",
     "differ from those of an uninterrupted run",
     "it gives other samples",
@@ -406,21 +404,21 @@ def attack(count: int, seed: int, folder: Path, families: tuple[str, ...] = FAMI
 
 def drawn(count: int, seed: int, families: tuple[str, ...] = FAMILIES) -> list[Composition]:
     """Return compositions that hypothesis draws: of a few that resemble each other one."""
+    return [_few(f"{seed} {number}", families)[-1] for number in range(count)]
+
+
+def _few(seed: str, families: tuple[str, ...]) -> list[Composition]:
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
 
     found: list[Composition] = []
-    for number in range(count):
-        few: list[Composition] = []
+    quiet = list(HealthCheck)
 
-        @seeded(f"{seed} {number}")
-        @settings(
-            max_examples=_FEW, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-        )
-        @given(compositions(families))
-        def collect(made: Composition, few: list[Composition] = few) -> None:
-            few.append(made)
+    @seeded(seed)
+    @settings(max_examples=_FEW, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=quiet)
+    @given(compositions(families))
+    def collect(made: Composition) -> None:
+        found.append(made)
 
-        collect()
-        found.append(few[-1])
+    collect()
     return found
