@@ -55,7 +55,7 @@ def compositions(families: tuple[str, ...] = FAMILIES) -> Any:
             streamed = "stream" in made["data"]
             made["collator"] = one("padded", "counting", "masking")
             made["sampler"] = "default" if streamed else one("default", "own generator", "own class", "unseeded", "by length")
-            made["loss"] = one("model", "learnt", "teacher", "averaging", "function", "smoothed")
+            made["loss"] = one("model", "learnt", "teacher", "averaging", "smoothed", *(["function"] * (family == "plain")))
             exact_in_workers = made["data"] in ("rows", "global", "stream") and made["collator"] in ("padded", "masking")
             made["workers"] = one(0, 0, 2) if exact_in_workers else 0
             made["persistent"] = bool(made["workers"]) and one(False, True)
@@ -93,8 +93,8 @@ def compositions(families: tuple[str, ...] = FAMILIES) -> Any:
         )
         names = ["average", "thaws", "remembers", "draws", "rate"]
         made["callbacks"] = sorted(some(st.sets(st.sampled_from(names), max_size=3)))
-        if made["optimizer"] == "own with schedule" and made["loss"] == "learnt":
-            made["optimizer"] = "own adam"  # torch's schedules don't know groups that are added after them
+        if made["optimizer"] in ("own with schedule", "lookahead") and made["loss"] == "learnt":
+            made["optimizer"] = "own adam"  # they don't know groups that are added after them
         if family == "sentences":
             made["more"] = [name for name in made["more"] if name != "neftune"]  # which needs input embeddings
         made["ahead"] = one(1, 2, 3)  # num_iterations of GRPO
