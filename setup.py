@@ -1,4 +1,4 @@
-"""Everything is in setup.cfg, but for the project's addresses: they are those of the repository that this checkout came from."""
+"""Everything is in setup.cfg, but for the project's addresses: those of the repository that this checkout came from."""
 
 from __future__ import annotations
 
