@@ -191,7 +191,8 @@ class TrainerSession:
 
         def look() -> bool:
             state = self._session.run.journal.state
-            went_on = any(one.training > training for one in (*state.checkpoints, *state.trainings))
+            known = [one.training for one in state.checkpoints] + [one.training for one in state.trainings]
+            went_on = max(known) > training
             if went_on or state.ended == "finished":
                 return True
             # A launcher records how the script ended, and not each training.
