@@ -74,6 +74,17 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.dist = "worksteal"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Each of xdist's workers begins with its share of the slow tests: whoever began one as the last of all would end alone.
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    others = [item for item in items if not item.get_closest_marker("slow")]
+    shares = [len(others) * number // workers for number in range(workers + 1)]
+    items[:] = [
+        item for number in range(workers) for item in slow[number::workers] + others[shares[number] : shares[number + 1]]
+    ]
+
+
 @pytest.fixture
 def counted(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Takes a line that tells how much a suite has tried; they are printed together at the end."""
