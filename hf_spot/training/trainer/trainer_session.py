@@ -26,7 +26,7 @@ from hf_spot.policy.trainings import LENGTH, Match, differences, steps_left
 from hf_spot.run import history
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest
 from hf_spot.run.journal import TRAINING_KEY, Entry
-from hf_spot.runtime import Runtime, make_private
+from hf_spot.runtime import Runtime, held_folder, make_private
 from hf_spot.storage.threads import Workers
 from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.ranks.agreement import Agreement
@@ -100,7 +100,10 @@ class TrainerSession:
         # Not in output_dir, which may be full when the next epoch begins, or be deleted in its middle.
         if runtime is not None:
             make_private(runtime.directory)
-        scratch = Path(tempfile.mkdtemp(prefix="hf_spot-", dir=runtime.directory if runtime else None))
+            scratch = Path(tempfile.mkdtemp(prefix="hf_spot-", dir=runtime.directory))
+        else:
+            scratch, held = held_folder()
+            session.closing.callback(os.close, held)
         session.closing.callback(shutil.rmtree, scratch, ignore_errors=True)
         self.random_states = RandomStates(trainer, scratch / f"random-states-{trainer.args.process_index}")
         session.closing.callback(self.random_states.close)
