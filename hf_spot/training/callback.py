@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,7 @@ class SpotCallback(TrainerCallback):
             )
             self._resumed_epoch_is_ahead = session.restored is not None
             restored_to = None if session.restored is None else Path(str(folder))
-            after_train_begin(trainer, functools.partial(_restore_own_state, carried, proof, restored_to))
+            after_train_begin(trainer, functools.partial(_restore_own_state, carried, proof, restored_to, session.changed))
             self._proof, self._is_proven = proof, restored_to is None
             try:
                 self._log_window.watch()
@@ -417,11 +418,11 @@ def _finish_save(
     proof.save(folder, session.behind.write_text)
 
 
-def _restore_own_state(carried: CarriedState, proof: Proof, folder: Path | None) -> None:
+def _restore_own_state(carried: CarriedState, proof: Proof, folder: Path | None, changed: Collection[str]) -> None:
     carried.look("model.")  # `model_init` creates the model after the training has begun
     if folder is not None:
         carried.restore(folder)
-        proof.expect(folder)
+        proof.expect(folder, changed)
         proof.compare_loaded(folder)
 
 
