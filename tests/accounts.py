@@ -51,6 +51,7 @@ TEMPORARY_KB, OUTPUT_KB = 16 << 10, 400 << 10
 BALLAST_MB = 65  # more than the 64 MB from which a file goes in parts
 KILLED = -signal.SIGKILL
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x00020000, 0x4000, 1 << 18  # <sched.h>, <sys/mount.h>
+_CACHE = re.compile(r"torchinductor_\w+(/.*)?")  # of torch's compiler, for all trainings
 _PYTHONS_OWN = re.compile(
     r"pymp-\w+(/.*)?"
 )  # multiprocessing's, of processes that were killed: Python itself deletes none of them
@@ -224,7 +225,7 @@ class Accounts:
         allowed = {0, 75, KILLED} | ({130} if "Ctrl-C" in name else set()) | ({1, 2} if "full" in name else set())
         if code not in allowed:
             self.wrong.append(f"{launch.log}: {name}: ended with {code}")
-        temporary = self.files(self.temporary.path)
+        temporary = [one for one in self.files(self.temporary.path) if not _CACHE.fullmatch(one)]
         self.left_by_python |= {one for one in temporary if _PYTHONS_OWN.fullmatch(one)}
         left = {"files in the temporary folder": sorted({*temporary} - self.left_by_python), "segments": self.files(MEMORY)}
         run = Run(self.url)
