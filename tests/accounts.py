@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import json
 import os
 import random
@@ -188,7 +189,7 @@ class Accounts:
         return launch.process.returncode if launch.process.returncode is not None else KILLED
 
     def fill_temporary(self, launch: Launch) -> int:
-        self.temporary.fill()
+        self.fill(self.temporary)
         try:
             self.advance(launch, 4)
             return self.end(launch, signal.SIGTERM)
@@ -196,13 +197,23 @@ class Accounts:
             self.temporary.empty()
 
     def fill_output(self, launch: Launch) -> int:
-        self.output.fill()
+        self.fill(self.output)
         try:
             self.advance(launch, 6)
             self.send(launch.process, signal.SIGTERM)
             return launch.wait()
         finally:
             self.output.empty()
+
+    @staticmethod
+    def fill(disk: SmallDisk) -> None:
+        for _ in range(100):
+            try:
+                return disk.fill()
+            except OSError as error:  # somebody has taken some of it meanwhile
+                if error.errno != errno.ENOSPC:
+                    raise
+        raise TimeoutError(f"{disk.path} can't be filled")
 
     @staticmethod
     def send(process: psutil.Process, number: int) -> None:
