@@ -115,7 +115,15 @@ class Accounts:
         options += ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"] if self.two else []
         number = len(self.launcher.launches) + 1
         folder = self.output.path / f"run-{self.runs}"
-        script = [PLAIN, "--output_dir", folder, "--diary", f"diary-{number}", "--weights", f"weights-{number}"]
+        script: list[str | Path] = [
+            PLAIN,
+            "--output_dir",
+            folder,
+            "--diary",
+            f"diary-{number}",
+            "--weights",
+            f"weights-{number}",
+        ]
         more = ["--step_s", "0.05", "--epochs", "3", "--workers", str(self.chance.choice([0, 1]))]
         more += ["--ballast_mb", str(BALLAST_MB)] if "upload" in name else []
         launch = self.launcher.start(self.url, [*script, *more], options=options)

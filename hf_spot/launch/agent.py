@@ -71,10 +71,8 @@ def _main() -> None:
     runtime = Runtime.from_environ(os.environ)
     if runtime is not None:
         threading.Thread(target=_pass_on, args=(runtime,), name="hf_spot-signals", daemon=True).start()
-        sys.argv[1:1] = [
-            "--log_dir",
-            str(runtime.directory / "torchrun"),
-        ]  # a folder that the user names comes later, and counts
+        # First, so that a folder that the user names comes later and counts.
+        sys.argv[1:1] = ["--log_dir", str(runtime.directory / "torchrun")]
     try:
         main()
     except ChildFailedError:
