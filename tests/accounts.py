@@ -156,7 +156,7 @@ class Accounts:
         return launch.wait()
 
     def end(self, launch: Launch, number: int) -> int:
-        launch.process.send_signal(number)
+        self.send(launch.process, number)
         return launch.wait()
 
     def hang_up(self, launch: Launch) -> int:
@@ -165,14 +165,13 @@ class Accounts:
         return launch.wait()
 
     def press_twice(self, launch: Launch) -> int:
-        launch.process.send_signal(signal.SIGINT)
+        self.send(launch.process, signal.SIGINT)
         time.sleep(1.5)
         self.send(launch.process, signal.SIGINT)
         return launch.wait()
 
     def kill_launcher(self, launch: Launch) -> int:
-        launch.process.kill()
-        return launch.wait()
+        return self.end(launch, signal.SIGKILL)
 
     def kill_rank(self, launch: Launch) -> int:
         for one in ranks(launch)[-1:]:
@@ -188,13 +187,13 @@ class Accounts:
 
     def kill_all(self, launch: Launch) -> int:
         launch.kill_tree()
-        return KILLED
+        return launch.wait()
 
     def kill_in_upload(self, launch: Launch) -> int:
         wait_for(lambda: self.uploads() or launch.process.poll() is not None, f"for an upload: {launch.log}", 0.01)
         self.left_by_killed["uploads in parts"] += len(self.uploads())
         launch.kill_tree()
-        return launch.process.returncode if launch.process.returncode is not None else KILLED
+        return launch.wait()
 
     def fill_temporary(self, launch: Launch) -> int:
         self.fill(self.temporary)
