@@ -185,7 +185,7 @@ class TrainerSession:
         """Return whether callbacks got the last log lines of the complete training. All ranks must call it.
 
         If a notice ended the previous launch, this launch must send them. The same holds if that launch ended after the last
-        commit, but before the evaluation or the end of the epoch, as far as the journal shows.
+        commit, but before ``train()`` returned, as far as the journal shows.
         """
         restored, training = self._restored, self._session.training
         assert restored is not None
@@ -194,8 +194,11 @@ class TrainerSession:
 
         def look() -> bool:
             state = self._session.run.journal.state
-            went_on = any(ref.training > training for ref in state.checkpoints)
-            return went_on or state.ended == "finished" or not restored.details.get("evaluation_pending")
+            went_on = any(one.training > training for one in (*state.checkpoints, *state.trainings))
+            if went_on or state.ended == "finished":
+                return True
+            # A launcher records how the script ended, and not each training.
+            return self._session.runtime is not None and not restored.details.get("evaluation_pending")
 
         return self._session.agreement.from_main(look)
 
