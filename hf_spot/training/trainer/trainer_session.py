@@ -194,7 +194,8 @@ class TrainerSession:
 
         def look() -> bool:
             state = self._session.run.journal.state
-            went_on = any(one.training > training for one in (*state.checkpoints, *state.trainings))
+            known = [*(one.training for one in state.checkpoints), *(one.training for one in state.trainings)]
+            went_on = any(number > training for number in known)
             if went_on or state.ended == "finished":
                 return True
             # A launcher records how the script ended, and not each training.
