@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
+
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, SpotError, StoreError, TrainingInterrupted, TrainingPreempted
 from hf_spot.log import alert, log_always, warn_for_all
@@ -34,6 +36,7 @@ from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
 from hf_spot.training.session.final_drain import FinalDrain
 from hf_spot.training.session.run_session import RunSession
+from hf_spot.training.session.step_teller import DEVICE, RANKS, StepTeller
 from hf_spot.training.trainer.batch_size import keep_samples
 from hf_spot.training.trainer.description import describe
 from hf_spot.training.trainer.metrics import Metrics
@@ -97,6 +100,8 @@ class TrainerSession:
         self._save_began: float | None = None
         self._past: history.Past | None = None
         self._notices = 0
+        self._changes: list[str] = []  # since the restored checkpoint was saved
+        self._teller: StepTeller | None = None
         # Not in output_dir, which may be full when the next epoch begins, or be deleted in its middle.
         if runtime is not None:
             make_private(runtime.directory)
@@ -129,6 +134,11 @@ class TrainerSession:
     def nothing_left(self) -> bool:
         """Return whether the training is complete, so that its end only needs to be loaded."""
         return self._nothing_left
+
+    @property
+    def teller(self) -> StepTeller | None:
+        """Return what tells and compares this rank's steps; None on machines that don't share rank 0's disk."""
+        return self._teller
 
     @property
     def described(self) -> int:
@@ -189,6 +199,7 @@ class TrainerSession:
         if not self._nothing_left:
             self._session.claim()  # a finished run should be trained again
             self._describe(match)
+            self._start_teller(match)  # before the uploader deletes what earlier launches told
             self._session.start_uploader(self._committed)
             self._learn()
         if self._restored is not None:
@@ -230,6 +241,7 @@ class TrainerSession:
                 f"since step {restored.step} was saved, this has changed: {'; '.join(told)}",
                 hint="--on-change go-on to train on with it, or undo the change",
             )
+        self._changes = told
         for one in told:
             warn_for_all("since step %d was saved, %s", restored.step, one)
         if not LENGTH & set(changed):
@@ -266,6 +278,22 @@ class TrainerSession:
             lambda: next(one.training for one in session.run.journal.state.trainings if one.entry == self._described)
         )
         session.enter(number)
+
+    def _start_teller(self, match: Match) -> None:
+        session, args = self._session, self.trainer.args
+        if session.disk.index != 0:
+            return
+        changed = self._changes
+        if self._restored is None and match.differences:
+            changed = [f"other {_named(match.differences)}"]
+        self._teller = StepTeller(
+            session,
+            args.process_index,
+            {RANKS: args.world_size, DEVICE: _device(args.device)},
+            resumed_step=self._restored.step if self._restored else 0,
+            changed=changed,
+        )
+        session.closing.callback(self._teller.close)
 
     def end_was_told(self) -> bool:
         """Return whether callbacks got the last log lines of the complete training. All ranks must call it.
@@ -544,6 +572,8 @@ class TrainerSession:
         """
         if self._session.forked:
             return
+        if self._teller is not None:
+            self._teller.conclude()
         self._session.order_uploads()
         last = FinalDrain(self._session)
         if not self._session.agreement.is_main:
@@ -554,6 +584,8 @@ class TrainerSession:
     def training_finished(self) -> None:
         """Mark this training as finished: the next ``train()`` of this process is another training, and doesn't resume it."""
         finished(self._session.run.url, self._session.training)
+        if self._teller is not None:
+            self._teller.forget()
 
     def _end_on_main(self, step: int, last: FinalDrain) -> None:
         drained = last.wait()
@@ -590,6 +622,8 @@ class TrainerSession:
         """Commit pending uploads after an exception, and record it in the journal if there is no launcher to do it."""
         if self._session.forked or self._session.uploader is None or self._session.uploader.fenced is not None:
             return
+        if self._teller is not None:
+            self._teller.conclude()
         # A user who presses Ctrl-C a second time has seen what the training waits for.
         impatient = isinstance(error, KeyboardInterrupt) and self._is_interrupt
         if not impatient:
@@ -625,6 +659,13 @@ def _check(trainer: Trainer) -> None:
         )
     if args.ignore_data_skip:
         warn_for_all("ignore_data_skip=True: a resumed run trains on other data than an uninterrupted one; set it to False")
+
+
+def _device(device: torch.device) -> str:
+    """Return the kind of device: another kind computes the same step with other rounding."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type
 
 
 def _named(differences: tuple[str, ...]) -> str:
