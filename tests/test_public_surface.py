@@ -105,6 +105,8 @@ def test_the_settings_and_their_defaults_are_these() -> None:
         "peer_timeout_s": 30.0,
         "on_save_error": "stop",
         "on_mismatch": "stop",
+        "on_change": "go-on",
+        "start_from": None,
         "save_memory_gb": None,
         "upload_workers": 4,
         "allow_batch_change": False,

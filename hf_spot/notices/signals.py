@@ -50,6 +50,16 @@ def is_left_alone(one: signal.Signals) -> bool:
     return one is signal.SIGHUP and signal.getsignal(one) is signal.SIG_IGN
 
 
+def is_caught_by(process: int, one: signal.Signals) -> bool:
+    """Tell whether a process has a handler for a signal. Without /proc that is unknown, and True."""
+    try:
+        with open(f"/proc/{process}/status") as file:
+            caught = next(line for line in file if line.startswith("SigCgt:"))
+    except (OSError, StopIteration):
+        return not os.path.exists("/proc/self/status")
+    return bool(int(caught.split()[1], 16) >> (one - 1) & 1)
+
+
 @contextmanager
 def held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
     """Let signals to this thread wait until the end of the block.

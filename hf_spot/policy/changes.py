@@ -7,16 +7,30 @@ https://pytorch.org/docs/stable/generated/torch.optim.lr_scheduler.LambdaLR.html
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
-from hf_spot.policy.trainings import FOLDER, LENGTH, WEIGHTS, Description
+from hf_spot.policy.trainings import BATCH, FOLDER, LENGTH, WEIGHTS, Description
 
 _SAVED_WITH_OPTIMIZER = frozenset({"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"})
 _SCHEDULE = frozenset({"lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"})
-_BATCH = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
 _PRECISION = frozenset({"dtype", "bf16", "fp16", "tf32"})
 # Said elsewhere (the batch, when it is fitted), or without a consequence: initial weights, which the checkpoint replaces.
-_SILENT = frozenset({WEIGHTS, FOLDER}) | _BATCH
+_SILENT = frozenset({WEIGHTS, FOLDER}) | BATCH
+
+
+_KEEP_BATCHES = (
+    LENGTH | _SAVED_WITH_OPTIMIZER | _SCHEDULE | _PRECISION | {WEIGHTS, FOLDER, "learning_rate", "max_grad_norm", "optim"}
+)
+
+
+def changes_schedule(changed: Collection[str]) -> bool:
+    """Return whether the schedule is another one after these changes, so that its state can't be the one that was saved."""
+    return not _SCHEDULE.isdisjoint(changed)
+
+
+def may_change_batches(changed: Collection[str]) -> bool:
+    """Return whether the next batch may be another one after these changes: of most settings that can't be told."""
+    return not _KEEP_BATCHES.issuperset(changed)
 
 
 def consequences(before: Description, now: Description, changed: Iterable[str], step: int) -> list[str]:

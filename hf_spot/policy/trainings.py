@@ -16,6 +16,7 @@ PARAMETERS = "parameters"
 WEIGHTS = "weights"
 FOLDER = "output_dir"
 LENGTH = frozenset({"max_steps", "num_train_epochs"})
+BATCH = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,9 @@ def _may_be(one: Known, changed: Collection[str]) -> bool:
 
     A complete training can only have become longer, or have moved: scripts leave out what they have trained, and begin
     the next one. An incomplete one may have changed in anything, or moved, but not both: trainings side by side differ like
-    that.
+    that. The batch of a device is fitted to the machine.
     """
-    rest = set(changed) - LENGTH - {FOLDER}
+    rest, moved = set(changed) - LENGTH - {FOLDER}, FOLDER in changed
     if one.complete:
-        return not rest
-    return FOLDER not in changed or rest <= {WEIGHTS}
+        return not rest or (not moved and rest <= BATCH)
+    return not moved or rest <= BATCH | {WEIGHTS}

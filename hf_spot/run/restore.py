@@ -1,11 +1,9 @@
-"""Restore a run's newest usable checkpoint on this machine, and set aside local folders that would mislead a resume."""
+"""Restore a run's newest usable checkpoint on this machine."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
-import shutil
 import stat
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -14,14 +12,12 @@ from pathlib import Path
 from hf_spot.errors import CorruptCheckpoint, IncompleteCheckpoint, ObjectNotFound
 from hf_spot.run.checkpoint import Checkpoint, check_resumable
 from hf_spot.run.journal import CheckpointRef
+from hf_spot.run.output_folder import set_aside
 from hf_spot.run.run import Run
 from hf_spot.runtime import Prefetched
 from hf_spot.storage.store import Progress
 
 log = logging.getLogger("hf_spot")
-
-_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-_MARKER = ".hf_spot/run"
 
 Restored = tuple[Checkpoint, Path]  # and the folder on this machine
 
@@ -163,53 +159,3 @@ def _is_guarded(folder: Path) -> bool:
     except OSError:
         return False
     return found.st_uid in (0, os.geteuid()) and (not found.st_mode & 0o022 or bool(found.st_mode & stat.S_ISVTX))
-
-
-def set_aside(folder: Path, why: str) -> Path:
-    """Rename ``checkpoint-N`` to ``torn-checkpoint-N``, because rotation and ``get_last_checkpoint`` assume that every
-    ``checkpoint-*`` is complete. Only the newest torn folder is kept. Return its path."""
-    for older in folder.parent.glob("torn-checkpoint-*"):
-        shutil.rmtree(older, ignore_errors=True)
-    target = folder.with_name(f"torn-{folder.name}")
-    folder.rename(target)
-    log.warning("%s was set aside as %s: %s", folder, target.name, why)
-    return target
-
-
-def sweep(output_dir: Path) -> None:
-    """Remove what killed launches left in ``output_dir/.hf_spot``: partial downloads, and the hard links of uploads, which
-    would keep the space of checkpoints that rotation has deleted. Only the holder of the claim may call this."""
-    for pattern in ("restore-*", "pins-*"):
-        for leftover in (output_dir / ".hf_spot").glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def set_aside_uncommitted(run: Run, output_dir: Path, resume_step: int) -> None:
-    """Set aside local checkpoints newer than the step that training resumes from: they were never committed.
-
-    If there is nothing to resume and this run has not used the folder before, they belong to someone else and stay.
-
-    Args:
-        run: whose folder it is.
-        output_dir: the Trainer's.
-        resume_step: 0 when nothing is resumed.
-    """
-    marker = output_dir / _MARKER
-    used_before = marker.exists() and marker.read_bytes() == _on_disk(run)
-    for folder in output_dir.glob("checkpoint-*"):
-        match = _CHECKPOINT.match(folder.name)
-        if match and int(match[1]) > resume_step and (resume_step or used_before):
-            set_aside(folder, "it was never committed")
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    marker.write_bytes(_on_disk(run))
-
-
-def holds_own_checkpoints(run: Run, output_dir: Path) -> bool:
-    """Return whether the local checkpoints here come from an earlier launch of this run. If the run has no commits, they were
-    never committed."""
-    marker = output_dir / _MARKER
-    return marker.exists() and marker.read_bytes() == _on_disk(run)
-
-
-def _on_disk(run: Run) -> bytes:
-    return run.url.encode("utf-8", "surrogateescape")  # whatever the locale

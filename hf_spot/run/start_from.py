@@ -28,7 +28,19 @@ _STEP = re.compile(r"^(.+)@(\d+)$")
 _HINT = "--from s3://bucket/runs/other@500, or --from out/checkpoint-500"
 # What a commit records about its own run and launch, and not about the training.
 _OF_ITS_RUN = frozenset(
-    {"described", "timing", "trackers", "output_dir", "history", "complete", "best_step", "prefix", "step", TRAINING_KEY}
+    {
+        "described",
+        "reason",
+        "timing",
+        "trackers",
+        "output_dir",
+        "history",
+        "complete",
+        "best_step",
+        "prefix",
+        "step",
+        TRAINING_KEY,
+    }
 )
 
 

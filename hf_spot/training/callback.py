@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,7 @@ class SpotCallback(TrainerCallback):
                 functools.partial(self._evaluation_was_cut, trainer),
                 self._resumed_folder(session),
             )
+            held = HeldErrors(trainer, self, lambda: self._stopping)
             self._saves = Saves(
                 trainer,
                 session.run_session.agreement,
@@ -286,10 +288,11 @@ class SpotCallback(TrainerCallback):
                 session.behind,
                 functools.partial(_finish_save, session, self._log_window, carried, proof),
                 functools.partial(self._save_failed, trainer),
+                held.hold,
             )
             self._resumed_epoch_is_ahead = session.restored is not None
             restored_to = None if session.restored is None else Path(str(folder))
-            after_train_begin(trainer, functools.partial(_restore_own_state, carried, proof, restored_to))
+            after_train_begin(trainer, functools.partial(_restore_own_state, carried, proof, restored_to, session.changed))
             self._proof, self._is_proven = proof, restored_to is None
             self._losses = losses
             try:
@@ -301,7 +304,7 @@ class SpotCallback(TrainerCallback):
                     dispatched_batches_skipped(),
                     random_streams_named(trainer),
                     self._stream_resumed(trainer, session),
-                    HeldErrors(trainer, self, lambda: self._stopping).held(),
+                    held.held(),
                 ):
                     result = train(trainer, folder, *args, **kwargs)
                 if losses is not None:
@@ -435,11 +438,11 @@ def _finish_save(
     proof.save(folder, session.behind.write_text)
 
 
-def _restore_own_state(carried: CarriedState, proof: Proof, folder: Path | None) -> None:
+def _restore_own_state(carried: CarriedState, proof: Proof, folder: Path | None, changed: Collection[str]) -> None:
     carried.look("model.")  # `model_init` creates the model after the training has begun
     if folder is not None:
         carried.restore(folder)
-        proof.expect(folder)
+        proof.expect(folder, changed)
         proof.compare_loaded(folder)
 
 

@@ -115,6 +115,26 @@ def test_every_signal_of_the_users_own_list_is_one(tmp_path: Path, launcher: Lau
     assert_is_preempted_with_all_committed(launch, store)
 
 
+@pytest.mark.parametrize(("ranks", "name"), [(1, "SIGTERM"), pytest.param(2, "SIGINT", marks=pytest.mark.slow)])
+def test_a_data_loaders_worker_that_is_signalled_alone_is_a_notice(
+    tmp_path: Path, launcher: Launcher, ranks: int, name: str
+) -> None:
+    store = str(tmp_path / "run")
+    launch = launcher.plain(store, "--step_s", "0.1", "--workers", "1", options=options(ranks))
+    launch.wait_for_step(3)
+    send(of(launch, "worker")[-1:], getattr(signal, name))
+    assert_is_preempted_with_all_committed(launch, store)
+
+
+def test_a_crash_whose_workers_the_agent_ends_is_no_notice(tmp_path: Path, launcher: Launcher) -> None:
+    store = str(tmp_path / "run")
+    launch = launcher.plain(store, "--step_s", "0.1", "--workers", "1", options=options(2, "--max-restarts", "0"))
+    launch.wait_for_step(3)
+    send(of(launch, "rank")[-1:], signal.SIGKILL)
+    assert launch.wait() not in (0, 75), launch.text()
+    assert "notice" not in [entry.kind for entry in Run(store).events()]
+
+
 def test_torchruns_agent_ends_the_ranks_that_a_crash_has_left_behind_at_once(tmp_path: Path, launcher: Launcher) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -13,7 +13,8 @@ import pytest
 
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.manifest import files_in
-from hf_spot.run.restore import restore_newest, set_aside_uncommitted, sweep
+from hf_spot.run.output_folder import enter, set_aside_uncommitted
+from hf_spot.run.restore import restore_newest
 from hf_spot.run.run import Run
 from hf_spot.run.upload import Uploader
 from hf_spot.storage.local import LocalStore
@@ -86,7 +87,7 @@ def launch(store: ObjectStore, output_dir: Path, acknowledge: Callable[[int], No
     output_dir.mkdir(exist_ok=True)
     run = Run(store)
     run.claim()
-    sweep(output_dir)
+    enter(run, output_dir, keep=False)
     found = restore_newest(run, run.state().checkpoints, output_dir)
     step = found[0].step if found else 0
     if found:

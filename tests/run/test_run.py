@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 
 from hf_spot.errors import ConfigError, CorruptCheckpoint, Fenced, IncompleteCheckpoint, NoCheckpoint
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest
-from hf_spot.run.restore import restore_newest, set_aside_uncommitted
+from hf_spot.run.output_folder import enter, foreign_checkpoints, set_aside_uncommitted
+from hf_spot.run.restore import restore_newest
 from hf_spot.run.run import Run
 from hf_spot.storage.memory import MemoryStore
 
@@ -123,16 +125,58 @@ def test_newer_local_folders_that_were_never_committed_are_set_aside(run: Run, m
         make_checkpoint(step)
     set_aside_uncommitted(run, tmp_path / "out", resume_step=10)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == [".hf_spot", "checkpoint-10", "checkpoint-5", "torn-checkpoint-15"]
+    assert names == ["checkpoint-10", "checkpoint-5", "torn-checkpoint-15"]
 
 
-def test_checkpoints_from_before_hf_spot_stay_where_they_are(run: Run, make_checkpoint: Make, tmp_path: Path) -> None:
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != ".hf_spot")
+
+
+def test_checkpoints_from_before_hf_spot_are_kept_under_another_name_and_offered(
+    run: Run, make_checkpoint: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        before = {path.name: path.read_bytes() for path in make_checkpoint(5).iterdir() if path.is_file()}
+        (tmp_path / "out" / ".hf_spot" / "run").unlink(missing_ok=True)
+        with caplog.at_level(logging.WARNING, logger="hf_spot"):
+            enter(run, tmp_path / "out", keep=False)
+    assert names_in(tmp_path / "out") == ["other-checkpoint-5", "other-checkpoint-5.2"]
+    kept = tmp_path / "out" / "other-checkpoint-5.2"
+    assert {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()} == before
+    assert f"was there before this run: it is kept as {kept.name}. To start a run from it: --from {kept}" in caplog.text
+    # The second launch of this run knows that what it finds must be its own.
+    make_checkpoint(10)
+    enter(run, tmp_path / "out", keep=False)
+    set_aside_uncommitted(run, tmp_path / "out", resume_step=0)
+    assert names_in(tmp_path / "out") == ["other-checkpoint-5", "other-checkpoint-5.2", "torn-checkpoint-10"]
+
+
+def test_checkpoints_that_the_script_resumes_from_stay_in_every_launch(run: Run, make_checkpoint: Make, tmp_path: Path) -> None:
     make_checkpoint(5)
-    set_aside_uncommitted(run, tmp_path / "out", resume_step=0)
-    assert (tmp_path / "out" / "checkpoint-5").is_dir()
-    # … but the second launch of this run knows that they must be its own.
-    set_aside_uncommitted(run, tmp_path / "out", resume_step=0)
-    assert (tmp_path / "out" / "torn-checkpoint-5").is_dir()
+    for _ in range(2):
+        enter(run, tmp_path / "out", keep=True)
+        set_aside_uncommitted(run, tmp_path / "out", resume_step=0)
+        assert names_in(tmp_path / "out") == ["checkpoint-5"]
+        assert foreign_checkpoints(tmp_path / "out") == {"checkpoint-5"}
+
+
+def test_checkpoints_of_another_run_or_training_are_named_as_what_they_are(
+    run: Run, make_checkpoint: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = Run(MemoryStore("memory://other"))
+    enter(other, tmp_path / "out", keep=False)
+    commit(run, make_checkpoint(3))
+    make_checkpoint(5)
+    with caplog.at_level(logging.WARNING, logger="hf_spot"):
+        enter(run, tmp_path / "out", keep=False)
+    assert names_in(tmp_path / "out") == ["checkpoint-3", "other-checkpoint-5"]
+    assert "checkpoint-5 belongs to memory://other" in caplog.text
+    commit(run, make_checkpoint(10))  # of training 1; training 2 uses the same folder
+    make_checkpoint(12)
+    with caplog.at_level(logging.WARNING, logger="hf_spot"):
+        set_aside_uncommitted(run, tmp_path / "out", 3, training=2)
+    assert names_in(tmp_path / "out") == ["checkpoint-3", "other-checkpoint-10", "other-checkpoint-5", "torn-checkpoint-12"]
+    assert "checkpoint-10 belongs to training 1 of this run" in caplog.text
 
 
 def test_pruning_keeps_the_newest_and_the_best_and_deletes_the_files(

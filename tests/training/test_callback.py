@@ -259,7 +259,7 @@ def test_a_crash_is_told_to_the_journal_after_the_upload_under_way(store: str, t
 
     with pytest.raises(ZeroDivisionError):
         make_trainer(tmp_path, SpotCallback(store, QUIET), Recorder(4, act)).train()
-    assert kinds(store) == ["claim", "commit", "failed"]
+    assert kinds(store) == ["claim", "training", "commit", "failed"]
 
 
 def test_a_launch_that_was_taken_over_stops_and_says_so(store: str, tmp_path: Path) -> None:

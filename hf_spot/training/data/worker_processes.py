@@ -2,28 +2,33 @@
 
 Some schedulers send their signal to every process (systemd, ``scancel --full``, a container's init), and a terminal or Jupyter
 sends Ctrl-C's SIGINT. The training treats it as a notice and saves; its DataLoader workers would die of it, and the training
-with them in its next step, before it could save.
+with them in its next step, before it could save. A signal may also reach a worker alone, so a worker passes it on.
 """
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import Any
 
+import psutil
 import torch
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.notices.signals import answered_signals, held_back
+from hf_spot.notices.signals import answered_signals, held_back, is_caught_by, is_left_alone
 from hf_spot.runtime import Runtime
 from hf_spot.training.data.worker_states import Asked, Made, Worker, WorkerStates
 from hf_spot.training.upstream import SKIPS_INSIDE, START_WORKERS, WORKER_LOOP
+
+log = logging.getLogger("hf_spot")
 
 # None if torch has changed: `hf_spot.training.upstream.check` then refuses the training.
 _plain_loop = WORKER_LOOP.find()
@@ -34,7 +39,7 @@ _signals: tuple[signal.Signals, ...] = ()
 
 
 def shield(arguments: SpotArguments | None = None) -> None:
-    """Make the workers of every DataLoader ignore signals that mean a notice, unless their own parent sends them.
+    """Make the workers of every DataLoader pass on signals that mean a notice; they end if their own parent sends one.
 
     Args:
         arguments: name the signals; None uses those of the launch, or the defaults.
@@ -97,11 +102,11 @@ def _start_shielded(self: Any, loader: Any) -> None:
         _plain_start(self, loader)
 
 
-def shielded_loop(signals: Collection[signal.Signals], *args: Any, **kwargs: Any) -> None:
+def shielded_loop(signals: Sequence[signal.Signals], *args: Any, **kwargs: Any) -> None:
     """Run torch's worker loop, with signals blocked. Public because ``spawn`` pickles it by name."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # with "forkserver" os.getppid() is another process
-    threading.Thread(target=_exit_on_signal_of, args=(parent.pid, signals), name="hf_spot-shield", daemon=True).start()
+    threading.Thread(target=_answer, args=(parent, signals), name="hf_spot-shield", daemon=True).start()
     # dataset_kind, dataset, index_queue, data_queue, …, init_fn (9), worker_id (10), … as torch 2.6 to 2.13 pass them
     worker = args[9] if len(args) > 10 else None
     if isinstance(worker, Worker):
@@ -109,7 +114,40 @@ def shielded_loop(signals: Collection[signal.Signals], *args: Any, **kwargs: Any
     _plain_loop(*args, **kwargs)
 
 
-def _exit_on_signal_of(parent: int | None, signals: Collection[signal.Signals]) -> None:
-    while signal.sigwaitinfo(signals).si_pid != parent:
-        continue
+def _answer(parent: BaseProcess, signals: Sequence[signal.Signals]) -> None:
+    runtime = Runtime.from_environ(os.environ)
+    # They end a worker with SIGTERM when its training has crashed, which is no notice.
+    of_the_launch = _ancestors_up_to(runtime.launcher) if runtime else set()
+    while (received := signal.sigwaitinfo(signals)).si_pid != parent.pid:
+        one = signal.Signals(received.si_signo)
+        if received.si_pid in of_the_launch or is_left_alone(one) or not parent.is_alive():
+            continue
+        if not _pass_on(one, signals, runtime.launcher if runtime else None, parent.pid):
+            log.warning(
+                "a DataLoader worker (process %d) has ignored %s: signals are no notice for this training (process %s)",
+                os.getpid(),
+                one.name,
+                parent.pid,
+            )
     os._exit(0)  # as torch's own handler does for a SIGTERM from the parent
+
+
+def _pass_on(one: signal.Signals, signals: Sequence[signal.Signals], launcher: int | None, training: int | None) -> bool:
+    # Never SIGINT: the one that the training got itself may have been the first, and a second means not to wait for anything.
+    others = [signal.SIGTERM] if launcher else [other for other in (one, *signals) if other is not signal.SIGINT]
+    to = launcher or training
+    for other in others:
+        if to is not None and is_caught_by(to, other):
+            with suppress(ProcessLookupError):
+                os.kill(to, other)
+            return True
+    return False
+
+
+def _ancestors_up_to(launcher: int) -> set[int]:
+    found = set()
+    for one in psutil.Process().parents():
+        found.add(one.pid)
+        if one.pid == launcher:
+            return found
+    return set()

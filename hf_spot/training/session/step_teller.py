@@ -31,7 +31,7 @@ from hf_spot.training.state.proof import digest_of
 
 log = logging.getLogger("hf_spot")
 
-RANKS, DEVICE = "ranks", "device"  # circumstances
+COMPOSITION, DEVICE = "composition", "device"  # circumstances: samples of a step on each rank, and where it is done
 FLUSH_S = 0.2
 SEND_S = 30.0
 _MOST_STEPS = 5000  # kept: a training that commits more rarely has only its newest steps compared
@@ -48,7 +48,7 @@ class StepTeller:
     Args:
         session: connection to the run.
         rank: number of this process.
-        circumstances: named values that must be the same for steps to be comparable; `RANKS` and `DEVICE` are known.
+        circumstances: named values that must be the same for steps to be comparable; `COMPOSITION` and `DEVICE` are known.
         resumed_step: the step from which this launch resumes; 0 for the start.
         changed: what the user has changed since, in words.
         clock: seconds, monotonic.
@@ -123,11 +123,11 @@ class StepTeller:
             for rank in found
             for launch in {one.launch for one in found[rank].values()}
         ]
-        for name, what in ((RANKS, "number of ranks"), (DEVICE, "device")):
+        for name, what in ((COMPOSITION, "composition of a step"), (DEVICE, "device")):
             others = sorted({str(one[name]) for one in theirs if name in one and one[name] != mine[name]})
             if others:
                 self._changed.append(f"the {what} was {' and '.join(others)} and is {mine[name]}")
-                if name == RANKS:
+                if name == COMPOSITION:
                     return {0: redone.only_learning_rates(found[0])} if 0 in found else {}
         return found
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy
@@ -16,7 +17,8 @@ from hf_spot.training.state.values import Generator, is_plain, is_tensor, mark_o
 from hf_spot.training.state.walk import is_of_script, per_launch
 
 _SAMPLED = 16  # elements of a long container
-_DEEPEST = 5
+_DEEPEST = 12
+_MOST = 10_000  # values that are looked at
 _OF_LIBRARIES = (torch.utils.data.Dataset, torch.utils.data.Sampler)  # whose attributes are looked at like a script's own
 
 
@@ -29,7 +31,7 @@ def digest_of(value: Any) -> str:
         value: a data set, or any other value.
     """
     digest = hashlib.sha256()
-    for told in _told(value, 0, set()):
+    for told in islice(_told(value, 0, set()), _MOST):
         digest.update(told.encode("utf-8", "backslashreplace"))
         digest.update(b"\0")
     return digest.hexdigest()[:16]

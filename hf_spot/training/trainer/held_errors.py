@@ -1,4 +1,5 @@
-"""Holds exceptions of other callbacks until a save is handed over: a failing tracker must not cost the checkpoint.
+"""Holds exceptions of other callbacks until a save is handed over: a failing tracker must not cost the checkpoint. The same
+holds for what Trainer does after a save: a push to the Hub, the rotation of older checkpoints.
 
 Then the exception is raised, as Trainer itself would have done, or logged if the training ends anyway.
 """
@@ -80,10 +81,19 @@ class HeldErrors:
 
         return call
 
-    def _note(self, error: Exception) -> None:
+    def hold(self, what: str, error: Exception) -> None:
+        """Log an exception, and raise it when the next save is handed over, or before the next step.
+
+        Args:
+            what: has raised it.
+            error: the exception.
+        """
         if self._held is None:
-            log.error("a callback raised %s: %s; the checkpoint is saved first", type(error).__name__, error)
+            log.error("%s raised %s: %s; the checkpoint is saved first", what, type(error).__name__, error)
         self._held = self._held or error
+
+    def _note(self, error: Exception) -> None:
+        self.hold("a callback", error)
 
     def _release(self) -> None:
         error, self._held = self._held, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from hf_spot.errors import ConfigError
+from hf_spot.policy.changes import changes_schedule, may_change_batches
 from hf_spot.training.state.carried import FOLDER, CarriedState
 from hf_spot.training.state.proof import Part, differences, differing_tensors, digest_of, flat, part_of
 from hf_spot.training.trainer.random_states import RandomStates
@@ -91,8 +92,13 @@ class Proof:
 
     # -- at a resume --------------------------------------------------------------------------------------------------
 
-    def expect(self, checkpoint: Path) -> None:
-        """Load the record of the checkpoint to compare with; checkpoints of an earlier hf_spot have none."""
+    def expect(self, checkpoint: Path, changed: Collection[str]) -> None:
+        """Load the record of the checkpoint to compare with; checkpoints of an earlier hf_spot have none.
+
+        Args:
+            checkpoint: folder of the checkpoint.
+            changed: names of settings that have changed since it was saved; what follows from them is no mismatch.
+        """
         path = checkpoint / FOLDER / self._name
         if path.exists():
             saved = json.loads(path.read_text())
@@ -100,6 +106,10 @@ class Proof:
                 saved[_RANKS]["count"] != self._trainer.args.world_size
             ):  # the ranks' random numbers are then distributed differently
                 saved = {part: found for part, found in saved.items() if part not in (RANDOM, NEXT_BATCH)}
+            if changes_schedule(changed):
+                saved.pop(SCHEDULER, None)
+            if may_change_batches(changed):
+                saved.pop(NEXT_BATCH, None)
             self._saved = saved
             self._random_states.expect(saved.get(NEXT_BATCH))
 

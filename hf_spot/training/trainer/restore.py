@@ -14,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from hf_spot.errors import SpotError
 from hf_spot.run.checkpoint import Checkpoint
-from hf_spot.run.restore import holds_own_checkpoints, set_aside_uncommitted, sweep
+from hf_spot.run.output_folder import enter, foreign_checkpoints, set_aside_uncommitted
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.trainer.log_window import LogWindow
 from hf_spot.training.trainer.weights import all_weights_loaded
@@ -48,7 +48,6 @@ class Resumption:
         self._session = session
         self._run = session.run
         self._output_dir = session.output_dir
-        self._had_own = False
 
     def restore(self, resume_from_checkpoint: str | bool | None) -> tuple[Checkpoint, Path] | None:
         """Restore the newest commit of this training, and set aside local checkpoints that were never committed.
@@ -61,12 +60,12 @@ class Resumption:
             StoreError: the store could not be read.
         """
         session, found = self._session, None
-        session.on_each_disk(lambda: sweep(self._output_dir))
+        keep = _names_one_of(resume_from_checkpoint, self._output_dir)
+        session.on_each_disk(lambda: enter(self._run, self._output_dir, keep=keep))
         if resume_from_checkpoint is not False:
             found = session.restore_newest(self._check_notice)
-        self._had_own = session.agreement.from_main(lambda: holds_own_checkpoints(self._run, self._output_dir))
         step = found[0].step if found else 0
-        session.on_each_disk(lambda: set_aside_uncommitted(self._run, self._output_dir, step))
+        session.on_each_disk(lambda: set_aside_uncommitted(self._run, self._output_dir, step, session.training))
         return found
 
     def foreign(self, resume_from_checkpoint: Any) -> Any:
@@ -74,10 +73,13 @@ class Resumption:
         return self._session.agreement.from_main(lambda: self._foreign(resume_from_checkpoint))
 
     def _foreign(self, resume_from_checkpoint: Any) -> Any:
-        if resume_from_checkpoint is True and not any(self._output_dir.glob("checkpoint-*")):
+        if resume_from_checkpoint in (None, False):
             return None
-        own = _is_own(resume_from_checkpoint, self._output_dir) and self._had_own
-        return None if own or resume_from_checkpoint in (None, False) else resume_from_checkpoint
+        if not _names_one_of(resume_from_checkpoint, self._output_dir):
+            return resume_from_checkpoint
+        foreign = foreign_checkpoints(self._output_dir)
+        found = bool(foreign) if resume_from_checkpoint is True else Path(resume_from_checkpoint).name in foreign
+        return resume_from_checkpoint if found else None
 
     def restore_best(self, restored: Checkpoint) -> Path | None:
         """Restore the best checkpoint so far and return its folder; None if there is none, or it can't be restored.
@@ -113,8 +115,8 @@ def _touch(folder: Path) -> None:
         os.utime(folder)
 
 
-def _is_own(resume_from_checkpoint: str | bool | None, output_dir: Path) -> bool:
-    """Return whether a path may come from ``get_last_checkpoint(output_dir)``: the run's newest commit takes precedence."""
+def _names_one_of(resume_from_checkpoint: str | bool | None, output_dir: Path) -> bool:
+    """Return whether a script resumes from a checkpoint in its output folder, as ``get_last_checkpoint`` finds one."""
     if isinstance(resume_from_checkpoint, str):
         return Path(resume_from_checkpoint).resolve().parent == output_dir.resolve()
     return resume_from_checkpoint is True

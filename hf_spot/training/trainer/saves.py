@@ -61,6 +61,8 @@ class Saves:
         behind: writes the files while training continues.
         finish: writes what Trainer does not save, on every rank; called with the folder and the tensors written so far.
         failed: called on every rank after a failed save. An exception from it ends the training.
+        hold: called with an exception from what follows a save (a push to the Hub, the rotation of older checkpoints), perhaps
+            by the writer thread. The checkpoint is complete, and is committed before the training learns of it.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Saves:
         behind: AsyncCheckpointWriter,
         finish: Callable[[Path, SavedTensors], None],
         failed: Callable[[SpotError], None],
+        hold: Callable[[str, Exception], None],
     ) -> None:
         self._trainer = trainer
         self._agreement = agreement
@@ -79,6 +82,7 @@ class Saves:
         self._finish = finish
         self._saved = SavedTensors(trainer)
         self._failed = failed
+        self._hold = hold
         self._output_dir = Path(trainer.args.output_dir or ".")
         self._trouble: SpotError | None = None
         self._folder = self._output_dir
@@ -224,7 +228,13 @@ class Saves:
             return None
 
     def _postpone(self, act: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: self._at_the_end.append(lambda: act(*args, **kwargs))
+        def follow(*args: Any, **kwargs: Any) -> None:
+            try:
+                act(*args, **kwargs)
+            except Exception as error:
+                self._hold(f"what follows the save ({getattr(act, '__name__', 'a function')})", error)
+
+        return lambda *args, **kwargs: self._at_the_end.append(lambda: follow(*args, **kwargs))
 
     def _explain(self, error: BaseException) -> SpotError:
         return SpotError(

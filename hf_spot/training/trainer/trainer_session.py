@@ -24,10 +24,10 @@ from hf_spot.notices.signals import KeyboardSource
 from hf_spot.policy.changes import consequences
 from hf_spot.policy.preemption import Action, Decision, leaves_step
 from hf_spot.policy.trainer_flags import SAVE_IS_DUE
-from hf_spot.policy.trainings import LENGTH, Match, differences, steps_left
+from hf_spot.policy.trainings import FOLDER, LENGTH, Known, Match, differences, steps_left
 from hf_spot.run import history
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest
-from hf_spot.run.journal import TRAINING_KEY, Entry
+from hf_spot.run.journal import TRAINING_KEY, CheckpointRef, Entry, TrainingRef
 from hf_spot.runtime import Runtime, make_private
 from hf_spot.storage.threads import Workers
 from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
@@ -36,8 +36,8 @@ from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
 from hf_spot.training.session.final_drain import FinalDrain
 from hf_spot.training.session.run_session import RunSession
-from hf_spot.training.session.step_teller import DEVICE, RANKS, StepTeller
-from hf_spot.training.trainer.batch_size import keep_samples
+from hf_spot.training.session.step_teller import COMPOSITION, DEVICE, StepTeller
+from hf_spot.training.trainer.batch_size import batches, keep_samples
 from hf_spot.training.trainer.description import describe
 from hf_spot.training.trainer.metrics import Metrics
 from hf_spot.training.trainer.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
@@ -92,6 +92,7 @@ class TrainerSession:
         )
         self._restored: Checkpoint | None = None
         self._nothing_left = False
+        self._changed: tuple[str, ...] = ()
         self._description = describe(trainer)
         self._described = 0  # number of the entry that has it
         self._best_folder: Path | None = None
@@ -139,6 +140,11 @@ class TrainerSession:
     def teller(self) -> StepTeller | None:
         """Return what tells and compares this rank's steps; None on machines that don't share rank 0's disk."""
         return self._teller
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Return the names of what has changed since the restored checkpoint was saved."""
+        return self._changed
 
     @property
     def described(self) -> int:
@@ -195,13 +201,10 @@ class TrainerSession:
         found = resumption.restore(resume_from_checkpoint)
         if found is not None:
             self._restored = found[0]
-            self._nothing_left = self._session.agreement.from_main(self._look_what_is_left)
+            self._nothing_left, self._changed = self._session.agreement.from_main(self._look_what_is_left)
         if not self._nothing_left:
             self._session.claim()  # a finished run should be trained again
             self._describe(match)
-            self._start_teller(match)  # before the uploader deletes what earlier launches told
-            self._session.start_uploader(self._committed)
-            self._learn()
         if self._restored is not None:
             if self.trainer.args.load_best_model_at_end:
                 self._best_folder = resumption.restore_best(self._restored)
@@ -209,6 +212,10 @@ class TrainerSession:
             log.info("resuming from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
             if not self._nothing_left:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
+        if not self._nothing_left:
+            self._start_teller(match)  # before the uploader deletes what earlier launches told
+            self._session.start_uploader(self._committed)
+            self._learn()
         if self.machine_is_going():
             raise MachineGoing
         if found is not None:
@@ -220,13 +227,16 @@ class TrainerSession:
         """Return what the training was when the restored checkpoint was saved; empty if that was not recorded."""
         assert self._restored is not None
         entry = self._restored.details.get("described")
-        if isinstance(entry, int):
+        if isinstance(entry, int) and entry > 0:
             return self._session.run.description(entry)
         origin = self._restored.details.get("from")  # a checkpoint of another run
         return dict(origin.get("trains") or {}) if isinstance(origin, dict) else {}
 
-    def _look_what_is_left(self) -> bool:
-        """Report what has changed since the restored checkpoint was saved. Return whether there is nothing left to train.
+    def _look_what_is_left(self) -> tuple[bool, tuple[str, ...]]:
+        """Report what has changed since the restored checkpoint was saved.
+
+        Returns:
+            Whether there is nothing left to train, and the names of what has changed.
 
         Raises:
             ConfigError: something has changed, and that should end the training; or it can't be told how long it is now.
@@ -247,49 +257,44 @@ class TrainerSession:
         if not LENGTH & set(changed):
             wanted = int(self._description["max_steps"] or -1)
             length = wanted if wanted > 0 else restored.details.get("max_steps")
-            return restored.ref.complete or (length is not None and restored.step >= length)  # it may be another run's
+            reached = length is not None and restored.step >= length  # of a checkpoint of another run, say
+            return restored.ref.complete or reached, changed
         left = steps_left(before, self._description, step=restored.step, max_steps=restored.details.get("max_steps"))
         if left is None and restored.ref.complete:
             raise ConfigError(
                 "num_train_epochs has replaced max_steps in a training that is finished: how many steps are left can't be told",
                 hint="TrainingArguments(max_steps=…) with the new number of steps",
             )
-        return left is False
+        return left is False, changed
 
     def _describe(self, match: Match) -> None:
         """Record what this training trains, unless the run knows it already."""
         session = self._session
 
-        def on_main() -> int:
-            number = match.number if match.known is not None else None
-            known = {one.training: one for one in session.run.journal.state.trainings}.get(match.number)
-            if match.known is not None and match.known.description is not None and not match.differences and known:
-                return known.entry
-            if match.known is None and match.similar is not None:
-                log.info(
-                    "this is another training than number %d of this run: %s differ",
-                    match.similar.number,
-                    _named(match.differences),
-                )
-            return session.run.describe_training(number, self._description).entry
+        def on_main() -> TrainingRef:
+            run, known = session.run, match.known
+            refs = {one.training: one for one in run.journal.state.trainings}
+            if known is not None and known.description is not None and not match.differences and known.number in refs:
+                return refs[known.number]
+            if match.similar is not None:
+                _tell_other(match.similar, match.differences, run.journal.state.latest(match.similar.number))
+            return run.describe_training(None if known is None else known.number, self._description)
 
-        self._described = session.agreement.from_main(on_main)
-        number = session.agreement.from_main(
-            lambda: next(one.training for one in session.run.journal.state.trainings if one.entry == self._described)
-        )
-        session.enter(number)
+        described = session.agreement.from_main(on_main)
+        self._described = described.entry
+        session.enter(described.training)
 
     def _start_teller(self, match: Match) -> None:
         session, args = self._session, self.trainer.args
         if session.disk.index != 0:
             return
         changed = self._changes
-        if self._restored is None and match.differences:
-            changed = [f"other {_named(match.differences)}"]
+        if self._restored is None and match.known is not None and match.differences:
+            changed = [f"other {', '.join(name.rstrip('.') for name in match.differences)}"]
         self._teller = StepTeller(
             session,
             args.process_index,
-            {RANKS: args.world_size, DEVICE: _device(args.device)},
+            {COMPOSITION: str(batches(self.trainer)), DEVICE: _device(args.device)},
             resumed_step=self._restored.step if self._restored else 0,
             changed=changed,
         )
@@ -668,7 +673,17 @@ def _device(device: torch.device) -> str:
     return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type
 
 
-def _named(differences: tuple[str, ...]) -> str:
-    """Return the names of what differs, the most telling first and not all of them if there are many."""
-    shown = [name.rstrip(".") for name in differences][:5]
-    return ", ".join(shown) + (f" and {len(differences) - 5} more" if len(differences) > 5 else "")
+def _tell_other(similar: Known, differences: tuple[str, ...], newest: CheckpointRef | None) -> None:
+    """Report that a training is another than the one that it resembles most."""
+    shown = ", ".join(name.rstrip(".") for name in differences[:5]) + (", …" if len(differences) > 5 else "")
+    if newest is None or newest.complete:
+        log.info("this is another training than number %d of this run: they differ in %s", similar.number, shown)
+        return
+    warn_for_all(
+        "this is taken for another training than number %d of this run, which is at step %d: they differ in %s. To resume that "
+        "one, restore the old %s",
+        similar.number,
+        newest.step,
+        shown,
+        FOLDER if FOLDER in differences else "settings",
+    )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers.trainer
 from transformers import TrainerCallback
 
 from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
+from hf_spot.training.trainer.saves import Saves
 from tests.training.conftest import Recorder, make_trainer
 from tests.training.test_callback import QUIET, kinds, preempt, steps
 
@@ -48,7 +51,7 @@ def test_a_callback_that_raises_at_a_save_is_heard_after_the_commit(
     assert user.raised >= 1
     assert steps(store) == [4]
     assert list(Run(store).verify().values()) == [[]]
-    assert kinds(store) == ["claim", "commit", "failed"]
+    assert kinds(store) == ["claim", "training", "commit", "failed"]
     assert "the checkpoint is saved first" in caplog.text
 
 
@@ -66,6 +69,54 @@ def test_at_a_notice_it_is_told_and_the_training_is_preempted(
     assert kinds(store)[-1] == "preempted"
     assert user.raised == 0 or "Boom" in caplog.text
     assert user.raised or event == "on_log", "what a preempted training logs is kept for the next launch"
+
+
+def raise_at(step: int, trainer: Any) -> Callable[..., None]:
+    def act(*args: Any, **kwargs: Any) -> None:
+        if trainer.state.global_step >= step:
+            raise Boom(f"after the save of {trainer.state.global_step}")
+
+    return act
+
+
+@pytest.mark.parametrize("goes_on", [True, False], ids=["behind the training", "at once"])
+@pytest.mark.parametrize("what", ["rotation", "push"])
+def test_what_trainer_does_after_a_save_costs_no_checkpoint(
+    what: str,
+    goes_on: bool,
+    store: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = make_trainer(tmp_path / "out", SpotCallback(store, QUIET), save_steps=4, save_total_limit=1)
+    if what == "push":
+        trainer.args.push_to_hub = not goes_on
+        monkeypatch.setattr(trainer, "_push_from_checkpoint", raise_at(8, trainer))
+    else:
+        monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", raise_at(8 if goes_on else 12, trainer))
+    if what == "push" and goes_on:
+        trainer.args.push_to_hub = True
+        monkeypatch.setattr(Saves, "_may_go_on", lambda self: True)
+    with pytest.raises(Boom, match="after the save of"):
+        trainer.train()
+    assert steps(store)[-1] == (12 if (what, goes_on) == ("rotation", False) else 8)
+    assert list(Run(store).verify().values()) == [[]] * len(steps(store))
+    assert kinds(store)[-1] == "failed"
+    assert "what follows the save (" in caplog.text
+
+
+def test_what_trainer_does_after_the_save_of_a_notice_is_told(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spot = SpotCallback(store, SpotArguments(notice="signal"))
+    trainer = make_trainer(tmp_path / "out", spot, Recorder(3, preempt(spot)), save_steps=100, save_total_limit=1)
+    monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", raise_at(0, trainer))
+    with caplog.at_level(logging.WARNING, "hf_spot"), pytest.raises(TrainingPreempted) as caught:
+        trainer.train()
+    assert caught.value.code == 75
+    assert steps(store) == [caught.value.step]
+    assert "Boom: after the save of" in caplog.text
 
 
 def test_where_no_save_is_due_it_is_raised_at_once(store: str, tmp_path: Path) -> None:
