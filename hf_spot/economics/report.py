@@ -378,9 +378,11 @@ def _split(launch: Launch, highest: dict[int, int]) -> None:
         if training == launch.training:
             launch.resumed_step = max(0, timing.step - timing.steps)
             launch.reached_step = max(launch.reached_step, timing.step)
-    # A launch that was killed may have told its last steps to the next one alone.
-    told = launch.redone.get(launch.training)
-    before = max(highest.get(launch.training, 0), told.last if told else 0)
+    # A launch that was killed may have told its last steps to nobody but the next one.
+    before = highest.get(launch.training, 0)
+    if (told := launch.redone.get(launch.training)) is not None:
+        before = max(before, told.last)
+        launch.reached_step = max(launch.reached_step, told.first - 1 + told.steps)
     trained = launch.reached_step - launch.resumed_step
     launch.steps_redone = max(0, min(launch.reached_step, before) - launch.resumed_step) if trained > 0 else 0
     highest[launch.training] = max(before, launch.reached_step)

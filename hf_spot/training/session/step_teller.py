@@ -37,6 +37,7 @@ SEND_S = 30.0
 _MOST_STEPS = 5000  # kept: a training that commits more rarely has only its newest steps compared
 _STRAGGLER_S = 10.0  # for other ranks, after the last step that is compared
 _LAST_WORD_S = 5.0
+_OTHERS_LAST_WORD_S = 1.0  # for other ranks, when the launch ends while steps are compared
 
 
 class StepTeller:
@@ -48,6 +49,7 @@ class StepTeller:
     Args:
         session: connection to the run.
         rank: number of this process.
+        launch: number of the launch, which ranks that write nothing to the run don't know.
         circumstances: named values that must be the same for steps to be comparable; `COMPOSITION` and `DEVICE` are known.
         resumed_step: the step from which this launch resumes; 0 for the start.
         changed: what the user has changed since, in words.
@@ -58,6 +60,7 @@ class StepTeller:
         self,
         session: RunSession,
         rank: int,
+        launch: int,
         circumstances: dict[str, Any],
         *,
         resumed_step: int,
@@ -66,7 +69,7 @@ class StepTeller:
     ) -> None:
         self._session = session
         self._is_main = session.agreement.is_main
-        self._launch, self._training = session.run.launch, session.training
+        self._launch, self._training = launch, session.training
         self._clock = clock
         self._paths = {each: path_of(session.output_dir, session.run.url, self._training, each) for each in session.disk.ranks}
         self._file = StepFile(self._paths[rank])
@@ -151,7 +154,7 @@ class StepTeller:
         try:
             self._flush()
             if not self._is_compared:
-                self._report(self._compare())
+                self._report(self._compare_with_stragglers())
         finally:
             self._lock.release()
 
@@ -233,6 +236,17 @@ class StepTeller:
                 of_launch = (one for one in read(self._paths[rank]).steps if one.launch == self._launch)
                 self._now[rank] = {one.step: one for one in of_launch}
         return redone.compare(self._before, self._now, self._changed)
+
+    def _compare_with_stragglers(self) -> Redone | None:
+        """Return the comparison at the end of the launch, once the other ranks have written their last steps, too."""
+        last, until = self._steps[-1].step if self._steps else 0, self._clock() + _OTHERS_LAST_WORD_S
+        while True:
+            found = self._compare()
+            others = [self._now[rank] for rank in self._before if rank != self._rank]
+            is_done = found is not None and redone.is_complete(found, self._before)
+            if is_done or self._clock() > until or all(last in steps for steps in others):
+                return found
+            time.sleep(FLUSH_S / 4)
 
     def _report(self, found: Redone | None) -> None:
         self._is_compared = True

@@ -286,6 +286,7 @@ class TrainerSession:
 
     def _start_teller(self, match: Match) -> None:
         session, args = self._session, self.trainer.args
+        launch = session.agreement.from_main(lambda: session.run.launch)
         if session.disk.index != 0:
             return
         changed = self._changes
@@ -294,6 +295,7 @@ class TrainerSession:
         self._teller = StepTeller(
             session,
             args.process_index,
+            launch,
             {COMPOSITION: str(batches(self.trainer)), DEVICE: _device(args.device)},
             resumed_step=self._restored.step if self._restored else 0,
             changed=changed,
