@@ -57,10 +57,8 @@ log = logging.getLogger("hf_spot")
 
 EXIT_INTERRUPTED = 130
 _TICK_S = 0.1
-_HOW_TO_TRAIN_ON = (
-    "to train longer, raise max_steps or num_train_epochs in the command or in a file that it names; to train on from there in "
-    "another run: --store ANOTHER-RUN --from %s"
-)
+_HOW_TO_TRAIN_LONGER = "to train longer, raise max_steps or num_train_epochs in the command or in a file that it names; "
+_HOW_TO_TRAIN_ON = "to train on from there in another run: --store ANOTHER-RUN --from"
 _FEW = 16  # entries
 _HOW_TO_PROTECT = "Trainer is protected once it trains; in a custom loop, save with hf_spot.SpotCheckpointManager"
 
@@ -93,8 +91,8 @@ def launch(reading: Reading) -> int:
             step = newest.step if newest else 0
             finished_by = _finished_by(run, state)
             if finished_by in (None, command.fingerprint()):
-                log.info("%s is finished at step %d: nothing to do", run.url, step)
-                log.info(_HOW_TO_TRAIN_ON if finished_by else "to train on from there: --store ANOTHER-RUN --from %s", run.url)
+                how = _HOW_TO_TRAIN_LONGER if finished_by else ""
+                log.info("%s is finished at step %d: nothing to do (%s%s %s)", run.url, step, how, _HOW_TO_TRAIN_ON, run.url)
                 return EXIT_FINISHED
             log.info(
                 "%s is finished at step %d, but the command or a file that it names has changed: starting it", run.url, step

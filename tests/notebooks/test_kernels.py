@@ -144,3 +144,29 @@ def test_the_workers_of_a_notebook_launcher_commit_before_they_end(tmp_path: Pat
     assert latest is not None and latest.reason == "notice" and latest.details["world_size"] == 2
     assert f"interrupted at step {latest.step}; step {latest.step} is committed" in outcome.shown
     assert "Restart the kernel" in outcome.shown and outcome.status == "error"
+
+
+def test_a_finished_cell_that_is_run_again_loads_what_is_finished_and_says_so(notebook: Kernel, tmp_path: Path) -> None:
+    setup = (
+        "import logging\n"
+        "from pathlib import Path\n"
+        "from hf_spot import SpotCallback\n"
+        "from tests.training.conftest import make_trainer\n"
+        "logging.getLogger('hf_spot').setLevel(logging.INFO)\n"
+        "trainer = make_trainer(Path('out'), SpotCallback('run'))\n"
+    )
+    cell = "result = trainer.train()\nprint('trained', result.global_step, len(trainer.state.log_history))"
+    assert notebook.run(setup).status == "ok"
+    first = notebook.run(cell)
+    again = notebook.run(cell)
+    assert (first.status, again.status) == ("ok", "ok")
+    assert "trained 12" in first.shown and "trained 12" in again.shown
+    assert "the finished training 1 is loaded, and nothing is left to train" in again.shown
+    assert [ref.training for ref in Run(str(tmp_path / "run")).state().checkpoints] == [1, 1, 1]
+    # A second `train()` in another cell trains on, from the trained weights, and in a new kernel both are known again.
+    assert "trained 12" in notebook.run(f"{cell}  # once more").shown
+    assert {ref.training for ref in Run(str(tmp_path / "run")).state().checkpoints} == {1, 2}
+    notebook.run("from hf_spot.training.trainer import recognition\nrecognition.forget_finished()")
+    notebook.run(setup)
+    for number, text in ((1, cell), (2, f"{cell}  # once more")):
+        assert f"the finished training {number} is loaded" in notebook.run(text).shown
