@@ -37,8 +37,9 @@ class StepLosses:
         self._told = 0
         self._slots: list[torch.Tensor] = []
         self._used = 0
-        self._copied: torch.Event | None = None  # an event, and the number of pending steps that it covers
+        self._copied: torch.Event | None = None  # announces the copies of so many pending steps
         self._covered = 0
+        self._copied_since = False
         self._plain = TRAINING_STEP.plain(trainer)
         self._accumulates = trainer.args.gradient_accumulation_steps > 1
 
@@ -98,9 +99,7 @@ class StepLosses:
         slot = self._slots[self._used % _SLOTS]
         self._used += 1
         slot.copy_(loss.reshape(()), non_blocking=True)
-        if self._copied is None:
-            self._copied = torch.accelerator.current_stream(loss.device).record_event()
-            self._covered = len(self._pending) + 1
+        self._copied_since = True
         return slot
 
     def _tell_known(self) -> None:
@@ -108,6 +107,9 @@ class StepLosses:
             for _ in range(self._covered):
                 self._tell(*self._pending.popleft())
             self._copied, self._covered = None, 0
+        if self._copied is None and self._copied_since:  # one event at a time: each takes microseconds
+            self._copied = torch.accelerator.current_stream().record_event()
+            self._covered, self._copied_since = len(self._pending), False
         while self._copied is None and self._pending and not isinstance(self._pending[0][1], torch.Tensor):
             self._tell(*self._pending.popleft())
 
@@ -123,6 +125,6 @@ class StepLosses:
         """Tell all steps. It waits for the device."""
         if self._copied is not None:
             torch.accelerator.synchronize()
-        self._copied, self._covered = None, 0
+        self._copied, self._covered, self._copied_since = None, 0, False
         while self._pending:
             self._tell(*self._pending.popleft())
