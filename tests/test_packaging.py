@@ -41,6 +41,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).exists():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
+    for command in (["init", "-q"], ["remote", "add", "origin", "https://someone:secret@git.example.org/owner/name.git"]):
+        subprocess.run(["git", *command], cwd=copy, check=True)
     built = build(copy, "sdist", tmp_path_factory.mktemp("sdist"))
     unpacked = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(built) as archive:
@@ -63,6 +65,41 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     about = {name for name in names if ".dist-info/" in name}
     assert names - about == in_git("hf_spot")
     assert any(name.endswith("/licenses/LICENSE") for name in about)
+
+
+def test_the_addresses_are_those_of_the_repository_that_was_cloned(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        told = archive.read(name).decode()
+    home = "https://git.example.org/owner/name"
+    assert re.findall(r"^Project-URL: (\w+), (.*)$", told, re.MULTILINE) == [
+        ("Source", home),
+        ("Documentation", f"{home}#readme"),
+        ("Issues", f"{home}/issues"),
+        ("Changelog", f"{home}/blob/main/CHANGELOG.md"),
+    ]
+    assert "secret" not in told
+
+
+@pytest.mark.parametrize(
+    ("origin", "home"),
+    [
+        ("git@git.example.org:owner/name.git", "https://git.example.org/owner/name"),
+        ("ssh://git@git.example.org/owner/name", "https://git.example.org/owner/name"),
+        ("https://token@git.example.org/owner/name/", "https://git.example.org/owner/name"),
+        ("/a/folder/name.git", None),
+        ("../name", None),
+        ("", None),
+    ],
+)
+def test_where_a_checkout_came_from_is_its_home_if_that_is_on_the_web(origin: str, home: str | None, tmp_path: Path) -> None:
+    (tmp_path / "setup.py").write_bytes((ROOT / "setup.py").read_bytes())
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    if origin:
+        subprocess.run(["git", "remote", "add", "origin", origin], cwd=tmp_path, check=True)
+    code = "import setuptools; setuptools.setup = lambda **given: None; import setup; print(setup.project_urls().get('Source'))"
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert told.splitlines()[-1] == str(home)
 
 
 def test_in_an_empty_environment_the_command_says_what_it_is(wheel: Path, tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ def may_change_batches(changed: Collection[str]) -> bool:
     return not _KEEP_BATCHES.issuperset(changed)
 
 
-def consequences(before: Description, now: Description, changed: Iterable[str], step: int) -> list[str]:
+def consequences(
+    before: Description, now: Description, changed: Iterable[str], step: int, *, left: bool | None = None
+) -> list[str]:
     """Return one line for each change: what it was, what it is, and what follows.
 
     Args:
@@ -41,11 +43,12 @@ def consequences(before: Description, now: Description, changed: Iterable[str], 
         now: what it is.
         changed: names of the values that differ.
         step: step of the checkpoint.
+        left: whether there are steps left to train with the new length; None if it is the old one, or can't be told.
     """
     names = [name for name in changed if name not in _SILENT]
     if "rows" in names and "data" in names:
         names.remove("data")
-    return [f"{_changed(name, before, now)}: {_follows(name, step)}" for name in names]
+    return [f"{_changed(name, before, now)}: {_follows(name, step, left)}" for name in names]
 
 
 def _changed(name: str, before: Description, now: Description) -> str:
@@ -58,7 +61,9 @@ def _changed(name: str, before: Description, now: Description) -> str:
     return f"{name} was {before[name]} and is {now[name]}"
 
 
-def _follows(name: str, step: int) -> str:
+def _follows(name: str, step: int, left: bool | None) -> str:
+    if name in LENGTH and left is False:
+        return "nothing is left to train, and the model is the one of that step"
     if name in LENGTH:
         return f"the schedule from step {step + 1} on is the one for the new length"
     if name == "learning_rate":

@@ -213,7 +213,7 @@ class SpotCallback(TrainerCallback):
             details={
                 "evaluation_pending": self._evaluation_pending(args, state, loop),
                 "max_steps": state.max_steps,
-                "described": self._session.described,
+                "described": self._session.known.described,
                 "output_dir": str(self._session.run_session.output_dir),
                 "epoch_of_data": state.epoch,
                 "counters": counters(self._session.trainer),
@@ -292,7 +292,9 @@ class SpotCallback(TrainerCallback):
             )
             self._resumed_epoch_is_ahead = session.restored is not None
             restored_to = None if session.restored is None else Path(str(folder))
-            after_train_begin(trainer, functools.partial(_restore_own_state, carried, proof, restored_to, session.changed))
+            after_train_begin(
+                trainer, functools.partial(_restore_own_state, carried, proof, restored_to, session.known.changed)
+            )
             self._proof, self._is_proven = proof, restored_to is None
             self._losses = losses
             try:

@@ -19,6 +19,7 @@ from hf_spot.training.state.walk import is_of_script, per_launch
 _SAMPLED = 16  # elements of a long container
 _DEEPEST = 12
 _MOST = 10_000  # values that are looked at
+_SORTED = 10_000  # largest container without an order that is sorted
 _OF_LIBRARIES = (torch.utils.data.Dataset, torch.utils.data.Sampler)  # whose attributes are looked at like a script's own
 
 
@@ -53,7 +54,8 @@ def _told(value: Any, depth: int, above: set[int]) -> Iterator[str]:
     elif isinstance(value, torch.Tensor):
         yield repr(mark_of(value)) if is_tensor(value) else f"{value.dtype} {tuple(value.shape)}"
     elif isinstance(value, numpy.ndarray):
-        yield repr((value.shape, value.dtype.str)) if value.dtype.hasobject else repr(mark_of(value))
+        whole = value.dtype.hasobject or not value.flags.c_contiguous  # then a sample would need a copy
+        yield repr((value.shape, value.dtype.str)) if whole else repr(mark_of(value))
     elif depth < _DEEPEST and id(value) not in above:
         yield type(value).__qualname__
         for inner in _parts(value):
@@ -65,12 +67,13 @@ def _parts(value: Any) -> Iterator[Any]:
         return
     if isinstance(value, Mapping):
         yield len(value)
-        for key in _sample(sorted(value, key=repr)):
+        keys = sorted(value, key=repr) if len(value) <= _SORTED else list(islice(value, _SAMPLED))
+        for key in _sample(keys):
             yield key
             yield value[key]
     elif isinstance(value, Set):
         yield len(value)
-        yield from _sample(sorted(map(repr, value)))
+        yield from _sample(sorted(map(repr, value)) if len(value) <= _SORTED else ())
     elif isinstance(value, partial):
         yield from (value.func, value.args, value.keywords)
     elif _is_function(value):
@@ -117,7 +120,7 @@ def _is_of_datasets(value: Any) -> bool:
 
 
 def _rows(data: Any) -> Iterator[Any]:
-    """Yield sampled rows of a data set of the `datasets` library as they are stored: no transform is called, no image decoded."""
+    """Yield sampled rows of a data set of `datasets` as they are stored: no transform is called, no image decoded."""
     yield sorted(data.column_names or ())
     count = rows_of(data)
     if count is None:  # a stream: only what it is made of can be told without reading it

@@ -113,9 +113,12 @@ class Walk:
             if len(value) > MOST_ELEMENTS:
                 yield Found(path, "long", len(value))
             elif depth < _DEEPEST:
-                for key, one in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                items = list(value.items() if isinstance(value, dict) else enumerate(value))
+                for place, (key, one) in enumerate(items):
                     inner = None if isinstance(value, tuple) else _item_setter(value, key)
-                    yield from self.value(f"{path}[{key!r}]", one, inner, depth + 1)
+                    # A key of the user's class may print an address, or raise an error.
+                    named = repr(key) if is_value(key) else f"{type(key).__name__} {place}"
+                    yield from self.value(f"{path}[{named}]", one, inner, depth + 1)
         elif is_of_script(type(value)) and not isinstance(value, type) and depth < _DEEPEST:
             yield from self.attributes(path, value, depth=depth + 1)
         elif _has_state_dict(value):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from hf_spot.training.state.sampled import digest_of, rows_of
 from hf_spot.training.state.values import bytes_of, is_plain
 from hf_spot.training.state.walk import is_of_script
 from hf_spot.training.trainer.own_state import names_of_trainer
+
+log = logging.getLogger("hf_spot")
 
 _LONGEST = 80  # characters of a value that is kept as it is; of a longer one its digest is
 _SAMPLED = 16  # values of each parameter
@@ -47,11 +51,20 @@ def describe(trainer: Trainer) -> dict[str, str | None]:
         FOLDER: Path(trainer.args.output_dir or ".").absolute().name,
         "trainer": type(trainer).__name__,
         "dtype": _dtypes(trainer.model),
-        "data": digest_of(trainer.train_dataset),
-        "rows": str(rows_of(trainer.train_dataset)),
+        "data": _looked_at("the training data", lambda: digest_of(trainer.train_dataset)),
+        "rows": _looked_at("the length of the training data", lambda: str(rows_of(trainer.train_dataset))),
         **settings,
         **_objects(trainer),
     }
+
+
+def _looked_at(what: str, look: Callable[[], str]) -> str | None:
+    """Return what ``look`` finds; None if the script's own objects raise an error, which is reported."""
+    try:
+        return look()
+    except Exception as error:
+        log.info("%s can't tell this training from others: %s: %s", what, type(error).__name__, error)
+        return None
 
 
 def _counts(setting: str) -> bool:
@@ -89,11 +102,12 @@ def _dtypes(model: Any) -> str:
     return ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}))
 
 
-def _objects(trainer: Trainer) -> dict[str, str]:
+def _objects(trainer: Trainer) -> dict[str, str | None]:
     """Return the plain values that a script has given its own objects: it may train with one value after another."""
-    found = {"collator.": digest_of(_plain_attributes(trainer.data_collator))}
+    collator = _looked_at("the data collator", lambda: digest_of(_plain_attributes(trainer.data_collator)))
+    found: dict[str, str | None] = {"collator.": collator}
     if trainer.compute_loss_func is not None:
-        found["loss."] = digest_of(trainer.compute_loss_func)
+        found["loss."] = _looked_at("the loss function", lambda: digest_of(trainer.compute_loss_func))
     if is_of_script(type(trainer)):
         own = names_of_trainer()
         values = {name: value for name, value in vars(trainer).items() if name not in own and not name.startswith("_")}

@@ -21,13 +21,11 @@ from hf_spot.errors import ConfigError, SpotError, StoreError, TrainingInterrupt
 from hf_spot.log import alert, log_always, warn_for_all
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import KeyboardSource
-from hf_spot.policy.changes import consequences
 from hf_spot.policy.preemption import Action, Decision, leaves_step
 from hf_spot.policy.trainer_flags import SAVE_IS_DUE
-from hf_spot.policy.trainings import FOLDER, LENGTH, Known, Match, differences, steps_left
 from hf_spot.run import history
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest
-from hf_spot.run.journal import TRAINING_KEY, CheckpointRef, Entry, TrainingRef
+from hf_spot.run.journal import TRAINING_KEY, Entry
 from hf_spot.runtime import Runtime, make_private
 from hf_spot.storage.threads import Workers
 from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
@@ -42,11 +40,10 @@ from hf_spot.training.trainer.description import describe
 from hf_spot.training.trainer.metrics import Metrics
 from hf_spot.training.trainer.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
 from hf_spot.training.trainer.random_states import RandomStates
-from hf_spot.training.trainer.recognition import finished, recognize
+from hf_spot.training.trainer.recognition import KnownTraining, finished
 from hf_spot.training.trainer.restore import MachineGoing, Resumption
 from hf_spot.training.trainer.save_schedule import Cadence
 from hf_spot.training.trainer.saves import is_sharded
-from hf_spot.training.versions import version_changes
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -92,16 +89,13 @@ class TrainerSession:
         )
         self._restored: Checkpoint | None = None
         self._nothing_left = False
-        self._changed: tuple[str, ...] = ()
-        self._description = describe(trainer)
-        self._described = 0  # number of the entry that has it
+        self.known = KnownTraining(session, describe(trainer))
         self._best_folder: Path | None = None
         self._advisories: set[str] = set()
         self._asked_advisory: str | None = None
         self._save_began: float | None = None
         self._past: history.Past | None = None
         self._notices = 0
-        self._changes: list[str] = []  # since the restored checkpoint was saved
         self._teller: StepTeller | None = None
         # Not in output_dir, which may be full when the next epoch begins, or be deleted in its middle.
         if runtime is not None:
@@ -142,16 +136,6 @@ class TrainerSession:
         return self._teller
 
     @property
-    def changed(self) -> tuple[str, ...]:
-        """Return the names of what has changed since the restored checkpoint was saved."""
-        return self._changed
-
-    @property
-    def described(self) -> int:
-        """Return the number of the entry that describes what this training trains."""
-        return self._described
-
-    @property
     def best_folder(self) -> Path | None:
         """Return the folder of the best checkpoint so far, if it was restored."""
         return self._best_folder
@@ -169,42 +153,24 @@ class TrainerSession:
             drop_inherited_handlers()
         self._session.listen(keyboard=True)
         self._session.tell_launcher()
-        changed = self._recognize()
+        if not self.known.find():
+            self._session.claim()
         try:
-            return self._begin(resume_from_checkpoint, changed)
+            return self._begin(resume_from_checkpoint)
         except MachineGoing:
             warn_for_all("the machine is being taken away: no training is started")
             newest = self._session.agreement.from_main(lambda: self._session.run.journal.state.latest(self._session.training))
             self.leave(self._restored.step if self._restored else newest.step if newest else 0)
 
-    def _recognize(self) -> Match:
-        """Find out which training of the run this is, and claim the run unless there is nothing left to train."""
-        session = self._session
-        if session.runtime is not None:
-            session.claim()  # the launcher has: this adopts it
-
-        def on_main() -> tuple[Match, bool]:
-            run = session.run
-            state = run.journal.state if run.launch else run.state()
-            found = recognize(run, self._description, run.launch)
-            newest = state.latest(found.number)
-            return found, newest is not None and newest.complete and not LENGTH & set(found.differences)
-
-        found, is_complete = session.agreement.from_main(on_main)
-        session.enter(found.number)
-        if not is_complete:
-            session.claim()
-        return found
-
-    def _begin(self, resume_from_checkpoint: str | bool | None, match: Match) -> str | None:
+    def _begin(self, resume_from_checkpoint: str | bool | None) -> str | None:
         began, resumption = self._session.clock(), Resumption(self._session)
         found = resumption.restore(resume_from_checkpoint)
         if found is not None:
             self._restored = found[0]
-            self._nothing_left, self._changed = self._session.agreement.from_main(self._look_what_is_left)
+            self._nothing_left = self.known.compare(found[0])
         if not self._nothing_left:
             self._session.claim()  # a finished run should be trained again
-            self._describe(match)
+            self.known.record()
         if self._restored is not None:
             if self.trainer.args.load_best_model_at_end:
                 self._best_folder = resumption.restore_best(self._restored)
@@ -213,7 +179,7 @@ class TrainerSession:
             if not self._nothing_left:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
         if not self._nothing_left:
-            self._start_teller(match)  # before the uploader deletes what earlier launches told
+            self._start_teller()  # before the uploader deletes what earlier launches told
             self._session.start_uploader(self._committed)
             self._learn()
         if self.machine_is_going():
@@ -223,82 +189,18 @@ class TrainerSession:
         foreign: str | None = resumption.foreign(resume_from_checkpoint)
         return foreign
 
-    def _before(self) -> dict[str, Any]:
-        """Return what the training was when the restored checkpoint was saved; empty if that was not recorded."""
-        assert self._restored is not None
-        entry = self._restored.details.get("described")
-        if isinstance(entry, int) and entry > 0:
-            return self._session.run.description(entry)
-        origin = self._restored.details.get("from")  # a checkpoint of another run
-        return dict(origin.get("trains") or {}) if isinstance(origin, dict) else {}
-
-    def _look_what_is_left(self) -> tuple[bool, tuple[str, ...]]:
-        """Report what has changed since the restored checkpoint was saved.
-
-        Returns:
-            Whether there is nothing left to train, and the names of what has changed.
-
-        Raises:
-            ConfigError: something has changed, and that should end the training; or it can't be told how long it is now.
-        """
-        restored, arguments = self._restored, self._session.arguments
-        assert restored is not None
-        before = self._before()
-        changed = differences(before, self._description)
-        told = [*consequences(before, self._description, changed, restored.step), *version_changes(restored.details)]
-        if told and arguments.on_change == "stop":
-            raise ConfigError(
-                f"since step {restored.step} was saved, this has changed: {'; '.join(told)}",
-                hint="--on-change go-on to train on with it, or undo the change",
-            )
-        self._changes = told
-        for one in told:
-            warn_for_all("since step %d was saved, %s", restored.step, one)
-        if not LENGTH & set(changed):
-            wanted = int(self._description["max_steps"] or -1)
-            length = wanted if wanted > 0 else restored.details.get("max_steps")
-            reached = length is not None and restored.step >= length  # of a checkpoint of another run, say
-            return restored.ref.complete or reached, changed
-        left = steps_left(before, self._description, step=restored.step, max_steps=restored.details.get("max_steps"))
-        if left is None and restored.ref.complete:
-            raise ConfigError(
-                "num_train_epochs has replaced max_steps in a training that is finished: how many steps are left can't be told",
-                hint="TrainingArguments(max_steps=…) with the new number of steps",
-            )
-        return left is False, changed
-
-    def _describe(self, match: Match) -> None:
-        """Record what this training trains, unless the run knows it already."""
-        session = self._session
-
-        def on_main() -> TrainingRef:
-            run, known = session.run, match.known
-            refs = {one.training: one for one in run.journal.state.trainings}
-            if known is not None and known.description is not None and not match.differences and known.number in refs:
-                return refs[known.number]
-            if match.similar is not None:
-                _tell_other(match.similar, match.differences, run.journal.state.latest(match.similar.number))
-            return run.describe_training(None if known is None else known.number, self._description)
-
-        described = session.agreement.from_main(on_main)
-        self._described = described.entry
-        session.enter(described.training)
-
-    def _start_teller(self, match: Match) -> None:
+    def _start_teller(self) -> None:
         session, args = self._session, self.trainer.args
         launch = session.agreement.from_main(lambda: session.run.launch)
         if session.disk.index != 0:
             return
-        changed = self._changes
-        if self._restored is None and match.known is not None and match.differences:
-            changed = [f"other {', '.join(name.rstrip('.') for name in match.differences)}"]
         self._teller = StepTeller(
             session,
             args.process_index,
             launch,
             {COMPOSITION: str(batches(self.trainer)), DEVICE: _device(args.device)},
             resumed_step=self._restored.step if self._restored else 0,
-            changed=changed,
+            changed=self.known.changed_in_words,
         )
         session.closing.callback(self._teller.close)
 
@@ -673,19 +575,3 @@ def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type
-
-
-def _tell_other(similar: Known, differences: tuple[str, ...], newest: CheckpointRef | None) -> None:
-    """Report that a training is another than the one that it resembles most."""
-    shown = ", ".join(name.rstrip(".") for name in differences[:5]) + (", …" if len(differences) > 5 else "")
-    if newest is None or newest.complete:
-        log.info("this is another training than number %d of this run: they differ in %s", similar.number, shown)
-        return
-    warn_for_all(
-        "this is taken for another training than number %d of this run, which is at step %d: they differ in %s. To resume that "
-        "one, restore the old %s",
-        similar.number,
-        newest.step,
-        shown,
-        FOLDER if FOLDER in differences else "settings",
-    )

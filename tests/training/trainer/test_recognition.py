@@ -130,6 +130,31 @@ def test_a_member_that_had_not_saved_yet_starts_from_its_own_beginning(store: st
     assert all(same(models[name], undisturbed[name]) for name in undisturbed)
 
 
+def test_data_that_can_not_be_looked_at_are_named_and_trained_on(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Key:
+        def __repr__(self) -> str:
+            raise RuntimeError("nobody prints me")
+
+    class Odd(torch.utils.data.Dataset[Any]):
+        def __init__(self) -> None:
+            self.cache = {Key(): 1, Key(): 2}
+
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, at: int) -> Any:
+            return {"input_ids": ROWS[at], "labels": ROWS[at]}
+
+    interrupted(store, tmp_path, train_dataset=Odd)
+    recorder = Recorder()
+    with caplog.at_level(logging.INFO, logger="hf_spot"):
+        make_trainer(tmp_path, SpotCallback(store, QUIET), recorder, train_dataset=Odd).train()
+    assert "the training data can't tell this training from others: RuntimeError: nobody prints me" in caplog.text
+    assert min(recorder.losses) == 6
+
+
 # -- changes between launches -----------------------------------------------------------------------------------------
 
 
