@@ -40,7 +40,7 @@ class Mailbox:
             IncompleteCheckpoint: a machine has given up uploading its part.
         """
         keys = [self._part_key(request, part) for part in range(1, request.parts)]
-        folder = f"{request.prefix(self._run.launch)}/{_PARTS}/"
+        folder = self._folder(request)
         there = {info.key for info in self._run.store.list(folder)} if keys else set()
         if not there.issuperset(keys):
             return None
@@ -89,7 +89,10 @@ class Mailbox:
         return Told()
 
     def _part_key(self, request: CommitRequest, part: int) -> str:
-        return f"{request.prefix(self._run.launch)}/{_PARTS}/{part}.json"
+        return f"{self._folder(request)}{part}.json"
+
+    def _folder(self, request: CommitRequest) -> str:
+        return "/".join(filter(None, (request.prefix(self._run.launch), _PARTS, request.attempt))) + "/"
 
     def _send(self, key: str, message: dict[str, Any]) -> None:
         self._run.store.put(key, seal({"key": key, "told": message}, self._run.journal.key))

@@ -243,6 +243,13 @@ LOAD_BEST_MODEL = _method(
     "a finished training that is started again does not end with its best model",
     only="load_best_model_at_end",
 )
+LOAD_OPTIMIZER = _method(
+    _TRAINER,
+    "_load_optimizer_and_scheduler",
+    "checkpoint",
+    "training.trainer.restore",
+    "a second train() of the same Trainer begins with a new optimizer if the first one was finished by an earlier launch",
+)
 SKIP_FIRST_BATCHES = _function(
     "transformers.trainer",
     "skip_first_batches",

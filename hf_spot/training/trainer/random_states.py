@@ -56,6 +56,7 @@ class RandomStates:
         self._remembered = folder.with_name(f"{folder.name}-remembered")
         self._start_of_epoch: dict[str, bytes] = {}
         self._remembered_files: dict[str, bytes] = {}
+        self._remembered_data: list[tuple[DataSide, dict[str, Any]]] = []
         self._draws = 0
         self._before_draw: dict[str, Any] | None = None
         self._workers = WorkerStates(folder.with_name(f"{folder.name}-workers"), trainer.args.gradient_accumulation_steps)
@@ -167,8 +168,12 @@ class RandomStates:
         self._resumed_data_side = {moment: from_json(told.get(moment, {})) for moment in ("began", "draw", "saved")}
 
     def remember(self) -> None:
-        """Keep the current random states for `return_to_remembered`."""
+        """Keep the current random states, and the state of the data to evaluate on, for `return_to_remembered`."""
         self._remembered_files = self._files_of_now(self._remembered)
+        evaluated: Any = self._trainer.eval_dataset
+        data = list(evaluated.values()) if isinstance(evaluated, dict) else [evaluated]
+        sides = [self._data_side, *(DataSide(parts_of(one)) for one in (self._trainer.data_collator, *data))]
+        self._remembered_data = [(side, side.capture()) for side in sides]
 
     def return_to_remembered(self) -> None:
         """Restore the random states that `remember` kept."""
@@ -176,6 +181,8 @@ class RandomStates:
         _write(self._remembered_files, self._remembered)
         LOAD_RNG_STATE.plain(self._trainer)(str(self._remembered))
         forget()
+        for side, states in self._remembered_data:
+            side.restore(states)
 
     def _files_of_now(self, folder: Path) -> dict[str, bytes]:
         """Return the files that Trainer writes for the current states, in memory, because /tmp may be cleaned meanwhile."""

@@ -26,7 +26,7 @@ from hf_spot.policy.trainer_flags import SAVE_IS_DUE
 from hf_spot.run import history
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest
 from hf_spot.run.journal import TRAINING_KEY, Entry
-from hf_spot.runtime import Runtime, make_private
+from hf_spot.runtime import Runtime, held_folder, make_private
 from hf_spot.storage.threads import Workers
 from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.ranks.agreement import Agreement
@@ -100,7 +100,10 @@ class TrainerSession:
         # Not in output_dir, which may be full when the next epoch begins, or be deleted in its middle.
         if runtime is not None:
             make_private(runtime.directory)
-        scratch = Path(tempfile.mkdtemp(prefix="hf_spot-", dir=runtime.directory if runtime else None))
+            scratch = Path(tempfile.mkdtemp(prefix="hf_spot-", dir=runtime.directory))
+        else:
+            scratch, held = held_folder()
+            session.closing.callback(os.close, held)
         session.closing.callback(shutil.rmtree, scratch, ignore_errors=True)
         self.random_states = RandomStates(trainer, scratch / f"random-states-{trainer.args.process_index}")
         session.closing.callback(self.random_states.close)
@@ -208,7 +211,7 @@ class TrainerSession:
         """Return whether callbacks got the last log lines of the complete training. All ranks must call it.
 
         If a notice ended the previous launch, this launch must send them. The same holds if that launch ended after the last
-        commit, but before the evaluation or the end of the epoch, as far as the journal shows.
+        commit, but before ``train()`` returned, as far as the journal shows.
         """
         restored, training = self._restored, self._session.training
         assert restored is not None
@@ -217,8 +220,11 @@ class TrainerSession:
 
         def look() -> bool:
             state = self._session.run.journal.state
-            went_on = any(ref.training > training for ref in state.checkpoints)
-            return went_on or state.ended == "finished" or not restored.details.get("evaluation_pending")
+            went_on = any(one.training > training for one in (*state.checkpoints, *state.trainings))
+            if went_on or state.ended == "finished":
+                return True
+            # A launcher records how the script ended, and not each training.
+            return self._session.runtime is not None and not restored.details.get("evaluation_pending")
 
         return self._session.agreement.from_main(look)
 
