@@ -144,6 +144,14 @@ FINALIZE = _method(
 INITIAL_VALUES = _method(_TRAINER, "set_initial_training_values", "…", "training.trainer.log_window", _LINES)
 LOG_LINE = _method(_TRAINER, "log", "logs, start_time", "training.trainer.log_window", _LINES)
 STORE_FLOS = _method(_TRAINER, "store_flos", "", "training.trainer.log_window", _LINES)
+TRAINING_STEP = _method(
+    _TRAINER,
+    "training_step",
+    "model, inputs, …",
+    "training.trainer.step_losses",
+    "the losses of steps that are done again after a kill are not compared with those of before",
+    told=True,
+)
 EVALUATE = _method(_TRAINER, "_evaluate", "trial, ignore_keys_for_eval", "training.trainer.evaluation", _EVALUATIONS)
 BEST_METRIC = _method(
     _TRAINER,
