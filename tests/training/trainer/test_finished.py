@@ -148,7 +148,7 @@ def test_the_last_step_is_saved_though_it_is_not_the_best(store: str, tmp_path: 
         "save_strategy": "best",
         "metric_for_best_model": "loss",
     }
-    trainer = make(tmp_path / "one", Worsens, eval_dataset=Rows(), metric_for_best_model="loss", **more)
+    trainer = make(tmp_path / "one", Worsens, eval_dataset=Rows(), **more)
     spot(store, trainer)
     trainer.train()
     assert Run(store).state().checkpoints[-1].step == STEPS
