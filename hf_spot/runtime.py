@@ -6,11 +6,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import mmap
 import os
+import shutil
 import stat
 import struct
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -51,6 +54,47 @@ def make_private(folder: Path) -> None:
             one.mkdir(mode=0o700, exist_ok=True)
 
 
+def held_folder() -> tuple[Path, int]:
+    """Create a folder for temporary files that only this user can access. Return it, and a descriptor that holds it by a lock.
+
+    systemd-tmpfiles skips locked folders. Folders of this user that no living process holds are deleted first: their processes
+    were killed.
+
+    Raises:
+        OSError: it can't be created.
+    """
+    parent = Path(tempfile.gettempdir())
+    for path in parent.glob(f"{_HELD}*"):
+        with contextlib.suppress(OSError):
+            if path.lstat().st_uid == os.geteuid():
+                _delete_unless_held(path)
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=_HELD, dir=parent))
+        with contextlib.suppress(FileNotFoundError):  # another process has deleted it before it was held
+            held = hold(path)
+            if os.path.samestat(path.lstat(), os.fstat(held)):
+                return path, held
+            os.close(held)
+
+
+def hold(folder: Path) -> int:
+    """Lock a folder against deletion, until the returned descriptor is closed. Raises OSError if it can't be opened."""
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    with contextlib.suppress(OSError):  # some network filesystems have no locks
+        fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return held
+
+
+def _delete_unless_held(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+_HELD = "hf_spot-held-"
 _TRAINING = ""
 _TRAINED = "ended"
 

@@ -40,6 +40,11 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# What is not compiled yet is compiled once, and not by each of hundreds of Pythons: a third of the processor time of a launch.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
 # On a machine that is busy with other things an example takes as long as it takes.
 hypothesis.settings.register_profile("calm", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("calm")
@@ -67,6 +72,17 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     # Tests take from milliseconds to a minute: with xdist's own choice one worker has long nothing to do at the end.
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
         config.option.dist = "worksteal"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Each of xdist's workers begins with its share of the slow tests: whoever began one as the last of all would end alone.
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    others = [item for item in items if not item.get_closest_marker("slow")]
+    shares = [len(others) * number // workers for number in range(workers + 1)]
+    items[:] = [
+        item for number in range(workers) for item in slow[number::workers] + others[shares[number] : shares[number + 1]]
+    ]
 
 
 @pytest.fixture

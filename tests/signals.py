@@ -143,6 +143,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="kept; default: one that is deleted")
     options = parser.parse_args()
+    for one, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(one) is signal.SIG_IGN:
+            signal.signal(one, usual)  # a shell and nohup ignore them in what they run in the background; launches would, too
     with tempfile.TemporaryDirectory(prefix="signals-") as scratch:
         came_to, wrong = fuzz(options.folder or Path(scratch), options.rounds, options.seed)
         print(f"{options.rounds} rounds: " + ", ".join(f"{came_to[name]} {name}" for name in ("committed", "kept", "lost")))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import subprocess
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -10,7 +14,7 @@ import pytest
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
-from hf_spot.runtime import Runtime, StepCounter
+from hf_spot.runtime import Runtime, StepCounter, held_folder
 from tests.small_disk import SmallDisk, why_not
 
 
@@ -27,6 +31,36 @@ def test_a_notice_replaces_the_one_before(tmp_path: Path) -> None:
         notice = PreemptionNotice(NoticeKind.TERMINATE, "imds", str(number), datetime.now(timezone.utc))
         runtime.write_notice(notice)
         assert runtime.read_notice() == notice
+
+
+def test_folders_of_killed_processes_are_deleted_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    program = "import sys; from hf_spot.runtime import held_folder; print(held_folder()[0], flush=True); sys.stdin.read()"
+    started = []
+    for _ in range(2):
+        one = subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert one.stdout is not None
+        started.append((one, Path(one.stdout.readline().rstrip())))
+    (killed, left), (living, held) = started
+    (left / "file").touch()
+    stranger = tmp_path / "hf_spot-of-somebody-else"
+    stranger.mkdir()
+    killed.kill()
+    killed.communicate()
+    mine, lock = held_folder()
+    assert {*tmp_path.iterdir()} == {mine, held, stranger}
+    assert stat.S_IMODE(mine.stat().st_mode) == 0o700
+    os.close(lock)
+    living.communicate()
+    again, lock = held_folder()
+    assert {*tmp_path.iterdir()} == {again, stranger}
+    os.close(lock)
 
 
 def test_the_first_exit_code_stands(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from hf_spot.notices.notice import NoticeKind
+from hf_spot.policy.redone import Redone, in_words
 from hf_spot.run.journal import BY_HAND, ENDINGS, TRAINING_KEY, Entry
 
 PARTS = ("training", "redoing", "saving", "restoring", "starting", "ending", "other")
@@ -29,7 +30,7 @@ PART_MEANS = {
 }
 FREE_FIRST_HOUR = "https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/billing-for-interrupted-spot-instances.html"
 _INNER = ("process", "training", "marks", "first_notice", "terminated_since")
-_WORDS = ("resumed", "commit", "notice", *ENDINGS)
+_WORDS = ("resumed", "redone", "commit", "notice", *ENDINGS)
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Launch:
         commits: number of checkpoints that it committed.
         notices: number of preemption notices that it detected.
         verified: parts of the resumed training that were compared with what was saved, and are the same.
+        redone: by training, how the steps that it did again compare with what earlier launches told about them.
         ended: ``preempted``, ``finished``, ``failed``, or ``no word`` if the journal has no end of it.
         last_heard: time of its last entry.
         notice_to_commit_s: seconds from its first notice to the resulting commit; None without one.
@@ -127,6 +129,7 @@ class Launch:
     commits: int = 0
     notices: int = 0
     verified: list[str] = field(default_factory=list)
+    redone: dict[int, Redone] = field(default_factory=dict)
     ended: str = "no word"
     notice_to_commit_s: float | None = None
     steps_lost: int | None = None
@@ -163,6 +166,9 @@ class Launch:
         shown = {name: value for name, value in vars(self).items() if name not in _INNER}
         for name in ("began", "last_heard"):
             shown[name] = shown[name].isoformat()
+        shown["redone"] = [
+            {"training": training, **one.to_data(), "in_words": in_words(one)} for training, one in self.redone.items()
+        ]
         return shown
 
 
@@ -282,6 +288,11 @@ def _add_entry(launch: Launch, entry: Entry, now: datetime, step: int) -> None:
     if entry.kind == "resumed":
         launch.verified = [str(part) for part in data.get("verified", [])]
         return
+    if entry.kind == "redone":
+        found = Redone.of(data)
+        if found is not None:
+            launch.redone[data.get(TRAINING_KEY, launch.training)] = found
+        return
     if entry.kind == "notice":
         launch.notices += 1
         kind = data.get("kind", NoticeKind.TERMINATE.value)
@@ -367,7 +378,11 @@ def _split(launch: Launch, highest: dict[int, int]) -> None:
         if training == launch.training:
             launch.resumed_step = max(0, timing.step - timing.steps)
             launch.reached_step = max(launch.reached_step, timing.step)
+    # A launch that was killed may have told its last steps to nobody but the next one.
     before = highest.get(launch.training, 0)
+    if (told := launch.redone.get(launch.training)) is not None:
+        before = max(before, told.last)
+        launch.reached_step = max(launch.reached_step, told.first - 1 + told.steps)
     trained = launch.reached_step - launch.resumed_step
     launch.steps_redone = max(0, min(launch.reached_step, before) - launch.resumed_step) if trained > 0 else 0
     highest[launch.training] = max(before, launch.reached_step)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hf_spot.economics.plan import Plan
 from hf_spot.economics.report import FREE_FIRST_HOUR, PART_MEANS, Report, dollars
 from hf_spot.economics.simulate import Result
+from hf_spot.policy.redone import VALUES, in_words
 
 
 def render_report(report: Report, url: str) -> str:
@@ -25,6 +26,7 @@ def render_report(report: Report, url: str) -> str:
     if proven:
         parts = [part for part in proven[0].verified if all(part in launch.verified for launch in proven)]
         lines.append(f"{len(proven)} resumes verified before their first step: {', '.join(parts)}")
+    lines += redone_lines(report)
     machines = machine_rows(report)
     lines += ["", *columns(machines)] if len(machines) > 1 else []
     lines += ["", *columns(time_rows(report), left=(0, 3)), "", *money_lines(report)]
@@ -120,6 +122,20 @@ def launch_rows(report: Report) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def redone_lines(report: Report) -> list[str]:
+    """Return how redone steps compare with those of earlier launches: a line for all that are equal, and one for each launch
+    whose steps differ."""
+    compared = [(launch.number, one) for launch in report.launches for one in launch.redone.values()]
+    equal = [(number, one) for number, one in compared if one.different is None]
+    lines = [f"launch {number}: {in_words(one)}" for number, one in (equal if len(equal) == 1 else [])]
+    if len(equal) > 1:
+        steps = sum(one.steps for _, one in equal)
+        known = {name: sum(one.compared.get(name, 0) for _, one in equal) for name in VALUES}
+        limits = ", ".join(f"{VALUES[name]} of {count}" for name, count in known.items() if count != steps)
+        lines.append(f"{steps} steps redone in {len(equal)} launches, all equal{f' ({limits} compared)' if limits else ''}")
+    return lines + [f"launch {number}: {in_words(one)}" for number, one in compared if one.different is not None]
 
 
 def machine_rows(report: Report) -> list[list[str]]:

@@ -6,7 +6,7 @@ would cost a second of processor time, before the ranks start and again at the e
 When a rank crashes, torchrun's agent ends the other ranks with SIGTERM. A rank treats any SIGTERM as a notice, so the ranks are
 killed instead, which is how the SIGTERM would have ended them; their child processes still get the SIGTERM.
 Signals that mean a notice do nothing to the agent: they were blocked when it was started, and stay so. It passes them on to the
-launcher.
+launcher. Torchrun's folder in /tmp, which nobody deletes if the agent is killed, is in the folder of the launch instead.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def _main() -> None:
     runtime = Runtime.from_environ(os.environ)
     if runtime is not None:
         threading.Thread(target=_pass_on, args=(runtime,), name="hf_spot-signals", daemon=True).start()
+        # First, so that a folder that the user names comes later and counts.
+        sys.argv[1:1] = ["--log_dir", str(runtime.directory / "torchrun")]
     try:
         main()
     except ChildFailedError:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
+
+from hf_spot.runtime import held_folder, hold
 
 _FRESHEN_EVERY_S = 3600.0  # programs that delete by age wait for days
 
@@ -30,8 +29,7 @@ class RuntimeFolder:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self.path = Path(tempfile.mkdtemp(prefix="hf_spot-"))
-        self._lock = self._locked()
+        self.path, self._lock = held_folder()
         self._fresh_at = clock()
 
     def renew(self) -> bool:
@@ -54,7 +52,7 @@ class RuntimeFolder:
             raise PermissionError(f"{self.path} was deleted, and now belongs to another user")
         self.path.chmod(0o700)
         os.close(self._lock)
-        self._lock = self._locked()
+        self._lock = hold(self.path)
         return True
 
     def close(self) -> None:
@@ -67,9 +65,3 @@ class RuntimeFolder:
             return os.path.samestat(self.path.lstat(), os.fstat(self._lock))
         except OSError:
             return False
-
-    def _locked(self) -> int:
-        held = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        with contextlib.suppress(OSError):  # some network filesystems have no locks
-            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return held

@@ -47,6 +47,8 @@ class CommitRequest:
 
     ``part`` (of ``parts``) is the number of the disk that holds these files, when each machine writes to its own disk.
     ``apart`` is a suffix that separates the files from those of an earlier checkpoint of the same step; empty if there is none.
+    ``attempt`` is the same on all machines, and new whenever a launch starts its training again: what a machine said about an
+    earlier save of this step counts no more.
     """
 
     step: int
@@ -59,6 +61,7 @@ class CommitRequest:
     part: int = 0
     parts: int = 1
     apart: str = ""
+    attempt: str = ""
 
     def prefix(self, launch: int) -> str:
         """Return the key in the store under which this checkpoint's files are kept, without a trailing slash.

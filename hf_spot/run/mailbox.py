@@ -10,10 +10,12 @@ from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.manifest import FileEntry
 from hf_spot.run.run import Run
 from hf_spot.run.seal import seal, unseal
+from hf_spot.run.told_steps import Told
 from hf_spot.storage.threads import Workers
 
 _PARTS = ".parts"
 _READ_AT_ONCE = 16  # parts of a checkpoint
+_LOOKS_BACK = 4  # launches: some end before they have told anything
 
 
 class Mailbox:
@@ -38,7 +40,7 @@ class Mailbox:
             IncompleteCheckpoint: a machine has given up uploading its part.
         """
         keys = [self._part_key(request, part) for part in range(1, request.parts)]
-        folder = f"{request.prefix(self._run.launch)}/{_PARTS}/"
+        folder = self._folder(request)
         there = {info.key for info in self._run.store.list(folder)} if keys else set()
         if not there.issuperset(keys):
             return None
@@ -63,8 +65,34 @@ class Mailbox:
         found = self._read(_invitation_key(launch))
         return None if found is None else (launch, found)
 
+    def tell_steps(self, training: int, told: Told) -> None:
+        """Publish what this launch tells about its newest steps, in place of what it told before.
+
+        The next launch deletes it with the other files of this one (`Run.collect_garbage`), and takes over what it still needs.
+        """
+        self._send(_steps_key(self._run.launch, training), told.to_json())
+
+    def told_steps(self, training: int, before_launch: int) -> Told:
+        """Return what the newest launch before ``before_launch`` told about its steps, and took over from earlier ones.
+
+        Raises:
+            CorruptCheckpoint: it is damaged.
+            StoreUnavailable: the store did not answer.
+        """
+        for launch in range(before_launch - 1, max(0, before_launch - 1 - _LOOKS_BACK), -1):
+            found = self._read(_steps_key(launch, training))
+            if found is not None:
+                try:
+                    return Told.of(found)
+                except (ValueError, TypeError, KeyError) as error:
+                    raise CorruptCheckpoint(f"what launch {launch} told about its steps can't be read: {error}") from error
+        return Told()
+
     def _part_key(self, request: CommitRequest, part: int) -> str:
-        return f"{request.prefix(self._run.launch)}/{_PARTS}/{part}.json"
+        return f"{self._folder(request)}{part}.json"
+
+    def _folder(self, request: CommitRequest) -> str:
+        return "/".join(filter(None, (request.prefix(self._run.launch), _PARTS, request.attempt))) + "/"
 
     def _send(self, key: str, message: dict[str, Any]) -> None:
         self._run.store.put(key, seal({"key": key, "told": message}, self._run.journal.key))
@@ -81,3 +109,7 @@ class Mailbox:
 
 def _invitation_key(launch: int) -> str:
     return f"e{launch:04d}/meeting.json"
+
+
+def _steps_key(launch: int, training: int) -> str:
+    return f"e{launch:04d}/steps-{training}.json"

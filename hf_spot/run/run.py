@@ -41,6 +41,7 @@ log = logging.getLogger("hf_spot")
 
 _TAKEN = ".taken"
 _LAUNCH_FOLDER = re.compile(r"^e(\d{4,})/")
+TOLD_STEPS = re.compile(r"^e\d{4,}/steps-\d+\.json$")  # what a launch tells about its steps: see `hf_spot.run.mailbox`
 
 
 def _mark(prefix: str) -> str:
@@ -368,7 +369,8 @@ class Run:
         return gone
 
     def collect_garbage(self) -> int:
-        """Delete files that older launches left without a commit, and abort their uploads. Return how many were removed.
+        """Delete files that older launches left without a commit, and abort their uploads. Return how many were removed,
+        without what every launch leaves (`TOLD_STEPS`).
 
         Only files of older launches are deleted: their writers are fenced, so the files can't be committed any more.
         """
@@ -381,7 +383,8 @@ class Run:
         orphans = [info.key for info in self.store.list("e") if stale(info.key) and not info.key.startswith(kept)]
         orphans += leftovers(self.store)
         self.store.delete(orphans)
-        return len(orphans) + self.store.abort(stale)
+        left_by_all = sum(TOLD_STEPS.match(key) is not None for key in orphans)
+        return len(orphans) - left_by_all + self.store.abort(stale)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

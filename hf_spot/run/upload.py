@@ -75,6 +75,8 @@ class Uploader:
         save_total_limit: passed to `Run.prune` after each commit.
         on_commit: called after each commit, from the uploader's thread.
         keeps_house: delete what earlier launches left; true for one uploader of a launch.
+        standing: keys under which files of checkpoints are already, the same on all machines; None reads them from the run.
+        attempt: see `CommitRequest`.
         clock: seconds, monotonic.
     """
 
@@ -86,6 +88,8 @@ class Uploader:
         save_total_limit: int | None = 3,
         on_commit: Callable[[Entry], None] = lambda entry: None,
         keeps_house: bool = True,
+        standing: Collection[str] | None = None,
+        attempt: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run = run
@@ -97,7 +101,8 @@ class Uploader:
         self._clock = clock
         self._changed = threading.Condition()
         self._waiting: list[_Job] = []
-        self._standing = frozenset(ref.prefix for ref in run.journal.state.checkpoints)
+        self._attempt_id = attempt
+        self._standing = frozenset(standing_prefixes(run) if standing is None else standing)
         self._times: Counter[tuple[int, int]] = Counter()  # how often each (training, step) was submitted
         self._given_up: list[CommitRequest] = []
         self._current: _Job | None = None
@@ -153,6 +158,7 @@ class Uploader:
         """
         key = request.training, request.step
         number = self._times[key]
+        request = replace(request, attempt=self._attempt_id)
         while (apart := replace(request, apart=str(number or ""))).prefix(self._run.launch) in self._standing:
             number += 1
         self._times[key] = number + 1
@@ -379,6 +385,11 @@ class Uploader:
 
     def _discard(self, job: _Job) -> None:
         shutil.rmtree(job.folder, ignore_errors=True)
+
+
+def standing_prefixes(run: Run) -> list[str]:
+    """Return the keys under which the files of the run's checkpoints are, as far as its journal has been read."""
+    return [ref.prefix for ref in run.journal.state.checkpoints]
 
 
 def _may_pass(error: Exception) -> bool:

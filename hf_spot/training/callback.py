@@ -43,6 +43,7 @@ from hf_spot.training.trainer.resume_fixes import (
     set_epoch,
 )
 from hf_spot.training.trainer.saves import Saves
+from hf_spot.training.trainer.step_losses import StepLosses
 from hf_spot.training.trainer.streams import random_streams_named, resumed_in_its_pass
 from hf_spot.training.trainer.trackers import continue_trackers, where_trackers_write
 from hf_spot.training.trainer.trainer_session import TrainerSession
@@ -92,6 +93,7 @@ class SpotCallback(TrainerCallback):
         self._evaluation_skipped = False
         self._accumulation: Accumulation | None = None
         self._log_window: LogWindow | None = None
+        self._losses: StepLosses | None = None
         self._save_is_extra = False
         self._save_is_owed = False
         self._resumed_epoch_is_ahead = False
@@ -137,6 +139,8 @@ class SpotCallback(TrainerCallback):
                 self._is_proven = True
                 self._session.proven(self._proof.conclude(self._session.run_session.agreement.gather))
             self._session.step_begins()
+        if self._losses is not None:
+            self._losses.step_begins()
         if self._accumulation is not None and args.gradient_accumulation_steps > 1:
             self._accumulation.begin()
 
@@ -167,10 +171,17 @@ class SpotCallback(TrainerCallback):
             return
         self._added = None
         self._session.random_states.micro_batch_ended()
+        if self._losses is not None:
+            self._losses.step_ended(self._session.random_states.step_indices())
         self._session.random_states.step_ended()
         self._set(Moment.STEP_END, self._session.step_ended(state.global_step), args, state, control)
         if control.should_save:
             self._session.save_begins()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Read losses on devices where they can't be read meanwhile: Trainer has just waited for the device."""
+        if self._losses is not None:
+            self._losses.logged()
 
     def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """End an evaluation after a notice: it may take longer than the time that is left."""
@@ -277,7 +288,9 @@ class SpotCallback(TrainerCallback):
                 continue_trackers(trainer, session.restored.details.get("trackers", {}), session.restored.step)
             shield(self.args)
             self._session = session
-            self._log_window = LogWindow(trainer, lambda: self._stopping, lambda: self._save_is_extra)
+            losses = None if session.teller is None else StepLosses(trainer, session.teller)
+            learned = () if losses is None else (losses.learned,)
+            self._log_window = LogWindow(trainer, lambda: self._stopping, lambda: self._save_is_extra, *learned)
             self._accumulation = Accumulation(trainer, session.random_states, self._log_window)
             self._evaluations = Evaluations(
                 trainer,
@@ -302,8 +315,11 @@ class SpotCallback(TrainerCallback):
                 trainer, functools.partial(_restore_own_state, carried, proof, restored_to, session.known.changed)
             )
             self._proof, self._is_proven = proof, restored_to is None
+            self._losses = losses
             try:
                 self._log_window.watch()
+                if losses is not None:
+                    losses.watch()
                 with (
                     all_weights_loaded(trainer),
                     dispatched_batches_skipped(),
@@ -312,6 +328,8 @@ class SpotCallback(TrainerCallback):
                     held.held(),
                 ):
                     result = train(trainer, folder, trial, *args, **kwargs)
+                if losses is not None:
+                    losses.settle()
                 session.end(trainer.state.global_step)
             except TrainingPreempted as preempted:
                 if not shows_errors():
@@ -328,7 +346,9 @@ class SpotCallback(TrainerCallback):
                 self._evaluations.close()
                 self._log_window.close()
                 self._saves.close()
-                self._session = self._evaluations = self._accumulation = self._saves = self._log_window = None
+                if losses is not None:
+                    losses.close()
+                self._session = self._evaluations = self._accumulation = self._saves = self._log_window = self._losses = None
             return result
 
     def _resumed_folder(self, session: TrainerSession) -> Path | None:

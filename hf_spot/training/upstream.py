@@ -145,6 +145,14 @@ FINALIZE = _method(
 INITIAL_VALUES = _method(_TRAINER, "set_initial_training_values", "…", "training.trainer.log_window", _LINES)
 LOG_LINE = _method(_TRAINER, "log", "logs, start_time", "training.trainer.log_window", _LINES)
 STORE_FLOS = _method(_TRAINER, "store_flos", "", "training.trainer.log_window", _LINES)
+TRAINING_STEP = _method(
+    _TRAINER,
+    "training_step",
+    "model, inputs, …",
+    "training.trainer.step_losses",
+    "the losses of steps that are done again after a kill are not compared with those of before",
+    told=True,
+)
 EVALUATE = _method(_TRAINER, "_evaluate", "trial, ignore_keys_for_eval", "training.trainer.evaluation", _EVALUATIONS)
 BEST_METRIC = _method(
     _TRAINER,
@@ -251,6 +259,13 @@ TRIAL_FOLDER = _method(
     "training.trainer.trials",
     "the checkpoints of a hyperparameter search are not found",
     only="hyperparameter_search()",
+)
+LOAD_OPTIMIZER = _method(
+    _TRAINER,
+    "_load_optimizer_and_scheduler",
+    "checkpoint",
+    "training.trainer.restore",
+    "a second train() of the same Trainer begins with a new optimizer if the first one was finished by an earlier launch",
 )
 SKIP_FIRST_BATCHES = _function(
     "transformers.trainer",

@@ -291,3 +291,53 @@ def test_what_resumes_have_proven_is_told() -> None:
     assert [len(launch.verified) for launch in report.launches] == [0, 3, 2]
     text = render_report(report, "url")
     assert "2 resumes verified before their first step: weights, optimizer" in text.splitlines()
+
+
+def redone(first: int, last: int, different: dict[str, Any] | None = None, **more: Any) -> Event:
+    steps = last - first + 1
+    compared = dict.fromkeys(("loss", "learning_rate", "data"), steps)
+    fields = {"first": first, "last": last, "steps": steps, "compared": compared, "different": different, "changed": []}
+    return "redone", {"stage": 1, **fields, **more}
+
+
+def test_redone_steps_are_told_as_compared() -> None:
+    different = {"step": 21, "rank": 0, "before": {"loss": 2.0}, "again": {"loss": 2.5}, "same": ["data"]}
+    report = summarise(
+        journal_of(
+            claim(), commit(5), claim(), redone(6, 15), commit(20), claim(), redone(21, 22, different, steps=1), ("unknown", {})
+        )
+    )
+    lines = render_report(report, "url").splitlines()
+    assert "launch 2: 10 steps redone, all equal" in lines
+    assert any(line.startswith("launch 3: step 21 differs: loss 2 before, 2.5 now") for line in lines)
+    assert report.launches[1].steps_redone == 10  # which the killed launch told to nobody else
+    (told,) = report.to_dict()["launches"][1]["redone"]
+    assert (told["training"], told["steps"], told["different"]) == (1, 10, None)
+
+
+def test_many_launches_whose_redone_steps_are_equal_take_one_line() -> None:
+    events = [
+        claim(),
+        commit(5),
+        *(event for at in range(5, 50, 5) for event in (claim(), redone(at + 1, at + 3), commit(at + 5))),
+    ]
+    text = render_report(summarise(journal_of(*events)), "url")
+    assert "27 steps redone in 9 launches, all equal\n" in text
+    assert "launch 2:" not in text
+
+
+def test_redone_steps_of_another_training_of_the_launch_are_not_those_of_its_last() -> None:
+    events = [
+        claim(),
+        commit(5),
+        claim(),
+        redone(6, 90),
+        commit(95),
+        ("commit", {**commit(3)[1], "stage": 2, "timing": timing(3, 3, 1)}),
+    ]
+    assert summarise(journal_of(*events)).launches[1].steps_redone == 0
+
+
+def test_an_entry_about_redone_steps_that_nobody_understands_is_ignored() -> None:
+    report = summarise(journal_of(claim(), commit(5), claim(), ("redone", {"stage": 1, "steps": "ten"}), commit(10)))
+    assert report.launches[1].redone == {}

@@ -15,7 +15,7 @@ TRAINING = Path(__file__).parent.parent / "training"
 def main() -> int:
     device.pretend_cudart()
     device.set_delays(0.001, 0.0)
-    tests = sys.argv[1:] or [str(TRAINING / "saving" / "test_device.py")]
+    tests = sys.argv[1:] or [str(TRAINING / name) for name in ("saving/test_device.py", "trainer/test_step_losses.py")]
     return int(pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", *tests]))
 
 

@@ -140,6 +140,26 @@ class Twin:
     lines: dict[int, dict[str, Any]]
 
 
+# Machines may live longer than they said, so the last upload is given half a minute more. These don't.
+PUNCTUAL = """
+import runpy, sys
+from pathlib import Path
+from hf_spot.policy import restarts
+restarts.LATE_S = 0.5
+sys.argv = sys.argv[1:]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def punctual(tmp_path: Path) -> Path:
+    """A script that runs another one, on a machine that is gone half a second after its deadline."""
+    path = tmp_path / "punctual.py"
+    path.write_text(PUNCTUAL)
+    return path
+
+
 Once = Callable[[str, Callable[[Path], object]], Path]
 
 
@@ -151,12 +171,12 @@ def twin(plain_in_peace: Path) -> Twin:
 
 
 @pytest.fixture(scope="session")
-def twin_of_ranks(made_once: Once) -> Callable[[int], Twin]:
+def twin_of_ranks(made_once: Once, zygote: Zygote) -> Callable[[int], Twin]:
     """What plain.py gives on so many ranks of one machine, with nobody to disturb them."""
 
     def of(ranks: int) -> Twin:
         def train(folder: Path) -> None:
-            launcher = Launcher(folder)
+            launcher = Launcher(folder, zygote=zygote)
             launch = launcher.plain(str(folder / "run"), options=["--multi_gpu", "--num_processes", str(ranks)])
             try:
                 assert launch.wait() == 0, launch.text()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_spot.run.run import Run
-from tests.launch.conftest import Launcher
+from tests.launch.conftest import PLAIN, Launcher
 from tests.servers import SeaweedFS
 from tests.waiting import wait_for
 
@@ -28,16 +28,23 @@ def credential_process(folder: Path, server: SeaweedFS) -> dict[str, str]:
     return {"AWS_CONFIG_FILE": str(config)}
 
 
-@pytest.mark.parametrize("logs_in", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["in time", "never"])
+@pytest.mark.parametrize("logs_in", [True, False], ids=["in time", "never"])
 def test_a_login_that_is_wanted_while_the_machine_goes_ends_in_75_and_in_a_commit_if_it_comes_in_time(
-    logs_in: bool, seaweedfs: SeaweedFS, s3_url: str, launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    logs_in: bool,
+    seaweedfs: SeaweedFS,
+    s3_url: str,
+    launcher: Launcher,
+    punctual: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     env = credential_process(tmp_path, seaweedfs)
     with monkeypatch.context() as without:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             without.delenv(name)
         grace_s = "40" if logs_in else "4"
-        launch = launcher.plain(s3_url, "--hold_at", "3", options=["--grace-s", grace_s], env=env)
+        script = [PLAIN, "--output_dir", "out-1", "--diary", "diary-1", "--weights", "weights-1", "--hold_at", "3"]
+        launch = launcher.start(s3_url, script if logs_in else [punctual, *script], options=["--grace-s", grace_s], env=env)
         launch.wait_for_step(3)
         (tmp_path / "locked").touch()
         launch.process.send_signal(signal.SIGTERM)

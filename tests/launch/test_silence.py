@@ -18,28 +18,12 @@ from tests.hostile import Hostile, SlowLink
 from tests.launch.conftest import PLAIN, SCRIPTS, Launch, Launcher, Twin
 from tests.servers import SeaweedFS
 from tests.waiting import wait_for
+from tests.zygote import Zygote
 
-# Machines may live longer than they said, so the last upload is given half a minute more. These don't.
-PUNCTUAL = """
-import runpy, sys
-from pathlib import Path
-from hf_spot.policy import restarts
-restarts.LATE_S = 0.5
-sys.argv = sys.argv[1:]
-sys.path.insert(0, str(Path(sys.argv[0]).parent))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 DEADLINE_S = 2.0
 NAMES = ["--output_dir", "out", "--diary", "diary", "--weights", "weights"]
 LAUNCH_1 = ["--output_dir", "out-1", "--diary", "diary-1", "--weights", "weights-1"]
 END_S = 25.0  # for last words to a journal that doesn't answer, and for Python's own end; a request would hang for 95 s
-
-
-@pytest.fixture
-def punctual(tmp_path: Path) -> Path:
-    path = tmp_path / "punctual.py"
-    path.write_text(PUNCTUAL)
-    return path
 
 
 def give_notice(notice: Path) -> float:
@@ -76,20 +60,22 @@ def test_a_store_that_says_nothing_any_more_holds_no_launch_after_its_deadline(
 
 
 def test_uploads_that_hang_keep_no_process_from_its_end(
-    seaweedfs: SeaweedFS, s3_url: str, tmp_path: Path, punctual: Path
+    seaweedfs: SeaweedFS, s3_url: str, tmp_path: Path, punctual: Path, zygote: Zygote
 ) -> None:
     run, notice = Run(s3_url), tmp_path / "notice"
     with Gate(seaweedfs.endpoint) as gate, open(tmp_path / "log", "wb") as log:
         gate.close_at(r"PUT .*/checkpoint-")
         env = {"AWS_ENDPOINT_URL": gate.endpoint, "TEST_STORE": s3_url, "TEST_NOTICE": f"file:{notice}", "OMP_NUM_THREADS": "1"}
-        process = psutil.Popen(
-            [sys.executable, punctual, SCRIPTS / "with_callback.py", *NAMES, "--hold_at", "7", "--step_s", "0.1"],
-            cwd=tmp_path,
-            env={**os.environ, **env},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
+        script = [str(punctual), str(SCRIPTS / "with_callback.py"), *NAMES, "--hold_at", "7", "--step_s", "0.1"]
+        with zygote.forking():
+            process = psutil.Popen(
+                [sys.executable, *script],
+                cwd=tmp_path,
+                env={**os.environ, "HF_HUB_OFFLINE": "1", **env},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
         launch = Launch(process, tmp_path / "log", tmp_path / "diary", tmp_path / "out")
         try:
             launch.wait_for_step(7)  # training has not waited for the upload of step 5
@@ -100,7 +86,7 @@ def test_uploads_that_hang_keep_no_process_from_its_end(
             assert time.monotonic() - began < DEADLINE_S + END_S, launch.text()
         finally:
             launch.kill_tree()
-    assert [entry.kind for entry in run.events()] == ["claim", "notice", "preempted"]
+    assert [entry.kind for entry in run.events()] == ["claim", "training", "notice", "preempted"]
     assert "Traceback" not in launch.text()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,22 +12,36 @@ import pytest
 from hf_spot.run.run import Run
 from tests.launch.conftest import Launcher, Twin
 from tests.stubborn_disk import StubbornDisk, compiled, why_not
+from tests.zygote import Zygote
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "not skipped")
 
 
+@pytest.fixture(scope="module")
+def library(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    return made_once("stubborn-disk", compiled) / "stubborn.so"
+
+
+@pytest.fixture(scope="module")
+def stubborn_zygote(library: Path) -> Iterator[Zygote]:
+    """Forks Pythons that have loaded the library before libc; it reads what it refuses at each call."""
+    made = Zygote({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LD_PRELOAD": str(library)})
+    yield made
+    assert made.refusals == []
+    made.close()
+
+
 @pytest.fixture
-def disk(tmp_path: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> StubbornDisk:
+def disk(tmp_path: Path, library: Path) -> StubbornDisk:
     """That of the launcher's working directory."""
-    folder = made_once("stubborn-disk", compiled)
     (tmp_path / "scratch").mkdir()
     (tmp_path / "train").mkdir()
-    return StubbornDisk(folder / "stubborn.so", tmp_path / "train", tmp_path / "scratch")
+    return StubbornDisk(library, tmp_path / "train", tmp_path / "scratch")
 
 
 @pytest.fixture
-def trainings(disk: StubbornDisk) -> Launcher:
-    return Launcher(disk.under)
+def trainings(disk: StubbornDisk, stubborn_zygote: Zygote) -> Launcher:
+    return Launcher(disk.under, zygote=stubborn_zygote)
 
 
 @pytest.mark.parametrize(

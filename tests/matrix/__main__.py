@@ -1,24 +1,37 @@
-"""``python -m tests.matrix``: one line for each case, and 1 when one of them is not what it must be."""
+"""``python -m tests.matrix``: one line for each case, and 1 when one of them is not what it must be.
+
+``--adversary 100`` plays random compositions instead, the same ones for the same ``--seed``; each that fails is printed as
+JSON, which ``--composition`` plays again.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
 
+from tests.matrix.adversary import Outcome, attack, play
 from tests.matrix.cases import CASES
+from tests.matrix.compose import LIBRARIES
 from tests.matrix.runner import HEADER, run, to_json
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="parts of the names of cases (all)")
     parser.add_argument("--quick", action="store_true", help="the cases that CI runs, and their stops")
     parser.add_argument("--list", action="store_true", help="only print the names")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave everything that was written there")
+    parser.add_argument("--adversary", type=int, metavar="COUNT", help="play so many random compositions instead of cases")
+    parser.add_argument("--seed", type=int, default=0, help="of the adversary (0)")
+    parser.add_argument("--families", nargs="+", choices=LIBRARIES, default=tuple(LIBRARIES), help="what it trains (all)")
+    parser.add_argument("--composition", type=json.loads, metavar="JSON", help="play this composition of the adversary's again")
     options = parser.parse_args()
+    if options.adversary or options.composition:
+        return _attack(options)
     chosen = [name for name in CASES if not options.names or any(part in name for part in options.names)]
     chosen = [name for name in chosen if CASES[name].quick or not options.quick]
     if options.list:
@@ -36,6 +49,28 @@ def main() -> int:
     unexpected = sum(not row.as_expected for row in rows)
     print(f"{len(rows)} rows: {identical} identical, {unexpected} not as they must be")
     return int(unexpected > 0)
+
+
+def _attack(options: argparse.Namespace) -> int:
+    found: list[Outcome] = []
+    with tempfile.TemporaryDirectory(prefix="hf_spot-adversary-") as scratch:
+        folder = options.keep or Path(scratch)
+        if options.composition:
+            found.append(play(options.composition, folder / "0"))
+            print("\n".join([found[0].verdict, *found[0].why]))
+        else:
+            print(f"seed {options.seed}", flush=True)
+            for number, outcome, seconds in attack(options.adversary, options.seed, folder, tuple(options.families)):
+                found.append(outcome)
+                print(f"{number:4} {outcome.verdict:10} {seconds:5.0f} s  {outcome.made['family']}", flush=True)
+                if outcome.verdict != "identical":
+                    print(
+                        "\n".join(["     " + json.dumps(outcome.made), *(f"     {one}" for one in outcome.why[:10])]),
+                        flush=True,
+                    )
+    failed = sum(not one.passed for one in found)
+    print(f"{len(found)} compositions: {sum(one.verdict == 'identical' for one in found)} identical, {failed} failed")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from tests.matrix.compose import LIBRARIES, USUAL, Composition, build
+
 SAMPLES, LENGTH, VOCABULARY = 42, 16, 64  # 42 = 10 batches of 4 and a remainder
 
 
@@ -39,19 +41,20 @@ class Case:
     """One row of the matrix.
 
     Args:
-        make: gives the trainer that writes to a folder; None for a command that is not ours.
+        make: gives the trainer that writes to a folder, or several that a script trains one after the other; None for a command
+            that is not ours.
         command: for such a one, what stands behind ``python`` (or ``hf-spot launch``) to train into a folder.
         ranks: processes; several of them under gloo.
         stops: where it is interrupted, one launch each: ``notice@5`` while step 5 is under way, ``term`` (SIGTERM to the
             launcher), ``kill`` (kill -9 of everything). A command that is not ours is interrupted as soon as that step is
-            committed.
+            committed. Steps are counted through all trainings of a script.
         needs: packages beyond the test extra.
         impossible: why the row can't be identical; empty when it must be.
         refused: the launch must end with 2, and say this.
         quick: part of CI, with these stops alone: the other kinds are played with the same training elsewhere.
     """
 
-    make: Callable[[Path], Trainer] | None = None
+    make: Callable[[Path], Trainer | Iterator[Trainer]] | None = None
     command: Callable[[Path], list[str]] | None = None
     ranks: int = 1
     stops: tuple[str, ...] = ("notice@4", "kill@15")
@@ -402,6 +405,58 @@ def _(output_dir: Path) -> Trainer:
     return SentenceTransformerTrainer(model, args=args, train_dataset=data, loss=MultipleNegativesRankingLoss(model))
 
 
+# -- settings, in each library ----------------------------------------------------------------------------------------
+
+
+COMPOSED: dict[str, Composition] = {}
+
+
+def composed(name: str, stops: tuple[str, ...] = ("notice@4", "kill@9"), ranks: int = 1, **changed: Any) -> None:
+    """Add a row for `USUAL` with some parts changed."""
+    made = COMPOSED[name] = USUAL | changed
+    needs = LIBRARIES[made["family"]]
+    CASES[name] = Case(lambda output_dir: build(made, output_dir), stops=stops, ranks=ranks, needs=needs)
+
+
+EVALUATED = {"strategy": "steps", "steps": 3, "on_start": False}
+ON_START = {"strategy": "steps", "steps": 5, "on_start": True}
+RARELY_LOGGED = {"strategy": "steps", "steps": 5, "first": False}
+for library, family in {
+    "Trainer": "plain",
+    "PEFT": "lora",
+    "TRL SFT": "sft",
+    "TRL DPO": "dpo",
+    "TRL GRPO": "grpo",
+    "sentence-transformers": "sentences",
+}.items():
+    short = ("notice@3", "kill@6") if family == "grpo" else ("notice@4", "kill@9")  # it has 7 steps
+    composed(f"{library}: logging_steps=5, eval_on_start", short, family=family, log=RARELY_LOGGED, eval=ON_START)
+    composed(f"{library}: EMA, layers that thaw", short, family=family, callbacks=["average", "thaws"])
+    composed(f"{library}: a loss that learns", short, family=family, loss="learnt")
+    composed(f"{library}: best model, early stopping", short, family=family, best="stopping", eval=EVALUATED)
+    composed(f"{library}: two trainings", ("notice@4", "kill@15", "term@16"), family=family, second="other data")
+for library, family in {"Trainer": "plain", "PEFT": "lora", "TRL SFT": "sft", "TRL DPO": "dpo"}.items():
+    composed(f"{library}: a sampler with its own generator", family=family, sampler="own generator")
+    composed(f"{library}: a sampler of the script", family=family, sampler="own class", accumulation=2, stops=("notice@3",))
+    composed(f"{library}: train() twice", ("notice@4", "kill@15"), family=family, second="same again")
+composed("PEFT: a layer unfrozen by hand", family="lora, a layer unfrozen")
+composed("PEFT: modules_to_save", family="lora, modules_to_save")
+composed("TRL SFT with LoRA: log lines and EMA", family="sft, lora", log=RARELY_LOGGED, callbacks=["average"])
+composed("TRL DPO: sync_ref_model", family="dpo", ahead=2)
+composed("TRL GRPO: num_iterations=2, sync_ref_model", ("notice@4", "kill@6"), family="grpo", ahead=2)
+composed("TRL GRPO: steps_per_generation", ("notice@4", "kill@6"), family="grpo", ahead=3)
+composed("sentence-transformers: SoftmaxLoss", family="sentences", ahead=2)
+composed("Trainer: a stream and workers", ("notice@4", "kill@8"), data="stream", workers=2, length="steps")
+composed("TRL SFT: a stream and workers", ("notice@4", "kill@8"), family="sft", data="stream", workers=2)
+for data in ("own torch", "own numpy", "own python", "levels"):
+    composed(f"Trainer: data with state ({data})", data=data, collator="counting")
+composed("Trainer: a momentum teacher", loss="teacher")
+composed("Trainer: means of its own in log lines", loss="averaging", log=RARELY_LOGGED, eval=ON_START)
+for optimizer in ("own sgd", "lookahead", "own adam", "own with schedule", "adagrad", "rmsprop"):
+    composed(f"Trainer: optimizer ({optimizer})", optimizer=optimizer, accumulation=2, stops=("notice@3", "kill@5"))
+for schedule in ("constant_with_warmup", "cosine_with_min_lr", "warmup_stable_decay", "inverse_sqrt", "polynomial", "greedy"):
+    composed(f"Trainer: {schedule}", schedule=schedule, eval=EVALUATED)
+
 # -- several ranks ----------------------------------------------------------------------------------------------------
 
 TWO = {"ranks": 2, "stops": ("notice@3", "kill@8")}
@@ -429,6 +484,12 @@ def _(output_dir: Path) -> Trainer:
 @case("DDP, TRL SFT", ranks=2, needs=("trl", "datasets"), stops=("notice@3", "kill@8"))
 def _(output_dir: Path) -> Trainer:
     return sft(output_dir)
+
+
+composed("DDP, log lines and EMA", ("notice@2", "kill@5"), 2, log=RARELY_LOGGED, eval=ON_START, callbacks=["average"])
+composed("DDP, a sampler of the script", ("notice@2", "kill@5"), 2, sampler="own class")
+composed("DDP, a layer unfrozen beside LoRA", ("notice@2", "kill@5"), 2, family="lora, a layer unfrozen")
+composed("DDP, two trainings", ("notice@2", "kill@8"), 2, second="other data", best="loaded", eval=EVALUATED)
 
 
 def sharded(output_dir: Path, state_dict_type: str, **more: Any) -> Trainer:

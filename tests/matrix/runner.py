@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from hf_spot.run.run import Run
 from tests.matrix.cases import CASES, Case
+from tests.matrix.ending import differences, left_by_a_command, tracker_lines
 
 SCRIPT = Path(__file__).parent / "train.py"
 TIMEOUT_S = 240.0
@@ -42,13 +43,15 @@ class Row:
     seconds: float
     as_expected: bool
     why: str = ""
+    differs: tuple[str, ...] = ()  # what else is another one: optimizer, log lines, results files, trackers' lines
 
     def __str__(self) -> str:
         found = {True: "yes", False: "no", None: "-"}[self.identical]
         numbers = f"{self.max_weight_difference:9.2e} {self.learning_rates_differ:3d} {self.losses_differ:4d}"
         data = "yes" if self.same_data else "no"
         line = f"{self.case:46} {self.ranks:5d} {self.interruption:26} {found:9} {numbers} {data:5} {self.seconds:5.0f}"
-        return line + ("" if self.as_expected else "  UNEXPECTED") + (f"  {self.why}" if self.why else "")
+        line += ("" if self.as_expected else "  UNEXPECTED") + (f"  {self.why}" if self.why else "")
+        return line + "".join(f"\n    {one}" for one in self.differs[:5])
 
 
 HEADER = f"{'case':46} ranks {'interruption':26} identical {'weights':>9}  LR loss data  seconds"
@@ -73,10 +76,10 @@ def run(name: str, folder: Path, *, peace: Path | None = None, quick: bool = Fal
         case = replace(case, stops=case.quick)
     began = time.monotonic()
 
-    def row(identical: bool | None, expected: bool, why: str, *numbers: Any) -> Row:
+    def row(identical: bool | None, expected: bool, why: str, *numbers: Any, differs: tuple[str, ...] = ()) -> Row:
         numbers = numbers or (0.0, 0, 0, identical is not False)
         seconds = time.monotonic() - began
-        return Row(name, case.ranks, " ".join(case.stops), identical, *numbers, seconds, expected, why)
+        return Row(name, case.ranks, " ".join(case.stops), identical, *numbers, seconds, expected, why, differs)
 
     missing = [package for package in case.needs if importlib.util.find_spec(package) is None]
     if missing:
@@ -97,8 +100,9 @@ def run(name: str, folder: Path, *, peace: Path | None = None, quick: bool = Fal
             refused = case.refused in (folder / f"launch-{number}.log").read_text()
             return row(None, refused, f"refused: {case.refused}")
     numbers = _compare(case, folder, len(case.stops) + 1)
-    identical = numbers[0] == 0 and numbers[1:3] == (0, 0) and numbers[3]
-    return row(identical, identical != bool(case.impossible), case.impossible, *numbers)
+    differs = tuple(_compare_endings(case, folder, len(case.stops) + 1))
+    identical = numbers[0] == 0 and numbers[1:3] == (0, 0) and numbers[3] and not differs
+    return row(identical, identical != bool(case.impossible), case.impossible, *numbers, differs=differs)
 
 
 def _python(case: Case, name: str, folder: Path) -> tuple[int, str]:
@@ -154,6 +158,8 @@ def _keep_diary(folder: Path) -> None:
                 diary.write(json.dumps({**line, "batches": counted}) + "\n")
     if (folder / "out" / "model.safetensors").exists():
         torch.save(load_file(folder / "out" / "model.safetensors"), folder / "final.pt")
+        optimizer = torch.load(history[-1].with_name("optimizer.pt"), weights_only=True)
+        (folder / "ending-0.json").write_text(json.dumps([left_by_a_command(folder / "out", optimizer, lines)]))
 
 
 def _run(
@@ -182,17 +188,40 @@ def _compare(case: Case, folder: Path, launches: int) -> tuple[float, int, int, 
     rates = losses = 0
     same_data = True
     for rank in range(case.ranks):
-        peace = {line["step"]: line for line in _diary(folder / "peace" / f"diary-{rank}")}
+        peace = _by_step(_diary(folder / "peace" / f"diary-{rank}"))
         done: set[int] = set()
         for number in range(1, launches + 1):
-            for line in _diary(folder / f"launch-{number}" / f"diary-{rank}"):
-                twin = peace.get(line["step"], {})
-                done.add(line["step"])
-                rates += line["learning_rate"] != twin.get("learning_rate")
-                losses += line["loss"] != twin.get("loss")
-                same_data = same_data and line["batches"] == twin.get("batches")
+            for step, line in _by_step(_diary(folder / f"launch-{number}" / f"diary-{rank}")).items():
+                twin = peace.get(step, {})
+                done.add(step)
+                if "loss" in line:
+                    rates += line["learning_rate"] != twin.get("learning_rate")
+                    losses += line["loss"] != twin.get("loss")
+                same_data = same_data and line.get("batches", ...) == twin.get("batches", ...)
         same_data = same_data and done == peace.keys() != set()
     return difference, rates, losses, same_data
+
+
+def _by_step(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        found.setdefault(line["step"], {}).update(line)
+    return found
+
+
+def _compare_endings(case: Case, folder: Path, launches: int) -> list[str]:
+    """What differs in the end besides the weights, in words."""
+    told: list[str] = []
+    of_launches = [folder / f"launch-{number}" for number in range(1, launches + 1)]
+    for rank in range(case.ranks):
+        endings = [which / f"ending-{rank}.json" for which in (folder / "peace", of_launches[-1])]
+        if case.command is None or endings[0].exists():
+            told += differences(*(json.loads(ending.read_text()) for ending in endings), "training")
+    for lines in sorted((folder / "peace").glob("lines-*.jsonl")):
+        told += differences(
+            *(tracker_lines([one / lines.name for one in ones]) for ones in ([folder / "peace"], of_launches)), "tracker"
+        )
+    return told
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:

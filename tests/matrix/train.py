@@ -17,17 +17,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from cases import CASES
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.matrix.cases import CASES
+from tests.matrix.ending import ending
+from tests.matrix.parts import Writes
 
 
 class Diary(TrainerCallback):
-    """One line for each optimizer step: loss, learning rate, and what the micro-batches were."""
+    """Lines for each optimizer step: what the micro-batches were; loss and learning rate, where they are logged."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.seen = path, []
+    per_launch = ("path", "seen", "before")
+    not_of_training = True
+
+    def __init__(self, path: Path, before: int) -> None:
+        self.path, self.before, self.seen = path, before, []
 
     def watch(self, trainer: Any) -> None:
         plain_step = trainer.training_step
@@ -38,20 +43,31 @@ class Diary(TrainerCallback):
 
         trainer.training_step = training_step
 
+    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.seen = []
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.write({"step": self.before + state.global_step, "batches": self.seen})
+
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
         if "loss" in logs and "learning_rate" in logs:
-            line = {"step": state.global_step, "loss": logs["loss"], "learning_rate": logs["learning_rate"]}
-            with self.path.open("a") as file:
-                file.write(json.dumps({**line, "batches": self.seen}) + "\n")
-            self.seen = []
+            step = self.before + state.global_step
+            self.write({"step": step, "loss": logs["loss"], "learning_rate": logs["learning_rate"]})
+
+    def write(self, line: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 class Interrupt(TrainerCallback):
     """At the beginning of a step: ``notice``, ``term`` or ``kill``."""
 
-    def __init__(self, stop: str) -> None:
+    per_launch = ("kind", "step")
+    not_of_training = True
+
+    def __init__(self, stop: str, before: int) -> None:
         self.kind, _, step = stop.partition("@")
-        self.step = int(step)
+        self.step = int(step) - before
 
     def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if state.global_step != self.step - 1 or int(os.environ.get("RANK", "0")):
@@ -104,17 +120,26 @@ def main() -> None:
     options = parser.parse_args()
     make = CASES[options.case].make
     assert make is not None, "a command that is not ours runs by itself"
-    trainer = make(options.folder / "out")
-    rank = trainer.args.process_index
-    diary = Diary(options.folder / f"diary-{rank}")
-    diary.watch(trainer)
-    trainer.add_callback(diary)
-    if stop := os.environ.get("MATRIX_STOP"):
-        trainer.add_callback(Interrupt(stop))
-    trainer.train()
-    state = final_state(trainer.model)
+    made = make(options.folder / "out")
+    before, left, weights = 0, [], {}
+    for number, trainer in enumerate([made] if isinstance(made, Trainer) else made):
+        rank = trainer.args.process_index
+        for kind in (Diary, Interrupt, Writes):  # a second training of the same trainer
+            trainer.remove_callback(kind)
+        diary = Diary(options.folder / f"diary-{rank}", before)
+        diary.watch(trainer)
+        trainer.add_callback(diary)
+        if rank == 0:
+            trainer.add_callback(Writes(options.folder / f"lines-{number}.jsonl"))
+        if stop := os.environ.get("MATRIX_STOP"):
+            trainer.add_callback(Interrupt(stop, before))
+        result = trainer.train()
+        before += trainer.state.global_step
+        weights |= {f"{number}." * (number > 0) + name: value for name, value in final_state(trainer.model).items()}
+        left.append(ending(trainer, result, Path(trainer.args.output_dir)))
+    (options.folder / f"ending-{rank}.json").write_text(json.dumps(left))
     if rank == 0:
-        torch.save(state, options.folder / "final.pt")
+        torch.save(weights, options.folder / "final.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
         # Gloo's threads sometimes want the GIL of an interpreter that is ending, and abort the process: seen in one of 60

@@ -369,16 +369,21 @@ def test_a_server_that_speaks_another_protocol_is_an_error_that_names_it(service
     with socket.create_server(("127.0.0.1", 0)) as other:
         where = f"127.0.0.1:{other.getsockname()[1]}"
 
-        def greet() -> None:
-            connection, _ = other.accept()
-            with connection:
-                connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
-                connection.recv(65536)  # closed unread, the request would reset the connection before the greeting is read
+        def greet() -> None:  # every connection: EC2's source asks a second time, without a token
+            while True:
+                try:
+                    connection, _ = other.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+                    connection.recv(65536)  # closed unread, the request would reset the connection before the greeting is read
 
         thread = threading.Thread(target=greet)
         thread.start()
         with pytest.raises(SpotError, match=where):
             service.make(f"http://{where}").poll()
+        other.shutdown(socket.SHUT_RDWR)
         thread.join()
 
 

@@ -111,6 +111,7 @@ class Machine:
         self.url, self.folder = url, folder
         self.disk = folder / "disk"
         self.disk.mkdir()
+        self.store = open_store(url)  # for those who look at what is there: a client for each look costs more than the look
         self.committed = 0
         self.tried = 0
 
@@ -128,7 +129,7 @@ class Machine:
     def check(self) -> None:
         """Nothing that was committed is lost, everything that is in the run is whole, and launches that die don't leave ever
         more to do to the next: none would come to its end before it crashes."""
-        run = Run(self.url)
+        run = Run(self.store)
         told = self.folder / "told"
         self.committed = max(self.committed, *map(int, told.read_text().split())) if told.exists() else self.committed
         newest = run.latest()
@@ -264,7 +265,7 @@ def nothing_grows(machine: Machine) -> None:
     Halves of journal entries and the objects of probes are small, and are swept after a day: see test_local and test_run.
     """
     assert machine.start(10**9)
-    run = Run(machine.url)
+    run = Run(machine.store)
     assert {info.key: info.size for info in run.store.list("e")} == wanted(run)
     assert run.store.abort(lambda key: key.startswith("e")) == 0
     left = {path.name for path in (machine.disk / "out").iterdir()}

@@ -26,6 +26,7 @@ from hf_spot.storage.store import ObjectStore
 from tests.launch.conftest import PLAIN
 from tests.servers import SeaweedFS
 from tests.waiting import PATIENCE_S, wait_for
+from tests.zygote import Zygote
 
 Make = Callable[..., Path]
 
@@ -189,7 +190,7 @@ def starts() -> Iterator[tuple[str, str, str]]:
 @pytest.mark.parametrize(("config", "said"), [one[1:] for one in starts()], ids=[one[0] for one in starts()])
 @pytest.mark.parametrize("command", ["launch", "checkpoints"])
 def test_at_the_start_a_source_that_cannot_work_is_one_line_and_code_2(
-    command: str, config: str, said: str, seaweedfs: SeaweedFS, tmp_path: Path
+    command: str, config: str, said: str, seaweedfs: SeaweedFS, tmp_path: Path, zygote: Zygote
 ) -> None:
     path = tmp_path / "config"
     path.write_text("[default]\n" + config.replace("HELPER", str(helper(tmp_path, "echo please log in"))))
@@ -198,16 +199,17 @@ def test_at_the_start_a_source_that_cannot_work_is_one_line_and_code_2(
     environ |= {"AWS_CONFIG_FILE": str(path), "HF_HUB_OFFLINE": "1"}
     url = "s3://tests/no-run"
     what = ["launch", "--store", url, "--num_processes", "1", str(PLAIN)] if command == "launch" else ["checkpoints", "ls", url]
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_spot", *what],
-        env=environ,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        start_new_session=True,  # without a terminal, too
-        cwd=tmp_path,
-    )
+    with zygote.forking():
+        done = subprocess.run(
+            [sys.executable, "-m", "hf_spot", *what],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            start_new_session=True,  # without a terminal, too
+            cwd=tmp_path,
+        )
     assert done.returncode == 2, done.stderr
     ours = done.stderr[done.stderr.index("hf-spot: error: ") :].strip().splitlines()  # accelerate warns of its defaults before
     assert len(ours) == 2, done.stderr

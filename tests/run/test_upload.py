@@ -12,6 +12,7 @@ import pytest
 
 from hf_spot.errors import Fenced
 from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.run import Run
 from hf_spot.run.upload import Uploader
 from hf_spot.storage.faulty import Fault, FaultyStore
@@ -275,6 +276,63 @@ def test_the_commit_stands_only_when_every_machine_has_handed_in_its_part(
     found = Run(store.inner).find()
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {file.path for file in found.files}
     assert Run(store.inner).pull(tmp_path / "pulled").joinpath("rng_state_1.pth").read_bytes() == b"of rank 1"
+
+
+def test_all_machines_choose_one_place_for_a_step_that_is_saved_again(
+    store: FaultyStore, run: Run, make_checkpoint: Make, tmp_path: Path
+) -> None:
+    """As when the training crashes and is started again within a launch, and saves a step twice."""
+    saved = []
+    for attempt in ("a", "b"):
+        standing = [ref.prefix for ref in Run(store.inner).state().checkpoints]
+        runs = [run, Run(store)]
+        runs[1].adopt(run.launch)
+        uploaders = [
+            Uploader(one, tmp_path / f"pins-{attempt}-{part}", save_total_limit=None, standing=standing, attempt=attempt)
+            for part, one in enumerate(runs)
+        ]
+        try:
+            for turn in range(2):
+                folders = halves(make_checkpoint, 5, tmp_path / f"{attempt}-{turn}")
+                saved.append(f"of rank 1, {attempt}, {turn}".encode())
+                (folders[1] / "rng_state_1.pth").write_bytes(saved[-1])
+                for part, folder in enumerate(folders):
+                    uploaders[part].submit(folder, CommitRequest(step=5, world_size=2, part=part, parts=2))
+                assert all(one.drain(PATIENCE_S) for one in uploaders)
+        finally:
+            for one in uploaders:
+                one.close()
+    found = Run(store.inner)
+    refs = found.state().checkpoints
+    assert [found.read(found.checkpoint(ref), "rng_state_1.pth") for ref in refs] == saved
+    assert list(found.verify().values()) == [[]] * len(saved)
+
+
+@pytest.mark.parametrize("files", [True, False], ids=["uploaded", "given up"])
+def test_what_a_machine_said_before_the_training_was_started_again_counts_no_more(
+    files: bool, store: FaultyStore, run: Run, make_checkpoint: Make, tmp_path: Path
+) -> None:
+    mine, theirs = halves(make_checkpoint, 5, tmp_path)
+    request = CommitRequest(step=5, world_size=2, part=1, parts=2)
+    its_run = Run(store)
+    its_run.adopt(run.launch)
+    Mailbox(its_run).hand_in(replace(request, attempt="a"), its_run.upload(theirs, request) if files else None)
+    # Machine 0 crashed before the commit. Both save the step again.
+    uploaders = [
+        Uploader(one, tmp_path / f"pins-{part}", save_total_limit=None, attempt="b") for part, one in enumerate((run, its_run))
+    ]
+    try:
+        uploaders[0].submit(mine, replace(request, part=0))
+        assert not uploaders[0].drain(0.7)
+        (theirs / "rng_state_1.pth").write_bytes(b"of rank 1, again")
+        uploaders[1].submit(theirs, request)
+        assert uploaders[0].drain(PATIENCE_S)
+    finally:
+        for one in uploaders:
+            one.close()
+    found = Run(store.inner)
+    assert list(found.verify().values()) == [[]]
+    assert found.read(found.find(), "rng_state_1.pth") == b"of rank 1, again"
 
 
 def test_a_part_that_is_given_up_is_not_waited_for(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -29,7 +30,7 @@ from hf_spot.run.progress import Bar
 from hf_spot.run.restore import restore_checkpoint, restore_newest
 from hf_spot.run.run import Run
 from hf_spot.run.start_from import start_or_resume
-from hf_spot.run.upload import Uploader
+from hf_spot.run.upload import Uploader, standing_prefixes
 from hf_spot.run.webhook import Hook, hook_url
 from hf_spot.runtime import Runtime, StepCounter
 from hf_spot.storage.store import ObjectStore, Progress
@@ -245,11 +246,13 @@ class RunSession:
         return None if restored is None else (restored[0], self.output_dir / restored[0].name)
 
     def start_uploader(self, on_commit: Callable[[Entry], None] = lambda entry: None) -> None:
-        """Start the uploader that `submit` hands checkpoints to, on the leader of each disk.
+        """Start the uploader that `submit` hands checkpoints to, on the leader of each disk. All ranks must call it.
 
         Args:
             on_commit: called after each commit, from the uploader's thread.
         """
+        # All disks must choose the same place for a checkpoint, whenever their machines have read the journal.
+        standing, attempt = self.agreement.from_main(lambda: (standing_prefixes(self.run), secrets.token_hex(4)))
         if not self.disk.leads:
             return
         self.uploader = Uploader(
@@ -258,6 +261,8 @@ class RunSession:
             save_total_limit=self.arguments.keep_checkpoints,
             on_commit=on_commit,
             keeps_house=self.agreement.is_main,
+            standing=standing,
+            attempt=attempt if self.disk.count > 1 else "",
         )
         self.closing.callback(self.uploader.close)
 

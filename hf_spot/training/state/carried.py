@@ -19,6 +19,7 @@ log = logging.getLogger("hf_spot")
 
 FOLDER = "hf_spot_state"  # in a checkpoint; neither Trainer nor `from_pretrained` reads it
 _FORMAT = 1
+_UNREADABLE = object()  # in place of the mark of an object whose `state_dict` raises
 _SHOWN = 4  # paths, in one line
 
 
@@ -90,7 +91,11 @@ class CarriedState:
             if found.kind == "tensor" and (self._rank or saved.holds(found.path, found.value)):
                 continue
             is_trained = found.kind == "tensor" and id(found.value) in trained
-            if not is_trained and found.path not in self._carried and _mark(found) == self._began.get(found.path):
+            mark = _mark(found)
+            if mark is _UNREADABLE:
+                self._name_unreadable(found.path)
+                continue
+            if not is_trained and found.path not in self._carried and mark == self._began.get(found.path):
                 continue
             if found.kind == "long":
                 lost.append(found.path)
@@ -114,7 +119,8 @@ class CarriedState:
         """Return a mark for each saved path, which changes when the value changes."""
         compared = self._carried - self._homeless
         here = {found.path: found for found in self._all(self._walk()) if found.path in compared}
-        return {path: repr(_mark(here[path])) for path in sorted(self._carried) if path in here}
+        marks = {path: _mark(here[path]) for path in sorted(self._carried) if path in here}
+        return {path: repr(mark) for path, mark in marks.items() if mark is not _UNREADABLE}
 
     def _name(self, values: dict[str, Any], lost: list[str]) -> None:
         """Log once per path what is saved, and what can't be."""
@@ -132,6 +138,12 @@ class CarriedState:
                     path,
                     owner or path,
                 )
+
+    def _name_unreadable(self, path: str) -> None:
+        """Log once that nobody can tell whether an object changes."""
+        if path not in self._named:
+            self._named.add(path)
+            log.warning("%s is not saved, because its state_dict() raises an exception: a resumed run may differ there", path)
 
     def restore(self, checkpoint: Path) -> list[str]:
         """Restore what `save` wrote; return the paths. Paths that no longer exist are logged.
@@ -171,7 +183,13 @@ def _current(found: Found) -> Any:
 
 
 def _mark(found: Found) -> Any:
-    return mark_of(found.value.state_dict() if found.kind == "state" else found.value)
+    if found.kind != "state":
+        return mark_of(found.value)
+    try:
+        return mark_of(found.value.state_dict())
+    except Exception as error:  # foreign code
+        log.debug("%s: %r", found.path, error)
+        return _UNREADABLE
 
 
 def _put(found: Found | None, path: str, value: Any, walk: Walk) -> bool:

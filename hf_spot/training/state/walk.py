@@ -15,6 +15,8 @@ from hf_spot.training.state.values import MOST_ELEMENTS, Generator, is_plain, is
 
 _DEEPEST = 6
 _OF_MODULES = frozenset(vars(torch.nn.Module()))  # a module's own attributes: parameters, hooks, …
+# Their state is how far they have been read, and a resume reads them again up to there.
+_POSITIONED = (torch.utils.data.DataLoader, torch.utils.data.IterableDataset)
 _STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -121,7 +123,7 @@ class Walk:
                     yield from self.value(f"{path}[{named}]", one, inner, depth + 1)
         elif is_of_script(type(value)) and not isinstance(value, type) and depth < _DEEPEST:
             yield from self.attributes(path, value, depth=depth + 1)
-        elif _has_state_dict(value):
+        elif _has_state_dict(value) and not isinstance(value, _POSITIONED):
             yield Found(path, "state", value)
 
     def module(self, path: str, module: torch.nn.Module) -> Iterator[Found]:

@@ -62,12 +62,19 @@ class LogWindow:
         trainer: the Trainer.
         is_stopping: returns whether a notice ends the training; a later launch then reports the end.
         is_extra: returns whether the save under way is one that an uninterrupted run would not make.
+        step_ended: called with the number of each step that was done, and its learning rate, before anything is logged or
+            saved; possibly more than once.
     """
 
     def __init__(
-        self, trainer: Trainer, is_stopping: Callable[[], bool] = lambda: False, is_extra: Callable[[], bool] = lambda: False
+        self,
+        trainer: Trainer,
+        is_stopping: Callable[[], bool] = lambda: False,
+        is_extra: Callable[[], bool] = lambda: False,
+        step_ended: Callable[[int, float | None], None] = lambda step, learning_rate: None,
     ) -> None:
         self._trainer = trainer
+        self._step_ended = step_ended
         self._is_stopping = is_stopping
         self._is_extra = is_extra
         self._began_s = time.time()
@@ -171,6 +178,7 @@ class LogWindow:
         if learning_rate is None and step == self._trainer.state.global_step:
             grad_norm, learning_rate = norm, rate  # no step since the resume: this is the end of an epoch
         self._last = (self._trainer.state.global_step, grad_norm, learning_rate)
+        self._step_ended(self._trainer.state.global_step, learning_rate)
         self._flos = None
         what = (tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time - self._earlier_s)
         LOG_SAVE_EVALUATE.plain(self._trainer)(*what, learning_rate=learning_rate)

@@ -56,6 +56,7 @@ class RandomStates:
         self._remembered = folder.with_name(f"{folder.name}-remembered")
         self._start_of_epoch: dict[str, bytes] = {}
         self._remembered_files: dict[str, bytes] = {}
+        self._remembered_data: list[tuple[DataSide, dict[str, Any]]] = []
         self._draws = 0
         self._before_draw: dict[str, Any] | None = None
         self._workers = WorkerStates(folder.with_name(f"{folder.name}-workers"), trainer.args.gradient_accumulation_steps)
@@ -69,6 +70,7 @@ class RandomStates:
         self._then: Callable[[], None] = lambda: None
         self._restored_digests: dict[str, Any] | None = None
         self._newest_indices: deque[tuple[int, Any]] = deque(maxlen=_NEWEST)
+        self._place_is_known = True
         self._expected_batch: int | None = None
         self._drawn_batch: dict[str, Any] | None = None
         self._passed_over = self._passes_over = 0  # batches of the epoch under way, or of the one that is resumed
@@ -103,6 +105,7 @@ class RandomStates:
             self._workers.resume(resumed / _FOLDER / self._workers_name, middle=True)
         self._micro_batches = self._handed_out = 0
         self._newest_indices.clear()
+        self._place_is_known = resumed is None or not middle or self._passes_over > 0
         self._passed_over, self._passes_over = self._passes_over, 0
         self._data_side = DataSide(parts_of(dataloader))
         self._read_data_side(resumed)
@@ -165,8 +168,12 @@ class RandomStates:
         self._resumed_data_side = {moment: from_json(told.get(moment, {})) for moment in ("began", "draw", "saved")}
 
     def remember(self) -> None:
-        """Keep the current random states for `return_to_remembered`."""
+        """Keep the current random states, and the state of the data to evaluate on, for `return_to_remembered`."""
         self._remembered_files = self._files_of_now(self._remembered)
+        evaluated: Any = self._trainer.eval_dataset
+        data = list(evaluated.values()) if isinstance(evaluated, dict) else [evaluated]
+        sides = [self._data_side, *(DataSide(parts_of(one)) for one in (self._trainer.data_collator, *data))]
+        self._remembered_data = [(side, side.capture()) for side in sides]
 
     def return_to_remembered(self) -> None:
         """Restore the random states that `remember` kept."""
@@ -174,6 +181,8 @@ class RandomStates:
         _write(self._remembered_files, self._remembered)
         LOAD_RNG_STATE.plain(self._trainer)(str(self._remembered))
         forget()
+        for side, states in self._remembered_data:
+            side.restore(states)
 
     def _files_of_now(self, folder: Path) -> dict[str, bytes]:
         """Return the files that Trainer writes for the current states, in memory, because /tmp may be cleaned meanwhile."""
@@ -235,8 +244,20 @@ class RandomStates:
     def next_batch(self) -> dict[str, Any] | None:
         """Return the number in its epoch of the batch to train next, and a digest of its indices; None if unknown."""
         number = self._passed_over + self._handed_out + 1
-        indices = next((batch for at, batch in self._newest_indices if at == number), None)
+        indices = next((batch for at, batch in self._newest_indices if at == number), None) if self._place_is_known else None
         return None if indices is None else self._batch(number, indices)
+
+    def step_indices(self) -> list[Any] | None:
+        """Return the indices of each batch of the step that was just done; None if unknown. Call it before `step_ended`."""
+        if not self._newest_indices or not self._place_is_known:
+            return None
+        after_newest = self._newest_indices[-1][0] + 1
+        places = range(
+            self._passed_over + self._handed_out + 1 - after_newest, self._passed_over + self._micro_batches + 1 - after_newest
+        )
+        if not places or places.start < -len(self._newest_indices) or places.stop > 0:
+            return None
+        return [self._newest_indices[at][1] for at in places]
 
     def _batch(self, number: int, indices: Any) -> dict[str, Any]:
         return {"number": number, "of": [len(indices), self._trainer.args.world_size], "indices": digest_of(indices)}

@@ -46,6 +46,7 @@ class KnownTraining:
         self._match = Match(1)
         self._described = 0
         self._changed: tuple[str, ...] = ()
+        self._in_words: list[str] = []
 
     @property
     def described(self) -> int:
@@ -56,6 +57,16 @@ class KnownTraining:
     def changed(self) -> tuple[str, ...]:
         """Return the names of what has changed since the restored checkpoint was saved."""
         return self._changed
+
+    @property
+    def changed_in_words(self) -> list[str]:
+        """Return what has changed since the restored checkpoint was saved, or without one since the training was described.
+
+        Only rank 0 knows what has changed since a save.
+        """
+        if self._in_words or self._match.known is None:
+            return self._in_words
+        return [f"{name.rstrip('.')} has changed" for name in self._match.differences]
 
     def find(self) -> bool:
         """Find out which training of the run this is, and enter it. Return whether it is complete, so that no claim is needed.
@@ -97,6 +108,7 @@ class KnownTraining:
                 f"since step {restored.step} was saved, this has changed: {'; '.join(told)}",
                 hint="--on-change go-on to train on with it, or undo the change",
             )
+        self._in_words = told
         for one in told:
             warn_for_all("since step %d was saved, %s", restored.step, one)
         if LENGTH.isdisjoint(changed):

@@ -24,6 +24,7 @@ from hf_spot.training.upstream import (
     CALLBACKS,
     LOAD_BEST_MODEL,
     LOAD_FROM_CHECKPOINT,
+    LOAD_OPTIMIZER,
     LOAD_RNG_STATE,
     PREPARED_MODELS,
 )
@@ -147,6 +148,7 @@ def load_finished(
     state = trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
     state.is_local_process_zero, state.is_world_process_zero = trainer.is_local_process_zero(), trainer.is_world_process_zero()
     _prepare(trainer)
+    _restore_optimizer(trainer, folder)
     restore_own(folder)
     reported = window.load_finished(folder)
     LOAD_RNG_STATE.of(trainer)(str(folder))
@@ -182,12 +184,22 @@ def _prepare(trainer: Trainer) -> None:
         trainer.is_deepspeed_enabled
         or trainer.is_fsdp_enabled
         or trainer.args.torch_compile
-        or PREPARED_MODELS.of(trainer.accelerator)
+        or any(trainer.accelerator.unwrap_model(one) is model for one in PREPARED_MODELS.of(trainer.accelerator))
     ):
         return
     prepared = trainer.accelerator.prepare_model(model, evaluation_mode=True)
     if prepared is not model:
         trainer.model_wrapped = prepared
+
+
+def _restore_optimizer(trainer: Trainer, folder: Path) -> None:
+    """Restore optimizer and schedule: a second ``train()`` of the same Trainer continues with this optimizer."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # they create theirs together with the sharded model
+        return
+    trainer.create_optimizer()
+    trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer)
+    trainer.create_scheduler(num_training_steps=trainer.state.max_steps)
+    LOAD_OPTIMIZER.of(trainer)(str(folder))
 
 
 def _is_of_evaluation(line: dict[str, float]) -> bool:

@@ -43,6 +43,12 @@ def resumed_in_its_pass(trainer: Trainer, details: dict[str, Any], before: Batch
         return
     plain_init = INIT_TRAINING_STATE.of(trainer)
     passes = int(details["epoch_of_data"])
+    if passes and trainer.args.dataloader_num_workers and trainer.args.dataloader_persistent_workers:
+        warn_for_all(
+            "pass %d of the stream is resumed with new DataLoader workers, but an uninterrupted run keeps its workers: random "
+            "numbers differ from those of an uninterrupted run; for exact results set dataloader_persistent_workers=False",
+            passes + 1,
+        )
     done = round((details["epoch_of_data"] - passes) * details["max_steps"] * before.accumulation)
     in_pass = done * before.per_device * before.world_size // (now.per_device * now.world_size)
 

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
+
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, SpotError, StoreError, TrainingInterrupted, TrainingPreempted
 from hf_spot.log import alert, log_always, warn_for_all
@@ -24,7 +26,7 @@ from hf_spot.policy.trainer_flags import SAVE_IS_DUE
 from hf_spot.run import history
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest
 from hf_spot.run.journal import TRAINING_KEY, Entry
-from hf_spot.runtime import Runtime, make_private
+from hf_spot.runtime import Runtime, held_folder, make_private
 from hf_spot.storage.threads import Workers
 from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.ranks.agreement import Agreement
@@ -32,7 +34,8 @@ from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
 from hf_spot.training.session.final_drain import FinalDrain
 from hf_spot.training.session.run_session import RunSession
-from hf_spot.training.trainer.batch_size import keep_samples
+from hf_spot.training.session.step_teller import COMPOSITION, DEVICE, StepTeller
+from hf_spot.training.trainer.batch_size import batches, keep_samples
 from hf_spot.training.trainer.description import describe
 from hf_spot.training.trainer.metrics import Metrics
 from hf_spot.training.trainer.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
@@ -95,10 +98,14 @@ class TrainerSession:
         self._save_began: float | None = None
         self._past: history.Past | None = None
         self._notices = 0
+        self._teller: StepTeller | None = None
         # Not in output_dir, which may be full when the next epoch begins, or be deleted in its middle.
         if runtime is not None:
             make_private(runtime.directory)
-        scratch = Path(tempfile.mkdtemp(prefix="hf_spot-", dir=runtime.directory if runtime else None))
+            scratch = Path(tempfile.mkdtemp(prefix="hf_spot-", dir=runtime.directory))
+        else:
+            scratch, held = held_folder()
+            session.closing.callback(os.close, held)
         session.closing.callback(shutil.rmtree, scratch, ignore_errors=True)
         self.random_states = RandomStates(trainer, scratch / f"random-states-{trainer.args.process_index}")
         session.closing.callback(self.random_states.close)
@@ -127,6 +134,11 @@ class TrainerSession:
     def nothing_left(self) -> bool:
         """Return whether the training is complete, so that its end only needs to be loaded."""
         return self._nothing_left
+
+    @property
+    def teller(self) -> StepTeller | None:
+        """Return what tells and compares this rank's steps; None on machines that don't share rank 0's disk."""
+        return self._teller
 
     @property
     def best_folder(self) -> Path | None:
@@ -164,8 +176,6 @@ class TrainerSession:
         if not self._nothing_left:
             self._session.claim()  # a finished run should be trained again
             self.known.record()
-            self._session.start_uploader(self._committed)
-            self._learn()
         if self._restored is not None:
             if self.trainer.args.load_best_model_at_end:
                 self._best_folder = resumption.restore_best(self._restored)
@@ -173,6 +183,10 @@ class TrainerSession:
             log.info("resuming from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
             if not self._nothing_left:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
+        if not self._nothing_left:
+            self._start_teller()  # before the uploader deletes what earlier launches told
+            self._session.start_uploader(self._committed)
+            self._learn()
         if self.machine_is_going():
             raise MachineGoing
         if found is not None:
@@ -180,11 +194,26 @@ class TrainerSession:
         foreign: str | None = resumption.foreign(resume_from_checkpoint)
         return foreign
 
+    def _start_teller(self) -> None:
+        session, args = self._session, self.trainer.args
+        launch = session.agreement.from_main(lambda: session.run.launch)
+        if session.disk.index != 0:
+            return
+        self._teller = StepTeller(
+            session,
+            args.process_index,
+            launch,
+            {COMPOSITION: str(batches(self.trainer)), DEVICE: _device(args.device)},
+            resumed_step=self._restored.step if self._restored else 0,
+            changed=self.known.changed_in_words,
+        )
+        session.closing.callback(self._teller.close)
+
     def end_was_told(self) -> bool:
         """Return whether callbacks got the last log lines of the complete training. All ranks must call it.
 
         If a notice ended the previous launch, this launch must send them. The same holds if that launch ended after the last
-        commit, but before the evaluation or the end of the epoch, as far as the journal shows.
+        commit, but before ``train()`` returned, as far as the journal shows.
         """
         restored, training = self._restored, self._session.training
         assert restored is not None
@@ -193,8 +222,12 @@ class TrainerSession:
 
         def look() -> bool:
             state = self._session.run.journal.state
-            went_on = any(ref.training > training for ref in state.checkpoints)
-            return went_on or state.ended == "finished" or not restored.details.get("evaluation_pending")
+            known = [*(one.training for one in state.checkpoints), *(one.training for one in state.trainings)]
+            went_on = any(number > training for number in known)
+            if went_on or state.ended == "finished":
+                return True
+            # A launcher records how the script ended, and not each training.
+            return self._session.runtime is not None and not restored.details.get("evaluation_pending")
 
         return self._session.agreement.from_main(look)
 
@@ -457,6 +490,8 @@ class TrainerSession:
         """
         if self._session.forked:
             return
+        if self._teller is not None:
+            self._teller.conclude()
         self._session.order_uploads()
         last = FinalDrain(self._session)
         if not self._session.agreement.is_main:
@@ -467,6 +502,8 @@ class TrainerSession:
     def training_finished(self) -> None:
         """Mark this training as finished: the next ``train()`` of this process is another training, and doesn't resume it."""
         finished(self._session.run.url, self._session.training)
+        if self._teller is not None:
+            self._teller.forget()
 
     def _end_on_main(self, step: int, last: FinalDrain) -> None:
         drained = last.wait()
@@ -503,6 +540,8 @@ class TrainerSession:
         """Commit pending uploads after an exception, and record it in the journal if there is no launcher to do it."""
         if self._session.forked or self._session.uploader is None or self._session.uploader.fenced is not None:
             return
+        if self._teller is not None:
+            self._teller.conclude()
         # A user who presses Ctrl-C a second time has seen what the training waits for.
         impatient = isinstance(error, KeyboardInterrupt) and self._is_interrupt
         if not impatient:
@@ -544,3 +583,10 @@ def _check(trainer: Trainer) -> None:
         )
     if args.ignore_data_skip:
         warn_for_all("ignore_data_skip=True: a resumed run trains on other data than an uninterrupted one; set it to False")
+
+
+def _device(device: torch.device) -> str:
+    """Return the kind of device: another kind computes the same step with other rounding."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type

@@ -50,6 +50,19 @@ class Diary(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **line}) + "\n")
 
 
+class Ballast(TrainerCallback):
+    """Makes checkpoints large."""
+
+    def __init__(self, size_mb: int) -> None:
+        self.size_mb = size_mb
+
+    def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if state.is_world_process_zero:
+            with open(Path(args.output_dir, f"checkpoint-{state.global_step}", "ballast"), "wb") as file:
+                file.write(f"{state.global_step}".encode())
+                file.truncate(self.size_mb << 20)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output_dir", required=True)
@@ -66,6 +79,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--save_on_each_node", action="store_true")
+    parser.add_argument("--ballast_mb", type=int, default=0)
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -99,7 +113,7 @@ def main() -> None:
         args=arguments,
         train_dataset=Bytes(122),  # 122 = 15 steps of 8 and a remainder, twice
         eval_dataset=Bytes(20),
-        callbacks=[Diary(options)],
+        callbacks=[Diary(options), *([Ballast(options.ballast_mb)] if options.ballast_mb else [])],
     )
     trainer.train()
     # Must never run after a preemption: a half-trained model would be published.
