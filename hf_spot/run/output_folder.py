@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from hf_spot.run.run import Run
+from hf_spot.run.transfer import sync
 
 log = logging.getLogger("hf_spot")
 
@@ -43,6 +44,8 @@ def enter(run: Run, output_dir: Path, *, keep: bool) -> None:
     if keep and foreign:
         (output_dir / _FOREIGN).write_text("".join(f"{folder.name}\n" for folder in foreign), encoding="utf-8")
     marker.write_bytes(_on_disk(run))
+    for path in (marker, marker.parent, output_dir):  # without it, checkpoints of this run would be taken for another's
+        sync(path)
 
 
 def foreign_checkpoints(output_dir: Path) -> Collection[str]:

@@ -126,7 +126,7 @@ def download(
                 except ObjectNotFound as error:
                     raise CorruptCheckpoint(f"{store.url}/{prefix}/{entry.path} is missing") from error
                 if passing.digest() == entry.digest or (problem := difference(work, entry)) is None:
-                    _sync(path)
+                    sync(path)
                     return
             raise CorruptCheckpoint(f"{store.url}/{prefix}: {problem}")
 
@@ -139,9 +139,9 @@ def download(
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         for directory in {path.parent for path in work.rglob("*")}:
-            _sync(directory)
+            sync(directory)
         os.rename(work, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise SpotError(
             f"{folder} can't be written: {error.strerror or error}",
@@ -203,7 +203,8 @@ def _check_room(folder: Path, size_bytes: int) -> None:
         )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Let a file or a folder outlive a power cut, where the filesystem supports it. Raises OSError if bytes were lost."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -38,7 +38,7 @@ def test_all_ranks_end_when_one_finds_the_disk_full(launcher: Launcher, tmp_path
         assert "checkpoint-4 can't be saved: " in launch.text()
         assert "No space left" in launch.text()
         assert not (disk.path / "checkpoint-4").exists()
-    assert [entry.kind for entry in run.events()] == ["claim", "commit", "failed"]
+    assert [entry.kind for entry in run.events()] == ["claim", "training", "commit", "failed"]
     assert run.find().step == 2
 
 
@@ -59,7 +59,7 @@ def test_all_ranks_go_on_over_a_full_disk_and_hear_a_notice(launcher: Launcher, 
         assert launch.wait() == 75, launch.text()
         assert launch.text().count("checkpoint-4 can't be saved") == 1
         assert not (disk.path / "checkpoint-4").exists()
-    assert [entry.kind for entry in run.events()] == ["claim", "commit", "notice", "preempted"]
+    assert [entry.kind for entry in run.events()] == ["claim", "training", "commit", "notice", "preempted"]
     assert run.find().step == 2
 
 
@@ -136,6 +136,6 @@ def test_a_forked_child_that_exits_is_not_the_training(launcher: Launcher, twin:
     assert "Traceback" not in launch.text()
     run = Run(tmp_path / "run")
     # How many commits there are depends on how fast the disk is: a newer checkpoint takes the place of one that waits.
-    assert [entry.kind for entry in run.events() if entry.kind not in ("commit", "prune")] == ["claim", "finished"]
+    assert [entry.kind for entry in run.events() if entry.kind not in ("commit", "prune")] == ["claim", "training", "finished"]
     assert run.find().step == 32
     assert launcher.weights() == twin.weights

@@ -38,7 +38,7 @@ def test_a_second_sigterm_to_the_launcher_does_not_cut_the_commit_of_the_first(
     assert ended == f"hf_spot: {s3_url}: preempted; step {launch.step()} is committed"
     assert not any(part in launch.text() for part in SECRET.split("/"))
     events = [*Run(s3_url).events()]
-    assert [entry.kind for entry in events if entry.kind != "notice"] == ["claim", "commit", "preempted"]
+    assert [entry.kind for entry in events if entry.kind != "notice"] == ["claim", "training", "commit", "preempted"]
     assert [entry.kind for entry in events].count("notice") == 1
     assert events[-1].data["committed_step"] == launch.step() >= 3
 
@@ -56,7 +56,7 @@ def test_a_notice_that_is_taken_back_leaves_the_launch_to_finish(
     assert launch.wait() == 0, launch.text()
     assert launcher.weights() == twin.weights
     kinds = [entry.kind for entry in Run(s3_url).events() if entry.kind not in ("commit", "prune")]
-    assert kinds == ["claim", "notice", "notice", "finished"]
+    assert kinds == ["claim", "training", "notice", "notice", "finished"]
 
 
 def test_a_notice_during_a_restore_ends_the_launch_before_all_is_fetched(

@@ -86,7 +86,7 @@ def test_uploads_that_hang_keep_no_process_from_its_end(
             assert time.monotonic() - began < DEADLINE_S + END_S, launch.text()
         finally:
             launch.kill_tree()
-    assert [entry.kind for entry in run.events()] == ["claim", "notice", "preempted"]
+    assert [entry.kind for entry in run.events()] == ["claim", "training", "notice", "preempted"]
     assert "Traceback" not in launch.text()
 
 

@@ -259,7 +259,7 @@ def as_of_the_first_commit(run: Path, store: str) -> None:
     first = kinds(store).index("commit")
     for path in sorted((Path(store) / "journal").glob("*.json"))[first + 1 :]:
         path.unlink()
-    assert kinds(store) == ["claim", "commit"]
+    assert kinds(store) == ["claim", "training", "commit"]
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ def test_whoever_presses_stop_again_does_not_wait_for_the_step(notebook: Kernel,
     time.sleep(PRESS_S)
     notebook.interrupt()
     assert "KeyboardInterrupt" in told(notebook)
-    assert [entry.kind for entry in Run(tmp_path / "run").events()] == ["claim", "failed"]
+    assert [entry.kind for entry in Run(tmp_path / "run").events()] == ["claim", "training", "failed"]
     assert notebook.run("1 + 1").status == "ok"
 
 
