@@ -134,10 +134,12 @@ class Evaluations:
             self.running = before  # there may be several evaluation sets
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # With save_strategy="best" Trainer saves if this is true, and only then: a save that is due for another reason, such as
+        # the one at the end of the training, must be made as well.
+        is_due = bool(self._trainer.control.should_save)
         if self.was_cut:
-            # With save_strategy="best" Trainer saves if this is true.
-            return bool(self._trainer.control.should_save)
-        return bool(BEST_METRIC.plain(self._trainer)(metrics=metrics, trial=trial))
+            return is_due
+        return bool(BEST_METRIC.plain(self._trainer)(metrics=metrics, trial=trial)) or is_due
 
 
 def _has_evaluated(checkpoint: Path) -> bool:
