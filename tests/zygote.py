@@ -63,10 +63,9 @@ _TRAINER = "transformers.trainer"
 # What C libraries read when they are loaded can't be observed.
 _OF_LIBRARIES = ("CUDA_", "GOMP_", "KMP_", "LANG", "LC_", "LD_", "MALLOC_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON", "TORCH")
 # Read by hf_spot, boto's sessions and ranks, after the fork. PYTHONPATH is entered into sys.path here; XDG_CACHE_HOME is where
-# the Hub's files are, which none of these scripts opens; COLUMNS and LINES are for the menus of `accelerate config`; the others
-# are seen by whoever copies all variables.
+# the Hub's files are, which none of these scripts opens; the others are seen by whoever copies all variables.
 _READ_LATER = ("AWS_", "HF_SPOT_", "PYTEST_", "TORCHELASTIC_", "TORCH_NCCL_")
-_NOT_READ = ("COLUMNS", "LINES", "PYTHONPATH", "XDG_CACHE_HOME", "OLDPWD", "PWD", "SHLVL", "_")
+_NOT_READ = ("PYTHONPATH", "XDG_CACHE_HOME", "OLDPWD", "PWD", "SHLVL", "_")
 _STARTERS = ("accelerate.commands.launch", "hf_spot", "hf_spot.launch.agent")  # modules that start further Pythons
 _LONGEST_ANSWER = 4000
 _GUARD = "process_guard.py"

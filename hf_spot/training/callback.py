@@ -47,6 +47,7 @@ from hf_spot.training.trainer.step_losses import StepLosses
 from hf_spot.training.trainer.streams import random_streams_named, resumed_in_its_pass
 from hf_spot.training.trainer.trackers import continue_trackers, where_trackers_write
 from hf_spot.training.trainer.trainer_session import TrainerSession
+from hf_spot.training.trainer.trials import is_pruned, prepared, report_again
 from hf_spot.training.trainer.weights import all_weights_loaded
 from hf_spot.training.upstream import check
 from hf_spot.training.upstream_name import Scope
@@ -239,13 +240,26 @@ class SpotCallback(TrainerCallback):
     # -- around train() -----------------------------------------------------------------------------------------------
 
     def _train_within(
-        self, trainer: Trainer, train: Any, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any
+        self, trainer: Trainer, train: Any, resume_from_checkpoint: str | bool | None, trial: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Run ``trainer.train()`` for a trainer that has this callback."""
         check(Scope.TRAINER, trainer)
+        with prepared(trainer, trial) as output_dir:
+            return self._train_prepared(trainer, train, resume_from_checkpoint, trial, output_dir, *args, **kwargs)
+
+    def _train_prepared(
+        self,
+        trainer: Trainer,
+        train: Any,
+        resume_from_checkpoint: str | bool | None,
+        trial: Any,
+        output_dir: Path,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         url = self._store or os.environ.get(STORE_VARIABLE) or str(trainer.args.output_dir)
         self._saved_step, self._stopping, self._evaluation_skipped, self._save_is_owed = -1, False, False, False
-        session = TrainerSession(trainer, url, self.args, self._runtime)
+        session = TrainerSession(trainer, url, self.args, self._runtime, output_dir)
         with contextlib.closing(session):
             folder = session.begin(resume_from_checkpoint)
             carried = own_state(trainer)
@@ -260,12 +274,17 @@ class SpotCallback(TrainerCallback):
                 )
                 session.training_finished()
                 told = session.end_was_told()
-                return load_finished(
+                result = load_finished(
                     trainer, Path(str(folder)), session.restored, session.best_folder, carried.restore, told=told
                 )
+                if trial is not None:
+                    report_again(trainer, trial, trainer.state)
+                return result
             if session.restored is not None:
                 self._saved_step = session.restored.step
-                session.random_states.resume(self._make_up)
+                session.random_states.resume(functools.partial(self._make_up, trial))
+                if trial is not None:
+                    report_again(trainer, trial, TrainerState.load_from_json(str(Path(str(folder), "trainer_state.json"))))
                 continue_trackers(trainer, session.restored.details.get("trackers", {}), session.restored.step)
             shield(self.args)
             self._session = session
@@ -308,7 +327,7 @@ class SpotCallback(TrainerCallback):
                     self._stream_resumed(trainer, session),
                     held.held(),
                 ):
-                    result = train(trainer, folder, *args, **kwargs)
+                    result = train(trainer, folder, trial, *args, **kwargs)
                 if losses is not None:
                     losses.settle()
                 session.end(trainer.state.global_step)
@@ -318,7 +337,10 @@ class SpotCallback(TrainerCallback):
                 raise
             except BaseException as error:
                 self._saves.settle()
-                session.failed(error)
+                if is_pruned(error):
+                    session.pruned()
+                else:
+                    session.failed(error)
                 raise
             finally:
                 self._evaluations.close()
@@ -385,7 +407,7 @@ class SpotCallback(TrainerCallback):
         if trainer.control.should_save:
             self._session.save_begins()
 
-    def _make_up(self) -> None:
+    def _make_up(self, trial: Any) -> None:
         """Make up for what an uninterrupted run does between the checkpoint and the next step, in the same order.
 
         Called right after Trainer has restored the random states.
@@ -394,16 +416,16 @@ class SpotCallback(TrainerCallback):
         pending = bool(self._session.restored.details.get("evaluation_pending"))
         at_epoch_end = self._session.trainer.args.eval_strategy == IntervalStrategy.EPOCH
         if pending and not at_epoch_end:
-            self._make_up_for_evaluation()
+            self._make_up_for_evaluation(trial)
         self._log_window.make_up()
         if pending and at_epoch_end:
-            self._make_up_for_evaluation()
+            self._make_up_for_evaluation(trial)
 
-    def _make_up_for_evaluation(self) -> None:
+    def _make_up_for_evaluation(self, trial: Any) -> None:
         """Make up for an evaluation at the only moment at which it draws the right random numbers."""
         assert self._session is not None and self._evaluations is not None
         try:
-            self._evaluations.make_up()
+            self._evaluations.make_up(trial)
         except Stopped:
             self._saved_step = (
                 -1

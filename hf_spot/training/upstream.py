@@ -52,6 +52,7 @@ ONLY: dict[str, Callable[[Any], bool]] = {
     # Older versions divide by all steps, or lack this name; if it exists, it is used.
     "transformers from 5.23 on": lambda trainer: _is_at_least("transformers", 5, 23),
     "load_best_model_at_end": lambda trainer: bool(trainer.args.load_best_model_at_end),
+    "hyperparameter_search()": lambda trainer: trainer.hp_search_backend is not None,
 }
 
 # -- the table ------------------------------------------------------------------------------------------------------------
@@ -242,6 +243,22 @@ LOAD_BEST_MODEL = _method(
     "training.trainer.restore",
     "a finished training that is started again does not end with its best model",
     only="load_best_model_at_end",
+)
+SEARCH_SETUP = _method(
+    _TRAINER,
+    "_hp_search_setup",
+    "trial",
+    "training.trainer.trials",
+    "a trial of a hyperparameter search is not recognized in the next launch",
+    only="hyperparameter_search()",
+)
+TRIAL_FOLDER = _method(
+    _TRAINER,
+    "_get_output_dir",
+    "trial",
+    "training.trainer.trials",
+    "the checkpoints of a hyperparameter search are not found",
+    only="hyperparameter_search()",
 )
 LOAD_OPTIMIZER = _method(
     _TRAINER,

@@ -12,7 +12,7 @@ import pytest
 from hf_spot.run.run import Run
 from hf_spot.testing import FakeIMDS
 from tests.gate import Gate
-from tests.launch.conftest import Launch, Launcher, Twin
+from tests.launch.conftest import PLAIN, Launch, Launcher, Twin
 from tests.servers import SeaweedFS
 from tests.waiting import wait_for
 
@@ -62,9 +62,10 @@ def test_notices_lose_no_step_and_change_no_bit(s3_url: str, launcher: Launcher,
     kinds = [entry.kind for entry in run.events()]
     assert (kinds.count("claim"), kinds.count("notice"), kinds.count("preempted")) == (3, 2, 2)
     assert kinds[-1] == "finished"
-    again = launcher.plain(s3_url)
+    told = last.diary.read_bytes()
+    again = launcher.start(s3_url, [PLAIN, "--output_dir", "out-3", "--diary", "diary-3", "--weights", "weights-3"])
     assert again.wait() == 0
-    assert again.lines() == []
+    assert (again.lines(), last.diary.read_bytes()) == ([], told)  # the same command as the last one trains nothing
     assert [entry.kind for entry in run.events()] == kinds
 
     texts = [*(launch.text().encode() for launch in launcher.launches), *(run.store.get(info.key) for info in run.store.list())]

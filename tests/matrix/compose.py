@@ -95,6 +95,7 @@ def _trainer(made: Composition, out: Path, rows: int, reseed: bool = True) -> An
 def _settings(made: Composition, rows: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "per_device_train_batch_size": made["batch"],
+        "per_device_eval_batch_size": 2,
         "gradient_accumulation_steps": made["accumulation"],
         "num_train_epochs": 2,
         "learning_rate": 1e-2,

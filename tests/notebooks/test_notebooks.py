@@ -18,7 +18,6 @@ from nbclient import NotebookClient
 
 from tests.servers import SeaweedFS
 from tests.waiting import PATIENCE_S
-from tests.zygote import Zygote
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -38,7 +37,7 @@ def outputs(cell: Any) -> str:
     return "\n".join(found)
 
 
-def execute(path: Path, folder: Path, environment: dict[str, str], zygote: Zygote) -> Any:
+def execute(path: Path, folder: Path, environment: dict[str, str]) -> Any:
     """The notebook after a run from top to bottom. Where it asks the reader to restart the kernel, that happens, and the cells
     which it says are to be run again are run again."""
     notebook = nbformat.read(path, as_version=4)
@@ -48,7 +47,7 @@ def execute(path: Path, folder: Path, environment: dict[str, str], zygote: Zygot
     client = NotebookClient(
         notebook, timeout=int(PATIENCE_S), record_timing=False, resources={"metadata": {"path": str(folder)}}
     )
-    with zygote.forking(), client.setup_kernel(env=environment):
+    with client.setup_kernel(env=environment):
         for number, cell in enumerate(notebook.cells):
             if "restart-kernel" in tags(cell):
                 run_sync(client.km.restart_kernel)(now=True)
@@ -67,13 +66,13 @@ def tags(cell: Any) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_a_clean_kernel(path: Path, tmp_path: Path, seaweedfs: SeaweedFS, zygote: Zygote) -> None:
+def test_a_notebook_runs_from_a_clean_kernel(path: Path, tmp_path: Path, seaweedfs: SeaweedFS) -> None:
     if "bucket" not in {bucket["Name"] for bucket in seaweedfs.client().list_buckets()["Buckets"]}:
         seaweedfs.make_bucket("bucket")
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "120"}
     environment = {**os.environ, **seaweedfs.env(), **quiet, "PATH": programs}
-    done = execute(path, tmp_path, environment, zygote)
+    done = execute(path, tmp_path, environment)
     shown = "\n".join(outputs(cell) for cell in done.cells)
     for text in PROMISES[path.stem]:
         assert re.search(text, shown), shown[-3000:]

@@ -35,20 +35,21 @@ _LEFT_OUT = tuple(
 _SECRET = ("token", "password", "secret", "api_key")
 
 
-def describe(trainer: Trainer) -> dict[str, str | None]:
+def describe(trainer: Trainer, output_dir: Path) -> dict[str, str | None]:
     """Return named values that tell this training from others; None stands for a value that can't be looked at.
 
     Nothing is read but a sample of the weights and of the data: it takes milliseconds.
 
     Args:
         trainer: the Trainer, before ``train()`` does anything.
+        output_dir: where this training's checkpoints are written.
     """
     every: dict[str, Any] = trainer.args.to_dict()  # type: ignore[no-untyped-call]
     settings = {name: _shown(value) for name, value in every.items() if _counts(name)}
     return {
         PARAMETERS: _parameters(trainer.model),
         WEIGHTS: _weights(trainer.model),
-        FOLDER: Path(trainer.args.output_dir or ".").absolute().name,
+        FOLDER: output_dir.absolute().name,
         "trainer": type(trainer).__name__,
         "dtype": _dtypes(trainer.model),
         "data": _looked_at("the training data", lambda: digest_of(trainer.train_dataset)),

@@ -19,6 +19,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
+from hf_spot.training.trainer.trials import is_protected
 from hf_spot.training.upstream import ON_TRAIN_BEGIN, TRAIN
 
 C = TypeVar("C", bound=TrainerCallback)
@@ -95,11 +96,12 @@ class Entry(Generic[C]):
             raise ConfigError(f"this Trainer has two {self._kind.__name__}s", hint="keep one of them")
         nested = len(_trainings.under_way) > 1
         if callbacks or self._for_all:
-            if trial is not None:
-                warn_for_all("a hyperparameter search is not preemptible: its trials are not one run")
+            if trial is not None and not is_protected(trainer):
+                warn_for_all("a hyperparameter search is preemptible only with backend='optuna'")
             elif nested:
                 warn_for_all("a training inside another training is not preemptible: after an interruption it starts again")
-        if trial is not None or nested or not (callbacks or self._for_all):
+        unprotected = nested or (trial is not None and not is_protected(trainer))
+        if unprotected or not (callbacks or self._for_all):
             with _without(trainer, callbacks):
                 return plain_train(trainer, resumed, trial, *args, **kwargs)
         if not callbacks:

@@ -72,10 +72,14 @@ class Evaluations:
         """End the evaluation under way. Call it from one of its events; it does not return."""
         raise _Cut
 
-    def make_up(self) -> None:
-        """Run the evaluation that a notice suppressed or cut short in the previous launch. Raises Stopped."""
-        metrics = EVALUATE.of(self._trainer)(None, None)
-        BEST_METRIC.of(self._trainer)(metrics=metrics, trial=None)
+    def make_up(self, trial: Any) -> None:
+        """Run the evaluation that a notice suppressed or cut short in the previous launch. Raises Stopped.
+
+        Args:
+            trial: of a hyperparameter search, or None.
+        """
+        metrics = EVALUATE.of(self._trainer)(trial, None)
+        BEST_METRIC.of(self._trainer)(metrics=metrics, trial=trial)
         self._trainer.model.train()  # type: ignore[union-attr]
         if self._trainer.control.should_training_stop and not self.was_cut:
             raise Stopped  # by EarlyStoppingCallback, for example; Trainer itself would look only after another step
@@ -130,10 +134,12 @@ class Evaluations:
             self.running = before  # there may be several evaluation sets
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # With save_strategy="best" Trainer saves if this is true, and only then: a save that is due for another reason, such as
+        # the one at the end of the training, must be made as well.
+        is_due = bool(self._trainer.control.should_save)
         if self.was_cut:
-            # With save_strategy="best" Trainer saves if this is true.
-            return bool(self._trainer.control.should_save)
-        return bool(BEST_METRIC.plain(self._trainer)(metrics=metrics, trial=trial))
+            return is_due
+        return bool(BEST_METRIC.plain(self._trainer)(metrics=metrics, trial=trial)) or is_due
 
 
 def _has_evaluated(checkpoint: Path) -> bool:

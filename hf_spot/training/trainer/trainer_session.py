@@ -61,6 +61,7 @@ class TrainerSession:
         url: URL of the run.
         arguments: settings.
         runtime: the launch that started this process, if one did.
+        output_dir: where this training's checkpoints are written.
         now: the wall clock.
         clock: seconds, monotonic.
     """
@@ -71,6 +72,7 @@ class TrainerSession:
         url: str,
         arguments: SpotArguments,
         runtime: Runtime | None,
+        output_dir: Path,
         *,
         now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
         clock: Callable[[], float] = time.monotonic,
@@ -84,12 +86,12 @@ class TrainerSession:
             args.world_size,
             args.process_index,
             args.local_process_index,
-            Path(args.output_dir or "."),
+            output_dir,
             setting="TrainingArguments(output_dir=…)",
         )
         self._restored: Checkpoint | None = None
         self._nothing_left = False
-        self.known = KnownTraining(session, describe(trainer))
+        self.known = KnownTraining(session, describe(trainer, output_dir))
         self._best_folder: Path | None = None
         self._advisories: set[str] = set()
         self._asked_advisory: str | None = None
@@ -552,6 +554,12 @@ class TrainerSession:
                 **self._session.timing.to_details(step),
             }
             self._session.record("failed", told, patience_s=JOURNAL_LAST_WORD_S if impatient else None)
+
+    def pruned(self) -> None:
+        """Commit pending uploads of a trial that its search has ended early. The next ``train()`` is another training."""
+        if not self._session.forked:
+            self._session.finish_uploads(min(FAILED_DRAIN_S, self._session.arguments.drain_timeout_s))
+            self.training_finished()
 
     def close(self) -> None:
         """Stop receiving notices and uploading, and release all resources."""

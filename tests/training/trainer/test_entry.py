@@ -10,13 +10,15 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 
-from hf_spot import ConfigError, Run, SpotArguments, SpotCallback
+from hf_spot import ConfigError, Run, SpotArguments, SpotCallback, TrainingPreempted
+from hf_spot.training.trainer import recognition
 from tests.training.conftest import STEPS, Patient, Recorder, make_trainer, same, weights
-from tests.training.test_callback import QUIET, kinds
+from tests.training.test_callback import QUIET, kinds, preempt
 from tests.waiting import PATIENCE_S
 
 
@@ -126,19 +128,71 @@ def test_a_training_within_another_is_named_and_touches_nothing_of_it(
         assert kinds(f"{store}-inner") == []
 
 
-def test_a_hyperparameter_search_is_named_and_not_made_preemptible(
+class Search:
+    """A hyperparameter search of four trials with a pruner, started again and again."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.study: Any = None
+        self.trained: list[tuple[int, int]] = []  # trial and step
+
+    def run(self, *callbacks: TrainerCallback, stop_in: int = -1, before: int = 0, act: Any = None) -> Any:
+        recognition.forget_finished()
+        search = self
+
+        class Diary(TrainerCallback):
+            per_launch = ("trial",)
+            trial = -1
+
+            def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+                self.trial = search.study.trials[-1].number
+                if self.trial == stop_in and state.global_step == before - 1:
+                    act()
+
+            def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+                search.trained.append((self.trial, state.global_step))
+
+        def space(trial: Any) -> dict[str, Any]:
+            search.study = trial.study
+            return {"learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-1, log=True)}
+
+        trainer = make_trainer(self.root, Diary(), *callbacks, eval_strategy="steps", eval_steps=3)
+        shape = trainer.model.config  # type: ignore[union-attr]
+        trainer.model, trainer.model_init = None, lambda: GPT2LMHeadModel(shape)
+        sampler, pruner = optuna.samplers.TPESampler(seed=1), optuna.pruners.MedianPruner(n_startup_trials=1)
+        return trainer.hyperparameter_search(space, n_trials=4, backend="optuna", sampler=sampler, pruner=pruner)
+
+    def told(self) -> list[tuple[Any, ...]]:
+        return [(one.state.name, one.params, one.values, one.intermediate_values) for one in self.study.trials]
+
+
+@pytest.mark.parametrize(("stop_in", "step"), [(0, 5), (1, 6), (2, 2), (3, 3)])
+def test_a_hyperparameter_search_goes_on_where_it_was(store: str, tmp_path: Path, stop_in: int, step: int) -> None:
+    peace = Search(tmp_path / "peace")
+    best = peace.run()
+    assert {"COMPLETE", "PRUNED"} == {one[0] for one in peace.told()}
+    search = Search(tmp_path / "one")
+    callback = SpotCallback(store, SpotArguments(notice="signal"))
+    with pytest.raises(TrainingPreempted):
+        search.run(callback, Patient(callback), stop_in=stop_in, before=step, act=preempt(callback))
+    done = len(search.trained)
+    again = search.run(SpotCallback(store, QUIET))
+    assert search.told() == peace.told()
+    assert (again.run_id, again.objective, again.hyperparameters) == (best.run_id, best.objective, best.hyperparameters)
+    assert search.trained[:done][-1] == (stop_in, step)
+    pruned = [number for number, one in enumerate(peace.told()) if one[0] == "PRUNED"]
+    redone = set(search.trained[:done]) & set(search.trained[done:])
+    assert {trial for trial, _ in redone} <= {*pruned}  # a pruned trial may have done steps that it never saved
+
+
+def test_a_trial_of_another_search_is_named_and_not_made_preemptible(
     store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    callback, recorder = SpotCallback(store, QUIET), Recorder()
-    trainer = make_trainer(tmp_path, callback, recorder, eval_strategy="epoch")
-    shape = trainer.model.config  # type: ignore[union-attr]
-    trainer.model, trainer.model_init = None, lambda: GPT2LMHeadModel(shape)
-    best = trainer.hyperparameter_search(
-        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)}, n_trials=2, backend="optuna"
-    )
-    assert best is not None
-    assert len(recorder.evaluated) == 2
-    assert caplog.text.count("a hyperparameter search is not preemptible") == 2
+    callback = SpotCallback(store, QUIET)
+    trainer = make_trainer(tmp_path, callback)
+    trial = optuna.trial.FixedTrial({"learning_rate": 1e-3})  # without a backend: nobody knows what it sets
+    assert trainer.train(trial=trial).global_step == STEPS
+    assert "a hyperparameter search is preemptible only with backend='optuna'" in caplog.text
     assert kinds(store) == []
     assert callback in trainer.callback_handler.callbacks
 

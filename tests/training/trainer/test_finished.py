@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 
-from hf_spot import SpotArguments, SpotCallback, TrainingPreempted
+from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.training.trainer import recognition
 from tests.training.conftest import Patient, Recorder
 from tests.training.test_callback import preempt
@@ -130,3 +130,25 @@ def test_an_object_whose_state_can_not_be_read_is_named_and_costs_no_save(
     assert of(trainer, Keeps).loader is not None
     assert caplog.text.count("callbacks.Keeps.inside is not saved, because its state_dict() raises an exception") == 1
     assert "callbacks.Keeps.loader" not in caplog.text
+
+
+class Worsens(Trainer):
+    """Evaluates worse each time."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        metrics = super().evaluate(*args, **kwargs)
+        return metrics | {"eval_loss": float(self.state.global_step)}
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_last_step_is_saved_though_it_is_not_the_best(store: str, tmp_path: Path, strategy: str) -> None:
+    more: dict[str, Any] = {
+        "eval_strategy": strategy,
+        "eval_steps": 3,
+        "save_strategy": "best",
+        "metric_for_best_model": "loss",
+    }
+    trainer = make(tmp_path / "one", Worsens, eval_dataset=Rows(), **more)
+    spot(store, trainer)
+    trainer.train()
+    assert Run(store).state().checkpoints[-1].step == STEPS
