@@ -153,7 +153,9 @@ TRAINING_STEP = _method(
     "the losses of steps that are done again after a kill are not compared with those of before",
     told=True,
 )
-EVALUATE = _method(_TRAINER, "_evaluate", "trial, ignore_keys_for_eval", "training.trainer.evaluation", _EVALUATIONS)
+EVALUATE = _method(
+    _TRAINER, "_evaluate", "trial, ignore_keys_for_eval", "training.trainer.evaluation training.trainer.restore", _EVALUATIONS
+)
 BEST_METRIC = _method(
     _TRAINER,
     "_determine_best_metric",

@@ -22,6 +22,7 @@ from hf_spot.training.upstream import (
     BEST_METRIC,
     CALLBACK_HANDLER,
     CALLBACKS,
+    EVALUATE,
     LOAD_BEST_MODEL,
     LOAD_FROM_CHECKPOINT,
     LOAD_OPTIMIZER,
@@ -162,6 +163,7 @@ def load_finished(
         output = window.summarize() if reported else None
     if pending and state.best_global_step == restored.step:
         best_folder = folder
+        state.best_model_checkpoint = str(folder)
     if args.load_best_model_at_end and best_folder is not None:
         state.best_model_checkpoint = str(best_folder)
         LOAD_BEST_MODEL.of(trainer)()
@@ -207,7 +209,8 @@ def _is_of_evaluation(line: dict[str, float]) -> bool:
 
 
 def _evaluate(trainer: Trainer) -> None:
-    BEST_METRIC.of(trainer)(metrics=trainer.evaluate(), trial=None)
+    metrics = EVALUATE.of(trainer)(None, None)  # which also steps a schedule that follows the metric
+    BEST_METRIC.of(trainer)(metrics=metrics, trial=None)
 
 
 @contextlib.contextmanager
