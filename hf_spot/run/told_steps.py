@@ -59,7 +59,7 @@ def path_of(output_dir: Path, url: str, training: int, rank: int) -> Path:
 def read(path: Path) -> Told:
     """Return what a file says; nothing if it can't be read."""
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        lines = path.read_bytes().splitlines()
     except OSError:
         return Told()
     steps: list[Step] = []

@@ -91,6 +91,7 @@ def train(kind: str, layers: int, adapter: bool, folder: Path) -> dict[str, Any]
     from hf_spot.training.state.carried import CarriedState
     from hf_spot.training.trainer.own_state import SavedTensors
     from hf_spot.training.trainer.proof import Proof
+    from hf_spot.training.trainer.recognition import forget_finished
 
     for owner, method, name in (
         (CarriedState, "look", "look"),
@@ -108,6 +109,7 @@ def train(kind: str, layers: int, adapter: bool, folder: Path) -> dict[str, Any]
     make(folder, layers, adapter, STEPS, [SpotCallback(str(folder / "run"), settings)]).train()
     audits = {name: list(values) for name, values in spent.cpu_s.items()}
     bytes_saved = sum(file.stat().st_size for file in (folder / "out" / f"checkpoint-{STEPS}").rglob("*") if file.is_file())
+    forget_finished()
     longer = make(folder, layers, adapter, STEPS + 1, [SpotCallback(str(folder / "run"), settings)])
     longer.train()
     return {"cpu_s": spent.cpu_s, "wall_s": spent.wall_s, "audit_calls": len(audits["audit"]), "gb": bytes_saved / 1e9}

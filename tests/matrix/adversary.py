@@ -173,7 +173,6 @@ def _train(made: Composition, folder: Path, out: Path, url: str | None, event: d
     from tests.matrix import parts
 
     torch.set_num_threads(1)
-    logging_to_stderr()
 
     class Interrupts(TrainerCallback):
         """Acts once, at the step and moment of the event."""
@@ -274,14 +273,6 @@ def _train(made: Composition, folder: Path, out: Path, url: str | None, event: d
         left.append(ending(trainer, result, Path(trainer.args.output_dir)))
         before += trainer.state.global_step
     (folder / "ending.json").write_text(json.dumps({"steps": before, "left": left}))
-
-
-def logging_to_stderr() -> None:
-    """Show hf_spot's lines, as under `hf-spot launch`."""
-    import logging
-
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 # -- the comparison ---------------------------------------------------------------------------------------------------

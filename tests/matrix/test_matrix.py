@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.matrix.adversary import drawn
 from tests.matrix.cases import CASES
+from tests.matrix.ending import differences
 from tests.matrix.runner import run
 from tests.zygote import Zygote
 
@@ -23,3 +26,14 @@ def test_an_interrupted_training_ends_with_the_bits_of_one_left_in_peace(
     logs = "\n".join(f"== {log}\n{log.read_text(errors='replace')}" for log in sorted((tmp_path / "case").glob("*.log")))
     assert row.identical, f"{row}\n{logs}"
     assert row.as_expected, f"{row}\n{logs}"
+
+
+def test_the_adversary_plays_the_same_compositions_for_the_same_seed() -> None:
+    assert drawn(5, 3) == drawn(5, 3) != drawn(5, 4)
+
+
+def test_what_differs_in_the_end_is_named_and_seconds_are_not() -> None:
+    one = {"log_history": [{"loss": 1.0, "step": 1}], "optimizer": {"a": "x"}}
+    assert differences(one, json.loads(json.dumps(one))) == []
+    told = differences(one, {"log_history": [{"loss": 1.5, "step": 1}], "optimizer": {}})
+    assert told == ["log_history[0].loss: 1.0 undisturbed, 1.5 interrupted", 'optimizer.a: "x" undisturbed, null interrupted']

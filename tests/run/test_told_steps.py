@@ -23,6 +23,8 @@ def test_a_file_says_what_was_told_and_ignores_a_line_that_was_cut_short(tmp_pat
     file.rewrite(Told(STEPS[:3], TOLD.circumstances))
     assert file.append(STEPS[3:])
     assert read(path) == TOLD
+    path.write_bytes(path.read_bytes() + bytes(7) + b"\n[1]\n{}\n[[[\n")  # what a machine's crash may leave
+    assert read(path) == TOLD
     with path.open("ab") as torn:
         torn.write(b'[1, 6, 2.0, 0.1, "00')
     assert read(path) == TOLD

@@ -13,12 +13,13 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 from transformers import Trainer
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import IntervalStrategy, has_length
 
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
 from hf_spot.policy.resize import Batches
 from hf_spot.training.data.rng import capture, pack
+from hf_spot.training.state.data_side import DataSide, parts_of
 from hf_spot.training.upstream import GET_BATCH_SAMPLES, INIT_TRAINING_STATE
 from hf_spot.training.versions import how_to_install
 
@@ -72,9 +73,10 @@ def resumed_in_its_pass(trainer: Trainer, details: dict[str, Any], before: Batch
 
 @contextmanager
 def random_streams_named(trainer: Trainer) -> Iterator[None]:
-    """Warn within the block if a stream draws from this process's global generators.
+    """Warn within the block if a stream draws from this process's global generators, or changes what evaluations change.
 
-    A resumed training reads the stream again from its start, between other draws, and gets other samples.
+    A resumed training reads the stream again from its start, between other draws and without the evaluations, and gets other
+    samples.
 
     Args:
         trainer: the Trainer, about to train.
@@ -91,9 +93,19 @@ def random_streams_named(trainer: Trainer) -> Iterator[None]:
         if not looks or epoch_iterator is not begun:  # the first fetch of each epoch also draws the seed of its DataLoader
             begun = epoch_iterator
             return plain_get(epoch_iterator, *args, **kwargs)
-        before = pack(capture())
+        side = DataSide(parts_of(trainer.callback_handler.train_dataloader))
+        before, before_side = pack(capture()), side.capture()
         fetched = plain_get(epoch_iterator, *args, **kwargs)
         looks -= 1
+        if trainer.args.eval_strategy != IntervalStrategy.NO and side.capture() != before_side:
+            looks = 0
+            warn_for_all(
+                "a stream's %s change while it is read, and evaluations may change them, too: after a resume in the middle of "
+                "an epoch it gives other samples; for exact results let the collator and the data set keep nothing, or set "
+                "--eval_strategy no",
+                " and ".join(sorted(name for name, value in side.capture().items() if before_side.get(name) != value)),
+            )
+            return fetched
         if pack(capture()) != before:
             looks = 0
             warn_for_all(

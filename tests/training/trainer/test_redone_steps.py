@@ -74,7 +74,17 @@ def test_what_is_told_is_what_trainer_logs(store: str, tmp_path: Path, accumulat
     recorder, told = Recorder(), path_of(tmp_path, store, 1, 0)
     callback = SpotCallback(store, QUIET)
     last = Recorder(6, lambda: wait_for(lambda: len(read(told).steps) == 5, "for five steps"))
-    trainer = make_trainer(tmp_path, callback, recorder, last, gradient_accumulation_steps=accumulation, max_steps=6)
+    read_rows: list[int] = []
+
+    class Rows(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            read_rows.append(index)
+            return super().__getitem__(index)
+
+    part = torch.arange(16)
+    settings = {"train_dataset": lambda: Rows([{"input_ids": part + at, "labels": part} for at in range(24)]), "max_steps": 6}
+    trainer = make_trainer(tmp_path, callback, recorder, last, gradient_accumulation_steps=accumulation, **settings)
+    read_rows.clear()
     steps: list[Any] = []
     last._act = lambda act=last._act: (act(), steps.extend(read(told).steps))  # type: ignore[misc]
     trainer.train()
@@ -82,7 +92,10 @@ def test_what_is_told_is_what_trainer_logs(store: str, tmp_path: Path, accumulat
     assert [(one.launch, one.step) for one in steps] == [(1, number) for number in range(1, 6)]
     assert [one.loss for one in steps] == [recorder.losses[one.step] for one in steps]
     assert [one.learning_rate for one in steps] == [logged[one.step]["learning_rate"] for one in steps]
-    assert len({one.data for one in steps}) == 5
+    trained = read_rows[-min(24, 12 * accumulation + 2) :]  # accelerate reads a batch ahead; the training's description, before
+    batches = [trained[at : at + 2] for at in range(0, 12 * accumulation, 2)]
+    of_steps = [batches[at : at + accumulation] for at in range(0, 5 * accumulation, accumulation)]
+    assert [one.data for one in steps] == [digest_of_indices(each) for each in of_steps]
     assert not told.exists()
 
 
