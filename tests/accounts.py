@@ -37,7 +37,7 @@ import psutil
 from tqdm import tqdm
 
 from hf_spot import process_guard
-from hf_spot.run.run import Run
+from hf_spot.run.run import TOLD_STEPS, Run
 from tests import small_disk
 from tests.launch.conftest import PLAIN, Launch, Launcher
 from tests.servers import SeaweedFS
@@ -56,7 +56,8 @@ _CACHE = re.compile(r"torchinductor_\w+(/.*)?")  # of torch's compiler, for all 
 _PYTHONS_OWN = re.compile(
     r"pymp-\w+(/.*)?"
 )  # multiprocessing's, of processes that were killed: Python itself deletes none of them
-_LOCAL = re.compile(r"(torn-)?checkpoint-\d+|\.hf_spot|\.hf_spot/run|\.hf_spot/restored(/.*)?")
+_OF_A_RUN = re.compile(r"tip\.json$|journal/")
+_LOCAL = re.compile(r"(torn-)?checkpoint-\d+|\.hf_spot|\.hf_spot/run|\.hf_spot/steps-[\w-]+\.jsonl|\.hf_spot/restored(/.*)?")
 
 
 class Accounts:
@@ -283,7 +284,7 @@ class Accounts:
         """The keys that nothing names."""
         named = {f"{one.ref.prefix}/{file.path}" for one in run.checkpoints() for file in one.files}
         keys = [info.key for info in run.store.list("")]
-        return [key for key in keys if key not in named and key != "tip.json" and not key.startswith("journal/")]
+        return [key for key in keys if key not in named and not _OF_A_RUN.match(key) and not TOLD_STEPS.match(key)]
 
     def uploads(self) -> list[str]:
         found = self.server.client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", ())

@@ -139,6 +139,7 @@ def test_a_process_that_is_slow_to_exit_has_its_time_and_is_ended_quietly(
     script.write_text(
         textwrap.dedent("""
         import os, sys, time
+        from datetime import datetime, timezone
         from hf_spot.run.run import Run
         from hf_spot.runtime import Runtime
 
@@ -149,7 +150,8 @@ def test_a_process_that_is_slow_to_exit_has_its_time_and_is_ended_quietly(
             time.sleep(0.01)
         run = Run(runtime.store)
         run.adopt(runtime.launch)
-        time.sleep(1.5)  # past the deadline
+        while datetime.now(timezone.utc) < runtime.read_notice().deadline:
+            time.sleep(0.01)
         run.record("preempted", {"step": 5, "committed_step": 5})
         runtime.tell_training(False)
         time.sleep(float(sys.argv[1]))
