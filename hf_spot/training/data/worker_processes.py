@@ -120,7 +120,8 @@ def _answer(parent: BaseProcess, signals: Sequence[signal.Signals]) -> None:
     of_the_launch = _ancestors_up_to(runtime.launcher) if runtime else set()
     while (received := signal.sigwaitinfo(signals)).si_pid != parent.pid:
         one = signal.Signals(received.si_signo)
-        if received.si_pid in of_the_launch or is_left_alone(one) or not parent.is_alive():
+        # A keyboard's SIGINT reaches the training itself, too, where a second one means not to wait for anything.
+        if one is signal.SIGINT or received.si_pid in of_the_launch or is_left_alone(one) or not parent.is_alive():
             continue
         if not _pass_on(one, signals, runtime.launcher if runtime else None, parent.pid):
             log.warning(
@@ -133,7 +134,6 @@ def _answer(parent: BaseProcess, signals: Sequence[signal.Signals]) -> None:
 
 
 def _pass_on(one: signal.Signals, signals: Sequence[signal.Signals], launcher: int | None, training: int | None) -> bool:
-    # Never SIGINT: the one that the training got itself may have been the first, and a second means not to wait for anything.
     others = [signal.SIGTERM] if launcher else [other for other in (one, *signals) if other is not signal.SIGINT]
     to = launcher or training
     for other in others:
