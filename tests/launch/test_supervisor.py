@@ -240,7 +240,7 @@ def test_two_ranks_are_preempted_together_and_end_with_the_model_of_two_ranks_le
     first.wait_for_step(3)
     first.process.send_signal(signal.SIGTERM)
     assert first.wait() == 75, first.text()
-    assert kinds(run)[-1] == "preempted"
+    assert Run(run).state().ended == "preempted"
     stopped_at = first.step()
     second = launcher.plain(run, *script, options=ranks)
     assert second.wait() == 0, second.text()
