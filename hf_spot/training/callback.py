@@ -274,17 +274,16 @@ class SpotCallback(TrainerCallback):
                 )
                 session.training_finished()
                 told = session.end_was_told()
-                result = load_finished(
-                    trainer, Path(str(folder)), session.restored, session.best_folder, carried.restore, told=told
-                )
                 if trial is not None:
-                    report_again(trainer, trial, trainer.state)
-                return result
+                    report_again(trainer, trial, Path(str(folder)))
+                return load_finished(
+                    trainer, Path(str(folder)), session.restored, session.best_folder, carried.restore, told=told, trial=trial
+                )
             if session.restored is not None:
                 self._saved_step = session.restored.step
                 session.random_states.resume(functools.partial(self._make_up, trial))
                 if trial is not None:
-                    report_again(trainer, trial, TrainerState.load_from_json(str(Path(str(folder), "trainer_state.json"))))
+                    report_again(trainer, trial, Path(str(folder)))
                 continue_trackers(trainer, session.restored.details.get("trackers", {}), session.restored.step)
             shield(self.args)
             self._session = session

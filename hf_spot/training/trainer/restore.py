@@ -132,6 +132,7 @@ def load_finished(
     restore_own: Callable[[Path], object],
     *,
     told: bool,
+    trial: Any = None,
 ) -> TrainOutput:
     """Bring the trainer into the state after a finished ``train()``, without training: Trainer itself would do one more step.
 
@@ -142,6 +143,7 @@ def load_finished(
         best_folder: folder of the best checkpoint, if there is one.
         restore_own: restores state that Trainer does not save, from a folder.
         told: whether callbacks already got the training's last log lines.
+        trial: of a hyperparameter search, which is told about an evaluation that is made up for.
     """
     with all_weights_loaded(trainer):
         LOAD_FROM_CHECKPOINT.of(trainer)(str(folder))
@@ -156,10 +158,10 @@ def load_finished(
     with _callbacks_removed(trainer) if told else contextlib.nullcontext():
         pending, at_epoch_end = restored.details.get("evaluation_pending"), args.eval_strategy == IntervalStrategy.EPOCH
         if pending and not at_epoch_end:
-            _evaluate(trainer)
+            _evaluate(trainer, trial)
         window.make_up()
         if pending and at_epoch_end:
-            _evaluate(trainer)
+            _evaluate(trainer, trial)
         output = window.summarize() if reported else None
     if pending and state.best_global_step == restored.step:
         best_folder = folder
@@ -208,9 +210,9 @@ def _is_of_evaluation(line: dict[str, float]) -> bool:
     return any(key.startswith("eval_") for key in line)
 
 
-def _evaluate(trainer: Trainer) -> None:
-    metrics = EVALUATE.of(trainer)(None, None)  # which also steps a schedule that follows the metric
-    BEST_METRIC.of(trainer)(metrics=metrics, trial=None)
+def _evaluate(trainer: Trainer, trial: Any) -> None:
+    metrics = EVALUATE.of(trainer)(trial, None)  # which also steps a schedule that follows the metric
+    BEST_METRIC.of(trainer)(metrics=metrics, trial=trial)
 
 
 @contextlib.contextmanager

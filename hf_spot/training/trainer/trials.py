@@ -44,15 +44,15 @@ def prepared(trainer: Trainer, trial: Any) -> Iterator[Path]:
         yield Path(TRIAL_FOLDER.of(trainer)(trial))
 
 
-def report_again(trainer: Trainer, trial: Any, state: TrainerState) -> None:
+def report_again(trainer: Trainer, trial: Any, checkpoint: Path) -> None:
     """Report to a search what a trial reported in earlier launches.
 
     Args:
         trainer: the Trainer; it gets the trial's newest objective.
         trial: Optuna's.
-        state: with the log lines so far.
+        checkpoint: folder of the checkpoint that is restored.
     """
-    for line in state.log_history:
+    for line in TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history:
         if not any(key.startswith("eval_") for key in line):
             continue
         metrics = {key: value for key, value in line.items() if key != "step"}
