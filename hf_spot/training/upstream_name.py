@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from enum import Flag, auto
 from functools import partial
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 _MISSING: Any = object()
+# What the attributes of objects were before `Name.set` replaced a method there: a script may have put one of its own on them.
+_replaced: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 # If other code has replaced a library's function, the names of its parameters are not checked.
 _LIBRARIES = frozenset(
     (
@@ -127,16 +130,23 @@ class Name:
         return hasattr(owner, self.name)
 
     def plain(self, owner: Any) -> Callable[..., Any]:
-        """Return the method of an object's class, even if it was replaced on the object."""
-        return partial(getattr(type(owner), self.name), owner)
+        """Return an object's method as it was before `set`: the class's, or one that the script has put on the object."""
+        before: Any = _replaced.get(owner, {}).get(self.name, _MISSING)
+        return partial(getattr(type(owner), self.name), owner) if before is _MISSING else before
 
     def set(self, owner: Any, value: Any) -> None:
         """Set this name on an object or class."""
+        if self.kind == "method" and not isinstance(owner, type):
+            _replaced.setdefault(owner, {}).setdefault(self.name, vars(owner).get(self.name, _MISSING))
         setattr(owner, self.name, value)
 
     def restore(self, owner: Any) -> None:
-        """Remove what `set` has set on an object, so that the class's method is used again."""
-        vars(owner).pop(self.name, None)
+        """Undo what `set` has set on an object."""
+        before = _replaced.get(owner, {}).pop(self.name, _MISSING)
+        if before is _MISSING:
+            vars(owner).pop(self.name, None)
+        else:
+            setattr(owner, self.name, before)
 
     @contextlib.contextmanager
     def replaced(self, owner: Any, make: Callable[[Any], Any]) -> Iterator[None]:

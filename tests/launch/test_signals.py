@@ -116,7 +116,7 @@ def test_every_signal_of_the_users_own_list_is_one(tmp_path: Path, launcher: Lau
     assert_is_preempted_with_all_committed(launch, store)
 
 
-@pytest.mark.parametrize(("ranks", "name"), [(1, "SIGTERM"), pytest.param(2, "SIGINT", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("ranks", "name"), [(1, "SIGTERM"), pytest.param(2, "SIGUSR1", marks=pytest.mark.slow)])
 def test_a_data_loaders_worker_that_is_signalled_alone_is_a_notice(
     tmp_path: Path, launcher: Launcher, ranks: int, name: str
 ) -> None:

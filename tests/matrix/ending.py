@@ -99,7 +99,7 @@ def ending(trainer: Any, result: Any, folder: Path) -> dict[str, Any]:
         if part is not None:
             found[name] = digest(part)
     for name in RESULTS:
-        if (folder / name).exists():  # on the first rank alone
+        if trainer.is_world_process_zero() and (folder / name).exists():  # which writes them
             found[name] = _unmeasured(json.loads((folder / name).read_text()))
     if isinstance(found.get("trainer_state.json"), dict):
         best = found["trainer_state.json"].get("best_model_checkpoint")

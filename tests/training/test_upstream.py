@@ -44,7 +44,7 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import WandbCallback, WandbLogModel
 
-from hf_spot import Run, SpotCallback
+from hf_spot import Run, SpotArguments, SpotCallback
 from hf_spot.errors import ConfigError
 from hf_spot.storage import s3_parts
 from hf_spot.storage.open import open_store
@@ -726,3 +726,28 @@ def test_a_commit_has_the_versions_and_the_next_launch_names_what_has_changed(
     changed = [line for line in told() if "versions have changed" in line]
     assert len(changed) == 1
     assert f"since step 5 was saved, versions have changed: torch {saved['torch']} → 2.12.0;" in changed[0]
+
+
+def test_what_a_script_has_put_on_its_trainer_is_still_called(store: str, tmp_path: Path) -> None:
+    """A method that hf_spot wraps may be the script's own, on the object alone."""
+    trainer = make_trainer(tmp_path, SpotCallback(store, SpotArguments(notice="none")), eval_strategy="epoch")
+    called: Counter[str] = Counter()
+
+    def counting(name: str) -> Any:
+        plain = getattr(trainer, name)
+
+        def count(*args: Any, **kwargs: Any) -> Any:
+            called[name] += 1
+            return plain(*args, **kwargs)
+
+        return count
+
+    own = {name: counting(name) for name in ("training_step", "_evaluate", "_save_checkpoint", "_maybe_log_save_evaluate")}
+    for name, method in own.items():
+        setattr(trainer, name, method)
+    trainer.train()
+    assert called["training_step"] == 12
+    assert called["_evaluate"] == 1
+    assert called["_save_checkpoint"] == 4
+    assert called["_maybe_log_save_evaluate"] > 0
+    assert {name: vars(trainer)[name] for name in own} == own

@@ -120,7 +120,7 @@ def _is_of_datasets(value: Any) -> bool:
 
 
 def _rows(data: Any) -> Iterator[Any]:
-    """Yield sampled rows of a data set of `datasets` as they are stored: no transform is called, no image decoded."""
+    """Yield sampled rows of a `Dataset` as they are stored: no transform is called, no image decoded."""
     yield sorted(data.column_names or ())
     count = rows_of(data)
     if count is None:  # a stream: only what it is made of can be told without reading it

@@ -40,7 +40,7 @@ class StepLosses:
         self._copied: torch.Event | None = None  # announces the copies of so many pending steps
         self._covered = 0
         self._copied_since = False
-        self._plain = TRAINING_STEP.plain(trainer)
+        self._plain = TRAINING_STEP.of(trainer)  # perhaps the script's own
         self._accumulates = trainer.args.gradient_accumulation_steps > 1
 
     def watch(self) -> None:

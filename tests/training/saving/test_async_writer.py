@@ -233,7 +233,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_commits_what_it_was(
     callback = SpotCallback(store, SpotArguments(notice="none", keep_checkpoints=0))
     trainer = make_trainer(tmp_path / "out", callback, Recorder(6, act), Patient(callback, after_step=6))
     trainer.train()
-    assert during == [False, ["claim"]]
+    assert during == [False, ["claim", "training"]]
     assert slow.behind == 3  # the last of the four ends the training
     assert steps(store) == [3, 6, 9, 12]
     assert same(weights(trainer), peace[0])
@@ -312,5 +312,5 @@ def test_a_crash_behind_a_save_commits_it_first(store: str, tmp_path: Path, monk
 
     with pytest.raises(ValueError, match="a bug in the script"):
         make_trainer(tmp_path, SpotCallback(store, QUIET), Recorder(5, crash)).train()
-    assert kinds(store) == ["claim", "commit", "failed"]
+    assert kinds(store) == ["claim", "training", "commit", "failed"]
     assert steps(store) == [3]

@@ -52,7 +52,7 @@ def test_a_full_disk_ends_the_training_with_a_clear_word_and_the_last_commit_sta
     assert str(out) in str(caught.value)
     assert "--on-save-error go-on" in caught.value.hint
     assert not (out / "checkpoint-6").exists()
-    assert kinds(store) == ["claim", "commit", "failed"]
+    assert kinds(store) == ["claim", "training", "commit", "failed"]
     assert list(Run(store).verify().values()) == [[]]
     again = make_trainer(tmp_path / "out", SpotCallback(store, QUIET))
     again.train()
@@ -90,7 +90,9 @@ def test_a_training_goes_on_wherever_in_a_save_the_disk_gets_full(disk: SmallDis
         assert trainer.train().global_step == STEPS
     assert steps(store) == recorder.saved == [1, 2, 12], "a save that failed is no save for other callbacks either"
     assert list(Run(store).verify().values()) == [[], [], []]
-    assert left == leave_kb, "what is torn should free its space"
+    # The lines of the steps so far may have taken another page meanwhile.
+    assert all(leave_kb[step] - free in (0, 4) for step, free in left.items()), "what is torn should free its space"
+    assert left.keys() == leave_kb.keys()
     for step in failing:
         assert f"checkpoint-{step} can't be saved" in caplog.text
     assert "training goes on" in caplog.text
@@ -121,7 +123,7 @@ def test_a_notice_on_a_full_disk_ends_with_75_and_the_last_commit_stands(disk: S
     with caplog.at_level(logging.ERROR, logger="hf_spot"), pytest.raises(TrainingPreempted) as caught:
         make_trainer(disk.path / "out", callback, Patient(callback), *at(step_5=act)).train()
     assert (caught.value.code, caught.value.step) == (75, 3)
-    assert kinds(store) == ["claim", "commit", "notice", "preempted"]
+    assert kinds(store) == ["claim", "training", "commit", "notice", "preempted"]
     assert "checkpoint-5 can't be saved" in caplog.text
 
 
@@ -271,4 +273,4 @@ def test_a_forked_child_that_leaves_training_touches_nothing_and_does_not_hang(
         raise
     assert told.read_text() == {"exit": "SystemExit(7)", "error": "ZeroDivisionError()"}[way_out]
     assert same(weights(trainer), peace[0])
-    assert [entry.kind for entry in Run(faulty).events()] == ["claim", *["commit"] * 4, "finished"]
+    assert [entry.kind for entry in Run(faulty).events()] == ["claim", "training", *["commit"] * 4, "finished"]

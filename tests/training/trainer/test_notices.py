@@ -103,7 +103,7 @@ def test_a_second_sigterm_while_the_commit_is_on_its_way_does_not_stop_it(
     with pytest.raises(TrainingPreempted) as caught:
         make_trainer(tmp_path / "one", callback, Recorder(5, preempt(callback)), save_steps=100).train()
     assert (caught.value.code, caught.value.step) == (75, 5)
-    assert kinds(store) == ["claim", "notice", "commit", "preempted"]
+    assert kinds(store) == ["claim", "training", "notice", "commit", "preempted"]
     monkeypatch.undo()
     trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET))
     trainer.train()
@@ -261,16 +261,16 @@ def test_a_notice_that_stands_before_the_start_trains_nothing(from_store: str, t
     callback, recorder = listening(notice), Recorder()
     claim = RunSession._claim_on_main
 
-    def heard_first(self: RunSession, unless_complete: bool) -> int:
+    def heard_first(self: RunSession) -> int:
         wait_for(lambda: self.listener.newest)
-        return claim(self, unless_complete)
+        return claim(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunSession, "_claim_on_main", heard_first)
         with pytest.raises(TrainingPreempted) as caught:
             make_trainer(tmp_path / "one", callback, recorder).train()
     assert (caught.value.code, caught.value.step, recorder.losses) == (75, None, {})
-    assert kinds(from_store) == ["claim", "preempted"]
+    assert kinds(from_store) == ["claim", "training", "preempted"]
     trainer = make_trainer(tmp_path / "two", SpotCallback(args=QUIET))
     trainer.train()
     assert same(weights(trainer), peace[0])
