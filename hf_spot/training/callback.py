@@ -419,6 +419,8 @@ class SpotCallback(TrainerCallback):
         self._log_window.make_up()
         if pending and at_epoch_end:
             self._make_up_for_evaluation(trial)
+        # Not before: log lines behind an evaluation are of the model as the evaluation has left it, which TRL tells apart.
+        self._session.trainer.model.train()  # type: ignore[union-attr]
 
     def _make_up_for_evaluation(self, trial: Any) -> None:
         """Make up for an evaluation at the only moment at which it draws the right random numbers."""

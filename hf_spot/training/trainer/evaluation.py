@@ -80,7 +80,6 @@ class Evaluations:
         """
         metrics = EVALUATE.of(self._trainer)(trial, None)
         BEST_METRIC.of(self._trainer)(metrics=metrics, trial=trial)
-        self._trainer.model.train()  # type: ignore[union-attr]
         if self._trainer.control.should_training_stop and not self.was_cut:
             raise Stopped  # by EarlyStoppingCallback, for example; Trainer itself would look only after another step
 
