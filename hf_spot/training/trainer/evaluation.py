@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerState
 
+from hf_spot.log import warn_for_all
 from hf_spot.training.data.worker_processes import seeded_before
 from hf_spot.training.trainer.log_window import LogWindow
 from hf_spot.training.trainer.random_states import RandomStates
@@ -63,6 +64,13 @@ class Evaluations:
         self.was_cut = False
         self.running = False  # on all ranks at the same time, so that they can agree; not in evaluations that callbacks start
         self._on_evaluate = ON_EVALUATE.of(trainer.callback_handler)
+        args = trainer.args
+        if self._evaluated_before and args.dataloader_persistent_workers and args.dataloader_num_workers:
+            warn_for_all(
+                "evaluations begin with new DataLoader workers, but an uninterrupted run keeps its workers: if their data or "
+                "collator draw random numbers, metrics differ from those of an uninterrupted run; for exact results set "
+                "dataloader_persistent_workers=False"
+            )
         ON_EVALUATE.set(trainer.callback_handler, self._evaluated)
         EVALUATE.set(trainer, self._evaluate)
         BEST_METRIC.set(trainer, self._determine_best_metric)

@@ -23,6 +23,7 @@ from torch.utils.data import BatchSampler, IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from hf_spot import SpotCallback
 from hf_spot.errors import ConfigError
 from hf_spot.policy.resize import Batches
 from hf_spot.training.trainer.resume_fixes import (
@@ -34,6 +35,7 @@ from hf_spot.training.trainer.resume_fixes import (
 )
 from hf_spot.training.trainer.streams import resumed_in_its_pass
 from tests.training.conftest import make_trainer
+from tests.training.test_callback import QUIET, train_until_preempted
 
 # -- batches that rank 0 hands out ----------------------------------------------------------------------------------------
 
@@ -224,3 +226,15 @@ def _resumed_at(folder: Path, monkeypatch: pytest.MonkeyPatch, theirs: tuple[int
     with resumed_in_its_pass(trainer, {"epoch_of_data": 1.25, "max_steps": 16}, batches, batches):
         begin: Callable[..., tuple[int, int]] = trainer._init_training_state
         return begin(16, 16, 1, None, None)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_evaluations_whose_workers_an_uninterrupted_run_keeps_are_named(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, persistent: bool
+) -> None:
+    settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "dataloader_num_workers": 1}
+    settings["dataloader_persistent_workers"] = persistent
+    train_until_preempted(store, tmp_path / "one", 5, **settings)
+    assert "evaluations begin with new DataLoader workers" not in caplog.text
+    make_trainer(tmp_path / "two", SpotCallback(store, QUIET), **settings).train()
+    assert ("evaluations begin with new DataLoader workers" in caplog.text) is persistent
