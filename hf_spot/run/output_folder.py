@@ -69,11 +69,14 @@ def set_aside_uncommitted(run: Run, output_dir: Path, resume_step: int, training
     for folder in _checkpoints(output_dir):
         if _step(folder) <= resume_step or folder.name in foreign:
             continue
-        others = [ref.training for ref in run.journal.state.checkpoints if ref.step == _step(folder)]
-        if any(number != training for number in others) and _is_committed(run, folder):
-            _keep_aside(folder, f"belongs to training {others[-1]} of this run")
-        else:
+        others = [ref for ref in run.journal.state.checkpoints if ref.step == _step(folder) and ref.training != training]
+        theirs = next((ref for ref in others if not run.compare(run.checkpoint(ref), folder)), None)
+        if theirs is None:
             set_aside(folder, "it was never committed")
+        elif resume_step and not run.compare(run.checkpoint(theirs), folder.with_name(f"other-{folder.name}")):
+            shutil.rmtree(folder)  # an earlier launch has kept it already
+        elif resume_step:  # otherwise Trainer reads no checkpoint here, and treats it as it does those of an earlier training
+            _keep_aside(folder, f"belongs to training {theirs.training} of this run")
 
 
 def sweep(output_dir: Path) -> None:

@@ -177,6 +177,13 @@ def test_checkpoints_of_another_run_or_training_are_named_as_what_they_are(
         set_aside_uncommitted(run, tmp_path / "out", 3, training=2)
     assert names_in(tmp_path / "out") == ["checkpoint-3", "other-checkpoint-10", "other-checkpoint-5", "torn-checkpoint-12"]
     assert "checkpoint-10 belongs to training 1 of this run" in caplog.text
+    # Training 1 is restored again in each launch, and nothing piles up; a training that begins leaves it where it is.
+    make_checkpoint(10)
+    set_aside_uncommitted(run, tmp_path / "out", 3, training=2)
+    assert names_in(tmp_path / "out") == ["checkpoint-3", "other-checkpoint-10", "other-checkpoint-5", "torn-checkpoint-12"]
+    make_checkpoint(10)
+    set_aside_uncommitted(run, tmp_path / "out", 0, training=2)
+    assert (tmp_path / "out" / "checkpoint-10").is_dir()
 
 
 def test_pruning_keeps_the_newest_and_the_best_and_deletes_the_files(
