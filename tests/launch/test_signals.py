@@ -7,7 +7,7 @@ import pty
 import signal
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -191,6 +191,17 @@ def test_what_a_script_starts_dies_of_signals_as_ever(tmp_path: Path, launcher: 
     assert "masked: set()" in launch.text()
 
 
+@pytest.fixture
+def as_in_a_new_process() -> Iterator[None]:
+    """Another test of this worker may have left handlers, and signals that have one keep it."""
+    new = {getattr(signal, name): signal.SIG_DFL for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")}
+    before = {one: signal.signal(one, handler) for one, handler in {**new, signal.SIGINT: signal.default_int_handler}.items()}
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)
+
+
+@pytest.mark.usefixtures("as_in_a_new_process")
 def test_a_signal_when_all_is_done_changes_no_exit_code() -> None:
     from hf_spot.launch import early
 
