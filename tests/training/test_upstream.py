@@ -441,6 +441,11 @@ OTHERWISE = {
     upstream.TENSORBOARD_DIR: "tests/training/trainer/test_log_window.py",
     upstream.TENSORBOARD_WRITER: "tests/training/trainer/test_log_window.py",
     upstream.SUMMARY_WRITER: "tests/training/trainer/test_log_window.py",
+    upstream.WANDB_SET_UP: "tests/training/trainer/test_trackers.py",
+    upstream.MLFLOW_SET_UP: "tests/training/trainer/test_trackers.py",
+    upstream.TRACKIO_SET_UP: "tests/training/trainer/test_trackers.py",
+    upstream.SWANLAB_SET_UP: "test_trackers_remember_that_they_are_set_up",
+    upstream.COMET_SET_UP: "test_trackers_remember_that_they_are_set_up",
     upstream.WRITE_RECORD: "test_torch_writes_records",
     upstream.FAILURES: "test_torch_tells_what_a_rank_could_not_write",
     upstream.START_WORKERS: "test_torch_starts_workers_as_it_did",
@@ -565,6 +570,17 @@ def test_wandb_asks_whether_it_logs_checkpoints(tmp_path: Path) -> None:
         callback._log_model, callback._initialized = WandbLogModel.CHECKPOINT, False
         callback.on_save(TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl())
     assert counted[upstream.WANDB_LOGS_MODEL] > 0
+
+
+@pytest.mark.parametrize("one", [upstream.SWANLAB_SET_UP, upstream.COMET_SET_UP], ids=name_of)
+def test_trackers_remember_that_they_are_set_up(one: Name, tmp_path: Path) -> None:
+    kind: Any = one.home()
+    callback, calls = object.__new__(kind), []
+    callback.setup = lambda *args, **kwargs: calls.append(args)
+    for has_begun in (False, True):
+        one.set(callback, has_begun)
+        callback.on_train_begin(TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl())
+    assert len(calls) == 1
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks an older transformers

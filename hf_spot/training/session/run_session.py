@@ -139,6 +139,10 @@ class RunSession:
         """Work on a training of the run. Every rank must call it, before it claims or restores."""
         self._training = training
 
+    def tracker_id(self) -> str:
+        """Return the id of this training's runs in trackers. The run must be claimed."""
+        return self.run.tracker_id(self.training)
+
     def claim(self) -> None:
         """Claim the run on rank 0, or adopt the launcher's claim; the leaders of other disks adopt it too.
 
