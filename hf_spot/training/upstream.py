@@ -361,14 +361,6 @@ MLFLOW_SET_UP = _set_up("MLflowCallback", "MLflow")
 TRACKIO_SET_UP = _set_up("TrackioCallback", "Trackio")
 SWANLAB_SET_UP = _set_up("SwanLabCallback", "SwanLab")
 COMET_SET_UP = _set_up("CometCallback", "Comet")
-WANDB_LOGS_MODEL = _attribute(
-    "transformers.integrations.integration_utils:WandbCallback",
-    "_log_model",
-    "training.trainer.saves",
-    "training waits until a checkpoint is written",
-    told=True,
-    only="Weights & Biases",
-)
 PEFT_CONFIG = _attribute(  # other models have none
     "peft.peft_model:PeftModel",
     "peft_config",
@@ -408,6 +400,14 @@ TENSOR_SPEC = _name(
     "training.saving.async_writer",
     _WAITS,
     told=True,
+)
+SAFE_OPEN = _name(
+    "class",
+    "safetensors",
+    "safe_open",
+    "…",
+    "training.saving.unwritten",
+    "a script that reads weights right after its own save may not find them",
 )
 TYPES = _value("safetensors.torch", "_TYPES", "training.saving.async_writer", _WAITS, told=True)
 TO_NDARRAY = _function(
