@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _reordered(arguments: list[str]) -> list[str]:
     """Return the arguments with ``help COMMAND`` as ``COMMAND --help``, and ``launch`` first: it has its own parser."""
-    if arguments[:1] == ["help"]:
+    if arguments[:1] == ["help"] and not "".join(arguments[1:2]).startswith("-"):
         return [*arguments[1:], "--help"]
     before = next((count for count, word in enumerate(arguments) if word not in _VERBOSITY), len(arguments))
     if arguments[before : before + 1] == ["launch"]:
@@ -139,7 +139,8 @@ def parser() -> argparse.ArgumentParser:
     takes_verbosity(top)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    commands.add_parser("help", help="show the help of a command (hf-spot help checkpoints pull)", add_help=False)
+    helping = commands.add_parser("help", help="show the help of a command", allow_abbrev=False)
+    helping.add_argument("words", metavar="COMMAND", nargs="*", help="such as: checkpoints pull")
     commands.add_parser("launch", help="accelerate launch, made preemptible (hf-spot launch --help)", add_help=False)
 
     demo = add_command(
