@@ -346,7 +346,7 @@ class LoopManager:
 
     def _receive(self, notice: PreemptionNotice) -> None:
         left = notice.seconds_left(self._session.now())
-        told = f"{notice.kind.value} from {notice.source}{'' if left is None else f', {left:.0f} s left'}"
+        told = f"{notice.in_words()}{'' if left is None else f', {left:.0f} s left'}"
         alert(told)
         self._session.hook.tell(told)
 

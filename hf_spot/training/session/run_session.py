@@ -284,7 +284,8 @@ class RunSession:
             say: called with a line for people.
         """
         decision = decide(kind, seconds_left, self.measured())
-        say(f"{kind.value} from {notice.source if notice else 'another rank'}: {decision.action.value} ({decision.why})")
+        told = notice.in_words() if notice is not None and notice.kind is kind else f"{kind.value} from another rank"
+        say(f"{told}: {decision.action.value} ({decision.why})")
         if self.runtime is None and notice is not None:
             self.note(notice, decision.why)
         return decision
