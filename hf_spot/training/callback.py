@@ -44,7 +44,7 @@ from hf_spot.training.trainer.resume_fixes import (
 )
 from hf_spot.training.trainer.saves import Saves
 from hf_spot.training.trainer.step_losses import StepLosses
-from hf_spot.training.trainer.streams import random_streams_named, resumed_in_its_pass
+from hf_spot.training.trainer.streams import StreamReader, random_streams_named, resumed_in_its_pass
 from hf_spot.training.trainer.trackers import Trackers
 from hf_spot.training.trainer.trainer_session import TrainerSession
 from hf_spot.training.trainer.trials import is_pruned, prepared, report_again
@@ -100,6 +100,7 @@ class SpotCallback(TrainerCallback):
         self._proof: Proof | None = None
         self._is_proven = True
         self._trackers: Trackers | None = None
+        self._stream: StreamReader | None = None
         self.resume_from_checkpoint: str | None = None
         _entry.install(Trainer)
 
@@ -132,6 +133,8 @@ class SpotCallback(TrainerCallback):
             set_epoch(loader, int(state.epoch or 0))
         checkpoint = Path(str(self.resume_from_checkpoint)) if resumed and not args.ignore_data_skip else None
         self._session.random_states.begin_epoch(loader, checkpoint, middle=not _is_epoch_end(state))
+        if self._stream is not None:
+            self._stream.begin_epoch(loader)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the state before a step of several micro-batches, which may be abandoned halfway."""
@@ -315,13 +318,14 @@ class SpotCallback(TrainerCallback):
                 functools.partial(self._evaluation_was_cut, trainer),
                 self._resumed_folder(session),
             )
+            stream = self._stream = StreamReader(trainer)
             held = HeldErrors(trainer, self, lambda: self._stopping, session.behind)
             self._saves = Saves(
                 trainer,
                 session.run_session.agreement,
                 session.run_session.disk,
                 session.behind,
-                functools.partial(_finish_save, session, self._log_window, carried, proof),
+                functools.partial(_finish_save, session, self._log_window, carried, proof, stream),
                 functools.partial(self._save_failed, trainer),
                 held.hold,
             )
@@ -342,6 +346,7 @@ class SpotCallback(TrainerCallback):
                     dispatched_batches_skipped(),
                     random_streams_named(trainer),
                     self._stream_resumed(trainer, session),
+                    stream.resumed(restored_to),
                     held.held(),
                 ):
                     result = train(trainer, folder, trial, *args, **kwargs)
@@ -366,7 +371,8 @@ class SpotCallback(TrainerCallback):
                 if losses is not None:
                     losses.close()
                 self._session = self._evaluations = self._accumulation = self._saves = self._log_window = self._losses = None
-                self._trackers = None
+                stream.close()
+                self._trackers = self._stream = None
             return result
 
     def _resumed_folder(self, session: TrainerSession) -> Path | None:
@@ -473,10 +479,12 @@ def _finish_save(
     log_window: LogWindow,
     carried: CarriedState,
     proof: Proof,
+    stream: StreamReader,
     folder: Path,
     saved: SavedTensors,
 ) -> None:
     session.random_states.save(folder)
+    stream.save(folder)
     log_window.save(folder)
     carried.save(folder, saved, session.behind.write_text)
     proof.save(folder, session.behind.write_text)

@@ -277,7 +277,7 @@ SKIP_FIRST_BATCHES = _function(
     "transformers.trainer",
     "skip_first_batches",
     "dataloader, num_batches",
-    "training.trainer.resume_fixes",
+    "training.trainer.resume_fixes training.trainer.streams",
     "a resumed training sees samples twice",
 )
 
@@ -505,7 +505,7 @@ ITERATION_OF_DISPATCHER = _attribute(_DISPATCHER, "iteration", "training.data.it
 INSIDE = _attribute(
     _ADAPTER,
     "base_dataloader",
-    "training.data.loaders training.data.iterations training.trainer.random_states",
+    "training.data.loaders training.data.iterations training.trainer.random_states training.trainer.streams",
     _PLACE,
     scope=_BOTH,
     optional=True,

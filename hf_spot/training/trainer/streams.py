@@ -7,10 +7,13 @@ the batches of the current pass, in units of ``max_steps`` times the accumulatio
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import transformers.trainer
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy, has_length
@@ -19,11 +22,100 @@ from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
 from hf_spot.policy.resize import Batches
 from hf_spot.training.data.rng import capture, pack
+from hf_spot.training.data.stream_position import Resumed, StreamPosition, tell_of_reading, why_not
 from hf_spot.training.state.data_side import DataSide, parts_of
-from hf_spot.training.upstream import GET_BATCH_SAMPLES, INIT_TRAINING_STATE
+from hf_spot.training.upstream import GET_BATCH_SAMPLES, INIT_TRAINING_STATE, INSIDE, SKIP_FIRST_BATCHES
 from hf_spot.training.versions import how_to_install
 
 _LOOKS = 4
+_FOLDER, _NAME = "random_states", "stream.json"  # inside a checkpoint
+
+
+class StreamReader:
+    """Saves where a training is in its stream, and resumes there without reading the stream again, if that is exact.
+
+    With several ranks, or with DataLoader workers, the stream is read again: ranks complete batches with samples from the start
+    of the pass, and workers don't say where they are.
+
+    Args:
+        trainer: the Trainer.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._position = StreamPosition(trainer.args.gradient_accumulation_steps)
+        self._watched: list[Any] = []
+
+    def begin_epoch(self, dataloader: Any) -> None:
+        """Watch the loader of an epoch. Call it before the loader is iterated."""
+        if self._is_stream and self._why_not(dataloader) is None:
+            self._watch(dataloader)
+
+    @property
+    def _is_stream(self) -> bool:
+        data = self._trainer.train_dataset
+        return isinstance(data, IterableDataset) and not has_length(data)
+
+    def _why_not(self, dataloader: Any) -> str | None:
+        if self._trainer.args.world_size > 1:
+            return "several ranks share it"
+        return why_not(dataloader)
+
+    def _watch(self, dataloader: Any, resumed: Resumed | None = None) -> None:
+        """Wrap the iterator of the loader of torch inside one of accelerate's, which calls it by this name."""
+        loader = INSIDE.of(dataloader) if INSIDE.is_on(dataloader) else dataloader
+        plain = type(loader).__iter__
+        vars(loader)["__iter__"] = lambda: self._position.read(loader, plain, resumed)
+        self._watched.append(loader)
+
+    def save(self, checkpoint: Path) -> None:
+        """Add the position to a checkpoint."""
+        state, args = self._trainer.state, self._trainer.args
+        if not self._watched or not state.epoch:
+            return
+        trained = round((state.epoch % 1) * state.max_steps * args.gradient_accumulation_steps)
+        position = self._position.to_save(trained)
+        if position is not None:
+            text = json.dumps({**position, "batch_size": args.per_device_train_batch_size * max(1, args.n_gpu)})
+            (checkpoint / _FOLDER).mkdir(exist_ok=True)
+            (checkpoint / _FOLDER / _NAME).write_text(text)
+
+    @contextmanager
+    def resumed(self, checkpoint: Path | None) -> Iterator[None]:
+        """Resume the stream at its position within the block.
+
+        Args:
+            checkpoint: the checkpoint, if the training resumes from one.
+        """
+        if checkpoint is None or not self._is_stream:
+            yield
+            return
+        path = checkpoint / _FOLDER / _NAME
+
+        def make(plain_skip: Any) -> Any:
+            def skip(dataloader: Any, num_batches: int = 0) -> Any:
+                why = self._why_not(dataloader)
+                saved: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+                size = getattr(dataloader, "batch_size", None)
+                if why is None and (saved.get("trained"), saved.get("batch_size")) != (num_batches, size):
+                    why = "the checkpoint has no position in it"
+                resumed = None if why else self._position.go_to(dataloader, saved)
+                if resumed is None:
+                    tell_of_reading(dataloader, num_batches, why or "it consists of other parts than at the save")
+                    return plain_skip(dataloader, num_batches)
+                rest = plain_skip(dataloader, num_batches - resumed.first)
+                self._watch(rest, resumed)
+                return rest
+
+            return skip
+
+        with SKIP_FIRST_BATCHES.replaced(transformers.trainer, make):
+            yield
+
+    def close(self) -> None:
+        """Restore the loaders."""
+        for loader in self._watched:
+            vars(loader).pop("__iter__", None)
 
 
 @contextmanager
