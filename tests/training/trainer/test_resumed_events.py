@@ -40,6 +40,20 @@ class AtStep(TrainerCallback):
             self.act()
 
 
+class Sees(TrainerCallback):
+    """What is shown in this launch when a pass begins."""
+
+    per_launch = ("saw",)
+
+    def __init__(self) -> None:
+        self.saw: list[Any] = []
+
+    def on_epoch_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        best = state.best_model_checkpoint and Path(state.best_model_checkpoint).name
+        shown = [state.epoch, state.global_step, state.total_flos, state.best_metric, state.best_global_step, best]
+        self.saw.append([*shown, [line["step"] for line in state.log_history], control.state()])
+
+
 def interrupted(store: str, tmp_path: Path, make_one: Callable[[Path], Trainer], at_step: int, how: str) -> Trainer:
     """Interrupt a training in a step, by a notice or by an exception, and return the trainer that has resumed and ended it."""
     callback = SpotCallback(store, SpotArguments(notice="signal"))
@@ -80,6 +94,7 @@ def of_a_stream(out: Path, *callbacks: TrainerCallback, **settings: Any) -> Trai
 
 
 BY_EPOCH = {"save_strategy": "epoch", "eval_strategy": "epoch", "eval_dataset": Rows()}
+BEST = {"save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": Rows(), "metric_for_best_model": "loss"}
 
 
 @pytest.mark.parametrize(
@@ -89,6 +104,7 @@ BY_EPOCH = {"save_strategy": "epoch", "eval_strategy": "epoch", "eval_dataset": 
         (of_rows, {}, 6, "notice"),  # the launch ends before the end of the pass is told
         (of_rows, {"save_steps": 3}, 7, "crash"),
         (of_rows, BY_EPOCH, 8, "crash"),
+        (of_rows, BEST, 11, "crash"),  # the second pass began when another checkpoint was the best
         (of_rows, {"save_steps": 3, "accelerator_config": {"use_seedable_sampler": False}}, 7, "crash"),
         (of_a_stream, {}, 8, "notice"),
         (of_a_stream, {}, 6, "notice"),
@@ -99,13 +115,39 @@ BY_EPOCH = {"save_strategy": "epoch", "eval_strategy": "epoch", "eval_dataset": 
 def test_callbacks_see_what_they_see_without_an_interruption(
     store: str, tmp_path: Path, make_one: Callable[..., Trainer], settings: dict[str, Any], at_step: int, how: str
 ) -> None:
-    alone = make_one(tmp_path / "alone", Watches(), **settings)
+    alone = make_one(tmp_path / "alone", Watches(), Sees(), **settings)
     alone.train()
-    again = interrupted(store, tmp_path, lambda out: make_one(out, Watches(), **settings), at_step, how)
+    again = interrupted(store, tmp_path, lambda out: make_one(out, Watches(), Sees(), **settings), at_step, how)
+    saw = of(again, Sees).saw
+    assert saw == of(alone, Sees).saw[-len(saw) :]
     wanted, found = of(alone, Watches), of(again, Watches)
     assert (found.begins, found.ends, found.passes, found.drawn) == (wanted.begins, wanted.ends, wanted.passes, wanted.drawn)
     assert [sorted(line) for line in again.state.log_history] == [sorted(line) for line in alone.state.log_history]
     assert_same_ending(again, alone)
+
+
+def test_a_notice_in_the_middle_of_a_pass_tells_nobody_that_the_pass_has_ended(store: str, tmp_path: Path) -> None:
+    callback, watches = SpotCallback(store, SpotArguments(notice="signal")), Watches()
+    trainer = make(tmp_path / "one", callbacks=[callback, Patient(callback), watches, AtStep(8, preempt(callback))])
+    with pytest.raises(TrainingPreempted):
+        trainer.train()
+    assert (watches.passes, len(watches.ends)) == (2, 1)
+
+
+class Enough(TrainerCallback):
+    def on_evaluate(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        control.should_training_stop = True
+
+
+def test_an_evaluation_that_is_made_up_for_and_ends_the_training_ends_the_pass_once(store: str, tmp_path: Path) -> None:
+    def make_one(out: Path) -> Trainer:
+        return make(out, eval_strategy="epoch", eval_dataset=Rows(), callbacks=[Watches(), Enough()])
+
+    alone = make_one(tmp_path / "alone")
+    alone.train()
+    again = interrupted(store, tmp_path, make_one, 6, "notice")
+    wanted, found = of(alone, Watches), of(again, Watches)
+    assert (again.state.global_step, found.begins, found.ends) == (6, wanted.begins, wanted.ends)
 
 
 def test_an_interruption_behind_an_interruption_between_passes_keeps_the_order_of_the_data(store: str, tmp_path: Path) -> None:
@@ -236,3 +278,4 @@ def test_callbacks_of_a_training_that_an_earlier_launch_has_finished_do_what_the
     assert_same_ending(again, alone)
     wanted, found = of(alone, Watches), of(again, Watches)
     assert (found.begins, found.ends, found.passes) == (wanted.begins, wanted.ends, wanted.passes)
+    assert found.dice.getstate() == wanted.dice.getstate()
