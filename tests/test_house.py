@@ -109,7 +109,7 @@ def test_an_impure_policy_would_be_found(source: str) -> None:
 # -- the insides of other libraries -----------------------------------------------------------------------------------
 
 UPSTREAM = PACKAGE / "training" / "upstream.py"
-OF_PYTHON = {"_exit", "_getframe", "_SubParsersAction", "_action_groups", "_actions", "_group_actions"}  # os, sys, argparse
+OF_PYTHON = {"_exit", "_getframe", "_SubParsersAction", "_action_groups", "_actions", "_group_actions", "_signal"}
 
 
 def private_names(source: str) -> set[str]:
