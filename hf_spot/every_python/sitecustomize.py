@@ -53,6 +53,8 @@ class Finder:
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """Return the spec that hf_spot makes for the module; None for all others."""
+        if name == "torch":
+            _touch(f"met-{os.getpid()}")
         if name not in self._left:
             return None
         enter = self._left.pop(name)
@@ -69,10 +71,16 @@ class Finder:
         return before(name, path, target)
 
 
-def _tell_once() -> None:
+def _touch(name: str, flags: int = 0) -> bool:
     try:
-        os.close(os.open(os.path.join(_RUNTIME, "unprotected"), os.O_CREAT | os.O_EXCL, 0o600))
+        os.close(os.open(os.path.join(_RUNTIME, name), os.O_CREAT | flags, 0o600))
     except OSError:
+        return False
+    return True
+
+
+def _tell_once() -> None:
+    if not _touch("unprotected", os.O_EXCL):
         return  # it was said, or the launch is over
     sys.stderr.write(
         f"hf-spot: warning: a training under {sys.executable} is not protected: this launch's version of hf_spot is not "
@@ -188,9 +196,7 @@ def _wait_at_the_end() -> None:
             stream.flush()
         except (AttributeError, OSError, ValueError):
             continue
-    try:
-        os.close(os.open(os.path.join(_RUNTIME, f"left-{process}"), os.O_CREAT, 0o600))
-    except OSError:
+    if not _touch(f"left-{process}"):
         return
     until = time.monotonic() + _LONGEST_WAIT_S
     while time.monotonic() < until:

@@ -132,7 +132,6 @@ def before_optimizers(
     name: str, path: Sequence[str] | None, target: ModuleType | None
 ) -> importlib.machinery.ModuleSpec | None:
     """Watch for a training without hf_spot, in this process. Returns the spec of ``torch.optim.optimizer``."""
-    _meet()
     return AfterImport(name, _watch_steps).find_spec(name, path, target)
 
 
@@ -143,14 +142,10 @@ def before_torchrun(name: str, path: Sequence[str] | None, target: ModuleType | 
 
 def begin_after_torch() -> None:
     """Do what the functions ``before_…`` do for torch's modules, in a process that has imported them before."""
-    _meet()
-    _watch_steps()
-    _kill_ranks()
-
-
-def _meet() -> None:
     if (runtime := Runtime.from_environ(os.environ)) is not None:
         runtime.meet()
+    _watch_steps()
+    _kill_ranks()
 
 
 def _watch_steps() -> None:
