@@ -150,7 +150,9 @@ def reaches_inside(source: str, own: set[str], listed: set[str]) -> Iterator[tup
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             module = getattr(node, "module", None) or ""
             parts = [part for alias in node.names for part in f"{module}.{alias.name}".split(".")]
-            found = [] if module.startswith("hf_spot") else [part for part in filter(_is_private, parts) if part not in OF_PYTHON]
+            found = (
+                [] if module.startswith("hf_spot") else [part for part in filter(_is_private, parts) if part not in OF_PYTHON]
+            )
         for name in found:
             yield name, f"{node.lineno}: {ast.unparse(node)}; a Name of hf_spot/training/upstream.py reaches it: NAME.of(owner)"
 
