@@ -9,7 +9,8 @@ of an upload in parts, or by a full disk. When its processes have gone, these ar
 - files beside the checkpoints in the output folder;
 - keys of the store that no journal entry names, and unfinished uploads in parts.
 
-None may be left by a launch that ended by itself and committed something, nor what a killed one before it had left. Ends with 1
+None may be left by a launch that ended by itself and committed something, nor what a killed one before it had left. (A launch
+whose training was killed, and which heard a notice before it had started it again, counts as killed.) Ends with 1
 when something is left, when an exit code is none that the documentation names, or when a model is not that of a training in
 peace, to the bit. It needs root, for disks that it can fill and for shared memory of its own.
 """
@@ -17,6 +18,7 @@ peace, to the bit. It needs root, for disks that it can fill and for shared memo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import errno
 import json
@@ -182,7 +184,10 @@ class Accounts:
 
     def kill_helper(self, launch: Launch) -> int:
         others = [one for one in launch.tree()[1:] if one not in ranks(launch)]
-        self.send(self.chance.choice(others or [launch.process]), signal.SIGKILL)
+        helper = self.chance.choice(others or [launch.process])
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended by itself
+            print(f"{launch.log}: kill -9 of {helper.pid} {' '.join(helper.cmdline()[:6])}", file=sys.stderr, flush=True)
+        self.send(helper, signal.SIGKILL)
         self.advance(launch, self.chance.randint(0, 6))
         return self.end(launch, signal.SIGTERM)
 
@@ -252,7 +257,8 @@ class Accounts:
         if committed or code == 0:
             left |= {"keys": self.orphans(run), "uploads in parts": self.uploads()}
         left["files beside the checkpoints"] = [one for one in self.files(folder) if not _LOCAL.fullmatch(one)]
-        clean = code in (0, 75)
+        # Hard links of uploads are in a folder that only the training knows: where it was killed, the next launch removes them.
+        clean = code == 0 or (code == 75 and "before it had saved" not in launch.text())
         for what, found in left.items():
             if found and clean:
                 self.wrong.append(f"{launch.log}: {name}: {what}: {found[:5]}")

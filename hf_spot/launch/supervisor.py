@@ -269,6 +269,7 @@ class Supervisor:
                 )
                 running.callback(tree.end)
                 code = self._wait(tree, runtime, folder)
+                self._read_report(runtime)
             return self._conclude(runtime, exit_code(code, runtime.read_exit_code(), as_it_is=self._command.as_it_is))
 
     def _fetch_ahead(self, runtime: Runtime, stack: contextlib.ExitStack) -> None:
@@ -305,8 +306,7 @@ class Supervisor:
 
     def _keep(self, folder: RuntimeFolder, runtime: Runtime) -> None:
         """Restore the notice in the folder if a cleanup deleted it, and read the workers' report."""
-        told = runtime.read_training()
-        self._training = self._training if told is None else told
+        self._read_report(runtime)
         try:
             was_deleted = folder.renew()
             if self._notice is not None and (was_deleted or not runtime.notice_path.exists()):
@@ -317,6 +317,10 @@ class Supervisor:
             if not self._unreachable:
                 log.error("notices can no longer reach the training: %s", error)
             self._unreachable = True
+
+    def _read_report(self, runtime: Runtime) -> None:
+        told = runtime.read_training()
+        self._training = self._training if told is None else told
 
     def _give_up(self) -> None:
         state = self._read_at_the_end() if self._training is False else None
@@ -363,13 +367,21 @@ class Supervisor:
         if verdict is Verdict.FENCED:
             log.error("a newer launch has claimed %s; this one has ended", self._run.url)
         elif verdict is Verdict.PREEMPTED:
-            log.warning("%s", self._words_after_preemption(state))
+            log.warning("%s", self._words_after_preemption(runtime, state, code))
         return verdict, code
 
-    def _words_after_preemption(self, state: RunState | None) -> str:
-        if self._training is not None:
-            return "preempted; start the same command again to resume"
+    def _words_after_preemption(self, runtime: Runtime, state: RunState | None, code: int) -> str:
         newest = state.latest() if state is not None else None
+        if self._training is not None:
+            # A training's own exit code counts too: the journal may refuse its entry, or machine 0 write it a little later.
+            if state is None or state.ended is not None or runtime.read_exit_code() == EXIT_PREEMPTED:
+                return "preempted; start the same command again to resume"
+            step, committed = StepCounter.read(runtime.step_path), newest.step if newest else 0
+            redone = "" if step is None or step <= committed else f"; {step - committed} steps after it will be redone"
+            return (
+                f"preempted, and the training ended ({code}) before it had saved: step {committed} is committed{redone}. "
+                "Start the same command again to resume"
+            )
         if newest is not None:
             return f"preempted before a training began; start the same command again to resume from step {newest.step}"
         return f"preempted, and nothing was saved: the same command will begin from the start. {_HOW_TO_PROTECT}"

@@ -298,7 +298,7 @@ class SpotCallback(TrainerCallback):
                 functools.partial(self._evaluation_was_cut, trainer),
                 self._resumed_folder(session),
             )
-            held = HeldErrors(trainer, self, lambda: self._stopping)
+            held = HeldErrors(trainer, self, lambda: self._stopping, session.behind)
             self._saves = Saves(
                 trainer,
                 session.run_session.agreement,

@@ -47,7 +47,6 @@ ONLY: dict[str, Callable[[Any], bool]] = {
     "push_to_hub": lambda trainer: bool(trainer.args.push_to_hub),
     "GPUs": lambda trainer: trainer.args.device.type not in ("cpu", "meta"),
     "TensorBoard": partial(_has_callback, "TensorBoardCallback"),
-    "Weights & Biases": partial(_has_callback, "WandbCallback"),
     "TRL's SFTTrainer": lambda trainer: any(kind.__name__ == "SFTTrainer" for kind in type(trainer).__mro__),
     # Older versions divide by all steps, or lack this name; if it exists, it is used.
     "transformers from 5.23 on": lambda trainer: _is_at_least("transformers", 5, 23),
@@ -343,14 +342,6 @@ _OF_TENSORBOARD = "transformers.integrations.integration_utils:TensorBoardCallba
 TENSORBOARD_DIR = _attribute(_OF_TENSORBOARD, "logging_dir", "training.trainer.trackers", _BOARDS, **_BOARD)
 TENSORBOARD_WRITER = _attribute(_OF_TENSORBOARD, "tb_writer", "training.trainer.trackers", _BOARDS, **_BOARD)
 SUMMARY_WRITER = _attribute(_OF_TENSORBOARD, "_SummaryWriter", "training.trainer.trackers", _BOARDS, **_BOARD)
-WANDB_LOGS_MODEL = _attribute(
-    "transformers.integrations.integration_utils:WandbCallback",
-    "_log_model",
-    "training.trainer.saves",
-    "training waits until a checkpoint is written",
-    told=True,
-    only="Weights & Biases",
-)
 PEFT_CONFIG = _attribute(  # other models have none
     "peft.peft_model:PeftModel",
     "peft_config",
@@ -390,6 +381,14 @@ TENSOR_SPEC = _name(
     "training.saving.async_writer",
     _WAITS,
     told=True,
+)
+SAFE_OPEN = _name(
+    "class",
+    "safetensors",
+    "safe_open",
+    "…",
+    "training.saving.unwritten",
+    "a script that reads weights right after its own save may not find them",
 )
 TYPES = _value("safetensors.torch", "_TYPES", "training.saving.async_writer", _WAITS, told=True)
 TO_NDARRAY = _function(

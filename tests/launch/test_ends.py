@@ -95,6 +95,33 @@ def test_a_script_has_its_grace_after_its_last_checkpoint_however_long_that_took
     assert (tmp_path / "closed").exists()
 
 
+def test_a_training_that_was_killed_before_it_could_save_is_not_called_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make_checkpoint: Callable[[int], Path]
+) -> None:
+    script = tmp_path / "training.py"
+    script.write_text(
+        textwrap.dedent("""
+        import os, signal, time
+        from hf_spot.runtime import Runtime, StepCounter
+
+        runtime = Runtime.from_environ(os.environ)
+        runtime.tell_training(True)
+        StepCounter(runtime.step_path).tell(8)
+        while runtime.read_notice() is None:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """)
+    )
+    Run(tmp_path / "run").push(make_checkpoint(5))
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    arguments = SpotArguments(notice=f"file:{tmp_path / 'notice'}")
+    command = Command(str(tmp_path / "run"), arguments, 0, [sys.executable, str(script)], environ)
+    (tmp_path / "notice").touch()
+    assert Supervisor(Run(command.store), command).supervise() == 75
+    last = caplog.messages[-1]
+    assert "137" in last and "step 5 is committed; 3 steps after it will be redone" in last, caplog.text
+
+
 LOOP = """
     import signal, time
     open("began", "w").close()

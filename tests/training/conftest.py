@@ -53,13 +53,15 @@ class Recorder(TrainerCallback):
 
 
 class SaveRecorder(Recorder):
-    """Saves, too. Since it hears of them, and could read the files, they are written while training waits."""
+    """Saves, too. Since it reads their files, training waits for them."""
 
     def __init__(self, at_step: int = 0, act: Callable[[], None] = lambda: None) -> None:
         super().__init__(at_step, act)
         self.saved: list[int] = []
 
     def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if state.is_world_process_zero:
+            assert list(Path(args.output_dir, f"checkpoint-{state.global_step}").iterdir())
         self.saved.append(state.global_step)
 
 

@@ -307,6 +307,90 @@ def test_a_full_disk_ends_the_loop_with_what_was_saved_before(
         manager.close()
 
 
+class Odd(Exception):
+    """Can be pickled, and not unpickled, as many that scripts define."""
+
+    def __init__(self, code: int, told: str) -> None:
+        super().__init__(f"{told}: {code}")
+
+
+class Stubborn(torch.optim.SGD):
+    """An optimizer whose state can't be had while it is stubborn."""
+
+    stubborn = True
+
+    def state_dict(self) -> Any:
+        if self.stubborn:
+            raise Odd(7, "no state today")
+        return super().state_dict()
+
+
+def test_a_state_that_raises_ends_the_loop_with_what_was_saved_before(make: Callable[..., SpotCheckpointManager]) -> None:
+    manager, (model, *rest) = make(), small()
+    optimizer = Stubborn(model.parameters(), lr=0.1)
+    manager.save(model, *rest, 2, 0)
+    with pytest.raises(Odd, match="no state today"):
+        manager.save(model, optimizer, None, 4, 0)
+    assert manager.run.latest().step == 2  # type: ignore[union-attr]
+    assert not [*manager._local_dir.glob("checkpoint-4")]
+    with pytest.raises(ValueError, match="can only convert"):
+        manager.save(model, *rest, 4, 0, loss=torch.zeros(2).numpy())
+    optimizer.stubborn = False
+    manager.save(model, optimizer, None, 4, 0)
+    manager.wait()
+    assert manager.run.latest().step == 4  # type: ignore[union-attr]
+
+
+def test_a_state_that_raises_at_a_notice_leaves_the_last_commit(
+    make: Callable[..., SpotCheckpointManager], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager, (model, *rest) = make(), small()
+    manager.save(model, *rest, 2, 0)
+    notice(tmp_path, manager)
+    manager.save(model, Stubborn(model.parameters(), lr=0.1), None, 3, 0)
+    with pytest.raises(TrainingPreempted, match="preempted at step 3; step 2 is committed"):
+        manager.finish()
+    assert "Odd: no state today: 7; the last commit stands" in caplog.text
+    assert kinds(Run(manager.run.store))[-1] == "preempted"
+
+
+@pytest.mark.parametrize("hooked", ["rank 0", "rank 1"])
+def test_a_hook_that_raises_on_one_rank_ends_all(loops: Loops, hooked: str) -> None:
+    script = loops.folder / "hooked.py"
+    script.write_text(HOOKED.format(script=str(SCRIPTS / "ddp_loop.py"), rank=hooked[-1]))
+    loop = loops.start("run", "--accelerate", script=str(script), ranks=2)
+    loop.wait()
+    assert [process.exitcode for process in loop.processes] == [1, 1], loop.text()
+    assert "RuntimeError: Odd: no hook today: 8" in loop.text() and "Odd: no hook today: 8" in loop.text()
+    assert [one.step for one in Run(loops.folder / "run").checkpoints()] == [4]
+
+
+HOOKED = """
+import os, runpy
+import accelerate
+
+class Odd(Exception):
+    def __init__(self, code, told):
+        super().__init__(f"{{told}}: {{code}}")
+
+saves = 0
+def hook(models, weights, folder):
+    global saves
+    saves += 1
+    if saves == 2:
+        raise Odd(8, "no hook today")
+
+class Hooked(accelerate.Accelerator):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if os.environ["RANK"] == "{rank}":
+            self.register_save_state_pre_hook(hook)
+
+accelerate.Accelerator = Hooked
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
 def test_steps_must_grow(make: Callable[..., SpotCheckpointManager]) -> None:
     manager = make()
     manager.save(*small(), 4, 0)

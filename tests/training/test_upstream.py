@@ -28,6 +28,7 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint
 import tqdm
+import transformers.modeling_utils
 from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import save_fsdp_model
 from torch.distributed.checkpoint.api import CheckpointException
@@ -38,11 +39,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
-from transformers.integrations.integration_utils import WandbCallback, WandbLogModel
 
 from hf_spot import Run, SpotArguments, SpotCallback
 from hf_spot.errors import ConfigError
@@ -436,7 +433,7 @@ OTHERWISE = {
     upstream.FOREACH_COPY: "test_what_is_copied_together_is_copied",
     upstream.EXPORTABLE: "test_early_stopping_is_saved_by_its_state",
     upstream.TRAIN_TOKENS: "test_trl_counts_tokens",
-    upstream.WANDB_LOGS_MODEL: "test_wandb_asks_whether_it_logs_checkpoints",
+    upstream.SAFE_OPEN: "test_transformers_reads_weights_by_its_name",
     upstream.PEFT_CONFIG: "test_a_model_with_adapters_says_so",
     upstream.TENSORBOARD_DIR: "tests/training/trainer/test_log_window.py",
     upstream.TENSORBOARD_WRITER: "tests/training/trainer/test_log_window.py",
@@ -557,14 +554,8 @@ def test_trl_counts_tokens(tmp_path: Path) -> None:
     assert not upstream.TRAIN_TOKENS.is_on(make_trainer(tmp_path))  # as `resume_fixes.counters` has it
 
 
-def test_wandb_asks_whether_it_logs_checkpoints(tmp_path: Path) -> None:
-    counted = Counter[Name]()
-    with ExitStack() as undo:
-        _watch(upstream.WANDB_LOGS_MODEL, counted, undo)
-        callback: Any = object.__new__(WandbCallback)  # wandb itself is not there
-        callback._log_model, callback._initialized = WandbLogModel.CHECKPOINT, False
-        callback.on_save(TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl())
-    assert counted[upstream.WANDB_LOGS_MODEL] > 0
+def test_transformers_reads_weights_by_its_name(tmp_path: Path) -> None:
+    assert transformers.modeling_utils.safe_open is safetensors.torch.safe_open is upstream.SAFE_OPEN.find()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks an older transformers

@@ -277,17 +277,22 @@ class LoopManager:
         folder = self._local_dir / f"checkpoint-{step}"
         only = None if dataloader is None else list(dataloader) if isinstance(dataloader, (list, tuple)) else [dataloader]
         session.on_each_disk(lambda: _empty(folder))
-        told = {"step": step, "epoch": epoch, "loss": _number(loss)}
+
+        def write() -> None:
+            self._files.write(folder, state, {"step": step, "epoch": epoch, "loss": _number(loss)}, only)
+
         try:
-            session.agreement.together(lambda: self._files.write(folder, state, told, only))
-        except SpotError as error:
+            session.agreement.together(write)
+        except Exception as error:  # also of the script's own: a `state_dict` or a hook of accelerate that raises
             session.on_each_disk(lambda: shutil.rmtree(folder, ignore_errors=True))
-            if isinstance(error, ConfigError) or (session.preempted is None and session.arguments.on_save_error == "stop"):
+            # Ranks may have met different errors, and must take the same way.
+            if any(session.agreement.gather(self._ends_the_loop(error))):
                 session.agreement.together(lambda: session.finish_uploads(self._patience_s()))
                 raise
             if session.agreement.is_main:
+                told = error.args[0] if isinstance(error, SpotError) else f"saving raised {type(error).__name__}: {error}"
                 next_is = "the last commit stands" if session.preempted else "the next save will try again"
-                log_always(logging.ERROR, "%s; %s", error.args[0], next_is)
+                log_always(logging.ERROR, "%s; %s", told, next_is)
             return
         self._saved_step = step
         save_s = session.clock() - began
@@ -307,6 +312,11 @@ class LoopManager:
             },
         )
         session.agreement.together(lambda: self._submit(folder, request))
+
+    def _ends_the_loop(self, error: Exception) -> bool:
+        if self._session.preempted is not None:  # it ends anyway, with the last commit
+            return isinstance(error, ConfigError)
+        return not isinstance(error, StoreError) or self._session.arguments.on_save_error == "stop"
 
     def _submit(self, folder: Path, request: CommitRequest) -> None:
         if self._session.submit(folder, request, self._session.agreement):

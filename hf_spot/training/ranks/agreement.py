@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from array import array
 from collections.abc import Callable
 from datetime import timedelta
@@ -95,10 +96,11 @@ class Agreement:
                 outcome[0] = act()
             except BaseException as error:  # the other ranks wait for the outcome, whatever it is
                 outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0, group=self._group)
-        if outcome[1] is not None:
-            raise outcome[1]
-        result: T = outcome[0]
+        own = outcome[1]
+        dist.broadcast_object_list(sent := [outcome[0], _sendable(own)], src=0, group=self._group)
+        if sent[1] is not None:
+            raise own or sent[1]
+        result: T = sent[0]
         return result
 
     def gather(self, value: T) -> list[T]:
@@ -116,7 +118,7 @@ class Agreement:
             outcome[0] = act()
         except BaseException as error:  # the other ranks wait for the outcome, whatever it is
             outcome[1] = error
-        errors = [error for error in self.gather(outcome[1]) if error is not None]
+        errors = [error for error in self.gather(_sendable(outcome[1])) if error is not None]
         if errors:
             raise outcome[1] or errors[0]
         result: T = outcome[0]
@@ -136,3 +138,12 @@ class Agreement:
             self._work = None
             dist.destroy_process_group(self._group)
             self._group = None
+
+
+def _sendable(error: BaseException | None) -> BaseException | None:
+    """Return an exception that the other ranks can unpickle: many of those that scripts define can't be."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -19,8 +19,9 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.saving.arena import Arena, free_bytes
 from hf_spot.training.saving.device import taken_over
 from hf_spot.training.saving.shards import StagedPlanner, Unknown, stage
+from hf_spot.training.saving.unwritten import Unwritten, caller
 from hf_spot.training.upstream import (
     FILE_LIKE,
     OPEN_ZIPFILE,
@@ -80,6 +82,10 @@ class AsyncCheckpointWriter:
         self._jobs: queue.Queue[tuple[Callable[[], Any], bool] | None] = queue.Queue()
         self._error: str | None = None
         self._in_words: Callable[[BaseException], str] = str
+        self._on_touch: Callable[[str, str, float], None] | None = None
+        self._unwritten = Unwritten(self._arrived)
+        self._writing = threading.RLock()  # held while captured files are written within `capturing`
+        self._is_concluded = threading.Condition()
         self._has_warned = False
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
@@ -98,7 +104,10 @@ class AsyncCheckpointWriter:
 
     @contextmanager
     def capturing(
-        self, in_words: Callable[[BaseException], str] = str, on_error: Callable[[str], None] = lambda why: None
+        self,
+        in_words: Callable[[BaseException], str] = str,
+        on_error: Callable[[str], None] = lambda why: None,
+        on_touch: Callable[[str, str, float], None] | None = None,
     ) -> Iterator[None]:
         """Copy what this thread saves within the block, and write it after the block.
 
@@ -108,9 +117,13 @@ class AsyncCheckpointWriter:
             in_words: returns why a file can't be written, for people.
             on_error: called with this text on every rank if a rank could not write, when none writes any more, from the writer
                 thread.
+            on_touch: makes other code that touches one of the files wait until it is written: within the block it is then
+                written at once, unless all ranks write it together. Called with the code and what it does, for people, and
+                the seconds that it waited.
         """
         self.wait()
         self._in_words = in_words
+        self._on_touch = on_touch
         self._make_arena().clear()
         self._owner = threading.get_ident()
         self._pending, self._forgotten = [], False
@@ -120,19 +133,26 @@ class AsyncCheckpointWriter:
                 OPEN_ZIPFILE.replaced(torch.serialization, lambda plain: self._open),
                 SERIALIZE_FILE.replaced(safetensors.torch, lambda plain: self._serialize),
                 taken_over(self._take),
+                self._unwritten.strict() if on_touch else nullcontext(),
             ):
                 yield
-        finally:
+        except BaseException:
             self._owner = 0
-        if self._forgotten:
-            return
-        while self._pending:
-            write = self._pending.pop(0)
-            # The other ranks wait for this one in the collective write.
-            self._submit(write, always=isinstance(write, _CollectiveWrite))
-        if self._pending:
-            self._submit(self._make_arena().pin)  # so that the next save copies faster
-        self._submit(lambda: self._conclude(on_error), always=True)
+            self._end_waits()
+            raise
+        with self._writing:
+            self._owner = 0
+            if self._forgotten:
+                self._end_waits()
+                return
+            pins = bool(self._pending)
+            while self._pending:
+                write = self._pending.pop(0)
+                # The other ranks wait for this one in the collective write.
+                self._submit(write, always=isinstance(write, _CollectiveWrite))
+            if pins:
+                self._submit(self._make_arena().pin)  # so that the next save copies faster
+            self._submit(lambda: self._conclude(on_error), always=True)
 
     def write_text(self, path: Path, text: str) -> None:
         """Write a small file: behind the training within `capturing`, else at once. Its folder must be there."""
@@ -141,9 +161,21 @@ class AsyncCheckpointWriter:
             path.write_text(text)
 
         if threading.get_ident() == self._owner:
-            self._pending.append(write)
+            self._keep_for_later(str(path), write)
         else:
             write()
+
+    def telling(self) -> AbstractContextManager[None]:
+        """Let code within the block, which is told of a save and may read it, wait until its files are written.
+
+        It waits when it touches one of them, starts a process, or connects to a server.
+        """
+        return self._unwritten.strict(told=True)
+
+    @property
+    def failed(self) -> bool:
+        """Return whether the newest save could not be written."""
+        return self._error is not None
 
     def forget(self) -> None:
         """Discard what was captured. Call it within `capturing`, on all ranks or on none."""
@@ -199,6 +231,7 @@ class AsyncCheckpointWriter:
             self.wait()
             self._jobs.put(None)
             self._thread.join()
+            self._end_waits()
             self._thread, self._jobs = None, queue.Queue()
         if self._arena is not None:
             self._arena.close()
@@ -211,7 +244,7 @@ class AsyncCheckpointWriter:
         known = FILE_LIKE.trouble() is None and WRITE_RECORD.trouble() is None
         if threading.get_ident() != self._owner or not isinstance(file, str) or not known:
             return _plain_open(file)
-        return _Captured(self, file)
+        return _Captured(self, os.path.abspath(file))
 
     def _serialize(self, tensors: Any, filename: Any, metadata: Any = None) -> None:
         kept = self._keep_all(tensors) if threading.get_ident() == self._owner else None
@@ -220,14 +253,14 @@ class AsyncCheckpointWriter:
             _plain_serialize(tensors, filename, metadata=metadata)
             return
         specs, copies = kept
-        filename = os.fspath(filename)
+        filename = os.path.abspath(filename)  # the script may change its directory before the file is written
 
         def write() -> None:
             self._arrive()
             _plain_serialize(specs, filename, metadata=metadata)
             copies.clear()  # the copies must exist until the file is written
 
-        self._pending.append(write)
+        self._keep_for_later(filename, write)
 
     def _capture_together(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         def save(*args: Any, **kwargs: Any) -> Any:
@@ -239,10 +272,43 @@ class AsyncCheckpointWriter:
                 self._warn_once(reasons[0])
             if reasons or staged is None:
                 return plain(*args, **kwargs)
-            self._pending.append(_CollectiveWrite(self, staged, kwargs["storage_writer"]))
+            writer = kwargs["storage_writer"]
+            self._keep_for_later(os.path.abspath(writer.path), _CollectiveWrite(self, staged, writer))
             return None
 
         return save
+
+    def _keep_for_later(self, path: str, write: Callable[[], None]) -> None:
+        self._pending.append(write)
+        if self._on_touch is not None:
+            self._unwritten.add(path)
+
+    def _arrived(self, touch: str) -> None:
+        """Return when what is unwritten is written. Called in the thread of the code that touches it."""
+        if threading.current_thread() is self._thread:
+            return
+        began = time.monotonic()
+        with self._writing:
+            within = self._owner != 0
+            # What ranks write together can't be written by one of them, and stays for later.
+            while within and self._pending and not isinstance(self._pending[0], _CollectiveWrite):
+                try:
+                    self._pending.pop(0)()
+                except BaseException as error:
+                    self._error = self._error or self._in_words(error) or repr(error)
+                    raise
+            if within and not self._pending:
+                self._end_waits()
+        if not within:
+            with self._is_concluded:
+                self._is_concluded.wait_for(lambda: not self._unwritten)
+        if self._on_touch is not None:
+            self._on_touch(caller(), touch, time.monotonic() - began)
+
+    def _end_waits(self) -> None:
+        with self._is_concluded:
+            self._unwritten.clear()
+            self._is_concluded.notify_all()
 
     def _stage(self, args: tuple[Any, ...], save: dict[str, Any]) -> tuple[StagedPlanner | None, str | None]:
         """Return what this rank writes, or why it can't be copied."""
@@ -329,8 +395,11 @@ class AsyncCheckpointWriter:
             self._disconnect(error)
             raise
         self._error = next((error for error in errors if error is not None), None)
-        if self._error is not None:
-            on_error(self._error)
+        try:
+            if self._error is not None:
+                on_error(self._error)
+        finally:
+            self._end_waits()
 
     def _disconnect(self, error: BaseException) -> None:
         """Stop collective writes, because a rank has ended during one.
@@ -339,6 +408,7 @@ class AsyncCheckpointWriter:
         """
         log.warning("a checkpoint is left incomplete, because a rank has ended: %s", error)
         self.disconnected = True
+        self._end_waits()
         self._ranks.close()  # so that ranks that wait for this one get an error
 
 
@@ -384,7 +454,7 @@ class _Captured:
         if self._at_once is not None:
             self._at_once.__exit__(kind, error, trace)
         elif kind is None:
-            self._behind._pending.append(self._write)
+            self._behind._keep_for_later(self._path, self._write)
 
     def write_record(self, name: str, data: Any, size: int) -> None:
         """Store a record, or write it at once if it can't be copied. The parameters are those of torch's method."""
@@ -415,8 +485,13 @@ class _Captured:
         self._behind._arrive()
         opened = _plain_open(self._path)
         opened.__enter__()
-        for record in self._records:
-            FILE_LIKE.of(opened).write_record(*record)
+        try:
+            for record in self._records:
+                FILE_LIKE.of(opened).write_record(*record)
+        except BaseException as error:
+            with suppress(Exception):  # ends the file: torch's destructor would try to, and abort the process if it can't
+                opened.__exit__(type(error), error, error.__traceback__)
+            raise
         self._records.clear()
         return opened
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl
 
+from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
 from hf_spot.training.upstream import CALL_EVENT, CALLBACK_HANDLER, CALLBACKS
 
 log = logging.getLogger("hf_spot")
@@ -25,16 +26,23 @@ _BEHIND_A_SAVE = ("on_step_begin", "on_epoch_begin", "on_train_end")
 class _Tolerant:
     """Wraps a callback whose exceptions are recorded instead of raised."""
 
-    def __init__(self, callback: TrainerCallback, note: Callable[[Exception], None]) -> None:
+    def __init__(
+        self,
+        callback: TrainerCallback,
+        note: Callable[[Exception], None],
+        around: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
         self.callback = callback
         self._note = note
+        self._around = around
 
     def __getattr__(self, event: str) -> Any:
         act = getattr(self.callback, event)
 
         def tolerant(*args: Any, **kwargs: Any) -> Any:
             try:
-                return act(*args, **kwargs)
+                with self._around():
+                    return act(*args, **kwargs)
             except Exception as error:
                 self._note(error)
                 return None
@@ -49,12 +57,16 @@ class HeldErrors:
         trainer: the Trainer.
         own: hf_spot's callback, whose exceptions are not held.
         stopping: returns whether the training ends after the save.
+        behind: writes the files of saves: callbacks that touch them in ``on_save`` wait for it.
     """
 
-    def __init__(self, trainer: Trainer, own: TrainerCallback, stopping: Callable[[], bool]) -> None:
+    def __init__(
+        self, trainer: Trainer, own: TrainerCallback, stopping: Callable[[], bool], behind: AsyncCheckpointWriter
+    ) -> None:
         self._handler: Any = CALLBACK_HANDLER.of(trainer)
         self._own = own
         self._stopping = stopping
+        self._behind = behind
         self._held: Exception | None = None
 
     @contextlib.contextmanager
@@ -73,7 +85,9 @@ class HeldErrors:
             # On a copy of the handler: callbacks may look for others in the real one, or add and remove some.
             tolerant = copy.copy(self._handler)
             present = CALLBACKS.of(self._handler)
-            CALLBACKS.set(tolerant, [one if one is self._own else _Tolerant(one, self._note) for one in present])
+            around = self._behind.telling if event == "on_save" else contextlib.nullcontext
+            note = self._note_of_save if event == "on_save" else self._note
+            CALLBACKS.set(tolerant, [one if one is self._own else _Tolerant(one, note, around) for one in present])
             control = CALL_EVENT.plain(tolerant)(event, args, state, control, **kwargs)
             if event == "on_save" or not control.should_save:
                 self._release()
@@ -94,6 +108,12 @@ class HeldErrors:
 
     def _note(self, error: Exception) -> None:
         self.hold("a callback", error)
+
+    def _note_of_save(self, error: Exception) -> None:
+        if self._behind.failed:
+            log.warning("a callback raised %s: %s; the checkpoint could not be written", type(error).__name__, error)
+        else:
+            self._note(error)
 
     def _release(self) -> None:
         error, self._held = self._held, None

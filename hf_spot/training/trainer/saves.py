@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,15 @@ from hf_spot.training.upstream import (
     SAVE_STATE,
     SAVE_TOGETHER,
     TORCH_SAVE,
-    WANDB_LOGS_MODEL,
 )
 
 log = logging.getLogger("hf_spot")
 
 
 _OF_A_SAVE = tuple(one.name for one in (SAVE_CHECKPOINT, SAVE_MODEL, SAVE, SAVE_OPTIMIZER))
+# Libraries whose methods write files, and don't read them again.
 _ONLY_WRITE = ("transformers", "trl", "sentence_transformers", "peft")
+_WORTH_A_LINE_S = 0.0005
 
 
 class Saves:
@@ -89,29 +91,38 @@ class Saves:
         self._saving: int | None = None  # the thread
         self._at_the_end: list[Callable[[], None]] = []
         self._best: tuple[Any, Any, Any] = (None, None, None)
+        self._told: set[str] = set()
 
     def watch(self) -> None:
         """Start replacing. Call it when the training's state is complete."""
         self._best = self._best_now()
-        if self._may_go_on() and (self._agreement.is_main or is_sharded(self._trainer)):
-            self._behind.expect(_size_bytes(self._trainer.model, here=is_sharded(self._trainer)))
+        if self._why_at_once() is None and (self._agreement.is_main or writes_on_each_rank(self._trainer)):
+            here = writes_on_each_rank(self._trainer)
+            self._behind.expect(_size_bytes(self._trainer.model, here=here))
         plain_save = SAVE_CHECKPOINT.of(self._trainer)
 
         def save(*args: Any, **kwargs: Any) -> None:
+            began = time.monotonic()
             whole = self.settle()
             # After a failed save, write at once, so that an error is found where it happens.
-            goes_on = all(self._agreement.gather(whole and self._may_go_on()))
+            reasons = self._agreement.gather(self._why_at_once() if whole else "")
+            why = next((one for one in reasons if one is not None), None)
+            goes_on = why is None
             self._folder = self._output_dir / f"checkpoint-{self._trainer.state.global_step}"
             self._trouble = None
             self._at_the_end = []
-            behind = self._behind.capturing(self._in_words, self._give_up) if goes_on else contextlib.nullcontext()
+            touched = self._tell_touch if self._is_watched() else None
+            behind = self._behind.capturing(self._in_words, self._give_up, touched) if goes_on else contextlib.nullcontext()
             with self._forgiving(), behind, self._saved.recording():
-                plain_save(*args, **kwargs)
+                self._save(plain_save, *args, **kwargs)
                 self._attempt(self._finish)(self._folder, self._saved)
                 # Trainer has no barrier at the end of a save; this is one.
                 failure = next((one for one in self._agreement.gather(self._trouble) if one is not None), None)
                 if failure is not None and goes_on:
                     self._behind.forget()
+            if why and failure is None:
+                took_s = time.monotonic() - began
+                self._tell(why, f"training waited {took_s:.2g} s until {self._folder.name} was written, because {why}")
             self._conclude(failure)
 
         SAVE_CHECKPOINT.set(self._trainer, save)
@@ -131,16 +142,58 @@ class Saves:
         if self._disk.leads:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _may_go_on(self) -> bool:
-        """Return whether training may continue while the files of this save are written; all ranks must agree.
+    def _why_at_once(self) -> str | None:
+        """Return why training must wait while this save is written; None if it needn't. All ranks must agree.
 
-        False if the training ends anyway, or if something may read the files during the save or right after it.
+        An empty reason is not worth a line: the training ends anyway, or why was said.
         """
         trainer = self._trainer
-        ends = trainer.control.should_training_stop or trainer.state.global_step >= trainer.state.max_steps
-        read = trainer.args.push_to_hub or any(map(_reads_checkpoints, trainer.callback_handler.callbacks))
-        known = all(map(_is_known, [(trainer, name) for name in _OF_A_SAVE] + [(trainer.model, "save_pretrained")]))
-        return known and not (ends or read or trainer.is_deepspeed_enabled or self._behind.disconnected)
+        if trainer.control.should_training_stop or trainer.state.global_step >= trainer.state.max_steps:
+            return ""
+        if self._behind.disconnected:
+            return ""
+        if trainer.args.push_to_hub:
+            return "push_to_hub=True pushes each checkpoint right after its save"
+        if (own := self._own_method()) is not None and is_sharded(trainer):
+            return f"{own} may read shards, which the ranks can only write together"
+        return why_engine_writes_at_once(trainer)
+
+    def _own_method(self) -> str | None:
+        """Return which method of a save is a script's own; None if all are of libraries that only write."""
+        saves = [(self._trainer, name) for name in _OF_A_SAVE] + [(self._trainer.model, "save_pretrained")]
+        return next((f"{type(owner).__name__}.{name}" for owner, name in saves if not _is_known(owner, name)), None)
+
+    def _is_watched(self) -> bool:
+        """Return whether code that hf_spot doesn't know takes part in a save, or is told of it."""
+        return self._own_method() is not None or any(map(_is_told, self._trainer.callback_handler.callbacks))
+
+    def _save(self, plain_save: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Save as Trainer does.
+
+        The script's own code may fail without a file that could not be written. In a training of one rank that file counts;
+        other ranks would wait for this one in a collective.
+        """
+        try:
+            plain_save(*args, **kwargs)
+        except Exception as error:
+            if not self._agreement.alone or not (self._trouble is not None or self._behind.failed):
+                raise
+            self._trouble = self._trouble or self._explain(error)
+        if self._trouble is None and self._trainer.args.should_save and not self._folder.is_dir():
+            self._trouble = SpotError(
+                f"{self._folder.name} has disappeared during its save: {self._own_method() or 'other code'} has moved it",
+                hint=f"leave the checkpoint in {self._output_dir}, and copy it instead: hf_spot commits what it finds there",
+            )
+
+    def _tell_touch(self, code: str, touch: str, waited_s: float) -> None:
+        if waited_s >= _WORTH_A_LINE_S:
+            self._tell(code, f"{code} {touch} of {self._folder.name}, so training waited {waited_s:.2g} s for its files")
+
+    def _tell(self, why: str, line: str) -> None:
+        """Say once for each reason why training waited for the files of a save."""
+        if why not in self._told and self._agreement.is_main:
+            log.warning("%s; said once", line)
+        self._told.add(why)
 
     def close(self) -> None:
         """Restore the trainer's method, after all files are written."""
@@ -246,8 +299,18 @@ class Saves:
 
 
 def is_sharded(trainer: Trainer) -> bool:
-    """Return whether each rank writes a part of the weights, rather than rank 0 all of them."""
+    """Return whether the ranks write the weights together, rather than rank 0 all of them."""
     return trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+
+
+def writes_on_each_rank(trainer: Trainer) -> bool:
+    """Return whether each rank writes much of a checkpoint, rather than rank 0 all of it."""
+    return trainer.is_deepspeed_enabled or is_sharded(trainer)
+
+
+def why_engine_writes_at_once(trainer: Trainer) -> str | None:
+    """Return why the files of a training with DeepSpeed can't be written while it continues; None if they can."""
+    return "DeepSpeed writes them itself" if trainer.is_deepspeed_enabled else None
 
 
 def _size_bytes(model: Any, *, here: bool) -> int:
@@ -263,21 +326,13 @@ def _size_bytes(model: Any, *, here: bool) -> int:
     return sum((one.to_local() if here and hasattr(one, "to_local") else one).nbytes for one in saved + 2 * trained)
 
 
-def _is_known(method: tuple[Any, str]) -> bool:
+def _is_known(owner: Any, name: str) -> bool:
     """Return whether a method is defined by a library whose methods only write; a script's own may read its files."""
-    owner, name = method
     definer = next((kind for kind in type(owner).__mro__ if name in vars(kind)), None)
     return definer is None or definer.__module__.partition(".")[0] in _ONLY_WRITE
 
 
-def _reads_checkpoints(callback: TrainerCallback) -> bool:
-    kind = type(callback)
+def _is_told(callback: TrainerCallback) -> bool:
+    """Return whether a callback that hf_spot doesn't know is told of saves."""
     overrides = getattr(callback.on_save, "__func__", None) is not TrainerCallback.on_save
-    if not overrides or kind.__module__.startswith(("hf_spot.", "transformers.trainer_callback")):
-        return False
-    if kind.__name__ == "WandbCallback":
-        return (
-            not WANDB_LOGS_MODEL.is_on(callback)
-            or str(getattr(WANDB_LOGS_MODEL.of(callback), "value", "checkpoint")) == "checkpoint"
-        )
-    return kind.__name__ != "TrackioCallback"
+    return overrides and not type(callback).__module__.startswith(("hf_spot.", "transformers.trainer_callback"))

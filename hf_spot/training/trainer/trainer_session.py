@@ -43,7 +43,7 @@ from hf_spot.training.trainer.random_states import RandomStates
 from hf_spot.training.trainer.recognition import KnownTraining, finished
 from hf_spot.training.trainer.restore import MachineGoing, Resumption
 from hf_spot.training.trainer.save_schedule import Cadence
-from hf_spot.training.trainer.saves import is_sharded
+from hf_spot.training.trainer.saves import writes_on_each_rank
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -468,7 +468,7 @@ class TrainerSession:
         """Return the share of the machine's memory for this rank's saves, if several of its ranks write much."""
         node = os.uname().nodename
         ranks = self._session.agreement.gather(node).count(node)
-        return 1.0 if self._session.agreement.is_main and not is_sharded(self.trainer) else 1 / ranks
+        return 1.0 if self._session.agreement.is_main and not writes_on_each_rank(self.trainer) else 1 / ranks
 
     def _rotate_as_on_main(self, ranks: Agreement) -> None:
         """Delete the checkpoints that rank 0 has rotated away: Trainer does so on rank 0's disk only."""

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from hf_spot import Run, SpotArguments, SpotCallback, SpotError
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter, free_bytes
 from tests.small_disk import SmallDisk, why_not
-from tests.training.conftest import STEPS, Patient, Recorder, SaveRecorder, make_trainer, same, weights
+from tests.training.conftest import STEPS, Patient, Recorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, kinds, steps
 from tests.waiting import PATIENCE_S, wait_for
 
@@ -245,40 +245,6 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_commits_what_it_was(
         pulled = Run(store).pull(tmp_path / "pulled", step)
         assert (pulled / "model.safetensors").read_bytes() == model.read_bytes()
         assert (pulled / "optimizer.pt").read_bytes() == optimizer.read_bytes()
-
-
-class Reads(Trainer):
-    """A script's own trainer, which does something with each checkpoint."""
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        assert Path(self.args.output_dir, f"checkpoint-{self.state.global_step}", "model.safetensors").exists()
-
-
-class OwnModel(GPT2LMHeadModel):
-    """One that may do something with the files, too."""
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        super().save_pretrained(*args, **kwargs)
-
-
-@pytest.mark.parametrize("reader", ["a callback", "a trainer of its own", "a model of its own", "no memory"])
-def test_whoever_may_read_a_checkpoint_finds_it_whole(
-    reader: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slow = Slow(monkeypatch)
-    settings = SpotArguments(notice="none", save_memory_gb=0 if reader == "no memory" else None)
-    trainer = make_trainer(tmp_path, SpotCallback(store, settings), *[SaveRecorder()] * (reader == "a callback"))
-    if reader == "a trainer of its own":
-        trainer.__class__ = Reads
-    if reader == "a model of its own":
-        kind = type(trainer.model)
-        trainer.model.__class__ = type(
-            "Own", (kind,), {"save_pretrained": lambda self, *a, **k: kind.save_pretrained(self, *a, **k)}
-        )
-    trainer.train()
-    assert slow.behind == 0
-    assert steps(store)[-1] == STEPS
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))

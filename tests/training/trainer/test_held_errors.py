@@ -97,7 +97,7 @@ def test_what_trainer_does_after_a_save_costs_no_checkpoint(
         monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", raise_at(8 if goes_on else 12, trainer))
     if what == "push" and goes_on:
         trainer.args.push_to_hub = True
-        monkeypatch.setattr(Saves, "_may_go_on", lambda self: True)
+        monkeypatch.setattr(Saves, "_why_at_once", lambda self: None)
     with pytest.raises(Boom, match="after the save of"):
         trainer.train()
     assert steps(store)[-1] == (12 if (what, goes_on) == ("rotation", False) else 8)
