@@ -209,7 +209,7 @@ def _begin() -> None:
     if not _RUNTIME or any(one in _OF_HF_SPOT for one in started):
         return
     atexit.register(_wait_at_the_end)  # first, so that it runs last
-    numbers = [int(one) for one in os.environ.get("HF_SPOT_SIGNALS", "").split(",") if one]
+    numbers = [int(one) for one in os.environ.get("HF_SPOT_ANSWERED_SIGNALS", "").split(",") if one]
     blocked = _signal.pthread_sigmask(_signal.SIG_BLOCK, ())
     shield = None
     if not any(one in blocked for one in numbers):  # otherwise whoever started this process has its own way to answer them

@@ -32,9 +32,13 @@ import accelerate.commands.utils
 import accelerate.utils.launch  # noqa: F401
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError
+from hf_spot.errors import EXIT_FINISHED, ConfigError
 from hf_spot.launch.command import Command, Machines, refusal
+from hf_spot.launch.early import has_flag
+from hf_spot.launch.settings import render, settings, unknown_variables
+from hf_spot.log import LEVEL_VARIABLE
 from hf_spot.runtime import STORE_VARIABLE
+from hf_spot.suggestions import hint_for_unknown
 from hf_spot.training.upstream import LAUNCH_ENVIRONMENT, LAUNCH_PARSER, OPTIONS_PARSER, VALIDATE_LAUNCH, check
 from hf_spot.training.upstream_name import Scope
 
@@ -96,7 +100,13 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
     Raises:
         ConfigError: something is missing, can't be used, or is not supported.
     """
-    args = parser().parse_args(list(argv))
+    made = parser()
+    found = settings(argv, environ, made)
+    given, argv = argv, [*(word for one in found.values() for word in one.words), *argv]  # the last one of an option counts
+    if has_flag(given, "--print-config"):
+        print(render(given, found, made, made.parse_args([*argv, "train.py"])), end="")  # a script need not be named
+        raise SystemExit(EXIT_FINISHED)
+    args = made.parse_args(list(argv))
     arguments = SpotArguments(**{f.name: getattr(args, f.name) for f in dataclasses.fields(SpotArguments)})
     store = args.store or environ.get(STORE_VARIABLE)
     if not store:
@@ -111,8 +121,17 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         _check_module(args.training_script)
     elif (program := find_program(args.training_script, environ)) is not None:
         _refuse_options_of_accelerate(_of_accelerate(options), script)
-        command = [program, *args.training_script_args]
-        return Command(store, arguments, args.max_restarts, command, dict(environ), script=script, as_it_is=True)
+        return Command(
+            store,
+            arguments,
+            args.max_restarts,
+            [program, *args.training_script_args],
+            {**environ, **_log_level(args)},
+            remarks=unknown_variables(environ, made),
+            script=script,
+            dry_run=args.dry_run,
+            as_it_is=True,
+        )
     else:
         _check_script(Path(args.training_script))
     try:
@@ -122,12 +141,14 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         raise ConfigError(f"accelerate launch: {error}", hint="hf-spot launch --help, or accelerate config") from error
     _refuse_what_is_not_supported(args, config)
     machines = _machines(args)
+    remarks += unknown_variables(environ, made)
     if _is_distributed(args):
         command = [sys.executable, "-m", _AGENT, *_of_accelerate(options), "-m", _BOOTSTRAP, *script]
         env = dict(environ)
     else:
         command = [sys.executable, "-m", _BOOTSTRAP, *script]
         env = LAUNCH_ENVIRONMENT.find()(args)[1]
+    env |= _log_level(args)
     if machines.count > 1 and _GLOO_VARIABLE not in env and (interface := interface_to(machines.main_ip)):
         # If a machine's name resolves to 127.0.1.1, as on Debian, gloo would listen on an unreachable address.
         if interface == "lo" and not _LOOPBACK.match(machines.main_ip):
@@ -137,7 +158,11 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
                 hint=f"an address that `hostname -I` prints there, or export {_GLOO_VARIABLE}=eth0 (see ip -br addr)",
             )
         env[_GLOO_VARIABLE] = interface
-    return Command(store, arguments, args.max_restarts, command, env, machines, remarks, script)
+    return Command(store, arguments, args.max_restarts, command, env, machines, remarks, script, args.dry_run)
+
+
+def _log_level(args: argparse.Namespace) -> dict[str, str]:
+    return {LEVEL_VARIABLE: "debug" if args.verbose else "warning"} if args.verbose or args.quiet else {}
 
 
 def find_program(word: str, environ: Mapping[str, str]) -> str | None:
@@ -286,6 +311,19 @@ def _add_options(group: Any) -> None:
         metavar="URL",
         help=f"the run: s3://bucket/prefix, gs://…, az://…, hf://…, or a directory (default: ${STORE_VARIABLE})",
     )
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a YAML file with options, without their hyphens in front; environment variables (HF_SPOT_CADENCE for --cadence) "
+        "override it, and the command line overrides both (default: $HF_SPOT_CONFIG)",
+    )
+    group.add_argument(
+        "--print_config", action="store_true", help="print the options, and where each comes from, as such a file"
+    )
+    group.add_argument(
+        "--dry_run", action="store_true", help="check everything and say what would be resumed, without starting it"
+    )
+    group.add_argument("-v", "--verbose", action="store_true", help="log details, too; -q logs warnings and errors only")
     types = typing.get_type_hints(SpotArguments)
     for setting in dataclasses.fields(SpotArguments):
         # accelerate's groups add the spelling with hyphens
@@ -324,7 +362,10 @@ def _refuse_what_is_not_supported(args: argparse.Namespace, config: Any) -> None
 
 
 def _fail(message: str) -> NoReturn:
-    raise ConfigError(f"hf-spot launch: {message}", hint=f"{_EXAMPLE}; all options: hf-spot launch --help")
+    hint = f"{_EXAMPLE}; all options: hf-spot launch --help"
+    if (unknown := message.removeprefix("unrecognized arguments: ")) != message:
+        hint = hint_for_unknown(unknown.split(), parser())
+    raise ConfigError(f"hf-spot launch: {message}", hint=hint)
 
 
 def _main() -> None:

@@ -28,6 +28,7 @@ from hf_spot.errors import (
 from hf_spot.every_python import python_path
 from hf_spot.launch import early
 from hf_spot.launch.command import Command, Reading, likely_store
+from hf_spot.launch.dry_run import describe
 from hf_spot.launch.folder import RuntimeFolder
 from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.prefetch import Prefetch, newest_of
@@ -77,12 +78,13 @@ def launch(reading: Reading) -> int:
         SpotError: the command line or the store can't be used; nothing was started.
     """
     log.setLevel(shown_level(logging.NOTSET, os.environ, is_first_rank=True))  # whatever rank the scheduler gave this machine
-    store = likely_store(reading.argv)
+    store = None if early.has_flag(reading.argv, "--dry-run") else likely_store(reading.argv)
     ahead = None if store is None else Prefetch(partial(newest_of, store))
     with contextlib.ExitStack() as stack:
         if ahead is not None:
             stack.callback(ahead.close)
         command = reading.result()
+        log.setLevel(shown_level(logging.NOTSET, command.environ, is_first_rank=True))
         found = ahead.run if ahead is not None and command.store == store else None
         run = Run(
             command.store if found is None else found.store,  # this one is already connected to its server
@@ -90,6 +92,9 @@ def launch(reading: Reading) -> int:
             workers=command.arguments.upload_workers,
         )
         state = run.state()
+        if command.dry_run:
+            print(describe(run, state, command, _finished_by(run, state) if state.ended == "finished" else None))
+            return EXIT_FINISHED
         if state.ended == "finished":
             newest = state.latest()
             step = newest.step if newest else 0
@@ -366,9 +371,14 @@ class Supervisor:
             self._write_ending(verdict, state, code, StepCounter.read(runtime.step_path))
         if verdict is Verdict.FENCED:
             log.error("a newer launch has claimed %s; this one has ended", self._run.url)
-        elif verdict is Verdict.PREEMPTED:
+        elif verdict is Verdict.PREEMPTED and not self._training_has_said_so(runtime, state):
             log.warning("%s", self._words_after_preemption(runtime, state, code))
         return verdict, code
+
+    def _training_has_said_so(self, runtime: Runtime, state: RunState | None) -> bool:
+        """Return whether the training on this machine's rank 0 has itself said that it was preempted, and how to resume."""
+        is_told = self._training is not None and runtime.read_exit_code() == EXIT_PREEMPTED
+        return is_told and self._machines.rank == 0 and state is not None and state.ended == Verdict.PREEMPTED.value
 
     def _words_after_preemption(self, runtime: Runtime, state: RunState | None, code: int) -> str:
         newest = state.latest() if state is not None else None
@@ -449,7 +459,7 @@ class Supervisor:
 
     def _on_notice(self, notice: PreemptionNotice) -> None:
         left = notice.seconds_left(self._now())
-        told = f"{notice.kind.value} from {notice.source}{'' if left is None else f', {left:.0f} s left'}"
+        told = f"{notice.in_words()}{'' if left is None else f', {left:.0f} s left'}"
         alert(told)
         if notice.kind is not NoticeKind.CANCELLED:
             self._hook.tell(f"{told} on {platform.node()}")

@@ -32,7 +32,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
     runtime.directory.mkdir()
     numbers = ",".join(str(int(one)) for one in ANSWERED)
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return {**inherited, **runtime.to_environ(), "HF_SPOT_SIGNALS": numbers, "PYTHONPATH": FOLDER}
+    return {**inherited, **runtime.to_environ(), "HF_SPOT_ANSWERED_SIGNALS": numbers, "PYTHONPATH": FOLDER}
 
 
 def python(environ: dict[str, str], *words: str, program: str = sys.executable) -> subprocess.CompletedProcess[str]:

@@ -148,6 +148,10 @@ class RunSession:
         """Work on a training of the run. Every rank must call it, before it claims or restores."""
         self._training = training
 
+    def tracker_id(self) -> str:
+        """Return the id of this training's runs in trackers. The run must be claimed."""
+        return self.run.tracker_id(self.training)
+
     def claim(self) -> None:
         """Claim the run on rank 0, or adopt the launcher's claim; the leaders of other disks adopt it too.
 
@@ -289,7 +293,8 @@ class RunSession:
             say: called with a line for people.
         """
         decision = decide(kind, seconds_left, self.measured())
-        say(f"{kind.value} from {notice.source if notice else 'another rank'}: {decision.action.value} ({decision.why})")
+        told = notice.in_words() if notice is not None and notice.kind is kind else f"{kind.value} from another rank"
+        say(f"{told}: {decision.action.value} ({decision.why})")
         if self.runtime is None and notice is not None:
             self.note(notice, decision.why)
         return decision
