@@ -10,9 +10,12 @@ exceptions also count as codes: they cover failures before, or instead of, a res
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
+
+from hf_spot.suggestions import nearest
 
 HOP_LIMIT = "aws ec2 modify-instance-metadata-options --http-put-response-hop-limit 2 --instance-id ID"
 """The command that lets a container on EC2 reach the metadata service."""
@@ -61,6 +64,8 @@ def explain(code: str, status: int = 0, message: str = "", **known: str) -> Mean
             ``image``, ``role``.
     """
     filled = _Known(known)
+    if "endpoint" not in known:
+        filled["endpoint"] = host[1] if (host := _HOST.search(message)) else "the service"
     found = TABLE.get(code)
     if found is None or found.kind is Kind.PERMISSION:
         known_here = [(words, meaning) for words, meaning in _BY_WORDS if meaning is not _NO_ROOM or "bucket" in known]
@@ -75,7 +80,27 @@ def explain(code: str, status: int = 0, message: str = "", **known: str) -> Mean
             found = TABLE["AccessDenied"]
         else:
             return Meaning(Kind.OTHER, message)
-    return replace(found, means=found.means.format_map(filled), hint=found.hint.format_map(filled))
+    meant = nearest_region(known.get("region") or _region_in(filled["endpoint"])) if found is _UNREACHED else None
+    hint = f"is the region misspelled? The nearest that exists is {meant}" if meant else found.hint.format_map(filled)
+    return replace(found, means=found.means.format_map(filled), hint=hint)
+
+
+def region_of(environ: Mapping[str, str]) -> str | None:
+    """Return the region in ``AWS_REGION``, or None. AWS's command line and its other SDKs read it, but boto3 does not."""
+    return environ.get("AWS_REGION") or None
+
+
+def nearest_region(name: str) -> str | None:
+    """Return the region of AWS that a name is most likely a misspelling of; None if it is one, or is like none."""
+    if not name or name in REGIONS:
+        return None
+    return nearest(name, REGIONS)
+
+
+def _region_in(host: str) -> str:
+    """Return what stands where a host name of AWS has its region; empty if nothing does."""
+    labels = host.removesuffix(".cn").removesuffix(".amazonaws.com").split(".")
+    return labels[-1] if len(labels) > 1 and ".amazonaws.com" in host and "-" in labels[-1] else ""
 
 
 def code_of(error: BaseException | None) -> str:
@@ -102,6 +127,16 @@ def message_of(error: BaseException | None) -> str:
     return ""
 
 
+_HOST = re.compile(r"https?://([^/\s\"']+)")
+REGIONS = (
+    *("us-east-1", "us-east-2", "us-west-1", "us-west-2", "ca-central-1", "ca-west-1", "mx-central-1", "sa-east-1"),
+    *("eu-central-1", "eu-central-2", "eu-north-1", "eu-south-1", "eu-south-2", "eu-west-1", "eu-west-2", "eu-west-3"),
+    *("ap-east-1", "ap-east-2", "ap-northeast-1", "ap-northeast-2", "ap-northeast-3", "ap-south-1", "ap-south-2"),
+    *("ap-southeast-1", "ap-southeast-2", "ap-southeast-3", "ap-southeast-4", "ap-southeast-5", "ap-southeast-6"),
+    *("ap-southeast-7", "af-south-1", "il-central-1", "me-central-1", "me-south-1", "cn-north-1", "cn-northwest-1"),
+    *("us-gov-east-1", "us-gov-west-1", "eusc-de-east-1"),
+)
+"""AWS's regions when this was written, for suggestions only: a new one is not refused."""
 _LIBRARIES = ("botocore", "s3transfer", "urllib3")
 
 

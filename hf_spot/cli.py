@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import io
 import json
+import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hf_spot import __version__
 from hf_spot.arguments import SpotArguments
+from hf_spot.aws_errors import nearest_region
 from hf_spot.commands import machines, runs
-from hf_spot.commands.common import add_command, setting_help, takes_json
+from hf_spot.commands.common import add_command, setting_help, takes_json, takes_verbosity
 from hf_spot.completion import SHELLS
 from hf_spot.errors import EXIT_USAGE, ConfigError, SpotError
-from hf_spot.terminal import outlive_terminal
+from hf_spot.suggestions import hint_for_unknown, nearest
+from hf_spot.terminal import Style, outlive_terminal, paint
 
+log = logging.getLogger("hf_spot")
+
+_VERBOSITY = ("-q", "--quiet", "-v", "--verbose")
 _EXIT_CODES = """exit codes:
   0    success; launch: the run is finished
   1    verify: damage found; doctor: a check failed; demo: the two models differ
@@ -37,24 +43,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
             stream.reconfigure(errors="backslashreplace")  # a URL may hold what the terminal's encoding doesn't
+    arguments = _reordered(arguments)
+    is_launch, is_verbose = arguments[:1] == ["launch"], False
     try:
-        if arguments[:1] == ["launch"]:
+        if is_launch:
             return _launch(arguments[1:])
         args = parser().parse_args(arguments)
+        is_verbose = args.verbose
+        if args.verbose or args.quiet:
+            log.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
         command: Callable[[argparse.Namespace], int] = args.command
         return command(args)
     except SpotError as error:
+        if is_verbose:
+            traceback.print_exception(error, file=sys.stderr)
         # For launch, --json may be an argument of the script.
-        print(
-            _as_json(error) if "--json" in arguments and arguments[0] != "launch" else f"hf-spot: error: {error}",
-            file=sys.stderr,
-        )
+        told = _as_json(error) if "--json" in arguments and not is_launch else None
+        print(told or f"{paint('hf-spot: error:', Style.FAIL, sys.stderr)} {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader closed the pipe
         return 0
+
+
+def _reordered(arguments: list[str]) -> list[str]:
+    """Return the arguments with ``help COMMAND`` as ``COMMAND --help``, and ``launch`` first: it has its own parser."""
+    if arguments[:1] == ["help"] and not "".join(arguments[1:2]).startswith("-"):
+        return [*arguments[1:], "--help"]
+    before = next((count for count, word in enumerate(arguments) if word not in _VERBOSITY), len(arguments))
+    if arguments[before : before + 1] == ["launch"]:
+        return ["launch", *arguments[:before], *arguments[before + 1 :]]
+    return arguments
 
 
 def _launch(argv: Sequence[str]) -> int:
@@ -76,14 +97,31 @@ def _as_json(error: SpotError) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are `ConfigError` with a hint, instead of the whole usage text."""
+    """A parser whose errors are `ConfigError` with a hint, instead of the whole usage text. If a command must follow and none
+    does, it prints its help."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments as argparse does. Raises ConfigError for those that are not known here, or by a command below."""
+        if not args and any(isinstance(one, argparse._SubParsersAction) and one.required for one in self._actions):
+            self.print_help()
+            self.exit()
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            raise ConfigError(f"unrecognized arguments: {' '.join(unknown)}", hint=hint_for_unknown(unknown, self))
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         hint = f"{self.prog} --help"
-        if wrong := re.search(r"invalid choice: '([^']*)'", message):
-            known = [str(name) for action in self._actions for name in action.choices or ()]
-            if near := difflib.get_close_matches(wrong[1], known, 1):
-                hint = f"{self.prog} {near[0]}"
+        if wrong := re.search(r"^argument ([^:]*): invalid choice: '([^']*)'", message):
+            option = wrong[1].split("/")[-1] if wrong[1].startswith("-") else ""
+            known = [
+                str(name)
+                for action in self._actions
+                for name in action.choices or ()
+                if not option or option in action.option_strings
+            ]
+            if (near := nearest(wrong[2], known)) is not None:
+                hint = " ".join(word for word in (self.prog, option, near) if word)
         raise ConfigError(message, hint=hint)
 
 
@@ -96,13 +134,17 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    top.set_defaults(quiet=False, verbose=False)
     top.add_argument("--version", action="version", version=f"hf-spot {__version__}")
+    takes_verbosity(top)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
+    helping = commands.add_parser("help", help="show the help of a command", allow_abbrev=False)
+    helping.add_argument("words", metavar="COMMAND", nargs="*", help="such as: checkpoints pull")
     commands.add_parser("launch", help="accelerate launch, made preemptible (hf-spot launch --help)", add_help=False)
 
     demo = add_command(
-        commands, "demo", _demo, "show an interrupted training and its uninterrupted twin on this machine, in about a minute"
+        commands, "demo", _demo, "show an interrupted training and its uninterrupted twin on this machine, in a minute or two"
     )
     demo.add_argument("--store", metavar="URL", help="use this run URL (default: a directory that is deleted afterwards)")
     demo.add_argument("--plot", metavar="FILE", type=Path, help="write the loss curve to this file (PNG)")
@@ -202,7 +244,10 @@ def _watch(args: argparse.Namespace) -> int:
 def _recipe(args: argparse.Namespace) -> int:
     from hf_spot.recipes import render
 
-    values = {name: value for name, value in vars(args).items() if name not in ("command", "recipe")}
+    known = ("command", "recipe", "quiet", "verbose")
+    values = {name: value for name, value in vars(args).items() if name not in known}
+    if (meant := nearest_region(values.get("region", ""))) is not None and not args.quiet:
+        print(f"hf-spot: is --region {args.region} misspelled? The nearest known region is {meant}", file=sys.stderr)
     print(getattr(render, args.recipe)(**values), end="")
     return 0
 

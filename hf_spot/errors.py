@@ -37,6 +37,22 @@ def without_passwords(text: str) -> str:
     return _USERINFO.sub("//…@", text)
 
 
+def without_pages(text: str) -> str:
+    """Return a text in which each HTML page, as proxies send them, is replaced by its title or first words."""
+    return _PAGE.sub(lambda page: _words_of(page[0]), text)
+
+
+def _words_of(page: str) -> str:
+    title = _TITLE.search(page)
+    words = " ".join(_TAG.sub(" ", title[1] if title else _UNSHOWN.sub(" ", page)).replace("\\n", " ").split())
+    return f"a web page: {words[:_PAGE_LENGTH]}" if words else "a web page"
+
+
+_PAGE = re.compile(r"<(?:!doctype\s+html|html|head|body)\b.*?(?:</html\s*>|\Z)", re.IGNORECASE | re.DOTALL)
+_TITLE = re.compile(r"<title[^>]*>(.*?)</title", re.IGNORECASE | re.DOTALL)
+_UNSHOWN = re.compile(r"<(script|style)\b.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
+_TAG = re.compile(r"<[^>]*>")
+_PAGE_LENGTH = 120
 _USERINFO = re.compile(r"//[^/\s@'\"]*@(?:[^/\s@'\"]*@)*")
 
 
@@ -51,7 +67,7 @@ class SpotError(Exception):
     exit_code = EXIT_USAGE
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(without_passwords(message))
+        super().__init__(without_passwords(without_pages(message)))
         self.hint = without_passwords(hint)
 
     def __str__(self) -> str:

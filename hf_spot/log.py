@@ -4,9 +4,9 @@ As in transformers, the handler and the level are set by the import, and the roo
 
 - If a handler of the script accepts a line, that handler shows it, in the script's format. It may be at the logger ``hf_spot``
   or at the root, where `logging.basicConfig` puts it, before or after this import. Otherwise the line goes to standard error.
-- The level is the one set by ``transformers.utils.logging``, else by ``TRANSFORMERS_VERBOSITY`` or ``ACCELERATE_LOG_LEVEL``,
-  else INFO. Ranks other than 0 show only warnings and errors. A level set at the logger ``hf_spot`` itself overrides all of
-  these.
+- The level is the one in ``HF_SPOT_LOG_LEVEL``, else the one set by ``transformers.utils.logging``, else by
+  ``TRANSFORMERS_VERBOSITY`` or ``ACCELERATE_LOG_LEVEL``, else INFO. Ranks other than 0 show only warnings and errors. A level
+  set at the logger ``hf_spot`` itself overrides all of these.
 - `alert` and `log_always` show lines that must not be missed at every level.
 """
 
@@ -18,10 +18,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hf_spot.terminal import Style, paint
+
 log = logging.getLogger("hf_spot")
 
 _EVERYTHING = 1  # the logger's level until a user sets one: meanwhile `_is_wanted` decides
 _HANDLER_NAME = "hf_spot"
+_ALERT = ">>> "
+LEVEL_VARIABLE = "HF_SPOT_LOG_LEVEL"
 _TRANSFORMERS_LEVELS = {
     "detail": logging.DEBUG,
     "debug": logging.DEBUG,
@@ -35,7 +39,7 @@ _RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_R
 
 def alert(text: str) -> None:
     """Log a warning that stands out, at every level."""
-    log_always(logging.WARNING, "%s", f">>> {text} <<<")
+    log_always(logging.WARNING, "%s", f"{_ALERT}{text} <<<")
 
 
 def log_always(level: int, message: str, *args: object, exc_info: bool = False) -> None:
@@ -76,9 +80,12 @@ def shown_level(transformers_level: int, environ: Mapping[str, str], *, is_first
         environ: the environment.
         is_first_rank: whether this is rank 0, which logs for all ranks.
     """
+    of_hf_spot = _TRANSFORMERS_LEVELS.get(environ.get(LEVEL_VARIABLE, "").lower())
     named = _TRANSFORMERS_LEVELS.get(environ.get("TRANSFORMERS_VERBOSITY", ""))
     of_accelerate = logging.getLevelName(environ.get("ACCELERATE_LOG_LEVEL", "").upper())
-    if transformers_level not in (logging.NOTSET, logging.WARNING):
+    if of_hf_spot is not None:
+        level = of_hf_spot
+    elif transformers_level not in (logging.NOTSET, logging.WARNING):
         level = transformers_level
     elif named is not None:
         level = transformers_level or named
@@ -108,7 +115,7 @@ class AboveBars(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, as `logging.Handler.emit` does."""
         try:
-            text = self.format(record)
+            text = _in_colour(self.format(record), record)
             if sys.stderr.isatty():
                 text = f"\r\033[K{text}"  # the bar may belong to another process
             if _bars():
@@ -130,6 +137,13 @@ class _WhereNobodyElseDoes(AboveBars):
             for bar in _bars():
                 if bar.fp in (sys.stdout, sys.stderr):
                     bar.clear()  # it is drawn again with its next step
+
+
+def _in_colour(text: str, record: logging.LogRecord) -> str:
+    if record.levelno < logging.WARNING:
+        return text
+    is_alert = record.getMessage().startswith(_ALERT)
+    return paint(text, Style.ALERT if is_alert else Style.FAIL if record.levelno >= logging.ERROR else Style.WARN, sys.stderr)
 
 
 def _others() -> Iterator[logging.Handler]:

@@ -1,4 +1,4 @@
-"""Output to a terminal that may go away: an ssh connection is lost, tmux is killed, a window is closed."""
+"""Output to a terminal: colours, and what to do once it is gone (a lost ssh connection, a killed tmux, a closed window)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,44 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Mapping
+from enum import Enum
 from typing import TextIO
+
+
+class Style(Enum):
+    """How a text looks in a terminal; the values are the parameters of ANSI's sequence "select graphic rendition"."""
+
+    HEADING = "1"
+    OK = "32"
+    WARN = "33"
+    FAIL = "31"
+    ALERT = "1;33"
+    FAINT = "2"
+
+
+def paint(text: str, style: Style, stream: TextIO, environ: Mapping[str, str] = os.environ) -> str:
+    """Return a text with its colour, or as it is where the stream shows none.
+
+    Args:
+        text: to print.
+        style: how it should look.
+        stream: where it will be printed.
+        environ: the environment: ``NO_COLOR`` and ``FORCE_COLOR`` decide, and otherwise whether the stream is a terminal.
+    """
+    return f"\033[{style.value}m{text}\033[0m" if shows_colours(stream, environ) else text
+
+
+def shows_colours(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether colours should be printed to a stream."""
+    if environ.get("NO_COLOR"):
+        return False
+    if environ.get("FORCE_COLOR", "0") != "0":
+        return True
+    try:
+        return environ.get("TERM") != "dumb" and stream.isatty()
+    except ValueError:  # closed
+        return False
 
 
 def outlive_terminal() -> None:

@@ -120,3 +120,21 @@ def test_no_answer_has_a_code_too() -> None:
     assert code_of(aws.EndpointConnectionError(endpoint_url="x")) == "ConnectionError"
     assert code_of(aws.SSLError(endpoint_url="x", error="y")) == "SSLError"
     assert code_of(AccessDenied("of ours")) == code_of(ValueError("x")) == code_of(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("message", "known", "hint"),
+    [
+        ('Could not connect to the endpoint URL: "https://ec2.us-esat-1.amazonaws.com/"', {}, "us-east-1"),
+        ('Could not connect to the endpoint URL: "https://b.s3.eu-wset-3.amazonaws.com/k"', {}, "eu-west-3"),
+        (
+            'Could not connect to the endpoint URL: "https://ec2.us-east-1.amazonaws.com/"',
+            {},
+            "can reach ec2.us-east-1.amazonaws.com",
+        ),
+        ("no answer", {"region": "us-esat-1"}, "us-east-1"),
+        ("no answer", {}, "can reach the service"),
+    ],
+)
+def test_who_does_not_answer_is_named(message: str, known: dict[str, str], hint: str) -> None:
+    assert hint in explain("ConnectionError", message=message, **known).hint

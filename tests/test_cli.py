@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hf_spot.cli import main, parser
+from hf_spot.errors import SpotError
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.run import Run
 
@@ -50,7 +51,9 @@ def test_ls_and_prune(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, gone = call(capsys, "checkpoints", "prune", url, "--save-total-limit", "1")
     assert (code, [ref["step"] for ref in gone]) == (0, [5, 10])
     assert main(["checkpoints", "ls", url]) == 0
-    assert capsys.readouterr().out.startswith("checkpoint-15 ")
+    header, line = capsys.readouterr().out.splitlines()
+    assert header.split() == ["checkpoint", "committed", "(UTC)", "reason", "launch", "size"]
+    assert re.match(r"checkpoint-15 +20\d\d-\d\d-\d\d \d\d:\d\d:\d\d +schedule +1 ", line)
 
 
 def test_verify_a_run(url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +125,12 @@ WRONG_USES = [
     (["checkpoints", "pull"], "RUN", "hf-spot checkpoints pull --help"),
     (["prices"], "TYPE", "hf-spot prices --help"),
     (["report", "x", "--plt", "y"], "--plt", "--help"),
+    (["report", "x", "--plt", "y"], "--plt", "did you mean --plot? All options: hf-spot report --help"),
+    (["report", "x", "--Plot=y", "--nothing-like-it"], "--nothing-like-it", "did you mean --plot?"),
+    (["checkpoints", "pull", "x", "--to", "y"], "--to", "hf-spot checkpoints pull --help"),
+    (["provision", "job.yaml", "--api", "flet"], "flet", "hf-spot provision --api fleet"),
+    (["provision"], "JOB", "hf-spot provision --example > job.yaml"),
+    (["help", "chekpoints"], "chekpoints", "hf-spot checkpoints"),
     (["checkpoints", "pull", "x", "--step", "three"], "three", "hf-spot checkpoints pull --help"),
     (["sky", "job.yaml", "--logs", "--json"], "--logs", "hf-spot sky job.yaml --logs"),
 ]
@@ -168,3 +177,81 @@ def test_every_command_that_answers_can_answer_in_json() -> None:
 def test_report(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, report = call(capsys, "report", url)
     assert (code, report["committed_step"], report["finished"]) == (0, 15, False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        ([], "usage: hf-spot "),
+        (["help"], "usage: hf-spot "),
+        (["checkpoints"], "usage: hf-spot checkpoints "),
+        (["help", "checkpoints", "pull"], "usage: hf-spot checkpoints pull "),
+        (["recipe"], "usage: hf-spot recipe "),
+    ],
+)
+def test_help_is_shown_where_a_command_is_missing(capsys: pytest.CaptureFixture[str], argv: list[str], shown: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    out, err = capsys.readouterr()
+    assert (ended.value.code, err) == (0, "")
+    assert out.startswith(shown)
+
+
+def test_the_best_checkpoint_can_be_pulled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tmp_path / "run")
+    run.claim()
+    for step, best in ((5, 5), (10, 5)):
+        request = CommitRequest(step=step, best_step=best)
+        run.commit(request, run.upload(make_checkpoint(tmp_path / f"checkpoint-{step}"), request))
+    url = str(tmp_path / "run")
+    code, told = call(capsys, "checkpoints", "pull", url, str(tmp_path / "here"), "--step", "best")
+    assert (code, told["folder"]) == (0, str(tmp_path / "here" / "checkpoint-5"))
+    assert [*call(capsys, "checkpoints", "verify", url, "--step", "best")[1]] == ["e0001/checkpoint-5"]
+    assert [(ref["step"], ref["reason"]) for ref in call(capsys, "checkpoints", "ls", url)[1]] == [
+        (5, "schedule"),
+        (10, "schedule"),
+    ]
+
+
+def test_a_run_without_a_best_checkpoint_says_so(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoints", "pull", url, str(tmp_path), "--step", "best"]) == 2
+    assert "has no best checkpoint" in capsys.readouterr().err
+
+
+def test_verbose_shows_where_an_error_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["-v", "report", "/no/such/place/run"], ["report", "-v", "/no/such/place/run"]):
+        assert main(argv) == 2
+        assert "Traceback" in capsys.readouterr().err
+    assert main(["report", "/no/such/place/run"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_colours_are_for_terminals(url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["checkpoints", "verify", url]) == 0
+    assert "\033" not in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["checkpoints", "verify", url]) == 0
+    assert "\033[32mwhole\033[0m" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main(["checkpoints", "verify", url]) == 0
+    assert "\033" not in capsys.readouterr().out
+
+
+PAGE = "<!DOCTYPE html><html><head><title>502 Bad Gateway</title></head><body><center>nginx</center></body></html>"
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [
+        (f"can't read x: {PAGE}", "can't read x: a web page: 502 Bad Gateway"),
+        (
+            "no XML: b'<html>\\n<body><p>Blocked by\\n  policy</p></body></html>' (again)",
+            "no XML: b'a web page: Blocked by policy' (again)",
+        ),
+        ("a < b, and <key> is a placeholder", "a < b, and <key> is a placeholder"),
+    ],
+)
+def test_no_error_shows_a_web_page(sent: str, shown: str) -> None:
+    assert SpotError(sent).args[0] == shown

@@ -7,6 +7,7 @@ import difflib
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import boto3
 from botocore import exceptions as aws
 from botocore.config import Config
 
-from hf_spot.aws_errors import code_of, message_of
+from hf_spot.aws_errors import code_of, message_of, region_of
 from hf_spot.cloud.ec2_errors import LATER, explain
 from hf_spot.cloud.job import ON_DEMAND, SPOT
 from hf_spot.cloud.ladder import Price
@@ -93,7 +94,7 @@ class Cloud:
 
     def __init__(self, session: Any = None) -> None:
         with _explained("", "AWS", ""):
-            self._session: Any = session or boto3.Session()
+            self._session: Any = session or boto3.Session(region_name=region_of(os.environ))
         self._clients: dict[tuple[str, str | None], Any] = {}
         self._on_demand: dict[tuple[str, str], Price | None] = {}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_spot import yaml_file
+from hf_spot.aws_errors import nearest_region
 from hf_spot.yaml_file import Invalid, check_keys, dotted
 
 SPOT, ON_DEMAND = "spot", "on-demand"
@@ -104,9 +105,9 @@ def _positive(value: Any, path: tuple[Any, ...], unit: str, *, hint: str = "") -
 def _region(value: Any, path: tuple[Any, ...]) -> None:
     if not isinstance(value, str) or not _REGION.fullmatch(value):
         zone = isinstance(value, str) and _REGION.fullmatch(value[:-1])
-        raise Invalid(
-            path, f"{value!r} is not a region", hint=f"{value[:-1]}, without the zone" if zone else "such as us-east-1"
-        )
+        meant = nearest_region(value) if isinstance(value, str) else None
+        near = f"did you mean {meant}?" if meant else "such as us-east-1"
+        raise Invalid(path, f"{value!r} is not a region", hint=f"{value[:-1]}, without the zone" if zone else near)
 
 
 def _moment(value: Any, path: tuple[Any, ...]) -> datetime:

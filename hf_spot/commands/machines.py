@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from hf_spot.commands.common import add_command, open_run, print_json, setting_help, takes_job, takes_json, takes_run
 from hf_spot.errors import ConfigError
+from hf_spot.terminal import Style, paint
+
+_STYLES = {"ok": Style.OK, "warn": Style.WARN, "fail": Style.FAIL}
 
 if TYPE_CHECKING:
     from hf_spot.cloud.ec2 import Cloud
@@ -24,7 +27,8 @@ def add_to(commands: Any) -> None:
     provision = add_command(
         commands, "provision", _provision, "start a machine on EC2 that trains a job, by a ladder of fallbacks"
     )
-    takes_job(provision)
+    takes_job(provision, optional=True)
+    provision.add_argument("--example", action="store_true", help="print a job file with every key, and what each means (YAML)")
     provision.add_argument(
         "--dry-run", action="store_true", help="check everything and show what would be tried, without starting anything"
     )
@@ -98,6 +102,13 @@ def _cloud() -> Cloud:
 
 
 def _provision(args: argparse.Namespace) -> int:
+    if args.example:
+        from hf_spot.cloud.example import example
+
+        print(json.dumps({"yaml": example()}) if args.json else example(), end="\n" if args.json else "")
+        return 0
+    if args.job is None:
+        raise ConfigError("the following arguments are required: JOB", hint="hf-spot provision --example > job.yaml")
     from hf_spot.cloud.job import load
     from hf_spot.cloud.plans import render_plan
     from hf_spot.cloud.provision import FLEET, Provisioner
@@ -231,7 +242,7 @@ def _doctor(args: argparse.Namespace) -> int:
     for found in examine(os.environ, store=args.store, job=job, checkpoint_gb=args.checkpoint_gb, grace_s=args.grace_s):
         findings.append(found)
         if not args.json:
-            print(found, flush=True)
+            print(str(found).replace(found.level, paint(found.level, _STYLES[found.level], sys.stdout), 1), flush=True)
     if args.json:
         print_json([dataclasses.asdict(found) for found in findings])
     return 1 if any(found.level == FAIL for found in findings) else 0

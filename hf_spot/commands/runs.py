@@ -5,11 +5,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from datetime import timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_spot.commands.common import add_command, megabytes, open_run, print_json, takes_json, takes_run, takes_unfenced
+from hf_spot.commands.common import (
+    BEST,
+    add_command,
+    find_checkpoint,
+    megabytes,
+    open_run,
+    print_json,
+    print_table,
+    progress_bar,
+    takes_json,
+    takes_run,
+    takes_step,
+    takes_unfenced,
+)
 from hf_spot.errors import ConfigError, CorruptCheckpoint
+from hf_spot.terminal import Style, paint
 
 if TYPE_CHECKING:
     from hf_spot.economics.report import Report
@@ -27,14 +42,14 @@ def add_to(commands: Any) -> None:
     takes_json(ls)
     verify = add_command(actions, "verify", _verify, "read every file back and compare it with the journal")
     verify.add_argument("run", metavar="RUN|FOLDER", help="URL of a run, or a local checkpoint folder")
-    verify.add_argument("--step", type=int, help="verify only this checkpoint")
+    takes_step(verify, "verify only this checkpoint")
     takes_json(verify)
     pull = add_command(actions, "pull", _pull, "download a checkpoint and verify it")
     takes_run(pull)
     pull.add_argument(
         "into", metavar="INTO", type=Path, nargs="?", default=Path(), help="parent folder of checkpoint-STEP (default: here)"
     )
-    pull.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    takes_step(pull, "step of the checkpoint (default: the newest)")
     takes_json(pull)
     push = add_command(
         actions, "push", _push, "upload and commit a local checkpoint folder, or publish a checkpoint as a model on the Hub"
@@ -71,7 +86,12 @@ def add_to(commands: Any) -> None:
     simulate.add_argument("--preset", metavar="NAME", help="a plan that is part of hf_spot: blog")
     simulate.add_argument("--replay", metavar="RUN", help="compare a run with a simulation of its machines")
     simulate.add_argument(
-        "--trace", metavar="FILE", type=Path, action="append", help="capacity trace of a zone; repeatable (default: a model)"
+        "--trace",
+        metavar="FILE",
+        type=Path,
+        action="extend",
+        nargs="+",
+        help="capacity traces, one of each zone; repeatable (default: a model)",
     )
     simulate.add_argument(
         "--nodes", type=int, default=1, metavar="N", help="machines of a trace that the training needs (default: 1)"
@@ -85,50 +105,56 @@ def add_to(commands: Any) -> None:
 
 
 def _ls(args: argparse.Namespace) -> int:
-    refs = open_run(args.run).state().checkpoints
+    run = open_run(args.run)
+    checkpoints = run.checkpoints()
     if args.json:
-        print_json([dataclasses.asdict(ref) for ref in refs])
+        told = [{**dataclasses.asdict(one.ref), "time": one.time.isoformat(), "reason": one.reason} for one in checkpoints]
+        print_json(told)
         return 0
-    if not refs:
+    if not checkpoints:
         print(f"{args.run} has no checkpoints")
-    for ref in refs:
+        return 0
+    several = any(one.ref.training != 1 for one in checkpoints)
+    rows = [["checkpoint", *(["training"] if several else []), "committed (UTC)", "reason", "launch", "size", ""]]
+    for one in checkpoints:
+        ref = one.ref
         marks = " ".join(word for word, holds in (("best", ref.best), ("complete", ref.complete)) if holds)
-        training = "" if ref.training == 1 else f" training {ref.training}"
-        print(f"checkpoint-{ref.step:<8}{training} {megabytes(ref.size_bytes):>14}  launch {ref.launch:<4} {marks}".rstrip())
+        when = f"{one.time.astimezone(timezone.utc):%Y-%m-%d %H:%M:%S}"
+        training = [str(ref.training)] if several else []
+        rows.append([one.name, *training, when, one.reason, str(ref.launch), megabytes(ref.size_bytes), marks])
+    print_table(rows, right=("training", "launch", "size"))
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
     from hf_spot.run.folder_check import is_checkpoint_folder, problems_in
-    from hf_spot.run.progress import Bar
 
     if is_checkpoint_folder(Path(args.run)):
         found = {args.run: problems_in(Path(args.run))}
     else:
         run = open_run(args.run)
-        run.find(args.step)
-        chosen = [ref for ref in run.journal.state.checkpoints if args.step in (None, ref.step)]
+        step = find_checkpoint(run, args.step).step if args.step == BEST else args.step
+        run.find(step)
+        chosen = [ref for ref in run.journal.state.checkpoints if step in (None, ref.step)]
         names = {ref.entry: ref.prefix for ref in run.journal.state.checkpoints}
-        with Bar("verify", sum(ref.size_bytes for ref in chosen)) as bar:
-            found = {names[entry]: problems for entry, problems in run.verify(args.step, progress=bar).items()}
+        with progress_bar(args, "verify", sum(ref.size_bytes for ref in chosen)) as bar:
+            found = {names[entry]: problems for entry, problems in run.verify(step, progress=bar).items()}
     if args.json:
         print_json(found)
     else:
         for name, problems in found.items():
-            print(f"{name}: {'whole' if not problems else ''}")
+            print(f"{name}: {paint('whole', Style.OK, sys.stdout) if not problems else ''}")
             for problem in problems:
-                print(f"  {problem}")
+                print(f"  {paint(problem, Style.FAIL, sys.stdout)}")
         if not found:
             print(f"{args.run}: pruned while it was read")
     return 1 if any(found.values()) else 0
 
 
 def _pull(args: argparse.Namespace) -> int:
-    from hf_spot.run.progress import Bar
-
     run = open_run(args.run)
-    checkpoint = run.find(args.step)
-    with Bar("pull", checkpoint.ref.size_bytes) as bar:
+    checkpoint = find_checkpoint(run, args.step)
+    with progress_bar(args, "pull", checkpoint.ref.size_bytes) as bar:
         folder = run.fetch(checkpoint, args.into, progress=bar)
     if args.json:
         print_json({"folder": str(folder)})
@@ -138,8 +164,6 @@ def _pull(args: argparse.Namespace) -> int:
 
 
 def _push(args: argparse.Namespace) -> int:
-    from hf_spot.run.progress import Bar
-
     if args.what.startswith("hf://"):
         return _publish(args)
     if args.private or args.all:
@@ -149,7 +173,7 @@ def _push(args: argparse.Namespace) -> int:
         )
     folder = Path(args.what)
     run = open_run(args.run, allow_unfenced_store=args.allow_unfenced_store)
-    with Bar("push", sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())) as bar:
+    with progress_bar(args, "push", sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())) as bar:
         checkpoint = run.push(folder, args.step, progress=bar)
     if args.json:
         print_json(dataclasses.asdict(checkpoint.ref))
@@ -161,7 +185,6 @@ def _push(args: argparse.Namespace) -> int:
 def _publish(args: argparse.Namespace) -> int:
     from hf_spot.economics.report import summarise
     from hf_spot.economics.table import story
-    from hf_spot.run.progress import Bar
 
     run = open_run(args.run)
     open_run(args.what)  # raises when the client for this URL is missing here
@@ -174,7 +197,7 @@ def _publish(args: argparse.Namespace) -> int:
         private=args.private,
         everything=args.all,
         story=story(summarise(run.events())),
-        progress=lambda size_bytes: Bar("push", size_bytes),
+        progress=lambda size_bytes: progress_bar(args, "push", size_bytes),
     )
     if args.json:
         print_json(dataclasses.asdict(done))

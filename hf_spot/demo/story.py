@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -30,6 +31,9 @@ _NOTICE_STEPS = (30, 90)  # launches 1 and 2 get their notice at these steps
 _KILL_STEP = 150  # launch 3 is killed half-way between two of its saves after this step
 _SAVE_STEPS = 20
 _GIVE_UP_S = 300.0
+_TICK_S = 0.02
+_SHOW_EVERY_S = 0.2
+_HOW_LONG = "four launches, each of which imports torch: about a minute and a half on two idle cores, longer on busy ones"
 
 Say = Callable[[str], None]
 
@@ -110,10 +114,13 @@ class _Story:
         self.twin_losses: dict[int, dict[str, float]] = {}
         self.marks: list[Interruption] = []
         self.notice_to_commit_s: list[float] = []
+        self.began = time.monotonic()
+        self.progress = _Progress()
 
     def play(self) -> Outcome:
         twin_command = [sys.executable, train.__file__, *self._arguments("twin")]
         with _process(twin_command, self.folder / "twin.log", _environ({})) as twin:
+            self.say(_HOW_LONG)
             self.say(f"run:  {self.run.url}")
             self.say("twin: the same script runs in parallel under plain python, without interruptions")
             for number, step in enumerate(_NOTICE_STEPS, start=1):
@@ -121,7 +128,8 @@ class _Story:
             killed = len(_NOTICE_STEPS) + 1
             self._launch_and_kill(killed)
             self._launch_to_the_end(killed + 1)
-            _expect(_wait(twin), EXIT_FINISHED, "the twin", self.folder / "twin.log")
+            _expect(self._wait(twin), EXIT_FINISHED, "the twin", self.folder / "twin.log")
+        self.say(f"both are trained, after {time.monotonic() - self.began:.0f} s")
         return self.compare()
 
     def compare(self) -> Outcome:
@@ -157,7 +165,7 @@ class _Story:
             announced = datetime.now(timezone.utc)
             imds.interrupt(in_s=120)
             self.say(f"launch {number}: step {reached}: the metadata service announces the end of the machine in 120 s")
-            _expect(_wait(process), EXIT_PREEMPTED, f"launch {number}", self._log(number))
+            _expect(self._end_of(number, process), EXIT_PREEMPTED, f"launch {number}", self._log(number))
         entries = [one for one in self.run.events() if one.launch == number and one.kind == "commit"]
         took_s = round((entries[-1].time - announced).total_seconds(), 2)
         committed = self._committed_step()
@@ -177,7 +185,7 @@ class _Story:
 
     def _launch_to_the_end(self, number: int) -> None:
         with self._launch(number) as (process, _):
-            _expect(_wait(process), EXIT_FINISHED, f"launch {number}", self._log(number))
+            _expect(self._end_of(number, process), EXIT_FINISHED, f"launch {number}", self._log(number))
         self.losses.append(_read(self.folder / f"launch-{number}.jsonl"))
         self.say(f"launch {number}: finished at step {self._committed_step()}")
 
@@ -193,6 +201,29 @@ class _Story:
                 yield process, imds
 
     # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def _end_of(self, number: int, process: psutil.Popen) -> int:
+        """Wait for the end of a launch, and return its exit code; -1 if it takes too long."""
+        return self._wait(process, f"launch {number}")
+
+    def _wait(self, process: psutil.Popen, name: str = "") -> int:
+        give_up_at = time.monotonic() + _GIVE_UP_S
+        while (code := process.poll()) is None and time.monotonic() < give_up_at:
+            self._show(name)
+            time.sleep(_TICK_S)
+        self.progress.clear()
+        return -1 if code is None else int(code)
+
+    def _show(self, name: str) -> None:
+        def text() -> str:
+            steps = {one: self._step_of(one.replace(" ", "-")) for one in (name, "twin") if one}
+            told = ", ".join(f"{one}: {f'step {step}' if step else 'starting'}" for one, step in steps.items())
+            return f"{time.monotonic() - self.began:4.0f} s  {told}"
+
+        self.progress.show(text)
+
+    def _step_of(self, name: str) -> int:
+        return max(_read(self.folder / f"{name}.jsonl"), default=0)
 
     def _log(self, number: int) -> Path:
         return self.folder / f"launch-{number}.log"
@@ -211,15 +242,39 @@ class _Story:
     def _wait_for(self, number: int, process: psutil.Popen, reached: Callable[[int], bool]) -> int:
         give_up_at = time.monotonic() + _GIVE_UP_S
         while time.monotonic() < give_up_at:
-            step = max(_read(self.folder / f"launch-{number}.jsonl"), default=0)
+            step = self._step_of(f"launch-{number}")
             if reached(step):
+                self.progress.clear()
                 return step
             if process.poll() is not None:
                 break
-            time.sleep(0.02)
+            self._show(f"launch {number}")
+            time.sleep(_TICK_S)
+        self.progress.clear()
         raise SpotError(
             f"launch {number} did not get as far as expected:\n{_tail(self._log(number))}", hint="hf-spot demo --keep DIR"
         )
+
+
+class _Progress:
+    """One line at the bottom of a terminal, which is written again and again. Elsewhere it shows nothing."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._is_shown = self._stream.isatty()
+        self._next_at = 0.0
+
+    def show(self, text: Callable[[], str]) -> None:
+        """Show a text, a few times a second at most."""
+        now = time.monotonic()
+        if self._is_shown and now >= self._next_at:
+            self._next_at = now + _SHOW_EVERY_S
+            print(f"\r\033[K{text()}", end="", file=self._stream, flush=True)
+
+    def clear(self) -> None:
+        """Clear the line, before another one is printed."""
+        if self._is_shown:
+            print("\r\033[K", end="", file=self._stream, flush=True)
 
 
 def _print(outcome: Outcome) -> None:
@@ -294,13 +349,6 @@ def _kill_tree(process: psutil.Popen) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
     process.wait()
-
-
-def _wait(process: psutil.Popen) -> int:
-    try:
-        return int(process.wait(_GIVE_UP_S))
-    except psutil.TimeoutExpired:
-        return -1
 
 
 def _expect(code: int, wanted: int, who: str, log: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -77,10 +77,23 @@ def _images(cloud: Cloud, job: Job, regions: Sequence[str]) -> tuple[dict[str, s
 
     answers = dict(zip(regions, cloud.each(regions, ask), strict=True))
     images = {region: found for region, found in answers.items() if isinstance(found, str)}
-    findings = [_failed("image", found) for found in answers.values() if isinstance(found, SpotError)]
+    findings = [*_grouped("image", {region: found for region, found in answers.items() if isinstance(found, SpotError)})]
     if images:
         findings.insert(0, Finding(OK, "image", f"available in {', '.join(images)}"))
     return images, findings
+
+
+def _grouped(check: str, errors: Mapping[str, SpotError]) -> Iterator[Finding]:
+    """Yield one finding for all regions in which the same failed; the hint is for the first of them."""
+    groups: dict[str, dict[str, SpotError]] = {}
+    for region, error in errors.items():
+        groups.setdefault(str(error.args[0]).replace(region, "REGION"), {})[region] = error
+    for alike in groups.values():
+        first, error = next(iter(alike.items()))
+        text = str(error.args[0])
+        others = [region for region in alike if region != first]
+        more = f" (the same in {len(others)} more: {', '.join(others)})" if others else ""
+        yield Finding(FAIL, check, f"{text}{more}", error.hint)
 
 
 def _start(cloud: Cloud, job: Job, image: str) -> Iterator[Finding]:

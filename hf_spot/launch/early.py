@@ -38,9 +38,22 @@ def option(argv: Sequence[str], name: str) -> str | None:
     return None
 
 
+def has_flag(argv: Sequence[str], name: str) -> bool:
+    """Return whether a flag of hf-spot is given, as far as that can be determined before the command line is parsed.
+
+    Args:
+        argv: the arguments after ``hf-spot launch``.
+        name: of the flag, with its hyphens.
+    """
+    return option([*argv, ""], name) is not None
+
+
 def likely_signals(argv: Sequence[str]) -> list[signal.Signals]:
     """Return the signals that will mean preemption, as far as the command line shows it. Invalid names are left out."""
-    names = [*_BY_DEFAULT, *(name.strip().upper() for name in (option(argv, "--signals") or "").split(","))]
+    names = [
+        *_BY_DEFAULT,
+        *(name.strip().upper() for name in (option(argv, "--signals") or os.environ.get("HF_SPOT_SIGNALS", "")).split(",")),
+    ]
     usable = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}
     return [signal.Signals[name] for name in dict.fromkeys(names) if signal.Signals.__members__.get(name) in usable]
 

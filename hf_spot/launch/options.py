@@ -14,6 +14,8 @@ import importlib.util
 import logging
 import os
 import re
+import shlex
+import shutil
 import socket
 import sys
 import typing
@@ -30,9 +32,13 @@ import accelerate.commands.utils
 import accelerate.utils.launch  # noqa: F401
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError
+from hf_spot.errors import EXIT_FINISHED, ConfigError
 from hf_spot.launch.command import Command, Machines, refusal
+from hf_spot.launch.early import has_flag
+from hf_spot.launch.settings import render, settings, unknown_variables
+from hf_spot.log import LEVEL_VARIABLE
 from hf_spot.runtime import STORE_VARIABLE
+from hf_spot.suggestions import hint_for_unknown
 from hf_spot.training.upstream import LAUNCH_ENVIRONMENT, LAUNCH_PARSER, OPTIONS_PARSER, VALIDATE_LAUNCH, check
 from hf_spot.training.upstream_name import Scope
 
@@ -43,6 +49,8 @@ _NAMES = {"keep_checkpoints": "save_total_limit", "start_from": "from"}  # optio
 _BOOTSTRAP = "hf_spot.training.bootstrap"
 _GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
 _LOOPBACK = re.compile(r"localhost$|127\.|::1$")  # then all "machines" are on this one
+_ELF = b"\x7fELF"
+_LONGEST_LINE_BYTES = 4096
 _EXAMPLE = "hf-spot launch --store s3://bucket/runs/my-run train.py"
 _MAX_RESTARTS_HELP = (
     "Launches in a row that may crash without committing anything before hf-spot gives up; preemptions don't count, and 0 "
@@ -57,11 +65,12 @@ def parser() -> argparse.ArgumentParser:
     made.prog = "hf-spot launch"
     made.description = (
         "Run a training script as `accelerate launch` does, detect preemption notices, and resume from the newest committed "
-        "checkpoint. All options of `accelerate launch` are accepted."
+        "checkpoint. All options of `accelerate launch` are accepted. A command such as `trl sft …`, `torchrun … train.py` or "
+        "`bash train.sh` is run as it is, without options of accelerate."
     )
     # accelerate's own formatter hides every group that it does not know.
     made.formatter_class = argparse.HelpFormatter
-    made.usage = "hf-spot launch --store URL [options of hf-spot and of accelerate launch] SCRIPT [its own arguments]"
+    made.usage = "hf-spot launch --store URL [options of hf-spot and of accelerate launch] SCRIPT|COMMAND [its own arguments]"
     _add_options(made.add_argument_group("hf-spot"))
     made._action_groups.insert(0, made._action_groups.pop())
     for action in made._actions:
@@ -91,7 +100,13 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
     Raises:
         ConfigError: something is missing, can't be used, or is not supported.
     """
-    args = parser().parse_args(list(argv))
+    made = parser()
+    found = settings(argv, environ, made)
+    given, argv = argv, [*(word for one in found.values() for word in one.words), *argv]  # the last one of an option counts
+    if has_flag(given, "--print-config"):
+        print(render(given, found, made, made.parse_args([*argv, "train.py"])), end="")  # a script need not be named
+        raise SystemExit(EXIT_FINISHED)
+    args = made.parse_args(list(argv))
     arguments = SpotArguments(**{f.name: getattr(args, f.name) for f in dataclasses.fields(SpotArguments)})
     store = args.store or environ.get(STORE_VARIABLE)
     if not store:
@@ -100,12 +115,25 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         raise ConfigError(f"--max-restarts {args.max_restarts} must not be negative", hint="0 never restarts")
     if args.no_python:
         raise ConfigError("--no_python: hf-spot can only make Python scripts preemptible", hint=_EXAMPLE)
-    if args.module:
-        _check_module(args.training_script)
-    else:
-        _check_script(Path(args.training_script))
     script = [*(["--module"] if args.module else []), args.training_script, *args.training_script_args]
     options = list(argv[: len(argv) - 1 - len(args.training_script_args)])
+    if args.module:
+        _check_module(args.training_script)
+    elif (program := find_program(args.training_script, environ)) is not None:
+        _refuse_options_of_accelerate(_of_accelerate(options), script)
+        return Command(
+            store,
+            arguments,
+            args.max_restarts,
+            [program, *args.training_script_args],
+            {**environ, **_log_level(args)},
+            remarks=unknown_variables(environ, made),
+            script=script,
+            dry_run=args.dry_run,
+            as_it_is=True,
+        )
+    else:
+        _check_script(Path(args.training_script))
     try:
         with _kept_remarks() as remarks:
             args, config, _ = VALIDATE_LAUNCH.find()(args)
@@ -113,12 +141,14 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         raise ConfigError(f"accelerate launch: {error}", hint="hf-spot launch --help, or accelerate config") from error
     _refuse_what_is_not_supported(args, config)
     machines = _machines(args)
+    remarks += unknown_variables(environ, made)
     if _is_distributed(args):
         command = [sys.executable, "-m", _AGENT, *_of_accelerate(options), "-m", _BOOTSTRAP, *script]
         env = dict(environ)
     else:
         command = [sys.executable, "-m", _BOOTSTRAP, *script]
         env = LAUNCH_ENVIRONMENT.find()(args)[1]
+    env |= _log_level(args)
     if machines.count > 1 and _GLOO_VARIABLE not in env and (interface := interface_to(machines.main_ip)):
         # If a machine's name resolves to 127.0.1.1, as on Debian, gloo would listen on an unreachable address.
         if interface == "lo" and not _LOOPBACK.match(machines.main_ip):
@@ -128,13 +158,69 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
                 hint=f"an address that `hostname -I` prints there, or export {_GLOO_VARIABLE}=eth0 (see ip -br addr)",
             )
         env[_GLOO_VARIABLE] = interface
-    return Command(store, arguments, args.max_restarts, command, env, machines, remarks, script)
+    return Command(store, arguments, args.max_restarts, command, env, machines, remarks, script, args.dry_run)
+
+
+def _log_level(args: argparse.Namespace) -> dict[str, str]:
+    return {LEVEL_VARIABLE: "debug" if args.verbose else "warning"} if args.verbose or args.quiet else {}
+
+
+def find_program(word: str, environ: Mapping[str, str]) -> str | None:
+    """Return the path of the program that a command line starts with; None for a script that Python runs.
+
+    A word that names no file is looked up on PATH, and then beside this Python, whose environment may not be activated.
+
+    Args:
+        word: the first word of the command.
+        environ: the environment.
+
+    Raises:
+        ConfigError: it is a shell script that can't be executed.
+    """
+    path = Path(word)
+    if path.is_file():
+        if os.access(path, os.X_OK) and path.suffix != ".py" and not _is_for_this_python(path):
+            return str(path.resolve())
+        if path.suffix in (".sh", ".bash"):
+            raise ConfigError(f"{path} is a shell script that is not executable", hint=f"hf-spot launch … bash {path}")
+        return None
+    if os.sep in word or (path / "__main__.py").is_file():
+        return None
+    return shutil.which(word, path=environ.get("PATH")) or shutil.which(word, path=os.path.dirname(sys.executable))
+
+
+def _is_for_this_python(path: Path) -> bool:
+    """Tell whether Python runs a file: its first line names no other program. Raises ConfigError if it can't be read."""
+    try:
+        with path.open("rb") as file:
+            first = file.readline(_LONGEST_LINE_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error}", hint=f"ls -l {path}") from error
+    if first.startswith(_ELF):
+        return False
+    if not first.startswith(b"#!"):
+        return True
+    words = os.fsdecode(first[2:]).split()
+    program = Path(words[-1] if words and words[0].endswith("/env") else words[0] if words else "")
+    if not program.name.startswith(("python", "pypy")):
+        return False
+    return not program.is_absolute() or not program.exists() or program.parent == Path(sys.executable).parent
+
+
+def _refuse_options_of_accelerate(options: Sequence[str], script: Sequence[str]) -> None:
+    if options:
+        told = shlex.join(options)
+        raise ConfigError(
+            f"{told}: {script[0]} is a command of its own, which gets no options of accelerate",
+            hint=f"leave {told} out, or hf-spot launch --store URL accelerate launch {told} train.py",
+        )
 
 
 def _check_script(path: Path) -> None:
     """Refuse a script that Python can't run, so that it is not restarted in vain."""
     if not path.exists():
-        raise ConfigError(f"{path}: there is no such script", hint=f"ls {path.parent}")
+        what = "there is no such script" if os.sep in str(path) else "there is no such script, and no such command on PATH"
+        raise ConfigError(f"{path}: {what}", hint=f"ls {path.parent}")
     if path.is_dir() and not (path / "__main__.py").exists():
         raise ConfigError(f"{path} is a directory without a __main__.py", hint=f"ls {path}")
     if path.suffix != ".py" or path.is_dir():
@@ -225,6 +311,19 @@ def _add_options(group: Any) -> None:
         metavar="URL",
         help=f"the run: s3://bucket/prefix, gs://…, az://…, hf://…, or a directory (default: ${STORE_VARIABLE})",
     )
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a YAML file with options, without their hyphens in front; environment variables (HF_SPOT_CADENCE for --cadence) "
+        "override it, and the command line overrides both (default: $HF_SPOT_CONFIG)",
+    )
+    group.add_argument(
+        "--print_config", action="store_true", help="print the options, and where each comes from, as such a file"
+    )
+    group.add_argument(
+        "--dry_run", action="store_true", help="check everything and say what would be resumed, without starting it"
+    )
+    group.add_argument("-v", "--verbose", action="store_true", help="log details, too; -q logs warnings and errors only")
     types = typing.get_type_hints(SpotArguments)
     for setting in dataclasses.fields(SpotArguments):
         # accelerate's groups add the spelling with hyphens
@@ -263,7 +362,10 @@ def _refuse_what_is_not_supported(args: argparse.Namespace, config: Any) -> None
 
 
 def _fail(message: str) -> NoReturn:
-    raise ConfigError(f"hf-spot launch: {message}", hint=f"{_EXAMPLE}; all options: hf-spot launch --help")
+    hint = f"{_EXAMPLE}; all options: hf-spot launch --help"
+    if (unknown := message.removeprefix("unrecognized arguments: ")) != message:
+        hint = hint_for_unknown(unknown.split(), parser())
+    raise ConfigError(f"hf-spot launch: {message}", hint=hint)
 
 
 def _main() -> None:

@@ -46,6 +46,12 @@ class PreemptionNotice:
         """Return the seconds from ``now`` to the deadline (negative once past), or None without a deadline."""
         return None if self.deadline is None else (self.deadline - now).total_seconds()
 
+    def in_words(self) -> str:
+        """Return what has happened, for people."""
+        if self.kind is NoticeKind.TERMINATE and self.id.startswith("SIGINT "):
+            return "interrupted by Ctrl-C"
+        return f"{self.kind.value} from {self.source}"
+
     def to_json(self) -> str:
         """Return the notice as one line of JSON; `from_json` reads it back."""
         deadline = None if self.deadline is None else self.deadline.astimezone(timezone.utc).isoformat()

@@ -21,9 +21,10 @@ class Bar:
         what: one word or two.
         size_bytes: total to move.
         delay_s: a transfer that takes no longer than this is not shown.
+        hidden: show nothing.
     """
 
-    def __init__(self, what: str, size_bytes: int, *, delay_s: float = 0.0) -> None:
+    def __init__(self, what: str, size_bytes: int, *, delay_s: float = 0.0, hidden: bool = False) -> None:
         self._size_bytes = size_bytes
         self._lock = threading.Lock()
         self._shown = tqdm(
@@ -31,7 +32,7 @@ class Bar:
             unit="B",
             unit_scale=True,
             desc=f"hf-spot {what}",
-            disable=True if _switched_off(os.environ) else None,
+            disable=True if hidden or _switched_off(os.environ) else None,
             leave=False,
             delay=delay_s,
         )

@@ -18,6 +18,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, UnknownCredentialError
 from botocore.utils import determine_content_length
 
+from hf_spot.aws_errors import region_of
 from hf_spot.errors import ConfigError
 from hf_spot.storage.credential_source import SourceFailed, credential_source, passed_on
 from hf_spot.storage.s3_parts import Transfers
@@ -45,6 +46,8 @@ class Connection:
 
     def __init__(self) -> None:
         core = botocore.session.get_session()
+        if (region := region_of(os.environ)) is not None:
+            core.set_config_variable("region", region)
         credentials = _Credentials(core)
         core.register_component("credential_provider", credentials)
         session = boto3.Session(botocore_session=core)

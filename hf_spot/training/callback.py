@@ -45,7 +45,7 @@ from hf_spot.training.trainer.resumed_events import ResumedEvents
 from hf_spot.training.trainer.saves import Saves
 from hf_spot.training.trainer.step_losses import StepLosses
 from hf_spot.training.trainer.streams import random_streams_named, resumed_in_its_pass
-from hf_spot.training.trainer.trackers import continue_trackers, where_trackers_write
+from hf_spot.training.trainer.trackers import Trackers
 from hf_spot.training.trainer.trainer_session import TrainerSession
 from hf_spot.training.trainer.trials import is_pruned, prepared, report_again
 from hf_spot.training.trainer.weights import all_weights_loaded
@@ -100,6 +100,7 @@ class SpotCallback(TrainerCallback):
         self._events: ResumedEvents | None = None
         self._proof: Proof | None = None
         self._is_proven = True
+        self._trackers: Trackers | None = None
         self.resume_from_checkpoint: str | None = None
         _entry.install(Trainer)
 
@@ -223,7 +224,7 @@ class SpotCallback(TrainerCallback):
                 "pass": {} if self._events is None else self._events.began.to_details(),
                 "counters": counters(self._session.trainer),
                 "fingerprint": {} if self._proof is None else self._proof.newest,
-                "trackers": where_trackers_write(self._session.trainer),
+                "trackers": {} if self._trackers is None else self._trackers.places(),
                 **to_details(batches(self._session.trainer)),
             },
         )
@@ -272,6 +273,13 @@ class SpotCallback(TrainerCallback):
                 carried.keep()
             proof = Proof(trainer, session.random_states, carried, self.args.on_mismatch)
             self.resume_from_checkpoint = folder if session.restored else None
+            trackers = Trackers(
+                trainer,
+                session.run_session.tracker_id,
+                session.restored.details.get("trackers", {}) if session.restored else {},
+                in_search=trial is not None,
+            )
+            session.run_session.closing.callback(trackers.close)
             if session.restored is not None and session.nothing_left:
                 log.info(
                     "step %d was the last one: the finished training %d is loaded, and nothing is left to train",
@@ -280,18 +288,27 @@ class SpotCallback(TrainerCallback):
                 )
                 session.training_finished()
                 told = session.end_was_told()
+                if not told:
+                    trackers.name(session.restored.step)
                 if trial is not None:
                     report_again(trainer, trial, Path(str(folder)))
                 own = functools.partial(carried.restore, without="data.")  # the loader was the finished training's own
                 return load_finished(
-                    trainer, Path(str(folder)), session.restored, session.best_folder, own, told=told, trial=trial
+                    trainer,
+                    Path(str(folder)),
+                    session.restored,
+                    session.best_folder,
+                    own,
+                    trackers.set_up,
+                    told=told,
+                    trial=trial,
                 )
             if session.restored is not None:
                 self._saved_step = session.restored.step
                 session.random_states.resume(functools.partial(self._make_up, trial))
                 if trial is not None:
                     report_again(trainer, trial, Path(str(folder)))
-                continue_trackers(trainer, session.restored.details.get("trackers", {}), session.restored.step)
+            trackers.name(session.restored.step if session.restored else None)
             shield(self.args)
             self._session = session
             losses = None if session.teller is None else StepLosses(trainer, session.teller)
@@ -323,9 +340,10 @@ class SpotCallback(TrainerCallback):
             self._events.watch(
                 functools.partial(_restore_own_state, session, carried, proof, restored_to),
                 functools.partial(self._return_before_epoch, trainer, restored_to),
+                trackers.begun,
             )
             self._proof, self._is_proven = proof, restored_to is None
-            self._losses = losses
+            self._losses, self._trackers = losses, trackers
             try:
                 self._log_window.watch()
                 if losses is not None:
@@ -360,7 +378,7 @@ class SpotCallback(TrainerCallback):
                 if losses is not None:
                     losses.close()
                 self._session = self._evaluations = self._accumulation = self._saves = self._log_window = self._losses = None
-                self._events = None
+                self._events = self._trackers = None
             return result
 
     def _resumed_folder(self, session: TrainerSession) -> Path | None:

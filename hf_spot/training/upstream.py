@@ -47,6 +47,11 @@ ONLY: dict[str, Callable[[Any], bool]] = {
     "push_to_hub": lambda trainer: bool(trainer.args.push_to_hub),
     "GPUs": lambda trainer: trainer.args.device.type not in ("cpu", "meta"),
     "TensorBoard": partial(_has_callback, "TensorBoardCallback"),
+    "Weights & Biases": partial(_has_callback, "WandbCallback"),
+    "MLflow": partial(_has_callback, "MLflowCallback"),
+    "Trackio": partial(_has_callback, "TrackioCallback"),
+    "SwanLab": partial(_has_callback, "SwanLabCallback"),
+    "Comet": partial(_has_callback, "CometCallback"),
     "TRL's SFTTrainer": lambda trainer: any(kind.__name__ == "SFTTrainer" for kind in type(trainer).__mro__),
     # Older versions divide by all steps, or lack this name; if it exists, it is used.
     "transformers from 5.23 on": lambda trainer: _is_at_least("transformers", 5, 23),
@@ -363,6 +368,20 @@ _OF_TENSORBOARD = "transformers.integrations.integration_utils:TensorBoardCallba
 TENSORBOARD_DIR = _attribute(_OF_TENSORBOARD, "logging_dir", "training.trainer.trackers", _BOARDS, **_BOARD)
 TENSORBOARD_WRITER = _attribute(_OF_TENSORBOARD, "tb_writer", "training.trainer.trackers", _BOARDS, **_BOARD)
 SUMMARY_WRITER = _attribute(_OF_TENSORBOARD, "_SummaryWriter", "training.trainer.trackers", _BOARDS, **_BOARD)
+# A tracker's callback remembers that it is set up, and then continues the tracker run of an earlier training.
+_TRACKER_RUNS = "a second training of a process continues the tracker run of the first"
+
+
+def _set_up(callback: str, only: str) -> Name:
+    owner = f"transformers.integrations.integration_utils:{callback}"
+    return _attribute(owner, "_initialized", "training.trainer.trackers", _TRACKER_RUNS, told=True, only=only)
+
+
+WANDB_SET_UP = _set_up("WandbCallback", "Weights & Biases")
+MLFLOW_SET_UP = _set_up("MLflowCallback", "MLflow")
+TRACKIO_SET_UP = _set_up("TrackioCallback", "Trackio")
+SWANLAB_SET_UP = _set_up("SwanLabCallback", "SwanLab")
+COMET_SET_UP = _set_up("CometCallback", "Comet")
 PEFT_CONFIG = _attribute(  # other models have none
     "peft.peft_model:PeftModel",
     "peft_config",

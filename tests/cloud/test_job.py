@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_spot.cloud.example import example, keys
 from hf_spot.cloud.job import ANY, DEFAULT_IMAGE, DEFAULT_LADDER, ON_DEMAND, PREFERRED, SPOT, Job, Rung, load, parse
 from hf_spot.errors import ConfigError
 
@@ -197,3 +198,26 @@ def test_a_job_made_in_python_is_checked_like_a_file() -> None:
         dataclasses.replace(parse(WHOLE), max_spend=-1)
     soon = datetime(2030, 1, 1, tzinfo=timezone(timedelta(hours=2)))
     assert dataclasses.replace(parse(WHOLE), deadline=soon).deadline == datetime(2029, 12, 31, 22, tzinfo=timezone.utc)
+
+
+def test_the_example_has_every_key_and_its_default() -> None:
+    text = example()
+    job = parse(text)
+    assert (job.name, job.max_spend) == ("my-run", 150.0)
+    required, optional, of_a_rung = keys()
+    assert required | optional == {one.name for one in dataclasses.fields(Job)}
+    assert of_a_rung == {one.name for one in dataclasses.fields(Rung)}
+    whole = text.partition("# The keys of a rung")[0].replace("\n# ", "\n").replace("Optional:", "")
+    full = parse(whole.replace("resolve:ssm:…", DEFAULT_IMAGE))
+    shown_default = {"requirements", "image_id", "security_groups", "subnets", "disk_gb", "strategy", "on_finish", "ladder"}
+    assert {name: getattr(full, name) for name in shown_default} == {name: getattr(job, name) for name in shown_default}
+    assert all(getattr(full, name) for name in required | optional)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("us-east1", "us-east-1"), ("eu_west_1", "eu-west-1"), ("us-east-1a", "us-east-1")]
+)
+def test_a_mistyped_region_is_recognised(typed: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse(example().replace("us-east-1 ", f"{typed} "))
+    assert meant in raised.value.hint

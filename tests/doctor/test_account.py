@@ -17,8 +17,9 @@ from hf_spot.cli import main
 from hf_spot.cloud import ec2
 from hf_spot.cloud.ec2 import Cloud
 from hf_spot.cloud.job import ANY, ON_DEMAND, SPOT, Job, Rung
-from hf_spot.doctor.account import account
+from hf_spot.doctor.account import _grouped, account
 from hf_spot.doctor.finding import FAIL, OK, WARN, Finding
+from hf_spot.errors import CloudError
 from tests.cloud.aws import REGIONS, Aws
 
 P4D, G5 = "p4d.24xlarge", "g5.48xlarge"
@@ -237,3 +238,15 @@ def test_the_command_checks_the_account_for_a_job(
     found = {one["check"]: one for one in json.loads(capsys.readouterr().out)}
     assert {"list", "conditional", "disk", "credentials", "start", "rung 0"} <= set(found)
     assert "your notice is 120 s (EC2)" in found["bandwidth"]["text"]
+
+
+def test_one_failure_in_many_regions_is_one_finding() -> None:
+    errors = {
+        f"us-east-{number}": CloudError(f"DescribeImages in us-east-{number}: no such image", hint="look")
+        for number in range(38)
+    }
+    errors["eu-west-1"] = CloudError("no answer")
+    found = [*_grouped("image", errors)]
+    assert [(one.level, one.hint) for one in found] == [(FAIL, "look"), (FAIL, "")]
+    assert found[0].text.startswith("DescribeImages in us-east-0: no such image (the same in 37 more: us-east-1, us-east-2, ")
+    assert found[1].text == "no answer"

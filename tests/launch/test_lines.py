@@ -51,6 +51,7 @@ def test_each_line_of_a_run_appears_once(launcher: Launcher, tmp_path: Path) -> 
         assert len(numbers) == len(set(numbers)), text
     assert count(preempted, r"WARNING - hf_spot -   preempted at step") == 1, preempted
     assert count(preempted, r">>> TERMINATE from signal <<<") == 1, preempted
+    assert count(preempted, r"(?i)start the same command again") == 1, preempted
     assert count(finished, r"INFO - hf_spot -   \D+ from step \d+, committed by launch 1") == 1, finished
     assert count(finished, r"is finished at step 8") == 1, finished
     assert count(nothing_to_do, r"^hf-spot: \S+ is finished at step 8: nothing to do \(to train longer, .* --from \S+\)$") == 1

@@ -107,7 +107,7 @@ def test_two_interrupts_end_everything_at_once(launcher, store, write) -> None: 
     launch = launcher.start(store, [write(HANGS)])
     left = pids(launcher)
     launch.process.send_signal(signal.SIGINT)
-    wait_for(lambda: "TERMINATE from signal" in launch.text())
+    wait_for(lambda: ">>> interrupted by Ctrl-C <<<" in launch.text())
     assert launch.process.poll() is None
     launch.process.send_signal(signal.SIGINT)
     assert launch.wait() == 130, launch.text()

@@ -87,7 +87,7 @@ class FinalDrain:
         if notice is None:
             return False
         # The notice came after the last step: there is no training left to stop.
-        alert(f"{notice.kind.value} from {notice.source}: finishing the last upload")
+        alert(f"{notice.in_words()}: finishing the last upload")
         uploader.hurry(give_way=gives_way(notice.seconds_left(session.now()), session.measured()))
         drained = uploader.drain(patience())
         if not drained and session.fenced is None:

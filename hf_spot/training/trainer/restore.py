@@ -135,6 +135,7 @@ def load_finished(
     restored: Checkpoint,
     best_folder: Path | None,
     restore_own: Callable[[Path], object],
+    set_up_trackers: Callable[[], None],
     *,
     told: bool,
     trial: Any = None,
@@ -147,6 +148,7 @@ def load_finished(
         restored: the last checkpoint.
         best_folder: folder of the best checkpoint, if there is one.
         restore_own: restores state that Trainer does not save, from a folder.
+        set_up_trackers: sets up the callbacks of trackers, if they get the last log lines.
         told: whether callbacks already got the training's last log lines.
         trial: of a hyperparameter search, which is told about an evaluation that is made up for.
     """
@@ -162,6 +164,8 @@ def load_finished(
         _tell(scripts_own, trainer, ON_TRAIN_BEGIN)
     restore_own(folder)
     reported = window.load_finished(folder)
+    if not told:
+        set_up_trackers()
     LOAD_RNG_STATE.of(trainer)(str(folder))
     with _callbacks_removed(trainer) if told else contextlib.nullcontext():
         pending, at_epoch_end = restored.details.get("evaluation_pending"), args.eval_strategy == IntervalStrategy.EPOCH

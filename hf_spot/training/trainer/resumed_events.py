@@ -122,19 +122,23 @@ class ResumedEvents:
         self._checkpoint = checkpoint
         self._restore: Callable[[bool], None] = lambda last: None
         self._return: Callable[[], None] = lambda: None
+        self._begun: Callable[[], None] = lambda: None
         self._number = -1 if place is None else place.number - 1
         self._began = Began()
         self._end_was_told = place is not None and not (place.is_repeated or place.owes_end)  # of the pass before the resume
 
-    def watch(self, restore: Callable[[bool], None], return_to_checkpoint: Callable[[], None]) -> None:
+    def watch(
+        self, restore: Callable[[bool], None], return_to_checkpoint: Callable[[], None], begun: Callable[[], None]
+    ) -> None:
         """Start sending.
 
         Args:
             restore: restores and verifies the state of the script. Called after ``on_train_begin``, when callbacks have created
                 what must be restored, with False if a repeated event comes, after which it is called again, with True.
             return_to_checkpoint: restores random states, and makes up for what an uninterrupted run does before the next pass.
+            begun: called after ``on_train_begin``, too.
         """
-        self._restore, self._return = restore, return_to_checkpoint
+        self._restore, self._return, self._begun = restore, return_to_checkpoint, begun
         ON_TRAIN_BEGIN.set(self._handler, self._train_begins)
         ON_EPOCH_BEGIN.set(self._handler, self._epoch_begins)
         ON_EPOCH_END.set(self._handler, self._epoch_ends)
@@ -160,6 +164,7 @@ class ResumedEvents:
         with self._carried.writes_noted(), weights_kept(self._trainer, self._checkpoint):
             control = ON_TRAIN_BEGIN.plain(self._handler)(*args, **kwargs)
         self._restore(self._place is None or not self._place.is_repeated)
+        self._begun()
         return control
 
     def _epoch_begins(self, args: Any, state: TrainerState, control: Any) -> Any:
