@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch.utils.data import IterableDataset
+from transformers.trainer_utils import has_length
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, SpotError, StoreError, TrainingInterrupted, TrainingPreempted
 from hf_spot.log import alert, log_always, warn_for_all
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import KeyboardSource
+from hf_spot.policy.passes import Place, place_of
 from hf_spot.policy.preemption import Action, Decision, leaves_step
 from hf_spot.policy.trainer_flags import SAVE_IS_DUE
 from hf_spot.run import history
@@ -130,6 +133,16 @@ class TrainerSession:
     def restored(self) -> Checkpoint | None:
         """Return the commit that the training resumes from, if any."""
         return self._restored
+
+    @property
+    def place(self) -> Place | None:
+        """Return where in the data the training resumes; None for a new one."""
+        if self._restored is None:
+            return None
+        details, data = self._restored.details, self.trainer.train_dataset
+        has_a_length = has_length(data) if isinstance(data, IterableDataset) else True
+        epoch = float(details.get("epoch_of_data") or 0)
+        return place_of(details.get("pass") or None, epoch, self._restored.step, has_length=has_a_length)
 
     @property
     def nothing_left(self) -> bool:
