@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from hf_spot.economics.report import Report
-from hf_spot.economics.table import launch_rows, machine_rows, money_lines, redone_lines, time_rows
+from hf_spot.economics.table import launch_rows, machine_rows, money_lines, redone_lines, time_rows, tracker_lines
 from hf_spot.errors import ConfigError
 
 _STYLE = """
@@ -48,7 +48,7 @@ def page(report: Report, url: str, picture: str | None) -> str:
         parts += [f'<figure role="img" aria-label="timeline of the run">{picture}</figure>']
         parts += ["<h2>Where the time went</h2>", table([["", "time", "share", ""], *time_rows(report)])]
         parts += ["<h2>Launches</h2>", table(launch_rows(report))]
-        parts += [f"<p>{escape(line)}</p>" for line in redone_lines(report)]
+        parts += [f"<p>{escape(line)}</p>" for line in (*redone_lines(report), *tracker_lines(report))]
         machines = machine_rows(report)
         parts += ["<h2>Machines and prices</h2>", table(machines)] if len(machines) > 1 else []
         parts += ["<h2>Cost</h2>", *(f"<p>{escape(line)}</p>" for line in money_lines(report))]

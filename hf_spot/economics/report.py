@@ -8,8 +8,9 @@ every machine that trained.
 from __future__ import annotations
 
 import math
+import posixpath
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -173,11 +174,29 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class TrackerPlace:
+    """Where a tracker shows a training.
+
+    Args:
+        training: number of the training, from 1.
+        name: the tracker, as in ``report_to``.
+        id: of the tracker run; empty for none.
+        place: URL, or folder or file on the machine that wrote it; empty if only the id is known.
+    """
+
+    training: int
+    name: str
+    id: str
+    place: str
+
+
+@dataclass(frozen=True)
 class Report:
     """A run's launches and their totals.
 
     Args:
         launches: oldest first.
+        trackers: where trackers show the trainings.
         finished: the newest launch ended with ``finished``.
         committed_step: newest committed step.
         interruptions: number of launches that ended before the run did, in whatever way.
@@ -204,6 +223,7 @@ class Report:
     """
 
     launches: tuple[Launch, ...] = ()
+    trackers: tuple[TrackerPlace, ...] = ()
     finished: bool = False
     committed_step: int = 0
     interruptions: int = 0
@@ -226,7 +246,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; times as ISO 8601."""
-        return {**vars(self), "launches": [launch.to_dict() for launch in self.launches]}
+        launches, trackers = [launch.to_dict() for launch in self.launches], [vars(one) for one in self.trackers]
+        return {**vars(self), "launches": launches, "trackers": trackers}
 
 
 def summarise(entries: Iterable[Entry]) -> Report:
@@ -238,6 +259,7 @@ def summarise(entries: Iterable[Entry]) -> Report:
     launches: list[Launch] = []
     now: datetime | None = None
     step, skew_s = 0, 0.0
+    trackers: dict[tuple[int, str], TrackerPlace] = {}
     for entry in entries:
         if now is not None and entry.time < now:
             skew_s = max(skew_s, (now - entry.time).total_seconds())
@@ -249,11 +271,25 @@ def summarise(entries: Iterable[Entry]) -> Report:
         if entry.kind == "commit":
             newest = entry.state.latest()
             step = newest.step if newest else 0
+            trackers |= {(one.training, one.name): one for one in _trackers_of(entry.data)}
         # Entries by other writers, perhaps long after a launch, don't belong to it. The beginning of the journal may be
         # missing.
         if launches and launches[-1].ended == "no word" and entry.kind in _WORDS and entry.data.get("reason") != "push":
             _add_entry(launches[-1], entry, now, step)
-    return _add_up(launches, step, skew_s)
+    return replace(_add_up(launches, step, skew_s), trackers=tuple(trackers[key] for key in sorted(trackers)))
+
+
+def _trackers_of(data: dict[str, Any]) -> list[TrackerPlace]:
+    """Return where trackers show the training of a commit."""
+    found, training = data.get("trackers"), data.get(TRAINING_KEY, 1)
+    places = []
+    for name, place in found.items() if isinstance(found, dict) else ():
+        if isinstance(place, str):  # a folder, relative to that of the checkpoints
+            folder = posixpath.normpath(posixpath.join(str(data.get("output_dir", "")), place))
+            places.append(TrackerPlace(training, str(name), "", folder))
+        elif isinstance(place, dict):
+            places.append(TrackerPlace(training, str(name), str(place.get("id") or ""), str(place.get("url") or "")))
+    return places
 
 
 def _claimed(entry: Entry, now: datetime, step: int, before: Launch | None) -> Launch:

@@ -8,7 +8,7 @@ from html import escape
 from hf_spot.economics.page import summary, table
 from hf_spot.economics.plots import timeline_svg
 from hf_spot.economics.report import Report, summarise
-from hf_spot.economics.table import launch_rows, money_lines, redone_lines, render_report, time_rows
+from hf_spot.economics.table import launch_rows, money_lines, redone_lines, render_report, time_rows, tracker_lines
 from hf_spot.economics.timeline import losses_in, make_timeline
 from hf_spot.errors import SpotError
 from hf_spot.run.journal import CheckpointRef, Entry
@@ -62,7 +62,7 @@ def _tables(report: Report, entries: list[Entry]) -> list[str]:
     if report.launches:
         titles, *rows = launch_rows(report)
         found.append(_newest(titles, rows))
-        found += [escape(line) for line in redone_lines(report)]
+        found += [escape(line) for line in (*redone_lines(report), *tracker_lines(report))]
         spent = table([["", "time", "share", ""], *time_rows(report)])
         cost = "<br>".join(map(escape, money_lines(report)))
         found.append(f"<details><summary>Where the time went, and the cost</summary>{spent}<p>{cost}</p></details>")

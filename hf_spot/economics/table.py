@@ -8,6 +8,7 @@ from hf_spot.economics.plan import Plan
 from hf_spot.economics.report import FREE_FIRST_HOUR, PART_MEANS, Report, dollars
 from hf_spot.economics.simulate import Result
 from hf_spot.policy.redone import VALUES, in_words
+from hf_spot.policy.trackers import TRACKERS
 
 
 def render_report(report: Report, url: str) -> str:
@@ -27,6 +28,7 @@ def render_report(report: Report, url: str) -> str:
         parts = [part for part in proven[0].verified if all(part in launch.verified for launch in proven)]
         lines.append(f"{len(proven)} resumes verified before their first step: {', '.join(parts)}")
     lines += redone_lines(report)
+    lines += tracker_lines(report)
     machines = machine_rows(report)
     lines += ["", *columns(machines)] if len(machines) > 1 else []
     lines += ["", *columns(time_rows(report), left=(0, 3)), "", *money_lines(report)]
@@ -136,6 +138,17 @@ def redone_lines(report: Report) -> list[str]:
         limits = ", ".join(f"{VALUES[name]} of {count}" for name, count in known.items() if count != steps)
         lines.append(f"{steps} steps redone in {len(equal)} launches, all equal{f' ({limits} compared)' if limits else ''}")
     return lines + [f"launch {number}: {in_words(one)}" for number, one in compared if one.different is not None]
+
+
+def tracker_lines(report: Report) -> list[str]:
+    """Return one line per training and tracker that shows it."""
+    several = len({one.training for one in report.trackers}) > 1
+    shown = {tracker.key: tracker.shown for tracker in TRACKERS}
+    return [
+        f"{shown.get(one.name, one.name)}{f' of training {one.training}' if several else ''}: "
+        + " ".join(part for part in (one.place, one.id and f"(run {one.id})") if part)
+        for one in report.trackers
+    ]
 
 
 def machine_rows(report: Report) -> list[list[str]]:

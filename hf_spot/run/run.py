@@ -16,6 +16,7 @@ from typing import Any
 
 from hf_spot.errors import ConfigError, CorruptCheckpoint, NoCheckpoint
 from hf_spot.policy.retention import to_prune
+from hf_spot.policy.trackers import tracker_id
 from hf_spot.run import transfer
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest, check_resumable, check_whole
 from hf_spot.run.dedup import Unchanged
@@ -265,6 +266,10 @@ class Run:
         """Return what the training that an entry describes trains: one request."""
         found = self.journal.read(entry).data.get("trains")
         return found if isinstance(found, dict) else {}
+
+    def tracker_id(self, training: int) -> str:
+        """Return the id that a training's runs in trackers have in all launches: one request."""
+        return tracker_id(self.journal.read(1).id, training)
 
     def record(self, kind: str, data: dict[str, Any]) -> Entry:
         """Append an entry that is not a commit, and return it. Raises Fenced, StoreUnavailable."""

@@ -47,6 +47,11 @@ ONLY: dict[str, Callable[[Any], bool]] = {
     "push_to_hub": lambda trainer: bool(trainer.args.push_to_hub),
     "GPUs": lambda trainer: trainer.args.device.type not in ("cpu", "meta"),
     "TensorBoard": partial(_has_callback, "TensorBoardCallback"),
+    "Weights & Biases": partial(_has_callback, "WandbCallback"),
+    "MLflow": partial(_has_callback, "MLflowCallback"),
+    "Trackio": partial(_has_callback, "TrackioCallback"),
+    "SwanLab": partial(_has_callback, "SwanLabCallback"),
+    "Comet": partial(_has_callback, "CometCallback"),
     "TRL's SFTTrainer": lambda trainer: any(kind.__name__ == "SFTTrainer" for kind in type(trainer).__mro__),
     # Older versions divide by all steps, or lack this name; if it exists, it is used.
     "transformers from 5.23 on": lambda trainer: _is_at_least("transformers", 5, 23),
@@ -106,20 +111,21 @@ ON_TRAIN_BEGIN = _method(
     _HANDLER,
     "on_train_begin",
     "…",
-    "training.trainer.entry",
+    "training.trainer.entry training.trainer.restore training.trainer.resumed_events",
     "a training in which SpotCallback can't work is not refused",
 )
 CALLBACK_HANDLER = _attribute(
     _TRAINER,
     "callback_handler",
-    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.trackers",
+    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.resumed_events "
+    "training.trainer.trackers",
     "SpotCallback is not found, so nothing is saved",
 )
 CALLBACKS = _attribute(
     _HANDLER,
     "callbacks",
-    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.saves "
-    "training.trainer.trackers",
+    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.resumed_events "
+    "training.trainer.saves training.trainer.trackers",
     "SpotCallback is not found, so nothing is saved",
 )
 RUN_EPOCH = _method(_TRAINER, "_run_epoch", "*, model, epoch, trial, start_time, …", "training.trainer.evaluation", _STOPPED)
@@ -130,7 +136,27 @@ LOG_SAVE_EVALUATE = _method(
     "training.trainer.evaluation training.trainer.log_window",
     _STOPPED,
 )
-ON_EPOCH_END = _method(_HANDLER, "on_epoch_end", "args, state, control", "training.trainer.evaluation", _STOPPED)
+ON_EPOCH_BEGIN = _method(
+    _HANDLER,
+    "on_epoch_begin",
+    "args, state, control",
+    "training.trainer.resumed_events",
+    "callbacks see and do something else at the start of an epoch that is resumed",
+)
+ON_EPOCH_END = _method(
+    _HANDLER,
+    "on_epoch_end",
+    "args, state, control",
+    "training.trainer.evaluation training.trainer.restore training.trainer.resumed_events",
+    _STOPPED,
+)
+ON_TRAIN_END = _method(
+    _HANDLER,
+    "on_train_end",
+    "args, state, control",
+    "training.trainer.restore",
+    "callbacks do nothing at the end of a training that an earlier launch has finished",
+)
 LOSS_SO_FAR = _attribute(_TRAINER, "_tr_loss", "training.trainer.evaluation training.trainer.log_window", _LINES)
 TOTAL_LOSS = _attribute(_TRAINER, "_total_loss_scalar", "training.trainer.log_window", _LINES)
 LAST_LOGGED = _attribute(_TRAINER, "_globalstep_last_logged", "training.trainer.log_window", _LINES)
@@ -233,7 +259,7 @@ LOAD_FROM_CHECKPOINT = _method(
     _TRAINER,
     "_load_from_checkpoint",
     "…",
-    "training.trainer.weights training.trainer.restore",
+    "training.trainer.weights training.trainer.restore training.trainer.resumed_events",
     _WEIGHTS,
 )
 WARN_AFTER_LOAD = _method(_TRAINER, "_issue_warnings_after_load", "load_result", "training.trainer.weights", _WEIGHTS)
@@ -265,7 +291,7 @@ LOAD_OPTIMIZER = _method(
     _TRAINER,
     "_load_optimizer_and_scheduler",
     "checkpoint",
-    "training.trainer.restore",
+    "training.trainer.restore training.trainer.resumed_events",
     "a second train() of the same Trainer begins with a new optimizer if the first one was finished by an earlier launch",
 )
 SKIP_FIRST_BATCHES = _function(
@@ -342,6 +368,20 @@ _OF_TENSORBOARD = "transformers.integrations.integration_utils:TensorBoardCallba
 TENSORBOARD_DIR = _attribute(_OF_TENSORBOARD, "logging_dir", "training.trainer.trackers", _BOARDS, **_BOARD)
 TENSORBOARD_WRITER = _attribute(_OF_TENSORBOARD, "tb_writer", "training.trainer.trackers", _BOARDS, **_BOARD)
 SUMMARY_WRITER = _attribute(_OF_TENSORBOARD, "_SummaryWriter", "training.trainer.trackers", _BOARDS, **_BOARD)
+# A tracker's callback remembers that it is set up, and then continues the tracker run of an earlier training.
+_TRACKER_RUNS = "a second training of a process continues the tracker run of the first"
+
+
+def _set_up(callback: str, only: str) -> Name:
+    owner = f"transformers.integrations.integration_utils:{callback}"
+    return _attribute(owner, "_initialized", "training.trainer.trackers", _TRACKER_RUNS, told=True, only=only)
+
+
+WANDB_SET_UP = _set_up("WandbCallback", "Weights & Biases")
+MLFLOW_SET_UP = _set_up("MLflowCallback", "MLflow")
+TRACKIO_SET_UP = _set_up("TrackioCallback", "Trackio")
+SWANLAB_SET_UP = _set_up("SwanLabCallback", "SwanLab")
+COMET_SET_UP = _set_up("CometCallback", "Comet")
 PEFT_CONFIG = _attribute(  # other models have none
     "peft.peft_model:PeftModel",
     "peft_config",

@@ -38,10 +38,10 @@ def claim(name: str = "a", **machine: Any) -> Event:
     return "claim", {"hostname": name, "pid": 1, "machine": {"instance_id": f"i-{name}", **machine}}
 
 
-def commit(step: int, reason: str = "schedule", timing: dict[str, Any] | None = None) -> Event:
+def commit(step: int, reason: str = "schedule", timing: dict[str, Any] | None = None, **more: Any) -> Event:
     """A checkpoint without files."""
     fields = {"step": step, "reason": reason, "stage": 1, "complete": False, "prefix": f"x/checkpoint-{step}", "files": []}
-    return "commit", {**fields, **({"timing": timing} if timing else {})}
+    return "commit", {**fields, **({"timing": timing} if timing else {}), **more}
 
 
 def timing(

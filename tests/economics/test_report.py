@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_spot.economics.page import page
 from hf_spot.economics.report import _INNER, PARTS, Launch, Report, summarise
 from hf_spot.economics.table import duration, money_lines, render_report
 from hf_spot.economics.timeline import WAITING_LANE, make_timeline
@@ -313,6 +314,27 @@ def test_redone_steps_are_told_as_compared() -> None:
     assert report.launches[1].steps_redone == 10  # which the killed launch told to nobody else
     (told,) = report.to_dict()["launches"][1]["redone"]
     assert (told["training"], told["steps"], told["different"]) == (1, 10, None)
+
+
+def test_trackers_are_linked_by_the_newest_commit_of_each_training() -> None:
+    old, new = {"id": "a1", "url": "folder"}, {"id": "a1", "url": "https://wandb.ai/me/spot/runs/a1"}
+    events = [
+        claim(),
+        commit(5, trackers={"wandb": old, "tensorboard": "../runs/at"}, output_dir="/data/out"),
+        commit(9, trackers={"wandb": new}),
+    ]
+    report = summarise(journal_of(*events))
+    lines = render_report(report, "url").splitlines()
+    assert "TensorBoard: /data/runs/at" in lines
+    assert "Weights & Biases: https://wandb.ai/me/spot/runs/a1 (run a1)" in lines
+    assert "Weights &amp; Biases: https://wandb.ai/me/spot/runs/a1 (run a1)" in page(report, "url", "<svg/>")
+    two = [*events, ("commit", {**commit(5)[1], "stage": 2, "trackers": {"mlflow": {"id": "b"}, "other": 5}})]
+    lines = render_report(summarise(journal_of(*two)), "url").splitlines()
+    assert "MLflow of training 2: (run b)" in lines
+    assert "TensorBoard of training 1: /data/runs/at" in lines
+    assert json.loads(json.dumps(summarise(journal_of(*two)).to_dict()["trackers"]))[-1]["id"] == "b"
+    for damaged in (5, [], "", {"wandb": 5}, {"wandb": None}):
+        assert summarise(journal_of(claim(), commit(5, trackers=damaged))).trackers == ()
 
 
 def test_many_launches_whose_redone_steps_are_equal_take_one_line() -> None:

@@ -39,6 +39,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
 )
 
 from hf_spot import Run, SpotArguments, SpotCallback
@@ -438,6 +441,11 @@ OTHERWISE = {
     upstream.TENSORBOARD_DIR: "tests/training/trainer/test_log_window.py",
     upstream.TENSORBOARD_WRITER: "tests/training/trainer/test_log_window.py",
     upstream.SUMMARY_WRITER: "tests/training/trainer/test_log_window.py",
+    upstream.WANDB_SET_UP: "tests/training/trainer/test_trackers.py",
+    upstream.MLFLOW_SET_UP: "tests/training/trainer/test_trackers.py",
+    upstream.TRACKIO_SET_UP: "tests/training/trainer/test_trackers.py",
+    upstream.SWANLAB_SET_UP: "test_trackers_remember_that_they_are_set_up",
+    upstream.COMET_SET_UP: "test_trackers_remember_that_they_are_set_up",
     upstream.WRITE_RECORD: "test_torch_writes_records",
     upstream.FAILURES: "test_torch_tells_what_a_rank_could_not_write",
     upstream.START_WORKERS: "test_torch_starts_workers_as_it_did",
@@ -556,6 +564,17 @@ def test_trl_counts_tokens(tmp_path: Path) -> None:
 
 def test_transformers_reads_weights_by_its_name(tmp_path: Path) -> None:
     assert transformers.modeling_utils.safe_open is safetensors.torch.safe_open is upstream.SAFE_OPEN.find()
+
+
+@pytest.mark.parametrize("one", [upstream.SWANLAB_SET_UP, upstream.COMET_SET_UP], ids=name_of)
+def test_trackers_remember_that_they_are_set_up(one: Name, tmp_path: Path) -> None:
+    kind: Any = one.home()
+    callback, calls = object.__new__(kind), []
+    callback.setup = lambda *args, **kwargs: calls.append(args)
+    for has_begun in (False, True):
+        one.set(callback, has_begun)
+        callback.on_train_begin(TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl())
+    assert len(calls) == 1
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks an older transformers

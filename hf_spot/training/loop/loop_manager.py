@@ -24,6 +24,7 @@ from hf_spot.log import alert, log_always, warn_for_all
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.policy.preemption import Action
 from hf_spot.policy.restarts import patience_s
+from hf_spot.policy.trackers import init_kwargs
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.journal import TRAINING_KEY
 from hf_spot.run.run import Run
@@ -34,6 +35,7 @@ from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.data.loaders import Loaders
 from hf_spot.training.loop.loop_files import LoopFiles
 from hf_spot.training.loop.loop_states import LoopState
+from hf_spot.training.session.mlflow_run import mlflow_run
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.upstream import check
 from hf_spot.training.upstream_name import Scope
@@ -203,6 +205,24 @@ class LoopManager:
         self._files = LoopFiles(loaders, rank, ranks, self.run.url)
         session.tell_launcher()
         self._begun = True
+
+    def tracker_kwargs(self, *, mlflow_experiment: str | None = None) -> dict[str, dict[str, str]]:
+        """Return the ``init_kwargs`` of accelerate's ``init_trackers`` with which every launch continues the same tracker runs.
+
+        Every rank must call it. Other code can use the values, too: ``wandb.init(**manager.tracker_kwargs()["wandb"])``.
+
+        Args:
+            mlflow_experiment: name of the experiment, if MLflow is used: its run is then found or created.
+        """
+        self._begin()
+        session = self._session
+
+        def on_main() -> dict[str, dict[str, str]]:
+            id = session.tracker_id()
+            mlflow = mlflow_run(id, mlflow_experiment, None) if mlflow_experiment else None
+            return init_kwargs(id, mlflow)
+
+        return session.agreement.from_main(on_main)
 
     # -- restoring ----------------------------------------------------------------------------------------------------
 

@@ -409,18 +409,6 @@ def test_tensorboard_shows_what_it_shows_of_an_undisturbed_run(
     assert one["args/text_summary"] == 1
 
 
-def test_a_tracker_that_begins_anew_is_named(store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class WandbCallback(TrainerCallback):
-        """By its name, as its package may not be here."""
-
-    callback = SpotCallback(store, SpotArguments(notice="signal"))
-    with pytest.raises(TrainingPreempted):
-        make(tmp_path / "one", callback, WandbCallback(), Recorder(3, preempt(callback))).train()
-    assert "WANDB_RUN_ID" not in caplog.text
-    make(tmp_path / "two", SpotCallback(store, QUIET), WandbCallback()).train()
-    assert "to continue one, set WANDB_RUN_ID=… WANDB_RESUME=allow" in caplog.text
-
-
 def test_a_checkpoint_without_a_window_is_named(store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     url = str(tmp_path / "run")
     callback = SpotCallback(url, SpotArguments(notice="signal"))
