@@ -47,6 +47,7 @@ class Command:
         remarks: accelerate's messages about the options, a line each.
         script: the script, as it was named, and its own arguments.
         dry_run: only say what would be done.
+        as_it_is: ``argv`` is a command that the user knows by its name, such as ``trl``, which starts the training.
     """
 
     store: str
@@ -58,6 +59,7 @@ class Command:
     remarks: list[str] = field(default_factory=list)
     script: list[str] = field(default_factory=list)
     dry_run: bool = False
+    as_it_is: bool = False
 
     def fingerprint(self) -> str:
         """Return a digest of the script, its arguments, and the contents of the files that they name."""

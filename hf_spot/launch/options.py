@@ -14,6 +14,8 @@ import importlib.util
 import logging
 import os
 import re
+import shlex
+import shutil
 import socket
 import sys
 import typing
@@ -47,6 +49,8 @@ _NAMES = {"keep_checkpoints": "save_total_limit", "start_from": "from"}  # optio
 _BOOTSTRAP = "hf_spot.training.bootstrap"
 _GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
 _LOOPBACK = re.compile(r"localhost$|127\.|::1$")  # then all "machines" are on this one
+_ELF = b"\x7fELF"
+_LONGEST_LINE_BYTES = 4096
 _EXAMPLE = "hf-spot launch --store s3://bucket/runs/my-run train.py"
 _MAX_RESTARTS_HELP = (
     "Launches in a row that may crash without committing anything before hf-spot gives up; preemptions don't count, and 0 "
@@ -61,11 +65,12 @@ def parser() -> argparse.ArgumentParser:
     made.prog = "hf-spot launch"
     made.description = (
         "Run a training script as `accelerate launch` does, detect preemption notices, and resume from the newest committed "
-        "checkpoint. All options of `accelerate launch` are accepted."
+        "checkpoint. All options of `accelerate launch` are accepted. A command such as `trl sft …`, `torchrun … train.py` or "
+        "`bash train.sh` is run as it is, without options of accelerate."
     )
     # accelerate's own formatter hides every group that it does not know.
     made.formatter_class = argparse.HelpFormatter
-    made.usage = "hf-spot launch --store URL [options of hf-spot and of accelerate launch] SCRIPT [its own arguments]"
+    made.usage = "hf-spot launch --store URL [options of hf-spot and of accelerate launch] SCRIPT|COMMAND [its own arguments]"
     _add_options(made.add_argument_group("hf-spot"))
     made._action_groups.insert(0, made._action_groups.pop())
     for action in made._actions:
@@ -110,12 +115,25 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         raise ConfigError(f"--max-restarts {args.max_restarts} must not be negative", hint="0 never restarts")
     if args.no_python:
         raise ConfigError("--no_python: hf-spot can only make Python scripts preemptible", hint=_EXAMPLE)
-    if args.module:
-        _check_module(args.training_script)
-    else:
-        _check_script(Path(args.training_script))
     script = [*(["--module"] if args.module else []), args.training_script, *args.training_script_args]
     options = list(argv[: len(argv) - 1 - len(args.training_script_args)])
+    if args.module:
+        _check_module(args.training_script)
+    elif (program := find_program(args.training_script, environ)) is not None:
+        _refuse_options_of_accelerate(_of_accelerate(options), script)
+        return Command(
+            store,
+            arguments,
+            args.max_restarts,
+            [program, *args.training_script_args],
+            {**environ, **_log_level(args)},
+            remarks=unknown_variables(environ, made),
+            script=script,
+            dry_run=args.dry_run,
+            as_it_is=True,
+        )
+    else:
+        _check_script(Path(args.training_script))
     try:
         with _kept_remarks() as remarks:
             args, config, _ = VALIDATE_LAUNCH.find()(args)
@@ -130,8 +148,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
     else:
         command = [sys.executable, "-m", _BOOTSTRAP, *script]
         env = LAUNCH_ENVIRONMENT.find()(args)[1]
-    if args.verbose or args.quiet:
-        env[LEVEL_VARIABLE] = "debug" if args.verbose else "warning"
+    env |= _log_level(args)
     if machines.count > 1 and _GLOO_VARIABLE not in env and (interface := interface_to(machines.main_ip)):
         # If a machine's name resolves to 127.0.1.1, as on Debian, gloo would listen on an unreachable address.
         if interface == "lo" and not _LOOPBACK.match(machines.main_ip):
@@ -144,10 +161,66 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
     return Command(store, arguments, args.max_restarts, command, env, machines, remarks, script, args.dry_run)
 
 
+def _log_level(args: argparse.Namespace) -> dict[str, str]:
+    return {LEVEL_VARIABLE: "debug" if args.verbose else "warning"} if args.verbose or args.quiet else {}
+
+
+def find_program(word: str, environ: Mapping[str, str]) -> str | None:
+    """Return the path of the program that a command line starts with; None for a script that Python runs.
+
+    A word that names no file is looked up on PATH, and then beside this Python, whose environment may not be activated.
+
+    Args:
+        word: the first word of the command.
+        environ: the environment.
+
+    Raises:
+        ConfigError: it is a shell script that can't be executed.
+    """
+    path = Path(word)
+    if path.is_file():
+        if os.access(path, os.X_OK) and path.suffix != ".py" and not _is_for_this_python(path):
+            return str(path.resolve())
+        if path.suffix in (".sh", ".bash"):
+            raise ConfigError(f"{path} is a shell script that is not executable", hint=f"hf-spot launch … bash {path}")
+        return None
+    if os.sep in word or (path / "__main__.py").is_file():
+        return None
+    return shutil.which(word, path=environ.get("PATH")) or shutil.which(word, path=os.path.dirname(sys.executable))
+
+
+def _is_for_this_python(path: Path) -> bool:
+    """Tell whether Python runs a file: its first line names no other program. Raises ConfigError if it can't be read."""
+    try:
+        with path.open("rb") as file:
+            first = file.readline(_LONGEST_LINE_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error}", hint=f"ls -l {path}") from error
+    if first.startswith(_ELF):
+        return False
+    if not first.startswith(b"#!"):
+        return True
+    words = os.fsdecode(first[2:]).split()
+    program = Path(words[-1] if words and words[0].endswith("/env") else words[0] if words else "")
+    if not program.name.startswith(("python", "pypy")):
+        return False
+    return not program.is_absolute() or not program.exists() or program.parent == Path(sys.executable).parent
+
+
+def _refuse_options_of_accelerate(options: Sequence[str], script: Sequence[str]) -> None:
+    if options:
+        told = shlex.join(options)
+        raise ConfigError(
+            f"{told}: {script[0]} is a command of its own, which gets no options of accelerate",
+            hint=f"leave {told} out, or hf-spot launch --store URL accelerate launch {told} train.py",
+        )
+
+
 def _check_script(path: Path) -> None:
     """Refuse a script that Python can't run, so that it is not restarted in vain."""
     if not path.exists():
-        raise ConfigError(f"{path}: there is no such script", hint=f"ls {path.parent}")
+        what = "there is no such script" if os.sep in str(path) else "there is no such script, and no such command on PATH"
+        raise ConfigError(f"{path}: {what}", hint=f"ls {path.parent}")
     if path.is_dir() and not (path / "__main__.py").exists():
         raise ConfigError(f"{path} is a directory without a __main__.py", hint=f"ls {path}")
     if path.suffix != ".py" or path.is_dir():
