@@ -45,7 +45,7 @@ from hf_spot.training.trainer.notebook import drop_inherited_handlers, how_to_re
 from hf_spot.training.trainer.random_states import RandomStates
 from hf_spot.training.trainer.recognition import KnownTraining, finished
 from hf_spot.training.trainer.restore import MachineGoing, Resumption
-from hf_spot.training.trainer.save_schedule import Cadence
+from hf_spot.training.trainer.save_schedule import Cadence, FirstSave
 from hf_spot.training.trainer.saves import writes_on_each_rank
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ class TrainerSession:
         )
         session.closing.callback(self.behind.close)
         self._cadence = Cadence(trainer, arguments, self._is_busy, now, clock)
+        self._first_save = FirstSave(trainer, arguments, clock)
         self._metrics = Metrics(trainer, {"next_save_in_s": self._cadence.due_in_s})
         session.closing.callback(self._metrics.close)
 
@@ -324,6 +325,8 @@ class TrainerSession:
         """Record that a step begins. Every rank must call it."""
         if self._session.timing.step_begins(self.trainer.state.global_step) and self._session.agreement.is_main:
             self._cadence.began()
+        if self._session.agreement.is_main:
+            self._first_save.look()
 
     def ask(self) -> None:
         """Cast this rank's ballot; `step_ended` and `micro_batch_ended` read the result."""
@@ -437,6 +440,7 @@ class TrainerSession:
         stall_s = None if began is None else self._session.clock() - began
         self._session.timing.stalled(stall_s)
         self._cadence.saved(stall_s)
+        self._first_save.saved()
         self._metrics.put("stall_s", stall_s)
         details = {**(request.details or {}), **self._session.timing.to_details(request.step), **self._carried()}
         request = replace(request, details=details)
