@@ -27,6 +27,7 @@ from hf_spot.training.upstream import (
     LOAD_FROM_CHECKPOINT,
     LOAD_OPTIMIZER,
     LOAD_RNG_STATE,
+    PREPARE,
     PREPARED_MODELS,
 )
 
@@ -147,11 +148,14 @@ def load_finished(
         told: whether callbacks already got the training's last log lines.
         trial: of a hyperparameter search, which is told about an evaluation that is made up for.
     """
-    with all_weights_loaded(trainer):
-        LOAD_FROM_CHECKPOINT.of(trainer)(str(folder))
+    if not trainer.is_deepspeed_enabled:
+        with all_weights_loaded(trainer):
+            LOAD_FROM_CHECKPOINT.of(trainer)(str(folder))
     args, window = trainer.args, LogWindow(trainer)
     state = trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
     state.is_local_process_zero, state.is_world_process_zero = trainer.is_local_process_zero(), trainer.is_world_process_zero()
+    if trainer.is_deepspeed_enabled:  # its checkpoint can only be loaded into its engine
+        PREPARE.of(trainer)(state.max_steps, trainer.get_train_dataloader(), str(folder))
     _prepare(trainer)
     _restore_optimizer(trainer, folder)
     restore_own(folder)
