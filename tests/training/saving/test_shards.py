@@ -122,7 +122,7 @@ def test_a_sharded_save_never_mixes_two_steps_and_what_one_rank_can_not_write_is
 
 def check_refused(seen: dict[str, Any]) -> None:
     """What Trainer can't resume is refused on each rank, before it is trained and before the run is taken."""
-    context, tensor, divided = seen["said"]
+    tensor, context, divided = seen["said"]
     assert context.startswith("ParallelismConfig(cp_size=2): Trainer can't save and resume")
     assert tensor.startswith("ParallelismConfig(tp_size=2): Trainer can't save and resume")
     assert divided.startswith("the model was divided among the ranks when it was loaded")

@@ -339,11 +339,14 @@ def trouble(folder: Path) -> dict[str, Any]:
 def refused(folder: Path) -> dict[str, Any]:
     """Trainings that Trainer can't resume."""
     said, steps = [], []
-    for name, parallel, more in (("cp", {"cp_size": 2}, {}), ("tp", {"tp_size": 2}, {"fsdp": None, "fsdp_config": None})):
+    for variable in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))]:
+        del os.environ[variable]  # left by the trainings before
+    for name, parallel, more in (("tp", {"tp_size": 2}, {"fsdp": None, "fsdp_config": None}), ("cp", {"cp_size": 2}, {})):
         trainer = sharding(folder / name, 2, spot(folder / "run"), parallelism_config=ParallelismConfig(**parallel), **more)
         said.append(how_it_ends(trainer))
         steps.append(trainer.state.global_step)
     AcceleratorState._reset_state()
+    del os.environ["ACCELERATE_USE_FSDP"]
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_heads=2))
     if RANK == 0:
