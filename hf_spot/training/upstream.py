@@ -112,20 +112,21 @@ ON_TRAIN_BEGIN = _method(
     _HANDLER,
     "on_train_begin",
     "…",
-    "training.trainer.entry",
+    "training.trainer.entry training.trainer.restore training.trainer.resumed_events",
     "a training in which SpotCallback can't work is not refused",
 )
 CALLBACK_HANDLER = _attribute(
     _TRAINER,
     "callback_handler",
-    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.trackers",
+    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.resumed_events "
+    "training.trainer.trackers",
     "SpotCallback is not found, so nothing is saved",
 )
 CALLBACKS = _attribute(
     _HANDLER,
     "callbacks",
-    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.saves "
-    "training.trainer.trackers",
+    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.resumed_events "
+    "training.trainer.saves training.trainer.trackers",
     "SpotCallback is not found, so nothing is saved",
 )
 RUN_EPOCH = _method(_TRAINER, "_run_epoch", "*, model, epoch, trial, start_time, …", "training.trainer.evaluation", _STOPPED)
@@ -136,7 +137,27 @@ LOG_SAVE_EVALUATE = _method(
     "training.trainer.evaluation training.trainer.log_window",
     _STOPPED,
 )
-ON_EPOCH_END = _method(_HANDLER, "on_epoch_end", "args, state, control", "training.trainer.evaluation", _STOPPED)
+ON_EPOCH_BEGIN = _method(
+    _HANDLER,
+    "on_epoch_begin",
+    "args, state, control",
+    "training.trainer.resumed_events",
+    "callbacks see and do something else at the start of an epoch that is resumed",
+)
+ON_EPOCH_END = _method(
+    _HANDLER,
+    "on_epoch_end",
+    "args, state, control",
+    "training.trainer.evaluation training.trainer.restore training.trainer.resumed_events",
+    _STOPPED,
+)
+ON_TRAIN_END = _method(
+    _HANDLER,
+    "on_train_end",
+    "args, state, control",
+    "training.trainer.restore",
+    "callbacks do nothing at the end of a training that an earlier launch has finished",
+)
 LOSS_SO_FAR = _attribute(_TRAINER, "_tr_loss", "training.trainer.evaluation training.trainer.log_window", _LINES)
 TOTAL_LOSS = _attribute(_TRAINER, "_total_loss_scalar", "training.trainer.log_window", _LINES)
 LAST_LOGGED = _attribute(_TRAINER, "_globalstep_last_logged", "training.trainer.log_window", _LINES)
@@ -239,7 +260,7 @@ LOAD_FROM_CHECKPOINT = _method(
     _TRAINER,
     "_load_from_checkpoint",
     "…",
-    "training.trainer.weights training.trainer.restore",
+    "training.trainer.weights training.trainer.restore training.trainer.resumed_events",
     _WEIGHTS,
 )
 WARN_AFTER_LOAD = _method(_TRAINER, "_issue_warnings_after_load", "load_result", "training.trainer.weights", _WEIGHTS)
@@ -279,7 +300,7 @@ LOAD_OPTIMIZER = _method(
     _TRAINER,
     "_load_optimizer_and_scheduler",
     "checkpoint",
-    "training.trainer.restore",
+    "training.trainer.restore training.trainer.resumed_events",
     "a second train() of the same Trainer begins with a new optimizer if the first one was finished by an earlier launch",
 )
 SKIP_FIRST_BATCHES = _function(

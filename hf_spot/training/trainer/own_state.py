@@ -162,17 +162,3 @@ def names_of_trainer() -> frozenset[str]:
     """Return the attributes that Trainer itself uses: it saves them, or `trainer/` handles them one by one."""
     source = Path(str(transformers.trainer.__file__)).read_text(encoding="utf-8")
     return frozenset(re.findall(r"\bself\.(\w+)", source))
-
-
-def after_train_begin(trainer: Trainer, act: Callable[[], None]) -> None:
-    """Call ``act`` once, after ``on_train_begin`` of all callbacks: they may create objects there that must be restored."""
-    handler: Any = trainer.callback_handler
-    plain = handler.on_train_begin
-
-    def on_train_begin(*args: Any, **kwargs: Any) -> Any:
-        handler.__dict__.pop("on_train_begin", None)
-        control = plain(*args, **kwargs)
-        act()
-        return control
-
-    handler.on_train_begin = on_train_begin

@@ -7,6 +7,7 @@ and accelerate 1.15.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import logging
 import shutil
@@ -87,16 +88,39 @@ class RandomStates:
         self._then = then
         LOAD_RNG_STATE.set(self._trainer, self._return_to_checkpoint)
 
-    def begin_epoch(self, dataloader: Any, resumed: Path | None, *, middle: bool = True) -> None:
+    def return_before_epoch(self, dataloader: Any, checkpoint: Path) -> None:
+        """Restore the random states of a checkpoint that was saved between two epochs.
+
+        Trainer does so when the next epoch has begun: too late for what callbacks draw or change at that moment, and for
+        `begin_epoch`, which records the states at the start of the epoch.
+
+        Args:
+            dataloader: the DataLoader of the epoch.
+            checkpoint: the checkpoint.
+        """
+        self._data_side = DataSide(parts_of(dataloader))
+        self._read_data_side(checkpoint)
+        self._return_to_checkpoint(str(checkpoint))
+
+    @contextlib.contextmanager
+    def data_side_kept(self) -> Iterator[None]:
+        """Keep the state of the data pipeline as it is before the block."""
+        side = self._data_side
+        states = side.capture()
+        yield
+        side.restore(states)
+
+    def begin_epoch(self, dataloader: Any, resumed: Path | None, number: int = 0, *, middle: bool = True) -> None:
         """Prepare the random states for an epoch that begins.
 
         Args:
             dataloader: the DataLoader of the epoch.
             resumed: the checkpoint, if this is the first epoch after a resume.
+            number: number of the epoch, from 0.
             middle: whether the checkpoint was saved in the middle of an epoch.
         """
         if getattr(dataloader, "persistent_workers", False):
-            self._workers.note_seeded(int(self._trainer.state.epoch or 0) > 0)
+            self._workers.note_seeded(number > 0)
             if resumed is None and self._resumed is not None:
                 self._workers.go_on(self._micro_batches)
             elif resumed is not None:
@@ -109,7 +133,8 @@ class RandomStates:
         self._passed_over, self._passes_over = self._passes_over, 0
         self._data_side = DataSide(parts_of(dataloader))
         self._read_data_side(resumed)
-        self._data_side.restore(self._resumed_data_side["began" if middle else "saved"])
+        if middle or not self._restored:
+            self._data_side.restore(self._resumed_data_side["began" if middle else "saved"])
         resumed = resumed if middle else None
         self._draws, self._resumed, self._resumed_draw = 0, resumed, None
         if resumed is not None and (resumed / _FOLDER).is_dir():

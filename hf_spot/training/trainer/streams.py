@@ -17,6 +17,7 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
+from hf_spot.policy.passes import Place
 from hf_spot.policy.resize import Batches
 from hf_spot.training.data.rng import capture, pack
 from hf_spot.training.state.data_side import DataSide, parts_of
@@ -27,12 +28,15 @@ _LOOKS = 4
 
 
 @contextmanager
-def resumed_in_its_pass(trainer: Trainer, details: dict[str, Any], before: Batches, now: Batches) -> Iterator[None]:
+def resumed_in_its_pass(
+    trainer: Trainer, details: dict[str, Any], place: Place, before: Batches, now: Batches
+) -> Iterator[None]:
     """Resume a training on a stream in the right pass and at the right batch within the block.
 
     Args:
         trainer: the Trainer, about to resume.
         details: details of the commit that it resumes from.
+        place: where that is in the data.
         before: how its steps were composed at the save.
         now: how they are composed now.
 
@@ -43,14 +47,15 @@ def resumed_in_its_pass(trainer: Trainer, details: dict[str, Any], before: Batch
         yield
         return
     plain_init = INIT_TRAINING_STATE.of(trainer)
-    passes = int(details["epoch_of_data"])
+    passes = place.number
     if passes and trainer.args.dataloader_num_workers and trainer.args.dataloader_persistent_workers:
         warn_for_all(
             "pass %d of the stream is resumed with new DataLoader workers, but an uninterrupted run keeps its workers: random "
             "numbers differ from those of an uninterrupted run; for exact results set dataloader_persistent_workers=False",
             passes + 1,
         )
-    done = round((details["epoch_of_data"] - passes) * details["max_steps"] * before.accumulation)
+    trained = details["epoch_of_data"] - passes if place.is_in_middle else 0
+    done = round(trained * details["max_steps"] * before.accumulation)
     in_pass = done * before.per_device * before.world_size // (now.per_device * now.world_size)
 
     def init_training_state(*args: Any, **kwargs: Any) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_spot import SpotCallback
 from hf_spot.errors import ConfigError
+from hf_spot.policy.passes import Place
 from hf_spot.policy.resize import Batches
 from hf_spot.training.trainer.resume_fixes import (
     carry_callback_states,
@@ -223,7 +224,8 @@ def _resumed_at(folder: Path, monkeypatch: pytest.MonkeyPatch, theirs: tuple[int
     trainer = make_trainer(folder, train_dataset=Endless, max_steps=16)
     trainer.state.global_step = 20
     batches = Batches(2, 1, 1)
-    with resumed_in_its_pass(trainer, {"epoch_of_data": 1.25, "max_steps": 16}, batches, batches):
+    place = Place(1, is_in_middle=True, is_repeated=True)
+    with resumed_in_its_pass(trainer, {"epoch_of_data": 1.25, "max_steps": 16}, place, batches, batches):
         begin: Callable[..., tuple[int, int]] = trainer._init_training_state
         return begin(16, 16, 1, None, None)
 
