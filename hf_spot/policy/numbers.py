@@ -15,7 +15,7 @@ _FEW = 3  # names in a message
 class Answer(Enum):
     """What happens to a save."""
 
-    SAVE = "save"
+    MAKE = "save"
     SKIP = "don't save, and continue"
     STOP = "don't save, and end the training with an error"
 
@@ -30,7 +30,7 @@ def answer(wrong: Sequence[str], *, on_nan: str, stopping: bool) -> Answer:
             launch meets the same numbers is found then.
     """
     if not wrong:
-        return Answer.SAVE
+        return Answer.MAKE
     return Answer.STOP if on_nan == "stop" and not stopping else Answer.SKIP
 
 

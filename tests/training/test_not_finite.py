@@ -25,8 +25,8 @@ STOP, GO_ON = (SpotArguments(notice="none", on_nan=on_nan, keep_checkpoints=1) f
 @pytest.mark.parametrize(
     ("wrong", "on_nan", "stopping", "expected"),
     [
-        ([], "stop", False, Answer.SAVE),
-        ([], "go-on", True, Answer.SAVE),
+        ([], "stop", False, Answer.MAKE),
+        ([], "go-on", True, Answer.MAKE),
         (["x"], "stop", False, Answer.STOP),
         (["x"], "stop", True, Answer.SKIP),
         (["x"], "go-on", False, Answer.SKIP),
