@@ -297,6 +297,13 @@ def _machines(args: argparse.Namespace) -> Machines:
         raise ConfigError(
             f"--num_machines {count} needs --multi_gpu, --use_fsdp or --use_deepspeed", hint=f"--multi_gpu {example}"
         )
+    launcher = args.deepspeed_multinode_launcher or "pdsh"  # as in accelerate
+    if args.use_deepspeed and launcher != "standard":
+        raise ConfigError(
+            f"--deepspeed_multinode_launcher {launcher} starts the processes of all machines from one of them, where hf-spot "
+            "launch could not protect them",
+            hint=f"--deepspeed_multinode_launcher standard, on every machine: {example}",
+        )
     if args.num_processes % count:
         raise ConfigError(
             f"--num_processes {args.num_processes} is the total of all {count} machines, and must be a multiple of {count}",

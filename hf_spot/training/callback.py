@@ -35,10 +35,10 @@ from hf_spot.training.trainer.own_state import SavedTensors, own_state
 from hf_spot.training.trainer.proof import Proof
 from hf_spot.training.trainer.restore import load_finished
 from hf_spot.training.trainer.resume_fixes import (
+    batches_skipped,
     carry_callback_states,
     carry_counters,
     counters,
-    dispatched_batches_skipped,
     set_epoch,
 )
 from hf_spot.training.trainer.resumed_events import ResumedEvents
@@ -350,7 +350,7 @@ class SpotCallback(TrainerCallback):
                     losses.watch()
                 with (
                     all_weights_loaded(trainer),
-                    dispatched_batches_skipped(),
+                    batches_skipped(session.random_states.watch_skipping),
                     random_streams_named(trainer),
                     self._stream_resumed(trainer, session),
                     held.held(),

@@ -24,6 +24,7 @@ from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.disks import Disk
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
 from hf_spot.training.saving.disk_errors import free_gb, in_words, is_of_a_disk
+from hf_spot.training.trainer.engines import why_written_at_once
 from hf_spot.training.trainer.own_state import SavedTensors
 from hf_spot.training.upstream import (
     ON_SAVE,
@@ -156,7 +157,7 @@ class Saves:
             return "push_to_hub=True pushes each checkpoint right after its save"
         if (own := self._own_method()) is not None and is_sharded(trainer):
             return f"{own} may read shards, which the ranks can only write together"
-        return why_engine_writes_at_once(trainer)
+        return why_written_at_once(trainer)
 
     def _own_method(self) -> str | None:
         """Return which method of a save is a script's own; None if all are of libraries that only write."""
@@ -164,8 +165,15 @@ class Saves:
         return next((f"{type(owner).__name__}.{name}" for owner, name in saves if not _is_known(owner, name)), None)
 
     def _is_watched(self) -> bool:
-        """Return whether code that hf_spot doesn't know takes part in a save, or is told of it."""
-        return self._own_method() is not None or any(map(_is_told, self._trainer.callback_handler.callbacks))
+        """Return whether code that may touch the files takes part in a save, or is told of it.
+
+        Trainer itself removes a file that it has just saved with DeepSpeed.
+        """
+        return (
+            self._trainer.is_deepspeed_enabled
+            or self._own_method() is not None
+            or any(map(_is_told, self._trainer.callback_handler.callbacks))
+        )
 
     def _save(self, plain_save: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Save as Trainer does.
@@ -306,11 +314,6 @@ def is_sharded(trainer: Trainer) -> bool:
 def writes_on_each_rank(trainer: Trainer) -> bool:
     """Return whether each rank writes much of a checkpoint, rather than rank 0 all of it."""
     return trainer.is_deepspeed_enabled or is_sharded(trainer)
-
-
-def why_engine_writes_at_once(trainer: Trainer) -> str | None:
-    """Return why the files of a training with DeepSpeed can't be written while it continues; None if they can."""
-    return "DeepSpeed writes them itself" if trainer.is_deepspeed_enabled else None
 
 
 def _size_bytes(model: Any, *, here: bool) -> int:
