@@ -30,7 +30,7 @@ _VERBOSITY = ("-q", "--quiet", "-v", "--verbose")
 _EXIT_CODES = """exit codes:
   0    success; launch: the run is finished
   1    verify: damage found; doctor: a check failed; demo: the two models differ
-  2    usage error, or the store or account can't be used
+  2    usage error, or the store or account can't be used; launch: also a budget that is used up, or numbers that are NaN
   75   launch: preempted, run the same command again to resume; provision: no capacity available
   76   launch: a newer launch owns the run
   130  interrupted twice

@@ -574,8 +574,8 @@ PREPARED_MODELS = _attribute(
 OPTIMIZERS = _attribute(
     "accelerate.accelerator:Accelerator",
     "_optimizers",
-    "training.manager",
-    "hf-spot launch shows only steps that were saved",
+    "training.manager training.loop.loop_states",
+    "hf-spot launch shows only steps that were saved, and checkpoints are not checked for NaN",
     told=True,
     **_ACCELERATE,
 )
