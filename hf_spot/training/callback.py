@@ -326,6 +326,7 @@ class SpotCallback(TrainerCallback):
             held = HeldErrors(trainer, self, lambda: self._stopping, session.behind)
             self._saves = Saves(
                 trainer,
+                output_dir,
                 session.run_session.agreement,
                 session.run_session.disk,
                 session.behind,

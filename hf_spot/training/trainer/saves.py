@@ -62,6 +62,7 @@ class Saves:
 
     Args:
         trainer: the Trainer.
+        output_dir: where this training's checkpoints are written.
         agreement: agreement of its ranks.
         disk: the disk that this rank writes to.
         behind: writes the files while training continues.
@@ -76,6 +77,7 @@ class Saves:
     def __init__(
         self,
         trainer: Trainer,
+        output_dir: Path,
         agreement: Agreement,
         disk: Disk,
         behind: AsyncCheckpointWriter,
@@ -94,7 +96,7 @@ class Saves:
         self._refused = refused
         self._never_finite: frozenset[str] = frozenset()
         self._hold = hold
-        self._output_dir = Path(trainer.args.output_dir or ".")
+        self._output_dir = output_dir
         self._trouble: SpotError | None = None
         self._folder = self._output_dir
         self._saving: int | None = None  # the thread
