@@ -38,7 +38,7 @@ TRL = (
 SCRIPT = "--output_dir {out}/train --weights {out} --step_s 0.05"
 
 CASES = [
-    Case("python", f"python plain.py {SCRIPT}", quick=True),
+    Case("python", f"python plain.py {SCRIPT}"),
     Case("python-m", f"python -m plain {SCRIPT}"),
     Case("bash", f"bash train.sh {SCRIPT}"),
     Case("executable", f"./train.sh {SCRIPT}"),
@@ -54,7 +54,7 @@ CASES = [
     Case("llamafactory", "llamafactory-cli train llamafactory.yaml output_dir={out}", ("llamafactory",)),
     Case(
         "swift",
-        "swift sft --model tiny-llama --model_type llama --template dummy --dataset ./sft.jsonl --train_type full "
+        "swift sft --model tiny-llama --model_type llama --template dummy --dataset ./sft.jsonl --tuner_type full "
         "--output_dir {out} --add_version false --per_device_train_batch_size 4 --num_train_epochs 2 --save_steps 5 "
         "--logging_steps 1 --report_to none --use_cpu true --learning_rate 1e-3 --seed 1 --split_dataset_ratio 0 "
         "--torch_dtype float32",
