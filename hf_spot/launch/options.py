@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import importlib.util
 import logging
+import math
 import os
 import re
 import shlex
@@ -37,12 +38,30 @@ from hf_spot.launch.command import Command, Machines, refusal
 from hf_spot.launch.early import has_flag
 from hf_spot.launch.settings import render, settings, unknown_variables
 from hf_spot.log import LEVEL_VARIABLE
+from hf_spot.policy.budget import Budget
 from hf_spot.runtime import STORE_VARIABLE
 from hf_spot.suggestions import hint_for_unknown
 from hf_spot.training.upstream import LAUNCH_ENVIRONMENT, LAUNCH_PARSER, OPTIONS_PARSER, VALIDATE_LAUNCH, check
 from hf_spot.training.upstream_name import Scope
 
 MAX_RESTARTS = 3
+_BUDGET = (
+    (
+        "--max_hours",
+        float,
+        "Hours that all launches of the run together may take; then the training saves and ends, with exit code 2.",
+    ),
+    (
+        "--max_spend",
+        float,
+        "Dollars that the machines of the run may cost, by the price in $HF_SPOT_MACHINE; then it ends likewise.",
+    ),
+    (
+        "--max_launches_without_progress",
+        int,
+        "Launches in a row, on whatever machines, that may commit nothing before no more begin.",
+    ),
+)
 _ACCELERATES_LOG = logging.getLogger(VALIDATE_LAUNCH.owner)
 _AGENT = "hf_spot.launch.agent"
 _NAMES = {"keep_checkpoints": "save_total_limit", "start_from": "from"}  # options that have another name than their setting
@@ -131,6 +150,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
             script=script,
             dry_run=args.dry_run,
             as_it_is=True,
+            budget=_budget(args),
         )
     else:
         _check_script(Path(args.training_script))
@@ -158,7 +178,18 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
                 hint=f"an address that `hostname -I` prints there, or export {_GLOO_VARIABLE}=eth0 (see ip -br addr)",
             )
         env[_GLOO_VARIABLE] = interface
-    return Command(store, arguments, args.max_restarts, command, env, machines, remarks, script, args.dry_run)
+    return Command(
+        store,
+        arguments,
+        args.max_restarts,
+        command,
+        env,
+        machines,
+        remarks,
+        script,
+        dry_run=args.dry_run,
+        budget=_budget(args),
+    )
 
 
 def _log_level(args: argparse.Namespace) -> dict[str, str]:
@@ -297,6 +328,13 @@ def _machines(args: argparse.Namespace) -> Machines:
         raise ConfigError(
             f"--num_machines {count} needs --multi_gpu, --use_fsdp or --use_deepspeed", hint=f"--multi_gpu {example}"
         )
+    launcher = args.deepspeed_multinode_launcher or "pdsh"  # as in accelerate
+    if args.use_deepspeed and launcher != "standard":
+        raise ConfigError(
+            f"--deepspeed_multinode_launcher {launcher} starts the processes of all machines from one of them, where hf-spot "
+            "launch could not protect them",
+            hint=f"--deepspeed_multinode_launcher standard, on every machine: {example}",
+        )
     if args.num_processes % count:
         raise ConfigError(
             f"--num_processes {args.num_processes} is the total of all {count} machines, and must be a multiple of {count}",
@@ -323,6 +361,8 @@ def _add_options(group: Any) -> None:
     group.add_argument(
         "--dry_run", action="store_true", help="check everything and say what would be resumed, without starting it"
     )
+    for name, kind, what in _BUDGET:
+        group.add_argument(name, metavar="N", type=kind, help=what)
     group.add_argument("-v", "--verbose", action="store_true", help="log details, too; -q logs warnings and errors only")
     types = typing.get_type_hints(SpotArguments)
     for setting in dataclasses.fields(SpotArguments):
@@ -345,6 +385,14 @@ def _of_accelerate(options: list[str]) -> list[str]:
     ours.add_argument("-m", "--module", action="store_true")
     rest: list[str] = ours.parse_known_args(options)[1]
     return rest
+
+
+def _budget(args: argparse.Namespace) -> Budget:
+    for name in ("max_hours", "max_spend", "max_launches_without_progress"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g} must be positive", hint="omit it for no limit")
+    return Budget(args.max_hours, args.max_spend, args.max_launches_without_progress)
 
 
 def _is_distributed(args: argparse.Namespace) -> bool:

@@ -21,12 +21,15 @@ from hf_spot.errors import (
     EXIT_FENCED,
     EXIT_FINISHED,
     EXIT_PREEMPTED,
+    EXIT_USAGE,
     ConfigError,
     SpotError,
     StoreError,
 )
 from hf_spot.every_python import python_path
 from hf_spot.launch import early
+from hf_spot.launch.budget import SOURCE as BUDGET
+from hf_spot.launch.budget import BudgetKeeper
 from hf_spot.launch.command import Command, Reading, likely_store
 from hf_spot.launch.dry_run import describe
 from hf_spot.launch.folder import RuntimeFolder
@@ -144,7 +147,8 @@ class Supervisor:
         self._signals = SignalSource(names, grace_s(command.arguments, command.environ))
         made = sources(command.arguments, environ=command.environ)
         others = [one for one in made if not isinstance(one, SignalSource)]
-        self._watcher = Watcher([self._signals, *others], self._on_notice)
+        self._budget = BudgetKeeper(command.budget, run, command.machines.count, command.environ, clock=clock)
+        self._watcher = Watcher([self._signals, *others, *([self._budget] if command.budget.is_set else [])], self._on_notice)
         self._heard = threading.Event()  # a TERMINATE
         self._heard_at = 0.0
         self._trained_s = 0.0  # time from then on in which a training was running
@@ -167,6 +171,7 @@ class Supervisor:
         with self._watcher, contextlib.closing(self._hook):
             on_listening()
             while True:
+                self._budget.check()
                 before = self._run.journal.state.latest()
                 try:
                     verdict, code = self._launch_once()
@@ -181,6 +186,9 @@ class Supervisor:
                 if verdict is Verdict.PREEMPTED:
                     if self._all_is_committed():
                         self._watcher.acknowledge()
+                    if self._notice is not None and self._notice.source == BUDGET:
+                        log.error("the budget is used up, and the same command will start nothing until it is raised")
+                        return EXIT_USAGE
                     return EXIT_INTERRUPTED if self._impatient else EXIT_PREEMPTED
                 if verdict is Verdict.FENCED:
                     return EXIT_FENCED

@@ -18,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, SpotError, TrainingPreempted
 from hf_spot.log import warn_for_all
+from hf_spot.policy.numbers import HOW_TO_GET_FINITE, Answer, answer, in_words
 from hf_spot.policy.preemption import Decision
 from hf_spot.policy.trainer_flags import LoopState, Moment, flags_for, is_complete, reason_of_save
 from hf_spot.run.checkpoint import CommitRequest
@@ -35,10 +36,10 @@ from hf_spot.training.trainer.own_state import SavedTensors, own_state
 from hf_spot.training.trainer.proof import Proof
 from hf_spot.training.trainer.restore import load_finished
 from hf_spot.training.trainer.resume_fixes import (
+    batches_skipped,
     carry_callback_states,
     carry_counters,
     counters,
-    dispatched_batches_skipped,
     set_epoch,
 )
 from hf_spot.training.trainer.resumed_events import ResumedEvents
@@ -325,11 +326,13 @@ class SpotCallback(TrainerCallback):
             held = HeldErrors(trainer, self, lambda: self._stopping, session.behind)
             self._saves = Saves(
                 trainer,
+                output_dir,
                 session.run_session.agreement,
                 session.run_session.disk,
                 session.behind,
                 functools.partial(_finish_save, session, self._log_window, carried, proof),
                 functools.partial(self._save_failed, trainer),
+                functools.partial(self._save_refused, trainer),
                 held.hold,
             )
             self._resumed_epoch_is_ahead = session.restored is not None
@@ -350,7 +353,7 @@ class SpotCallback(TrainerCallback):
                     losses.watch()
                 with (
                     all_weights_loaded(trainer),
-                    dispatched_batches_skipped(),
+                    batches_skipped(session.random_states.watch_skipping),
                     random_streams_named(trainer),
                     self._stream_resumed(trainer, session),
                     held.held(),
@@ -432,6 +435,14 @@ class SpotCallback(TrainerCallback):
         if self._stopping:
             trainer.state.best_model_checkpoint = None  # as in `on_save`, which is not called
         self._session.save_failed(why, stops=not self._stopping and self.args.on_save_error == "stop")
+
+    def _save_refused(self, trainer: Trainer, wrong: list[str]) -> None:
+        assert self._session is not None
+        if self._stopping:
+            trainer.state.best_model_checkpoint = None
+        stops = answer(wrong, on_nan=self.args.on_nan, stopping=self._stopping) is Answer.STOP
+        why = f"{in_words(wrong, trainer.state.global_step)}"
+        self._session.save_failed(SpotError(why, hint=HOW_TO_GET_FINITE), stops=stops)
 
     def _evaluation_was_cut(self, trainer: Trainer) -> None:
         assert self._session is not None and self._evaluations is not None

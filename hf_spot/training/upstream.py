@@ -44,6 +44,7 @@ ONLY: dict[str, Callable[[Any], bool]] = {
     "several micro-batches per step": lambda trainer: trainer.args.gradient_accumulation_steps > 1,
     "datasets without a length": _is_stream,
     "FSDP": lambda trainer: bool(trainer.is_fsdp_enabled),
+    "DeepSpeed": lambda trainer: bool(trainer.is_deepspeed_enabled),
     "push_to_hub": lambda trainer: bool(trainer.args.push_to_hub),
     "GPUs": lambda trainer: trainer.args.device.type not in ("cpu", "meta"),
     "TensorBoard": partial(_has_callback, "TensorBoardCallback"),
@@ -287,6 +288,14 @@ TRIAL_FOLDER = _method(
     "the checkpoints of a hyperparameter search are not found",
     only="hyperparameter_search()",
 )
+PREPARE = _method(
+    _TRAINER,
+    "_prepare_for_training",
+    "max_steps, train_dataloader, resume_from_checkpoint",
+    "training.trainer.restore",
+    "a finished training that is started again does not end with its model",
+    only="DeepSpeed",
+)
 LOAD_OPTIMIZER = _method(
     _TRAINER,
     "_load_optimizer_and_scheduler",
@@ -483,6 +492,14 @@ FAILURES = _attribute(
     **_FSDP,
 )
 
+CHECKPOINT_ENGINE = _attribute(
+    "deepspeed.runtime.engine:DeepSpeedEngine",
+    "checkpoint_engine",
+    "training.trainer.engines",
+    "files that DeepSpeed writes itself may be committed before they are complete",
+    only="DeepSpeed",
+)
+
 # Loaders: positions in the data
 _PLACE = "a resumed loop gets other batches than an uninterrupted one"
 _ACCELERATE: Any = {"scope": Scope.LOOP, "optional": True}
@@ -557,8 +574,8 @@ PREPARED_MODELS = _attribute(
 OPTIMIZERS = _attribute(
     "accelerate.accelerator:Accelerator",
     "_optimizers",
-    "training.manager",
-    "hf-spot launch shows only steps that were saved",
+    "training.manager training.loop.loop_states",
+    "hf-spot launch shows only steps that were saved, and checkpoints are not checked for NaN",
     told=True,
     **_ACCELERATE,
 )

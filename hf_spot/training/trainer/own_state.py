@@ -73,6 +73,8 @@ class SavedTensors:
         of_model, _, name = path.partition(".")
         if self._everything and of_model == "model":
             return True
+        if of_model == "optimizer" and self._trainer.is_deepspeed_enabled:
+            return True  # its parameters are DeepSpeed's own, which it divides among the ranks and saves
         if tensor.numel() and tensor.untyped_storage().data_ptr() in self._memory:
             return True
         return of_model == "model" and self._names.get(name) == tensor.shape

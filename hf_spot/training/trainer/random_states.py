@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, IterableDataset
 from transformers import Trainer
 
 from hf_spot.runtime import make_private
@@ -147,6 +147,14 @@ class RandomStates:
         self._step_ended = True
         self._mark()
 
+    def watch_skipping(self, dataloader: Any) -> None:
+        """Watch the loader with which Trainer reads a stream again, from its start to the batch that is left.
+
+        Batches are drawn there as in an uninterrupted training, and the next one is made in the state in which that made it.
+        """
+        if isinstance(dataloader.dataset, IterableDataset) and not dataloader.num_workers:
+            self._watch(dataloader)
+
     def micro_batch_ended(self) -> None:
         """Count a trained batch. Call it before `step_ended`."""
         self._micro_batches += 1
@@ -240,17 +248,17 @@ class RandomStates:
     def _watch(self, dataloader: Any) -> None:
         sampler = getattr(dataloader, "batch_sampler", None)
         # A dispatcher draws on one rank only, and an evaluation there would wait for the other ranks forever.
-        if sampler is None or isinstance(dataloader, DataLoaderDispatcher):
+        # Its workers read a stream again from its start, with the seeds of that time.
+        elsewhere = self._trainer.args.world_size > 1 or getattr(dataloader, "num_workers", 0) > 0
+        if sampler is None or (isinstance(dataloader, DataLoaderDispatcher) and elsewhere):
             self._before_draw = None
             return
         if isinstance(sampler, _Watched):
             return
+        watched = _Watched(sampler, self, self._workers if dataloader.num_workers else None)
+        self._watched.append(watched)
         # A DataLoader refuses to change its sampler, as it may be iterating already; accelerate's loaders wrap another one.
-        object.__setattr__(
-            INSIDE.of(dataloader) if INSIDE.is_on(dataloader) else dataloader,
-            "batch_sampler",
-            _Watched(sampler, self, self._workers if dataloader.num_workers else None),
-        )
+        object.__setattr__(INSIDE.of(dataloader) if INSIDE.is_on(dataloader) else dataloader, "batch_sampler", watched)
 
     # -- proof --------------------------------------------------------------------------------------------------------
 
@@ -300,7 +308,7 @@ class RandomStates:
     def note_indices(self, number: int, indices: Any) -> None:
         """Record the indices of a batch that a sampler has drawn."""
         self._newest_indices.append((number, indices))
-        if number == self._expected_batch:
+        if number == self._expected_batch and not all(index is None for index in indices):  # streams have none
             self._expected_batch, self._drawn_batch = None, self._batch(number, indices)
 
     def drawn(self) -> None:

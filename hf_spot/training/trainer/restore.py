@@ -31,6 +31,7 @@ from hf_spot.training.upstream import (
     ON_EPOCH_END,
     ON_TRAIN_BEGIN,
     ON_TRAIN_END,
+    PREPARE,
     PREPARED_MODELS,
 )
 from hf_spot.training.upstream_name import Name
@@ -152,11 +153,14 @@ def load_finished(
         told: whether callbacks already got the training's last log lines.
         trial: of a hyperparameter search, which is told about an evaluation that is made up for.
     """
-    with all_weights_loaded(trainer):
-        LOAD_FROM_CHECKPOINT.of(trainer)(str(folder))
+    if not trainer.is_deepspeed_enabled:
+        with all_weights_loaded(trainer):
+            LOAD_FROM_CHECKPOINT.of(trainer)(str(folder))
     args, window = trainer.args, LogWindow(trainer)
     state = trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
     state.is_local_process_zero, state.is_world_process_zero = trainer.is_local_process_zero(), trainer.is_world_process_zero()
+    if trainer.is_deepspeed_enabled:  # its checkpoint can only be loaded into its engine
+        PREPARE.of(trainer)(state.max_steps, trainer.get_train_dataloader(), str(folder))
     scripts_own = [one for one in CALLBACKS.of(CALLBACK_HANDLER.of(trainer)) if is_of_the_script(one)]
     _prepare(trainer)
     _restore_optimizer(trainer, folder)

@@ -102,13 +102,16 @@ def random_streams_named(trainer: Trainer) -> Iterator[None]:
         before, before_side = pack(capture()), side.capture()
         fetched = plain_get(epoch_iterator, *args, **kwargs)
         looks -= 1
-        if trainer.args.eval_strategy != IntervalStrategy.NO and side.capture() != before_side:
+        # One rank that reads for several does not know which batch each state belongs to.
+        evaluates, of_many = trainer.args.eval_strategy != IntervalStrategy.NO, trainer.args.world_size > 1
+        if (evaluates or of_many) and side.capture() != before_side:
             looks = 0
             warn_for_all(
-                "a stream's %s change while it is read, and evaluations may change them, too: after a resume in the middle of "
-                "an epoch it gives other samples; for exact results let the collator and the data set keep nothing, or set "
-                "--eval_strategy no",
+                "a stream's %s change while it is read, and %s: after a resume in the middle of an epoch it gives other "
+                "samples; for exact results let the collator and the data set keep nothing%s",
                 " and ".join(sorted(name for name, value in side.capture().items() if before_side.get(name) != value)),
+                "one rank reads it for all" if of_many else "evaluations may change them, too",
+                "" if of_many else ", or set --eval_strategy no",
             )
             return fetched
         if pack(capture()) != before:

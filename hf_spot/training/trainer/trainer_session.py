@@ -40,6 +40,7 @@ from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.session.step_teller import COMPOSITION, DEVICE, StepTeller
 from hf_spot.training.trainer.batch_size import batches, keep_samples
 from hf_spot.training.trainer.description import describe
+from hf_spot.training.trainer.engines import refuse_what_can_not_be_resumed
 from hf_spot.training.trainer.metrics import Metrics
 from hf_spot.training.trainer.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
 from hf_spot.training.trainer.random_states import RandomStates
@@ -588,6 +589,7 @@ class TrainerSession:
 
 
 def _check(trainer: Trainer) -> None:
+    refuse_what_can_not_be_resumed(trainer)
     args = trainer.args
     if args.save_only_model:
         raise ConfigError(
