@@ -102,4 +102,10 @@ def _draw(run: Run) -> str:
     return html_of(run)
 
 
-hf_spot.run.display.display.register(_draw)
+def _write(run: Run) -> str:
+    from hf_spot.economics.shown import text_of
+
+    return text_of(run)
+
+
+hf_spot.run.display.display.register(_draw, _write)

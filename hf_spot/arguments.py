@@ -15,6 +15,7 @@ _TAKES_PARAMETER = ("file", "gcp", "slurm")
 SAVE_ERROR_ANSWERS = ("stop", "go-on")
 MISMATCH_ANSWERS = ("stop", "warn")
 CHANGE_ANSWERS = ("go-on", "stop")
+NAN_ANSWERS = ("stop", "go-on")
 CADENCES = ("fixed", "auto")
 
 
@@ -127,6 +128,14 @@ class SpotArguments:
             "follows, in a line each, and continues; 'stop' ends the training before its first step, with exit code 2."
         },
     )
+    on_nan: str = field(
+        default="stop",
+        metadata={
+            "help": "When a weight that is trained, a state of the optimizer or the logged loss is NaN or infinite, no "
+            "checkpoint is made: 'stop' ends the training, with exit code 2; 'go-on' continues it, and saves again once all "
+            "numbers are finite."
+        },
+    )
     start_from: str | None = field(
         default=None,
         metadata={
@@ -213,6 +222,8 @@ class SpotArguments:
             raise ConfigError(
                 f"on_change={self.on_change!r} must be one of {', '.join(CHANGE_ANSWERS)}", hint="--on-change go-on"
             )
+        if self.on_nan not in NAN_ANSWERS:
+            raise ConfigError(f"on_nan={self.on_nan!r} must be one of {', '.join(NAN_ANSWERS)}", hint="--on-nan go-on")
         if self.save_memory_gb is not None and not self.save_memory_gb >= 0:
             raise ConfigError(f"save_memory_gb={self.save_memory_gb} must not be negative", hint="0 saves as Trainer does")
         if self.upload_workers < 1:

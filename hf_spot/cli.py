@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from hf_spot import __version__
 from hf_spot.arguments import SpotArguments
 from hf_spot.aws_errors import nearest_region
-from hf_spot.commands import machines, runs
+from hf_spot.commands import machines, runs, whole_runs
 from hf_spot.commands.common import add_command, setting_help, takes_json, takes_verbosity
 from hf_spot.completion import SHELLS
 from hf_spot.errors import EXIT_USAGE, ConfigError, SpotError
@@ -30,7 +30,7 @@ _VERBOSITY = ("-q", "--quiet", "-v", "--verbose")
 _EXIT_CODES = """exit codes:
   0    success; launch: the run is finished
   1    verify: damage found; doctor: a check failed; demo: the two models differ
-  2    usage error, or the store or account can't be used
+  2    usage error, or the store or account can't be used; launch: also a budget that is used up, or numbers that are NaN
   75   launch: preempted, run the same command again to resume; provision: no capacity available
   76   launch: a newer launch owns the run
   130  interrupted twice
@@ -152,6 +152,7 @@ def parser() -> argparse.ArgumentParser:
     takes_json(demo)
 
     runs.add_to(commands)
+    whole_runs.add_to(commands)
 
     watch = add_command(commands, "watch", _watch, "print preemption notices as they arrive")
     watch.add_argument("--notice", default="auto", help=setting_help("notice"))

@@ -7,11 +7,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hf_spot.arguments import CADENCES, NOTICE_NAMES, SAVE_ERROR_ANSWERS
+from hf_spot.arguments import CADENCES, CHANGE_ANSWERS, MISMATCH_ANSWERS, NAN_ANSWERS, NOTICE_NAMES, SAVE_ERROR_ANSWERS
 from hf_spot.errors import ConfigError
 
 SHELLS = ("bash", "zsh", "fish")
-_WORDS = {"notice": NOTICE_NAMES, "cadence": CADENCES, "on_save_error": SAVE_ERROR_ANSWERS}
+_WORDS = {
+    "notice": NOTICE_NAMES,
+    "cadence": CADENCES,
+    "on_save_error": SAVE_ERROR_ANSWERS,
+    "on_mismatch": MISMATCH_ANSWERS,
+    "on_change": CHANGE_ANSWERS,
+    "on_nan": NAN_ANSWERS,
+}
 _FILES = ("training_script", "config_file")  # options of accelerate that it does not declare to be paths
 
 

@@ -1,13 +1,17 @@
 """Make a process die when the process that started it dies, even from kill -9. Linux only; on other systems it does nothing.
 
-``python process_guard.py FD COMMAND…`` runs COMMAND and guards it for the launcher, which holds the other end of the pipe that
-FD reads. Three things hold, whichever process is killed. If the launcher dies, the pipe ends, and the guard kills all
-descendants of COMMAND, including daemons, which it has adopted. If the guard dies, COMMAND dies with it, and its orphans become
-children of the launcher, which ends them. If COMMAND ends, the guard ends.
+``python process_guard.py FD [--as-it-is] COMMAND…`` runs COMMAND and guards it for the launcher, which holds the other end of
+the pipe that FD reads. Three things hold, whichever process is killed. If the launcher dies, the pipe ends, and the guard kills
+all descendants of COMMAND, including daemons, which it has adopted. If the guard dies, COMMAND dies with it, and its orphans
+become children of the launcher, which ends them. If COMMAND ends, the guard ends.
 
 No signal ends the guard except those that can't be ignored: a scheduler may send any signal to every process of a job, and the
 launcher decides what it means. Signals that were blocked when the guard was started have a meaning: the guard passes them on
 to the launcher as SIGTERM. COMMAND starts with the signal settings that the guard started with, blocked signals included.
+
+With ``--as-it-is`` COMMAND is any program, such as a shell, that starts the training: it starts without blocked signals, as its
+children inherit them. If such a signal ends COMMAND, that is a notice as well, and the guard waits for the processes that
+COMMAND has left behind: one of them may be saving.
 
 It is run as a file, without site-packages: it imports nothing of hf_spot and starts in a few milliseconds. It is a process
 of its own because code between fork and exec may hang in a launcher that has threads.
@@ -20,10 +24,13 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+AS_IT_IS = "--as-it-is"
+_NOTICE_FIRST_S = 0.5  # the launcher must know of the notice when it reads the exit code
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _PR_SET_CHILD_SUBREAPER = 36
 _NOT_IGNORED = {signal.SIGCHLD, signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGFPE, signal.SIGILL, signal.SIGBUS}
@@ -45,12 +52,13 @@ def adopt_orphans() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def guard(launcher_fd: int, command: Sequence[str]) -> int:
+def guard(launcher_fd: int, command: Sequence[str], *, as_it_is: bool = False) -> int:
     """Run ``command`` until it ends. Return its exit code; for a signal, 128 plus its number.
 
     Args:
         launcher_fd: reading end of a pipe whose other end only the launcher holds.
         command: the command and its arguments.
+        as_it_is: the command knows nothing of hf_spot.
     """
     adopt_orphans()
     launcher, blocked = os.getppid(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -62,6 +70,8 @@ def guard(launcher_fd: int, command: Sequence[str]) -> int:
         tie(guarding)
         for one, handler in before.items():
             signal.signal(one, signal.SIG_DFL if handler is None else handler)
+        if as_it_is:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
         os.execvp(command[0], list(command))
     any_ended, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
@@ -78,16 +88,35 @@ def guard(launcher_fd: int, command: Sequence[str]) -> int:
             signal.signal(one, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+    code: int | None = None
     while True:
-        while (ended := os.waitpid(-1, os.WNOHANG))[0]:  # adopted orphans, too
-            if ended[0] == child:
-                return os.WEXITSTATUS(ended[1]) if os.WIFEXITED(ended[1]) else 128 + os.WTERMSIG(ended[1])
+        for pid, status in _ended():  # adopted orphans, too
+            if pid == child:
+                code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+                if not (as_it_is and os.WIFSIGNALED(status) and os.WTERMSIG(status) in blocked):
+                    return code
+                pass_on(os.WTERMSIG(status), None)
+                time.sleep(_NOTICE_FIRST_S)
+        if code is not None and not _descendants():
+            return code
         if launcher_fd in select.select([launcher_fd, any_ended], [], [])[0]:
             _kill_all()
         try:
             os.read(any_ended, 4096)
         except BlockingIOError:
             continue
+
+
+def _ended() -> Iterator[tuple[int, int]]:
+    """Yield the id and the status of each child that has ended."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:  # there is none left
+            return
+        if not pid:
+            return
+        yield pid, status
 
 
 def _kill_all() -> None:
@@ -135,4 +164,5 @@ def _prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guard(int(sys.argv[1]), sys.argv[2:]))
+    as_it_is = sys.argv[2] == AS_IT_IS
+    sys.exit(guard(int(sys.argv[1]), sys.argv[2 + as_it_is :], as_it_is=as_it_is))

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+import psutil
+
 from hf_spot.arguments import SpotArguments
 from hf_spot.notices.notice import PreemptionNotice
 
@@ -27,6 +29,7 @@ _STEP = struct.Struct("<q")
 _RESERVE_BYTES = 64 << 10
 _LOOK_S = 0.02
 STORE_VARIABLE = "HF_SPOT_STORE"
+SIGNALS_VARIABLE = "HF_SPOT_ANSWERED_SIGNALS"  # the numbers of the signals that mean a notice
 _LAUNCH_VARIABLE = "HF_SPOT_LAUNCH"
 _DIRECTORY_VARIABLE = "HF_SPOT_RUNTIME_DIR"
 _LAUNCHER_VARIABLE = "HF_SPOT_LAUNCHER_PID"
@@ -97,6 +100,15 @@ def _delete_unless_held(path: Path) -> None:
 _HELD = "hf_spot-held-"
 _TRAINING = ""
 _TRAINED = "ended"
+_REPORT, _LEFT, _MET = "training-", "left-", "met-"  # names of files, each with a process id behind it
+
+
+def is_running(process: int) -> bool:
+    """Return whether a process exists and has not ended."""
+    try:
+        return psutil.Process(process).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -182,19 +194,56 @@ class Runtime:
 
     @property
     def training_path(self) -> Path:
-        """Return the path of the file that says whether `trainer.train()` is running (see `tell_training`)."""
-        return self.directory / "training"
+        """Return the path of the file that says whether a training runs in this process (see `tell_training`)."""
+        return self.directory / f"{_REPORT}{os.getpid()}"
 
     def tell_training(self, is_training: bool) -> None:
-        """Tell the launcher that a training begins or has ended. A notice can lead to a checkpoint only between the two."""
+        """Tell the launcher that a training of this process begins or has ended. A notice can lead to a checkpoint only between
+        the two."""
         self._with_room(lambda: write_atomically(self.training_path, _TRAINING if is_training else _TRAINED))
 
+    def tell_stopped(self, exit_code: int) -> None:
+        """Tell the launcher that the training of this process was stopped, and that nothing of the command may run after it.
+
+        Args:
+            exit_code: that the launch should end with.
+        """
+        self._with_room(lambda: write_atomically(self.training_path, str(exit_code)))
+
     def read_training(self) -> bool | None:
-        """Return whether a training is running, as last reported by a worker; None if there is no report."""
-        try:
-            return self.training_path.read_text() == _TRAINING
-        except OSError:
+        """Return whether a training is running in any process, by the processes' reports; None if there is no report.
+
+        A process that has died trains no longer, whatever it reported.
+        """
+        reports = self._reports()
+        return any(told == _TRAINING and is_running(process) for process, told in reports.items()) if reports else None
+
+    def read_stopped(self) -> int | None:
+        """Return the exit code for the launch once a training was stopped, its process waits at its end, and no other is still
+        training or on its way out; None until then."""
+        reports = self._reports()
+        living = {process: told for process, told in reports.items() if is_running(process)}
+        left = {process for process in living if (self.directory / f"{_LEFT}{process}").exists()}
+        if not left or any(told == _TRAINING or (told.isdigit() and process not in left) for process, told in living.items()):
             return None
+        return max(int(reports[process]) for process in left if reports[process].isdigit())
+
+    def _reports(self) -> dict[int, str]:
+        found = {}
+        with contextlib.suppress(FileNotFoundError):
+            for path in self.directory.glob(f"{_REPORT}[0-9]*"):
+                with contextlib.suppress(OSError):
+                    found[int(path.name[len(_REPORT) :])] = path.read_text()
+        return found
+
+    def meet(self) -> None:
+        """Tell the launcher that this process carries hf_spot's hook, and would report a training."""
+        with contextlib.suppress(OSError):  # its folder was deleted, or the disk is full
+            (self.directory / f"{_MET}{os.getpid()}").touch()
+
+    def has_met(self, process: int) -> bool:
+        """Return whether a process has called `meet`."""
+        return (self.directory / f"{_MET}{process}").exists()
 
     def is_trusted(self) -> bool:
         """Return whether the folder belongs to this user. In a parent that all may write to, another user could have created it

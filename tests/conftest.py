@@ -11,10 +11,12 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import botocore.loaders
+import botocore.session
 import hypothesis
 import pytest
 
@@ -43,6 +45,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What is not compiled yet is compiled once, and not by each of hundreds of Pythons: a third of the processor time of a launch.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+@cache
+def _loader_of(search_path: str | None) -> botocore.loaders.Loader:
+    return botocore.loaders.create_loader(search_path)
+
+
+def _shared_loader(search_path: str | None = None) -> botocore.loaders.Loader:
+    loader = _loader_of(search_path)
+    loader.search_paths[:] = dict.fromkeys(loader.search_paths)  # each session of boto3 adds its own again
+    return loader
+
+
+# botocore reads the models of S3 and EC2 again for each session: a tenth of a second and more, hundreds of times.
+botocore.session.create_loader = _shared_loader
 
 
 # On a machine that is busy with other things an example takes as long as it takes.

@@ -109,7 +109,7 @@ def test_an_impure_policy_would_be_found(source: str) -> None:
 # -- the insides of other libraries -----------------------------------------------------------------------------------
 
 UPSTREAM = PACKAGE / "training" / "upstream.py"
-OF_PYTHON = {"_exit", "_getframe", "_SubParsersAction", "_action_groups", "_actions", "_group_actions"}  # os, sys, argparse
+OF_PYTHON = {"_exit", "_getframe", "_SubParsersAction", "_action_groups", "_actions", "_group_actions", "_signal"}
 
 
 def private_names(source: str) -> set[str]:
@@ -150,7 +150,9 @@ def reaches_inside(source: str, own: set[str], listed: set[str]) -> Iterator[tup
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             module = getattr(node, "module", None) or ""
             parts = [part for alias in node.names for part in f"{module}.{alias.name}".split(".")]
-            found = [] if module.startswith("hf_spot") else list(filter(_is_private, parts))
+            found = (
+                [] if module.startswith("hf_spot") else [part for part in filter(_is_private, parts) if part not in OF_PYTHON]
+            )
         for name in found:
             yield name, f"{node.lineno}: {ast.unparse(node)}; a Name of hf_spot/training/upstream.py reaches it: NAME.of(owner)"
 

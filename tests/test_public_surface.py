@@ -106,6 +106,7 @@ def test_the_settings_and_their_defaults_are_these() -> None:
         "on_save_error": "stop",
         "on_mismatch": "stop",
         "on_change": "go-on",
+        "on_nan": "stop",
         "start_from": None,
         "save_memory_gb": None,
         "upload_workers": 4,

@@ -482,6 +482,8 @@ def _run(words: list[str], environ: dict[str, str]) -> NoReturn:
     sys.path[:] = ["", *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep)), *_imported.path]
     code = 0
     try:
+        if "-S" not in options:
+            _run_sitecustomize(environ)
         if rest[0] == "-m":
             sys.path[0] = os.getcwd()
             sys.argv = ["-m", *rest[2:]]
@@ -518,6 +520,19 @@ def _run(words: list[str], environ: dict[str, str]) -> NoReturn:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code & 0xFF)
+
+
+def _run_sitecustomize(environ: Mapping[str, str]) -> None:
+    """Do what the import of `site` does at the start of a Python whose environment names a ``sitecustomize``."""
+    folders = environ.get("PYTHONPATH", "").split(os.pathsep)
+    if not any(os.path.isfile(os.path.join(folder, "sitecustomize.py")) for folder in folders):
+        return
+    sys.modules.pop("sitecustomize", None)
+    importlib.import_module("sitecustomize")
+    if any(type(one).__module__ == "sitecustomize" for one in sys.meta_path):
+        from hf_spot.training import bootstrap
+
+        bootstrap.begin_after_torch()
 
 
 class _MemoryMap(ctypes.Structure):

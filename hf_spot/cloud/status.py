@@ -33,15 +33,24 @@ def terminate(records: MachineRecords, cloud: Cloud) -> list[Machine]:
     return [machine for machine in records.ledger.machines if machine.instance_id in ids]
 
 
-def status(records: MachineRecords, cloud: Cloud) -> dict[str, Any]:
+def had_machines(records: MachineRecords) -> bool:
+    """Return whether the journal says that `hf-spot provision` has ever worked on the run."""
+    return any(entry.kind == "machine" for entry in records.run.events())
+
+
+def status(records: MachineRecords, cloud: Cloud | None) -> dict[str, Any]:
     """Return the state of a run and its machines as JSON values, without changing anything.
+
+    Args:
+        records: of the run's machines.
+        cloud: the account's EC2; None to say only what the journal says.
 
     Raises:
         CloudError: the cloud refused.
     """
-    regions = cloud.regions()
+    regions = cloud.regions() if cloud is not None else []
     ledger = records.refresh()
-    found = {one.id: one for one in records.find_instances(regions)}
+    found = {one.id: one for one in records.find_instances(regions)} if cloud is not None else {}
     machines = []
     for machine in ledger.machines:
         now = found.get(machine.instance_id)

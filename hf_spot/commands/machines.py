@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_spot.commands.common import add_command, open_run, print_json, setting_help, takes_job, takes_json, takes_run
-from hf_spot.errors import ConfigError
+from hf_spot.errors import CloudError, ConfigError
 from hf_spot.terminal import Style, paint
 
 _STYLES = {"ok": Style.OK, "warn": Style.WARN, "fail": Style.FAIL}
@@ -171,10 +171,17 @@ def _quotas(args: argparse.Namespace) -> int:
 
 def _terminate(args: argparse.Namespace) -> int:
     from hf_spot.cloud.machine_records import MachineRecords
-    from hf_spot.cloud.status import terminate
+    from hf_spot.cloud.status import had_machines, terminate
 
     cloud = _cloud()
-    gone = terminate(MachineRecords(open_run(args.run), cloud, now=_now), cloud)
+    records = MachineRecords(open_run(args.run), cloud, now=_now)
+    try:
+        gone = terminate(records, cloud)
+    except CloudError as error:
+        if had_machines(records):
+            raise
+        gone = []
+        _note_unasked(args, error)
     if args.json:
         print_json([machine.to_data() for machine in gone])
     else:
@@ -185,15 +192,30 @@ def _terminate(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     from hf_spot.cloud.machine_records import MachineRecords
-    from hf_spot.cloud.status import render_status, status
+    from hf_spot.cloud.status import had_machines, render_status, status
 
     cloud = _cloud()
-    known = status(MachineRecords(open_run(args.run), cloud, now=_now), cloud)
+    records = MachineRecords(open_run(args.run), cloud, now=_now)
+    try:
+        known = status(records, cloud)
+    except CloudError as error:
+        if had_machines(records):
+            raise
+        known = status(records, None)
+        _note_unasked(args, error)
     if args.json:
         print_json(known)
     else:
         print(render_status(known))
     return 0
+
+
+def _note_unasked(args: argparse.Namespace, error: CloudError) -> None:
+    if not args.quiet:
+        print(
+            f"hf-spot: hf-spot provision has started no machine for this run, and EC2 was not asked: {error.args[0]}",
+            file=sys.stderr,
+        )
 
 
 def _sky(args: argparse.Namespace) -> int:

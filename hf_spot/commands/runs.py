@@ -23,6 +23,7 @@ from hf_spot.commands.common import (
     takes_step,
     takes_unfenced,
 )
+from hf_spot.commands.whole_runs import FOLLOW_INTERVAL_S, follow_run
 from hf_spot.errors import ConfigError, CorruptCheckpoint
 from hf_spot.terminal import Style, paint
 
@@ -71,11 +72,13 @@ def add_to(commands: Any) -> None:
     prune.add_argument(
         "--save-total-limit", type=int, required=True, metavar="N", help="newest checkpoints to keep, besides the best"
     )
+    prune.add_argument("--dry-run", action="store_true", help="list what would be removed, and remove nothing")
     takes_json(prune)
 
     report = add_command(commands, "report", _report, "show where the time of a run went, launch by launch, and what it cost")
     takes_run(report)
     report.add_argument("--plot", metavar="FILE", type=Path, help="draw the timeline and the loss (PNG, SVG or PDF)")
+    report.add_argument("--follow", action="store_true", help="show the run while it trains, as hf-spot runs follow does")
     report.add_argument("--html", metavar="FILE", type=Path, help="write the report as one page")
     takes_json(report)
 
@@ -105,6 +108,8 @@ def add_to(commands: Any) -> None:
 
 
 def _ls(args: argparse.Namespace) -> int:
+    from hf_spot.run.below import what_is_there
+
     run = open_run(args.run)
     checkpoints = run.checkpoints()
     if args.json:
@@ -112,7 +117,11 @@ def _ls(args: argparse.Namespace) -> int:
         print_json(told)
         return 0
     if not checkpoints:
-        print(f"{args.run} has no checkpoints")
+        if run.journal.state.number:
+            print(f"{args.run} has no checkpoints yet")
+            return 0
+        words, hint = what_is_there(args.run)
+        print(f"{args.run}: {words}\n  Try: {hint}")
         return 0
     several = any(one.ref.training != 1 for one in checkpoints)
     rows = [["checkpoint", *(["training"] if several else []), "committed (UTC)", "reason", "launch", "size", ""]]
@@ -207,8 +216,18 @@ def _publish(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
+    from hf_spot.policy.retention import to_prune
+
     run = open_run(args.run, allow_unfenced_store=args.allow_unfenced_store)
     run.find()  # a typo in the URL must not create a new run
+    if args.dry_run:
+        gone = to_prune(run.state().checkpoints, args.save_total_limit)
+        lines = [f"checkpoint-{ref.step} would be pruned, {megabytes(ref.size_bytes)}" for ref in gone]
+        if args.json:
+            print_json([dataclasses.asdict(ref) for ref in gone])
+        else:
+            print("\n".join(lines) or "nothing to prune")
+        return 0
     run.join()
     gone = run.prune(args.save_total_limit)
     if args.json:
@@ -219,6 +238,10 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from hf_spot.run.below import what_is_there
+
+    if args.follow:
+        return follow_run(args.run, interval_s=FOLLOW_INTERVAL_S, once=False, as_json=args.json)
     from hf_spot.economics.report import summarise
     from hf_spot.economics.table import render_report
 
@@ -230,6 +253,9 @@ def _report(args: argparse.Namespace) -> int:
         print_json({"run": args.run, **report.to_dict()})
     else:
         print(render_report(report, args.run))
+        if not run.journal.state.number:
+            words, hint = what_is_there(args.run)
+            print(f"{words}\n  Try: {hint}")
     return 0
 
 

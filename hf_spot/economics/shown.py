@@ -8,7 +8,7 @@ from html import escape
 from hf_spot.economics.page import summary, table
 from hf_spot.economics.plots import timeline_svg
 from hf_spot.economics.report import Report, summarise
-from hf_spot.economics.table import launch_rows, money_lines, redone_lines, time_rows, tracker_lines
+from hf_spot.economics.table import launch_rows, money_lines, redone_lines, render_report, time_rows, tracker_lines
 from hf_spot.economics.timeline import losses_in, make_timeline
 from hf_spot.errors import SpotError
 from hf_spot.run.journal import CheckpointRef, Entry
@@ -26,6 +26,14 @@ def html_of(run: Run) -> str:
     except SpotError as error:
         parts = [escape(str(error)).replace("\n", "<br>")]
     return "\n".join([f"<div><strong>{escape(run.url)}</strong>", *(f"<div>{part}</div>" for part in parts), "</div>"])
+
+
+def text_of(run: Run) -> str:
+    """Return what a terminal shows of a run."""
+    try:
+        return render_report(summarise(run.events()), run.url)
+    except SpotError as error:
+        return f"{run.url}: {error}"
 
 
 def _picture(run: Run, report: Report) -> list[str]:

@@ -26,6 +26,7 @@ from hf_spot.errors import EXIT_PREEMPTED  # noqa: E402
 from hf_spot.notices.signals import answered_signals, is_left_alone  # noqa: E402
 from hf_spot.runtime import Runtime  # noqa: E402
 from hf_spot.terminal import outlive_terminal  # noqa: E402
+from hf_spot.training.ranks.agents import kill_ranks  # noqa: E402
 
 gc.freeze()
 gc.enable()
@@ -33,24 +34,6 @@ gc.enable()
 
 def _is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("The following values were not passed to `accelerate launch`")
-
-
-def kill_ranks() -> None:
-    """Make the agent of this process kill its ranks at once, and end the rest of their process groups as usual.
-
-    Raises:
-        ImportError, AttributeError: torch has changed.
-    """
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
-
-    close = SubprocessHandler.close
-
-    def kill_and_close(self: SubprocessHandler, death_sig: signal.Signals | None = None) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.proc.kill()
-        close(self, death_sig)
-
-    SubprocessHandler.close = kill_and_close  # type: ignore[method-assign]
 
 
 def _pass_on(runtime: Runtime) -> None:
@@ -70,6 +53,7 @@ def _main() -> None:
     kill_ranks()
     runtime = Runtime.from_environ(os.environ)
     if runtime is not None:
+        runtime.meet()
         threading.Thread(target=_pass_on, args=(runtime,), name="hf_spot-signals", daemon=True).start()
         # First, so that a folder that the user names comes later and counts.
         sys.argv[1:1] = ["--log_dir", str(runtime.directory / "torchrun")]

@@ -18,6 +18,7 @@ from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError
 from hf_spot.launch.early import likely_signals, option
 from hf_spot.notices.signals import held_back
+from hf_spot.policy.budget import Budget
 from hf_spot.runtime import STORE_VARIABLE
 
 _OPTIONS = "hf_spot.launch.options"
@@ -47,6 +48,8 @@ class Command:
         remarks: accelerate's messages about the options, a line each.
         script: the script, as it was named, and its own arguments.
         dry_run: only say what would be done.
+        budget: of the run.
+        as_it_is: ``argv`` is a command that the user knows by its name, such as ``trl``, which starts the training.
     """
 
     store: str
@@ -58,6 +61,8 @@ class Command:
     remarks: list[str] = field(default_factory=list)
     script: list[str] = field(default_factory=list)
     dry_run: bool = False
+    as_it_is: bool = False
+    budget: Budget = field(default_factory=Budget)
 
     def fingerprint(self) -> str:
         """Return a digest of the script, its arguments, and the contents of the files that they name."""
@@ -80,7 +85,12 @@ class Command:
         told = json.loads(text)
         if "refused" in told:
             raise ConfigError(told["refused"], hint=told["hint"])
-        return cls(**{**told, "arguments": SpotArguments(**told["arguments"]), "machines": Machines(**told["machines"])})
+        parts = {
+            "arguments": SpotArguments(**told["arguments"]),
+            "machines": Machines(**told["machines"]),
+            "budget": Budget(**told["budget"]),
+        }
+        return cls(**{**told, **parts})
 
 
 def refusal(error: ConfigError) -> str:

@@ -12,8 +12,11 @@ import dataclasses
 import gc
 import importlib.util
 import logging
+import math
 import os
 import re
+import shlex
+import shutil
 import socket
 import sys
 import typing
@@ -35,18 +38,38 @@ from hf_spot.launch.command import Command, Machines, refusal
 from hf_spot.launch.early import has_flag
 from hf_spot.launch.settings import render, settings, unknown_variables
 from hf_spot.log import LEVEL_VARIABLE
+from hf_spot.policy.budget import Budget
 from hf_spot.runtime import STORE_VARIABLE
 from hf_spot.suggestions import hint_for_unknown
 from hf_spot.training.upstream import LAUNCH_ENVIRONMENT, LAUNCH_PARSER, OPTIONS_PARSER, VALIDATE_LAUNCH, check
 from hf_spot.training.upstream_name import Scope
 
 MAX_RESTARTS = 3
+_BUDGET = (
+    (
+        "--max_hours",
+        float,
+        "Hours that all launches of the run together may take; then the training saves and ends, with exit code 2.",
+    ),
+    (
+        "--max_spend",
+        float,
+        "Dollars that the machines of the run may cost, by the price in $HF_SPOT_MACHINE; then it ends likewise.",
+    ),
+    (
+        "--max_launches_without_progress",
+        int,
+        "Launches in a row, on whatever machines, that may commit nothing before no more begin.",
+    ),
+)
 _ACCELERATES_LOG = logging.getLogger(VALIDATE_LAUNCH.owner)
 _AGENT = "hf_spot.launch.agent"
 _NAMES = {"keep_checkpoints": "save_total_limit", "start_from": "from"}  # options that have another name than their setting
 _BOOTSTRAP = "hf_spot.training.bootstrap"
 _GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
 _LOOPBACK = re.compile(r"localhost$|127\.|::1$")  # then all "machines" are on this one
+_ELF = b"\x7fELF"
+_LONGEST_LINE_BYTES = 4096
 _EXAMPLE = "hf-spot launch --store s3://bucket/runs/my-run train.py"
 _MAX_RESTARTS_HELP = (
     "Launches in a row that may crash without committing anything before hf-spot gives up; preemptions don't count, and 0 "
@@ -61,11 +84,12 @@ def parser() -> argparse.ArgumentParser:
     made.prog = "hf-spot launch"
     made.description = (
         "Run a training script as `accelerate launch` does, detect preemption notices, and resume from the newest committed "
-        "checkpoint. All options of `accelerate launch` are accepted."
+        "checkpoint. All options of `accelerate launch` are accepted. A command such as `trl sft …`, `torchrun … train.py` or "
+        "`bash train.sh` is run as it is, without options of accelerate."
     )
     # accelerate's own formatter hides every group that it does not know.
     made.formatter_class = argparse.HelpFormatter
-    made.usage = "hf-spot launch --store URL [options of hf-spot and of accelerate launch] SCRIPT [its own arguments]"
+    made.usage = "hf-spot launch --store URL [options of hf-spot and of accelerate launch] SCRIPT|COMMAND [its own arguments]"
     _add_options(made.add_argument_group("hf-spot"))
     made._action_groups.insert(0, made._action_groups.pop())
     for action in made._actions:
@@ -110,12 +134,26 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         raise ConfigError(f"--max-restarts {args.max_restarts} must not be negative", hint="0 never restarts")
     if args.no_python:
         raise ConfigError("--no_python: hf-spot can only make Python scripts preemptible", hint=_EXAMPLE)
-    if args.module:
-        _check_module(args.training_script)
-    else:
-        _check_script(Path(args.training_script))
     script = [*(["--module"] if args.module else []), args.training_script, *args.training_script_args]
     options = list(argv[: len(argv) - 1 - len(args.training_script_args)])
+    if args.module:
+        _check_module(args.training_script)
+    elif (program := find_program(args.training_script, environ)) is not None:
+        _refuse_options_of_accelerate(_of_accelerate(options), script)
+        return Command(
+            store,
+            arguments,
+            args.max_restarts,
+            [program, *args.training_script_args],
+            {**environ, **_log_level(args)},
+            remarks=unknown_variables(environ, made),
+            script=script,
+            dry_run=args.dry_run,
+            as_it_is=True,
+            budget=_budget(args),
+        )
+    else:
+        _check_script(Path(args.training_script))
     try:
         with _kept_remarks() as remarks:
             args, config, _ = VALIDATE_LAUNCH.find()(args)
@@ -130,8 +168,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
     else:
         command = [sys.executable, "-m", _BOOTSTRAP, *script]
         env = LAUNCH_ENVIRONMENT.find()(args)[1]
-    if args.verbose or args.quiet:
-        env[LEVEL_VARIABLE] = "debug" if args.verbose else "warning"
+    env |= _log_level(args)
     if machines.count > 1 and _GLOO_VARIABLE not in env and (interface := interface_to(machines.main_ip)):
         # If a machine's name resolves to 127.0.1.1, as on Debian, gloo would listen on an unreachable address.
         if interface == "lo" and not _LOOPBACK.match(machines.main_ip):
@@ -141,13 +178,80 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
                 hint=f"an address that `hostname -I` prints there, or export {_GLOO_VARIABLE}=eth0 (see ip -br addr)",
             )
         env[_GLOO_VARIABLE] = interface
-    return Command(store, arguments, args.max_restarts, command, env, machines, remarks, script, args.dry_run)
+    return Command(
+        store,
+        arguments,
+        args.max_restarts,
+        command,
+        env,
+        machines,
+        remarks,
+        script,
+        dry_run=args.dry_run,
+        budget=_budget(args),
+    )
+
+
+def _log_level(args: argparse.Namespace) -> dict[str, str]:
+    return {LEVEL_VARIABLE: "debug" if args.verbose else "warning"} if args.verbose or args.quiet else {}
+
+
+def find_program(word: str, environ: Mapping[str, str]) -> str | None:
+    """Return the path of the program that a command line starts with; None for a script that Python runs.
+
+    A word that names no file is looked up on PATH, and then beside this Python, whose environment may not be activated.
+
+    Args:
+        word: the first word of the command.
+        environ: the environment.
+
+    Raises:
+        ConfigError: it is a shell script that can't be executed.
+    """
+    path = Path(word)
+    if path.is_file():
+        if os.access(path, os.X_OK) and path.suffix != ".py" and not _is_for_this_python(path):
+            return str(path.resolve())
+        if path.suffix in (".sh", ".bash"):
+            raise ConfigError(f"{path} is a shell script that is not executable", hint=f"hf-spot launch … bash {path}")
+        return None
+    if os.sep in word or (path / "__main__.py").is_file():
+        return None
+    return shutil.which(word, path=environ.get("PATH")) or shutil.which(word, path=os.path.dirname(sys.executable))
+
+
+def _is_for_this_python(path: Path) -> bool:
+    """Tell whether Python runs a file: its first line names no other program. Raises ConfigError if it can't be read."""
+    try:
+        with path.open("rb") as file:
+            first = file.readline(_LONGEST_LINE_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error}", hint=f"ls -l {path}") from error
+    if first.startswith(_ELF):
+        return False
+    if not first.startswith(b"#!"):
+        return True
+    words = os.fsdecode(first[2:]).split()
+    program = Path(words[-1] if words and words[0].endswith("/env") else words[0] if words else "")
+    if not program.name.startswith(("python", "pypy")):
+        return False
+    return not program.is_absolute() or not program.exists() or program.parent == Path(sys.executable).parent
+
+
+def _refuse_options_of_accelerate(options: Sequence[str], script: Sequence[str]) -> None:
+    if options:
+        told = shlex.join(options)
+        raise ConfigError(
+            f"{told}: {script[0]} is a command of its own, which gets no options of accelerate",
+            hint=f"leave {told} out, or hf-spot launch --store URL accelerate launch {told} train.py",
+        )
 
 
 def _check_script(path: Path) -> None:
     """Refuse a script that Python can't run, so that it is not restarted in vain."""
     if not path.exists():
-        raise ConfigError(f"{path}: there is no such script", hint=f"ls {path.parent}")
+        what = "there is no such script" if os.sep in str(path) else "there is no such script, and no such command on PATH"
+        raise ConfigError(f"{path}: {what}", hint=f"ls {path.parent}")
     if path.is_dir() and not (path / "__main__.py").exists():
         raise ConfigError(f"{path} is a directory without a __main__.py", hint=f"ls {path}")
     if path.suffix != ".py" or path.is_dir():
@@ -224,6 +328,13 @@ def _machines(args: argparse.Namespace) -> Machines:
         raise ConfigError(
             f"--num_machines {count} needs --multi_gpu, --use_fsdp or --use_deepspeed", hint=f"--multi_gpu {example}"
         )
+    launcher = args.deepspeed_multinode_launcher or "pdsh"  # as in accelerate
+    if args.use_deepspeed and launcher != "standard":
+        raise ConfigError(
+            f"--deepspeed_multinode_launcher {launcher} starts the processes of all machines from one of them, where hf-spot "
+            "launch could not protect them",
+            hint=f"--deepspeed_multinode_launcher standard, on every machine: {example}",
+        )
     if args.num_processes % count:
         raise ConfigError(
             f"--num_processes {args.num_processes} is the total of all {count} machines, and must be a multiple of {count}",
@@ -250,6 +361,8 @@ def _add_options(group: Any) -> None:
     group.add_argument(
         "--dry_run", action="store_true", help="check everything and say what would be resumed, without starting it"
     )
+    for name, kind, what in _BUDGET:
+        group.add_argument(name, metavar="N", type=kind, help=what)
     group.add_argument("-v", "--verbose", action="store_true", help="log details, too; -q logs warnings and errors only")
     types = typing.get_type_hints(SpotArguments)
     for setting in dataclasses.fields(SpotArguments):
@@ -272,6 +385,14 @@ def _of_accelerate(options: list[str]) -> list[str]:
     ours.add_argument("-m", "--module", action="store_true")
     rest: list[str] = ours.parse_known_args(options)[1]
     return rest
+
+
+def _budget(args: argparse.Namespace) -> Budget:
+    for name in ("max_hours", "max_spend", "max_launches_without_progress"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g} must be positive", hint="omit it for no limit")
+    return Budget(args.max_hours, args.max_spend, args.max_launches_without_progress)
 
 
 def _is_distributed(args: argparse.Namespace) -> bool:

@@ -26,16 +26,25 @@ class ProcessTree:
         command: to run.
         environ: its environment.
         signals: blocked until the command unblocks them, so that no process dies of them before it has a handler.
+        as_it_is: the command knows nothing of that: they are not blocked, and one that ends it is a notice.
 
     Raises:
         OSError: it can't be started.
     """
 
-    def __init__(self, command: Sequence[str], environ: Mapping[str, str], signals: Iterable[signal.Signals] = ()) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        signals: Iterable[signal.Signals] = (),
+        *,
+        as_it_is: bool = False,
+    ) -> None:
         process_guard.adopt_orphans()
         self._strangers = set(psutil.Process().children(recursive=True))
         theirs, self._alive = os.pipe()
-        guarded = [sys.executable, "-S", "-E", process_guard.__file__, str(theirs), *command]
+        guarded = [sys.executable, "-S", "-E", process_guard.__file__, str(theirs)]
+        guarded += [*([process_guard.AS_IT_IS] if as_it_is else []), *command]
         try:
             with held_back(signals):
                 self._process = subprocess.Popen(guarded, env=dict(environ), start_new_session=True, pass_fds=[theirs])
@@ -53,9 +62,13 @@ class ProcessTree:
             return None
         return code if code >= 0 else 128 - code
 
+    def processes(self) -> list[psutil.Process]:
+        """Return the guard, the command, and every descendant."""
+        return [one for one in psutil.Process().children(recursive=True) if one not in self._strangers]
+
     def end(self) -> None:
         """Kill the command, if it still runs, and every descendant."""
-        while left := [one for one in psutil.Process().children(recursive=True) if one not in self._strangers]:
+        while left := self.processes():
             for one in left:
                 try:
                     one.send_signal(signal.SIGKILL)

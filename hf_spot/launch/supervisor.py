@@ -7,10 +7,11 @@ import json
 import logging
 import os
 import platform
+import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -20,17 +21,22 @@ from hf_spot.errors import (
     EXIT_FENCED,
     EXIT_FINISHED,
     EXIT_PREEMPTED,
+    EXIT_USAGE,
     ConfigError,
     SpotError,
     StoreError,
 )
+from hf_spot.every_python import python_path
 from hf_spot.launch import early
+from hf_spot.launch.budget import SOURCE as BUDGET
+from hf_spot.launch.budget import BudgetKeeper
 from hf_spot.launch.command import Command, Reading, likely_store
 from hf_spot.launch.dry_run import describe
 from hf_spot.launch.folder import RuntimeFolder
 from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.prefetch import Prefetch, newest_of
 from hf_spot.launch.process import ProcessTree
+from hf_spot.launch.unhooked import Unhooked
 from hf_spot.log import alert, shown_level
 from hf_spot.notices.detect import grace_s, sources
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
@@ -38,6 +44,7 @@ from hf_spot.notices.signals import SignalSource, answered_signals
 from hf_spot.notices.watcher import Watcher
 from hf_spot.policy.restarts import (
     Verdict,
+    exit_code,
     judge,
     may_restart,
     outlives_s,
@@ -51,7 +58,7 @@ from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.run import Run
 from hf_spot.run.start_from import start_or_resume
 from hf_spot.run.webhook import Hook, hook_url
-from hf_spot.runtime import Runtime, StepCounter
+from hf_spot.runtime import SIGNALS_VARIABLE, Runtime, StepCounter
 from hf_spot.timeouts import JOURNAL_LAST_WORD_S, MEETING_S, PEER_LAST_WORD_S
 
 log = logging.getLogger("hf_spot")
@@ -89,6 +96,7 @@ def launch(reading: Reading) -> int:
         )
         state = run.state()
         if command.dry_run:
+            BudgetKeeper(command.budget, run, command.machines.count, command.environ).check()
             print(describe(run, state, command, _finished_by(run, state) if state.ended == "finished" else None))
             return EXIT_FINISHED
         if state.ended == "finished":
@@ -140,7 +148,8 @@ class Supervisor:
         self._signals = SignalSource(names, grace_s(command.arguments, command.environ))
         made = sources(command.arguments, environ=command.environ)
         others = [one for one in made if not isinstance(one, SignalSource)]
-        self._watcher = Watcher([self._signals, *others], self._on_notice)
+        self._budget = BudgetKeeper(command.budget, run, command.machines.count, command.environ, clock=clock)
+        self._watcher = Watcher([self._signals, *others, *([self._budget] if command.budget.is_set else [])], self._on_notice)
         self._heard = threading.Event()  # a TERMINATE
         self._heard_at = 0.0
         self._trained_s = 0.0  # time from then on in which a training was running
@@ -163,6 +172,7 @@ class Supervisor:
         with self._watcher, contextlib.closing(self._hook):
             on_listening()
             while True:
+                self._budget.check()
                 before = self._run.journal.state.latest()
                 try:
                     verdict, code = self._launch_once()
@@ -177,6 +187,9 @@ class Supervisor:
                 if verdict is Verdict.PREEMPTED:
                     if self._all_is_committed():
                         self._watcher.acknowledge()
+                    if self._notice is not None and self._notice.source == BUDGET:
+                        log.error("the budget is used up, and the same command will start nothing until it is raised")
+                        return EXIT_USAGE
                     return EXIT_INTERRUPTED if self._impatient else EXIT_PREEMPTED
                 if verdict is Verdict.FENCED:
                     return EXIT_FENCED
@@ -261,12 +274,17 @@ class Supervisor:
                 runtime.write_notice(self._notice)
             with contextlib.ExitStack() as running:
                 self._fetch_ahead(runtime, running)
-                environ = {**self._command.environ, **runtime.to_environ()}
-                tree = ProcessTree(self._command.argv, environ, answered_signals(arguments))
+                signals = answered_signals(arguments)
+                tree = ProcessTree(
+                    self._command.argv,
+                    _environ(self._command.environ, runtime, signals),
+                    signals,
+                    as_it_is=self._command.as_it_is,
+                )
                 running.callback(tree.end)
                 code = self._wait(tree, runtime, folder)
                 self._read_report(runtime)
-            return self._conclude(runtime, runtime.read_exit_code() or code)
+            return self._conclude(runtime, exit_code(code, runtime.read_exit_code(), as_it_is=self._command.as_it_is))
 
     def _fetch_ahead(self, runtime: Runtime, stack: contextlib.ExitStack) -> None:
         newest = self._run.journal.state.latest()
@@ -279,8 +297,12 @@ class Supervisor:
 
     def _wait(self, tree: ProcessTree, runtime: Runtime, folder: RuntimeFolder) -> int:
         alone_since: float | None = None
+        unhooked = Unhooked(runtime, self._clock)
         while (code := tree.wait(_TICK_S)) is None:
             self._keep(folder, runtime)
+            unhooked.look(tree.processes)
+            if (stopped := runtime.read_stopped()) is not None:
+                return stopped  # and nothing that would come next in the command runs
             if self._impatient:
                 log.warning("interrupted twice: killing the training process")
                 return EXIT_INTERRUPTED
@@ -469,6 +491,17 @@ class Supervisor:
         if runtime is not None:
             # The journal may be slow to answer, and neither the other sources nor the training may wait for it.
             self._journal_writer.record("notice", json.loads(notice.to_json()), patience_s=0.0)
+
+
+def _environ(environ: Mapping[str, str], runtime: Runtime, signals: Iterable[signal.Signals]) -> dict[str, str]:
+    """Return the environment of a launch, by which every Python in it meets hf_spot."""
+    return {
+        "PET_LOG_DIR": str(runtime.directory / "torchrun"),  # torchrun's folder in /tmp stays there if its agent is killed
+        **environ,
+        **runtime.to_environ(),
+        SIGNALS_VARIABLE: ",".join(str(int(one)) for one in signals),
+        "PYTHONPATH": python_path(environ),
+    }
 
 
 def _finished_by(run: Run, state: RunState) -> str | None:

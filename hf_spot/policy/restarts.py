@@ -39,6 +39,20 @@ def judge(exit_code: int, ended: str | None, *, fenced: bool, noticed: bool, los
     return Verdict.PREEMPTED if noticed or lost else Verdict.FAILED
 
 
+def exit_code(of_command: int, told: int | None, *, as_it_is: bool) -> int:
+    """Return the exit code that a launch has ended with.
+
+    Args:
+        of_command: exit code of the command.
+        told: the first exit code that a process of it reported, if any: torchrun turns every code into 1.
+        as_it_is: the command is any program: it may have dealt with the failure of a process, and its own code counts, except
+            for codes of hf_spot.
+    """
+    if not told or (as_it_is and of_command == EXIT_FINISHED and told not in (EXIT_PREEMPTED, EXIT_FENCED)):
+        return of_command
+    return told
+
+
 def outlives_s(other: Verdict, drain_timeout_s: float) -> float:
     """Return the seconds that the training on this machine may continue after that of another machine has ended.
 

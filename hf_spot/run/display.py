@@ -7,14 +7,20 @@ from typing import Any
 
 
 class Display:
-    """Turns a run into HTML by the function that was registered last."""
+    """Turns a run into HTML and into text by the functions that were registered last."""
 
     def __init__(self) -> None:
         self._draw: Callable[[Any], str] | None = None
+        self._write: Callable[[Any], str] | None = None
 
-    def register(self, draw: Callable[[Any], str]) -> None:
-        """Have ``draw`` make the HTML of every run from now on."""
+    def register(self, draw: Callable[[Any], str], write: Callable[[Any], str]) -> None:
+        """Have ``draw`` make the HTML, and ``write`` the text, of every run from now on."""
         self._draw = draw
+        self._write = write
+
+    def text_of(self, run: object) -> str | None:
+        """Return the text of a run; None if nothing is registered."""
+        return None if self._write is None else self._write(run)
 
     def html_of(self, run: object) -> str | None:
         """Return the HTML of a run; None, by which Jupyter falls back on `repr`, if nothing is registered."""

@@ -86,6 +86,10 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({self.url!r})"
 
+    def __str__(self) -> str:
+        """Return what a terminal shows of the run: its checkpoints and launches. In contrast, `repr` sends no requests."""
+        return display.text_of(self) or repr(self)
+
     def _repr_html_(self) -> str | None:
         """Return the HTML that Jupyter shows for a cell that ends with a run. In contrast, `repr` sends no requests."""
         return display.html_of(self)

@@ -160,7 +160,7 @@ def start_from(run: Run, start: Start, *, progress: Progress | None = None) -> E
 
 def _copy(other: Run, checkpoint: Checkpoint, run: Run, prefix: str, progress: Progress | None) -> list[FileEntry]:
     source = checkpoint.ref.prefix
-    if (common := _common_store(other.url, run.url)) is not None:
+    if (common := common_store(other.url, run.url)) is not None:
         store, theirs, ours = common
         with Workers(4, thread_name_prefix="hf_spot-copy") as pool:
             copies = [
@@ -177,7 +177,7 @@ def _copy(other: Run, checkpoint: Checkpoint, run: Run, prefix: str, progress: P
         return transfer.upload(run.store, folder, prefix, progress=progress)
 
 
-def _common_store(one: str, other: str) -> tuple[ObjectStore, str, str] | None:
+def common_store(one: str, other: str) -> tuple[ObjectStore, str, str] | None:
     """Return a store that contains both runs, and where in it each is; None if there is none that could copy between them."""
     urls = [url if "://" in url else str(Path(url).absolute()) for url in (one, other)]
     above = _shared(*urls)

@@ -1,6 +1,7 @@
 """``python -m hf_spot.training.bootstrap [--module] SCRIPT [ARGS…]``: runs a script with every `Trainer` made preemptible.
 
-`hf-spot launch` starts each rank this way.
+`hf-spot launch` starts each rank of a script this way. Every other Python of a launch, which some program has started, gets the
+same from `hf_spot.every_python.sitecustomize`, which calls the functions ``before_…`` when it imports a module that trains.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import runpy
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from types import FrameType, ModuleType
+from collections.abc import Callable, Sequence
+from types import FrameType, ModuleType, TracebackType
 from typing import Any
 
 from hf_spot import process_guard
@@ -25,6 +26,7 @@ from hf_spot.runtime import Runtime
 from hf_spot.terminal import outlive_terminal
 
 _TRAINER = "transformers.trainer"
+_OPTIMIZERS = "torch.optim.optimizer"
 _LARGE = ("torch", "transformers")
 
 
@@ -42,8 +44,10 @@ class TrainerHook(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         """Return the spec that the standard finder finds, with a loader that also installs hf_spot's callback."""
         is_trainer = name == _TRAINER
-        if is_trainer:
+        if is_trainer and self in sys.meta_path:
             sys.meta_path.remove(self)
+        elif is_trainer:
+            pass
         elif name.partition(".")[0] not in _LARGE or not gc.isenabled():
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
@@ -70,6 +74,92 @@ class TrainerHook(importlib.abc.MetaPathFinder):
         return spec
 
 
+class AfterImport(importlib.abc.MetaPathFinder):
+    """Calls a function as soon as a module has been imported.
+
+    Args:
+        name: of the module.
+        act: called once.
+    """
+
+    def __init__(self, name: str, act: Callable[[], None]) -> None:
+        self._name = name
+        self._act = act
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Return the spec that the standard finder finds, with a loader that also calls the function."""
+        if name != self._name:
+            return None
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            exec_module = loader.exec_module
+
+            def exec_and_act(module: ModuleType) -> None:
+                exec_module(module)
+                self._act()
+
+            loader.exec_module = exec_and_act
+        return spec
+
+
+def before_trainer(name: str, path: Sequence[str] | None, target: ModuleType | None) -> importlib.machinery.ModuleSpec | None:
+    """Make the trainings of this process, which some program of the launch has started, preemptible.
+
+    Returns:
+        The spec of ``transformers.trainer``.
+    """
+    runtime = Runtime.from_environ(os.environ)
+    outlive_terminal()
+    shown = sys.excepthook
+
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, SpotError):
+            with contextlib.suppress(SystemExit):
+                _tell_end(runtime, error)
+        else:
+            shown(kind, error, trace)
+
+    sys.excepthook = tell
+    return TrainerHook().find_spec(name, path, target)
+
+
+def before_optimizers(
+    name: str, path: Sequence[str] | None, target: ModuleType | None
+) -> importlib.machinery.ModuleSpec | None:
+    """Watch for a training without hf_spot, in this process. Returns the spec of ``torch.optim.optimizer``."""
+    return AfterImport(name, _watch_steps).find_spec(name, path, target)
+
+
+def before_torchrun(name: str, path: Sequence[str] | None, target: ModuleType | None) -> importlib.machinery.ModuleSpec | None:
+    """Make torchrun, if this process is its agent, kill ranks instead of signalling them. Returns the spec of its module."""
+    return AfterImport(name, _kill_ranks).find_spec(name, path, target)
+
+
+def begin_after_torch() -> None:
+    """Do what the functions ``before_…`` do for torch's modules, in a process that has imported them before."""
+    if (runtime := Runtime.from_environ(os.environ)) is not None:
+        runtime.meet()
+    _watch_steps()
+    _kill_ranks()
+
+
+def _watch_steps() -> None:
+    from hf_spot.training.unprotected import watch_steps
+
+    watch_steps()
+
+
+def _kill_ranks() -> None:
+    from hf_spot.training.ranks.agents import kill_ranks
+
+    kill_ranks()
+
+
 def _at_the_top_of_the_script() -> bool:
     for frame, _ in traceback.walk_stack(sys._getframe()):
         if frame.f_globals.get("__name__") == "__main__" and frame.f_globals is not globals():
@@ -88,7 +178,8 @@ def main(argv: Sequence[str]) -> None:
     if runtime is not None:
         outlive_terminal()
         leave_signals_to_the_launcher(runtime)
-    sys.meta_path.insert(0, TrainerHook())
+        runtime.meet()
+    sys.meta_path[:0] = [TrainerHook(), AfterImport(_OPTIMIZERS, _watch_steps)]
     try:
         _run(argv)
     except BaseException as error:

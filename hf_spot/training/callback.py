@@ -9,7 +9,6 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, SpotError, TrainingPreempted
 from hf_spot.log import warn_for_all
+from hf_spot.policy.numbers import HOW_TO_GET_FINITE, Answer, answer, in_words
 from hf_spot.policy.preemption import Decision
 from hf_spot.policy.trainer_flags import LoopState, Moment, flags_for, is_complete, reason_of_save
 from hf_spot.run.checkpoint import CommitRequest
@@ -32,16 +32,17 @@ from hf_spot.training.trainer.evaluation import Evaluations, Stopped
 from hf_spot.training.trainer.held_errors import HeldErrors
 from hf_spot.training.trainer.log_window import LogWindow
 from hf_spot.training.trainer.notebook import shows_errors
-from hf_spot.training.trainer.own_state import SavedTensors, after_train_begin, own_state
+from hf_spot.training.trainer.own_state import SavedTensors, own_state
 from hf_spot.training.trainer.proof import Proof
 from hf_spot.training.trainer.restore import load_finished
 from hf_spot.training.trainer.resume_fixes import (
+    batches_skipped,
     carry_callback_states,
     carry_counters,
     counters,
-    dispatched_batches_skipped,
     set_epoch,
 )
+from hf_spot.training.trainer.resumed_events import ResumedEvents
 from hf_spot.training.trainer.saves import Saves
 from hf_spot.training.trainer.step_losses import StepLosses
 from hf_spot.training.trainer.streams import StreamReader, random_streams_named, resumed_in_its_pass
@@ -97,6 +98,7 @@ class SpotCallback(TrainerCallback):
         self._save_is_extra = False
         self._save_is_owed = False
         self._resumed_epoch_is_ahead = False
+        self._events: ResumedEvents | None = None
         self._proof: Proof | None = None
         self._is_proven = True
         self._trackers: Trackers | None = None
@@ -125,14 +127,16 @@ class SpotCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Give a resumed epoch the data order that it began with."""
-        if self._session is None:
+        if self._session is None or self._events is None:
             return
         loader = kwargs.get("train_dataloader")
         resumed, self._resumed_epoch_is_ahead = self._resumed_epoch_is_ahead, False
         if resumed:
-            set_epoch(loader, int(state.epoch or 0))
-        checkpoint = Path(str(self.resume_from_checkpoint)) if resumed and not args.ignore_data_skip else None
-        self._session.random_states.begin_epoch(loader, checkpoint, middle=not _is_epoch_end(state))
+            set_epoch(loader, self._events.number)
+        place = self._session.place if resumed and not args.ignore_data_skip else None
+        checkpoint = None if place is None else Path(str(self.resume_from_checkpoint))
+        middle = place is None or place.is_in_middle
+        self._session.random_states.begin_epoch(loader, checkpoint, self._events.number, middle=middle)
         if self._stream is not None:
             self._stream.begin_epoch(loader)
 
@@ -221,6 +225,7 @@ class SpotCallback(TrainerCallback):
                 "described": self._session.known.described,
                 "output_dir": str(self._session.run_session.output_dir),
                 "epoch_of_data": state.epoch,
+                "pass": {} if self._events is None else self._events.began.to_details(),
                 "counters": counters(self._session.trainer),
                 "fingerprint": {} if self._proof is None else self._proof.newest,
                 "trackers": {} if self._trackers is None else self._trackers.places(),
@@ -268,6 +273,8 @@ class SpotCallback(TrainerCallback):
             folder = session.begin(resume_from_checkpoint)
             carried = own_state(trainer)
             carried.look()
+            if session.restored is not None:
+                carried.keep()
             proof = Proof(trainer, session.random_states, carried, self.args.on_mismatch)
             self.resume_from_checkpoint = folder if session.restored else None
             trackers = Trackers(
@@ -289,12 +296,13 @@ class SpotCallback(TrainerCallback):
                     trackers.name(session.restored.step)
                 if trial is not None:
                     report_again(trainer, trial, Path(str(folder)))
+                own = functools.partial(carried.restore, without="data.")  # the loader was the finished training's own
                 return load_finished(
                     trainer,
                     Path(str(folder)),
                     session.restored,
                     session.best_folder,
-                    carried.restore,
+                    own,
                     trackers.set_up,
                     told=told,
                     trial=trial,
@@ -322,19 +330,25 @@ class SpotCallback(TrainerCallback):
             held = HeldErrors(trainer, self, lambda: self._stopping, session.behind)
             self._saves = Saves(
                 trainer,
+                output_dir,
                 session.run_session.agreement,
                 session.run_session.disk,
                 session.behind,
                 functools.partial(_finish_save, session, self._log_window, carried, proof, stream),
                 functools.partial(self._save_failed, trainer),
+                functools.partial(self._save_refused, trainer),
                 held.hold,
             )
             self._resumed_epoch_is_ahead = session.restored is not None
             restored_to = None if session.restored is None else Path(str(folder))
-            after_train_begin(
-                trainer, functools.partial(_restore_own_state, carried, proof, restored_to, session.known.changed)
+            self._events = ResumedEvents(
+                trainer, self, carried, self._evaluations, lambda: self._stopping, session.place, restored_to
             )
-            after_train_begin(trainer, trackers.begun)
+            self._events.watch(
+                functools.partial(_restore_own_state, session, carried, proof, restored_to),
+                functools.partial(self._return_before_epoch, trainer, restored_to),
+                trackers.begun,
+            )
             self._proof, self._is_proven = proof, restored_to is None
             self._losses, self._trackers = losses, trackers
             try:
@@ -343,7 +357,7 @@ class SpotCallback(TrainerCallback):
                     losses.watch()
                 with (
                     all_weights_loaded(trainer),
-                    dispatched_batches_skipped(),
+                    batches_skipped(session.random_states.watch_skipping),
                     random_streams_named(trainer),
                     self._stream_resumed(trainer, session),
                     stream.resumed(restored_to),
@@ -365,6 +379,7 @@ class SpotCallback(TrainerCallback):
                     session.failed(error)
                 raise
             finally:
+                self._events.close()
                 self._evaluations.close()
                 self._log_window.close()
                 self._saves.close()
@@ -372,7 +387,7 @@ class SpotCallback(TrainerCallback):
                     losses.close()
                 self._session = self._evaluations = self._accumulation = self._saves = self._log_window = self._losses = None
                 stream.close()
-                self._trackers = self._stream = None
+                self._events = self._trackers = self._stream = None
             return result
 
     def _resumed_folder(self, session: TrainerSession) -> Path | None:
@@ -381,9 +396,15 @@ class SpotCallback(TrainerCallback):
     def _stream_resumed(self, trainer: Trainer, session: TrainerSession) -> contextlib.AbstractContextManager[None]:
         details = session.restored.details if session.restored else {}
         before = from_details(details)
-        if before is None or "epoch_of_data" not in details or trainer.args.ignore_data_skip:
+        if before is None or session.place is None or "epoch_of_data" not in details or trainer.args.ignore_data_skip:
             return contextlib.nullcontext()
-        return resumed_in_its_pass(trainer, details, before, batches(trainer))
+        return resumed_in_its_pass(trainer, details, session.place, before, batches(trainer))
+
+    def _return_before_epoch(self, trainer: Trainer, checkpoint: Path | None) -> None:
+        """Restore the random states of a checkpoint between two epochs, before callbacks are told that the next one begins."""
+        assert self._session is not None and self._evaluations is not None and checkpoint is not None
+        self._evaluations.begin()
+        self._session.random_states.return_before_epoch(trainer.callback_handler.train_dataloader, checkpoint)
 
     def _loop_state(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> LoopState:
         return LoopState(
@@ -421,6 +442,14 @@ class SpotCallback(TrainerCallback):
             trainer.state.best_model_checkpoint = None  # as in `on_save`, which is not called
         self._session.save_failed(why, stops=not self._stopping and self.args.on_save_error == "stop")
 
+    def _save_refused(self, trainer: Trainer, wrong: list[str]) -> None:
+        assert self._session is not None
+        if self._stopping:
+            trainer.state.best_model_checkpoint = None
+        stops = answer(wrong, on_nan=self.args.on_nan, stopping=self._stopping) is Answer.STOP
+        why = f"{in_words(wrong, trainer.state.global_step)}"
+        self._session.save_failed(SpotError(why, hint=HOW_TO_GET_FINITE), stops=stops)
+
     def _evaluation_was_cut(self, trainer: Trainer) -> None:
         assert self._session is not None and self._evaluations is not None
         decision = self._session.stop_after_cut_evaluation(trainer.state.global_step)
@@ -441,6 +470,8 @@ class SpotCallback(TrainerCallback):
         at_epoch_end = self._session.trainer.args.eval_strategy == IntervalStrategy.EPOCH
         if pending and not at_epoch_end:
             self._make_up_for_evaluation(trial)
+        if self._events is not None:
+            self._events.make_up_for_end()
         self._log_window.make_up()
         if pending and at_epoch_end:
             self._make_up_for_evaluation(trial)
@@ -490,11 +521,29 @@ def _finish_save(
     proof.save(folder, session.behind.write_text)
 
 
-def _restore_own_state(carried: CarriedState, proof: Proof, folder: Path | None, changed: Collection[str]) -> None:
+def _restore_own_state(session: TrainerSession, carried: CarriedState, proof: Proof, folder: Path | None, last: bool) -> None:
+    """Restore and verify the state of the script, after the callbacks that create or change it.
+
+    Args:
+        session: of this training.
+        carried: restores the state.
+        proof: verifies it.
+        folder: the checkpoint, or None for a new training.
+        last: whether nothing changes the state before the first step any more.
+    """
     carried.look("model.")  # `model_init` creates the model after the training has begun
-    if folder is not None:
+    if folder is None:
+        return
+    carried.keep("model.")
+    if not last:
+        carried.restore(folder, last=False)
+        proof.expect(folder, session.known.changed)
+        return
+    # The position in the data is that of the first batch of the pass, up to which Trainer reads again.
+    with session.random_states.data_side_kept():
         carried.restore(folder)
-        proof.expect(folder, changed)
+        if not proof.is_expecting:
+            proof.expect(folder, session.known.changed)
         proof.compare_loaded(folder)
 
 

@@ -44,6 +44,7 @@ ONLY: dict[str, Callable[[Any], bool]] = {
     "several micro-batches per step": lambda trainer: trainer.args.gradient_accumulation_steps > 1,
     "datasets without a length": _is_stream,
     "FSDP": lambda trainer: bool(trainer.is_fsdp_enabled),
+    "DeepSpeed": lambda trainer: bool(trainer.is_deepspeed_enabled),
     "push_to_hub": lambda trainer: bool(trainer.args.push_to_hub),
     "GPUs": lambda trainer: trainer.args.device.type not in ("cpu", "meta"),
     "TensorBoard": partial(_has_callback, "TensorBoardCallback"),
@@ -111,20 +112,21 @@ ON_TRAIN_BEGIN = _method(
     _HANDLER,
     "on_train_begin",
     "…",
-    "training.trainer.entry",
+    "training.trainer.entry training.trainer.restore training.trainer.resumed_events",
     "a training in which SpotCallback can't work is not refused",
 )
 CALLBACK_HANDLER = _attribute(
     _TRAINER,
     "callback_handler",
-    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.trackers",
+    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.resumed_events "
+    "training.trainer.trackers",
     "SpotCallback is not found, so nothing is saved",
 )
 CALLBACKS = _attribute(
     _HANDLER,
     "callbacks",
-    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.saves "
-    "training.trainer.trackers",
+    "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.resumed_events "
+    "training.trainer.saves training.trainer.trackers",
     "SpotCallback is not found, so nothing is saved",
 )
 RUN_EPOCH = _method(_TRAINER, "_run_epoch", "*, model, epoch, trial, start_time, …", "training.trainer.evaluation", _STOPPED)
@@ -135,7 +137,27 @@ LOG_SAVE_EVALUATE = _method(
     "training.trainer.evaluation training.trainer.log_window",
     _STOPPED,
 )
-ON_EPOCH_END = _method(_HANDLER, "on_epoch_end", "args, state, control", "training.trainer.evaluation", _STOPPED)
+ON_EPOCH_BEGIN = _method(
+    _HANDLER,
+    "on_epoch_begin",
+    "args, state, control",
+    "training.trainer.resumed_events",
+    "callbacks see and do something else at the start of an epoch that is resumed",
+)
+ON_EPOCH_END = _method(
+    _HANDLER,
+    "on_epoch_end",
+    "args, state, control",
+    "training.trainer.evaluation training.trainer.restore training.trainer.resumed_events",
+    _STOPPED,
+)
+ON_TRAIN_END = _method(
+    _HANDLER,
+    "on_train_end",
+    "args, state, control",
+    "training.trainer.restore",
+    "callbacks do nothing at the end of a training that an earlier launch has finished",
+)
 LOSS_SO_FAR = _attribute(_TRAINER, "_tr_loss", "training.trainer.evaluation training.trainer.log_window", _LINES)
 TOTAL_LOSS = _attribute(_TRAINER, "_total_loss_scalar", "training.trainer.log_window", _LINES)
 LAST_LOGGED = _attribute(_TRAINER, "_globalstep_last_logged", "training.trainer.log_window", _LINES)
@@ -238,7 +260,7 @@ LOAD_FROM_CHECKPOINT = _method(
     _TRAINER,
     "_load_from_checkpoint",
     "…",
-    "training.trainer.weights training.trainer.restore",
+    "training.trainer.weights training.trainer.restore training.trainer.resumed_events",
     _WEIGHTS,
 )
 WARN_AFTER_LOAD = _method(_TRAINER, "_issue_warnings_after_load", "load_result", "training.trainer.weights", _WEIGHTS)
@@ -266,11 +288,19 @@ TRIAL_FOLDER = _method(
     "the checkpoints of a hyperparameter search are not found",
     only="hyperparameter_search()",
 )
+PREPARE = _method(
+    _TRAINER,
+    "_prepare_for_training",
+    "max_steps, train_dataloader, resume_from_checkpoint",
+    "training.trainer.restore",
+    "a finished training that is started again does not end with its model",
+    only="DeepSpeed",
+)
 LOAD_OPTIMIZER = _method(
     _TRAINER,
     "_load_optimizer_and_scheduler",
     "checkpoint",
-    "training.trainer.restore",
+    "training.trainer.restore training.trainer.resumed_events",
     "a second train() of the same Trainer begins with a new optimizer if the first one was finished by an earlier launch",
 )
 SKIP_FIRST_BATCHES = _function(
@@ -462,6 +492,14 @@ FAILURES = _attribute(
     **_FSDP,
 )
 
+CHECKPOINT_ENGINE = _attribute(
+    "deepspeed.runtime.engine:DeepSpeedEngine",
+    "checkpoint_engine",
+    "training.trainer.engines",
+    "files that DeepSpeed writes itself may be committed before they are complete",
+    only="DeepSpeed",
+)
+
 # Loaders: positions in the data
 _PLACE = "a resumed loop gets other batches than an uninterrupted one"
 _ACCELERATE: Any = {"scope": Scope.LOOP, "optional": True}
@@ -536,8 +574,8 @@ PREPARED_MODELS = _attribute(
 OPTIMIZERS = _attribute(
     "accelerate.accelerator:Accelerator",
     "_optimizers",
-    "training.manager",
-    "hf-spot launch shows only steps that were saved",
+    "training.manager training.loop.loop_states",
+    "hf-spot launch shows only steps that were saved, and checkpoints are not checked for NaN",
     told=True,
     **_ACCELERATE,
 )

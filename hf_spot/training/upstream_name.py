@@ -20,6 +20,7 @@ _LIBRARIES = frozenset(
     (
         "accelerate",
         "botocore",
+        "deepspeed",
         "google",
         "hf_xet",
         "numpy",

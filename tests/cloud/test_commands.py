@@ -14,6 +14,7 @@ from hf_spot.cloud.ec2 import Cloud
 from hf_spot.cloud.ec2_errors import NEXT_RUNG, explain
 from hf_spot.cloud.ladder import Price
 from hf_spot.cloud.prices import sparkline
+from hf_spot.errors import CloudError
 from hf_spot.run.run import Run
 from tests.cloud.aws import Aws
 
@@ -181,3 +182,22 @@ def test_a_run_that_a_machine_was_asked_for_is_still_read_by_report(job: Path, c
     run.record("machine", {"event": "refused"})
     report = json.loads(call(capsys, "report", store, "--json")[1])
     assert [launch["last_heard"] for launch in report["launches"]] == [last_word]
+
+
+def test_a_run_without_machines_needs_no_ec2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Cloud, near: str | None = None) -> list[str]:
+        raise CloudError("no credentials", hint="aws configure")
+
+    monkeypatch.setattr(Cloud, "regions", refuse)
+    run = Run(tmp_path / "run")
+    run.claim({})
+    for command, told in (("status", "not ended, step 0 committed"), ("terminate", "no machine is running")):
+        assert main([command, run.url]) == 0
+        out, err = capsys.readouterr()
+        assert told in out and "EC2 was not asked: no credentials" in err
+    run.record("machine", {"event": "refused"})
+    for command in ("status", "terminate"):
+        assert main([command, run.url]) == 2
+        assert "no credentials" in capsys.readouterr().err

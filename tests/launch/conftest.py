@@ -95,9 +95,20 @@ class Launcher:
         options: list[str] | None = None,
         env: dict[str, str] | None = None,
     ) -> Launch:
+        return self.start_known(store, script, options=["--num_processes", "1", *(options or [])], env=env)
+
+    def start_known(
+        self,
+        store: str,
+        script: list[str | Path],
+        *,
+        options: list[str] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> Launch:
+        """Start a command that gets no options of accelerate."""
         number = len(self.launches) + 1
         log, diary = self.tmp_path / f"log-{number}", self.tmp_path / f"diary-{number}"
-        command = [sys.executable, "-m", "hf_spot", "launch", "--store", store, "--num_processes", "1", *(options or [])]
+        command = [sys.executable, "-m", "hf_spot", "launch", "--store", store, *(options or [])]
         with open(log, "wb") as out, self.zygote.forking() if self.zygote else contextlib.nullcontext():
             process = psutil.Popen(
                 [*command, *map(str, script)],

@@ -39,6 +39,7 @@ def test_several_processes_run_under_accelerate_with_its_own_options_only(script
     assert (command.max_restarts, command.arguments.keep_checkpoints, command.arguments.notice) == (5, 7, "imds")
 
 
+ZERO = ["--machine_rank", "1", "--use_deepspeed", "--num_processes", "4"]
 TWO = ["--store", "s3://b/r", "--num_machines", "2"]
 AT = ["--main_process_ip", "127.0.0.1", "--main_process_port", "29500"]
 
@@ -85,6 +86,8 @@ def test_the_store_may_come_from_the_environment(script: str) -> None:
         ([*TWO, *AT, "--machine_rank", "2", "--multi_gpu", "SCRIPT"], "--machine_rank 2"),
         ([*TWO, *AT, "--machine_rank", "1", "--num_processes", "4", "SCRIPT"], "--multi_gpu"),
         ([*TWO, *AT, "--machine_rank", "1", "--multi_gpu", "--num_processes", "3", "SCRIPT"], "--num_processes 3"),
+        ([*TWO, *AT, *ZERO, "SCRIPT"], "--deepspeed_multinode_launcher pdsh"),
+        ([*TWO, *AT, *ZERO, "--deepspeed_multinode_launcher", "openmpi", "SCRIPT"], "--deepspeed_multinode_launcher openmpi"),
         (["--store", "s3://b/r", "--peer-timeout-s", "1", "SCRIPT"], "peer_timeout_s=1"),
         (["--store", "s3://b/r", "--tpu", "SCRIPT"], "TPU"),
         (["--store", "s3://b/r", "--config_file", "/no/such.yaml", "SCRIPT"], "/no/such.yaml"),
@@ -96,6 +99,11 @@ def test_what_can_not_be_used_is_named(argv: list[str], word: str, script: str) 
         parse([script if one == "SCRIPT" else one for one in argv], {})
     assert word in str(caught.value)
     assert caught.value.hint
+
+
+def test_deepspeed_on_several_machines_is_started_on_each(script: str) -> None:
+    standard = ["--deepspeed_multinode_launcher", "standard"]
+    assert parse([*TWO, *AT, *ZERO, *standard, script], {}).machines.count == 2
 
 
 @pytest.fixture(autouse=True)

@@ -59,7 +59,8 @@ def assert_is_preempted_with_all_committed(launch: Launch, store: str) -> None:
     newest = Run(store).latest()
     assert newest is not None and newest.step == launch.step() >= 3, launch.text()
     kinds = [entry.kind for entry in Run(store).events()]
-    assert (kinds.count("claim"), kinds.count("notice"), kinds.count("failed"), kinds.count("preempted")) == (1, 1, 0, 1)
+    counts = tuple(map(kinds.count, ("claim", "notice", "failed", "preempted")))
+    assert counts == (1, 1, 0, 1), launch.text()
     assert Run(store).state().ended == "preempted"  # the launcher writes about the notice meanwhile, and may be later
     assert "Traceback" not in launch.text() and "killing it" not in launch.text()
 

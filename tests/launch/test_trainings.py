@@ -138,14 +138,14 @@ PAIR = (
     + """
 import subprocess
 out, stop, *names = sys.argv[1:]
-if names:
+for name in names:
     from hf_spot import SpotCallback
-    callbacks = [Stop(int(stop))] if names == ["a"] and stop.isdigit() else []
+    callbacks = [Stop(int(stop))] if name == "a" and stop.isdigit() else []
     callbacks += [SpotCallback()] * (stop != "plain")
-    trainer = make_trainer(f"{out}/{names[0]}", ord(names[0]), *callbacks, num_train_epochs=2)
+    trainer = make_trainer(f"{out}/{name}", ord(name), *callbacks, num_train_epochs=2)
     trainer.train()
-    Path(f"model-{names[0]}.json").write_text(json.dumps([trainer.state.global_step, digest(trainer.model)]))
-else:
+    Path(f"model-{name}.json").write_text(json.dumps([trainer.state.global_step, digest(trainer.model)]))
+if not names:
     children = [subprocess.Popen([sys.executable, *sys.argv, name]) for name in ("a", "b")]
     sys.exit(max(child.wait() for child in children))
 """
@@ -159,8 +159,7 @@ def test_two_trainings_side_by_side_in_one_launch_each_resume_their_own(launcher
         return [json.loads((tmp_path / f"model-{name}.json").read_text()) for name in "ab"]
 
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
-    for name in "ab":
-        subprocess.run([sys.executable, path, "peace", "plain", name], check=True, cwd=tmp_path, env=environ)
+    subprocess.run([sys.executable, path, "peace", "plain", "a", "b"], check=True, cwd=tmp_path, env=environ)
     undisturbed = models()
     for name in "ab":
         (tmp_path / f"model-{name}.json").unlink()

@@ -91,7 +91,7 @@ def compositions(families: tuple[str, ...] = FAMILIES) -> Any:
         made["more"] = sorted(
             some(st.sets(st.sampled_from(["neftune", "bf16", "tokens", "no clipping", "drop last", "seeds"]), max_size=2))
         )
-        names = ["average", "thaws", "remembers", "draws", "rate"]
+        names = ["average", "thaws", "remembers", "draws", "rate", "watches", "swaps"]
         made["callbacks"] = sorted(some(st.sets(st.sampled_from(names), max_size=3)))
         if made["optimizer"] in ("own with schedule", "lookahead") and made["loss"] == "learnt":
             made["optimizer"] = "own adam"  # they don't know groups that are added after them

@@ -65,6 +65,15 @@ def _trainer(made: Composition, out: Path, rows: int, reseed: bool = True) -> An
 
     from tests.matrix import parts
 
+    kinds: dict[str, Any] = {
+        "average": parts.Average,
+        "thaws": parts.Thaws,
+        "remembers": parts.Remembers,
+        "draws": parts.DrawsGlobally,
+        "rate": parts.ChangesRate,
+        "watches": parts.Watches,
+        "swaps": parts.Swaps,
+    }
     if reseed:
         torch.manual_seed(0)
     family = made["family"]
@@ -72,9 +81,7 @@ def _trainer(made: Composition, out: Path, rows: int, reseed: bool = True) -> An
     arguments = _settings(made, rows)
     args = kind_of_args(str(out), **(arguments | more))
     callbacks: list[Any] = []
-    for name in made["callbacks"]:
-        kinds = {"average": parts.Average, "thaws": parts.Thaws, "remembers": parts.Remembers, "draws": parts.DrawsGlobally}
-        callbacks.append(kinds.get(name, parts.ChangesRate)())
+    callbacks += [kinds[name]() for name in made["callbacks"]]
     if made["best"] == "stopping":
         callbacks.append(EarlyStoppingCallback(3))
     if family not in HAVE_DATA:

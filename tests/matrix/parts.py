@@ -319,6 +319,41 @@ class ChangesRate(TrainerCallback):
                 group["weight_decay"] = 0.05
 
 
+class Watches(TrainerCallback):
+    """What callbacks see at the borders of passes, how often they are told, and numbers that they draw there."""
+
+    def __init__(self) -> None:
+        self.passes, self.begins, self.ends = 0, [], []  # type: ignore[var-annotated]
+
+    def see(self, state):  # type: ignore[no-untyped-def]
+        """Return what a state shows."""
+        return [state.epoch, state.global_step, state.best_metric, len(state.log_history), float(torch.rand(()))]
+
+    def on_epoch_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        """Note, and make a generator for this pass."""
+        self.passes += 1
+        self.begins.append(self.see(state))
+        self.dice = random.Random(self.passes)
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        """Draw from the pass's generator."""
+        self.drawn = self.dice.random()
+
+    def on_epoch_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        """Note."""
+        self.ends.append(self.see(state))
+
+
+class Swaps(Average):
+    """Gives the model the averaged weights when the training ends, as scripts do that average weights."""
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        """Copy."""
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.copy_(self.of[name])
+
+
 class Writes(TrainerCallback):
     """A tracker: one line for each log line, in a file that all launches of a run append to.
 

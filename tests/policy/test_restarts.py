@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_spot.policy.restarts import LONGEST_PAUSE_S, Verdict, judge, may_restart, outlives_s, patience_s, pause_s
+from hf_spot.policy.restarts import LONGEST_PAUSE_S, Verdict, exit_code, judge, may_restart, outlives_s, patience_s, pause_s
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,26 @@ def test_the_journal_counts_more_than_the_exit_code(
     exit_code: int, ended: str | None, fenced: bool, noticed: bool, verdict: Verdict
 ) -> None:
     assert judge(exit_code, ended, fenced=fenced, noticed=noticed) is verdict
+
+
+@pytest.mark.parametrize(
+    ("of_command", "told", "as_it_is", "code"),
+    [
+        (0, None, False, 0),
+        (1, 7, False, 7),  # torchrun makes 1 of 7
+        (0, 2, False, 2),
+        (0, None, True, 0),
+        (7, None, True, 7),
+        (0, 2, True, 0),  # the command has dealt with the failure of a process
+        (1, 2, True, 2),
+        (0, 75, True, 75),  # a shell goes on to the next line
+        (0, 76, True, 76),
+    ],
+)
+def test_the_code_of_a_launch_is_that_of_its_command_or_what_a_process_of_it_told(
+    of_command: int, told: int | None, as_it_is: bool, code: int
+) -> None:
+    assert exit_code(of_command, told, as_it_is=as_it_is) == code
 
 
 def test_the_budget_counts_launches_without_progress() -> None:

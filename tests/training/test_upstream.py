@@ -467,6 +467,7 @@ OTHERWISE = {
     upstream.GCS_HTTP: "tests/storage/test_contract.py",
     upstream.BARS: "test_bars_know_each_other",
     upstream.SAVE_ALONE: "what SAVE_TOGETHER is given",
+    upstream.CHECKPOINT_ENGINE: "python -m tests.engines",
 }
 
 

@@ -22,6 +22,7 @@ from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, Fenced, SpotError, StoreError, TrainingPreempted
 from hf_spot.log import alert, log_always, warn_for_all
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
+from hf_spot.policy.numbers import HOW_TO_GET_FINITE, Answer, answer, in_words
 from hf_spot.policy.preemption import Action
 from hf_spot.policy.restarts import patience_s
 from hf_spot.policy.trackers import init_kwargs
@@ -35,6 +36,7 @@ from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.data.loaders import Loaders
 from hf_spot.training.loop.loop_files import LoopFiles
 from hf_spot.training.loop.loop_states import LoopState
+from hf_spot.training.saving.finite import not_finite
 from hf_spot.training.session.mlflow_run import mlflow_run
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.upstream import check
@@ -85,6 +87,8 @@ class LoopManager:
         self._left = False
         self._step = 0
         self._told_advisories: set[str] = set()
+        self._never_finite: frozenset[str] = frozenset()
+        self._has_told_unknown = False
         self._session.listen(self._receive)
         # `atexit` does not run in processes that multiprocessing has started (``accelerate.notebook_launcher``).
         self._session.closing.callback(Finalize(None, self._at_exit, exitpriority=100).cancel)
@@ -235,18 +239,26 @@ class LoopManager:
         found = session.restore_newest()
         self._count_steps(optimizer)
         if found is None:
+            self._note_never_finite(state)
             return 0, 0
         checkpoint, folder = found
         try:
             told = session.agreement.together(lambda: self._files.read(folder, state))
         finally:
             session.on_each_disk(lambda: shutil.rmtree(folder, ignore_errors=True))
+        self._note_never_finite(state)
         self._saved_step = self._step = checkpoint.step
         session.timing.restored(session.clock() - began)
         log.info("resuming from step %d, committed by launch %d", checkpoint.step, checkpoint.ref.launch)
         for changed in version_changes(checkpoint.details):
             warn_for_all("since step %d was saved, %s", checkpoint.step, changed)
         return checkpoint.step, int(told["epoch"])
+
+    def _note_never_finite(self, state: LoopState) -> None:
+        self._never_finite = frozenset(not_finite(state.tensors())[0])
+        if self._never_finite:
+            first = min(self._never_finite)
+            warn_for_all("%s is not finite before the first step: %d tensors are not checked", first, len(self._never_finite))
 
     def _count_steps(self, optimizer: Any) -> None:
         """Report steps between saves to the launcher, by a hook of the optimizer: the loop itself does not report them."""
@@ -298,6 +310,11 @@ class LoopManager:
         only = None if dataloader is None else list(dataloader) if isinstance(dataloader, (list, tuple)) else [dataloader]
         session.on_each_disk(lambda: _empty(folder))
 
+        found = session.agreement.gather(self._wrong_numbers(state))
+        if wrong := [name for names in found for name in names]:
+            self._refuse(wrong, step, began)
+            return
+
         def write() -> None:
             self._files.write(folder, state, {"step": step, "epoch": epoch, "loss": _number(loss)}, only)
 
@@ -332,6 +349,27 @@ class LoopManager:
             },
         )
         session.agreement.together(lambda: self._submit(folder, request))
+
+    def _wrong_numbers(self, state: LoopState) -> list[str]:
+        """Return the names of what is not finite on this rank, and was when the loop began."""
+        wrong, unknown = not_finite((name, value) for name, value in state.tensors() if name not in self._never_finite)
+        if unknown and not self._has_told_unknown:
+            self._has_told_unknown = True
+            warn_for_all("%s and %d others can't be checked for NaN; said once", unknown[0], len(unknown) - 1)
+        return wrong
+
+    def _refuse(self, wrong: list[str], step: int, began: float) -> None:
+        """Make no checkpoint of numbers that are not finite. Every rank must call it."""
+        session = self._session
+        session.timing.stalled(session.clock() - began)
+        stopping = session.preempted is not None
+        error = SpotError(in_words(wrong, step), hint=HOW_TO_GET_FINITE)
+        if answer(wrong, on_nan=session.arguments.on_nan, stopping=stopping) is Answer.STOP:
+            session.agreement.together(lambda: session.finish_uploads(self._patience_s()))
+            raise error
+        if session.agreement.is_main:
+            next_is = "the last commit stands" if stopping else "training goes on, and the next save will try again"
+            log_always(logging.ERROR, "%s; %s", error.args[0], next_is)
 
     def _ends_the_loop(self, error: Exception) -> bool:
         if self._session.preempted is not None:  # it ends anyway, with the last commit

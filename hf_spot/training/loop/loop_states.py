@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,13 +13,17 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hf_spot.errors import ConfigError
 from hf_spot.training.saving.disk_errors import says_full
-from hf_spot.training.upstream import ORIGINAL_MODULE
+from hf_spot.training.saving.finite import optimized_weights, optimizer_states, trained_weights
+from hf_spot.training.upstream import OPTIMIZERS, ORIGINAL_MODULE
 
 _SHOWN = 5  # names of weights, in an error
 
 
 class LoopState(Protocol):
     """What is saved and loaded, apart from random states and data loaders."""
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the weights that are trained, and the states of their optimizers, by names for people."""
 
     def write(self, folder: Path, *, is_main: bool) -> None:
         """Write the state. Every rank must call it."""
@@ -42,6 +47,11 @@ class PlainState:
     def __init__(self, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
         self._model = _unwrapped(model)
         self._others = {"optimizer.pt": optimizer, "scheduler.pt": scheduler}
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of the model that are trained, and of the optimizer."""
+        yield from trained_weights(self._model)
+        yield from optimizer_states(self._others["optimizer.pt"])
 
     def write(self, folder: Path, *, is_main: bool) -> None:
         """Write model.safetensors, optimizer.pt and scheduler.pt."""
@@ -92,6 +102,12 @@ class AcceleratorState:
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of the prepared optimizers and of what they train."""
+        for optimizer in OPTIMIZERS.of(self._accelerator) if OPTIMIZERS.is_on(self._accelerator) else ():
+            yield from optimized_weights(optimizer)
+            yield from optimizer_states(optimizer)
 
     def write(self, folder: Path, *, is_main: bool) -> None:
         """Write the files under accelerate's names."""

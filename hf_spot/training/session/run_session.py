@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast, overload
 import torch.distributed as dist
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError, Fenced
+from hf_spot.errors import EXIT_FENCED, EXIT_PREEMPTED, ConfigError, Fenced
 from hf_spot.log import log_always
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.policy.preemption import Decision, Measured, decide, gives_way
@@ -127,8 +127,17 @@ class RunSession:
         """Tell the launcher that from now on there is something to save."""
         if self.runtime is not None:
             self.runtime.tell_training(True)
-            self.closing.callback(self.runtime.tell_training, False)
+            self.closing.callback(self._tell_end)
             self.steps = StepCounter(self.runtime.step_path) if self.agreement.is_main else None
+
+    def _tell_end(self) -> None:
+        assert self.runtime is not None
+        if self.fenced is not None:
+            self.runtime.tell_stopped(EXIT_FENCED)
+        elif self.preempted is not None:
+            self.runtime.tell_stopped(EXIT_PREEMPTED)
+        else:
+            self.runtime.tell_training(False)
 
     @property
     def training(self) -> int:

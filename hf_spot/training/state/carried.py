@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator
@@ -12,7 +13,7 @@ import safetensors.torch
 import torch
 
 from hf_spot.errors import CorruptCheckpoint
-from hf_spot.training.state.values import decode, encode, mark_of, put_into, set_state, state_of
+from hf_spot.training.state.values import copy_of, decode, encode, mark_of, new_generator, put_into, set_state, state_of
 from hf_spot.training.state.walk import Found, Walk
 
 log = logging.getLogger("hf_spot")
@@ -58,6 +59,8 @@ class CarriedState:
         self._carried: set[str] = set()
         self._homeless: set[str] = set()
         self._named: set[str] = set()
+        self._written_to: set[str] = set()
+        self._kept: dict[str, Any] = {}
 
     def look(self, only: str = "") -> None:
         """Record the current state of everything that was not recorded before.
@@ -68,6 +71,30 @@ class CarriedState:
         for found in self._all(self._walk()):
             if found.path.startswith(only) and found.path not in self._began:
                 self._began[found.path] = _mark(found)
+
+    def keep(self, only: str = "") -> None:
+        """Keep a copy of all current values, for `restore`: what a checkpoint does not contain was the same at the save.
+
+        Call it before the callbacks of a resumed training can change anything. Tensors of models are not copied.
+
+        Args:
+            only: prefix of the paths to keep.
+        """
+        for found in self._all(self._walk()):
+            wanted = found.path.startswith(only) and found.kind in ("value", "generator", "state")
+            if wanted and found.path not in self._kept and (mark := _mark(found)) is not _UNREADABLE:
+                self._kept[found.path] = (mark, copy_of(_current(found)))
+
+    @contextlib.contextmanager
+    def writes_noted(self) -> Iterator[None]:
+        """Note which tensors are written to within the block, so that `save` saves them even if they are the same as before.
+
+        A resumed training may repeat the block with another result: ``reference.load_state_dict(model.state_dict())``.
+        """
+        before = {found.path: _version(found) for found in self._all(self._walk()) if found.kind == "tensor"}
+        yield
+        now = {found.path: _version(found) for found in self._all(self._walk()) if found.kind == "tensor"}
+        self._written_to.update(path for path, version in now.items() if before.get(path, version) != version)
 
     def _all(self, walk: Walk) -> Iterator[Found]:
         return (found for found in self._find(walk) if not self._never(found.path))
@@ -95,7 +122,8 @@ class CarriedState:
             if mark is _UNREADABLE:
                 self._name_unreadable(found.path)
                 continue
-            if not is_trained and found.path not in self._carried and mark == self._began.get(found.path):
+            known = self._carried | self._written_to
+            if not is_trained and found.path not in known and mark == self._began.get(found.path):
                 continue
             if found.kind == "long":
                 lost.append(found.path)
@@ -145,8 +173,13 @@ class CarriedState:
             self._named.add(path)
             log.warning("%s is not saved, because its state_dict() raises an exception: a resumed run may differ there", path)
 
-    def restore(self, checkpoint: Path) -> list[str]:
-        """Restore what `save` wrote; return the paths. Paths that no longer exist are logged.
+    def restore(self, checkpoint: Path, *, last: bool = True, without: str | None = None) -> list[str]:
+        """Restore what `save` wrote, and what `keep` has kept of the rest; return the paths of what was written.
+
+        Args:
+            checkpoint: folder of the checkpoint.
+            last: whether paths that don't exist in this launch are logged, because nothing will create them later.
+            without: prefix of paths that are not expected to exist.
 
         Raises:
             CorruptCheckpoint: the files are inconsistent.
@@ -168,12 +201,27 @@ class CarriedState:
                 value = decode(told["value"], tensors)
             except (KeyError, TypeError, ValueError) as error:
                 raise CorruptCheckpoint(f"{checkpoint.name}/{FOLDER}: {path} can't be read ({error!r})") from error
-            if not _put(here.get(path), path, value, walk):
+            put = _put(here.get(path), path, told["kind"], value, walk)
+            if not put and not (without is not None and path.startswith(without)):
                 homeless.append(path)
-        self._homeless.update(homeless)
-        if homeless:
+        self._homeless = set(homeless)
+        self._put_back(written)
+        if homeless and last:
             log.warning("not restored, because this launch does not have it: %s", _in_words(homeless))
         return [path for path in written if path not in homeless]
+
+    def _put_back(self, written: Collection[str]) -> None:
+        """Put back what callbacks have changed at the start of this launch alone."""
+        walk = self._walk()
+        changed = []
+        for found in list(self._all(walk)):
+            if found.path in written or found.path not in self._kept:
+                continue
+            mark, value = self._kept[found.path]
+            if _mark(found) != mark and _put(found, found.path, found.kind, copy_of(value), walk):
+                changed.append(found.path)
+        if changed and not self._rank:
+            log.info("put back, because a callback changed it only after the resume: %s", _in_words(changed))
 
 
 def _current(found: Found) -> Any:
@@ -192,19 +240,25 @@ def _mark(found: Found) -> Any:
         return _UNREADABLE
 
 
-def _put(found: Found | None, path: str, value: Any, walk: Walk) -> bool:
+def _version(found: Found) -> int:
+    return int(found.value._version)
+
+
+def _put(found: Found | None, path: str, kind: str, value: Any, walk: Walk) -> bool:
     """Put a value in its place; tell whether it has one. A property, or an object that refuses it, is none."""
     try:
-        return _put_there(found, path, value, walk)
+        return _put_there(found, path, kind, value, walk)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         log.debug("%s: %r", path, error)
         return False
 
 
-def _put_there(found: Found | None, path: str, value: Any, walk: Walk) -> bool:
+def _put_there(found: Found | None, path: str, kind: str, value: Any, walk: Walk) -> bool:
     if found is None:
         owner = walk.owners.get(path.rpartition(".")[0])
-        if owner is None:
+        if owner is None or kind == "state":  # its state is not the object itself
+            return False
+        if kind == "generator" and (value := new_generator(value)) is None:
             return False
         setattr(owner, path.rpartition(".")[2], value)  # an uninterrupted run creates it later
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import itertools
 import math
@@ -120,6 +121,22 @@ def set_state(generator: Generator, state: Any) -> None:
         generator.setstate(state)
 
 
+def new_generator(state: Any) -> Generator | None:
+    """Return a new generator with a state from `state_of`; None if there is no such kind on this machine."""
+    found: Generator | None
+    if isinstance(state, bytes):
+        found = torch.Generator() if len(state) == torch.Generator().get_state().numel() else None  # otherwise of a GPU
+    elif isinstance(state, tuple):
+        found = random.Random()
+    else:
+        kind = getattr(numpy.random, str(state.get("bit_generator")), None)
+        legacy = "has_gauss" in state  # which only RandomState has
+        found = None if kind is None else (numpy.random.RandomState if legacy else numpy.random.Generator)(kind())
+    if found is not None:
+        set_state(found, state)
+    return found
+
+
 def _plain(state: Any) -> Any:
     if isinstance(state, dict):
         return {key: _plain(value) for key, value in state.items()}
@@ -204,6 +221,22 @@ def decode(written: Any, tensors: dict[str, torch.Tensor]) -> Any:
 def _on(device: str, tensor: torch.Tensor) -> torch.Tensor:
     accelerator = torch.accelerator.current_accelerator() if device != "cpu" else None
     return tensor.to(accelerator) if accelerator is not None and accelerator.type == device else tensor
+
+
+def copy_of(value: Any) -> Any:
+    """Return a copy of a value that later changes in place don't reach; an object of another kind is returned as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, numpy.ndarray):
+        return value.copy()
+    if type(value) in _SEQUENCES.values():
+        items = [copy_of(one) for one in value]
+        return deque(items, value.maxlen) if isinstance(value, deque) else type(value)(items)
+    if type(value) in _MAPPINGS.values():
+        found = copy.copy(value)  # with the factory of a defaultdict
+        found.update({key: copy_of(one) for key, one in value.items()})
+        return found
+    return value
 
 
 def put_into(old: Any, new: Any) -> Any:

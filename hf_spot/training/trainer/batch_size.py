@@ -9,6 +9,7 @@ from transformers import Trainer
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
 from hf_spot.policy.resize import Batches, Fit, fit, keep_total, repair
+from hf_spot.training.trainer.engines import refuse_other_ranks
 from hf_spot.training.upstream import TOTAL_BATCH_SIZE, TRAIN_BATCH_SIZE
 
 
@@ -51,7 +52,7 @@ def keep_samples(trainer: Trainer, details: dict[str, Any], *, allow_change: boo
         allow_change: continue with other samples if they can't be kept.
 
     Raises:
-        ConfigError: the samples of a step can't be kept.
+        ConfigError: the samples of a step can't be kept, or an engine can't resume with this number of ranks.
     """
     args = trainer.args
     before = from_details(details)
@@ -60,6 +61,7 @@ def keep_samples(trainer: Trainer, details: dict[str, Any], *, allow_change: boo
     now = batches(trainer)
     if args.auto_find_batch_size and before.world_size == now.world_size:
         now = Batches(before.per_device, now.accumulation, now.world_size)  # Trainer itself keeps the size that it found
+    refuse_other_ranks(trainer, before, now)
     found = fit(before, now)
     if found is Fit.REGROUPED:
         warn_for_all(

@@ -61,6 +61,7 @@ class Evaluations:
         self._evaluated_before = resumed is not None and _has_evaluated(resumed)
         self._is_resumed = resumed is not None
         self.has_begun = False  # whether an epoch has begun: before that, Trainer evaluates only for ``eval_on_start``
+        self._is_stopped = False  # before the first epoch of a resumed training
         self.was_cut = False
         self.running = False  # on all ranks at the same time, so that they can agree; not in evaluations that callbacks start
         self._on_evaluate = ON_EVALUATE.of(trainer.callback_handler)
@@ -91,6 +92,14 @@ class Evaluations:
         if self._trainer.control.should_training_stop and not self.was_cut:
             raise Stopped  # by EarlyStoppingCallback, for example; Trainer itself would look only after another step
 
+    def begin(self) -> None:
+        """Record that evaluations from now on are not the one of ``eval_on_start``."""
+        self.has_begun = True
+
+    def stop_before_epoch(self) -> None:
+        """End the training as soon as Trainer begins an epoch, because `make_up` has raised `Stopped` before it."""
+        self._is_stopped = True
+
     def close(self) -> None:
         """Restore the trainer's methods."""
         for name in (EVALUATE, BEST_METRIC, RUN_EPOCH):
@@ -101,6 +110,8 @@ class Evaluations:
         self.has_begun = True
         plain_run = RUN_EPOCH.plain(self._trainer)
         try:
+            if self._is_stopped:
+                raise Stopped
             plain_run(*args, **kwargs)
         except Stopped:
             # What Trainer does after leaving its loop; the checkpoint must record that it is the last one.

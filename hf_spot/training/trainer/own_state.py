@@ -73,6 +73,8 @@ class SavedTensors:
         of_model, _, name = path.partition(".")
         if self._everything and of_model == "model":
             return True
+        if of_model == "optimizer" and self._trainer.is_deepspeed_enabled:
+            return True  # its parameters are DeepSpeed's own, which it divides among the ranks and saves
         if tensor.numel() and tensor.untyped_storage().data_ptr() in self._memory:
             return True
         return of_model == "model" and self._names.get(name) == tensor.shape
@@ -160,17 +162,3 @@ def names_of_trainer() -> frozenset[str]:
     """Return the attributes that Trainer itself uses: it saves them, or `trainer/` handles them one by one."""
     source = Path(str(transformers.trainer.__file__)).read_text(encoding="utf-8")
     return frozenset(re.findall(r"\bself\.(\w+)", source))
-
-
-def after_train_begin(trainer: Trainer, act: Callable[[], None]) -> None:
-    """Call ``act`` once, after ``on_train_begin`` of all callbacks: they may create objects there that must be restored."""
-    handler: Any = trainer.callback_handler
-    plain = handler.on_train_begin
-
-    def on_train_begin(*args: Any, **kwargs: Any) -> Any:
-        handler.__dict__.pop("on_train_begin", None)
-        control = plain(*args, **kwargs)
-        act()
-        return control
-
-    handler.on_train_begin = on_train_begin

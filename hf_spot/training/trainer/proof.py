@@ -113,6 +113,11 @@ class Proof:
             self._saved = saved
             self._random_states.expect(saved.get(NEXT_BATCH))
 
+    @property
+    def is_expecting(self) -> bool:
+        """Return whether the record of a checkpoint is loaded."""
+        return self._saved is not None
+
     def compare_loaded(self, checkpoint: Path) -> None:
         """Compare the state after everything was loaded, including what callbacks create in ``on_train_begin``."""
         if self._saved is None:

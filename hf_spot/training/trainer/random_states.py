@@ -7,6 +7,7 @@ and accelerate 1.15.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import logging
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, IterableDataset
 from transformers import Trainer
 
 from hf_spot.runtime import make_private
@@ -87,16 +88,39 @@ class RandomStates:
         self._then = then
         LOAD_RNG_STATE.set(self._trainer, self._return_to_checkpoint)
 
-    def begin_epoch(self, dataloader: Any, resumed: Path | None, *, middle: bool = True) -> None:
+    def return_before_epoch(self, dataloader: Any, checkpoint: Path) -> None:
+        """Restore the random states of a checkpoint that was saved between two epochs.
+
+        Trainer does so when the next epoch has begun: too late for what callbacks draw or change at that moment, and for
+        `begin_epoch`, which records the states at the start of the epoch.
+
+        Args:
+            dataloader: the DataLoader of the epoch.
+            checkpoint: the checkpoint.
+        """
+        self._data_side = DataSide(parts_of(dataloader))
+        self._read_data_side(checkpoint)
+        self._return_to_checkpoint(str(checkpoint))
+
+    @contextlib.contextmanager
+    def data_side_kept(self) -> Iterator[None]:
+        """Keep the state of the data pipeline as it is before the block."""
+        side = self._data_side
+        states = side.capture()
+        yield
+        side.restore(states)
+
+    def begin_epoch(self, dataloader: Any, resumed: Path | None, number: int = 0, *, middle: bool = True) -> None:
         """Prepare the random states for an epoch that begins.
 
         Args:
             dataloader: the DataLoader of the epoch.
             resumed: the checkpoint, if this is the first epoch after a resume.
+            number: number of the epoch, from 0.
             middle: whether the checkpoint was saved in the middle of an epoch.
         """
         if getattr(dataloader, "persistent_workers", False):
-            self._workers.note_seeded(int(self._trainer.state.epoch or 0) > 0)
+            self._workers.note_seeded(number > 0)
             if resumed is None and self._resumed is not None:
                 self._workers.go_on(self._micro_batches)
             elif resumed is not None:
@@ -109,7 +133,8 @@ class RandomStates:
         self._passed_over, self._passes_over = self._passes_over, 0
         self._data_side = DataSide(parts_of(dataloader))
         self._read_data_side(resumed)
-        self._data_side.restore(self._resumed_data_side["began" if middle else "saved"])
+        if middle or not self._restored:
+            self._data_side.restore(self._resumed_data_side["began" if middle else "saved"])
         resumed = resumed if middle else None
         self._draws, self._resumed, self._resumed_draw = 0, resumed, None
         if resumed is not None and (resumed / _FOLDER).is_dir():
@@ -121,6 +146,14 @@ class RandomStates:
         self._watch(dataloader)
         self._step_ended = True
         self._mark()
+
+    def watch_skipping(self, dataloader: Any) -> None:
+        """Watch the loader with which Trainer reads a stream again, from its start to the batch that is left.
+
+        Batches are drawn there as in an uninterrupted training, and the next one is made in the state in which that made it.
+        """
+        if isinstance(dataloader.dataset, IterableDataset) and not dataloader.num_workers:
+            self._watch(dataloader)
 
     def micro_batch_ended(self) -> None:
         """Count a trained batch. Call it before `step_ended`."""
@@ -215,17 +248,17 @@ class RandomStates:
     def _watch(self, dataloader: Any) -> None:
         sampler = getattr(dataloader, "batch_sampler", None)
         # A dispatcher draws on one rank only, and an evaluation there would wait for the other ranks forever.
-        if sampler is None or isinstance(dataloader, DataLoaderDispatcher):
+        # Its workers read a stream again from its start, with the seeds of that time.
+        elsewhere = self._trainer.args.world_size > 1 or getattr(dataloader, "num_workers", 0) > 0
+        if sampler is None or (isinstance(dataloader, DataLoaderDispatcher) and elsewhere):
             self._before_draw = None
             return
         if isinstance(sampler, _Watched):
             return
+        watched = _Watched(sampler, self, self._workers if dataloader.num_workers else None)
+        self._watched.append(watched)
         # A DataLoader refuses to change its sampler, as it may be iterating already; accelerate's loaders wrap another one.
-        object.__setattr__(
-            INSIDE.of(dataloader) if INSIDE.is_on(dataloader) else dataloader,
-            "batch_sampler",
-            _Watched(sampler, self, self._workers if dataloader.num_workers else None),
-        )
+        object.__setattr__(INSIDE.of(dataloader) if INSIDE.is_on(dataloader) else dataloader, "batch_sampler", watched)
 
     # -- proof --------------------------------------------------------------------------------------------------------
 
@@ -275,7 +308,7 @@ class RandomStates:
     def note_indices(self, number: int, indices: Any) -> None:
         """Record the indices of a batch that a sampler has drawn."""
         self._newest_indices.append((number, indices))
-        if number == self._expected_batch:
+        if number == self._expected_batch and not all(index is None for index in indices):  # streams have none
             self._expected_batch, self._drawn_batch = None, self._batch(number, indices)
 
     def drawn(self) -> None:

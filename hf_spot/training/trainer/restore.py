@@ -17,6 +17,7 @@ from hf_spot.run.checkpoint import Checkpoint
 from hf_spot.run.output_folder import enter, foreign_checkpoints, set_aside_uncommitted
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.trainer.log_window import LogWindow
+from hf_spot.training.trainer.resumed_events import is_of_the_script, weights_kept
 from hf_spot.training.trainer.weights import all_weights_loaded
 from hf_spot.training.upstream import (
     BEST_METRIC,
@@ -27,8 +28,13 @@ from hf_spot.training.upstream import (
     LOAD_FROM_CHECKPOINT,
     LOAD_OPTIMIZER,
     LOAD_RNG_STATE,
+    ON_EPOCH_END,
+    ON_TRAIN_BEGIN,
+    ON_TRAIN_END,
+    PREPARE,
     PREPARED_MODELS,
 )
+from hf_spot.training.upstream_name import Name
 
 log = logging.getLogger("hf_spot")
 
@@ -147,13 +153,19 @@ def load_finished(
         told: whether callbacks already got the training's last log lines.
         trial: of a hyperparameter search, which is told about an evaluation that is made up for.
     """
-    with all_weights_loaded(trainer):
-        LOAD_FROM_CHECKPOINT.of(trainer)(str(folder))
+    if not trainer.is_deepspeed_enabled:
+        with all_weights_loaded(trainer):
+            LOAD_FROM_CHECKPOINT.of(trainer)(str(folder))
     args, window = trainer.args, LogWindow(trainer)
     state = trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
     state.is_local_process_zero, state.is_world_process_zero = trainer.is_local_process_zero(), trainer.is_world_process_zero()
+    if trainer.is_deepspeed_enabled:  # its checkpoint can only be loaded into its engine
+        PREPARE.of(trainer)(state.max_steps, trainer.get_train_dataloader(), str(folder))
+    scripts_own = [one for one in CALLBACKS.of(CALLBACK_HANDLER.of(trainer)) if is_of_the_script(one)]
     _prepare(trainer)
     _restore_optimizer(trainer, folder)
+    with weights_kept(trainer, folder):
+        _tell(scripts_own, trainer, ON_TRAIN_BEGIN)
     restore_own(folder)
     reported = window.load_finished(folder)
     if not told:
@@ -163,6 +175,8 @@ def load_finished(
         pending, at_epoch_end = restored.details.get("evaluation_pending"), args.eval_strategy == IntervalStrategy.EPOCH
         if pending and not at_epoch_end:
             _evaluate(trainer, trial)
+        if not restored.details.get("pass", {}).get("end_was_told", True):
+            _tell(scripts_own, trainer, ON_EPOCH_END)
         window.make_up()
         if pending and at_epoch_end:
             _evaluate(trainer, trial)
@@ -173,10 +187,28 @@ def load_finished(
     if args.load_best_model_at_end and best_folder is not None:
         state.best_model_checkpoint = str(best_folder)
         LOAD_BEST_MODEL.of(trainer)()
+    _tell(scripts_own, trainer, ON_TRAIN_END)
     if output is not None:
         return output
     losses = [line["loss"] for line in state.log_history if "loss" in line]
     return TrainOutput(state.global_step, sum(losses) / len(losses) if losses else 0.0, {})
+
+
+def _tell(scripts_own: list[TrainerCallback], trainer: Trainer, event: Name) -> None:
+    """Send an event to the script's own callbacks: they may leave something that the script uses after the training.
+
+    Not if the model is sharded, because there is no optimizer then, which they may expect.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return
+    handler = CALLBACK_HANDLER.of(trainer)
+    handler.model, handler.optimizer, handler.lr_scheduler = trainer.model, trainer.optimizer, trainer.lr_scheduler
+    present = list(CALLBACKS.of(handler))
+    CALLBACKS.of(handler)[:] = scripts_own
+    try:
+        event.of(handler)(trainer.args, trainer.state, trainer.control)
+    finally:
+        CALLBACKS.of(handler)[:] = present
 
 
 def _prepare(trainer: Trainer) -> None:

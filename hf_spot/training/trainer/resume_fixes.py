@@ -6,7 +6,7 @@ Each repair first tests that its fault still exists: otherwise it would break wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,15 +78,23 @@ def reaches_through_skips(dataloader: Any) -> bool:
 
 
 @contextmanager
-def dispatched_batches_skipped() -> Iterator[None]:
+def batches_skipped(watch: Callable[[Any], None] = lambda dataloader: None) -> Iterator[None]:
     """Skip the right number of batches at a resume within the block, if rank 0 loads for all ranks (``dispatch_batches``).
 
     Each dispatched batch consists of one batch of the sampler per rank; ``accelerate.skip_first_batches`` counts the sampler's
     batches as if there were one rank. Raises ConfigError if it skips any other number.
+
+    Args:
+        watch: called with each loader that skips.
     """
 
     def make(plain_skip: Any) -> Any:
         def skip(dataloader: Any, num_batches: int = 0) -> Any:
+            skipping = skip_on_all_ranks(dataloader, num_batches)
+            watch(skipping)
+            return skipping
+
+        def skip_on_all_ranks(dataloader: Any, num_batches: int) -> Any:
             skipping = plain_skip(dataloader, num_batches)
             dispatched = isinstance(dataloader, DataLoaderDispatcher) and not SPLIT_BATCHES.of(dataloader)
             if not dispatched or isinstance(dataloader.dataset, IterableDataset):

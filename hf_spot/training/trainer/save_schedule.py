@@ -18,6 +18,8 @@ log = logging.getLogger("hf_spot")
 
 _LOOK_AGAIN_S = 5.0  # the data changes slowly, and steps must stay fast
 _BUSY_S = 0.2
+_TOLD_AFTER_S = 30.0
+_LAST_SAVE_S, _FAR_SAVE_S = 120.0, 3600.0  # to the first save, if it is the last one, or another
 
 
 class Cadence:
@@ -139,6 +141,52 @@ class Cadence:
             return None
         steps_left = _scheduled_step(self._trainer) - self._trainer.state.global_step
         return self._clock() - self._since + steps_left * step_s
+
+
+class FirstSave:
+    """Warns, soon after a launch has begun to train, that its first save is far away, or comes only at the end.
+
+    Args:
+        trainer: the Trainer.
+        arguments: settings.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, trainer: Trainer, arguments: SpotArguments, clock: Callable[[], float]) -> None:
+        self._trainer = trainer
+        self._clock = clock
+        self._began: tuple[float, int] | None = None
+        # "best" saves after an evaluation, if that was a good one; "auto" saves whenever it pays.
+        self._is_over = arguments.cadence == "auto" or trainer.args.save_strategy == SaveStrategy.BEST
+
+    def saved(self) -> None:
+        """Record that there was a save."""
+        self._is_over = True
+
+    def look(self) -> None:
+        """Warn, if it is time. Called before each step."""
+        if self._is_over:
+            return
+        now, state = self._clock(), self._trainer.state
+        if self._began is None:
+            self._began = now, state.global_step
+        began, first = self._began
+        if now - began < _TOLD_AFTER_S or state.global_step == first:
+            return
+        self._is_over = True
+        upcoming = _scheduled_step(self._trainer)
+        left_s = (upcoming - state.global_step) * (now - began) / (state.global_step - first)
+        if left_s > (_LAST_SAVE_S if upcoming >= state.max_steps else _FAR_SAVE_S):
+            args = self._trainer.args
+            log.warning(
+                "the first save is that of step %d%s, in about %.0f minutes: until then an interruption without a notice in "
+                "time loses everything (save_strategy=%r, save_steps=%s). --cadence auto saves when it pays",
+                upcoming,
+                ", the last one" if upcoming >= state.max_steps else "",
+                left_s / 60,
+                str(getattr(args.save_strategy, "value", args.save_strategy)),
+                args.save_steps,
+            )
 
 
 def _scheduled_step(trainer: Trainer) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 import os
 import shutil
 import threading
@@ -24,6 +26,8 @@ from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.disks import Disk
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
 from hf_spot.training.saving.disk_errors import free_gb, in_words, is_of_a_disk
+from hf_spot.training.saving.finite import not_finite, optimizer_states, trained_weights
+from hf_spot.training.trainer.engines import why_written_at_once
 from hf_spot.training.trainer.own_state import SavedTensors
 from hf_spot.training.upstream import (
     ON_SAVE,
@@ -58,11 +62,14 @@ class Saves:
 
     Args:
         trainer: the Trainer.
+        output_dir: where this training's checkpoints are written.
         agreement: agreement of its ranks.
         disk: the disk that this rank writes to.
         behind: writes the files while training continues.
         finish: writes what Trainer does not save, on every rank; called with the folder and the tensors written so far.
         failed: called on every rank after a failed save. An exception from it ends the training.
+        refused: called on every rank instead of a save, with the names of what is not finite on any of them. An exception from
+            it ends the training.
         hold: called with an exception from what follows a save (a push to the Hub, the rotation of older checkpoints), perhaps
             by the writer thread. The checkpoint is complete, and is committed before the training learns of it.
     """
@@ -70,11 +77,13 @@ class Saves:
     def __init__(
         self,
         trainer: Trainer,
+        output_dir: Path,
         agreement: Agreement,
         disk: Disk,
         behind: AsyncCheckpointWriter,
         finish: Callable[[Path, SavedTensors], None],
         failed: Callable[[SpotError], None],
+        refused: Callable[[list[str]], None],
         hold: Callable[[str, Exception], None],
     ) -> None:
         self._trainer = trainer
@@ -84,8 +93,10 @@ class Saves:
         self._finish = finish
         self._saved = SavedTensors(trainer)
         self._failed = failed
+        self._refused = refused
+        self._never_finite: frozenset[str] = frozenset()
         self._hold = hold
-        self._output_dir = Path(trainer.args.output_dir or ".")
+        self._output_dir = output_dir
         self._trouble: SpotError | None = None
         self._folder = self._output_dir
         self._saving: int | None = None  # the thread
@@ -96,6 +107,10 @@ class Saves:
     def watch(self) -> None:
         """Start replacing. Call it when the training's state is complete."""
         self._best = self._best_now()
+        self._never_finite = frozenset(not_finite(trained_weights(self._trainer.model))[0])
+        if self._never_finite:
+            first = min(self._never_finite)
+            self._tell(first, f"{first} is not finite before the first step: {len(self._never_finite)} weights are not checked")
         if self._why_at_once() is None and (self._agreement.is_main or writes_on_each_rank(self._trainer)):
             here = writes_on_each_rank(self._trainer)
             self._behind.expect(_size_bytes(self._trainer.model, here=here))
@@ -104,6 +119,11 @@ class Saves:
         def save(*args: Any, **kwargs: Any) -> None:
             began = time.monotonic()
             whole = self.settle()
+            if wrong := self._wrong_numbers():
+                self._forget_best()
+                self._suppress_on_save()
+                self._refused(wrong)
+                return
             # After a failed save, write at once, so that an error is found where it happens.
             reasons = self._agreement.gather(self._why_at_once() if whole else "")
             why = next((one for one in reasons if one is not None), None)
@@ -156,7 +176,7 @@ class Saves:
             return "push_to_hub=True pushes each checkpoint right after its save"
         if (own := self._own_method()) is not None and is_sharded(trainer):
             return f"{own} may read shards, which the ranks can only write together"
-        return why_engine_writes_at_once(trainer)
+        return why_written_at_once(trainer)
 
     def _own_method(self) -> str | None:
         """Return which method of a save is a script's own; None if all are of libraries that only write."""
@@ -164,8 +184,15 @@ class Saves:
         return next((f"{type(owner).__name__}.{name}" for owner, name in saves if not _is_known(owner, name)), None)
 
     def _is_watched(self) -> bool:
-        """Return whether code that hf_spot doesn't know takes part in a save, or is told of it."""
-        return self._own_method() is not None or any(map(_is_told, self._trainer.callback_handler.callbacks))
+        """Return whether code that may touch the files takes part in a save, or is told of it.
+
+        Trainer itself removes a file that it has just saved with DeepSpeed.
+        """
+        return (
+            self._trainer.is_deepspeed_enabled
+            or self._own_method() is not None
+            or any(map(_is_told, self._trainer.callback_handler.callbacks))
+        )
 
     def _save(self, plain_save: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Save as Trainer does.
@@ -207,12 +234,28 @@ class Saves:
             self._best = self._best_now()
             return
         self._agreement.together(lambda: shutil.rmtree(self._folder, ignore_errors=True) if self._disk.leads else None)
-        state = self._trainer.state
-        if state.best_global_step == state.global_step:
-            # The removed checkpoint can't be loaded at the end of the training.
-            state.best_metric, state.best_global_step, state.best_model_checkpoint = self._best
+        self._forget_best()
         self._suppress_on_save()
         self._failed(failure)
+
+    def _forget_best(self) -> None:
+        state = self._trainer.state
+        if state.best_global_step == state.global_step:
+            # A checkpoint that does not exist can't be loaded at the end of the training.
+            state.best_metric, state.best_global_step, state.best_model_checkpoint = self._best
+
+    def _wrong_numbers(self) -> list[str]:
+        """Return the names of what is not finite on any rank. All ranks must call it."""
+        trainer = self._trainer
+        named = itertools.chain(trained_weights(trainer.model), optimizer_states(trainer.optimizer))
+        wrong, unknown = not_finite((name, value) for name, value in named if name not in self._never_finite)
+        if unknown:
+            self._tell("unknown", f"{unknown[0]} and {len(unknown) - 1} others can't be checked for NaN")
+        newest = trainer.state.log_history[-1] if trainer.state.log_history else {}
+        loss = newest.get("loss")
+        if newest.get("step") == trainer.state.global_step and isinstance(loss, float) and not math.isfinite(loss):
+            wrong.append("the logged loss")
+        return [name for found in self._agreement.gather(wrong) for name in found]
 
     def _best_now(self) -> tuple[Any, Any, Any]:
         state = self._trainer.state
@@ -306,11 +349,6 @@ def is_sharded(trainer: Trainer) -> bool:
 def writes_on_each_rank(trainer: Trainer) -> bool:
     """Return whether each rank writes much of a checkpoint, rather than rank 0 all of it."""
     return trainer.is_deepspeed_enabled or is_sharded(trainer)
-
-
-def why_engine_writes_at_once(trainer: Trainer) -> str | None:
-    """Return why the files of a training with DeepSpeed can't be written while it continues; None if they can."""
-    return "DeepSpeed writes them itself" if trainer.is_deepspeed_enabled else None
 
 
 def _size_bytes(model: Any, *, here: bool) -> int:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
+from hf_spot.policy.passes import Place
 from hf_spot.policy.resize import Batches
 from hf_spot.training.data.rng import capture, pack
 from hf_spot.training.data.stream_position import Resumed, StreamPosition, tell_of_reading, why_not
@@ -119,12 +120,15 @@ class StreamReader:
 
 
 @contextmanager
-def resumed_in_its_pass(trainer: Trainer, details: dict[str, Any], before: Batches, now: Batches) -> Iterator[None]:
+def resumed_in_its_pass(
+    trainer: Trainer, details: dict[str, Any], place: Place, before: Batches, now: Batches
+) -> Iterator[None]:
     """Resume a training on a stream in the right pass and at the right batch within the block.
 
     Args:
         trainer: the Trainer, about to resume.
         details: details of the commit that it resumes from.
+        place: where that is in the data.
         before: how its steps were composed at the save.
         now: how they are composed now.
 
@@ -135,14 +139,15 @@ def resumed_in_its_pass(trainer: Trainer, details: dict[str, Any], before: Batch
         yield
         return
     plain_init = INIT_TRAINING_STATE.of(trainer)
-    passes = int(details["epoch_of_data"])
+    passes = place.number
     if passes and trainer.args.dataloader_num_workers and trainer.args.dataloader_persistent_workers:
         warn_for_all(
             "pass %d of the stream is resumed with new DataLoader workers, but an uninterrupted run keeps its workers: random "
             "numbers differ from those of an uninterrupted run; for exact results set dataloader_persistent_workers=False",
             passes + 1,
         )
-    done = round((details["epoch_of_data"] - passes) * details["max_steps"] * before.accumulation)
+    trained = details["epoch_of_data"] - passes if place.is_in_middle else 0
+    done = round(trained * details["max_steps"] * before.accumulation)
     in_pass = done * before.per_device * before.world_size // (now.per_device * now.world_size)
 
     def init_training_state(*args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -189,13 +194,16 @@ def random_streams_named(trainer: Trainer) -> Iterator[None]:
         before, before_side = pack(capture()), side.capture()
         fetched = plain_get(epoch_iterator, *args, **kwargs)
         looks -= 1
-        if trainer.args.eval_strategy != IntervalStrategy.NO and side.capture() != before_side:
+        # One rank that reads for several does not know which batch each state belongs to.
+        evaluates, of_many = trainer.args.eval_strategy != IntervalStrategy.NO, trainer.args.world_size > 1
+        if (evaluates or of_many) and side.capture() != before_side:
             looks = 0
             warn_for_all(
-                "a stream's %s change while it is read, and evaluations may change them, too: after a resume in the middle of "
-                "an epoch it gives other samples; for exact results let the collator and the data set keep nothing, or set "
-                "--eval_strategy no",
+                "a stream's %s change while it is read, and %s: after a resume in the middle of an epoch it gives other "
+                "samples; for exact results let the collator and the data set keep nothing%s",
                 " and ".join(sorted(name for name, value in side.capture().items() if before_side.get(name) != value)),
+                "one rank reads it for all" if of_many else "evaluations may change them, too",
+                "" if of_many else ", or set --eval_strategy no",
             )
             return fetched
         if pack(capture()) != before:

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch.utils.data import IterableDataset
+from transformers.trainer_utils import has_length
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, SpotError, StoreError, TrainingInterrupted, TrainingPreempted
 from hf_spot.log import alert, log_always, warn_for_all
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import KeyboardSource
+from hf_spot.policy.passes import Place, place_of
 from hf_spot.policy.preemption import Action, Decision, leaves_step
 from hf_spot.policy.trainer_flags import SAVE_IS_DUE
 from hf_spot.run import history
@@ -37,12 +40,13 @@ from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.session.step_teller import COMPOSITION, DEVICE, StepTeller
 from hf_spot.training.trainer.batch_size import batches, keep_samples
 from hf_spot.training.trainer.description import describe
+from hf_spot.training.trainer.engines import refuse_what_can_not_be_resumed
 from hf_spot.training.trainer.metrics import Metrics
 from hf_spot.training.trainer.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
 from hf_spot.training.trainer.random_states import RandomStates
 from hf_spot.training.trainer.recognition import KnownTraining, finished
 from hf_spot.training.trainer.restore import MachineGoing, Resumption
-from hf_spot.training.trainer.save_schedule import Cadence
+from hf_spot.training.trainer.save_schedule import Cadence, FirstSave
 from hf_spot.training.trainer.saves import writes_on_each_rank
 
 if TYPE_CHECKING:
@@ -117,6 +121,7 @@ class TrainerSession:
         )
         session.closing.callback(self.behind.close)
         self._cadence = Cadence(trainer, arguments, self._is_busy, now, clock)
+        self._first_save = FirstSave(trainer, arguments, clock)
         self._metrics = Metrics(trainer, {"next_save_in_s": self._cadence.due_in_s})
         session.closing.callback(self._metrics.close)
 
@@ -129,6 +134,16 @@ class TrainerSession:
     def restored(self) -> Checkpoint | None:
         """Return the commit that the training resumes from, if any."""
         return self._restored
+
+    @property
+    def place(self) -> Place | None:
+        """Return where in the data the training resumes; None for a new one."""
+        if self._restored is None:
+            return None
+        details, data = self._restored.details, self.trainer.train_dataset
+        has_a_length = has_length(data) if isinstance(data, IterableDataset) else True
+        epoch = float(details.get("epoch_of_data") or 0)
+        return place_of(details.get("pass") or None, epoch, self._restored.step, has_length=has_a_length)
 
     @property
     def nothing_left(self) -> bool:
@@ -226,8 +241,13 @@ class TrainerSession:
             went_on = any(number > training for number in known)
             if went_on or state.ended == "finished":
                 return True
-            # A launcher records how the script ended, and not each training.
-            return self._session.runtime is not None and not restored.details.get("evaluation_pending")
+            if self._session.runtime is None:
+                return False
+            if "pass" not in restored.details:  # by a version that left no word of it under a launcher
+                return not restored.details.get("evaluation_pending")
+            journal = self._session.run.journal
+            later = (journal.read(number) for number in range(restored.ref.entry + 1, state.number + 1))
+            return any(entry.kind == "trained" and entry.data.get(TRAINING_KEY) == training for entry in later)
 
         return self._session.agreement.from_main(look)
 
@@ -311,6 +331,8 @@ class TrainerSession:
         """Record that a step begins. Every rank must call it."""
         if self._session.timing.step_begins(self.trainer.state.global_step) and self._session.agreement.is_main:
             self._cadence.began()
+        if self._session.agreement.is_main:
+            self._first_save.look()
 
     def ask(self) -> None:
         """Cast this rank's ballot; `step_ended` and `micro_batch_ended` read the result."""
@@ -424,6 +446,7 @@ class TrainerSession:
         stall_s = None if began is None else self._session.clock() - began
         self._session.timing.stalled(stall_s)
         self._cadence.saved(stall_s)
+        self._first_save.saved()
         self._metrics.put("stall_s", stall_s)
         details = {**(request.details or {}), **self._session.timing.to_details(request.step), **self._carried()}
         request = replace(request, details=details)
@@ -531,10 +554,11 @@ class TrainerSession:
                 if folder.is_dir()
                 else "start the same command again to resume from there",
             )
+        done = {"step": step, TRAINING_KEY: self._session.training}
         if self._session.runtime is None:
-            self._session.record(
-                "finished", {"step": step, TRAINING_KEY: self._session.training, **self._session.timing.to_details(step)}
-            )
+            self._session.record("finished", {**done, **self._session.timing.to_details(step)})
+        else:  # the launcher records how the script ends, which may train more than once, or fail later
+            self._session.record("trained", done, patience_s=JOURNAL_LAST_WORD_S)
 
     def failed(self, error: BaseException) -> None:
         """Commit pending uploads after an exception, and record it in the journal if there is no launcher to do it."""
@@ -571,6 +595,7 @@ class TrainerSession:
 
 
 def _check(trainer: Trainer) -> None:
+    refuse_what_can_not_be_resumed(trainer)
     args = trainer.args
     if args.save_only_model:
         raise ConfigError(

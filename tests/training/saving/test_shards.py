@@ -88,7 +88,7 @@ def content(metadata: Path) -> Any:
 def test_a_sharded_save_never_mixes_two_steps_and_what_one_rank_can_not_write_is_gone_for_all(
     tmp_path: Path, zygote: Zygote
 ) -> None:
-    codes, said = launch(zygote, tmp_path, "mutating", "odd", "no_memory", "one_reads", "trouble")
+    codes, said = launch(zygote, tmp_path, "mutating", "odd", "no_memory", "one_reads", "trouble", "refused")
     assert codes == [0, 0], "\n".join(said)
     for seen in facts(tmp_path, "mutating"):
         assert seen["each"] == [{"written at once": False, "one step": True}] * 3
@@ -115,6 +115,19 @@ def test_a_sharded_save_never_mixes_two_steps_and_what_one_rank_can_not_write_is
     assert len(main["said"]) == 2 and "checkpoint-6 can't be saved: File too large" in main["said"][0]
     assert "checkpoint-12 can't be saved" in main["said"][1]
     assert other["said"] == []
+
+    for seen in facts(tmp_path, "refused"):
+        check_refused(seen)
+
+
+def check_refused(seen: dict[str, Any]) -> None:
+    """What Trainer can't resume is refused on each rank, before it is trained and before the run is taken."""
+    tensor, context, divided = seen["said"]
+    assert context.startswith("ParallelismConfig(cp_size=2): Trainer can't save and resume")
+    assert tensor.startswith("ParallelismConfig(tp_size=2): Trainer can't save and resume")
+    assert divided.startswith("the model was divided among the ranks when it was loaded")
+    assert all("fsdp='full_shard'" in one for one in seen["said"])
+    assert (seen["steps"], seen["run"]) == ([0, 0, 0], False)
 
 
 def test_a_rank_that_is_killed_in_the_middle_of_its_shards_leaves_no_commit_and_nobody_waiting(

@@ -20,11 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from hf_spot import Run, SpotArguments, SpotCallback
+from hf_spot.errors import ConfigError
 from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.saving import async_writer
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
@@ -330,6 +333,40 @@ def trouble(folder: Path) -> dict[str, Any]:
     with Log() as log:
         trainer.train()
     return {"folders": folders, "commits": commits(run), "said": log.lines, "step": trainer.state.global_step}
+
+
+@scene
+def refused(folder: Path) -> dict[str, Any]:
+    """Trainings that Trainer can't resume."""
+    said, steps = [], []
+    for variable in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))]:
+        del os.environ[variable]  # left by the trainings before
+    for name, parallel, more in (("tp", {"tp_size": 2}, {"fsdp": None, "fsdp_config": None}), ("cp", {"cp_size": 2}, {})):
+        trainer = sharding(folder / name, 2, spot(folder / "run"), parallelism_config=ParallelismConfig(**parallel), **more)
+        said.append(how_it_ends(trainer))
+        steps.append(trainer.state.global_step)
+    AcceleratorState._reset_state()
+    del os.environ["ACCELERATE_USE_FSDP"]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_heads=2))
+    if RANK == 0:
+        model.save_pretrained(folder / "model")
+    dist.barrier()
+    divided = LlamaForCausalLM.from_pretrained(folder / "model", distributed_config=DistributedConfig(fsdp_size=2))
+    args = TrainingArguments(str(folder / "out"), max_steps=2, save_strategy="no", report_to="none", use_cpu=True)
+    row = torch.zeros(16, dtype=torch.int64)
+    data = [{"input_ids": row, "labels": row}] * 8
+    trainer = Trainer(model=divided, args=args, train_dataset=data, callbacks=[spot(folder / "run")])
+    said.append(how_it_ends(trainer))
+    return {"said": said, "steps": [*steps, trainer.state.global_step], "run": (folder / "run" / "journal").exists()}
+
+
+def how_it_ends(trainer: Trainer) -> str:
+    try:
+        trainer.train()
+    except ConfigError as error:
+        return f"{error} ({error.hint})"
+    return "trained"
 
 
 @scene

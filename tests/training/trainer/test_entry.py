@@ -180,6 +180,8 @@ def test_a_hyperparameter_search_goes_on_where_it_was(store: str, tmp_path: Path
     assert search.told() == peace.told()
     assert (again.run_id, again.objective, again.hyperparameters) == (best.run_id, best.objective, best.hyperparameters)
     assert search.trained[:done][-1] == (stop_in, step)
+    assert list((tmp_path / "one").glob("run-*/checkpoint-*/random_states/rng_state.pth"))
+    assert not list((tmp_path / "one").glob("checkpoint-*")), "each trial writes to a folder of its own"
     pruned = [number for number, one in enumerate(peace.told()) if one[0] == "PRUNED"]
     redone = set(search.trained[:done]) & set(search.trained[done:])
     assert {trial for trial, _ in redone} <= {*pruned}  # a pruned trial may have done steps that it never saved

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.training.state.carried import FOLDER
 from hf_spot.training.state.values import decode, encode, mark_of, put_into
+from tests.matrix.parts import Counting, Stream
 from tests.training.conftest import Patient, Recorder
 from tests.training.test_callback import preempt
 
@@ -289,6 +290,10 @@ CASES: dict[str, tuple[Callable[[Path], Trainer], Callable[[Trainer], Any]]] = {
     "a generator of Python in the data set": (lambda out: make(out, data=Noisy(random.Random(3))), lambda trainer: None),
     "a collator that draws and counts": (
         lambda out: make(out, data_collator=NoisyCollator()),
+        lambda trainer: trainer.data_collator.calls,
+    ),
+    "a collator that draws and counts, of a stream": (
+        lambda out: make(out, data=Stream(24), data_collator=Counting(), max_steps=STEPS),
         lambda trainer: trainer.data_collator.calls,
     ),
     "a sampler with a generator of its own": (lambda out: make(out, OwnSampler), lambda trainer: None),

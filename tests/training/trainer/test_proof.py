@@ -96,10 +96,10 @@ def no_data_side(patch: pytest.MonkeyPatch) -> None:
 def no_own_state(patch: pytest.MonkeyPatch) -> None:
     plain = CarriedState.restore
 
-    def restore(self: CarriedState, checkpoint: Path) -> list[str]:
+    def restore(self: CarriedState, checkpoint: Path, **more: Any) -> list[str]:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr("hf_spot.training.state.carried._put", lambda *args: True)
-            return plain(self, checkpoint)
+            return plain(self, checkpoint, **more)
 
     patch.setattr(CarriedState, "restore", restore)
 

@@ -25,11 +25,12 @@ from transformers.trainer_callback import ExportableState
 
 from hf_spot import SpotCallback
 from hf_spot.errors import ConfigError
+from hf_spot.policy.passes import Place
 from hf_spot.policy.resize import Batches
 from hf_spot.training.trainer.resume_fixes import (
+    batches_skipped,
     carry_callback_states,
     carry_counters,
-    dispatched_batches_skipped,
     reaches_through_skips,
     set_epoch,
 )
@@ -74,7 +75,7 @@ def test_three_batches_of_two_ranks_are_passed_over_once(
     dispatcher: Any, monkeypatch: pytest.MonkeyPatch, skip: Any, of_sampler: int, of_loader: int
 ) -> None:
     monkeypatch.setattr(transformers.trainer, "skip_first_batches", skip)
-    with dispatched_batches_skipped():
+    with batches_skipped():
         skipping = transformers.trainer.skip_first_batches(dispatcher, 3)
     assert len(skipping.batch_sampler) == 12 - of_sampler
     assert skipping.skip_batches == of_loader
@@ -84,7 +85,7 @@ def test_three_batches_of_two_ranks_are_passed_over_once(
 def test_an_accelerate_that_skips_otherwise_is_refused(dispatcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.trainer, "skip_first_batches", skips_one_too_few)
     with (
-        dispatched_batches_skipped(),
+        batches_skipped(),
         pytest.raises(ConfigError, match="skips 5 batches, but 6 were trained") as refused,
     ):
         transformers.trainer.skip_first_batches(dispatcher, 3)
@@ -93,7 +94,7 @@ def test_an_accelerate_that_skips_otherwise_is_refused(dispatcher: Any, monkeypa
 
 def test_a_batch_that_is_split_is_passed_over_as_one(dispatcher: Any) -> None:
     dispatcher.split_batches = True
-    with dispatched_batches_skipped():
+    with batches_skipped():
         assert len(transformers.trainer.skip_first_batches(dispatcher, 3).batch_sampler) == 9
 
 
@@ -223,7 +224,8 @@ def _resumed_at(folder: Path, monkeypatch: pytest.MonkeyPatch, theirs: tuple[int
     trainer = make_trainer(folder, train_dataset=Endless, max_steps=16)
     trainer.state.global_step = 20
     batches = Batches(2, 1, 1)
-    with resumed_in_its_pass(trainer, {"epoch_of_data": 1.25, "max_steps": 16}, batches, batches):
+    place = Place(1, is_in_middle=True, is_repeated=True)
+    with resumed_in_its_pass(trainer, {"epoch_of_data": 1.25, "max_steps": 16}, place, batches, batches):
         begin: Callable[..., tuple[int, int]] = trainer._init_training_state
         return begin(16, 16, 1, None, None)
 

@@ -16,7 +16,7 @@ from hf_spot.errors import ConfigError
 from hf_spot.policy.cadence import History, Interruptions, SaveCost, best_interval_s, learn
 from hf_spot.run.history import Past
 from hf_spot.storage.memory import MemoryStore
-from hf_spot.training.trainer.save_schedule import Cadence
+from hf_spot.training.trainer.save_schedule import Cadence, FirstSave
 from tests.training.conftest import STEPS, Patient, Recorder, SaveRecorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, preempt, steps, train_until_preempted
 from tests.training.trainer.test_exactness import mask
@@ -38,6 +38,40 @@ def due_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(Cadence, "is_due", lambda self: self._trainer.state.global_step in chosen)
 
     return put
+
+
+# -- a first save that is far away --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"save_strategy": "no"}, "step 1000, the last one, in about 166 minutes"),
+        ({"save_strategy": "steps", "save_steps": 5000}, "step 1000, the last one"),
+        ({"save_strategy": "steps", "save_steps": 500}, "step 500, in about 83 minutes"),
+        ({"save_strategy": "steps", "save_steps": 100}, None),
+        ({"save_strategy": "steps", "save_steps": 500, "cadence": "auto"}, None),
+        ({"save_strategy": "steps", "save_steps": 500, "saved": True}, None),
+        ({"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "loss"}, None),
+    ],
+)
+def test_a_first_save_that_is_far_away_is_told_within_a_minute(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], told: str | None
+) -> None:
+    settings = dict(settings)
+    saved, arguments = settings.pop("saved", False), SpotArguments(cadence=settings.pop("cadence", "fixed"))
+    trainer, now = make_trainer(tmp_path, **settings), [0.0]
+    trainer.state.max_steps, trainer.state.save_steps = 1000, trainer.args.save_steps
+    first = FirstSave(trainer, arguments, lambda: now[0])
+    for step in range(20):
+        trainer.state.global_step, now[0] = step, step * 10.0
+        first.look()
+        if saved and step == 2:
+            first.saved()
+        assert now[0] <= 30.0 or told is None or caplog.records
+    messages = [record.getMessage() for record in caplog.records if "first save" in record.getMessage()]
+    assert len(messages) == (told is not None)
+    assert told is None or told in messages[0]
 
 
 # -- what an added save is ---------------------------------------------------------------------------------------------

@@ -1,0 +1,251 @@
+"""What every Python of a launch runs first: `hf_spot.every_python.sitecustomize`, in real Pythons that nothing has forked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from hf_spot.arguments import SpotArguments
+from hf_spot.every_python import FOLDER, python_path
+from hf_spot.launch.process import ProcessTree
+from hf_spot.runtime import Runtime
+from tests.waiting import PATIENCE_S, wait_for
+
+pytestmark = pytest.mark.fresh_python
+ANSWERED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+SHOWS = "import json, sys; print(json.dumps([sorted(sys.modules), [type(one).__name__ for one in sys.meta_path], sys.path]))"
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    """The variables of a launch whose launcher is this process."""
+    runtime = Runtime(str(tmp_path / "run"), 1, tmp_path / "runtime", SpotArguments())
+    runtime.directory.mkdir()
+    numbers = ",".join(str(int(one)) for one in ANSWERED)
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**inherited, **runtime.to_environ(), "HF_SPOT_ANSWERED_SIGNALS": numbers, "PYTHONPATH": FOLDER}
+
+
+def python(environ: dict[str, str], *words: str, program: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program, *words], env=environ, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+
+
+def test_a_python_that_does_not_train_imports_nothing_of_hf_spot(environ: dict[str, str]) -> None:
+    done = python(environ, "-c", SHOWS)
+    modules, finders, path = json.loads(done.stdout)
+    bare = json.loads(python({**environ, "PYTHONPATH": ""}, "-c", SHOWS).stdout)
+    assert finders == ["Finder", *bare[1]]
+    assert set(modules) - set(bare[0]) <= {"sitecustomize", "atexit"}
+    assert path == bare[2]
+
+
+@pytest.mark.parametrize("options", [["-I"], ["-S"], ["-E"]])
+def test_a_python_that_reads_no_environment_or_no_site_is_left_alone(environ: dict[str, str], options: list[str]) -> None:
+    done = python(environ, *options, "-c", SHOWS)
+    assert "Finder" not in json.loads(done.stdout)[1]
+    assert done.stderr == ""
+
+
+def test_outside_a_launch_nothing_is_installed(environ: dict[str, str]) -> None:
+    del environ["HF_SPOT_RUNTIME_DIR"]
+    assert "Finder" not in json.loads(python(environ, "-c", SHOWS).stdout)[1]
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_the_users_own_sitecustomize_runs_too(environ: dict[str, str], tmp_path: Path, ours_first: bool) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    chains = f"import sys; sys.path.remove({str(theirs)!r}); del sys.modules['sitecustomize']; import sitecustomize\n"
+    (theirs / "sitecustomize.py").write_text(f"print('theirs')\n{'' if ours_first else chains}")
+    environ["PYTHONPATH"] = os.pathsep.join([FOLDER, str(theirs)] if ours_first else [str(theirs), FOLDER])
+    shown = python(environ, "-c", SHOWS).stdout.splitlines()
+    assert shown[0] == "theirs"
+    assert "Finder" in json.loads(shown[1])[1]
+
+
+def test_a_sitecustomize_that_fails_fails_as_it_did(environ: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import no_such_module")
+    bare = python({**environ, "PYTHONPATH": str(tmp_path)}, "-c", "print(1)")
+    done = python({**environ, "PYTHONPATH": os.pathsep.join([FOLDER, str(tmp_path)])}, "-c", "print(1)")
+    assert (done.returncode, done.stdout) == (bare.returncode, bare.stdout) == (0, "1\n")
+    assert "no_such_module" in done.stderr
+
+
+def test_what_pythonpath_named_stays_behind_our_folder() -> None:
+    assert python_path({}) == python_path({"PYTHONPATH": ""}) == FOLDER
+    assert python_path({"PYTHONPATH": f"/a:{FOLDER}:/b"}) == f"{FOLDER}:/a:/b"
+
+
+def test_in_another_environment_without_hf_spot_it_is_said_once(environ: dict[str, str], tmp_path: Path) -> None:
+    venv.create(tmp_path / "other", symlinks=True)
+    other = str(tmp_path / "other" / "bin" / "python")
+    package = tmp_path / "packages" / "transformers"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "trainer.py").write_text("print('trains')")
+    environ["PYTHONPATH"] += f":{tmp_path / 'packages'}"
+    quiet, first, second = (python(environ, "-c", code, program=other) for code in ("", *["import transformers.trainer"] * 2))
+    assert (quiet.stderr, first.stdout, second.stdout) == ("", "trains\n", "trains\n")
+    assert f"a training under {other} is not protected" in first.stderr
+    assert second.stderr == ""
+
+
+WAITS = """
+import os, signal, subprocess, sys, time
+BEGIN
+print("ready", flush=True)
+time.sleep(60)
+"""
+REPORTS = "open(os.path.join(os.environ['HF_SPOT_RUNTIME_DIR'], f'training-{os.getpid()}'), 'w').close()"
+IN_CHILD = f"import os, time; {REPORTS}; print(1, flush=True); time.sleep(60)"
+ABOVE = f"subprocess.Popen([sys.executable, '-c', {IN_CHILD!r}], stdout=subprocess.PIPE).stdout.readline()"
+HANDLES = "signal.signal(signal.SIGTERM, lambda *a: sys.exit(9)); assert callable(signal.getsignal(signal.SIGTERM))"
+
+
+@pytest.mark.parametrize(
+    ("begin", "code"),
+    [
+        pytest.param("", -signal.SIGTERM, id="trains nothing"),
+        pytest.param(HANDLES, 9, id="has a handler"),
+        pytest.param("signal.signal(signal.SIGTERM, signal.SIG_DFL)", -signal.SIGTERM, id="has set the default"),
+        pytest.param("import sitecustomize; sys.meta_path[0]._shield.pass_on_always()", None, id="has imported Trainer"),
+        pytest.param(REPORTS, None, id="trains"),
+        pytest.param(f"{REPORTS}\n{HANDLES}", 9, id="trains and has a handler"),
+        pytest.param(ABOVE, None, id="trains in a child"),
+        pytest.param(f"{ABOVE}\n{HANDLES}", None, id="trains in a child and would kill it"),
+    ],
+)
+def test_a_signal_becomes_a_notice_where_a_training_runs_and_nowhere_else(
+    environ: dict[str, str], begin: str, code: int | None
+) -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", WAITS.replace("BEGIN", begin)],
+            env={**environ, "HF_SPOT_LAUNCHER_PID": str(os.getpid())},
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGTERM)
+        if code is None:
+            wait_for(lambda: bool(received), "for the notice")
+            assert process.poll() is None
+        else:
+            assert process.wait(PATIENCE_S) == code
+            assert not received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_a_forked_child_has_the_programs_own_handlers(environ: dict[str, str]) -> None:
+    code = (
+        "import os, signal; before = signal.getsignal(signal.SIGTERM)\n"
+        "if (child := os.fork()) == 0: os.kill(os.getpid(), 15); os._exit(3)\n"
+        "print(before == signal.SIG_DFL, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    assert python(environ, "-c", code).stdout == "True -15\n"
+
+
+def test_whoever_is_started_with_blocked_signals_keeps_them_so(environ: dict[str, str]) -> None:
+    code = "import signal; print(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()))"
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        assert python(environ, "-c", code).stdout == "True\n"
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+
+@pytest.mark.parametrize("told", ["75", "76"])
+def test_a_process_whose_training_was_stopped_waits_at_its_end_for_the_launcher(environ: dict[str, str], told: str) -> None:
+    runtime = Runtime.from_environ(environ)
+    assert runtime is not None
+    report = REPORTS.replace("'w').close()", f"'w').write('{told}')")
+    code = f"import atexit, os; {report}; atexit.register(print, 'others at the end'); print('trained')"
+    process = subprocess.Popen([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        assert [process.stdout.readline() for _ in range(2)] == ["trained\n", "others at the end\n"]
+        wait_for(lambda: runtime.read_stopped() is not None, "for it to wait")
+        assert runtime.read_stopped() == int(told)
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert runtime.read_stopped() is None
+
+
+def living() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["sleep", "600"])
+
+
+def test_the_launch_is_over_only_when_no_process_trains_any_more(
+    environ: dict[str, str], request: pytest.FixtureRequest
+) -> None:
+    runtime = Runtime.from_environ(environ)
+    assert runtime is not None
+    processes = [living() for _ in range(3)]
+    request.addfinalizer(lambda: [end(one) for one in processes])
+    first, second, third = processes
+
+    def tell(process: subprocess.Popen[bytes], text: str, name: str = "training") -> None:
+        (runtime.directory / f"{name}-{process.pid}").write_text(text)
+
+    assert runtime.read_training() is None
+    tell(first, "75")
+    tell(first, "", "left")
+    tell(second, "")
+    assert (runtime.read_training(), runtime.read_stopped()) == (True, None)
+    tell(second, "76")  # it has not reached its end
+    assert (runtime.read_training(), runtime.read_stopped()) == (False, None)
+    tell(second, "", "left")
+    assert runtime.read_stopped() == 76
+    tell(third, "")
+    assert (runtime.read_training(), runtime.read_stopped()) == (True, None)
+    end(third)  # killed: it trains no longer
+    assert (runtime.read_training(), runtime.read_stopped()) == (False, 76)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_a_command_that_a_signal_ends_leaves_the_guard_waiting_for_what_it_has_started(tmp_path: Path) -> None:
+    script = tmp_path / "train.sh"
+    child = f"trap '' TERM; touch {tmp_path}/on; sleep 1; touch {tmp_path}/saved"
+    script.write_text(f'bash -c "{child}"\ntouch {tmp_path}/after\n')
+    notices: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: notices.append(number))
+    try:
+        tree = ProcessTree(["bash", str(script)], os.environ, ANSWERED, as_it_is=True)
+        try:
+            wait_for((tmp_path / "on").exists, "for the child")
+            for one in tree.processes():
+                one.send_signal(signal.SIGTERM)
+            wait_for(lambda: tree.wait(0.05) is not None, "for the end")
+            assert tree.wait(0) == 128 + signal.SIGTERM
+        finally:
+            tree.end()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert notices
+    assert (tmp_path / "saved").exists()
+    assert not (tmp_path / "after").exists()

@@ -1,0 +1,180 @@
+"""Commands that people know, under ``hf-spot launch``: they are run as they are, and train in processes that they start."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hf_spot.arguments import SpotArguments
+from hf_spot.errors import ConfigError
+from hf_spot.launch.options import find_program, parse
+from hf_spot.launch.unhooked import Unhooked
+from hf_spot.run.run import Run
+from hf_spot.runtime import Runtime
+from tests.launch.conftest import Launcher
+from tests.launch.test_trainings import SETUP
+
+STORE = ["--store", "s3://b/r"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with files of many kinds; only ``bin`` is on PATH."""
+    files = {
+        "train.py": "",
+        "train.sh": "python train.py",
+        "run.sh": "#!/bin/sh\n",
+        "program": "#!/usr/bin/env -S perl -w\n",
+        "tool": "#!/usr/bin/env python3\n",
+        "here": f"#!{sys.executable}\n",
+        "elsewhere": f"#!{tmp_path}/other/bin/python\n",
+        "text": "print(1)",
+        "bin/known": "#!/bin/sh\n",
+        "bin/both": "#!/bin/sh\n",
+        "both/__main__.py": "",
+        "known/setup.py": "",
+        "other/bin/python": "\x7fELF",
+        "binary": "\x7fELF",
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o644 if name in ("train.sh", "text", "train.py") else 0o755)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("word", "program"),
+    [
+        ("train.py", None),
+        ("./train.py", None),
+        ("nosuch.py", None),
+        ("run.sh", "run.sh"),
+        ("./run.sh", "run.sh"),
+        ("program", "program"),
+        ("binary", "binary"),
+        ("tool", None),
+        ("here", None),
+        ("elsewhere", "elsewhere"),
+        ("text", None),
+        ("known", "bin/known"),  # a folder of that name, such as a clone of it, is no script
+        ("both", None),  # but one with a __main__.py is
+        ("./known", None),
+        ("nosuch", None),
+    ],
+)
+def test_a_word_that_is_no_script_is_a_command(folder: Path, word: str, program: str | None) -> None:
+    found = find_program(word, {"PATH": str(folder / "bin")})
+    assert found == (None if program is None else str(folder / program))
+
+
+def test_a_command_that_is_not_on_the_path_may_stand_beside_this_python(folder: Path) -> None:
+    found = find_program("python", {"PATH": str(folder / "bin")})
+    assert found is not None and Path(found).parent == Path(sys.executable).parent
+
+
+def test_a_shell_script_that_is_not_executable_is_refused_with_the_way_to_run_it(folder: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse([*STORE, "train.sh"], {})
+    assert "bash train.sh" in caught.value.hint
+
+
+def test_a_command_gets_its_own_words_and_no_environment_of_accelerate(folder: Path) -> None:
+    environ = {"PATH": str(folder / "bin"), "A": "b"}
+    command = parse(["--notice", "imds", *STORE, "known", "sft", "--store", "x", "-m", "train.py"], environ)
+    assert command.as_it_is
+    assert command.argv == [str(folder / "bin" / "known"), "sft", "--store", "x", "-m", "train.py"]
+    assert (command.environ, command.store, command.arguments.notice) == (environ, "s3://b/r", "imds")
+    before = command.fingerprint()
+    (folder / "train.py").write_text("pass")
+    assert command.fingerprint() != before
+
+
+def test_options_of_accelerate_before_a_command_are_refused_with_a_hint(folder: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse([*STORE, "--multi_gpu", "--num_processes", "2", "known", "x"], {"PATH": str(folder / "bin")})
+    assert "--multi_gpu --num_processes 2" in str(caught.value)
+    assert "accelerate launch --multi_gpu --num_processes 2" in caught.value.hint
+
+
+def test_a_word_that_is_nothing_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="no such script, and no such command on PATH"):
+        parse([*STORE, "nosuch", "x"], {"PATH": str(folder / "bin")})
+
+
+@pytest.mark.parametrize("code", [0, 7, 143])
+def test_the_exit_code_of_a_command_is_that_of_the_launch(launcher: Launcher, tmp_path: Path, code: int) -> None:
+    launch = launcher.start_known(str(tmp_path / "run"), ["sh", "-c", f"exit {code}"], options=["--max-restarts", "0"])
+    assert launch.wait() == code, launch.text()
+
+
+IN_A_ROW = (
+    SETUP
+    + """
+stop, *names = sys.argv[1:]
+for name in names:
+    trainer = make_trainer(f"out-{name}", ord(name), *([Stop(5)] if stop == name else []), num_train_epochs=1)
+    trainer.train()
+    Path(f"model-{name}.json").write_text(json.dumps([trainer.state.global_step, digest(trainer.model)]))
+"""
+)
+
+
+@pytest.mark.slow
+def test_a_shell_script_with_two_trainings_in_a_row_gives_two_models_and_runs_nothing_after_an_interruption(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    (tmp_path / "train.py").write_text(IN_A_ROW)
+    script = tmp_path / "train.sh"
+    script.write_text(f"{sys.executable} train.py $1 a\ntouch after-a\n{sys.executable} train.py $1 b\ntouch after-b\n")
+
+    def models() -> list[object]:
+        return [json.loads((tmp_path / f"model-{name}.json").read_text()) for name in "ab"]
+
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "train.py", "none", "a", "b"], check=True, cwd=tmp_path, env=environ)
+    undisturbed = models()
+    store = str(tmp_path / "run")
+    first = launcher.start_known(store, ["bash", script, "a"])
+    assert first.wait() == 75, first.text()
+    assert not (tmp_path / "after-a").exists()
+    second = launcher.start_known(store, ["bash", script, "none"])
+    assert second.wait() == 0, second.text()
+    assert "resuming from step 5" in second.text()
+    assert models() == undisturbed
+    assert (tmp_path / "after-b").exists()
+    assert {ref.training for ref in Run(store).state().checkpoints} == {1, 2}
+    again = launcher.start_known(store, ["bash", script, "none"])
+    assert again.wait() == 0 and "nothing to do" in again.text()
+
+
+@pytest.mark.fresh_python
+def test_a_process_that_has_torch_without_the_hook_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runtime = Runtime(str(tmp_path / "run"), 1, tmp_path, SpotArguments())
+    now = [0.0]
+    unhooked = Unhooked(runtime, lambda: now[0])
+    code = "import time, torch; print(1, flush=True); time.sleep(60)"
+    started = [subprocess.Popen([sys.executable, *more, "-c", code], stdout=subprocess.PIPE) for more in ([], ["-I"])]
+    try:
+        for one in started:
+            assert one.stdout is not None and one.stdout.readline()
+        (tmp_path / f"met-{started[0].pid}").touch()
+        for _ in range(3):
+            now[0] += 60.0
+            unhooked.look(lambda: [psutil.Process(one.pid) for one in started])
+        told = [record.getMessage() for record in caplog.records]
+        assert len(told) == 1 and f"process {started[1].pid} has loaded torch without hf_spot" in told[0]
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
+            assert one.stdout is not None
+            one.stdout.close()
