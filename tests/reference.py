@@ -216,7 +216,8 @@ def command_line() -> str:
         "error came from).",
         "```text\n" + str(top.epilog) + "\n```",
         "## hf-spot launch",
-        "```text\nhf-spot launch --store URL [options of hf-spot and of accelerate launch] SCRIPT [its own arguments]\n```",
+        "```text\nhf-spot launch --store URL [options of hf-spot and of accelerate launch] SCRIPT|COMMAND "
+        "[its own arguments]\n```",
         "accelerate launch, made preemptible: [launch.md](launch.md). It also takes all options of `accelerate launch`, with "
         "underscores or hyphens.",
         _table([*launch._action_groups[0]._group_actions, *restarts]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from rich.text import Text
 from hf_spot.economics.report import Report, Timing, dollars, summarise
 from hf_spot.economics.timeline import losses_in
 from hf_spot.errors import SpotError
+from hf_spot.notices.notice import PreemptionNotice
 from hf_spot.run.journal import ENDINGS, Entry
 from hf_spot.run.run import Run
 
@@ -183,7 +185,7 @@ def _in_words(entry: Entry) -> str | None:
         size_bytes = sum(file["size"] for file in data["files"])
         return f"step {data['step']}{of} committed ({data.get('reason')}, {size_bytes / 1e6:,.1f} MB)"
     if entry.kind == "notice":
-        return f"notice: {data.get('kind')} from {data.get('source')}"
+        return f"notice: {_notice_in_words(data)}"
     if entry.kind in ENDINGS:
         code = data.get("exit_code")
         return (
@@ -194,6 +196,13 @@ def _in_words(entry: Entry) -> str | None:
     if entry.kind == "resumed":
         return f"launch {entry.launch} resumes from step {data.get('step', '?')}"
     return None
+
+
+def _notice_in_words(data: dict[str, Any]) -> str:
+    try:
+        return PreemptionNotice.from_json(json.dumps(data)).in_words()
+    except ValueError:  # written by a newer hf_spot
+        return str(data.get("kind"))
 
 
 def picture_of(view: View) -> RenderableType:

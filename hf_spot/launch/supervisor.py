@@ -96,6 +96,7 @@ def launch(reading: Reading) -> int:
         )
         state = run.state()
         if command.dry_run:
+            BudgetKeeper(command.budget, run, command.machines.count, command.environ).check()
             print(describe(run, state, command, _finished_by(run, state) if state.ended == "finished" else None))
             return EXIT_FINISHED
         if state.ended == "finished":

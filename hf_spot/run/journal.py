@@ -37,7 +37,20 @@ from hf_spot.run.seal import seal, unseal
 from hf_spot.storage.store import ObjectStore
 
 FORMAT = 1
-KINDS = ("claim", "training", "resumed", "redone", "commit", "notice", "preempted", "finished", "failed", "prune", "machine")
+KINDS = (
+    "claim",
+    "training",
+    "resumed",
+    "redone",
+    "commit",
+    "notice",
+    "trained",
+    "preempted",
+    "finished",
+    "failed",
+    "prune",
+    "machine",
+)
 ENDINGS = ("preempted", "finished", "failed")
 BY_HAND = "hf-spot checkpoints"  # the author of a claim that no training follows
 TRAINING_KEY = "stage"  # the number of a training, in an entry's data

@@ -33,6 +33,8 @@ def test_a_launch_saves_and_ends_when_the_budget_is_used_up(launcher: Launcher, 
     again = launcher.plain(store, options=options, env=PRICE)
     assert again.wait() == 2, again.text()
     assert "of --max-spend 0.15 are spent" in again.text() and run.state().launch == launches
+    dry = launcher.plain(store, options=[*options, "--dry-run"], env=PRICE)
+    assert dry.wait() == 2 and "of --max-spend 0.15 are spent" in dry.text()
     last = launcher.plain(store, options=["--max-hours", "1"])
     assert last.wait() == 0, last.text()
 

@@ -136,6 +136,11 @@ def test_a_forked_child_that_exits_is_not_the_training(launcher: Launcher, twin:
     assert "Traceback" not in launch.text()
     run = Run(tmp_path / "run")
     # How many commits there are depends on how fast the disk is: a newer checkpoint takes the place of one that waits.
-    assert [entry.kind for entry in run.events() if entry.kind not in ("commit", "prune")] == ["claim", "training", "finished"]
+    assert [entry.kind for entry in run.events() if entry.kind not in ("commit", "prune")] == [
+        "claim",
+        "training",
+        "trained",
+        "finished",
+    ]
     assert run.find().step == 32
     assert launcher.weights() == twin.weights

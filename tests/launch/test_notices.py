@@ -57,7 +57,7 @@ def test_a_notice_that_is_taken_back_leaves_the_launch_to_finish(
     assert launch.wait() == 0, launch.text()
     assert launcher.weights() == twin.weights
     kinds = [entry.kind for entry in Run(s3_url).events() if entry.kind not in ("commit", "prune")]
-    assert kinds == ["claim", "training", "notice", "notice", "finished"]
+    assert kinds == ["claim", "training", "notice", "notice", "trained", "finished"]
 
 
 def test_a_notice_during_a_restore_ends_the_launch_before_all_is_fetched(

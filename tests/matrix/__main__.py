@@ -1,7 +1,7 @@
 """``python -m tests.matrix``: one line for each case, and 1 when one of them is not what it must be.
 
 ``--adversary 100`` plays random compositions instead, the same ones for the same ``--seed``; each that fails is printed as
-JSON, which ``--composition`` plays again.
+JSON, which ``--composition`` plays again; ``--regressions`` plays those that have failed before.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from tests.matrix.cases import CASES
 from tests.matrix.compose import LIBRARIES
 from tests.matrix.runner import HEADER, run, to_json
 
+REGRESSIONS = Path(__file__).with_name("regressions.json")
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__.splitlines()[0])
@@ -29,8 +31,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the adversary (0)")
     parser.add_argument("--families", nargs="+", choices=LIBRARIES, default=tuple(LIBRARIES), help="what it trains (all)")
     parser.add_argument("--composition", type=json.loads, metavar="JSON", help="play this composition of the adversary's again")
+    parser.add_argument("--regressions", action="store_true", help="play the compositions that once differed without a word")
     options = parser.parse_args()
-    if options.adversary or options.composition:
+    if options.adversary or options.composition or options.regressions:
         return _attack(options)
     chosen = [name for name in CASES if not options.names or any(part in name for part in options.names)]
     chosen = [name for name in chosen if CASES[name].quick or not options.quick]
@@ -58,6 +61,10 @@ def _attack(options: argparse.Namespace) -> int:
         if options.composition:
             found.append(play(options.composition, folder / "0"))
             print("\n".join([found[0].verdict, *found[0].why]))
+        elif options.regressions:
+            for number, made in enumerate(json.loads(REGRESSIONS.read_text())):
+                found.append(play(made, folder / str(number)))
+                print("\n     ".join([f"{number:4} {found[-1].verdict}", *found[-1].why[:10]]), flush=True)
         else:
             print(f"seed {options.seed}", flush=True)
             for number, outcome, seconds in attack(options.adversary, options.seed, folder, tuple(options.families)):

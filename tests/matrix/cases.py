@@ -456,6 +456,9 @@ for optimizer in ("own sgd", "lookahead", "own adam", "own with schedule", "adag
     composed(f"Trainer: optimizer ({optimizer})", optimizer=optimizer, accumulation=2, stops=("notice@3", "kill@5"))
 for schedule in ("constant_with_warmup", "cosine_with_min_lr", "warmup_stable_decay", "inverse_sqrt", "polynomial", "greedy"):
     composed(f"Trainer: {schedule}", schedule=schedule, eval=EVALUATED)
+BORDERS = ("watches", "swaps", "thaws")
+composed("Trainer: callbacks at the borders of passes", ("notice@4", "kill@9"), callbacks=BORDERS, eval=EVALUATED)
+composed("Trainer: the same, of a stream", ("notice@4", "kill@8"), callbacks=BORDERS, data="stream", length="steps")
 
 # -- several ranks ----------------------------------------------------------------------------------------------------
 
@@ -466,6 +469,12 @@ simple("DDP, group_by_length", {"train_sampling_strategy": "group_by_length"}, *
 simple("DDP, dispatched batches", {"accelerator_config": {"dispatch_batches": True}}, **TWO)
 simple("DDP, a sampler without a seed", {"accelerator_config": {"use_seedable_sampler": False}}, **TWO)
 simple("DDP, evaluations and the best model", {**BEST, "eval_steps": 2, "save_steps": 2}, **TWO)
+TWICE = ("notice@2", "kill@5")  # of 6 steps
+composed("DDP: callbacks at the borders of passes", TWICE, ranks=2, callbacks=BORDERS, eval=EVALUATED)
+composed("DDP: logging_steps=5, eval_on_start", TWICE, ranks=2, log=RARELY_LOGGED, eval=ON_START)
+composed("DDP: a momentum teacher", TWICE, ranks=2, loss="teacher", callbacks=["average"])
+composed("DDP: data with state (own torch)", TWICE, ranks=2, data="own torch", collator="counting", callbacks=["remembers"])
+composed("DDP: two trainings", ("notice@2", "kill@7"), ranks=2, second="other data")
 
 
 @case("DDP, masked tokens", **TWO)

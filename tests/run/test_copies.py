@@ -300,6 +300,7 @@ def test_a_run_is_followed_as_lines_and_as_a_picture(
     for word in ("10 of 20 committed, about 12 reached", "2.0 s a step, 16 s left", "next save is due at step 15"):
         assert word in text
     assert max(map(len, text.splitlines())) <= 80
+    run.record("notice", {"kind": "TERMINATE", "source": "signal", "id": "SIGINT 2030-01-31", "deadline": None})
     run.record("finished", {"step": 10})
     assert main(["runs", "follow", run.url]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -307,6 +308,7 @@ def test_a_run_is_followed_as_lines_and_as_a_picture(
         "launch 1 begins on test",
         "step 5 of 20 committed",
         "step 10 of 20 committed",
+        "notice: interrupted by Ctrl-C",
         "launch 1 has ended: finished",
     ]
     assert call(capsys, "runs", "follow", run.url)[1]["ended"] == "finished"

@@ -241,8 +241,13 @@ class TrainerSession:
             went_on = any(number > training for number in known)
             if went_on or state.ended == "finished":
                 return True
-            # A launcher records how the script ended, and not each training.
-            return self._session.runtime is not None and not restored.details.get("evaluation_pending")
+            if self._session.runtime is None:
+                return False
+            if "pass" not in restored.details:  # by a version that left no word of it under a launcher
+                return not restored.details.get("evaluation_pending")
+            journal = self._session.run.journal
+            later = (journal.read(number) for number in range(restored.ref.entry + 1, state.number + 1))
+            return any(entry.kind == "trained" and entry.data.get(TRAINING_KEY) == training for entry in later)
 
         return self._session.agreement.from_main(look)
 
@@ -549,10 +554,11 @@ class TrainerSession:
                 if folder.is_dir()
                 else "start the same command again to resume from there",
             )
+        done = {"step": step, TRAINING_KEY: self._session.training}
         if self._session.runtime is None:
-            self._session.record(
-                "finished", {"step": step, TRAINING_KEY: self._session.training, **self._session.timing.to_details(step)}
-            )
+            self._session.record("finished", {**done, **self._session.timing.to_details(step)})
+        else:  # the launcher records how the script ends, which may train more than once, or fail later
+            self._session.record("trained", done, patience_s=JOURNAL_LAST_WORD_S)
 
     def failed(self, error: BaseException) -> None:
         """Commit pending uploads after an exception, and record it in the journal if there is no launcher to do it."""

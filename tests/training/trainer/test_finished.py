@@ -10,6 +10,7 @@ import torch
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 
 from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
+from hf_spot.runtime import Runtime
 from hf_spot.training.trainer import recognition
 from tests.training.conftest import Patient, Recorder
 from tests.training.test_callback import preempt
@@ -97,6 +98,44 @@ def test_trackers_hear_the_end_that_a_failure_in_the_last_step_has_cut_off(store
     spot(store, second, again)
     assert second.train().global_step == STEPS
     assert [step for step, names in again.lines if "train_loss" in names] == [STEPS]
+
+
+class Ends(TrainerCallback):
+    """Fails when the training has saved its last step, or when it has ended."""
+
+    per_launch = ("event",)
+
+    def __init__(self, event: str) -> None:
+        self.event = event
+
+    def on_epoch_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if self.event == "before the end" and state.global_step == STEPS:
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("event", ["before the end", "behind the end"])
+def test_under_a_launcher_too_the_end_is_told_once_however_the_script_fails(
+    store: str, tmp_path: Path, event: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = []
+    for name, ends in (("one", Ends(event)), ("two", Ends("not"))):
+        run = Run(store)
+        runtime = Runtime(store, run.claim(), tmp_path / name, SpotArguments(notice="none"))
+        runtime.directory.mkdir()
+        with monkeypatch.context() as launched:
+            for variable, value in runtime.to_environ().items():
+                launched.setenv(variable, value)
+            trainer, hears = make(tmp_path / f"out-{name}", save_steps=STEPS), Hears()
+            spot(store, trainer, ends, hears)
+            if name == "one" and event == "before the end":
+                with pytest.raises(ZeroDivisionError):
+                    trainer.train()
+            else:
+                trainer.train()
+        run.record("failed", {"step": STEPS})  # as the launcher does for a script that fails
+        recognition.forget_finished()
+        heard += [lines for lines in hears.lines if "train_loss" in lines[1]]
+    assert len(heard) == 1
 
 
 class NotReadable:

@@ -205,6 +205,11 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> FaultyStore:
     return store
 
 
+def _is_deleted(folder: Path) -> bool:
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
+
+
 @pytest.mark.parametrize("when", ["while it is uploaded", "between two saves"])
 def test_an_output_dir_that_is_deleted_costs_at_most_one_checkpoint(
     faulty: FaultyStore, tmp_path: Path, peace, caplog, when: str
@@ -224,7 +229,7 @@ def test_an_output_dir_that_is_deleted_costs_at_most_one_checkpoint(
             )
         else:
             assert session.behind.wait(PATIENCE_S) and session.run_session.uploader.drain(PATIENCE_S)
-        shutil.rmtree(out)
+        wait_for(lambda: _is_deleted(out), "for the folder to be gone: another thread may be adding a file to it")
         gate.set()
 
     with caplog.at_level(logging.ERROR, logger="hf_spot"):

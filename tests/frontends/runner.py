@@ -1,0 +1,190 @@
+"""Train one case four times, and compare the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from safetensors import safe_open
+
+from hf_spot.run.run import Run
+from tests.frontends.cases import Case
+
+SLOW = Path(__file__).parent / "slow"
+LONGEST_S = 600.0
+STEP_S = 0.25
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case.
+
+    Args:
+        case: the case.
+        wrong: what was wrong, by the way it was trained; empty if nothing was.
+        skipped: why it was not run; empty if it was.
+        seconds: that it took.
+    """
+
+    case: Case
+    wrong: dict[str, str] = field(default_factory=dict)
+    skipped: str = ""
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was wrong."""
+        return not self.wrong
+
+    def line(self) -> str:
+        """Return the case, and what became of it, in one line."""
+        if self.skipped:
+            return f"skip  {self.case.name}: {self.skipped}"
+        told = "; ".join(f"{way}: {what}" for way, what in self.wrong.items()) or "the same weights in all four ways"
+        return f"{'ok' if self.ok else 'FAIL':5} {self.case.name} ({self.seconds:.0f} s): {told}"
+
+
+class Runner:
+    """Trains one case.
+
+    Args:
+        case: the case.
+        folder: with what it reads; results go there, too.
+        python: of the environment that trains.
+        say: called with what is done next.
+    """
+
+    def __init__(self, case: Case, folder: Path, python: Path, say: Callable[[str], None] = lambda text: None) -> None:
+        self._case = case
+        self._folder = folder
+        self._python = python
+        self._say = say
+        self._logs = 0
+        path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+        self._environ = {**os.environ, "PATH": path, "PYTHONPATH": str(SLOW), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(self, ways: tuple[str, ...] = ("launch", "preempted", "killed")) -> Outcome:
+        """Train undisturbed and in each of the ways, and return what became of it."""
+        began, wrong = time.monotonic(), {}
+        subprocess.run([self._python, "make_models.py"], cwd=self._folder, env=self._environ, check=True, capture_output=True)
+        self._say(f"{self._case.name}: undisturbed")
+        code, log = self._end(self._start(self._words("undisturbed"), {}))
+        if code != 0:
+            return Outcome(self._case, {"undisturbed": f"exit code {code}, see {log}"}, seconds=time.monotonic() - began)
+        expected = self._weights("undisturbed")
+        for way in ways:
+            self._say(f"{self._case.name}: {way}")
+            told = getattr(self, f"_{way}")()
+            if not told and self._weights(way) != expected:
+                told = f"other weights, see {self._folder}"
+            if told:
+                wrong[way] = told
+        return Outcome(self._case, wrong, seconds=time.monotonic() - began)
+
+    def _launch(self) -> str:
+        code, log = self._end(self._launched("launch"))
+        return f"exit code {code}, see {log}" if code else self._unfinished("launch", log)
+
+    def _preempted(self) -> str:
+        process = self._launched("preempted", slowly=True)
+        if not self._wait_for_commit(process, "preempted"):
+            return f"nothing was committed before the end, see {self._log}"
+        process[0].send_signal(signal.SIGTERM)
+        code, log = self._end(process)
+        if code != 75:
+            return f"exit code {code} after SIGTERM, see {log}"
+        if (self._folder / "after-the-training").exists():
+            return f"the script went on after the interruption, see {log}"
+        code, log = self._end(self._launched("preempted"))
+        return f"exit code {code}, see {log}" if code else self._unfinished("preempted", log, "resuming from step")
+
+    def _killed(self) -> str:
+        process = self._launched("killed", slowly=True)
+        if not self._wait_for_commit(process, "killed"):
+            return f"nothing was committed before the end, see {self._log}"
+        tree = [process[0], *process[0].children(recursive=True)]
+        for one in tree:
+            try:
+                one.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(tree, timeout=LONGEST_S)
+        self._end(process)
+        code, log = self._end(self._launched("killed"))
+        return f"exit code {code}, see {log}" if code else self._unfinished("killed", log, "resuming from step")
+
+    # -- one command --------------------------------------------------------------------------------------------------
+
+    def _words(self, way: str) -> list[str]:
+        return shlex.split(self._case.command.format(out=f"out-{way}"))
+
+    def _launched(self, way: str, *, slowly: bool = False) -> tuple[psutil.Popen, Path]:
+        (self._folder / "after-the-training").unlink(missing_ok=True)
+        start = [
+            str(self._python),
+            "-m",
+            "hf_spot",
+            "launch",
+            "--store",
+            str(self._folder / f"run-{way}"),
+            "--max-restarts",
+            "0",
+        ]
+        return self._start([*start, *self._words(way)], {"FRONTENDS_STEP_S": str(STEP_S)} if slowly else {})
+
+    def _start(self, words: list[str], more: dict[str, str]) -> tuple[psutil.Popen, Path]:
+        self._logs += 1
+        self._log = self._folder / f"log-{self._logs}"
+        with self._log.open("wb") as out:
+            process = psutil.Popen(
+                words,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=self._folder,
+                env={**self._environ, **more},
+            )
+        return process, self._log
+
+    @staticmethod
+    def _end(process: tuple[psutil.Popen, Path]) -> tuple[int, Path]:
+        try:
+            return int(process[0].wait(LONGEST_S)), process[1]
+        except psutil.TimeoutExpired:
+            for one in [process[0], *process[0].children(recursive=True)]:
+                one.kill()
+            return int(process[0].wait(LONGEST_S)), process[1]
+
+    def _wait_for_commit(self, process: tuple[psutil.Popen, Path], way: str) -> bool:
+        run, began = self._folder / f"run-{way}", time.monotonic()
+        while process[0].poll() is None and time.monotonic() - began < LONGEST_S:
+            if (run / "journal").exists() and Run(str(run)).state().latest() is not None:
+                return True
+            time.sleep(0.05)
+        return False
+
+    # -- what came of it ----------------------------------------------------------------------------------------------
+
+    def _unfinished(self, way: str, log: Path, said: str = "") -> str:
+        if Run(str(self._folder / f"run-{way}")).state().ended != "finished":
+            return f"the run is not finished, see {log}"
+        return "" if said in log.read_text(errors="replace") else f"nothing was resumed, see {log}"
+
+    def _weights(self, way: str) -> str:
+        """Return a digest of the final weights. Raises AssertionError if there are none."""
+        files = sorted((self._folder / f"out-{way}").glob(self._case.weights))
+        assert files, f"no {self._case.weights} in {self._folder / f'out-{way}'}"
+        digest = hashlib.sha256()
+        for path in files:
+            with safe_open(path, "pt") as file:
+                for name in sorted(file.keys()):
+                    digest.update(name.encode() + file.get_tensor(name).contiguous().view(-1).numpy().tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,2 @@
+torchrun --nproc_per_node 2 plain.py "$@"
+touch after-the-training
