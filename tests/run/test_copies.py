@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -151,12 +152,13 @@ def test_a_checkpoint_that_is_pruned_meanwhile_is_not_in_the_copy(
     make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = made(str(tmp_path / "old"), make_checkpoint, 5, 10, ended=None)
-    real, pruned = LocalStore.copy, []
+    real, pruned, one_at_a_time = LocalStore.copy, [], threading.Lock()
 
     def copy(self: LocalStore, one: str, other: str) -> None:
-        if not pruned:
-            pruned.append(source.prune(1))
-        real(self, one, other)
+        with one_at_a_time:
+            real(self, one, other)
+            if "checkpoint-5/" in one and not pruned:
+                pruned.append(source.prune(1))
 
     monkeypatch.setattr(LocalStore, "copy", copy)
     target = Run(str(tmp_path / "new"))
