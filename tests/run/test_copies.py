@@ -266,7 +266,9 @@ def test_prune_can_be_tried(make_checkpoint: Make, tmp_path: Path, capsys: pytes
     assert objects(run) == before
 
 
-def test_what_stands_where_no_run_is_is_said(make_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_stands_where_no_run_is_is_said(
+    make_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "runs").mkdir()
     made(str(tmp_path / "runs" / "llama"), make_checkpoint, 5)
     assert what_is_there(str(tmp_path / "runs")) == ("there is no run, but below it: llama", f"hf-spot runs ls {tmp_path}/runs")
@@ -277,6 +279,8 @@ def test_what_stands_where_no_run_is_is_said(make_checkpoint: Make, tmp_path: Pa
     for words in (["checkpoints", "ls"], ["report"], ["runs", "ls"]):
         assert main([*words, str(tmp_path / "runs" / "lama")]) == 0
         assert f"did you mean {tmp_path}/runs/llama?" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path / "runs")
+    assert what_is_there("lama") == ("there is nothing", f"did you mean {tmp_path}/runs/llama?")
     assert main(["runs", "follow", str(tmp_path / "runs" / "lama")]) == 2
     assert "did you mean" in capsys.readouterr().err
 
