@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -70,6 +71,7 @@ _GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
 _LOOPBACK = re.compile(r"localhost$|127\.|::1$")  # then all "machines" are on this one
 _ELF = b"\x7fELF"
 _LONGEST_LINE_BYTES = 4096
+_MACHINES = ("--nnodes", "--num-machines", "--num-nodes")  # of torchrun, accelerate and deepspeed
 _EXAMPLE = "hf-spot launch --store s3://bucket/runs/my-run train.py"
 _MAX_RESTARTS_HELP = (
     "Launches in a row that may crash without committing anything before hf-spot gives up; preemptions don't count, and 0 "
@@ -140,6 +142,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         _check_module(args.training_script)
     elif (program := find_program(args.training_script, environ)) is not None:
         _refuse_options_of_accelerate(_of_accelerate(options), script)
+        _refuse_several_machines(script)
         return Command(
             store,
             arguments,
@@ -245,6 +248,18 @@ def _refuse_options_of_accelerate(options: Sequence[str], script: Sequence[str])
             f"{told}: {script[0]} is a command of its own, which gets no options of accelerate",
             hint=f"leave {told} out, or hf-spot launch --store URL accelerate launch {told} train.py",
         )
+
+
+def _refuse_several_machines(script: Sequence[str]) -> None:
+    """Refuse a command whose own options say that several machines train together: each launch would fence the others."""
+    for option, value in itertools.pairwise([word for each in script for word in each.split("=", 1)] + [""]):
+        if option.replace("_", "-") in _MACHINES and value not in ("1", "1:1"):
+            raise ConfigError(
+                f"{option} {value}: a command that is run as it is can train on one machine only",
+                hint="hf-spot launch … --num_machines 2 --machine_rank 0 --main_process_ip 10.0.0.1 --multi_gpu train.py",
+            )
+        if option.endswith(".py"):  # the rest are the script's own
+            return
 
 
 def _check_script(path: Path) -> None:

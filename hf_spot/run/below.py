@@ -139,7 +139,7 @@ def what_is_there(url: str) -> tuple[str, str]:
     folders = sorted({key.key.partition("/")[0] for key in keys if re.match(r"(tmp-)?checkpoint-\d+/", key.key)})
     if folders:
         return f"there is no run, but a folder with {', '.join(folders[:_FEW])}", f"hf-spot launch --from {url}/{folders[-1]}"
-    above, _, last = url.rstrip("/").rpartition("/")
+    above, _, last = store.url.rstrip("/").rpartition("/")  # a relative path has nothing above it
     beside = _beside(above)
     if keys:
         return f"there is no run, but {len(keys)} other objects, such as {keys[0].key}", f"hf-spot runs ls {above or url}"

@@ -466,6 +466,10 @@ class SpotCallback(TrainerCallback):
         Called right after Trainer has restored the random states.
         """
         assert self._session is not None and self._session.restored is not None and self._log_window is not None
+        trainer = self._session.trainer
+        lines = [line for line in trainer.state.log_history if line.get("step") == trainer.state.global_step]
+        # An evaluation leaves the model in another mode, which TRL tells apart in its log lines.
+        trainer.model.train(not any(key.startswith("eval_") for line in lines for key in line))  # type: ignore[union-attr]
         pending = bool(self._session.restored.details.get("evaluation_pending"))
         at_epoch_end = self._session.trainer.args.eval_strategy == IntervalStrategy.EPOCH
         if pending and not at_epoch_end:

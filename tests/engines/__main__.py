@@ -85,6 +85,13 @@ def told(folder: Path) -> dict[int, dict[str, float]]:
     return {line["step"]: line for line in map(json.loads, (folder / "told.jsonl").read_text().splitlines())}
 
 
+def files(folder: Path) -> list[str]:
+    """Return the names of the files of a checkpoint that was written while training continued, without those of hf_spot."""
+    checkpoint, ours = folder / "out" / "checkpoint-9", ("hf_spot_state", "log_window", "random_states")
+    names = [path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file()]
+    return sorted(str(name) for name in names if name.parts[0] not in ours)
+
+
 def last_words(folder: Path) -> str:
     lines = [line for log in sorted(folder.glob("log-*.txt")) for line in log.read_text().splitlines() if "Error" in line]
     return lines[-1][:200] if lines else "no error"
@@ -116,6 +123,8 @@ def play(name: str, folder: Path) -> str:
             return f"the launch with {stop or 'no stop'} ended with {codes}: {last_words(spot)}"
         if wanted == 0 and endings(spot, row.ranks) != endings(folder / "plain", row.ranks):
             return f"it ends with {endings(spot, row.ranks)}, not {endings(folder / 'plain', row.ranks)}"
+    if files(spot) != files(folder / "plain"):
+        return f"its checkpoint has the files {files(spot)}, not {files(folder / 'plain')}"
     return "" if told(spot) == told(folder / "plain") else "its log lines differ"
 
 

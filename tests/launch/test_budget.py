@@ -12,6 +12,7 @@ from hf_spot.launch.budget import BudgetKeeper
 from hf_spot.launch.options import parse
 from hf_spot.notices.notice import NoticeKind
 from hf_spot.policy.budget import Budget
+from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.run import Run
 from tests.launch.conftest import Launcher
 
@@ -75,8 +76,10 @@ def test_launches_that_commit_nothing_are_counted_over_machines(tmp_path: Path, 
         run.record("failed", {"exit_code": 1})
     with pytest.raises(SpotError, match="2 launches in a row have committed"):
         keeper(run, budget, [0.0]).check()
-    run.push(make_checkpoint(5))
-    keeper(run, Budget(max_launches_without_progress=3), [0.0]).check()
+    run.claim({"by": "test"})
+    request = CommitRequest(step=5)
+    run.commit(request, run.upload(make_checkpoint(5), request))
+    keeper(run, Budget(max_launches_without_progress=1), [0.0]).check()
 
 
 @pytest.mark.parametrize("option", ["--max-hours", "--max-spend", "--max-launches-without-progress"])

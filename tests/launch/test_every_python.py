@@ -163,10 +163,13 @@ def test_a_forked_child_has_the_programs_own_handlers(environ: dict[str, str]) -
 
 
 def test_whoever_is_started_with_blocked_signals_keeps_them_so(environ: dict[str, str]) -> None:
-    code = "import signal; print(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()))"
+    code = (
+        "import _signal, signal; blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())\n"
+        "print(signal.SIGTERM in blocked, type(_signal.signal).__name__)"
+    )
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
-        assert python(environ, "-c", code).stdout == "True\n"
+        assert python(environ, "-c", code).stdout == "True builtin_function_or_method\n"
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 

@@ -105,6 +105,28 @@ def test_options_of_accelerate_before_a_command_are_refused_with_a_hint(folder: 
     assert "accelerate launch --multi_gpu --num_processes 2" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("words", "is_refused"),
+    [
+        (["--nnodes", "2", "train.py"], True),
+        (["--nnodes=1:4", "train.py"], True),
+        (["launch", "--num_machines", "2", "train.py"], True),
+        (["--num_nodes=2", "train.py"], True),
+        (["--nnodes", "1", "train.py"], False),
+        (["--nnodes=1:1", "train.py"], False),
+        (["train.py", "--num_machines", "2"], False),
+    ],
+)
+def test_a_command_for_several_machines_is_refused(folder: Path, words: list[str], is_refused: bool) -> None:
+    environ = {"PATH": str(folder / "bin")}
+    if not is_refused:
+        assert parse([*STORE, "known", *words], environ).as_it_is
+        return
+    with pytest.raises(ConfigError, match="one machine only") as caught:
+        parse([*STORE, "known", *words], environ)
+    assert "--num_machines 2" in caught.value.hint
+
+
 def test_a_word_that_is_nothing_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="no such script, and no such command on PATH"):
         parse([*STORE, "nosuch", "x"], {"PATH": str(folder / "bin")})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -151,12 +152,13 @@ def test_a_checkpoint_that_is_pruned_meanwhile_is_not_in_the_copy(
     make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = made(str(tmp_path / "old"), make_checkpoint, 5, 10, ended=None)
-    real, pruned = LocalStore.copy, []
+    real, pruned, one_at_a_time = LocalStore.copy, [], threading.Lock()
 
     def copy(self: LocalStore, one: str, other: str) -> None:
-        if not pruned:
-            pruned.append(source.prune(1))
-        real(self, one, other)
+        with one_at_a_time:
+            real(self, one, other)
+            if "checkpoint-5/" in one and not pruned:
+                pruned.append(source.prune(1))
 
     monkeypatch.setattr(LocalStore, "copy", copy)
     target = Run(str(tmp_path / "new"))
@@ -264,7 +266,9 @@ def test_prune_can_be_tried(make_checkpoint: Make, tmp_path: Path, capsys: pytes
     assert objects(run) == before
 
 
-def test_what_stands_where_no_run_is_is_said(make_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_stands_where_no_run_is_is_said(
+    make_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "runs").mkdir()
     made(str(tmp_path / "runs" / "llama"), make_checkpoint, 5)
     assert what_is_there(str(tmp_path / "runs")) == ("there is no run, but below it: llama", f"hf-spot runs ls {tmp_path}/runs")
@@ -275,6 +279,8 @@ def test_what_stands_where_no_run_is_is_said(make_checkpoint: Make, tmp_path: Pa
     for words in (["checkpoints", "ls"], ["report"], ["runs", "ls"]):
         assert main([*words, str(tmp_path / "runs" / "lama")]) == 0
         assert f"did you mean {tmp_path}/runs/llama?" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path / "runs")
+    assert what_is_there("lama") == ("there is nothing", f"did you mean {tmp_path}/runs/llama?")
     assert main(["runs", "follow", str(tmp_path / "runs" / "lama")]) == 2
     assert "did you mean" in capsys.readouterr().err
 

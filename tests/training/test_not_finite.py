@@ -16,7 +16,7 @@ from torch import nn
 from hf_spot import Run, SpotArguments, SpotCallback, SpotCheckpointManager, SpotError, TrainingPreempted
 from hf_spot.policy.numbers import Answer, answer, in_words
 from hf_spot.training.saving.finite import not_finite, optimized_weights, optimizer_states, trained_weights
-from tests.training.conftest import STEPS, Patient, Recorder, make_trainer, same, weights
+from tests.training.conftest import STEPS, Patient, Recorder, SaveRecorder, make_trainer, same, weights
 from tests.training.test_callback import kinds, preempt, steps
 
 STOP, GO_ON = (SpotArguments(notice="none", on_nan=on_nan, keep_checkpoints=1) for on_nan in ("stop", "go-on"))
@@ -160,12 +160,14 @@ def test_a_training_that_goes_on_saves_once_its_numbers_are_finite(
         trainer.optimizer.load_state_dict(optimizer)
 
     callback = SpotCallback(store, GO_ON)
-    trainer = poisoned(tmp_path / "out", callback, 5, "weight", Recorder(5, keep), Recorder(8, heal))
+    told = SaveRecorder()
+    trainer = poisoned(tmp_path / "out", callback, 5, "weight", Recorder(5, keep), Recorder(8, heal), told)
     with caplog.at_level(logging.ERROR, "hf_spot"):
         trainer.train()
     assert [entry.data["step"] for entry in Run(store).events() if entry.kind == "commit"] == [3, 9, STEPS]
     assert "step 6 is not saved: not finite (NaN or infinity): weight" in caplog.text
     assert "training goes on" in caplog.text
+    assert told.saved == [3, 9, STEPS]  # nobody is told of a save that was not made
 
 
 def test_a_training_that_ends_with_wrong_numbers_is_not_finished(store: str, tmp_path: Path) -> None:

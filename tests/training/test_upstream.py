@@ -88,6 +88,8 @@ def all_imported() -> None:
 def skip_if_of_other_versions(one: Name) -> None:
     if one.only.startswith("transformers from") and not upstream.ONLY[one.only](None):
         pytest.skip(f"{one.only} only")
+    if one.library == "deepspeed":
+        pytest.importorskip("deepspeed.runtime.engine", reason="needs deepspeed: see CONTRIBUTING.md")
 
 
 @pytest.fixture
