@@ -326,7 +326,7 @@ class SpotCallback(TrainerCallback):
                 functools.partial(self._evaluation_was_cut, trainer),
                 self._resumed_folder(session),
             )
-            stream = self._stream = StreamReader(trainer)
+            stream = self._stream = StreamReader(trainer, session.random_states.begin_behind)
             held = HeldErrors(trainer, self, lambda: self._stopping, session.behind)
             self._saves = Saves(
                 trainer,

@@ -126,13 +126,20 @@ class StreamPosition:
         self._places: deque[_Place] = deque(maxlen=ahead + _MORE)
         self._left: Any = None
 
-    def read(self, loader: Any, plain: Callable[[Any], Iterator[Any]], resumed: Resumed | None = None) -> Iterator[Any]:
+    def read(
+        self,
+        loader: Any,
+        plain: Callable[[Any], Iterator[Any]],
+        resumed: Resumed | None = None,
+        on_reading_again: Callable[[], None] = lambda: None,
+    ) -> Iterator[Any]:
         """Yield a loader's batches, and record where each has ended.
 
         Args:
             loader: the loader of torch.
             plain: returns its iterator.
             resumed: the result of `go_to`, if it was called: the first batch is then the one before the position.
+            on_reading_again: called before the stream is read from its start after all.
         """
         if resumed is None:
             self._places.clear()
@@ -145,6 +152,7 @@ class StreamPosition:
                 loader.dataset.load_state_dict(_AT_THE_START)  # in the next pass, or if it is read again
                 if _digest(samples.newest) != resumed.batch:
                     tell_of_reading(loader, first, "it does not give the same samples again at its saved position")
+                    on_reading_again()
                     self._left = batches  # ending it here can take forever: datasets waits for its threads
                     batches, samples = _iterate(loader, plain)
                     for _ in range(count):

@@ -311,6 +311,10 @@ class RandomStates:
         if number == self._expected_batch and not all(index is None for index in indices):  # streams have none
             self._expected_batch, self._drawn_batch = None, self._batch(number, indices)
 
+    def begin_behind(self, count: int) -> None:
+        """Count draws from here on as those behind the first ``count`` batches of the epoch, which are not drawn again."""
+        self._draws = count
+
     def drawn(self) -> None:
         """Restore or record random states, after a batch's indices were drawn and before the batch is made in this process."""
         now = self._mark()

@@ -8,7 +8,7 @@ the batches of the current pass, in units of ``max_steps`` times the accumulatio
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,12 @@ class StreamReader:
 
     Args:
         trainer: the Trainer.
+        begin_behind: called with the number of batches of the pass that are not read again.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, begin_behind: Callable[[int], None]) -> None:
         self._trainer = trainer
+        self._begin_behind = begin_behind
         self._position = StreamPosition(trainer.args.gradient_accumulation_steps)
         self._watched: list[Any] = []
 
@@ -66,7 +68,7 @@ class StreamReader:
         """Wrap the iterator of the loader of torch inside one of accelerate's, which calls it by this name."""
         loader = INSIDE.of(dataloader) if INSIDE.is_on(dataloader) else dataloader
         plain = type(loader).__iter__
-        vars(loader)["__iter__"] = lambda: self._position.read(loader, plain, resumed)
+        vars(loader)["__iter__"] = lambda: self._position.read(loader, plain, resumed, lambda: self._begin_behind(0))
         self._watched.append(loader)
 
     def save(self, checkpoint: Path) -> None:
@@ -105,6 +107,7 @@ class StreamReader:
                     tell_of_reading(dataloader, num_batches, why or "it consists of other parts than at the save")
                     return plain_skip(dataloader, num_batches)
                 rest = plain_skip(dataloader, num_batches - resumed.first)
+                self._begin_behind(resumed.first)
                 self._watch(rest, resumed)
                 return rest
 
