@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
+import huggingface_hub.constants
 import pytest
 from datasets import Dataset, IterableDataset, load_dataset
 from torch.utils.data import DataLoader
@@ -15,6 +16,15 @@ from hf_spot.training.data import stream_position
 from hf_spot.training.data.stream_position import StreamPosition, why_not
 
 Make = Callable[[], IterableDataset]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _offline() -> Iterator[None]:
+    """Ask nobody about what lies in local files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        yield
 
 
 @pytest.fixture(scope="module")
