@@ -43,7 +43,7 @@ from hf_spot.policy.budget import Budget
 from hf_spot.runtime import STORE_VARIABLE
 from hf_spot.suggestions import hint_for_unknown
 from hf_spot.training.upstream import LAUNCH_ENVIRONMENT, LAUNCH_PARSER, OPTIONS_PARSER, VALIDATE_LAUNCH, check
-from hf_spot.training.upstream_name import Scope
+from hf_spot.training.upstream.name import Scope
 
 MAX_RESTARTS = 3
 _BUDGET = (

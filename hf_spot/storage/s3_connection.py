@@ -66,7 +66,7 @@ class Connection:
             client.meta.events.register_last("request-created.s3", credentials.note_signer)
         by_silence = _HttpSessions(lambda silence_s: _client(session, style, silence_s))
         for client in (self.client, bulk):
-            if _has_http_session(client):  # otherwise each try waits for `_SILENCE_S`, as training/upstream.py says
+            if _has_http_session(client):  # otherwise each try waits for `_SILENCE_S`, as training/upstream says
                 client._endpoint.http_session = by_silence
         self.transfers = Transfers(self.client, bulk, connections=_CONNECTIONS)
 

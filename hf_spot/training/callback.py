@@ -51,7 +51,7 @@ from hf_spot.training.trainer.trainer_session import TrainerSession
 from hf_spot.training.trainer.trials import is_pruned, prepared, report_again
 from hf_spot.training.trainer.weights import all_weights_loaded
 from hf_spot.training.upstream import check
-from hf_spot.training.upstream_name import Scope
+from hf_spot.training.upstream.name import Scope
 
 log = logging.getLogger("hf_spot")
 

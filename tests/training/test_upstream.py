@@ -48,9 +48,9 @@ from hf_spot import Run, SpotArguments, SpotCallback
 from hf_spot.errors import ConfigError
 from hf_spot.storage import s3_parts
 from hf_spot.storage.open import open_store
-from hf_spot.training import upstream, versions
-from hf_spot.training.upstream import TABLE, check
-from hf_spot.training.upstream_name import Name, Scope, accepts
+from hf_spot.training import upstream
+from hf_spot.training.upstream import TABLE, check, versions
+from hf_spot.training.upstream.name import Name, Scope, accepts
 from tests.matrix.cases import sft
 from tests.training.conftest import make_trainer
 from tests.training.test_callback import QUIET, train_until_preempted
@@ -265,7 +265,7 @@ def test_what_is_replaced_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
     monkeypatch.setattr(versions, "Kind", Kind, raising=False)
-    one, held = Name("hf_spot.training.versions:Kind", "method", "method", "", (), ""), Kind()
+    one, held = Name("hf_spot.training.upstream.versions:Kind", "method", "method", "", (), ""), Kind()
     with one.replaced(held, lambda plain: lambda: f"not {plain()}"):
         assert held.method() == "not plain"
         assert one.plain(held)() == "plain"
@@ -294,7 +294,7 @@ def test_a_name_is_used_by_those_that_the_table_names(one: Name) -> None:
         users = {
             str(path.relative_to(ROOT / "hf_spot")).removesuffix(".py").replace("/", ".")
             for path in (ROOT / "hf_spot").rglob("*.py")
-            if path.name != "upstream.py" and re.search(rf"\b{constant}\b", path.read_text())
+            if path.parent.name != "upstream" and re.search(rf"\b{constant}\b", path.read_text())
         }
         assert users <= {*one.users}
 

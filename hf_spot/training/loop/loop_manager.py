@@ -40,8 +40,8 @@ from hf_spot.training.saving.finite import not_finite
 from hf_spot.training.session.mlflow_run import mlflow_run
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.upstream import check
-from hf_spot.training.upstream_name import Scope
-from hf_spot.training.versions import version_changes
+from hf_spot.training.upstream.name import Scope
+from hf_spot.training.upstream.versions import version_changes
 
 log = logging.getLogger("hf_spot")
 

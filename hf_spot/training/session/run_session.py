@@ -39,7 +39,7 @@ from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.ranks.disks import Disk, check_writable, find_disk
 from hf_spot.training.session.notice_listener import NoticeListener
 from hf_spot.training.session.timing import Timing
-from hf_spot.training.versions import versions
+from hf_spot.training.upstream.versions import versions
 
 log = logging.getLogger("hf_spot")
 

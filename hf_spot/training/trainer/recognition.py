@@ -14,7 +14,7 @@ from hf_spot.run.journal import CheckpointRef, TrainingRef
 from hf_spot.run.run import Run
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.trainer.notebook import Cell, this_cell
-from hf_spot.training.versions import version_changes
+from hf_spot.training.upstream.versions import version_changes
 
 log = logging.getLogger("hf_spot")
 

@@ -34,7 +34,7 @@ from hf_spot.training.upstream import (
     PREPARE,
     PREPARED_MODELS,
 )
-from hf_spot.training.upstream_name import Name
+from hf_spot.training.upstream.name import Name
 
 log = logging.getLogger("hf_spot")
 

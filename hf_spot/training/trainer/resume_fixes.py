@@ -25,7 +25,7 @@ from hf_spot.training.upstream import (
     SPLIT_BATCHES,
     TRAIN_TOKENS,
 )
-from hf_spot.training.versions import how_to_install
+from hf_spot.training.upstream.versions import how_to_install
 
 log = logging.getLogger("hf_spot")
 

@@ -26,7 +26,7 @@ from hf_spot.training.data.rng import capture, pack
 from hf_spot.training.data.stream_position import Resumed, StreamPosition, tell_of_reading, why_not
 from hf_spot.training.state.data_side import DataSide, parts_of
 from hf_spot.training.upstream import GET_BATCH_SAMPLES, INIT_TRAINING_STATE, INSIDE, SKIP_FIRST_BATCHES
-from hf_spot.training.versions import how_to_install
+from hf_spot.training.upstream.versions import how_to_install
 
 _LOOKS = 4
 _FOLDER, _NAME = "random_states", "stream.json"  # inside a checkpoint

@@ -1,7 +1,6 @@
 """All launches of a training are one run of each tracker, with each line once. With the real trackers, offline.
 
-``pip install -e '.[trackers]'`` brings them; a test of one that is not there is skipped. `tests.trackers` does the same with
-launches that are killed.
+``pip install -e '.[trackers]'`` brings them; a test of one that is not there is skipped.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from packaging.version import Version
 
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
-from hf_spot.training.upstream_name import Name, Scope
-from hf_spot.training.versions import how_to_install, tell_untested, version_of
+from hf_spot.training.upstream.name import Name, Scope
+from hf_spot.training.upstream.versions import how_to_install, tell_untested, version_of
 
 # -- the trainings that need a name ---------------------------------------------------------------------------------------
 
