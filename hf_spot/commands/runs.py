@@ -130,7 +130,7 @@ def _ls(args: argparse.Namespace) -> int:
         marks = " ".join(word for word, holds in (("best", ref.best), ("complete", ref.complete)) if holds)
         when = f"{one.time.astimezone(timezone.utc):%Y-%m-%d %H:%M:%S}"
         training = [str(ref.training)] if several else []
-        rows.append([one.name, *training, when, one.reason, str(ref.launch), megabytes(ref.size_bytes), marks])
+        rows.append([one.name, *training, when, str(one.reason), str(ref.launch), megabytes(ref.size_bytes), marks])
     print_table(rows, right=("training", "launch", "size"))
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import struct
 import sys
 import termios
@@ -126,7 +127,7 @@ def test_an_error_stands_on_a_line_of_its_own(run: Run, tmp_path: Path, terminal
     (Path(run.url) / "e0001" / "pushed" / "checkpoint-5" / "optimizer.pt").unlink()
     with redirect_stderr(terminal.stream):
         assert main(["checkpoints", "pull", run.url, str(tmp_path / "pulled")]) == 2
-    before, _, _ = terminal.close().partition("hf-spot: error")
+    before, _, _ = re.sub(r"\x1b\[[\d;]*m", "", terminal.close()).partition("hf-spot: error")
     assert "hf-spot pull" in before
     assert before.endswith("\r")
     assert before.rstrip("\r").rpartition("\r")[2].strip() == ""

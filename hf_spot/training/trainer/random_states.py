@@ -290,7 +290,8 @@ class RandomStates:
         )
         if not places or places.start < -len(self._newest_indices) or places.stop > 0:
             return None
-        return [self._newest_indices[at][1] for at in places]
+        found = [self._newest_indices[at][1] for at in places]
+        return None if all(index is None for indices in found for index in indices) else found  # streams have none
 
     def _batch(self, number: int, indices: Any) -> dict[str, Any]:
         return {"number": number, "of": [len(indices), self._trainer.args.world_size], "indices": digest_of(indices)}

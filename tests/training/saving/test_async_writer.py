@@ -255,7 +255,7 @@ def test_a_disk_that_is_full_behind_a_training_is_met_again_by_the_next_save(
     with SmallDisk(tmp_path / "disk", size_kb=16 << 10) as disk:
         out = disk.path / "out"
         callback = SpotCallback(store, SpotArguments(notice="none", on_save_error=answer))
-        trainer = make_trainer(out, callback, Patient(callback), Recorder(5, lambda: disk.fill(44)), Recorder(10, disk.empty))
+        trainer = make_trainer(out, callback, Patient(callback), Recorder(5, lambda: disk.fill(64)), Recorder(10, disk.empty))
         if answer == "stop":
             with pytest.raises(SpotError, match=r"checkpoint-9 can't be saved.*No space left"):
                 trainer.train()
