@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy
 import torch
 
 from hf_spot.training.state.values import bytes_of, is_plain
@@ -19,7 +20,7 @@ Part = dict[str, Any]  # JSON: names, and values or digests
 
 
 def digest_of(value: Any) -> str:
-    """Return a digest of a value, including all bytes of its tensors."""
+    """Return a digest of a value, including all bytes of its tensors and arrays."""
     found = hashlib.sha256()
     _feed(found, value)
     return found.hexdigest()[:32]
@@ -33,8 +34,17 @@ def _feed(found: Any, value: Any) -> None:
         for key in value:
             _feed(found, key)
             _feed(found, value[key])
+    elif isinstance(value, numpy.ndarray):  # its repr leaves out the middle, and depends on numpy's print options
+        found.update(f"{value.dtype}{value.shape}".encode())
+        if value.dtype.hasobject:
+            _feed(found, value.tolist())
+        else:
+            found.update(numpy.ascontiguousarray(value).tobytes())
     elif isinstance(value, (list, tuple)):
         found.update(f"[{len(value)}".encode())
+        if all(type(one) is int for one in value):  # a random state has hundreds
+            found.update("".join([f"int {one};" for one in value]).encode())
+            return
         for one in value:
             _feed(found, one)
     else:

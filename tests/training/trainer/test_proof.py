@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
@@ -15,12 +17,35 @@ from hf_spot import ConfigError, Run, SpotArguments, SpotCallback, TrainingPreem
 from hf_spot.training.data import rng
 from hf_spot.training.state.carried import CarriedState
 from hf_spot.training.state.data_side import DataSide
+from hf_spot.training.state.proof import digest_of
 from hf_spot.training.trainer.random_states import RandomStates
 from tests.training.conftest import Patient, Recorder
 from tests.training.test_callback import preempt
 from tests.training.trainer.test_own_state import STEPS, Average, Noisy, Rows, make, weights
 
 ALL = {"weights", "optimizer", "scheduler", "counters", "random states", "next batch"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.arange(5000.0), np.where(np.arange(5000) == 2500, 0.5, np.arange(5000.0))),
+        (np.array([1 / 3]), np.array([np.nextafter(1 / 3, 1)])),
+        (np.array([["a"], [{1: np.zeros(2000)}]], object), np.array([["a"], [{1: np.eye(1, 2000, 1000)}]], object)),
+        (np.zeros((2, 3)), np.zeros((3, 2))),
+        (np.zeros(2, np.float32), np.zeros(2, np.int32)),
+        (np.arange(6)[::2], np.arange(6)[1::2]),
+        ([1, 2, 3], [1, 2, True + 3]),
+        ([1, 1], [True, 1]),
+        ((1, 23), (12, 3)),
+    ],
+)
+def test_a_digest_is_of_all_that_a_value_holds(one: Any, other: Any) -> None:
+    assert digest_of(one) != digest_of(other)
+    with np.printoptions(threshold=3, precision=2):
+        assert digest_of({"x": one}) == digest_of({"x": copy.deepcopy(one)})
+        shown = digest_of(one)
+    assert shown == digest_of(one)
 
 
 def interrupted(store: str, out: Path, at_step: int, **settings: Any) -> None:
