@@ -29,6 +29,7 @@ from hf_spot.training.trainer.accumulation import Accumulation
 from hf_spot.training.trainer.batch_size import batches, from_details, to_details
 from hf_spot.training.trainer.entry import Entry
 from hf_spot.training.trainer.evaluation import Evaluations, Stopped
+from hf_spot.training.trainer.gradients import WaitingGradients
 from hf_spot.training.trainer.held_errors import HeldErrors
 from hf_spot.training.trainer.log_window import LogWindow
 from hf_spot.training.trainer.notebook import shows_errors
@@ -103,6 +104,7 @@ class SpotCallback(TrainerCallback):
         self._is_proven = True
         self._trackers: Trackers | None = None
         self._stream: StreamReader | None = None
+        self._gradients: WaitingGradients | None = None
         self.resume_from_checkpoint: str | None = None
         _entry.install(Trainer)
 
@@ -139,6 +141,8 @@ class SpotCallback(TrainerCallback):
         self._session.random_states.begin_epoch(loader, checkpoint, self._events.number, middle=middle)
         if self._stream is not None:
             self._stream.begin_epoch(loader)
+        if self._gradients is not None:
+            self._gradients.pass_begins(self._resumed_folder(self._session) if resumed else None)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the state before a step of several micro-batches, which may be abandoned halfway."""
@@ -158,13 +162,18 @@ class SpotCallback(TrainerCallback):
             return
         self._session.random_states.micro_batch_ended()
         rest_s = self._accumulation.micro_batch_ended()
-        decision = self._session.micro_batch_ended(rest_s, rewindable=self._accumulation.rewindable)
+        rewindable, gradients = self._accumulation.rewindable, self._gradients
+        decision = self._session.micro_batch_ended(
+            rest_s, rewindable=lambda: rewindable() and (gradients is None or not gradients.in_step)
+        )
         if decision is None:
             return
         warn_for_all("step %d is interrupted; the next launch repeats it", state.global_step + 1)
         self._set(Moment.SUBSTEP_END, decision, args, state, control)
         if self._save_is_owed:
             self._accumulation.rewind()
+            if self._gradients is not None:
+                self._gradients.abandon_step()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -178,6 +187,8 @@ class SpotCallback(TrainerCallback):
         if self._session is None:
             return
         self._added = None
+        if self._gradients is not None:
+            self._gradients.step_ended()
         self._session.random_states.micro_batch_ended()
         if self._losses is not None:
             self._losses.step_ended(self._session.random_states.step_indices())
@@ -326,6 +337,7 @@ class SpotCallback(TrainerCallback):
                 functools.partial(self._evaluation_was_cut, trainer),
                 self._resumed_folder(session),
             )
+            self._gradients = WaitingGradients(trainer)
             stream = self._stream = StreamReader(trainer, session.random_states.begin_behind)
             held = HeldErrors(trainer, self, lambda: self._stopping, session.behind)
             self._saves = Saves(
@@ -334,7 +346,7 @@ class SpotCallback(TrainerCallback):
                 session.run_session.agreement,
                 session.run_session.disk,
                 session.behind,
-                functools.partial(_finish_save, session, self._log_window, carried, proof, stream),
+                functools.partial(_finish_save, session, self._log_window, carried, proof, stream, self._gradients),
                 functools.partial(self._save_failed, trainer),
                 functools.partial(self._save_refused, trainer),
                 held.hold,
@@ -387,7 +399,7 @@ class SpotCallback(TrainerCallback):
                     losses.close()
                 self._session = self._evaluations = self._accumulation = self._saves = self._log_window = self._losses = None
                 stream.close()
-                self._events = self._trackers = self._stream = None
+                self._events = self._trackers = self._stream = self._gradients = None
             return result
 
     def _resumed_folder(self, session: TrainerSession) -> Path | None:
@@ -515,11 +527,13 @@ def _finish_save(
     carried: CarriedState,
     proof: Proof,
     stream: StreamReader,
+    gradients: WaitingGradients,
     folder: Path,
     saved: SavedTensors,
 ) -> None:
     session.random_states.save(folder)
     stream.save(folder)
+    gradients.save(folder)
     log_window.save(folder)
     carried.save(folder, saved, session.behind.write_text)
     proof.save(folder, session.behind.write_text)

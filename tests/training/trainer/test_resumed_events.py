@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from transformers import Trainer, TrainerCallback
 
 from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.training.trainer import recognition
+from hf_spot.training.trainer.accumulation import Accumulation
 from tests.matrix.parts import Padded, Stream, Swaps, Watches
 from tests.training.conftest import Patient
 from tests.training.test_callback import preempt
+from tests.training.trainer.test_exactness import Slow
 from tests.training.trainer.test_own_state import Rows, make, of, weights
 
 
@@ -94,6 +97,7 @@ def of_a_stream(out: Path, *callbacks: TrainerCallback, **settings: Any) -> Trai
 
 
 BY_EPOCH = {"save_strategy": "epoch", "eval_strategy": "epoch", "eval_dataset": Rows()}
+LEFT_OVER = {"gradient_accumulation_steps": 5, "max_steps": 5, "per_device_train_batch_size": 2}  # two of twelve
 BEST = {"save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": Rows(), "metric_for_best_model": "loss"}
 
 
@@ -110,6 +114,9 @@ BEST = {"save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "eval_datase
         (of_a_stream, {}, 6, "notice"),
         (of_a_stream, {"save_steps": 3}, 7, "crash"),
         (of_a_stream, BY_EPOCH, 8, "crash"),  # a pass that has ended does not end, nor is it evaluated, again
+        (of_a_stream, {**BY_EPOCH, **LEFT_OVER}, 4, "crash"),  # gradients wait at the end of a pass
+        (of_a_stream, LEFT_OVER, 3, "notice"),
+        (of_a_stream, {**BY_EPOCH, **LEFT_OVER, "accelerator_config": {"dispatch_batches": False}}, 4, "crash"),
     ],
 )
 def test_callbacks_see_what_they_see_without_an_interruption(
@@ -124,6 +131,28 @@ def test_callbacks_see_what_they_see_without_an_interruption(
     assert (found.begins, found.ends, found.passes, found.drawn) == (wanted.begins, wanted.ends, wanted.passes, wanted.drawn)
     assert [sorted(line) for line in again.state.log_history] == [sorted(line) for line in alone.state.log_history]
     assert_same_ending(again, alone)
+
+
+@pytest.mark.parametrize(("micro_batch", "saved"), [(1, 2), (3, 3)], ids=["left over", "added to what is left over"])
+def test_a_notice_meets_gradients_that_wait(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int, saved: int
+) -> None:
+    def make_one(out: Path) -> Trainer:
+        return of_a_stream(out, **LEFT_OVER)
+
+    alone = make_one(tmp_path / "alone")
+    alone.train()
+    callback = SpotCallback(store, SpotArguments(notice="signal"))
+    slow = Slow(callback, 3, micro_batch)
+    monkeypatch.setattr("hf_spot.training.callback.Accumulation", functools.partial(Accumulation, clock=slow.clock))
+    first = make_one(tmp_path / "one")
+    for one in (slow, callback):
+        first.add_callback(one)
+    with pytest.raises(TrainingPreempted) as preempted:
+        first.train()
+    assert preempted.value.step == saved
+    monkeypatch.undo()
+    assert_same_ending(resumed(store, tmp_path / "two", make_one), alone)
 
 
 def test_a_notice_in_the_middle_of_a_pass_tells_nobody_that_the_pass_has_ended(store: str, tmp_path: Path) -> None:
