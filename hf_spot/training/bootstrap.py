@@ -44,10 +44,9 @@ class TrainerHook(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         """Return the spec that the standard finder finds, with a loader that also installs hf_spot's callback."""
         is_trainer = name == _TRAINER
-        if is_trainer and self in sys.meta_path:
-            sys.meta_path.remove(self)
-        elif is_trainer:
-            pass
+        if is_trainer:
+            if self in sys.meta_path:  # in a Python of a command, another finder has called this one
+                sys.meta_path.remove(self)
         elif name.partition(".")[0] not in _LARGE or not gc.isenabled():
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
