@@ -183,19 +183,29 @@ class Uploader:
             interrupted: called repeatedly, from this thread; True ends the wait.
         """
         give_up_at = time.monotonic() + timeout_s
-        with self._changed, Bar("upload", self._left_bytes(), delay_s=_SHOWN_AFTER_S) as bar:
+        with self._changed:
             self._awaited += 1
             self._changed.notify_all()  # a retry that sleeps tries at once
             left_bytes = self._left_bytes()
-            while not self.idle and self._fenced is None and not interrupted():
-                left_s = give_up_at - time.monotonic()
-                if left_s <= 0:
-                    break
-                self._changed.wait(min(left_s, _ASK_S))
-                before, left_bytes = left_bytes, self._left_bytes()
-                bar(before - left_bytes)
-            self._awaited -= 1
-            return self.idle and self._fenced is None
+        try:
+            with Bar("upload", left_bytes, delay_s=_SHOWN_AFTER_S) as bar:
+                # Without the lock: it may wait for other ranks, and uploads continue meanwhile.
+                while not self._is_over and not interrupted():
+                    with self._changed:
+                        left_s = give_up_at - time.monotonic()
+                        if self._is_over or left_s <= 0:
+                            break
+                        self._changed.wait(min(left_s, _ASK_S))
+                        before, left_bytes = left_bytes, self._left_bytes()
+                    bar(before - left_bytes)
+        finally:
+            with self._changed:
+                self._awaited -= 1
+        return self.idle and self._fenced is None
+
+    @property
+    def _is_over(self) -> bool:
+        return self.idle or self._fenced is not None
 
     def _left_bytes(self) -> int:
         under_way = max(0, self._current.size_bytes - self._moved_bytes) if self._current else 0
@@ -244,7 +254,8 @@ class Uploader:
     @property
     def idle(self) -> bool:
         """Return whether everything submitted is committed or given up."""
-        return not self._waiting and self._current is None
+        with self._changed:  # a job is never in neither place
+            return not self._waiting and self._current is None
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 

@@ -162,7 +162,8 @@ def test_a_finished_cell_that_is_run_again_loads_what_is_finished_and_says_so(no
     assert (first.status, again.status) == ("ok", "ok")
     assert "trained 12" in first.shown and "trained 12" in again.shown
     assert "the finished training 1 is loaded, and nothing is left to train" in again.shown
-    assert [ref.training for ref in Run(str(tmp_path / "run")).state().checkpoints] == [1, 1, 1]
+    found = Run(str(tmp_path / "run")).state().checkpoints  # one whose upload waited gives way to the next
+    assert {ref.training for ref in found} == {1} and found[-1].step == 12
     # A second `train()` in another cell trains on, from the trained weights, and in a new kernel both are known again.
     assert "trained 12" in notebook.run(f"{cell}  # once more").shown
     assert {ref.training for ref in Run(str(tmp_path / "run")).state().checkpoints} == {1, 2}

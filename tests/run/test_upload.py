@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -63,6 +64,28 @@ def test_what_is_submitted_is_committed(store: FaultyStore, uploader: Uploader, 
     assert (uploader.measured().upload_s(1000) or 0) > 0
     assert uploader.idle
     assert uploader.measured().in_flight_bytes is None
+
+
+def test_uploads_continue_while_whoever_is_asked_takes_its_time(
+    store: FaultyStore, uploader: Uploader, make_checkpoint: Make
+) -> None:
+    """Rank 0 asks the other ranks, and one of them may wait for the very commit."""
+    uploader.submit(make_checkpoint(5), CommitRequest(step=5))
+    asked: list[bool] = []
+
+    def interrupted() -> bool:
+        asked.append(wait_until(lambda: steps(store) == [5]))
+        return False
+
+    assert uploader.drain(PATIENCE_S, interrupted)
+    assert all(asked), "nothing was committed while it was asked"
+
+
+def wait_until(is_so: Callable[[], bool]) -> bool:
+    until = time.monotonic() + 10.0
+    while not is_so() and time.monotonic() < until:
+        time.sleep(0.005)
+    return is_so()
 
 
 def test_trainer_may_delete_the_folder_while_it_is_uploaded(
