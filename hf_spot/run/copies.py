@@ -16,7 +16,10 @@ from hf_spot.storage.probe import probe
 from hf_spot.storage.store import ObjectInfo, Progress
 from hf_spot.storage.threads import Workers
 
-_OWN = re.compile(r"^(journal/|tip\.json$|e\d{4,}/|logs/|wheels/|\.hf[_-]spot)")  # what hf_spot writes into a run
+# What hf_spot writes into a run. An output_dir may have more, such as TensorBoard's files below ``logs/``.
+_SHIPPED = r"logs/[^/]+\.log$|wheels/[^/]+/[^/]+\.whl$"
+_OWN = re.compile(rf"^(journal/|tip\.json$|e\d{{4,}}/|{_SHIPPED}|\.hf[_-]spot)")
+_TO_COPY = re.compile(_SHIPPED)
 _JOURNAL = re.compile(r"^journal/(\d{8})\.json$")
 _AT_ONCE = 8
 _TRIES = 5  # a launch of the source may prune a checkpoint while it is copied
@@ -69,7 +72,7 @@ def _is_remainder(source: Run, target: Run, number: int) -> bool:
 def files_to_copy(run: Run, state: RunState) -> list[ObjectInfo]:
     """Return what a copy of a run consists of, without its journal: the files of its checkpoints, and logs."""
     kept = tuple(f"{ref.prefix}/" for ref in state.checkpoints)
-    return [info for info in run.store.list() if info.key.startswith((*kept, "logs/", "wheels/"))]
+    return [info for info in run.store.list() if info.key.startswith(kept) or _TO_COPY.match(info.key)]
 
 
 def copy_run(source: Run, target: Run, *, progress: Callable[[int], Progress] | None = None) -> RunState:

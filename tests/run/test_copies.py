@@ -180,14 +180,17 @@ def test_what_a_run_can_not_be_copied_to(place: str, make_checkpoint: Make, tmp_
 
 def test_a_run_is_moved_and_nothing_else(above: str, make_checkpoint: Make, capsys: pytest.CaptureFixture[str]) -> None:
     source = made(f"{above}/old", make_checkpoint, 5)
-    source.store.put("notes.txt", b"mine")
+    for mine in (theirs := ["logs/run/events.out.tfevents.1", "logs/train.txt", "notes.txt"]):
+        source.store.put(mine, b"mine")
+    source.store.put("logs/i-1.log", b"shipped")
     before = objects(source)
     assert call(capsys, "runs", "mv", f"{above}/old", f"{above}/new", "--dry-run")[0] == 0
     assert objects(source) == before
     assert main(["runs", "mv", f"{above}/old", f"{above}/new", "--yes"]) == 0
-    assert "1 other objects stay there, such as notes.txt" in capsys.readouterr().out
-    assert [*objects(source)] == ["notes.txt"]
-    del before["notes.txt"]
+    assert "3 other objects stay there, such as logs/run/events.out.tfevents.1" in capsys.readouterr().out
+    assert [*objects(source)] == theirs
+    for one in theirs:
+        del before[one]
     assert objects(Run(f"{above}/new")) == before
 
 
