@@ -9,14 +9,13 @@ import signal
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 
+@functools.cache
 def kill_ranks() -> None:
     """Make the agent of this process kill its ranks at once, and end the rest of their process groups as usual.
 
     When a rank crashes, the agent ends the others with SIGTERM, which they would take for a notice. Being killed is how that
     would have ended them; their child processes still get the SIGTERM. Further calls have no effect.
     """
-    if hasattr(SubprocessHandler.close, "__wrapped__"):
-        return
     close = SubprocessHandler.close
 
     @functools.wraps(close)
