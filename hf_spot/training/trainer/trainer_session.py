@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
@@ -36,15 +35,15 @@ from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
 from hf_spot.training.session.final_drain import FinalDrain
+from hf_spot.training.session.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
+from hf_spot.training.session.recognition import KnownTraining, finished
 from hf_spot.training.session.run_session import RunSession
-from hf_spot.training.session.step_teller import COMPOSITION, DEVICE, StepTeller
+from hf_spot.training.session.step_teller import COMPOSITION, DEVICE, StepTeller, kind_of
 from hf_spot.training.trainer.batch_size import batches, keep_samples
 from hf_spot.training.trainer.description import describe
 from hf_spot.training.trainer.engines import refuse_what_can_not_be_resumed
 from hf_spot.training.trainer.metrics import Metrics
-from hf_spot.training.trainer.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
 from hf_spot.training.trainer.random_states import RandomStates
-from hf_spot.training.trainer.recognition import KnownTraining, finished
 from hf_spot.training.trainer.restore import MachineGoing, Resumption
 from hf_spot.training.trainer.save_schedule import Cadence, FirstSave
 from hf_spot.training.trainer.saves import writes_on_each_rank
@@ -218,7 +217,7 @@ class TrainerSession:
             session,
             args.process_index,
             launch,
-            {COMPOSITION: str(batches(self.trainer)), DEVICE: _device(args.device)},
+            {COMPOSITION: str(batches(self.trainer)), DEVICE: kind_of(args.device)},
             resumed_step=self._restored.step if self._restored else 0,
             changed=self.known.changed_in_words,
         )
@@ -608,10 +607,3 @@ def _check(trainer: Trainer) -> None:
         )
     if args.ignore_data_skip:
         warn_for_all("ignore_data_skip=True: a resumed run trains on other data than an uninterrupted one; set it to False")
-
-
-def _device(device: torch.device) -> str:
-    """Return the kind of device: another kind computes the same step with other rounding."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type
