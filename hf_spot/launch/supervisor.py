@@ -51,7 +51,7 @@ from hf_spot.policy.restarts import (
     patience_s,
     pause_s,
 )
-from hf_spot.run.journal import RunState
+from hf_spot.run.journal import TRAINING_KEY, CheckpointRef, RunState
 from hf_spot.run.journal_writer import JournalWriter
 from hf_spot.run.machine_info import about_this_machine
 from hf_spot.run.mailbox import Mailbox
@@ -436,6 +436,19 @@ class Supervisor:
             return False
         return said.get("step") is not None and bool(said["committed_step"] >= said["step"])
 
+    def _is_trained(self, newest: CheckpointRef, state: RunState) -> bool:
+        """Return whether the newest training has said after its last commit that it is complete, as custom loops do."""
+        later = range(newest.entry + 1, state.number + 1)
+        asked = self._journal_writer.ask(
+            lambda: [self._run.journal.read(one) for one in later], patience_s=self._left_for_words_s
+        )
+        try:
+            said = [] if asked is None else asked.result()
+        except Exception as error:
+            log.error("%s can't be read after the training: %s", self._run.url, _describe(error))
+            return False
+        return any(one.kind == "trained" and one.data.get(TRAINING_KEY) == newest.training for one in said)
+
     def _last_word(self, state: RunState) -> dict[str, Any]:
         number = state.number
         while (entry := self._run.journal.read(number)).kind != "preempted":
@@ -453,9 +466,7 @@ class Supervisor:
         newest = state.latest()
         data: dict[str, Any] = {"exit_code": code, "step": step, "committed_step": newest.step if newest else 0}
         if verdict is Verdict.FINISHED:
-            if state.ended == verdict.value:  # a custom loop has already recorded it
-                return
-            if newest is None or not newest.complete:
+            if newest is None or not (newest.complete or self._is_trained(newest, state)):
                 log.warning("the script succeeded, but none of its trainings was committed at its end: not marked as finished")
                 return
             data |= {"step": newest.step, "command": self._command.fingerprint()}

@@ -187,11 +187,12 @@ class LoopManager:
 
     # -- the start ----------------------------------------------------------------------------------------------------
 
-    def _begin(self, state: LoopState | None = None) -> None:
+    def _begin(self, state: LoopState | None = None, *, loads_only: bool = False) -> None:
         """Claim the run at its first use: the ranks may not be able to communicate before.
 
         Args:
             state: what the loop trains, if that is known.
+            loads_only: as in `LoopTraining`.
         """
         if self._closed:
             raise ConfigError("this manager is closed: its loop has ended", hint="make a new SpotCheckpointManager")
@@ -207,7 +208,7 @@ class LoopManager:
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         check(Scope.LOOP)
         session.join_ranks(ranks, rank, local_rank, self._local_dir, setting="SpotCheckpointManager(…, local_dir=…)")
-        self._training = LoopTraining(session, rank, state)
+        self._training = LoopTraining(session, rank, state, loads_only=loads_only)
         session.claim()
         self._training.record()
         session.on_each_disk(lambda: _remove_leftovers(self._local_dir))
@@ -241,7 +242,7 @@ class LoopManager:
     # -- restoring ----------------------------------------------------------------------------------------------------
 
     def _load(self, state: LoopState, optimizer: Any = None) -> tuple[int, int]:
-        self._begin(state)
+        self._begin(state, loads_only=optimizer is None)
         if self._saved_step is not None:
             self.wait()  # the newest save may be the checkpoint to load
         session = self._session

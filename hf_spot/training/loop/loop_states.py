@@ -29,6 +29,12 @@ class LoopState(Protocol):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the weights that are trained, and the states of their optimizers, by names for people."""
 
+    def models(self) -> list[nn.Module]:
+        """Return the models that are saved."""
+
+    def optimizers(self) -> list[Any]:
+        """Return the optimizers that are saved."""
+
     def describe(self) -> dict[str, str | None]:
         """Return named values that tell this training from others."""
 
@@ -63,15 +69,23 @@ class PlainState:
         yield from trained_weights(self._model)
         yield from optimizer_states(self._others["optimizer.pt"])
 
+    def models(self) -> list[nn.Module]:
+        """Return the model."""
+        return [self._model]
+
+    def optimizers(self) -> list[Any]:
+        """Return the optimizer, if there is one."""
+        return [one for one in [self._others["optimizer.pt"]] if one is not None]
+
     def describe(self) -> dict[str, str | None]:
         """Describe the model, and the settings of the optimizer that it begins with."""
-        return _described([self._model], [self._others["optimizer.pt"]])
+        return _described(self.models(), self.optimizers())
 
     def not_saved(self) -> list[str]:
         """Name parameters of the optimizer that the model lacks, and a scheduler that was not passed."""
         return _not_saved(
-            [self._model],
-            [self._others["optimizer.pt"]],
+            self.models(),
+            self.optimizers(),
             [self._others["scheduler.pt"]],
             "manager.load_latest(model, optimizer, scheduler)",
         )
@@ -128,18 +142,26 @@ class AcceleratorState:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors of the prepared optimizers and of what they train."""
-        for optimizer in self._prepared(OPTIMIZERS):
+        for optimizer in self.optimizers():
             yield from optimized_weights(optimizer)
             yield from optimizer_states(optimizer)
 
+    def models(self) -> list[nn.Module]:
+        """Return the prepared models."""
+        return self._prepared(PREPARED_MODELS)
+
+    def optimizers(self) -> list[Any]:
+        """Return the prepared optimizers."""
+        return self._prepared(OPTIMIZERS)
+
     def describe(self) -> dict[str, str | None]:
         """Describe the prepared models, and the settings of the optimizers that they begin with."""
-        return _described(self._prepared(PREPARED_MODELS), self._prepared(OPTIMIZERS))
+        return _described(self.models(), self.optimizers())
 
     def not_saved(self) -> list[str]:
         """Name parameters of the optimizers that the prepared models lack, and a scheduler that was not prepared."""
-        parts = [self._prepared(one) for one in (PREPARED_MODELS, OPTIMIZERS, SCHEDULERS)]
-        return _not_saved(parts[0], parts[1], parts[2], "accelerator.prepare(model, optimizer, scheduler)")
+        how = "accelerator.prepare(model, optimizer, scheduler)"
+        return _not_saved(self.models(), self.optimizers(), self._prepared(SCHEDULERS), how)
 
     def _prepared(self, name: Name) -> list[Any]:
         return list(name.of(self._accelerator)) if name.is_on(self._accelerator) else []
@@ -160,15 +182,14 @@ class AcceleratorState:
 
 def _described(models: list[Any], optimizers: list[Any]) -> dict[str, str | None]:
     """Return named values that tell a training from others. An optimizer of another kind than torch's has no settings."""
-    kept = [one for one in optimizers if one is not None]
-    settings = [getattr(one, "param_groups", None) or [{}] for one in kept]
+    settings = [getattr(one, "param_groups", None) or [{}] for one in optimizers]
     rates = [group.get("initial_lr", group.get("lr")) for groups in settings for group in groups]
     weights = [weights_of(one) for one in models]
     return {
         PARAMETERS: ", ".join(parameters_of(one) for one in models),
         WEIGHTS: None if None in weights else ", ".join(filter(None, weights)),
         "dtype": ", ".join(dtypes_of(one) for one in models),
-        "optim": ", ".join(type(inner_of(one)).__name__ for one in kept),
+        "optim": ", ".join(type(inner_of(one)).__name__ for one in optimizers),
         "learning_rate": ", ".join(f"{float(one):g}" for one in rates if one is not None),
     }
 
@@ -177,7 +198,7 @@ def _not_saved(models: list[Any], optimizers: list[Any], schedulers: list[Any], 
     """Return what the optimizers show to be trained, or to change, and was not handed over; ``how`` to do it."""
     known = {id(one) for model in models for one in model.parameters()}
     found = []
-    for optimizer in (one for one in optimizers if one is not None):
+    for optimizer in optimizers:
         groups = getattr(optimizer, "param_groups", None) or []
         kind = type(inner_of(optimizer)).__name__
         strange = sum(id(one) not in known for group in groups for one in group["params"])

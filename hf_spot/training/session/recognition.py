@@ -41,10 +41,12 @@ class KnownTraining:
         session: connection to the run.
         description: what it trains, by names; empty if that is not known yet.
         first_is_known: as in `hf_spot.policy.trainings.match`.
+        again: number of a training that this process has finished, and that this one may be all the same; 0 for none.
     """
 
-    def __init__(self, session: RunSession, description: Description, *, first_is_known: bool = False) -> None:
+    def __init__(self, session: RunSession, description: Description, *, first_is_known: bool = False, again: int = 0) -> None:
         self._first_is_known = first_is_known
+        self._again = again
         self._session = session
         self._description = description
         self._match = Match(1)
@@ -85,7 +87,7 @@ class KnownTraining:
         def on_main() -> tuple[Match, bool]:
             run = session.run
             state = run.journal.state if run.launch else run.state()
-            found = recognize(run, self._description, run.launch, first_is_known=self._first_is_known)
+            found = recognize(run, self._description, run.launch, first_is_known=self._first_is_known, again=self._again)
             newest = state.latest(found.number)
             return found, newest is not None and newest.complete and LENGTH.isdisjoint(found.differences)
 
@@ -168,7 +170,7 @@ def _tell_other(number: int, differences: tuple[str, ...], newest: CheckpointRef
     )
 
 
-def recognize(run: Run, description: Description, launch: int, *, first_is_known: bool = False) -> Match:
+def recognize(run: Run, description: Description, launch: int, *, first_is_known: bool = False, again: int = 0) -> Match:
     """Return which training of a run this is: one request, and one more for each training that the run knows.
 
     Args:
@@ -176,6 +178,7 @@ def recognize(run: Run, description: Description, launch: int, *, first_is_known
         description: what it trains.
         launch: number of this launch; 0 before its claim.
         first_is_known: as in `hf_spot.policy.trainings.match`.
+        again: as in `KnownTraining`.
 
     Raises:
         StoreError: the store could not be read.
@@ -191,7 +194,7 @@ def recognize(run: Run, description: Description, launch: int, *, first_is_known
                 None if told is None else run.description(told.entry),
                 complete=newest is not None and newest.complete,
                 at_work=told is not None and told.launch == launch and number not in _begun[run.url],
-                done_here=number in done,
+                done_here=number in done and number != again,
                 repeated=number in done and _is_repeated(done[number]),
             )
         )
