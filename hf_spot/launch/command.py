@@ -49,6 +49,7 @@ class Command:
         script: the script, as it was named, and its own arguments.
         dry_run: only say what would be done.
         budget: of the run.
+        hang_timeout_s: as in `hf_spot.policy.hangs.limit_s`.
         as_it_is: ``argv`` is a command that the user knows by its name, such as ``trl``, which starts the training.
     """
 
@@ -63,6 +64,7 @@ class Command:
     dry_run: bool = False
     as_it_is: bool = False
     budget: Budget = field(default_factory=Budget)
+    hang_timeout_s: float | None = None
 
     def fingerprint(self) -> str:
         """Return a digest of the script, its arguments, and the contents of the files that they name."""

@@ -40,6 +40,7 @@ from hf_spot.launch.early import has_flag
 from hf_spot.launch.settings import render, settings, unknown_variables
 from hf_spot.log import LEVEL_VARIABLE
 from hf_spot.policy.budget import Budget
+from hf_spot.policy.hangs import AUTO, parse_timeout
 from hf_spot.runtime import STORE_VARIABLE
 from hf_spot.suggestions import hint_for_unknown
 from hf_spot.training.upstream import LAUNCH_ENVIRONMENT, LAUNCH_PARSER, OPTIONS_PARSER, VALIDATE_LAUNCH, check
@@ -62,6 +63,11 @@ _BUDGET = (
         int,
         "Launches in a row, on whatever machines, that may commit nothing before no more begin.",
     ),
+)
+_HANG_HELP = (
+    "Seconds without a sign of the training (a step, a batch of an evaluation, bytes of a restore) after which it is ended and "
+    "started again from the newest checkpoint; if it hangs after the same step again, the launch ends with exit code 79. "
+    "'auto': half an hour to four hours, and more for what takes long in this run; 'off': never (default: auto)."
 )
 _ACCELERATES_LOG = logging.getLogger(VALIDATE_LAUNCH.owner)
 _AGENT = "hf_spot.launch.agent"
@@ -154,6 +160,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
             dry_run=args.dry_run,
             as_it_is=True,
             budget=_budget(args),
+            hang_timeout_s=parse_timeout(args.hang_timeout),
         )
     else:
         _check_script(Path(args.training_script))
@@ -192,6 +199,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         script,
         dry_run=args.dry_run,
         budget=_budget(args),
+        hang_timeout_s=parse_timeout(args.hang_timeout),
     )
 
 
@@ -378,6 +386,7 @@ def _add_options(group: Any) -> None:
     )
     for name, kind, what in _BUDGET:
         group.add_argument(name, metavar="N", type=kind, help=what)
+    group.add_argument("--hang_timeout", metavar="auto|SECONDS|off", default=AUTO, help=_HANG_HELP)
     group.add_argument("-v", "--verbose", action="store_true", help="log details, too; -q logs warnings and errors only")
     types = typing.get_type_hints(SpotArguments)
     for setting in dataclasses.fields(SpotArguments):
