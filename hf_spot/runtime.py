@@ -102,13 +102,9 @@ def _delete_unless_held(path: Path) -> None:
 _HELD = "hf_spot-held-"
 _TRAINING = ""
 _TRAINED = "ended"
-_REPORT, _LEFT, _MET, _PHASES, _STACKS = (
-    "training-",
-    "left-",
-    "met-",
-    "phase-",
-    "stacks-",
-)  # names of files, each with a process id behind it
+# Names of files, each with a process id behind it. `hf_spot.every_python.sitecustomize` writes and reads them, too.
+_REPORT, _LEFT, _MET, _FAILED, _GONE = "training-", "left-", "met-", "failed-", "gone-"
+_PHASES, _STACKS = "phase-", "stacks-"  # likewise
 
 
 def is_running(process: int) -> bool:
@@ -225,6 +221,18 @@ class Runtime:
         """
         reports = self._reports()
         return any(told == _TRAINING and is_running(process) for process, told in reports.items()) if reports else None
+
+    def tell_failed(self) -> None:
+        """Tell the other processes of the launch that this one, which may have trained, ends with an exception."""
+        with contextlib.suppress(OSError):  # its folder was deleted, or the disk is full
+            (self.directory / f"{_FAILED}{os.getpid()}").touch()
+
+    def mark_gone(self) -> None:
+        """Mark the processes that have died while they trained, so that it is known later when that was."""
+        for process, told in self._reports().items():
+            if told == _TRAINING and not is_running(process):
+                with contextlib.suppress(OSError):
+                    (self.directory / f"{_GONE}{process}").touch(exist_ok=False)
 
     def read_stopped(self) -> int | None:
         """Return the exit code for the launch once a training was stopped, its process waits at its end, and no other is still

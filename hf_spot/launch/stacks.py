@@ -20,7 +20,7 @@ from hf_spot.runtime import STACKS_SIGNAL, Runtime
 
 log = logging.getLogger("hf_spot")
 
-_ANSWER_S = 3.0
+_ANSWER_S = 10.0
 _QUIET_S = 0.2  # after the last byte of an answer
 _NATIVE_S = 30.0
 _LONGEST_BYTES = 60_000  # of one process

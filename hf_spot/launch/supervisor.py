@@ -330,6 +330,7 @@ class Supervisor:
     def _keep(self, folder: RuntimeFolder, runtime: Runtime) -> None:
         """Restore the notice in the folder if a cleanup deleted it, and read the workers' report."""
         self._read_report(runtime)
+        runtime.mark_gone()
         try:
             was_deleted = folder.renew()
             if self._notice is not None and (was_deleted or not runtime.notice_path.exists()):

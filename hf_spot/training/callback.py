@@ -201,7 +201,7 @@ class SpotCallback(TrainerCallback):
         self._session.random_states.step_ended()
         self._set(Moment.STEP_END, self._session.step_ended(state.global_step), args, state, control)
         if control.should_save:
-            self._session.save_begins()
+            self._session.commits.save_begins()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Read losses on devices where they can't be read meanwhile: Trainer has just waited for the device."""
@@ -223,7 +223,7 @@ class SpotCallback(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the start of a save after an evaluation."""
         if self._session is not None and control.should_save:
-            self._session.save_begins()
+            self._session.commits.save_begins()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Hand the checkpoint over for upload."""
@@ -251,7 +251,7 @@ class SpotCallback(TrainerCallback):
                 **to_details(batches(self._session.trainer)),
             },
         )
-        self._session.saved(self._session.run_session.output_dir / f"checkpoint-{state.global_step}", request)
+        self._session.commits.saved(self._session.run_session.output_dir / f"checkpoint-{state.global_step}", request)
         if self._stopping:
             state.best_model_checkpoint = None  # as in `on_epoch_end`, which may have been called already
 
@@ -265,7 +265,7 @@ class SpotCallback(TrainerCallback):
             self._saves.settle()  # the best model may be loaded from a file
         self._set(Moment.EPOCH_END, None, args, state, control)
         if control.should_save:
-            self._session.save_begins()
+            self._session.commits.save_begins()
 
     # -- around train() -----------------------------------------------------------------------------------------------
 
@@ -350,13 +350,13 @@ class SpotCallback(TrainerCallback):
             )
             self._gradients = WaitingGradients(trainer)
             stream = self._stream = StreamReader(trainer, session.random_states.begin_behind)
-            held = HeldErrors(trainer, self, lambda: self._stopping, session.behind)
+            held = HeldErrors(trainer, self, lambda: self._stopping, session.commits.behind)
             self._saves = Saves(
                 trainer,
                 output_dir,
                 session.run_session.agreement,
                 session.run_session.disk,
-                session.behind,
+                session.commits.behind,
                 functools.partial(_finish_save, session, self._log_window, carried, proof, stream, self._gradients),
                 functools.partial(self._save_failed, trainer),
                 functools.partial(self._save_refused, trainer),
@@ -464,7 +464,7 @@ class SpotCallback(TrainerCallback):
         assert self._session is not None
         if self._stopping:
             trainer.state.best_model_checkpoint = None  # as in `on_save`, which is not called
-        self._session.save_failed(why, stops=not self._stopping and self.args.on_save_error == "stop")
+        self._session.commits.save_failed(why, stops=not self._stopping and self.args.on_save_error == "stop")
 
     def _save_refused(self, trainer: Trainer, wrong: list[str]) -> None:
         assert self._session is not None
@@ -472,7 +472,7 @@ class SpotCallback(TrainerCallback):
             trainer.state.best_model_checkpoint = None
         stops = answer(wrong, on_nan=self.args.on_nan, stopping=self._stopping) is Answer.STOP
         why = f"{in_words(wrong, trainer.state.global_step)}"
-        self._session.save_failed(SpotError(why, hint=HOW_TO_GET_FINITE), stops=stops)
+        self._session.commits.save_failed(SpotError(why, hint=HOW_TO_GET_FINITE), stops=stops)
 
     def _evaluation_was_cut(self, trainer: Trainer) -> None:
         assert self._session is not None and self._evaluations is not None
@@ -482,7 +482,7 @@ class SpotCallback(TrainerCallback):
             self._session.leave(0)
         self._set(Moment.EVALUATION_CUT, decision, trainer.args, trainer.state, trainer.control)
         if trainer.control.should_save:
-            self._session.save_begins()
+            self._session.commits.save_begins()
 
     def _make_up(self, trial: Any) -> None:
         """Make up for what an uninterrupted run does between the checkpoint and the next step, in the same order.
@@ -547,8 +547,8 @@ def _finish_save(
     stream.save(folder)
     gradients.save(folder)
     log_window.save(folder)
-    carried.save(folder, saved, session.behind.write_text)
-    proof.save(folder, session.behind.write_text)
+    carried.save(folder, saved, session.commits.behind.write_text)
+    proof.save(folder, session.commits.behind.write_text)
 
 
 def _restore_own_state(session: TrainerSession, carried: CarriedState, proof: Proof, folder: Path | None, last: bool) -> None:
