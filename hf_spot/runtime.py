@@ -258,6 +258,10 @@ class Runtime:
         """Return whether a process has called `meet`."""
         return (self.directory / f"{_MET}{process}").exists()
 
+    def has_met_any(self) -> bool:
+        """Return whether any process has called `meet`."""
+        return any(True for _ in self.directory.glob(f"{_MET}*"))
+
     def is_trusted(self) -> bool:
         """Return whether the folder belongs to this user. In a parent that all may write to, another user could have created it
         after it was deleted."""
