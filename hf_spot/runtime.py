@@ -280,6 +280,10 @@ class Runtime:
         """Return the file to which a process, and those that it has forked, write their stacks on a `STACKS_SIGNAL`."""
         return self.directory / f"{_STACKS}{process}"
 
+    def has_met_any(self) -> bool:
+        """Return whether any process has called `meet`."""
+        return any(True for _ in self.directory.glob(f"{_MET}*"))
+
     def is_trusted(self) -> bool:
         """Return whether the folder belongs to this user. In a parent that all may write to, another user could have created it
         after it was deleted."""

@@ -78,12 +78,13 @@ def _of_process(process: psutil.Process, rank: int, runtime: Runtime) -> str:
         return f"{head}\n{native}"
     if not _answers(pid):
         return f"{head}\n(it can't tell its stacks{'' if native is None else ', and py-spy could not read them'})"
-    answer = _ask(pid, runtime, is_stopped=letter in "Tt")
+    answer = _ask(pid, rank, runtime, is_stopped=letter in "Tt")
     return f"{head}\n{answer or '(no answer)'}"
 
 
-def _ask(process: int, runtime: Runtime, *, is_stopped: bool) -> str:
-    path = _file_of(process, runtime)
+def _ask(process: int, rank: int, runtime: Runtime, *, is_stopped: bool) -> str:
+    # A process that another one has forked writes to the file of that one.
+    path = next((path for path in map(runtime.stacks_path, (process, rank)) if path.exists()), None)
     if path is None:
         return ""
     begin = path.stat().st_size
@@ -107,15 +108,6 @@ def main_first(answer: str) -> str:
         "\n".join(line for line in thread.splitlines() if not _THREADING.search(line)) for thread in answer.split("\n\n")
     ]
     return "\n\n".join(sorted(threads, key=lambda thread: " in <module>" not in thread))
-
-
-def _file_of(process: int, runtime: Runtime) -> Path | None:
-    """Return the file that a process writes to: its own, or that of the process that has forked it."""
-    with suppress(psutil.Error):
-        for one in [psutil.Process(process), *psutil.Process(process).parents()]:
-            if (path := runtime.stacks_path(one.pid)).exists():
-                return path
-    return None
 
 
 def _answers(process: int) -> bool:

@@ -169,7 +169,8 @@ from hf_spot.training.session.phases import answer_with_stacks
 answer_with_stacks(Runtime("run", 1, Path(sys.argv[1]), SpotArguments()))
 def keep_the_gil():
     print("ready", flush=True)
-    ctypes.PyDLL(None).sleep(1000)
+    while True:
+        ctypes.PyDLL(None).sleep(1000)
 def idle():
     print("ready", flush=True)
     threading.Event().wait()
