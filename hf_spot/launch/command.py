@@ -66,6 +66,7 @@ class Command:
         script: the script, as it was named, and its own arguments.
         dry_run: only say what would be done.
         budget: of the run.
+        hang_timeout_s: as in `hf_spot.policy.hangs.limit_s`.
         as_it_is: ``argv`` is a command that the user knows by its name, such as ``trl``, which starts the training.
         among_at: where in ``argv`` the options of a launch among machines that come and go belong.
     """
@@ -82,6 +83,7 @@ class Command:
     as_it_is: bool = False
     budget: Budget = field(default_factory=Budget)
     among_at: int = 0
+    hang_timeout_s: float | None = None
 
     def argv_among(self, machines: Machines, port: int) -> list[str]:
         """Return the command for a launch of machines that come and go.

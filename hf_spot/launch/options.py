@@ -40,6 +40,7 @@ from hf_spot.launch.early import has_flag
 from hf_spot.launch.settings import render, settings, unknown_variables
 from hf_spot.log import LEVEL_VARIABLE
 from hf_spot.policy.budget import Budget
+from hf_spot.policy.hangs import AUTO, parse_timeout
 from hf_spot.runtime import STORE_VARIABLE
 from hf_spot.suggestions import hint_for_unknown
 from hf_spot.training.upstream import LAUNCH_ENVIRONMENT, LAUNCH_PARSER, OPTIONS_PARSER, VALIDATE_LAUNCH, check
@@ -63,6 +64,11 @@ _BUDGET = (
         "Launches in a row, on whatever machines, that may commit nothing before no more begin.",
     ),
 )
+_HANG_HELP = (
+    "Seconds without a sign of the training (a step, a batch of an evaluation, bytes of a restore) after which it is ended and "
+    "started again from the newest checkpoint; if it hangs after the same step again, the launch ends with exit code 79. "
+    "'auto': half an hour to four hours, and more for what takes long in this run; 'off': never (default: auto)."
+)
 _ACCELERATES_LOG = logging.getLogger(VALIDATE_LAUNCH.owner)
 _OF_ONE_LAUNCH = ("num_machines", "machine_rank", "main_process_ip", "main_process_port", "num_processes")
 _NUM_MACHINES_HELP = (
@@ -79,6 +85,23 @@ _LOOPBACK = re.compile(r"localhost$|127\.|::1$")  # then all "machines" are on t
 _ELF = b"\x7fELF"
 _LONGEST_LINE_BYTES = 4096
 _MACHINES = ("--nnodes", "--num-machines", "--num-nodes")  # of torchrun, accelerate and deepspeed
+_HOSTS = {  # options that name the machines, or a file that does, by the launcher's name
+    "deepspeed": ("-i", "--include"),
+    "mpirun": ("-H", "--host"),
+    "mpiexec": ("-H", "--host", "-hosts"),
+}
+_HOST_FILES = {
+    "deepspeed": ("-H", "--hostfile"),
+    "mpirun": ("--hostfile", "-hostfile", "--machinefile", "-machinefile"),
+    "mpiexec": ("--hostfile", "-hostfile", "--machinefile", "-machinefile", "-f"),
+}
+_ELSEWHERE = {  # commands whose children are not children of this process, have another environment, or belong to another user
+    **dict.fromkeys(("srun", "sbatch", "qsub", "salloc"), "as a job of a scheduler"),
+    **dict.fromkeys(("ssh", "pdsh", "kubectl"), "on another machine"),
+    **dict.fromkeys(("docker", "podman", "nerdctl"), "in a container"),
+    **dict.fromkeys(("sudo", "doas", "su", "runuser"), "as another user, without the environment of this launch"),
+}
+_QUIET = ("-q", "--quiet")  # of accelerate, too
 _EXAMPLE = "hf-spot launch --store s3://bucket/runs/my-run train.py"
 _MAX_RESTARTS_HELP = (
     "Launches in a row that may crash without committing anything before hf-spot gives up; preemptions don't count, and 0 "
@@ -150,7 +173,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
     if args.module:
         _check_module(args.training_script)
     elif (program := find_program(args.training_script, environ)) is not None:
-        _refuse_options_of_accelerate(_of_accelerate(options), script)
+        _refuse_options_of_accelerate([one for one in _of_accelerate(options) if one not in _QUIET], script)
+        _refuse_what_trains_elsewhere(script)
         _refuse_several_machines(script)
         return Command(
             store,
@@ -163,6 +187,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
             dry_run=args.dry_run,
             as_it_is=True,
             budget=_budget(args),
+            hang_timeout_s=parse_timeout(args.hang_timeout),
         )
     else:
         _check_script(Path(args.training_script))
@@ -214,6 +239,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         dry_run=args.dry_run,
         budget=_budget(args),
         among_at=among_at,
+        hang_timeout_s=parse_timeout(args.hang_timeout),
     )
 
 
@@ -266,9 +292,24 @@ def _is_for_this_python(path: Path) -> bool:
 def _refuse_options_of_accelerate(options: Sequence[str], script: Sequence[str]) -> None:
     if options:
         told = shlex.join(options)
+        several = any(one.partition("=")[0].replace("_", "-") == "--num-machines" for one in options)
+        with_them = f"hf-spot launch --store URL {'' if several else 'accelerate launch '}{told} train.py"
         raise ConfigError(
             f"{told}: {script[0]} is a command of its own, which gets no options of accelerate",
-            hint=f"leave {told} out, or hf-spot launch --store URL accelerate launch {told} train.py",
+            hint=f"leave {told} out, or {with_them}",
+        )
+
+
+def _refuse_what_trains_elsewhere(script: Sequence[str]) -> None:
+    """Refuse a command that starts the training where this launch can neither see nor protect it."""
+    name = os.path.basename(script[0])
+    where = _ELSEWHERE.get(name)
+    if name == "env" and {"-", "-i", "--ignore-environment"} & set(script[1:]):
+        where = "without the environment of this launch"
+    if where is not None:
+        raise ConfigError(
+            f"{name} starts the training {where}, where this launch can't protect it",
+            hint=f"put hf-spot launch behind it: {name} … hf-spot launch --store URL train.py",
         )
 
 
@@ -281,7 +322,34 @@ def _refuse_several_machines(script: Sequence[str]) -> None:
                 hint="hf-spot launch … --num_machines 2 --machine_rank 0 --main_process_ip 10.0.0.1 --multi_gpu train.py",
             )
         if option.endswith(".py"):  # the rest are the script's own
-            return
+            break
+    if len(hosts := _hosts(script)) > 1:
+        raise ConfigError(
+            f"{script[0]} trains on {len(hosts)} machines ({', '.join(hosts)}): a command that is run as it is can train on "
+            "one machine only",
+            hint="hf-spot launch … --num_machines 2 --machine_rank 0 --main_process_ip 10.0.0.1 --multi_gpu train.py",
+        )
+
+
+def _hosts(script: Sequence[str]) -> list[str]:
+    """Return the machines that a launcher's options name, of which it starts processes on each."""
+    name = os.path.basename(script[0])
+    if name not in _HOSTS:
+        return []
+    found: list[str] = []
+    file = "/job/hostfile" if name == "deepspeed" else ""
+    for option, value in itertools.pairwise([word for each in script for word in each.split("=", 1)] + [""]):
+        if option in _HOSTS[name]:
+            found = re.split("[@,]" if name != "deepspeed" else "@", value)
+        elif option in _HOST_FILES[name]:
+            file = value
+        elif option.endswith(".py"):
+            break
+    if not found and file:
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # the launcher says so itself
+            lines = [line.split("#")[0].split() for line in Path(file).read_text().splitlines()]
+            found = [words[0] for words in lines if words]
+    return sorted({one.partition(":")[0] for one in found if one})
 
 
 def _check_script(path: Path) -> None:
@@ -476,6 +544,7 @@ def _add_options(group: Any) -> None:
     )
     for name, kind, what in _BUDGET:
         group.add_argument(name, metavar="N", type=kind, help=what)
+    group.add_argument("--hang_timeout", metavar="auto|SECONDS|off", default=AUTO, help=_HANG_HELP)
     group.add_argument("-v", "--verbose", action="store_true", help="log details, too; -q logs warnings and errors only")
     types = typing.get_type_hints(SpotArguments)
     for setting in dataclasses.fields(SpotArguments):

@@ -59,6 +59,7 @@ class Prefetch:
         self._find = find
         self._machines = machines
         self._needed: Callable[[], bool] = lambda: True
+        self._moved: Callable[[], None] = lambda: None
         self._ended = False
         self.run: Run | None = None  # set once it is found
         self._ref: CheckpointRef | None = None
@@ -81,7 +82,7 @@ class Prefetch:
             runtime: of the launch.
             needed: called repeatedly; False ends the download.
         """
-        self._needed = needed
+        self._needed, self._moved = needed, runtime.tell_prefetching
         runtime.expect_prefetch()
 
         def tell(fetched: Future[Prefetched]) -> None:
@@ -147,6 +148,7 @@ class Prefetch:
                 if self._ended or not self._needed():
                     raise _NotNeeded("no longer needed")
                 bar(count)
+                self._moved()
 
             return Prefetched(ref.entry, run.fetch(checkpoint, folder, ranks=ranks, progress=moved), ranks)
 

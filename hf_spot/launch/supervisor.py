@@ -20,6 +20,7 @@ from typing import Any
 from hf_spot.errors import (
     EXIT_FENCED,
     EXIT_FINISHED,
+    EXIT_HUNG,
     EXIT_PREEMPTED,
     EXIT_USAGE,
     ConfigError,
@@ -35,6 +36,7 @@ from hf_spot.launch.dry_run import describe
 from hf_spot.launch.elastic import Elastic, Met
 from hf_spot.launch.folder import RuntimeFolder
 from hf_spot.launch.group import Group
+from hf_spot.launch.hangs import HangKeeper
 from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.prefetch import Prefetch, newest_of
 from hf_spot.launch.process import ProcessTree
@@ -161,6 +163,7 @@ class Supervisor:
         self._runtime: Runtime | None = None
         self._journal_writer = JournalWriter(run)  # its order lets the last reads see all that was written
         self._hook = Hook(hook_url(command.arguments, command.environ), run.url)
+        self._hangs = HangKeeper(command.hang_timeout_s, run, self._journal_writer, self._hook, clock=clock)
         self._machines = command.machines
         self._peers: Group | None = None
         self._elastic: Elastic | None = None
@@ -209,6 +212,8 @@ class Supervisor:
                 return EXIT_INTERRUPTED if self._impatient else EXIT_PREEMPTED
             if verdict is Verdict.FENCED:
                 return EXIT_FENCED
+            if code == EXIT_HUNG and self._hangs.is_final():
+                return code
             fruitless = fruitless + 1 if self._run.journal.state.latest() == before else 0
             if not may_restart(code, fruitless, self._command.max_restarts):
                 log.error("the training process ended with %d; not started again", code)
@@ -331,7 +336,8 @@ class Supervisor:
                 running.callback(tree.end)
                 code = self._wait(tree, runtime, folder)
                 self._read_report(runtime)
-            return self._conclude(runtime, exit_code(code, runtime.read_exit_code(), as_it_is=self._command.as_it_is))
+            told = None if code == EXIT_HUNG else runtime.read_exit_code()
+            return self._conclude(runtime, exit_code(code, told, as_it_is=self._command.as_it_is))
 
     def _fetch_ahead(self, runtime: Runtime, stack: contextlib.ExitStack) -> None:
         newest = self._run.journal.state.latest()
@@ -345,6 +351,7 @@ class Supervisor:
     def _wait(self, tree: ProcessTree, runtime: Runtime, folder: RuntimeFolder) -> int:
         alone_since: float | None = None
         unhooked = Unhooked(runtime, self._clock)
+        self._hangs.begin(runtime)
         while (code := tree.wait(_TICK_S)) is None:
             self._keep(folder, runtime)
             unhooked.look(tree.processes)
@@ -359,6 +366,8 @@ class Supervisor:
             if self._elastic is not None and not self._heard.is_set() and (change := self._elastic.look(runtime)) is not None:
                 log.warning("the machines change, %s: the training saves, and goes on with them", change)
                 runtime.write_notice(PreemptionNotice(NoticeKind.TERMINATE, CHANGE_OF_MACHINES, change))
+            if not self._heard.is_set() and self._hangs.look():
+                return EXIT_HUNG
             if self._peers is not None and (ended := self._peers.ended()) is not None:
                 if alone_since is None:
                     alone_since = self._clock()

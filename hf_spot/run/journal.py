@@ -50,6 +50,7 @@ KINDS = (
     "failed",
     "prune",
     "machine",
+    "hang",
 )
 ENDINGS = ("preempted", "finished", "failed")
 BY_HAND = "hf-spot checkpoints"  # the author of a claim that no training follows

@@ -21,6 +21,7 @@ from hf_spot.errors import ConfigError, StoreError, TrainingInterrupted, Trainin
 from hf_spot.log import alert, warn_for_all
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import KeyboardSource
+from hf_spot.policy.hangs import Phase
 from hf_spot.policy.passes import Place, place_of
 from hf_spot.policy.preemption import Action, Decision, leaves_step
 from hf_spot.policy.trainer_flags import SAVE_IS_DUE
@@ -152,7 +153,7 @@ class TrainerSession:
         if self._session.runtime is None:
             drop_inherited_handlers()
         self._session.listen(keyboard=True)
-        self._session.tell_launcher()
+        self._session.tell_launcher(Phase.STARTING)
         if not self.known.find():
             self._session.claim()
         try:
@@ -175,6 +176,7 @@ class TrainerSession:
             if self.trainer.args.load_best_model_at_end:
                 self._best_folder = resumption.restore_best(self._restored)
             self._session.timing.restored(self._session.clock() - began)
+            self._session.phases.tell(Phase.STARTING, self._restored.step)
             log.info("resuming from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
             if not self._nothing_left:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
@@ -337,6 +339,7 @@ class TrainerSession:
     def step_ended(self, step: int) -> Decision | None:
         """Decide what to do after an optimizer step; return None if there is nothing to do. Every rank must call it."""
         session = self._session
+        session.phases.tell(Phase.DATA, step)
         if session.steps is not None:
             session.steps.tell(step)
         if session.agreement.alone:
@@ -395,6 +398,7 @@ class TrainerSession:
         """
         if self._session.forked:
             return
+        self._session.phases.tell(Phase.FINISHING, step)
         if self._teller is not None:
             self._teller.conclude()
         self._session.order_uploads()
@@ -446,6 +450,7 @@ class TrainerSession:
         """Commit pending uploads after an exception, and record it in the journal if there is no launcher to do it."""
         if self._session.forked or self._session.uploader is None or self._session.uploader.fenced is not None:
             return
+        self._session.phases.tell(Phase.FINISHING)
         if self._teller is not None:
             self._teller.conclude()
         # A user who presses Ctrl-C a second time has seen what the training waits for.
