@@ -117,6 +117,8 @@ def before_trainer(name: str, path: Sequence[str] | None, target: ModuleType | N
     shown = sys.excepthook
 
     def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if runtime is not None:
+            runtime.tell_failed()
         if isinstance(error, SpotError):
             with contextlib.suppress(SystemExit):
                 _tell_end(runtime, error)
