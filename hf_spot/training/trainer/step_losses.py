@@ -6,6 +6,7 @@ the stream that computes it, and is read when an event shows that the copy has a
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any
 
@@ -34,6 +35,7 @@ class StepLosses:
         self._loss: torch.Tensor | None = None
         self._pending: deque[_Pending] = deque()
         self._indices: Any = None
+        self.first_not_finite: int | None = None  # a step
         self._told = 0
         self._slots: list[torch.Tensor] = []
         self._used = 0
@@ -114,7 +116,10 @@ class StepLosses:
             self._tell(*self._pending.popleft())
 
     def _tell(self, step: int, loss: Any, learning_rate: float | None, indices: Any) -> None:
-        self._teller.tell(step, loss.item() if isinstance(loss, torch.Tensor) else loss, learning_rate, indices)
+        value = loss.item() if isinstance(loss, torch.Tensor) else loss
+        if self.first_not_finite is None and value is not None and not math.isfinite(value):
+            self.first_not_finite = step
+        self._teller.tell(step, value, learning_rate, indices)
 
     def logged(self) -> None:
         """Tell the steps whose losses no event announces. Call it when Trainer has just waited for the device, to log."""
