@@ -104,6 +104,14 @@ _TRAINED = "ended"
 _REPORT, _LEFT, _MET, _FAILED, _GONE = "training-", "left-", "met-", "failed-", "gone-"
 
 
+_at_training: list[Callable[[], None]] = []
+
+
+def at_training(act: Callable[[], None]) -> None:
+    """Have a function called whenever a training begins, in this process or in one that is forked from it."""
+    _at_training.append(act)
+
+
 def is_running(process: int) -> bool:
     """Return whether a process exists and has not ended."""
     try:
@@ -201,6 +209,8 @@ class Runtime:
     def tell_training(self, is_training: bool) -> None:
         """Tell the launcher that a training of this process begins or has ended. A notice can lead to a checkpoint only between
         the two."""
+        for act in _at_training if is_training else ():
+            act()
         self._with_room(lambda: write_atomically(self.training_path, _TRAINING if is_training else _TRAINED))
 
     def tell_stopped(self, exit_code: int) -> None:

@@ -165,6 +165,12 @@ class TrainerSession:
     def _begin(self, resume_from_checkpoint: str | bool | None) -> str | None:
         began, resumption = self._session.clock(), Resumption(self._session)
         found = resumption.restore(resume_from_checkpoint)
+        committed = self._session.run.journal.state.latest(self._session.training)
+        if found is None and resume_from_checkpoint is False and committed is not None:
+            log.warning(
+                "train(resume_from_checkpoint=False) begins from the start, although step %d of this training is committed",
+                committed.step,
+            )
         if found is not None:
             self._restored = found[0]
             self._nothing_left = self.known.compare(found[0])
