@@ -30,6 +30,7 @@ EXIT_FINISHED = 0
 EXIT_USAGE = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 EXIT_FENCED = 76
+EXIT_HUNG = 79  # the first number behind those of sysexits.h
 
 
 def without_passwords(text: str) -> str:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, SpotError, TrainingPreempted
 from hf_spot.log import warn_for_all
+from hf_spot.policy.hangs import Phase
 from hf_spot.policy.numbers import HOW_TO_GET_FINITE, Answer, answer, in_words
 from hf_spot.policy.preemption import Decision
 from hf_spot.policy.trainer_flags import LoopState, Moment, flags_for, is_complete, reason_of_save
@@ -121,6 +122,7 @@ class SpotCallback(TrainerCallback):
         if self._session.best_folder is not None:
             state.best_model_checkpoint = str(self._session.best_folder)
         self._saves.watch()
+        self._session.tell_plan(state.max_steps)
         if self._session.restored is not None:
             carry_callback_states(self._session.trainer)
             carry_counters(self._session.trainer, self._session.restored.details.get("counters", {}))
@@ -131,6 +133,7 @@ class SpotCallback(TrainerCallback):
         """Give a resumed epoch the data order that it began with."""
         if self._session is None or self._events is None:
             return
+        self._session.run_session.phases.tell(Phase.FIRST_BATCH)
         loader = kwargs.get("train_dataloader")
         resumed, self._resumed_epoch_is_ahead = self._resumed_epoch_is_ahead, False
         if resumed:
@@ -147,6 +150,9 @@ class SpotCallback(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the state before a step of several micro-batches, which may be abandoned halfway."""
         if self._session is not None:
+            phases = self._session.run_session.phases
+            phases.watch_compilations()
+            phases.tell(Phase.STEP)
             if not self._is_proven and self._proof is not None:
                 self._is_proven = True
                 self._session.proven(self._proof.conclude(self._session.run_session.agreement.gather))
@@ -160,6 +166,7 @@ class SpotCallback(TrainerCallback):
         """Act on a notice within a step, if the rest of the step would take too long."""
         if self._session is None or self._accumulation is None:
             return
+        self._session.run_session.phases.sign()
         self._session.random_states.micro_batch_ended()
         rest_s = self._accumulation.micro_batch_ended()
         rewindable, gradients = self._accumulation.rewindable, self._gradients
@@ -204,6 +211,8 @@ class SpotCallback(TrainerCallback):
 
     def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """End an evaluation after a notice: it may take longer than the time that is left."""
+        if self._session is not None:
+            self._session.run_session.phases.sign()
         if (
             self._evaluations is not None
             and self._evaluations.running
@@ -251,6 +260,8 @@ class SpotCallback(TrainerCallback):
         """Set the flags for Trainer's last log line, evaluation and save, after the last epoch or an early stop."""
         if self._session is None:
             return
+        ends = is_complete(self._loop_state(args, state, control)) or control.should_training_stop
+        self._session.run_session.phases.tell(Phase.FINISHING if ends else Phase.DATA)
         if control.should_training_stop and self._saves is not None:
             self._saves.settle()  # the best model may be loaded from a file
         self._set(Moment.EPOCH_END, None, args, state, control)
@@ -336,6 +347,7 @@ class SpotCallback(TrainerCallback):
                 self._log_window,
                 functools.partial(self._evaluation_was_cut, trainer),
                 self._resumed_folder(session),
+                session.run_session.phases,
             )
             self._gradients = WaitingGradients(trainer)
             stream = self._stream = StreamReader(trainer, session.random_states.begin_behind)
@@ -350,6 +362,7 @@ class SpotCallback(TrainerCallback):
                 functools.partial(self._save_failed, trainer),
                 functools.partial(self._save_refused, trainer),
                 held.hold,
+                session.run_session.phases,
             )
             self._resumed_epoch_is_ahead = session.restored is not None
             restored_to = None if session.restored is None else Path(str(folder))

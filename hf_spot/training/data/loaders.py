@@ -43,12 +43,20 @@ class Loaders:
         scratch: local folder for files that workers share with the training; `close` empties it.
         begins: called before each iteration; an exception from it ends the training there.
         ranks: number of ranks.
+        hands_out: called with each batch that a loader returns.
     """
 
-    def __init__(self, scratch: Path, begins: Callable[[], None] = lambda: None, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        scratch: Path,
+        begins: Callable[[], None] = lambda: None,
+        ranks: int = 1,
+        hands_out: Callable[[], None] = lambda: None,
+    ) -> None:
         self._scratch = scratch
         self._begins = begins
         self._ranks = ranks
+        self._on_batch = hands_out
         self._process = os.getpid()
         self._known: weakref.WeakKeyDictionary[Any, TrackedLoader] = weakref.WeakKeyDictionary()
         self._waiting: list[dict[str, Any]] = []
@@ -198,6 +206,7 @@ class Loaders:
     def hands_out(self) -> int:
         """Count a batch, and return its number."""
         self._handed_out += 1
+        self._on_batch()
         return self._handed_out
 
     @property

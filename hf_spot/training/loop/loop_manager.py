@@ -22,6 +22,7 @@ from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, Fenced, SpotError, StoreError, TrainingPreempted
 from hf_spot.log import alert, log_always, warn_for_all
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
+from hf_spot.policy.hangs import Phase
 from hf_spot.policy.numbers import HOW_TO_GET_FINITE, Answer, answer, in_words
 from hf_spot.policy.preemption import Action
 from hf_spot.policy.restarts import patience_s
@@ -109,6 +110,7 @@ class LoopManager:
         """
         self._begin()
         session = self._session
+        session.phases.sign()
         if session.preempted is not None:
             return True
         notice = session.listener.termination()
@@ -202,12 +204,12 @@ class LoopManager:
         session.on_each_disk(lambda: _empty(self._local_dir))  # of files that a killed launch left behind
         session.start_uploader()
         scratch = self._local_dir / ".hf_spot" / f"workers-{rank}"
-        loaders = Loaders(scratch, self._iteration_begins, ranks)
+        loaders = Loaders(scratch, self._iteration_begins, ranks, lambda: session.phases.sign())
         loaders.watch(session.arguments)
         session.closing.callback(shutil.rmtree, scratch, ignore_errors=True)
         session.closing.callback(loaders.close)
         self._files = LoopFiles(loaders, rank, ranks, self.run.url)
-        session.tell_launcher()
+        session.tell_launcher(Phase.LOOP)
         self._begun = True
 
     def tracker_kwargs(self, *, mlflow_experiment: str | None = None) -> dict[str, dict[str, str]]:
@@ -248,6 +250,7 @@ class LoopManager:
             session.on_each_disk(lambda: shutil.rmtree(folder, ignore_errors=True))
         self._note_never_finite(state)
         self._saved_step = self._step = checkpoint.step
+        session.phases.tell(Phase.LOOP, checkpoint.step)
         session.timing.restored(session.clock() - began)
         log.info("resuming from step %d, committed by launch %d", checkpoint.step, checkpoint.ref.launch)
         for changed in version_changes(checkpoint.details):
@@ -262,13 +265,15 @@ class LoopManager:
 
     def _count_steps(self, optimizer: Any) -> None:
         """Report steps between saves to the launcher, by a hook of the optimizer: the loop itself does not report them."""
-        inner, steps = getattr(optimizer, "optimizer", optimizer), self._session.steps
-        if steps is None or not hasattr(inner, "register_step_post_hook"):
+        inner, steps, phases = getattr(optimizer, "optimizer", optimizer), self._session.steps, self._session.phases
+        if self._session.runtime is None or not hasattr(inner, "register_step_post_hook"):
             return
 
         def stepped(*_: Any) -> None:
             self._step += 1
-            steps.tell(self._step)
+            if steps is not None:
+                steps.tell(self._step)
+            phases.tell(Phase.LOOP, self._step)
 
         self._session.closing.callback(inner.register_step_post_hook(stepped).remove)
 
@@ -286,11 +291,13 @@ class LoopManager:
         if self._left and step != self._saved_step:
             raise self._preempted()
         self._step = step
+        self._session.phases.tell(Phase.LOOP, step)
         preempted = self._session.preempted
         finishes_only = preempted is not None and preempted.action is Action.FINISH_UPLOAD_AND_STOP
         if step != self._saved_step and not finishes_only:
             self._session.timing.step_begins(max(0, step - 1))
-            self._save_now(state, step, epoch, loss, dataloader)
+            with self._session.phases.within(Phase.SAVING):
+                self._save_now(state, step, epoch, loss, dataloader)
         if preempted is not None:
             self._leave(step)
 
@@ -428,6 +435,7 @@ class LoopManager:
 
     def _wait(self, timeout_s: float) -> None:
         session, uploader, listener = self._session, self._session.uploader, self._session.listener
+        session.phases.sign()
         if uploader is None:
             return
         drained = uploader.drain(timeout_s, lambda: listener.termination() is not None and session.preempted is None)

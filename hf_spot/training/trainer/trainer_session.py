@@ -21,18 +21,19 @@ from hf_spot.errors import ConfigError, StoreError, TrainingInterrupted, Trainin
 from hf_spot.log import alert, warn_for_all
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import KeyboardSource
+from hf_spot.policy.hangs import Phase
 from hf_spot.policy.passes import Place, place_of
 from hf_spot.policy.preemption import Action, Decision, leaves_step
 from hf_spot.policy.trainer_flags import SAVE_IS_DUE
 from hf_spot.run.checkpoint import Checkpoint
 from hf_spot.run.journal import TRAINING_KEY
-from hf_spot.runtime import Runtime, held_folder, make_private
+from hf_spot.runtime import Plan, Runtime, held_folder, make_private
 from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.session.final_drain import FinalDrain
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.session.step_teller import COMPOSITION, DEVICE, StepTeller
-from hf_spot.training.trainer.batch_size import batches, keep_samples
+from hf_spot.training.trainer.batch_size import batches, keep_full_samples, keep_samples
 from hf_spot.training.trainer.commits import Commits
 from hf_spot.training.trainer.description import describe
 from hf_spot.training.trainer.engines import refuse_what_can_not_be_resumed
@@ -152,7 +153,7 @@ class TrainerSession:
         if self._session.runtime is None:
             drop_inherited_handlers()
         self._session.listen(keyboard=True)
-        self._session.tell_launcher()
+        self._session.tell_launcher(Phase.STARTING)
         if not self.known.find():
             self._session.claim()
         try:
@@ -181,9 +182,12 @@ class TrainerSession:
             if self.trainer.args.load_best_model_at_end:
                 self._best_folder = resumption.restore_best(self._restored)
             self._session.timing.restored(self._session.clock() - began)
+            self._session.phases.tell(Phase.STARTING, self._restored.step)
             log.info("resuming from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
             if not self._nothing_left:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
+        elif not self._nothing_left and self._session.runtime is not None:
+            keep_full_samples(self.trainer, self._session.runtime.full_ranks)
         if not self._nothing_left:
             self._start_teller()  # before the uploader deletes what earlier launches told
             self.commits.begin(resumed=self._restored is not None)
@@ -272,7 +276,10 @@ class TrainerSession:
     def _ending(self, what: str, step: int | None) -> TrainingPreempted:
         suppress_exit_advice()
         kind = TrainingInterrupted if self._is_interrupt else TrainingPreempted
-        return kind(f"{what}\n{how_to_resume()}", step=step)
+        runtime = self._session.runtime
+        others_go_on = runtime is not None and runtime.full_ranks > 0 and not self._is_interrupt
+        next_is = "The machines that are left train on from there." if others_go_on else how_to_resume()
+        return kind(f"{what}\n{next_is}", step=step)
 
     def proven(self, verified: list[str] | None) -> None:
         """Report the result of comparing a resumed training with what was saved. Every rank must call it.
@@ -329,9 +336,16 @@ class TrainerSession:
             session.stop(decision, seconds_left)
         return decision
 
+    def tell_plan(self, max_steps: int) -> None:
+        """Tell the launcher how long the training is, and what a step is made of."""
+        session = self._session
+        if session.runtime is not None and session.agreement.is_main:
+            session.runtime.tell_plan(Plan(max_steps, batches(self.trainer).total))
+
     def step_ended(self, step: int) -> Decision | None:
         """Decide what to do after an optimizer step; return None if there is nothing to do. Every rank must call it."""
         session = self._session
+        session.phases.tell(Phase.DATA, step)
         if session.steps is not None:
             session.steps.tell(step)
         if session.agreement.alone:
@@ -390,6 +404,7 @@ class TrainerSession:
         """
         if self._session.forked:
             return
+        self._session.phases.tell(Phase.FINISHING, step)
         if self._teller is not None:
             self._teller.conclude()
         self._session.order_uploads()
@@ -441,6 +456,7 @@ class TrainerSession:
         """Commit pending uploads after an exception, and record it in the journal if there is no launcher to do it."""
         if self._session.forked or self._session.uploader is None or self._session.uploader.fenced is not None:
             return
+        self._session.phases.tell(Phase.FINISHING)
         if self._teller is not None:
             self._teller.conclude()
         # A user who presses Ctrl-C a second time has seen what the training waits for.

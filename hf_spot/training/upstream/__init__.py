@@ -458,6 +458,15 @@ STORAGE_CPU = _method(
     told=True,
     only="GPUs",
 )
+COMPILATIONS = _value(
+    "torch._dynamo.callback",
+    "callback_handler",
+    "training.session.phases",
+    "a compilation of more than an hour counts as a hang",
+    told=True,
+    scope=_BOTH,
+    optional=True,
+)
 SAVE_TOGETHER = _function(
     _TOGETHER,
     "save",
