@@ -37,6 +37,7 @@ _DIRECTORY_VARIABLE = "HF_SPOT_RUNTIME_DIR"
 _LAUNCHER_VARIABLE = "HF_SPOT_LAUNCHER_PID"
 _CLAIMED_VARIABLE = "HF_SPOT_CLAIMED_AT"
 _ARGUMENTS_VARIABLE = "HF_SPOT_ARGUMENTS"
+_FULL_RANKS_VARIABLE = "HF_SPOT_FULL_RANKS"
 
 
 def to_system(text: str) -> str:
@@ -107,6 +108,14 @@ _REPORT, _LEFT, _MET, _FAILED, _GONE = "training-", "left-", "met-", "failed-", 
 _PHASES, _STACKS = "phase-", "stacks-"  # likewise
 
 
+_at_training: list[Callable[[], None]] = []
+
+
+def at_training(act: Callable[[], None]) -> None:
+    """Have a function called whenever a training begins, in this process or in one that is forked from it."""
+    _at_training.append(act)
+
+
 def is_running(process: int) -> bool:
     """Return whether a process exists and has not ended."""
     try:
@@ -139,6 +148,19 @@ class Prefetched:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a training of the launch is about to do.
+
+    Args:
+        max_steps: optimizer steps to its end.
+        samples: of one optimizer step.
+    """
+
+    max_steps: int
+    samples: int
+
+
+@dataclass(frozen=True)
 class Runtime:
     """One launch, as its workers see it.
 
@@ -152,6 +174,7 @@ class Runtime:
         arguments: the settings given to the launcher.
         launcher: process id of the launcher.
         claimed_at: when it made the claim; None on machines that joined the claim of another machine.
+        full_ranks: ranks whose samples make an optimizer step, if machines come and go; 0 for those of this launch.
     """
 
     store: str
@@ -160,6 +183,7 @@ class Runtime:
     arguments: SpotArguments
     launcher: int = field(default_factory=os.getpid)
     claimed_at: datetime | None = None
+    full_ranks: int = 0
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Runtime | None:
@@ -173,6 +197,7 @@ class Runtime:
             arguments=SpotArguments(**json.loads(environ[_ARGUMENTS_VARIABLE])),
             launcher=int(environ[_LAUNCHER_VARIABLE]),
             claimed_at=datetime.fromisoformat(environ[_CLAIMED_VARIABLE]) if environ.get(_CLAIMED_VARIABLE) else None,
+            full_ranks=int(environ.get(_FULL_RANKS_VARIABLE) or 0),
         )
 
     def to_environ(self) -> dict[str, str]:
@@ -184,6 +209,7 @@ class Runtime:
             _LAUNCHER_VARIABLE: str(self.launcher),
             _CLAIMED_VARIABLE: self.claimed_at.isoformat() if self.claimed_at else "",
             _ARGUMENTS_VARIABLE: json.dumps(dataclasses.asdict(self.arguments)),
+            **({_FULL_RANKS_VARIABLE: str(self.full_ranks)} if self.full_ranks else {}),
         }
 
     @property
@@ -204,6 +230,8 @@ class Runtime:
     def tell_training(self, is_training: bool) -> None:
         """Tell the launcher that a training of this process begins or has ended. A notice can lead to a checkpoint only between
         the two."""
+        for act in _at_training if is_training else ():
+            act()
         self._with_room(lambda: write_atomically(self.training_path, _TRAINING if is_training else _TRAINED))
 
     def tell_stopped(self, exit_code: int) -> None:
@@ -390,6 +418,21 @@ class Runtime:
             look()
             time.sleep(_LOOK_S)
         return prefetched
+
+    def tell_plan(self, plan: Plan) -> None:
+        """Tell the launcher what the training is about to do."""
+        self._with_room(lambda: write_atomically(self._plan_path, json.dumps(dataclasses.asdict(plan))))
+
+    def read_plan(self) -> Plan | None:
+        """Return what the newest training is about to do, or None."""
+        try:
+            return Plan(**json.loads(self._plan_path.read_text())) if self.is_trusted() else None
+        except FileNotFoundError:
+            return None
+
+    @property
+    def _plan_path(self) -> Path:
+        return self.directory / "plan.json"
 
     def write_notice(self, notice: PreemptionNotice) -> None:
         """Write the notice, in place of an earlier one."""

@@ -156,7 +156,7 @@ class Prefetch:
 def _ranks(machines: Machines, world_size: int) -> tuple[int, ...] | None:
     """Return the ranks of this machine, assuming as many ranks as when the checkpoint was saved; None for all ranks."""
     each, rest = divmod(world_size, machines.count)
-    if machines.count == 1 or rest:
+    if machines.count == 1 or rest or (machines.processes and machines.processes != each):
         return None
     return tuple(range(machines.rank * each, (machines.rank + 1) * each))
 

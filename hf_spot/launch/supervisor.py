@@ -33,7 +33,9 @@ from hf_spot.launch.budget import SOURCE as BUDGET
 from hf_spot.launch.budget import BudgetKeeper
 from hf_spot.launch.command import Command, Reading, likely_store
 from hf_spot.launch.dry_run import describe
+from hf_spot.launch.elastic import Elastic, Met
 from hf_spot.launch.folder import RuntimeFolder
+from hf_spot.launch.group import Group
 from hf_spot.launch.hangs import HangKeeper
 from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.prefetch import Prefetch, newest_of
@@ -41,7 +43,7 @@ from hf_spot.launch.process import ProcessTree
 from hf_spot.launch.unhooked import Unhooked
 from hf_spot.log import alert, shown_level
 from hf_spot.notices.detect import grace_s, sources
-from hf_spot.notices.notice import NoticeKind, PreemptionNotice
+from hf_spot.notices.notice import CHANGE_OF_MACHINES, NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import SignalSource, answered_signals
 from hf_spot.notices.watcher import Watcher
 from hf_spot.policy.restarts import (
@@ -163,7 +165,12 @@ class Supervisor:
         self._hook = Hook(hook_url(command.arguments, command.environ), run.url)
         self._hangs = HangKeeper(command.hang_timeout_s, run, self._journal_writer, self._hook, clock=clock)
         self._machines = command.machines
-        self._peers: Peers | None = None
+        self._peers: Group | None = None
+        self._elastic: Elastic | None = None
+        self._met: Met | None = None
+        if command.machines.are_elastic:
+            about = partial(about_this_machine, "hf-spot launch", command.environ)
+            self._elastic = Elastic(run, command.machines, command.arguments, about, self._heard.wait, clock)
 
     def supervise(self, on_listening: Callable[[], None] = lambda: None) -> int:
         """Run launches until the end, and return the exit code of ``hf-spot launch``.
@@ -171,57 +178,86 @@ class Supervisor:
         Args:
             on_listening: called when the watcher runs, before the first launch.
         """
-        fruitless = launches = 0
-        with self._watcher, contextlib.closing(self._hook):
+        with self._watcher, contextlib.closing(self._hook), contextlib.ExitStack() as stack:
             on_listening()
-            while True:
-                self._budget.check()
-                before = self._run.journal.state.latest()
-                try:
-                    verdict, code = self._launch_once()
-                    launches += 1
-                except StoreError as error:
-                    if not launches:
-                        raise
-                    log.error("%s", error)
-                    verdict, code = Verdict.FAILED, error.exit_code + 1
-                if verdict is Verdict.FINISHED:
-                    return EXIT_FINISHED
-                if verdict is Verdict.PREEMPTED:
-                    if self._all_is_committed():
-                        self._watcher.acknowledge()
-                    if self._notice is not None and self._notice.source == BUDGET:
-                        log.error("the budget is used up, and the same command will start nothing until it is raised")
-                        return EXIT_USAGE
-                    return EXIT_INTERRUPTED if self._impatient else EXIT_PREEMPTED
-                if verdict is Verdict.FENCED:
-                    return EXIT_FENCED
-                if code == EXIT_HUNG and self._hangs.is_final():
-                    return code
-                fruitless = fruitless + 1 if self._run.journal.state.latest() == before else 0
-                if not may_restart(code, fruitless, self._command.max_restarts):
-                    log.error("the training process ended with %d; not started again", code)
-                    return code
-                pause = pause_s(fruitless)
-                log.error("the training process ended with %d; starting again in %.0f s", code, pause)
-                if self._heard.wait(pause):
-                    return EXIT_PREEMPTED
+            code = 1
+            if (elastic := self._elastic) is not None:
+                stack.callback(lambda: elastic.close("finished" if code == EXIT_FINISHED else "leaving"))
+            code = self._supervise()
+            return code
+
+    def _supervise(self) -> int:
+        fruitless = launches = 0
+        while True:
+            self._budget.check()
+            before = self._run.journal.state.latest()
+            try:
+                verdict, code = self._launch_once()
+                launches += 1
+            except StoreError as error:
+                if not launches:
+                    raise
+                log.error("%s", error)
+                verdict, code = Verdict.FAILED, error.exit_code + 1
+            if verdict is Verdict.FINISHED:
+                return EXIT_FINISHED
+            if verdict in (Verdict.PREEMPTED, Verdict.FENCED) and self._goes_on_with_others:
+                continue
+            if verdict is Verdict.PREEMPTED:
+                if self._all_is_committed():
+                    self._watcher.acknowledge()
+                if self._notice is not None and self._notice.source == BUDGET:
+                    log.error("the budget is used up, and the same command will start nothing until it is raised")
+                    return EXIT_USAGE
+                return EXIT_INTERRUPTED if self._impatient else EXIT_PREEMPTED
+            if verdict is Verdict.FENCED:
+                return EXIT_FENCED
+            if code == EXIT_HUNG and self._hangs.is_final():
+                return code
+            fruitless = fruitless + 1 if self._run.journal.state.latest() == before else 0
+            if not may_restart(code, fruitless, self._command.max_restarts):
+                log.error("the training process ended with %d; not started again", code)
+                return code
+            pause = pause_s(fruitless)
+            log.error("the training process ended with %d; starting again in %.0f s", code, pause)
+            if self._heard.wait(pause):
+                return EXIT_PREEMPTED
+
+    @property
+    def _goes_on_with_others(self) -> bool:
+        """Return whether this machine takes part in the next launch, although this one was ended."""
+        return self._met is not None and not self._heard.is_set() and not self._impatient
 
     # -- one launch ---------------------------------------------------------------------------------------------------
 
     def _launch_once(self) -> tuple[Verdict, int]:
+        if self._elastic is not None:
+            return self._launch_among(self._elastic)
         met = self._meet()
         if met is None:
             return Verdict.PREEMPTED, EXIT_PREEMPTED
-        launch, self._peers = met
+        launch, peers = met
+        self._peers = peers
         try:
             verdict, code = self._train(launch)
-            if self._peers is not None:
-                self._peers.tell(self._machines.rank, verdict, code)
+            if peers is not None:
+                peers.tell(self._machines.rank, verdict, code)
             return verdict, code
         finally:
-            if self._peers is not None:
-                self._peers.close()
+            if peers is not None:
+                peers.close()
+
+    def _launch_among(self, elastic: Elastic) -> tuple[Verdict, int]:
+        """Make one launch of machines that come and go."""
+        self._met = None
+        met = elastic.meet()
+        if isinstance(met, Verdict):
+            return met, EXIT_FINISHED if met is Verdict.FINISHED else EXIT_PREEMPTED
+        self._met, self._machines, self._peers = met, met.machines, met.group
+        verdict, code = self._train(met.launch)
+        met.group.tell(met.machines.rank, verdict, code)
+        elastic.concluded(verdict)
+        return verdict, code
 
     def _meet(self) -> tuple[int, Peers | None] | None:
         """Claim the run, together with the other machines if there are any. Return the launch and the connections to them; None
@@ -268,7 +304,14 @@ class Supervisor:
             if self._machines.rank == 0:
                 self._hook.tell(f"launch {launch} has begun on {platform.node()}")
             arguments = replace(self._command.arguments, on_event=None)  # this process posts the events
-            runtime = Runtime(self._run.url, launch, folder.path, arguments, claimed_at=self._run.journal.claimed_at)
+            runtime = Runtime(
+                self._run.url,
+                launch,
+                folder.path,
+                arguments,
+                claimed_at=self._run.journal.claimed_at,
+                full_ranks=self._command.machines.count * self._command.machines.processes,
+            )
             try:
                 runtime.reserve()
             except OSError as error:
@@ -280,9 +323,13 @@ class Supervisor:
             with contextlib.ExitStack() as running:
                 self._fetch_ahead(runtime, running)
                 signals = answered_signals(arguments)
+                argv, environ = self._command.argv, self._command.environ
+                if self._met is not None:
+                    argv = self._command.argv_among(self._machines, self._met.port)
+                    environ = {**self._met.environ(), **environ}
                 tree = ProcessTree(
-                    self._command.argv,
-                    _environ(self._command.environ, runtime, signals),
+                    argv,
+                    _environ(environ, runtime, signals),
                     signals,
                     as_it_is=self._command.as_it_is,
                 )
@@ -316,6 +363,9 @@ class Supervisor:
             if self._heard.is_set() and self._clock() - self._heard_at > self._patience_s():
                 self._give_up()
                 return EXIT_PREEMPTED
+            if self._elastic is not None and not self._heard.is_set() and (change := self._elastic.look(runtime)) is not None:
+                log.warning("the machines change, %s: the training saves, and goes on with them", change)
+                runtime.write_notice(PreemptionNotice(NoticeKind.TERMINATE, CHANGE_OF_MACHINES, change))
             if not self._heard.is_set() and self._hangs.look():
                 return EXIT_HUNG
             if self._peers is not None and (ended := self._peers.ended()) is not None:
@@ -323,8 +373,11 @@ class Supervisor:
                     alone_since = self._clock()
                     log.warning("machine %d: %s", ended.machine, ended.verdict.value)
                 if self._clock() - alone_since > outlives_s(ended.verdict, self._command.arguments.drain_timeout_s):
-                    log.error("the training can't continue without machine %d: killing it", ended.machine)
-                    return ended.code or EXIT_PREEMPTED
+                    if self._met is None:
+                        log.error("the training can't continue without machine %d: killing it", ended.machine)
+                        return ended.code or EXIT_PREEMPTED
+                    log.warning("machine %d has left the training, which begins again without it", ended.machine)
+                    return EXIT_PREEMPTED if ended.verdict is Verdict.LOST else ended.code or EXIT_PREEMPTED
         return code
 
     def _keep(self, folder: RuntimeFolder, runtime: Runtime) -> None:
@@ -390,6 +443,8 @@ class Supervisor:
             self._write_ending(verdict, state, code, StepCounter.read(runtime.step_path))
         if verdict is Verdict.FENCED:
             log.error("a newer launch has claimed %s; this one has ended", self._run.url)
+        elif verdict is Verdict.PREEMPTED and self._goes_on_with_others:
+            log.info("launch %d has ended, and this machine goes on in the next one", runtime.launch)
         elif verdict is Verdict.PREEMPTED and not self._training_has_said_so(runtime, state):
             log.warning("%s", self._words_after_preemption(runtime, state, code))
         return verdict, code

@@ -124,6 +124,7 @@ class SpotCallback(TrainerCallback):
         if self._session.best_folder is not None:
             state.best_model_checkpoint = str(self._session.best_folder)
         self._saves.watch()
+        self._session.tell_plan(state.max_steps)
         if self._session.restored is not None:
             carry_callback_states(self._session.trainer)
             carry_counters(self._session.trainer, self._session.restored.details.get("counters", {}))

@@ -30,13 +30,13 @@ from hf_spot.policy.rollback import Span
 from hf_spot.policy.trainer_flags import SAVE_IS_DUE
 from hf_spot.run.checkpoint import Checkpoint
 from hf_spot.run.journal import TRAINING_KEY
-from hf_spot.runtime import Runtime, held_folder, make_private
+from hf_spot.runtime import Plan, Runtime, held_folder, make_private
 from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.session.final_drain import FinalDrain
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.session.step_teller import COMPOSITION, DEVICE, StepTeller
-from hf_spot.training.trainer.batch_size import batches, keep_samples
+from hf_spot.training.trainer.batch_size import batches, keep_full_samples, keep_samples
 from hf_spot.training.trainer.commits import Commits
 from hf_spot.training.trainer.description import describe
 from hf_spot.training.trainer.engines import refuse_what_can_not_be_resumed
@@ -178,6 +178,12 @@ class TrainerSession:
     def _begin(self, resume_from_checkpoint: str | bool | None) -> str | None:
         began, resumption = self._session.clock(), Resumption(self._session)
         found = resumption.restore(resume_from_checkpoint)
+        committed = self._session.run.journal.state.latest(self._session.training)
+        if found is None and resume_from_checkpoint is False and committed is not None:
+            log.warning(
+                "train(resume_from_checkpoint=False) begins from the start, although step %d of this training is committed",
+                committed.step,
+            )
         if found is not None:
             self._restored = found[0]
             self._nothing_left = self.known.compare(found[0])
@@ -192,6 +198,8 @@ class TrainerSession:
             log.info("resuming from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
             if not self._nothing_left:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
+        elif not self._nothing_left and self._session.runtime is not None:
+            keep_full_samples(self.trainer, self._session.runtime.full_ranks)
         if not self._nothing_left:
             self._passed_over = self._session.agreement.from_main(self._find_passed_over)
             if self._passed_over:
@@ -337,7 +345,10 @@ class TrainerSession:
     def _ending(self, what: str, step: int | None) -> TrainingPreempted:
         suppress_exit_advice()
         kind = TrainingInterrupted if self._is_interrupt else TrainingPreempted
-        return kind(f"{what}\n{how_to_resume()}", step=step)
+        runtime = self._session.runtime
+        others_go_on = runtime is not None and runtime.full_ranks > 0 and not self._is_interrupt
+        next_is = "The machines that are left train on from there." if others_go_on else how_to_resume()
+        return kind(f"{what}\n{next_is}", step=step)
 
     def proven(self, verified: list[str] | None) -> None:
         """Report the result of comparing a resumed training with what was saved. Every rank must call it.
@@ -393,6 +404,12 @@ class TrainerSession:
         if decision is not None:
             session.stop(decision, seconds_left)
         return decision
+
+    def tell_plan(self, max_steps: int) -> None:
+        """Tell the launcher how long the training is, and what a step is made of."""
+        session = self._session
+        if session.runtime is not None and session.agreement.is_main:
+            session.runtime.tell_plan(Plan(max_steps, batches(self.trainer).total))
 
     def step_ended(self, step: int) -> Decision | None:
         """Decide what to do after an optimizer step; return None if there is nothing to do. Every rank must call it."""
