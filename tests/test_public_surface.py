@@ -40,6 +40,7 @@ ERROR_TREE = {
     "IncompleteCheckpoint": "SpotError",
     "Untrusted": "SpotError",
     "Fenced": "SpotError",
+    "RolledBack": "SpotError",
     "TrainingPreempted": "SystemExit",
     "TrainingInterrupted": "TrainingPreempted",
 }
