@@ -209,6 +209,11 @@ class LoopManager:
         session, rank = self._session, dist.get_rank() if ranks > 1 else 0
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         check(Scope.LOOP)
+        if session.arguments.on_nan == "rollback":
+            raise ConfigError(
+                "on_nan='rollback' is for Trainer: only a custom loop itself can pass over its batches",
+                hint="--on-nan stop, and other data after the last commit",
+            )
         session.join_ranks(ranks, rank, local_rank, self._local_dir, setting="SpotCheckpointManager(…, local_dir=…)")
         self._training = LoopTraining(session, rank, state, loads_only=loads_only)
         session.claim()

@@ -6,6 +6,7 @@ has arrived, usually one or two steps later.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any
 
@@ -36,6 +37,7 @@ class PendingLosses:
         self._copied: torch.Event | None = None  # announces the copies of so many pending steps
         self._covered = 0
         self._copied_since = False
+        self.first_not_finite: int | None = None  # a step
 
     def add(self, loss: torch.Tensor) -> None:
         """Add the loss of a micro-batch of the step under way."""
@@ -92,7 +94,10 @@ class PendingLosses:
             self._tell(*self._pending.popleft())
 
     def _tell(self, step: int, loss: Any, learning_rate: float | None, indices: Any) -> None:
-        self._teller.tell(step, loss.item() if isinstance(loss, torch.Tensor) else loss, learning_rate, indices)
+        value = loss.item() if isinstance(loss, torch.Tensor) else loss
+        if self.first_not_finite is None and value is not None and not math.isfinite(value):
+            self.first_not_finite = step
+        self._teller.tell(step, value, learning_rate, indices)
 
     def logged(self) -> None:
         """Tell the steps whose losses no event announces. Call it when something else has just waited for the device."""

@@ -30,6 +30,11 @@ class StepLosses:
         self._told = 0
         self._plain = TRAINING_STEP.of(trainer)  # perhaps the script's own
 
+    @property
+    def first_not_finite(self) -> int | None:
+        """Return the first step whose loss is known to be no finite number; None if there is none."""
+        return self._losses.first_not_finite
+
     def watch(self) -> None:
         """Start wrapping. Call it before the training begins."""
         TRAINING_STEP.set(self._trainer, self._training_step)

@@ -175,8 +175,8 @@ TRAINING_STEP = _method(
     _TRAINER,
     "training_step",
     "model, inputs, …",
-    "training.trainer.step_losses",
-    "the losses of steps that are done again after a kill are not compared with those of before",
+    "training.trainer.step_losses training.trainer.passed_over",
+    "--on-nan rollback passes over nothing, and losses of steps that are done again after a kill are not compared",
     told=True,
 )
 EVALUATE = _method(
