@@ -55,7 +55,8 @@ CASES = [
     Case(
         "swift",
         "swift sft --model tiny-llama --model_type llama --template dummy --dataset ./sft.jsonl --tuner_type full "
-        "--output_dir {out} --add_version false --per_device_train_batch_size 4 --num_train_epochs 2 --save_steps 5 "
+        "--output_dir {out} --add_version false --per_device_train_batch_size 4 --gradient_accumulation_steps 1 "
+        "--num_train_epochs 2 --save_steps 5 "
         "--logging_steps 1 --report_to none --use_cpu true --learning_rate 1e-3 --seed 1 --split_dataset_ratio 0 "
         "--torch_dtype float32",
         ("ms-swift",),

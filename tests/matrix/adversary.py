@@ -194,7 +194,7 @@ def _train(made: Composition, folder: Path, out: Path, url: str | None, event: d
             """Wait for the commits: so that a failure is the same when it is repeated."""
             session = self.callback._session
             if session is not None and session.run_session.uploader is not None:
-                session.behind.wait(60)
+                session.commits.behind.wait(60)
                 session.run_session.uploader.drain(60)
 
         def at(self, moment: str, state: Any) -> None:

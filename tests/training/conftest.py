@@ -76,7 +76,7 @@ class Patient(TrainerCallback):
         session = self._callback._session
         if state.global_step < self._after_step or session.run_session.uploader.fenced:
             return
-        assert session.behind.wait(PATIENCE_S) and session.run_session.uploader.drain(PATIENCE_S)
+        assert session.commits.behind.wait(PATIENCE_S) and session.run_session.uploader.drain(PATIENCE_S)
 
 
 def make_trainer(output_dir: Path, *callbacks: TrainerCallback, **settings: Any) -> Trainer:

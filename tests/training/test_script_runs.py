@@ -27,7 +27,7 @@ def get_run():
 
 
 @pytest.fixture
-def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     folder = tmp_path / "packages"
     folder.mkdir()
     for name in ("wandb", "swanlab"):
@@ -37,6 +37,9 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "1"])
     for name in ("WANDB_RUN_ID", "SWANLAB_RUN_ID", "WANDB_SWEEP_ID", "RANK"):
         monkeypatch.delenv(name, raising=False)
+    yield
+    for name in ("wandb", "swanlab"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture

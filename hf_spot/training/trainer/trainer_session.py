@@ -8,51 +8,49 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError, SpotError, StoreError, TrainingInterrupted, TrainingPreempted
-from hf_spot.log import alert, log_always, warn_for_all
+from hf_spot.errors import ConfigError, RolledBack, SpotError, StoreError, TrainingInterrupted, TrainingPreempted
+from hf_spot.log import alert, warn_for_all
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import KeyboardSource
+from hf_spot.policy import rollback
+from hf_spot.policy.hangs import Phase
+from hf_spot.policy.numbers import HOW_TO_GET_FINITE
 from hf_spot.policy.passes import Place, place_of
 from hf_spot.policy.preemption import Action, Decision, leaves_step
+from hf_spot.policy.rollback import Span
 from hf_spot.policy.trainer_flags import SAVE_IS_DUE
-from hf_spot.run import history
-from hf_spot.run.checkpoint import Checkpoint, CommitRequest
-from hf_spot.run.journal import TRAINING_KEY, Entry
-from hf_spot.runtime import Runtime, held_folder, make_private
-from hf_spot.storage.threads import Workers
+from hf_spot.run.checkpoint import Checkpoint
+from hf_spot.run.journal import TRAINING_KEY
+from hf_spot.runtime import Plan, Runtime, held_folder, make_private
 from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
-from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.ballot import Ballot
-from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
 from hf_spot.training.session.final_drain import FinalDrain
+from hf_spot.training.session.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
+from hf_spot.training.session.recognition import KnownTraining, finished
 from hf_spot.training.session.run_session import RunSession
-from hf_spot.training.session.step_teller import COMPOSITION, DEVICE, StepTeller
-from hf_spot.training.trainer.batch_size import batches, keep_samples
+from hf_spot.training.session.step_teller import COMPOSITION, DEVICE, StepTeller, kind_of
+from hf_spot.training.trainer.batch_size import batches, keep_full_samples, keep_samples
+from hf_spot.training.trainer.commits import Commits
 from hf_spot.training.trainer.description import describe
 from hf_spot.training.trainer.engines import refuse_what_can_not_be_resumed
-from hf_spot.training.trainer.metrics import Metrics
-from hf_spot.training.trainer.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
+from hf_spot.training.trainer.passed_over import why_impossible
 from hf_spot.training.trainer.random_states import RandomStates
-from hf_spot.training.trainer.recognition import KnownTraining, finished
 from hf_spot.training.trainer.restore import MachineGoing, Resumption
-from hf_spot.training.trainer.save_schedule import Cadence, FirstSave
-from hf_spot.training.trainer.saves import writes_on_each_rank
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 log = logging.getLogger("hf_spot")
+
+_MOST_ENTRIES = 200  # read back for rollbacks
 
 
 class TrainerSession:
@@ -95,12 +93,11 @@ class TrainerSession:
         )
         self._restored: Checkpoint | None = None
         self._nothing_left = False
+        self._passed_over: list[Span] = []
         self.known = KnownTraining(session, describe(trainer, output_dir))
         self._best_folder: Path | None = None
         self._advisories: set[str] = set()
         self._asked_advisory: str | None = None
-        self._save_began: float | None = None
-        self._past: history.Past | None = None
         self._notices = 0
         self._teller: StepTeller | None = None
         # Not in output_dir, which may be full when the next epoch begins, or be deleted in its middle.
@@ -113,17 +110,7 @@ class TrainerSession:
         session.closing.callback(shutil.rmtree, scratch, ignore_errors=True)
         self.random_states = RandomStates(trainer, scratch / f"random-states-{trainer.args.process_index}")
         session.closing.callback(self.random_states.close)
-        memory_gb = arguments.save_memory_gb
-        writers = Agreement(trainer.args.world_size)  # of its own: the ranks agree on something else meanwhile
-        session.closing.callback(writers.close)
-        self.behind = AsyncCheckpointWriter(
-            None if memory_gb is None else int(memory_gb * 1e9), writers, self._share_of_memory()
-        )
-        session.closing.callback(self.behind.close)
-        self._cadence = Cadence(trainer, arguments, self._is_busy, now, clock)
-        self._first_save = FirstSave(trainer, arguments, clock)
-        self._metrics = Metrics(trainer, {"next_save_in_s": self._cadence.due_in_s})
-        session.closing.callback(self._metrics.close)
+        self.commits = Commits(trainer, session, now=now, clock=clock)
 
     @property
     def run_session(self) -> RunSession:
@@ -156,6 +143,11 @@ class TrainerSession:
         return self._teller
 
     @property
+    def passed_over(self) -> list[Span]:
+        """Return the steps that the training passes over, or has passed over, after rollbacks: one span for each."""
+        return self._passed_over
+
+    @property
     def best_folder(self) -> Path | None:
         """Return the folder of the best checkpoint so far, if it was restored."""
         return self._best_folder
@@ -172,7 +164,7 @@ class TrainerSession:
         if self._session.runtime is None:
             drop_inherited_handlers()
         self._session.listen(keyboard=True)
-        self._session.tell_launcher()
+        self._session.tell_launcher(Phase.STARTING)
         if not self.known.find():
             self._session.claim()
         try:
@@ -185,6 +177,12 @@ class TrainerSession:
     def _begin(self, resume_from_checkpoint: str | bool | None) -> str | None:
         began, resumption = self._session.clock(), Resumption(self._session)
         found = resumption.restore(resume_from_checkpoint)
+        committed = self._session.run.journal.state.latest(self._session.training)
+        if found is None and resume_from_checkpoint is False and committed is not None:
+            log.warning(
+                "train(resume_from_checkpoint=False) begins from the start, although step %d of this training is committed",
+                committed.step,
+            )
         if found is not None:
             self._restored = found[0]
             self._nothing_left = self.known.compare(found[0])
@@ -195,13 +193,18 @@ class TrainerSession:
             if self.trainer.args.load_best_model_at_end:
                 self._best_folder = resumption.restore_best(self._restored)
             self._session.timing.restored(self._session.clock() - began)
+            self._session.phases.tell(Phase.STARTING, self._restored.step)
             log.info("resuming from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
             if not self._nothing_left:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
+        elif not self._nothing_left and self._session.runtime is not None:
+            keep_full_samples(self.trainer, self._session.runtime.full_ranks)
         if not self._nothing_left:
+            self._passed_over = self._session.agreement.from_main(self._find_passed_over)
+            if self._passed_over:
+                log.warning("after NaN, these steps are passed over: %s", rollback.in_words(self._passed_over))
             self._start_teller()  # before the uploader deletes what earlier launches told
-            self._session.start_uploader(self._committed)
-            self._learn()
+            self.commits.begin(resumed=self._restored is not None)
         if self.machine_is_going():
             raise MachineGoing
         if found is not None:
@@ -218,11 +221,65 @@ class TrainerSession:
             session,
             args.process_index,
             launch,
-            {COMPOSITION: str(batches(self.trainer)), DEVICE: _device(args.device)},
+            {COMPOSITION: str(batches(self.trainer)), DEVICE: kind_of(args.device)},
             resumed_step=self._restored.step if self._restored else 0,
-            changed=self.known.changed_in_words,
+            changed=[*self.known.changed_in_words, *self._passed_over_in_words()],
         )
         session.closing.callback(self._teller.close)
+
+    def _passed_over_in_words(self) -> list[str]:
+        ahead = [one for one in self._passed_over if one.last > (self._restored.step if self._restored else 0)]
+        return [f"after NaN, steps {rollback.in_words(ahead)} are passed over"] if ahead else []
+
+    def _find_passed_over(self) -> list[Span]:
+        restored = self._restored
+        found = rollback.spans_from(restored.details.get("passed_over")) if restored else []
+        if found or self._session.arguments.on_nan == "rollback":  # the others need no further request
+            journal = self._session.run.journal
+            last, after = journal.state.number, restored.ref.entry if restored else 0
+            entries = map(journal.read, range(max(after, last - _MOST_ENTRIES) + 1, last + 1))
+            of_this = [one for one in entries if one.kind == rollback.KIND]
+            for one in of_this:
+                if one.data.get(TRAINING_KEY, 1) == self._session.training:
+                    found += rollback.spans_from([one.data.get("span")])
+        return found
+
+    def roll_back(self, what: str, step: int, first_wrong: int | None) -> NoReturn:
+        """End the launch, so that the next one resumes from the newest commit and passes over the steps that went wrong.
+
+        Every rank must call it.
+
+        Args:
+            what: is not finite, for people.
+            step: the step that would have been saved.
+            first_wrong: the first step whose loss on this rank was not finite, if any.
+
+        Raises:
+            RolledBack: it was recorded.
+            SpotError: it is impossible, or was done too often.
+        """
+        session = self._session
+        session.agreement.together(lambda: session.finish_uploads(session.arguments.drain_timeout_s))
+        known = [one for one in session.agreement.gather(first_wrong) if one is not None]
+
+        def decide_on_main() -> Span:
+            why, most = why_impossible(self.trainer), session.arguments.max_rollbacks
+            if why is None and len(self._passed_over) >= most:
+                why = f"it was rolled back {most} times (--max-rollbacks)"
+            if why is not None:
+                raise SpotError(f"{what}; not rolled back: {why}", hint=HOW_TO_GET_FINITE)
+            committed = session.committed_step
+            span = rollback.span_of(min(known, default=None), step, committed, self._passed_over)
+            data: dict[str, Any] = {"step": step, "committed_step": committed, TRAINING_KEY: session.training}
+            data |= {"span": [span.first, span.last], "why": what}
+            session.record(rollback.KIND, data, patience_s=session.arguments.drain_timeout_s)
+            return span
+
+        span = session.agreement.from_main(decide_on_main)
+        raise RolledBack(
+            f"{what}; the next launch resumes from the newest commit and passes over steps {rollback.in_words([span])}",
+            hint="start the same command again; hf-spot launch does so by itself",
+        )
 
     def end_was_told(self) -> bool:
         """Return whether callbacks got the last log lines of the complete training. All ranks must call it.
@@ -287,29 +344,10 @@ class TrainerSession:
     def _ending(self, what: str, step: int | None) -> TrainingPreempted:
         suppress_exit_advice()
         kind = TrainingInterrupted if self._is_interrupt else TrainingPreempted
-        return kind(f"{what}\n{how_to_resume()}", step=step)
-
-    def _learn(self) -> None:
-        """Read the history of the run on rank 0, in a thread: the training does not wait for it."""
-        if not self._session.agreement.is_main:
-            return
-
-        def read() -> None:
-            try:
-                self._past = history.read_past(self._session.run.journal)
-            except SpotError as error:
-                log.info("the history of %s could not be read: %s", self._session.run.url, error)
-                return
-            except Exception:
-                log.exception("the history of %s could not be read", self._session.run.url)
-                return
-            self._cadence.remember(self._past)
-            if self._restored is not None:
-                self._metrics.put("steps_lost", self._past.steps_lost)
-
-        historian = Workers(1, "hf_spot-historian")
-        historian.submit(read)
-        historian.shutdown(wait=False)
+        runtime = self._session.runtime
+        others_go_on = runtime is not None and runtime.full_ranks > 0 and not self._is_interrupt
+        next_is = "The machines that are left train on from there." if others_go_on else how_to_resume()
+        return kind(f"{what}\n{next_is}", step=step)
 
     def proven(self, verified: list[str] | None) -> None:
         """Report the result of comparing a resumed training with what was saved. Every rank must call it.
@@ -329,10 +367,7 @@ class TrainerSession:
 
     def step_begins(self) -> None:
         """Record that a step begins. Every rank must call it."""
-        if self._session.timing.step_begins(self.trainer.state.global_step) and self._session.agreement.is_main:
-            self._cadence.began()
-        if self._session.agreement.is_main:
-            self._first_save.look()
+        self.commits.step_begins(first=self._session.timing.step_begins(self.trainer.state.global_step))
 
     def ask(self) -> None:
         """Cast this rank's ballot; `step_ended` and `micro_batch_ended` read the result."""
@@ -340,7 +375,7 @@ class TrainerSession:
         # The ranks of a machine don't read the notice at the same instant: an advisory counts once, when rank 0 has seen it.
         advisory = session.agreement.is_main and notice is not None and notice.kind is NoticeKind.ADVISORY
         self._asked_advisory = notice.id if advisory and notice and notice.id not in self._advisories else None
-        save_is_due = session.agreement.is_main and self._cadence.is_due()
+        save_is_due = session.agreement.is_main and self.commits.save_is_due()
         session.agreement.ask(session.ballot(notice, advisory=self._asked_advisory is not None, save_is_due=save_is_due))
 
     def micro_batch_ended(self, rest_of_step_s: float, *, rewindable: Callable[[], bool]) -> Decision | None:
@@ -369,9 +404,16 @@ class TrainerSession:
             session.stop(decision, seconds_left)
         return decision
 
+    def tell_plan(self, max_steps: int) -> None:
+        """Tell the launcher how long the training is, and what a step is made of."""
+        session = self._session
+        if session.runtime is not None and session.agreement.is_main:
+            session.runtime.tell_plan(Plan(max_steps, batches(self.trainer).total))
+
     def step_ended(self, step: int) -> Decision | None:
         """Decide what to do after an optimizer step; return None if there is nothing to do. Every rank must call it."""
         session = self._session
+        session.phases.tell(Phase.DATA, step)
         if session.steps is not None:
             session.steps.tell(step)
         if session.agreement.alone:
@@ -387,7 +429,7 @@ class TrainerSession:
         if not merged.terminate and not merged.advisory:
             return SAVE_IS_DUE if merged.save_is_due else None
         self._notices += 1
-        self._metrics.put("notices", self._notices)
+        self.commits.count_notices(self._notices)
         if self._asked_advisory is not None:
             self._advisories.add(self._asked_advisory)
         kind = NoticeKind.TERMINATE if merged.terminate else NoticeKind.ADVISORY
@@ -408,7 +450,7 @@ class TrainerSession:
     def _is_quiet(self) -> bool:
         """Return whether this rank has nothing to report, as after nearly every step: microseconds count here."""
         session = self._session
-        return session.listener.current() is None and session.fenced is None and not self._cadence.is_due()
+        return session.listener.current() is None and session.fenced is None and not self.commits.save_is_due()
 
     def _decide(self, kind: NoticeKind, seconds_left: float | None, notice: PreemptionNotice | None) -> Decision:
         def say(told: str) -> None:
@@ -417,89 +459,6 @@ class TrainerSession:
                 self._session.hook.tell(told)
 
         return self._session.decide(kind, seconds_left, notice, say)
-
-    def save_begins(self) -> None:
-        """Record that a save comes next."""
-        self._save_began = self._session.clock()
-        self._cadence.saved(None)  # so that a failed save is not repeated after the very next step
-
-    def save_failed(self, why: SpotError, *, stops: bool) -> None:
-        """Report a checkpoint that a rank could not write. Every rank must call it.
-
-        Args:
-            why: the error.
-            stops: raise it, after pending uploads are committed.
-        """
-        self._save_began = None
-        if stops:
-            self._session.agreement.together(lambda: self._session.finish_uploads(self._session.arguments.drain_timeout_s))
-            raise why
-        next_is = "the last commit stands" if self._session.preempted else "training goes on, and the next save will try again"
-        if self._session.agreement.is_main:
-            log_always(logging.ERROR, "%s; %s", why.args[0], next_is)
-
-    def saved(self, folder: Path, request: CommitRequest) -> None:
-        """Hand a checkpoint to the uploader, once all its files are written. Every rank must call it after the save."""
-        if self._session.disk.count > 1:
-            self.behind.then_together(self._rotate_as_on_main)
-        began, self._save_began = self._save_began, None
-        stall_s = None if began is None else self._session.clock() - began
-        self._session.timing.stalled(stall_s)
-        self._cadence.saved(stall_s)
-        self._first_save.saved()
-        self._metrics.put("stall_s", stall_s)
-        details = {**(request.details or {}), **self._session.timing.to_details(request.step), **self._carried()}
-        request = replace(request, details=details)
-        submit = partial(self._submit, folder, request, began, stall_s)
-        if self._session.disk.count > 1:
-            self.behind.then_together(submit)
-        elif self._session.uploader is not None:
-            self.behind.then(partial(submit, self._session.agreement))
-        self._session.order_uploads()
-
-    def _submit(
-        self, folder: Path, request: CommitRequest, began: float | None, stall_s: float | None, ranks: Agreement
-    ) -> None:
-        """Submit a checkpoint. Called when all its files are written, from the thread that wrote them."""
-        session = self._session
-        if began is not None:
-            session.note_save(session.clock() - began)
-            self._metrics.put("checkpoint_s", session.save_s)
-        seconds = {"save_s": session.save_s, "stall_s": stall_s}
-        details = {**(request.details or {}), **{name: took and round(took, 3) for name, took in seconds.items()}}
-        self._session.submit(folder, replace(request, details=details), ranks)
-
-    def _committed(self, entry: Entry) -> None:
-        """Record the measurements of a commit. Called from the uploader's thread."""
-        upload_s, size_bytes = entry.data["upload_s"], sum(file["size"] for file in entry.data["files"])
-        if entry.data["save_s"] is not None:
-            self._cadence.committed(entry.data["save_s"], upload_s)
-        self._metrics.put("upload_s", upload_s)
-        self._metrics.put("upload_gb_per_s", size_bytes / 1e9 / upload_s if upload_s else None)
-
-    def _is_busy(self) -> bool:
-        """Return whether a new checkpoint would have to wait. It replaces one that the store does not accept."""
-        if self._session.uploader is None or self._session.uploader.trouble is not None:
-            return False
-        return not (self._session.uploader.idle and self.behind.wait(0.0))
-
-    def _carried(self) -> dict[str, Any]:
-        """Return details for later launches; empty until the history is known."""
-        return history.to_details(self._past.now(self._session.now())) if self._past else {}
-
-    def _share_of_memory(self) -> float:
-        """Return the share of the machine's memory for this rank's saves, if several of its ranks write much."""
-        node = os.uname().nodename
-        ranks = self._session.agreement.gather(node).count(node)
-        return 1.0 if self._session.agreement.is_main and not writes_on_each_rank(self.trainer) else 1 / ranks
-
-    def _rotate_as_on_main(self, ranks: Agreement) -> None:
-        """Delete the checkpoints that rank 0 has rotated away: Trainer does so on rank 0's disk only."""
-        kept = ranks.from_main(lambda: {path.name for path in self._session.output_dir.glob("checkpoint-*")})
-        if self._session.disk.leads:
-            for path in self._session.output_dir.glob("checkpoint-*"):
-                if path.name not in kept:
-                    shutil.rmtree(path, ignore_errors=True)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -513,6 +472,7 @@ class TrainerSession:
         """
         if self._session.forked:
             return
+        self._session.phases.tell(Phase.FINISHING, step)
         if self._teller is not None:
             self._teller.conclude()
         self._session.order_uploads()
@@ -564,6 +524,7 @@ class TrainerSession:
         """Commit pending uploads after an exception, and record it in the journal if there is no launcher to do it."""
         if self._session.forked or self._session.uploader is None or self._session.uploader.fenced is not None:
             return
+        self._session.phases.tell(Phase.FINISHING)
         if self._teller is not None:
             self._teller.conclude()
         # A user who presses Ctrl-C a second time has seen what the training waits for.
@@ -608,10 +569,3 @@ def _check(trainer: Trainer) -> None:
         )
     if args.ignore_data_skip:
         warn_for_all("ignore_data_skip=True: a resumed run trains on other data than an uninterrupted one; set it to False")
-
-
-def _device(device: torch.device) -> str:
-    """Return the kind of device: another kind computes the same step with other rounding."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type

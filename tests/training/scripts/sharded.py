@@ -171,7 +171,7 @@ def behind_the_training(folder: Path, version: int, out: Path) -> dict[str, Any]
 
 def settled(callback: Any) -> None:
     session = callback._session
-    assert session.behind.wait(PATIENCE_S)
+    assert session.commits.behind.wait(PATIENCE_S)
     assert session.run_session.uploader is None or session.run_session.uploader.drain(PATIENCE_S)
 
 

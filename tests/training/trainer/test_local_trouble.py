@@ -228,7 +228,7 @@ def test_an_output_dir_that_is_deleted_costs_at_most_one_checkpoint(
                 lambda: ("put_file", "checkpoint-6") in [(name, key.split("/")[1]) for name, key in faulty.calls if "/" in key]
             )
         else:
-            assert session.behind.wait(PATIENCE_S) and session.run_session.uploader.drain(PATIENCE_S)
+            assert session.commits.behind.wait(PATIENCE_S) and session.run_session.uploader.drain(PATIENCE_S)
         wait_for(lambda: _is_deleted(out), "for the folder to be gone: another thread may be adding a file to it")
         gate.set()
 

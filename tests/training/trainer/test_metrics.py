@@ -32,7 +32,7 @@ def interrupted_run(store: str, tmp_path: Path, **settings: Any) -> None:
     def look() -> None:
         session = callback._session
         assert session is not None
-        wait_for(lambda: session._past)
+        wait_for(lambda: session.commits.past)
 
     make_trainer(tmp_path / "two", callback, Patient(callback), Recorder(8, look), **settings).train()
 

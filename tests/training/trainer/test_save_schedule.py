@@ -307,7 +307,7 @@ def test_a_launch_learns_from_the_one_before(store: str, tmp_path: Path) -> None
     def look() -> None:
         session = callback._session
         assert session is not None
-        learnt.append(wait_for(lambda: session._past))
+        learnt.append(wait_for(lambda: session.commits.past))
 
     make_trainer(tmp_path / "two", callback, Patient(callback), Recorder(6, look)).train()
     [past] = learnt

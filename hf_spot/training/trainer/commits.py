@@ -1,0 +1,190 @@
+"""Commits: the way of a training's checkpoints from Trainer's thread to the uploader, and what saves and commits cost."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_spot.errors import SpotError
+from hf_spot.log import log_always
+from hf_spot.run import history
+from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.journal import Entry
+from hf_spot.storage.threads import Workers
+from hf_spot.training.ranks.agreement import Agreement
+from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
+from hf_spot.training.session.run_session import RunSession
+from hf_spot.training.trainer.metrics import Metrics
+from hf_spot.training.trainer.save_schedule import Cadence, FirstSave
+from hf_spot.training.trainer.saves import writes_on_each_rank
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+log = logging.getLogger("hf_spot")
+
+
+class Commits:
+    """Submits checkpoints once all their files are written, and measures saves and commits for the next decisions.
+
+    Args:
+        trainer: the Trainer.
+        session: what its launch has of the run; closes what this opens.
+        now: the wall clock.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, trainer: Trainer, session: RunSession, *, now: Callable[[], datetime], clock: Callable[[], float]
+    ) -> None:
+        self._session = session
+        self._save_began: float | None = None
+        self._past: history.Past | None = None
+        memory_gb = session.arguments.save_memory_gb
+        writers = Agreement(trainer.args.world_size)  # of its own: the ranks agree on something else meanwhile
+        session.closing.callback(writers.close)
+        share = _share_of_memory(trainer, session.agreement)
+        self.behind = AsyncCheckpointWriter(None if memory_gb is None else int(memory_gb * 1e9), writers, share)
+        session.closing.callback(self.behind.close)
+        self._cadence = Cadence(trainer, session.arguments, self._is_busy, now, clock)
+        self._first_save = FirstSave(trainer, session.arguments, clock)
+        self._metrics = Metrics(trainer, {"next_save_in_s": self._cadence.due_in_s})
+        session.closing.callback(self._metrics.close)
+
+    @property
+    def past(self) -> history.Past | None:
+        """Return the history of the run; None until rank 0 has read it."""
+        return self._past
+
+    def begin(self, *, resumed: bool) -> None:
+        """Start the uploader, and read the history of the run on rank 0, in a thread: the training does not wait for it."""
+        self._session.start_uploader(self._committed)
+        if not self._session.agreement.is_main:
+            return
+
+        def read() -> None:
+            try:
+                self._past = history.read_past(self._session.run.journal)
+            except SpotError as error:
+                log.info("the history of %s could not be read: %s", self._session.run.url, error)
+                return
+            except Exception:
+                log.exception("the history of %s could not be read", self._session.run.url)
+                return
+            self._cadence.remember(self._past)
+            if resumed:
+                self._metrics.put("steps_lost", self._past.steps_lost)
+
+        historian = Workers(1, "hf_spot-historian")
+        historian.submit(read)
+        historian.shutdown(wait=False)
+
+    def step_begins(self, *, first: bool) -> None:
+        """Record on rank 0 that a step begins.
+
+        Args:
+            first: it is the first one of this launch.
+        """
+        if self._session.agreement.is_main:
+            if first:
+                self._cadence.began()
+            self._first_save.look()
+
+    def save_is_due(self) -> bool:
+        """Return whether it is time for a save that Trainer's own schedule does not have."""
+        return self._cadence.is_due()
+
+    def count_notices(self, number: int) -> None:
+        """Show in the metrics how many notices this launch has received."""
+        self._metrics.put("notices", number)
+
+    def save_begins(self) -> None:
+        """Record that a save comes next."""
+        self._save_began = self._session.clock()
+        self._cadence.saved(None)  # so that a failed save is not repeated after the very next step
+
+    def save_failed(self, why: SpotError, *, stops: bool) -> None:
+        """Report a checkpoint that a rank could not write. Every rank must call it.
+
+        Args:
+            why: the error.
+            stops: raise it, after pending uploads are committed.
+        """
+        self._save_began = None
+        if stops:
+            self._session.agreement.together(lambda: self._session.finish_uploads(self._session.arguments.drain_timeout_s))
+            raise why
+        next_is = "the last commit stands" if self._session.preempted else "training goes on, and the next save will try again"
+        if self._session.agreement.is_main:
+            log_always(logging.ERROR, "%s; %s", why.args[0], next_is)
+
+    def saved(self, folder: Path, request: CommitRequest) -> None:
+        """Hand a checkpoint to the uploader, once all its files are written. Every rank must call it after the save."""
+        if self._session.disk.count > 1:
+            self.behind.then_together(self._rotate_as_on_main)
+        began, self._save_began = self._save_began, None
+        stall_s = None if began is None else self._session.clock() - began
+        self._session.timing.stalled(stall_s)
+        self._cadence.saved(stall_s)
+        self._first_save.saved()
+        self._metrics.put("stall_s", stall_s)
+        details = {**(request.details or {}), **self._session.timing.to_details(request.step), **self._carried()}
+        request = replace(request, details=details)
+        submit = partial(self._submit, folder, request, began, stall_s)
+        if self._session.disk.count > 1:
+            self.behind.then_together(submit)
+        elif self._session.uploader is not None:
+            self.behind.then(partial(submit, self._session.agreement))
+        self._session.order_uploads()
+
+    def _submit(
+        self, folder: Path, request: CommitRequest, began: float | None, stall_s: float | None, ranks: Agreement
+    ) -> None:
+        """Submit a checkpoint. Called when all its files are written, from the thread that wrote them."""
+        session = self._session
+        if began is not None:
+            session.note_save(session.clock() - began)
+            self._metrics.put("checkpoint_s", session.save_s)
+        seconds = {"save_s": session.save_s, "stall_s": stall_s}
+        details = {**(request.details or {}), **{name: took and round(took, 3) for name, took in seconds.items()}}
+        self._session.submit(folder, replace(request, details=details), ranks)
+
+    def _committed(self, entry: Entry) -> None:
+        """Record the measurements of a commit. Called from the uploader's thread."""
+        upload_s, size_bytes = entry.data["upload_s"], sum(file["size"] for file in entry.data["files"])
+        if entry.data["save_s"] is not None:
+            self._cadence.committed(entry.data["save_s"], upload_s)
+        self._metrics.put("upload_s", upload_s)
+        self._metrics.put("upload_gb_per_s", size_bytes / 1e9 / upload_s if upload_s else None)
+
+    def _is_busy(self) -> bool:
+        """Return whether a new checkpoint would have to wait. It replaces one that the store does not accept."""
+        if self._session.uploader is None or self._session.uploader.trouble is not None:
+            return False
+        return not (self._session.uploader.idle and self.behind.wait(0.0))
+
+    def _carried(self) -> dict[str, Any]:
+        """Return details for later launches; empty until the history is known."""
+        return history.to_details(self._past.now(self._session.now())) if self._past else {}
+
+    def _rotate_as_on_main(self, ranks: Agreement) -> None:
+        """Delete the checkpoints that rank 0 has rotated away: Trainer does so on rank 0's disk only."""
+        kept = ranks.from_main(lambda: {path.name for path in self._session.output_dir.glob("checkpoint-*")})
+        if self._session.disk.leads:
+            for path in self._session.output_dir.glob("checkpoint-*"):
+                if path.name not in kept:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _share_of_memory(trainer: Trainer, agreement: Agreement) -> float:
+    """Return the share of the machine's memory for this rank's saves, if several of its ranks write much."""
+    node = os.uname().nodename
+    ranks = agreement.gather(node).count(node)
+    return 1.0 if agreement.is_main and not writes_on_each_rank(trainer) else 1 / ranks
