@@ -21,6 +21,7 @@ def wandb(folder: Path, project: str) -> Runs:
     return {
         file.id: [(one.step, one.values["train/loss"]) for one in file.rows if "train/loss" in one.values]
         for file in read_wandb(folder)
+        if file.id  # a launch that was killed at once has written nothing
     }
 
 
@@ -85,7 +86,7 @@ def comet_ml(folder: Path, project: str) -> Runs:
             lines = [json.loads(line) for line in archive.read("messages.json").decode().splitlines()]
         # Comet also takes what is written for TensorBoard, under the same names and steps.
         metrics = [one["payload"]["metric"] for one in lines if one["type"] == "metric_msg"]
-        found[path.name.split("-")[0]] = sorted(
+        found[path.stem.split("-")[0]] = sorted(
             {(one["step"], one["metricValue"]) for one in metrics if one["metricName"] == "train/loss"}
         )
     return found
