@@ -70,6 +70,7 @@ class Runner:
         self._logs = 0
         path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
         self._environ = {**os.environ, "PATH": path, "PYTHONPATH": str(SLOW), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self._environ |= case.environ
 
     def run(self, ways: tuple[str, ...] = ("launch", "preempted", "killed")) -> Outcome:
         """Train undisturbed and in each of the ways, and return what became of it."""
