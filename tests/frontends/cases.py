@@ -67,6 +67,12 @@ CASES = [
     Case("sentence-transformers-fit", "python fit.py {out}", ("sentence-transformers",)),
     Case("llamafactory", "llamafactory-cli train llamafactory.yaml output_dir={out}", ("llamafactory",)),
     Case(
+        "axolotl",
+        "axolotl train axolotl.yaml --output-dir {out}",
+        ("axolotl",),
+        environ={"CUDA_VISIBLE_DEVICES": "", "AXOLOTL_DO_NOT_TRACK": "1"},
+    ),
+    Case(
         "swift",
         "swift sft --model tiny-llama --model_type llama --template dummy --dataset ./sft.jsonl --tuner_type full "
         "--output_dir {out} --add_version false --per_device_train_batch_size 4 --gradient_accumulation_steps 1 "
