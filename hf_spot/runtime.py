@@ -108,6 +108,14 @@ _REPORT, _LEFT, _MET, _FAILED, _GONE = "training-", "left-", "met-", "failed-", 
 _PHASES, _STACKS = "phase-", "stacks-"  # likewise
 
 
+_at_training: list[Callable[[], None]] = []
+
+
+def at_training(act: Callable[[], None]) -> None:
+    """Have a function called whenever a training begins, in this process or in one that is forked from it."""
+    _at_training.append(act)
+
+
 def is_running(process: int) -> bool:
     """Return whether a process exists and has not ended."""
     try:
@@ -212,7 +220,16 @@ class Runtime:
     @property
     def step_path(self) -> Path:
         """Return the path of the step counter: eight bytes, the last finished optimizer step (see `StepCounter`)."""
-        return self.directory / "step"
+        return self.step_path_of(1)
+
+    def step_path_of(self, training: int) -> Path:
+        """Return the path of the step counter of a training of the run, by its number from 1."""
+        return self.directory / ("step" if training == 1 else f"step-{training}")
+
+    def read_steps(self) -> dict[int, int]:
+        """Return the last finished step of each training of this launch that has told one, by the number of the training."""
+        paths = {int(path.name.partition("-")[2] or 1): path for path in self.directory.glob("step*")}
+        return {training: step for training, path in sorted(paths.items()) if (step := StepCounter.read(path)) is not None}
 
     @property
     def training_path(self) -> Path:
@@ -222,6 +239,8 @@ class Runtime:
     def tell_training(self, is_training: bool) -> None:
         """Tell the launcher that a training of this process begins or has ended. A notice can lead to a checkpoint only between
         the two."""
+        for act in _at_training if is_training else ():
+            act()
         self._with_room(lambda: write_atomically(self.training_path, _TRAINING if is_training else _TRAINED))
 
     def tell_stopped(self, exit_code: int) -> None:

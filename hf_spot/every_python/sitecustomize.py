@@ -65,6 +65,7 @@ class Finder:
             return None
         enter = self._left.pop(name)
         try:
+            from hf_spot.runtime import at_training
             from hf_spot.training import bootstrap
 
             before = getattr(bootstrap, enter)
@@ -74,6 +75,7 @@ class Finder:
             return None
         if self._shield is not None and name == _TRAINER:
             self._shield.pass_on_always()
+            at_training(self._shield.stand_again)
         return before(name, path, target)
 
 
@@ -118,6 +120,20 @@ class Shield:
     def pass_on_always(self) -> None:
         """Pass signals on from now on, except to a handler of the program: a training is about to begin."""
         self._always = True
+        self.stand_again()
+
+    def stand_again(self) -> None:
+        """Pass signals on in a process that was forked from the one of this shield, too: it trains."""
+        if os.getpid() == self._process:
+            return
+        self._process = os.getpid()
+        try:
+            for number in self._of_program:
+                self._of_program[number] = _plain_getsignal(number)
+                _plain_signal(number, self._answer)
+        except ValueError:  # not in the main thread
+            return
+        _signal.signal, _signal.getsignal = self._set, self._get
 
     def _set(self, number: int, handler: Any) -> Any:
         """Stand in for ``signal.signal``: this shield stays in front of a function that handles one of its signals."""

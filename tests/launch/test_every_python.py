@@ -284,6 +284,45 @@ def test_a_process_that_died_while_it_trained_is_marked_once(environ: dict[str, 
     assert gone.stat().st_mtime == 1.0
 
 
+FORKS = """
+import os, sitecustomize
+if (child := os.fork()) == 0:
+    from hf_spot.runtime import Runtime
+    import hf_spot.runtime
+    sitecustomize.sys.meta_path[0]._shield.pass_on_always() if IMPORTS else None
+    Runtime.from_environ(os.environ).tell_training(True)
+    print(os.getpid(), flush=True)
+    input()
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("imports", ["before the fork", "in the child"])
+def test_a_forked_child_that_trains_passes_signals_on(environ: dict[str, str], imports: str) -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    code = FORKS.replace("IMPORTS", str(imports == "in the child"))
+    if imports == "before the fork":
+        code = f"import sys; sys.meta_path[0].find_spec('transformers.trainer')\n{code}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**environ, "HF_SPOT_LAUNCHER_PID": str(os.getpid())},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        os.kill(int(process.stdout.readline()), signal.SIGTERM)
+        wait_for(lambda: bool(received), "for the notice")
+        assert process.communicate("\n", PATIENCE_S)[0] == "7\n"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        process.kill()
+        process.communicate()
+
+
 def test_a_forked_child_has_the_programs_own_handlers(environ: dict[str, str]) -> None:
     code = (
         "import os, signal; before = signal.getsignal(signal.SIGTERM)\n"
