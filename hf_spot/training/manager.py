@@ -55,8 +55,8 @@ class SpotCheckpointManager(LoopManager):
     def register(self, *objects: Any) -> None:
         """Save and load further objects, such as a ``GradScaler`` or an average of weights.
 
-        They have ``state_dict`` and ``load_state_dict``. Call it before `load_latest`, with the same objects in the same order in
-        each launch.
+        They have ``state_dict`` and ``load_state_dict``. Call it before `load_latest`, with the same objects in the same
+        order in each launch.
 
         Raises:
             ConfigError: an object lacks these methods, or the manager has begun.
