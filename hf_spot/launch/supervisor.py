@@ -56,7 +56,7 @@ from hf_spot.policy.restarts import (
     pause_s,
     steps_in_words,
 )
-from hf_spot.run.journal import RunState
+from hf_spot.run.journal import TRAINING_KEY, CheckpointRef, RunState
 from hf_spot.run.journal_writer import JournalWriter
 from hf_spot.run.machine_info import about_this_machine
 from hf_spot.run.mailbox import Mailbox
@@ -503,6 +503,19 @@ class Supervisor:
             return False
         return all(one.get("step") is not None and one["committed_step"] >= one["step"] for one in said)
 
+    def _is_trained(self, newest: CheckpointRef, state: RunState) -> bool:
+        """Return whether the newest training has said after its last commit that it is complete, as custom loops do."""
+        later = range(newest.entry + 1, state.number + 1)
+        asked = self._journal_writer.ask(
+            lambda: [self._run.journal.read(one) for one in later], patience_s=self._left_for_words_s
+        )
+        try:
+            said = [] if asked is None else asked.result()
+        except Exception as error:
+            log.error("%s can't be read after the training: %s", self._run.url, _describe(error))
+            return False
+        return any(one.kind == "trained" and one.data.get(TRAINING_KEY) == newest.training for one in said)
+
     def _last_words(self, state: RunState) -> list[dict[str, Any]]:
         """Return what the trainings of this launch have said when they were preempted: at least one has."""
         number, said = state.number, []
@@ -524,9 +537,7 @@ class Supervisor:
         step = runtime.read_steps().get(newest.training if newest else 1)
         data: dict[str, Any] = {"exit_code": code, "step": step, "committed_step": newest.step if newest else 0}
         if verdict is Verdict.FINISHED:
-            if state.ended == verdict.value:  # a custom loop has already recorded it
-                return
-            if newest is None or not newest.complete:
+            if newest is None or not (newest.complete or self._is_trained(newest, state)):
                 log.warning("the script succeeded, but none of its trainings was committed at its end: not marked as finished")
                 return
             if self._training is None and self._finished_by is not None:

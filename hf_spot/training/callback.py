@@ -26,6 +26,7 @@ from hf_spot.policy.trainer_flags import LoopState, Moment, flags_for, is_comple
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.training.data.worker_processes import shield
+from hf_spot.training.session.notebook import shows_errors
 from hf_spot.training.state.carried import CarriedState
 from hf_spot.training.trainer.accumulation import Accumulation
 from hf_spot.training.trainer.batch_size import batches, from_details, to_details
@@ -34,7 +35,6 @@ from hf_spot.training.trainer.evaluation import Evaluations, Stopped
 from hf_spot.training.trainer.gradients import WaitingGradients
 from hf_spot.training.trainer.held_errors import HeldErrors
 from hf_spot.training.trainer.log_window import LogWindow
-from hf_spot.training.trainer.notebook import shows_errors
 from hf_spot.training.trainer.own_state import SavedTensors, own_state
 from hf_spot.training.trainer.passed_over import PassedOver
 from hf_spot.training.trainer.proof import Proof

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import torch
+
 from hf_spot.errors import SpotError
 from hf_spot.log import log_always
 from hf_spot.policy import redone
@@ -307,6 +309,13 @@ class StepTeller:
 
 def _both(one: Told, other: Told) -> Told:
     return Told((*one.steps, *other.steps), {**one.circumstances, **other.circumstances})
+
+
+def kind_of(device: torch.device) -> str:
+    """Return the kind of a device: another kind computes the same step with other rounding."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type
 
 
 def _index(value: Any) -> int | str:

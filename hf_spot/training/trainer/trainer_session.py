@@ -12,7 +12,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
@@ -34,16 +33,16 @@ from hf_spot.runtime import Plan, Runtime, held_folder, make_private
 from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.session.final_drain import FinalDrain
+from hf_spot.training.session.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
+from hf_spot.training.session.recognition import KnownTraining, finished
 from hf_spot.training.session.run_session import RunSession
-from hf_spot.training.session.step_teller import COMPOSITION, DEVICE, StepTeller
+from hf_spot.training.session.step_teller import COMPOSITION, DEVICE, StepTeller, kind_of
 from hf_spot.training.trainer.batch_size import batches, keep_full_samples, keep_samples
 from hf_spot.training.trainer.commits import Commits
 from hf_spot.training.trainer.description import describe
 from hf_spot.training.trainer.engines import refuse_what_can_not_be_resumed
-from hf_spot.training.trainer.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
 from hf_spot.training.trainer.passed_over import why_impossible
 from hf_spot.training.trainer.random_states import RandomStates
-from hf_spot.training.trainer.recognition import KnownTraining, finished
 from hf_spot.training.trainer.restore import MachineGoing, Resumption
 
 if TYPE_CHECKING:
@@ -190,6 +189,8 @@ class TrainerSession:
         if not self._nothing_left:
             self._session.claim()  # a finished run should be trained again
             self.known.record()
+        if not self._nothing_left and self._session.runtime is not None:
+            keep_full_samples(self.trainer, self._session.runtime.full_ranks)
         if self._restored is not None:
             if self.trainer.args.load_best_model_at_end:
                 self._best_folder = resumption.restore_best(self._restored)
@@ -198,8 +199,6 @@ class TrainerSession:
             log.info("resuming from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
             if not self._nothing_left:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
-        elif not self._nothing_left and self._session.runtime is not None:
-            keep_full_samples(self.trainer, self._session.runtime.full_ranks)
         if not self._nothing_left:
             self._passed_over = self._session.agreement.from_main(self._find_passed_over)
             if self._passed_over:
@@ -222,7 +221,7 @@ class TrainerSession:
             session,
             args.process_index,
             launch,
-            {COMPOSITION: str(batches(self.trainer)), DEVICE: _device(args.device)},
+            {COMPOSITION: str(batches(self.trainer)), DEVICE: kind_of(args.device)},
             resumed_step=self._restored.step if self._restored else 0,
             changed=[*self.known.changed_in_words, *self._passed_over_in_words()],
         )
@@ -570,10 +569,3 @@ def _check(trainer: Trainer) -> None:
         )
     if args.ignore_data_skip:
         warn_for_all("ignore_data_skip=True: a resumed run trains on other data than an uninterrupted one; set it to False")
-
-
-def _device(device: torch.device) -> str:
-    """Return the kind of device: another kind computes the same step with other rounding."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type
