@@ -103,6 +103,11 @@ class LoopManager:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.run.url!r}, save_every_n_steps={self.save_every_n_steps})"
 
+    @property
+    def has_begun(self) -> bool:
+        """Return whether the run is claimed: at the first call of another method."""
+        return self._begun
+
     # -- what a loop asks ---------------------------------------------------------------------------------------------
 
     @property
@@ -348,6 +353,7 @@ class LoopManager:
         only = None if dataloader is None else list(dataloader) if isinstance(dataloader, (list, tuple)) else [dataloader]
         session.on_each_disk(lambda: _empty(folder))
 
+        self._training.name_forgotten(state)
         found = session.agreement.gather(self._wrong_numbers(state))
         if wrong := [name for names in found for name in names]:
             self._refuse(wrong, step, began)

@@ -189,6 +189,8 @@ class TrainerSession:
         if not self._nothing_left:
             self._session.claim()  # a finished run should be trained again
             self.known.record()
+        if not self._nothing_left and self._session.runtime is not None:
+            keep_full_samples(self.trainer, self._session.runtime.full_ranks)
         if self._restored is not None:
             if self.trainer.args.load_best_model_at_end:
                 self._best_folder = resumption.restore_best(self._restored)
@@ -197,8 +199,6 @@ class TrainerSession:
             log.info("resuming from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
             if not self._nothing_left:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
-        elif not self._nothing_left and self._session.runtime is not None:
-            keep_full_samples(self.trainer, self._session.runtime.full_ranks)
         if not self._nothing_left:
             self._passed_over = self._session.agreement.from_main(self._find_passed_over)
             if self._passed_over:

@@ -605,6 +605,14 @@ SCHEDULERS = _attribute(
     told=True,
     **_ACCELERATE,
 )
+REGISTERED = _attribute(
+    "accelerate.accelerator:Accelerator",
+    "_custom_objects",
+    "training.loop.loop_states",
+    "objects that are registered with an accelerator are named as in no checkpoint",
+    told=True,
+    **_ACCELERATE,
+)
 BACKWARD = _method(
     "torch:Tensor",
     "backward",
