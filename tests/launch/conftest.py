@@ -86,6 +86,7 @@ class Launcher:
     tmp_path: Path
     launches: list[Launch] = field(default_factory=list)
     zygote: Zygote | None = None  # None starts fresh Pythons
+    scripts_fork: bool = True  # otherwise only the launcher and the reader of its options are forked
 
     def start(
         self,
@@ -109,7 +110,7 @@ class Launcher:
         number = len(self.launches) + 1
         log, diary = self.tmp_path / f"log-{number}", self.tmp_path / f"diary-{number}"
         command = [sys.executable, "-m", "hf_spot", "launch", "--store", store, *(options or [])]
-        with open(log, "wb") as out, self.zygote.forking() if self.zygote else contextlib.nullcontext():
+        with open(log, "wb") as out, self._forking():
             process = psutil.Popen(
                 [*command, *map(str, script)],
                 stdout=out,
@@ -120,6 +121,9 @@ class Launcher:
             )
         self.launches.append(Launch(process, log, diary, self.tmp_path / f"out-{number}"))
         return self.launches[-1]
+
+    def _forking(self) -> contextlib.AbstractContextManager[None]:
+        return self.zygote.forking(scripts=self.scripts_fork) if self.zygote else contextlib.nullcontext()
 
     def plain(self, store: str, *more: str, options: list[str] | None = None, env: dict[str, str] | None = None) -> Launch:
         """Launches plain.py with a fresh empty output_dir and a diary of its own."""
@@ -134,9 +138,12 @@ class Launcher:
 
 @pytest.fixture
 def launcher(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Launcher]:
-    """Starts launches, whose Pythons are forked (`tests.zygote`) unless the test is marked ``fresh_python``."""
-    fresh = request.node.get_closest_marker("fresh_python")
-    made = Launcher(tmp_path, zygote=None if fresh else request.getfixturevalue("zygote"))
+    """Starts launches, whose Pythons are forked (`tests.zygote`) unless the test is marked ``fresh_python``.
+
+    Of a test that is marked ``fresh_script`` what a launch starts is fresh, and the launcher is forked.
+    """
+    fresh, fresh_script = map(request.node.get_closest_marker, ("fresh_python", "fresh_script"))
+    made = Launcher(tmp_path, zygote=None if fresh else request.getfixturevalue("zygote"), scripts_fork=fresh_script is None)
     yield made
     for launch in made.launches:
         if launch.process.poll() is None:
