@@ -24,6 +24,15 @@ PLAIN = SCRIPTS / "plain.py"
 Lines = list[dict[str, Any]]
 
 
+def of_ranks(count: int) -> list[str]:
+    """The options for so many ranks on this machine.
+
+    accelerate looks whether its port is free long before it takes it: of two launches that start at once, one would fail,
+    and be started again.
+    """
+    return ["--multi_gpu", "--num_processes", str(count), "--main_process_port", "0"] if count > 1 else []
+
+
 def read_diary(path: Path) -> Lines:
     """The whole lines of a diary."""
     if not path.exists():
@@ -195,7 +204,7 @@ def twin_of_ranks(made_once: Once, zygote: Zygote) -> Callable[[int], Twin]:
     def of(ranks: int) -> Twin:
         def train(folder: Path) -> None:
             launcher = Launcher(folder, zygote=zygote)
-            launch = launcher.plain(str(folder / "run"), options=["--multi_gpu", "--num_processes", str(ranks)])
+            launch = launcher.plain(str(folder / "run"), options=of_ranks(ranks))
             try:
                 assert launch.wait() == 0, launch.text()
             finally:

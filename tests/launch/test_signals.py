@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from hf_spot.run.run import Run
-from tests.launch.conftest import PLAIN, Launch, Launcher, Twin
+from tests.launch.conftest import PLAIN, Launch, Launcher, Twin, of_ranks
 from tests.signals import fuzz
 from tests.waiting import wait_for
 from tests.zygote import SCRIPTS_FORK, Zygote
@@ -67,7 +67,7 @@ def assert_is_preempted_with_all_committed(launch: Launch, store: str) -> None:
 
 
 def options(ranks: int, *more: str) -> list[str]:
-    return [*(["--multi_gpu", "--num_processes", str(ranks)] if ranks > 1 else []), *more]
+    return [*of_ranks(ranks), *more]
 
 
 @pytest.mark.parametrize(

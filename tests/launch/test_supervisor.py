@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from hf_spot.run.run import Run
-from tests.launch.conftest import Launcher, Lines
+from tests.launch.conftest import Launcher, Lines, of_ranks
 from tests.waiting import PATIENCE_S, wait_for
 
 
@@ -56,7 +56,7 @@ def test_a_death_by_signal_counts_as_128_and_its_number(launcher, store, write) 
 @pytest.mark.fresh_script
 def test_of_several_ranks_the_first_code_is_passed_on_and_not_torchruns(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
     script = write("import os, sys; sys.exit(7 if os.environ['RANK'] == '1' else 0)")
-    launch = launcher.start(store, [script], options=["--max-restarts", "0", "--multi_gpu", "--num_processes", "2"])
+    launch = launcher.start(store, [script], options=["--max-restarts", "0", *of_ranks(2)])
     assert launch.wait() == 7, launch.text()
 
 
@@ -229,7 +229,7 @@ def test_a_crash_in_training_goes_on_from_the_last_commit(launcher, store, twin,
 
 @pytest.mark.slow
 def test_two_ranks_are_preempted_together_and_end_with_the_model_of_two_ranks_left_in_peace(launcher, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    ranks = ["--multi_gpu", "--num_processes", "2"]
+    ranks = of_ranks(2)
     # An evaluation after every step: whichever step the notice stops, the resumed launch has one to make up for.
     script = ("--evaluate", "steps", "--eval_steps", "1", "--best")
     peace = launcher.plain(str(tmp_path / "peace"), *script, options=ranks)
@@ -271,13 +271,10 @@ def test_on_another_number_of_ranks_each_step_keeps_its_samples_and_learning_rat
     before: int,
     after: int,
 ) -> None:
-    def ranks(count: int) -> list[str]:
-        return ["--multi_gpu", "--num_processes", "2"] if count == 2 else []
-
-    peace = launcher.plain(str(tmp_path / "peace"), "--dropout", "0", options=[*ranks(before), "--save-total-limit", "0"])
+    peace = launcher.plain(str(tmp_path / "peace"), "--dropout", "0", options=[*of_ranks(before), "--save-total-limit", "0"])
     assert peace.wait() == 0, peace.text()
     as_of_the_first_commit(tmp_path / "peace", store)
-    second = launcher.plain(store, "--dropout", "0", options=ranks(after))
+    second = launcher.plain(store, "--dropout", "0", options=of_ranks(after))
     assert second.wait() == 0, second.text()
     assert "The samples are the same, but results will not be bit-exact" in second.text()
     undisturbed = {line["step"]: line for line in peace.lines()}
