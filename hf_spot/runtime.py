@@ -220,7 +220,16 @@ class Runtime:
     @property
     def step_path(self) -> Path:
         """Return the path of the step counter: eight bytes, the last finished optimizer step (see `StepCounter`)."""
-        return self.directory / "step"
+        return self.step_path_of(1)
+
+    def step_path_of(self, training: int) -> Path:
+        """Return the path of the step counter of a training of the run, by its number from 1."""
+        return self.directory / ("step" if training == 1 else f"step-{training}")
+
+    def read_steps(self) -> dict[int, int]:
+        """Return the last finished step of each training of this launch that has told one, by the number of the training."""
+        paths = {int(path.name.partition("-")[2] or 1): path for path in self.directory.glob("step*")}
+        return {training: step for training, path in sorted(paths.items()) if (step := StepCounter.read(path)) is not None}
 
     @property
     def training_path(self) -> Path:

@@ -40,6 +40,7 @@ ERROR_TREE = {
     "IncompleteCheckpoint": "SpotError",
     "Untrusted": "SpotError",
     "Fenced": "SpotError",
+    "RolledBack": "SpotError",
     "TrainingPreempted": "SystemExit",
     "TrainingInterrupted": "TrainingPreempted",
 }
@@ -107,6 +108,7 @@ def test_the_settings_and_their_defaults_are_these() -> None:
         "on_mismatch": "stop",
         "on_change": "go-on",
         "on_nan": "stop",
+        "max_rollbacks": 3,
         "start_from": None,
         "save_memory_gb": None,
         "upload_workers": 4,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from hf_spot.economics.plan import Plan
-from hf_spot.economics.report import FREE_FIRST_HOUR, PART_MEANS, Report, dollars
+from hf_spot.economics.report import FREE_FIRST_HOUR, PART_MEANS, Launch, Report, dollars, price_of
 from hf_spot.economics.simulate import Result
 from hf_spot.policy.redone import VALUES, in_words
 from hf_spot.policy.trackers import TRACKERS
@@ -155,30 +156,40 @@ def machine_rows(report: Report) -> list[list[str]]:
     """Return one row per launch whose machine is known beyond its name, below a header."""
     rows = [["launch", "machine", "type", "zone", "market", "$/h", "on demand $/h", "cost", "prices from"]]
     for launch in report.launches:
-        machine = launch.machine
-        if not any(value for key, value in machine.items() if key != "cloud"):
-            continue
-        prices = ((name, machine.get(f"{name}_source"), machine.get(f"{name}_time")) for name in ("price", "on_demand"))
-        sources = [
-            f"{source or 'no source'} ({str(time or 'no date')[:10]})"
-            for name, source, time in prices
-            if dollars(machine, name)
-        ]
-        count = "" if launch.machines == 1 else f"{launch.machines} x "
-        rows.append(
-            [
-                str(launch.number),
-                count + launch.name,
-                str(machine.get("instance_type") or "?"),
-                str(machine.get("zone") or machine.get("region") or "?"),
-                str(machine.get("market") or "?"),
-                _usd(launch.price_usd_per_hour, 4),
-                _usd(launch.on_demand_usd_per_hour, 4),
-                _usd(launch.cost_usd, 2),
-                "; ".join(dict.fromkeys(sources)),
-            ]
-        )
+        count = "" if launch.machines == 1 or launch.others else f"{launch.machines} x "
+        cost = launch.cost_usd
+        if launch.others:  # each machine at its own price
+            price = launch.price_usd_per_hour
+            cost = None if price is None else launch.wall_s / 3600 * price
+        rows += _machine_row(launch, count + launch.name, launch.machine, cost)
+        for one in launch.others:
+            price = price_of(one["machine"])
+            cost = None if price is None else launch.wall_s / 3600 * price
+            rows += _machine_row(launch, str(one["machine"].get("instance_id") or one["name"]), one["machine"], cost)
     return rows
+
+
+def _machine_row(launch: Launch, name: str, machine: dict[str, Any], cost_usd: float | None) -> list[list[str]]:
+    """Return a row, or none for a machine of which only the name is known and that trained alone."""
+    if not launch.others and not any(value for key, value in machine.items() if key != "cloud"):
+        return []
+    prices = ((name, machine.get(f"{name}_source"), machine.get(f"{name}_time")) for name in ("price", "on_demand"))
+    sources = [
+        f"{source or 'no source'} ({str(time or 'no date')[:10]})" for name, source, time in prices if dollars(machine, name)
+    ]
+    return [
+        [
+            str(launch.number),
+            name,
+            str(machine.get("instance_type") or "?"),
+            str(machine.get("zone") or machine.get("region") or "?"),
+            str(machine.get("market") or "?"),
+            _usd(price_of(machine), 4),
+            _usd(dollars(machine, "on_demand"), 4),
+            _usd(cost_usd, 2),
+            "; ".join(dict.fromkeys(sources)),
+        ]
+    ]
 
 
 def time_rows(report: Report) -> list[list[str]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError, Fenced
+from hf_spot.errors import ConfigError, Fenced, StoreError
 from hf_spot.launch.addresses import interface_of
 from hf_spot.launch.command import Machines
 from hf_spot.launch.group import Group, Hosting, Member, Unreached, Visiting, visit
@@ -114,6 +114,7 @@ class Elastic:
         self._host = ""  # its id
         self._unanswered: dict[Place, Unanswered] = {}
         self._times_fenced = 0
+        self._owes_invitation = False
         self._said_s = self._looked_s = clock()
         self._plan: Plan | None = None
         self._change = _Change(clock)
@@ -148,8 +149,7 @@ class Elastic:
 
     def _seek(self, began_s: float) -> Met | Verdict | None:
         sight, invitation = self._look()
-        quiet_s = quiet_for_s(self._arguments.peer_timeout_s, self._times_fenced)
-        step = next_step(sight, self._unanswered, self._clock(), quiet_s)
+        step = next_step(sight, self._unanswered, self._clock(), self._quiet_s)
         if step.move is Move.END:
             return Verdict.FINISHED
         if step.move is Move.OPEN:
@@ -180,6 +180,10 @@ class Elastic:
             return Verdict.PREEMPTED
         self._wait(BEAT_S)
         return None
+
+    @property
+    def _quiet_s(self) -> float:
+        return quiet_for_s(self._arguments.peer_timeout_s, self._times_fenced)
 
     def _look(self) -> tuple[Sight, dict[str, Any] | None]:
         """Return what the store shows, and the invitation of the newest launch."""
@@ -219,9 +223,11 @@ class Elastic:
         if found is Form.WAIT:
             self._say(began_s, f"{1 + len(present.waiting)} of at least {size.least} are here")
             lacks = not size.of(1 + len(present.waiting)) and not present.busy
-            if lacks and self._clock() - self._looked_s > _LOOK_EVERY_S and is_void(self._at, self._look()[0]):
-                self._leave("machines meet elsewhere")
-                return None
+            if lacks and self._clock() - self._looked_s > _LOOK_EVERY_S:
+                sight = self._look()[0]
+                if is_void(self._at, sight, self._unanswered, self._clock(), self._quiet_s):
+                    self._leave("machines meet elsewhere")
+                    return None
             self._wait(_TICK_S)
             return None
         return self._start(hosting, present.waiting, size.of(1 + len(present.waiting)))
@@ -243,9 +249,18 @@ class Elastic:
             self._leave("another launch has begun")
             return None
         go = hosting.start(launch, [one.id for one in guests], _free_port())
-        self._mailbox.invite(hosting.invitation)
+        self._invite(hosting)
         log.info("launch %d: %s", launch, ", ".join(one.name for one in roster))
         return self._met(go.launch, go.rank, go.members, go.main_ip, go.own_ip, go.port, hosting)
+
+    def _invite(self, hosting: Hosting) -> None:
+        try:
+            self._mailbox.invite(hosting.invitation)
+            self._owes_invitation = False
+        except StoreError as error:
+            if not self._owes_invitation:
+                log.warning("machines that come can't find this one yet: %s", error)
+            self._owes_invitation = True
 
     def _stay(self, visiting: Visiting) -> Met | Verdict | None:
         go = visiting.wait_for_go(_TICK_S)
@@ -292,9 +307,13 @@ class Elastic:
             runtime: of the launch.
         """
         self._change.look(runtime)
+        if not self._change.is_time_to_weigh():
+            return None
+        if self._hosting is not None and self._owes_invitation:
+            self._invite(self._hosting)
         if self._plan is None or not self._plan.max_steps:
             self._plan = runtime.read_plan() or self._plan
-        if self._hosting is None or self._plan is None or not self._change.is_time_to_weigh():
+        if self._hosting is None or self._plan is None:
             return None
         present = self._hosting.present()
         if not present.waiting:

@@ -54,15 +54,16 @@ from hf_spot.policy.restarts import (
     outlives_s,
     patience_s,
     pause_s,
+    steps_in_words,
 )
-from hf_spot.run.journal import RunState
+from hf_spot.run.journal import TRAINING_KEY, CheckpointRef, RunState
 from hf_spot.run.journal_writer import JournalWriter
 from hf_spot.run.machine_info import about_this_machine
 from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.run import Run
 from hf_spot.run.start_from import start_or_resume
 from hf_spot.run.webhook import Hook, hook_url
-from hf_spot.runtime import SIGNALS_VARIABLE, Runtime, StepCounter
+from hf_spot.runtime import SIGNALS_VARIABLE, Runtime
 from hf_spot.timeouts import JOURNAL_LAST_WORD_S, MEETING_S, PEER_LAST_WORD_S
 
 log = logging.getLogger("hf_spot")
@@ -103,10 +104,10 @@ def launch(reading: Reading) -> int:
             BudgetKeeper(command.budget, run, command.machines.count, command.environ).check()
             print(describe(run, state, command, _finished_by(run, state) if state.ended == "finished" else None))
             return EXIT_FINISHED
+        finished_by = _finished_by(run, state) if state.ended == "finished" else None
         if state.ended == "finished":
             newest = state.latest()
             step = newest.step if newest else 0
-            finished_by = _finished_by(run, state)
             if finished_by in (None, command.fingerprint()):
                 how = _HOW_TO_TRAIN_LONGER if finished_by else ""
                 log.info("%s is finished at step %d: nothing to do (%s%s %s)", run.url, step, how, _HOW_TO_TRAIN_ON, run.url)
@@ -119,7 +120,7 @@ def launch(reading: Reading) -> int:
                 log.warning("%s", remark)
         if ahead is not None and (command.store != store or command.machines.count > 1):
             ahead.close()
-        supervisor = Supervisor(run, command, ahead)
+        supervisor = Supervisor(run, command, ahead, finished_by=finished_by)
         return supervisor.supervise(early.stand_down)
 
 
@@ -130,6 +131,7 @@ class Supervisor:
         run: the run to train.
         command: the command to start.
         early: a download of the run's newest checkpoint that has already begun.
+        finished_by: the fingerprint of another command that has finished the run before, if one has.
         now: the wall clock.
         clock: seconds, monotonic.
     """
@@ -140,12 +142,14 @@ class Supervisor:
         command: Command,
         early: Prefetch | None = None,
         *,
+        finished_by: str | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run = run
         self._command = command
         self._early = early
+        self._finished_by = finished_by
         self._now = now
         self._clock = clock
         names = [one.name for one in answered_signals(command.arguments)]
@@ -440,7 +444,7 @@ class Supervisor:
             self._tell_ending(verdict, code, state)
         main_lost = other is not None and other.machine == 0 and other.verdict is Verdict.LOST
         if state is not None and not newer and (self._machines.rank == 0 or main_lost):
-            self._write_ending(verdict, state, code, StepCounter.read(runtime.step_path))
+            self._write_ending(verdict, state, code, runtime)
         if verdict is Verdict.FENCED:
             log.error("a newer launch has claimed %s; this one has ended", self._run.url)
         elif verdict is Verdict.PREEMPTED and self._goes_on_with_others:
@@ -460,10 +464,8 @@ class Supervisor:
             # A training's own exit code counts too: the journal may refuse its entry, or machine 0 write it a little later.
             if state is None or state.ended is not None or runtime.read_exit_code() == EXIT_PREEMPTED:
                 return "preempted; start the same command again to resume"
-            step, committed = StepCounter.read(runtime.step_path), newest.step if newest else 0
-            redone = "" if step is None or step <= committed else f"; {step - committed} steps after it will be redone"
             return (
-                f"preempted, and the training ended ({code}) before it had saved: step {committed} is committed{redone}. "
+                f"preempted, and the training ended ({code}) before it had saved: {steps_in_words(_steps(runtime, state))}. "
                 "Start the same command again to resume"
             )
         if newest is not None:
@@ -487,11 +489,11 @@ class Supervisor:
             return None
 
     def _all_is_committed(self) -> bool:
-        """Return whether, by the journal's last entry of this launch's training, every step that it made is committed."""
+        """Return whether, by the journal's last entries of this launch's trainings, every step that they made is committed."""
         state = self._run.journal.state
         if not self._heard.is_set() or state.ended != "preempted" or state.launch != self._run.launch:
             return False
-        asked = self._journal_writer.ask(partial(self._last_word, state), patience_s=self._left_for_words_s)
+        asked = self._journal_writer.ask(partial(self._last_words, state), patience_s=self._left_for_words_s)
         if asked is None:
             return False
         try:
@@ -499,13 +501,29 @@ class Supervisor:
         except Exception as error:
             log.warning("%s can't be read before the machine is taken away: %s", self._run.url, _describe(error))
             return False
-        return said.get("step") is not None and bool(said["committed_step"] >= said["step"])
+        return all(one.get("step") is not None and one["committed_step"] >= one["step"] for one in said)
 
-    def _last_word(self, state: RunState) -> dict[str, Any]:
-        number = state.number
-        while (entry := self._run.journal.read(number)).kind != "preempted":
+    def _is_trained(self, newest: CheckpointRef, state: RunState) -> bool:
+        """Return whether the newest training has said after its last commit that it is complete, as custom loops do."""
+        later = range(newest.entry + 1, state.number + 1)
+        asked = self._journal_writer.ask(
+            lambda: [self._run.journal.read(one) for one in later], patience_s=self._left_for_words_s
+        )
+        try:
+            said = [] if asked is None else asked.result()
+        except Exception as error:
+            log.error("%s can't be read after the training: %s", self._run.url, _describe(error))
+            return False
+        return any(one.kind == "trained" and one.data.get(TRAINING_KEY) == newest.training for one in said)
+
+    def _last_words(self, state: RunState) -> list[dict[str, Any]]:
+        """Return what the trainings of this launch have said when they were preempted: at least one has."""
+        number, said = state.number, []
+        while (entry := self._run.journal.read(number)).kind != "claim":
+            if entry.kind == "preempted":
+                said.append(entry.data)
             number -= 1
-        return entry.data
+        return said
 
     @property
     def _left_for_words_s(self) -> float | None:
@@ -514,17 +532,20 @@ class Supervisor:
         left = self._notice.seconds_left(self._now()) if self._notice else None
         return max(JOURNAL_LAST_WORD_S, left or 0.0)
 
-    def _write_ending(self, verdict: Verdict, state: RunState, code: int, step: int | None) -> None:
+    def _write_ending(self, verdict: Verdict, state: RunState, code: int, runtime: Runtime) -> None:
         newest = state.latest()
+        step = runtime.read_steps().get(newest.training if newest else 1)
         data: dict[str, Any] = {"exit_code": code, "step": step, "committed_step": newest.step if newest else 0}
         if verdict is Verdict.FINISHED:
-            if state.ended == verdict.value:  # a custom loop has already recorded it
-                return
-            if newest is None or not newest.complete:
+            if newest is None or not (newest.complete or self._is_trained(newest, state)):
                 log.warning("the script succeeded, but none of its trainings was committed at its end: not marked as finished")
                 return
-            data |= {"step": newest.step, "command": self._command.fingerprint()}
-            log.info("%s is finished at step %d", self._run.url, newest.step)
+            if self._training is None and self._finished_by is not None:
+                data |= {"step": newest.step, "command": self._finished_by}
+                log.warning("the command has trained nothing: %s stays finished at step %d", self._run.url, newest.step)
+            else:
+                data |= {"step": newest.step, "command": self._command.fingerprint()}
+                log.info("%s is finished at step %d", self._run.url, newest.step)
         elif state.ended is not None or verdict is Verdict.FENCED:
             return
         self._journal_writer.record(verdict.value, data, patience_s=self._left_for_words_s)
@@ -556,6 +577,15 @@ class Supervisor:
         if runtime is not None:
             # The journal may be slow to answer, and neither the other sources nor the training may wait for it.
             self._journal_writer.record("notice", json.loads(notice.to_json()), patience_s=0.0)
+
+
+def _steps(runtime: Runtime, state: RunState) -> dict[int, tuple[int, int]]:
+    """Return the last committed and the last finished step of each training of a launch, by its number."""
+    newest, finished = state.latest(), runtime.read_steps()
+    if not finished and newest is not None:
+        return {newest.training: (newest.step, newest.step)}
+    committed = {training: ref.step for training in finished if (ref := state.latest(training)) is not None}
+    return {training: (committed.get(training, 0), step) for training, step in finished.items()}
 
 
 def _environ(environ: Mapping[str, str], runtime: Runtime, signals: Iterable[signal.Signals]) -> dict[str, str]:

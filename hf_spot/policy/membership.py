@@ -124,15 +124,20 @@ def _is_gone(found: Unanswered | None, sight: Sight, now_s: float, quiet_s: floa
     return found.is_gone or (found.number == sight.number and now_s - found.since_s >= quiet_s)
 
 
-def is_void(place: Place, sight: Sight) -> bool:
+def is_void(place: Place, sight: Sight, unanswered: Mapping[Place, Unanswered], now_s: float, quiet_s: float) -> bool:
     """Return whether a meeting that lacks machines should be given up, because those that come look elsewhere.
 
     Args:
         place: the meeting, or the group of a launch whose machines meet again.
         sight: what its host sees.
+        unanswered: as in `next_step`, like the rest.
     """
     coming = place.launch if place.attempt else place.launch + 1
-    return sight.launch + 1 != coming or sight.attempt > place.attempt
+    if sight.launch + 1 != coming or sight.attempt > place.attempt:
+        return True
+    running = Place(sight.launch)
+    # It was opened because nobody answered there; and now they write to the journal.
+    return place.attempt > 0 and sight.hosted and not _is_gone(unanswered.get(running), sight, now_s, quiet_s)
 
 
 def quiet_for_s(timeout_s: float, times_fenced: int) -> float:

@@ -51,6 +51,8 @@ KINDS = (
     "prune",
     "machine",
     "hang",
+    "rollback",
+    "spike",
 )
 ENDINGS = ("preempted", "finished", "failed")
 BY_HAND = "hf-spot checkpoints"  # the author of a claim that no training follows

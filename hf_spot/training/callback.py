@@ -21,10 +21,12 @@ from hf_spot.log import warn_for_all
 from hf_spot.policy.hangs import Phase
 from hf_spot.policy.numbers import HOW_TO_GET_FINITE, Answer, answer, in_words
 from hf_spot.policy.preemption import Decision
+from hf_spot.policy.rollback import to_data
 from hf_spot.policy.trainer_flags import LoopState, Moment, flags_for, is_complete, reason_of_save
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.training.data.worker_processes import shield
+from hf_spot.training.session.notebook import shows_errors
 from hf_spot.training.state.carried import CarriedState
 from hf_spot.training.trainer.accumulation import Accumulation
 from hf_spot.training.trainer.batch_size import batches, from_details, to_details
@@ -33,8 +35,8 @@ from hf_spot.training.trainer.evaluation import Evaluations, Stopped
 from hf_spot.training.trainer.gradients import WaitingGradients
 from hf_spot.training.trainer.held_errors import HeldErrors
 from hf_spot.training.trainer.log_window import LogWindow
-from hf_spot.training.trainer.notebook import shows_errors
 from hf_spot.training.trainer.own_state import SavedTensors, own_state
+from hf_spot.training.trainer.passed_over import PassedOver
 from hf_spot.training.trainer.proof import Proof
 from hf_spot.training.trainer.restore import load_finished
 from hf_spot.training.trainer.resume_fixes import (
@@ -248,6 +250,7 @@ class SpotCallback(TrainerCallback):
                 "pass": {} if self._events is None else self._events.began.to_details(),
                 "counters": counters(self._session.trainer),
                 "fingerprint": {} if self._proof is None else self._proof.newest,
+                "passed_over": to_data(self._session.passed_over),
                 "trackers": {} if self._trackers is None else self._trackers.places(),
                 **to_details(batches(self._session.trainer)),
             },
@@ -337,6 +340,8 @@ class SpotCallback(TrainerCallback):
             trackers.name(session.restored.step if session.restored else None)
             shield(self.args)
             self._session = session
+            passed_over = PassedOver(trainer, session.passed_over)
+            passed_over.watch()
             losses = None if session.teller is None else StepLosses(trainer, session.teller)
             learned = () if losses is None else (losses.learned,)
             self._log_window = LogWindow(trainer, lambda: self._stopping, lambda: self._save_is_extra, *learned)
@@ -410,6 +415,8 @@ class SpotCallback(TrainerCallback):
                 self._saves.close()
                 if losses is not None:
                     losses.close()
+                else:
+                    passed_over.close()
                 self._session = self._evaluations = self._accumulation = self._saves = self._log_window = self._losses = None
                 stream.close()
                 self._events = self._trackers = self._stream = self._gradients = None
@@ -471,9 +478,14 @@ class SpotCallback(TrainerCallback):
         assert self._session is not None
         if self._stopping:
             trainer.state.best_model_checkpoint = None
-        stops = answer(wrong, on_nan=self.args.on_nan, stopping=self._stopping) is Answer.STOP
-        why = f"{in_words(wrong, trainer.state.global_step)}"
-        self._session.commits.save_failed(SpotError(why, hint=HOW_TO_GET_FINITE), stops=stops)
+        decided = answer(wrong, on_nan=self.args.on_nan, stopping=self._stopping)
+        why = in_words(wrong, trainer.state.global_step)
+        if decided is Answer.ROLL_BACK:
+            if self._losses is not None:
+                self._losses.settle()
+            first_wrong = None if self._losses is None else self._losses.first_not_finite
+            self._session.roll_back(why, trainer.state.global_step, first_wrong)
+        self._session.commits.save_failed(SpotError(why, hint=HOW_TO_GET_FINITE), stops=decided is Answer.STOP)
 
     def _evaluation_was_cut(self, trainer: Trainer) -> None:
         assert self._session is not None and self._evaluations is not None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hf_spot.economics.page import page
 from hf_spot.economics.report import _INNER, PARTS, Launch, Report, summarise
-from hf_spot.economics.table import duration, money_lines, render_report
+from hf_spot.economics.table import duration, machine_rows, money_lines, render_report
 from hf_spot.economics.timeline import WAITING_LANE, make_timeline
 from tests.economics.journals import Event, claim, commit, journal_of, timed, timing
 
@@ -100,6 +100,21 @@ def test_money_is_only_counted_where_a_price_is_known() -> None:
     assert "The price of 56.7 min of 83.3 min is unknown." in money_lines(report)[0]
     on_demand = summarise(timed([(0, claim("a", **{**unpriced, "market": "on-demand"})), (3600, ("failed", {"step": 1}))]))
     assert on_demand.cost_usd == 36.0
+
+
+def test_machines_that_come_and_go_are_named_and_each_is_paid_at_its_own_price() -> None:
+    kind, data = INTERRUPTED[0][1]
+    roster = [{"name": "a", "machine": data["machine"]}, {"name": "b", "machine": {"price_usd_per_hour": 2.0}}]
+    claimed = {**data, "machines": 2, "roster": roster}
+    report = summarise(timed([(0, (kind, claimed)), (3600, INTERRUPTED[1][1])]))
+    [launch] = report.launches
+    own = launch.price_usd_per_hour
+    assert own is not None
+    assert launch.cost_usd == own + 2.0
+    names = [row[1] for row in machine_rows(report)[1:]]
+    assert names == [launch.name, "b"]
+    for strange in ("x", [3], [{"name": "a"}, None], {}):
+        assert summarise(timed([(0, (kind, {**claimed, "roster": strange}))])).launches[0].machines == 2
 
 
 def test_machines_that_train_together_are_all_paid() -> None:

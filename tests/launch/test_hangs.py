@@ -168,11 +168,11 @@ from hf_spot.runtime import Runtime
 from hf_spot.training.session.phases import answer_with_stacks
 answer_with_stacks(Runtime("run", 1, Path(sys.argv[1]), SpotArguments()))
 def keep_the_gil():
-    print("ready", flush=True)
+    os.write(1, b"ready" + os.linesep.encode())
     while True:
         ctypes.PyDLL(None).sleep(1000)
 def idle():
-    print("ready", flush=True)
+    os.write(1, b"ready" + os.linesep.encode())
     threading.Event().wait()
 if os.fork() == 0:
     idle()

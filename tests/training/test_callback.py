@@ -174,7 +174,7 @@ def test_a_finished_run_is_loaded_and_not_trained(store: str, tmp_path: Path, pe
     before = kinds(store)
     recorder = Recorder()
 
-    from hf_spot.training.trainer import recognition
+    from hf_spot.training.session import recognition
 
     recognition.forget_finished()  # as in a new process
     trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), recorder)

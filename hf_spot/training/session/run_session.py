@@ -137,10 +137,14 @@ class RunSession:
         if self.runtime is not None:
             self.runtime.tell_training(True)
             self.closing.callback(self._tell_end)
-            self.steps = StepCounter(self.runtime.step_path) if self.agreement.is_main else None
+            self._count_steps()
             self.phases = Phases(self.runtime, self._rank, self._training)
             self.closing.callback(self.phases.close)
             self.phases.tell(phase)
+
+    def _count_steps(self) -> None:
+        if self.runtime is not None and self.agreement.is_main:
+            self.steps = StepCounter(self.runtime.step_path_of(self.training))
 
     def _tell_end(self) -> None:
         assert self.runtime is not None
@@ -159,6 +163,8 @@ class RunSession:
     def enter(self, training: int) -> None:
         """Work on a training of the run. Every rank must call it, before it claims or restores."""
         self._training = training
+        if self.steps is not None:
+            self._count_steps()
         self.phases.enter(training)
 
     def tracker_id(self) -> str:

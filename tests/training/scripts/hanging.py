@@ -57,22 +57,25 @@ class Model(nn.Module):
         return {"loss": nn.functional.mse_loss(out, labels), "logits": out}
 
 
+def is_this_rank(kind: str) -> bool:
+    return int(os.environ.get("RANK", "0")) == (kind in ("leaves", "dies"))
+
+
 def hang(kind: str) -> None:
     """Hang in this thread, as bugs do."""
-    rank = int(os.environ.get("RANK", "0"))
-    if kind == "callback" and rank == 0:
+    if kind == "callback":
         spin_for_ever()
-    elif kind == "lock" and rank == 0:
+    elif kind == "lock":
         deadlock()
-    elif kind == "c" and rank == 0:
+    elif kind == "c":
         ctypes.CDLL(None).sleep(100_000)  # releases the GIL
-    elif kind == "gil" and rank == 0:
+    elif kind == "gil":
         ctypes.PyDLL(None).sleep(100_000)  # keeps it: no other thread runs any more
-    elif kind == "collective" and rank == 0:
+    elif kind == "collective":
         dist.barrier()  # the others are in the next step's all-reduce
-    elif kind == "leaves" and rank == 1:
+    elif kind == "leaves":
         raise SystemExit(0)
-    elif kind == "dies" and rank == 1:
+    elif kind == "dies":
         os._exit(0)
 
 
@@ -94,7 +97,7 @@ def in_trainer(options: argparse.Namespace, marker: Path | None) -> None:
         def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
             time.sleep(options.step_s)
             due = state.global_step == options.at and options.hang not in ("none", "worker", "evaluation")
-            if due and (options.every_rank or may_hang(marker)):
+            if due and is_this_rank(options.hang) and may_hang(marker):
                 hang(options.hang)
 
         def on_prediction_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
@@ -153,7 +156,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--step_s", type=float, default=0.0)
     parser.add_argument("--once", help="hang only while this file does not exist")
-    parser.add_argument("--every_rank", action="store_true", help="ask each rank whether to hang")
     parser.add_argument("--loop", action="store_true")
     options = parser.parse_args()
     marker = Path(options.once) if options.once else None
