@@ -15,7 +15,7 @@ _TAKES_PARAMETER = ("file", "gcp", "slurm")
 SAVE_ERROR_ANSWERS = ("stop", "go-on")
 MISMATCH_ANSWERS = ("stop", "warn")
 CHANGE_ANSWERS = ("go-on", "stop")
-NAN_ANSWERS = ("stop", "go-on")
+NAN_ANSWERS = ("stop", "rollback", "go-on")
 CADENCES = ("fixed", "auto")
 
 
@@ -132,9 +132,13 @@ class SpotArguments:
         default="stop",
         metadata={
             "help": "When a weight that is trained, a state of the optimizer or the logged loss is NaN or infinite, no "
-            "checkpoint is made: 'stop' ends the training, with exit code 2; 'go-on' continues it, and saves again once all "
-            "numbers are finite."
+            "checkpoint is made: 'stop' ends the training, with exit code 2; 'rollback' resumes it from the newest checkpoint "
+            "and passes over the steps around the first NaN; 'go-on' continues it, and saves again once all numbers are finite."
         },
+    )
+    max_rollbacks: int = field(
+        default=3,
+        metadata={"help": "For --on-nan rollback: how often a training may be rolled back; then it ends as with 'stop'."},
     )
     start_from: str | None = field(
         default=None,
@@ -232,6 +236,8 @@ class SpotArguments:
             )
         if self.on_nan not in NAN_ANSWERS:
             raise ConfigError(f"on_nan={self.on_nan!r} must be one of {', '.join(NAN_ANSWERS)}", hint="--on-nan go-on")
+        if self.max_rollbacks < 1:
+            raise ConfigError(f"max_rollbacks={self.max_rollbacks} must be at least 1", hint="--on-nan stop makes none")
         if self.save_memory_gb is not None and not self.save_memory_gb >= 0:
             raise ConfigError(f"save_memory_gb={self.save_memory_gb} must not be negative", hint="0 saves as Trainer does")
         if self.upload_workers < 1:

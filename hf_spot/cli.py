@@ -33,6 +33,7 @@ _EXIT_CODES = """exit codes:
   2    usage error, or the store or account can't be used; launch: also a budget that is used up, or numbers that are NaN
   75   launch: preempted, run the same command again to resume; provision: no capacity available
   76   launch: a newer launch owns the run
+  79   launch: the training has hung twice after the same step, and would hang there again
   130  interrupted twice
   any other exit code of launch is the script's own"""
 

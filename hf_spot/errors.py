@@ -16,6 +16,7 @@
     ├── CorruptCheckpoint          files differ from what the journal says was committed
     ├── IncompleteCheckpoint       a file is missing, and resuming without it would silently reset something
     ├── Untrusted                  the journal was not signed with this machine's key
+    ├── RolledBack                 NaN: the next launch passes over the steps that went wrong (exit_code 1)
     └── Fenced                     a newer launch owns the run (exit_code 76)
 
     TrainingPreempted              a SystemExit with code 75, so that no line after ``train()`` runs
@@ -30,6 +31,7 @@ EXIT_FINISHED = 0
 EXIT_USAGE = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 EXIT_FENCED = 76
+EXIT_HUNG = 79  # the first number behind those of sysexits.h
 
 
 def without_passwords(text: str) -> str:
@@ -151,6 +153,12 @@ class Fenced(SpotError):
     """A newer launch has claimed the run; this one must stop writing."""
 
     exit_code = EXIT_FENCED
+
+
+class RolledBack(SpotError):
+    """The training has met NaN: the next launch resumes from the newest commit, and passes over the steps that went wrong."""
+
+    exit_code = 1  # not that of a usage error: `hf-spot launch` starts it again
 
 
 class TrainingPreempted(SystemExit):

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import shutil
+import signal
 import stat
 import struct
 import tempfile
@@ -26,6 +27,7 @@ from hf_spot.arguments import SpotArguments
 from hf_spot.notices.notice import PreemptionNotice
 
 _STEP = struct.Struct("<q")
+_PHASE = struct.Struct("<5q")
 _RESERVE_BYTES = 64 << 10
 _LOOK_S = 0.02
 STORE_VARIABLE = "HF_SPOT_STORE"
@@ -35,6 +37,7 @@ _DIRECTORY_VARIABLE = "HF_SPOT_RUNTIME_DIR"
 _LAUNCHER_VARIABLE = "HF_SPOT_LAUNCHER_PID"
 _CLAIMED_VARIABLE = "HF_SPOT_CLAIMED_AT"
 _ARGUMENTS_VARIABLE = "HF_SPOT_ARGUMENTS"
+_FULL_RANKS_VARIABLE = "HF_SPOT_FULL_RANKS"
 
 
 def to_system(text: str) -> str:
@@ -100,7 +103,17 @@ def _delete_unless_held(path: Path) -> None:
 _HELD = "hf_spot-held-"
 _TRAINING = ""
 _TRAINED = "ended"
-_REPORT, _LEFT, _MET = "training-", "left-", "met-"  # names of files, each with a process id behind it
+# Names of files, each with a process id behind it. `hf_spot.every_python.sitecustomize` writes and reads them, too.
+_REPORT, _LEFT, _MET, _FAILED, _GONE = "training-", "left-", "met-", "failed-", "gone-"
+_PHASES, _STACKS = "phase-", "stacks-"  # likewise
+
+
+_at_training: list[Callable[[], None]] = []
+
+
+def at_training(act: Callable[[], None]) -> None:
+    """Have a function called whenever a training begins, in this process or in one that is forked from it."""
+    _at_training.append(act)
 
 
 def is_running(process: int) -> bool:
@@ -135,6 +148,19 @@ class Prefetched:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a training of the launch is about to do.
+
+    Args:
+        max_steps: optimizer steps to its end.
+        samples: of one optimizer step.
+    """
+
+    max_steps: int
+    samples: int
+
+
+@dataclass(frozen=True)
 class Runtime:
     """One launch, as its workers see it.
 
@@ -148,6 +174,7 @@ class Runtime:
         arguments: the settings given to the launcher.
         launcher: process id of the launcher.
         claimed_at: when it made the claim; None on machines that joined the claim of another machine.
+        full_ranks: ranks whose samples make an optimizer step, if machines come and go; 0 for those of this launch.
     """
 
     store: str
@@ -156,6 +183,7 @@ class Runtime:
     arguments: SpotArguments
     launcher: int = field(default_factory=os.getpid)
     claimed_at: datetime | None = None
+    full_ranks: int = 0
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Runtime | None:
@@ -169,6 +197,7 @@ class Runtime:
             arguments=SpotArguments(**json.loads(environ[_ARGUMENTS_VARIABLE])),
             launcher=int(environ[_LAUNCHER_VARIABLE]),
             claimed_at=datetime.fromisoformat(environ[_CLAIMED_VARIABLE]) if environ.get(_CLAIMED_VARIABLE) else None,
+            full_ranks=int(environ.get(_FULL_RANKS_VARIABLE) or 0),
         )
 
     def to_environ(self) -> dict[str, str]:
@@ -180,6 +209,7 @@ class Runtime:
             _LAUNCHER_VARIABLE: str(self.launcher),
             _CLAIMED_VARIABLE: self.claimed_at.isoformat() if self.claimed_at else "",
             _ARGUMENTS_VARIABLE: json.dumps(dataclasses.asdict(self.arguments)),
+            **({_FULL_RANKS_VARIABLE: str(self.full_ranks)} if self.full_ranks else {}),
         }
 
     @property
@@ -190,7 +220,16 @@ class Runtime:
     @property
     def step_path(self) -> Path:
         """Return the path of the step counter: eight bytes, the last finished optimizer step (see `StepCounter`)."""
-        return self.directory / "step"
+        return self.step_path_of(1)
+
+    def step_path_of(self, training: int) -> Path:
+        """Return the path of the step counter of a training of the run, by its number from 1."""
+        return self.directory / ("step" if training == 1 else f"step-{training}")
+
+    def read_steps(self) -> dict[int, int]:
+        """Return the last finished step of each training of this launch that has told one, by the number of the training."""
+        paths = {int(path.name.partition("-")[2] or 1): path for path in self.directory.glob("step*")}
+        return {training: step for training, path in sorted(paths.items()) if (step := StepCounter.read(path)) is not None}
 
     @property
     def training_path(self) -> Path:
@@ -200,6 +239,8 @@ class Runtime:
     def tell_training(self, is_training: bool) -> None:
         """Tell the launcher that a training of this process begins or has ended. A notice can lead to a checkpoint only between
         the two."""
+        for act in _at_training if is_training else ():
+            act()
         self._with_room(lambda: write_atomically(self.training_path, _TRAINING if is_training else _TRAINED))
 
     def tell_stopped(self, exit_code: int) -> None:
@@ -217,6 +258,18 @@ class Runtime:
         """
         reports = self._reports()
         return any(told == _TRAINING and is_running(process) for process, told in reports.items()) if reports else None
+
+    def tell_failed(self) -> None:
+        """Tell the other processes of the launch that this one, which may have trained, ends with an exception."""
+        with contextlib.suppress(OSError):  # its folder was deleted, or the disk is full
+            (self.directory / f"{_FAILED}{os.getpid()}").touch()
+
+    def mark_gone(self) -> None:
+        """Mark the processes that have died while they trained, so that it is known later when that was."""
+        for process, told in self._reports().items():
+            if told == _TRAINING and not is_running(process):
+                with contextlib.suppress(OSError):
+                    (self.directory / f"{_GONE}{process}").touch(exist_ok=False)
 
     def read_stopped(self) -> int | None:
         """Return the exit code for the launch once a training was stopped, its process waits at its end, and no other is still
@@ -244,6 +297,29 @@ class Runtime:
     def has_met(self, process: int) -> bool:
         """Return whether a process has called `meet`."""
         return (self.directory / f"{_MET}{process}").exists()
+
+    @property
+    def phase_path(self) -> Path:
+        """Return the path of the file that says what this process is doing (see `PhaseTeller`)."""
+        return self.directory / f"{_PHASES}{os.getpid()}"
+
+    def read_phases(self) -> dict[int, tuple[int, int, int, int, int]]:
+        """Return what the living processes of the launch have told about what they are doing, by their ids."""
+        found = {}
+        with contextlib.suppress(OSError):
+            for path in self.directory.glob(f"{_PHASES}[0-9]*"):
+                process = int(path.name[len(_PHASES) :])
+                if (told := PhaseTeller.read(path)) is not None and is_running(process):
+                    found[process] = told
+        return found
+
+    def stacks_path(self, process: int) -> Path:
+        """Return the file to which a process, and those that it has forked, write their stacks on a `STACKS_SIGNAL`."""
+        return self.directory / f"{_STACKS}{process}"
+
+    def has_met_any(self) -> bool:
+        """Return whether any process has called `meet`."""
+        return any(True for _ in self.directory.glob(f"{_MET}*"))
 
     def is_trusted(self) -> bool:
         """Return whether the folder belongs to this user. In a parent that all may write to, another user could have created it
@@ -316,6 +392,18 @@ class Runtime:
         folder = None if restore.folder is None else str(restore.folder)
         write_atomically(self._prefetched_path, json.dumps([restore.entry, folder, restore.ranks]))
 
+    def tell_prefetching(self) -> None:
+        """Give a sign that the download makes progress."""
+        with contextlib.suppress(OSError):  # the folder was deleted
+            os.utime(self._prefetched_path)
+
+    def prefetched_at_ns(self) -> int:
+        """Return when the download last gave a sign, by the clock of the file system; 0 if there is none."""
+        try:
+            return self._prefetched_path.stat().st_mtime_ns
+        except OSError:
+            return 0
+
     def read_prefetched(self) -> Prefetched | None:
         """Return the state of the download; None if there is none."""
         if not self.is_trusted():
@@ -339,6 +427,21 @@ class Runtime:
             look()
             time.sleep(_LOOK_S)
         return prefetched
+
+    def tell_plan(self, plan: Plan) -> None:
+        """Tell the launcher what the training is about to do."""
+        self._with_room(lambda: write_atomically(self._plan_path, json.dumps(dataclasses.asdict(plan))))
+
+    def read_plan(self) -> Plan | None:
+        """Return what the newest training is about to do, or None."""
+        try:
+            return Plan(**json.loads(self._plan_path.read_text())) if self.is_trusted() else None
+        except FileNotFoundError:
+            return None
+
+    @property
+    def _plan_path(self) -> Path:
+        return self.directory / "plan.json"
 
     def write_notice(self, notice: PreemptionNotice) -> None:
         """Write the notice, in place of an earlier one."""
@@ -378,3 +481,53 @@ class StepCounter:
         except (FileNotFoundError, struct.error):
             return None
         return step
+
+
+STACKS_SIGNAL = int(signal.SIGRTMAX) - 3  # to a process of a training: write the stacks of all threads
+
+
+class PhaseTeller:
+    """What a rank is doing, in a memory-mapped file: telling it costs no system call, and takes less than a microsecond.
+
+    Args:
+        path: created if it does not exist.
+        rank: number of the rank.
+        training: number of its training in the run.
+
+    Raises:
+        OSError: it can't be created.
+    """
+
+    def __init__(self, path: Path, rank: int, training: int) -> None:
+        with path.open("a+b") as file:
+            os.posix_fallocate(file.fileno(), 0, _PHASE.size)
+            self._memory = mmap.mmap(file.fileno(), _PHASE.size)
+        self._rank, self._training = rank, training
+        self._signs = _PHASE.unpack_from(self._memory)[0]
+        self._phase = self._step = 0
+
+    def enter(self, training: int) -> None:
+        """Tell of another training from now on."""
+        self._training = training
+
+    @property
+    def phase(self) -> int:
+        """Return the phase that was told last."""
+        return self._phase
+
+    def tell(self, phase: int, step: int | None = None) -> None:
+        """Tell the phase that begins or goes on, and the last finished step if it has changed."""
+        self._signs += 1
+        self._phase = phase
+        if step is not None:
+            self._step = step
+        _PHASE.pack_into(self._memory, 0, self._signs, phase, self._step, self._rank, self._training)
+
+    @staticmethod
+    def read(path: Path) -> tuple[int, int, int, int, int] | None:
+        """Return signs, phase, step, rank and training as told last; None if nothing was."""
+        try:
+            told: tuple[int, int, int, int, int] = _PHASE.unpack(path.read_bytes())
+        except (OSError, struct.error):
+            return None
+        return told if told[0] else None

@@ -40,6 +40,7 @@ ERROR_TREE = {
     "IncompleteCheckpoint": "SpotError",
     "Untrusted": "SpotError",
     "Fenced": "SpotError",
+    "RolledBack": "SpotError",
     "TrainingPreempted": "SystemExit",
     "TrainingInterrupted": "TrainingPreempted",
 }
@@ -84,7 +85,7 @@ def test_the_error_tree_is_this_and_wholly_public() -> None:
 
 def test_the_exit_codes_are_these() -> None:
     codes = {name: code for name, code in vars(errors).items() if name.startswith("EXIT_")}
-    assert codes == {"EXIT_FINISHED": 0, "EXIT_USAGE": 2, "EXIT_PREEMPTED": 75, "EXIT_FENCED": 76}
+    assert codes == {"EXIT_FINISHED": 0, "EXIT_USAGE": 2, "EXIT_PREEMPTED": 75, "EXIT_FENCED": 76, "EXIT_HUNG": 79}
     assert errors.TrainingPreempted().code == 75
     assert errors.SpotError("").exit_code == 2
     assert errors.Fenced("").exit_code == 76
@@ -107,6 +108,7 @@ def test_the_settings_and_their_defaults_are_these() -> None:
         "on_mismatch": "stop",
         "on_change": "go-on",
         "on_nan": "stop",
+        "max_rollbacks": 3,
         "start_from": None,
         "save_memory_gb": None,
         "upload_workers": 4,

@@ -77,6 +77,15 @@ def test_the_step_outlives_its_teller(tmp_path: Path) -> None:
     assert StepCounter.read(tmp_path / "step") == 2**40
 
 
+def test_trainings_side_by_side_count_their_own_steps(tmp_path: Path) -> None:
+    runtime = Runtime("s3://b/r", 1, tmp_path, SpotArguments())
+    assert runtime.read_steps() == {}
+    for training, step in ((1, 7), (2, 3), (12, 5)):
+        StepCounter(runtime.step_path_of(training)).tell(step)
+    assert runtime.read_steps() == {1: 7, 2: 3, 12: 5}
+    assert StepCounter.read(runtime.step_path) == 7
+
+
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_notices_and_exit_codes_get_through_on_a_full_disk(tmp_path: Path) -> None:
     with SmallDisk(tmp_path / "disk", size_kb=1024) as disk:

@@ -193,6 +193,12 @@ def _in_words(entry: Entry) -> str | None:
         )
     if entry.kind == "prune":
         return f"pruned: step {', '.join(map(str, data.get('steps', ())))}"
+    if entry.kind == "hang":
+        return f"the training hangs after step {data.get('step', '?')}: rank {data.get('rank', '?')}, {data.get('phase', '?')}"
+    if entry.kind == "rollback":
+        return f"{data.get('why', 'NaN')}: rolled back to step {data.get('committed_step', '?')}"
+    if entry.kind == "spike":
+        return f"the loss of step {data.get('step', '?')} stands out: {data.get('loss')}, usually {data.get('usual')}"
     if entry.kind == "resumed":
         return f"launch {entry.launch} resumes from step {data.get('step', '?')}"
     return None

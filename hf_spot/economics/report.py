@@ -31,7 +31,7 @@ PART_MEANS = {
 }
 FREE_FIRST_HOUR = "https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/billing-for-interrupted-spot-instances.html"
 _INNER = ("process", "training", "marks", "first_notice", "terminated_since")
-_WORDS = ("resumed", "redone", "commit", "notice", *ENDINGS)
+_WORDS = ("resumed", "redone", "commit", "notice", "hang", *ENDINGS)
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ class Launch:
         commits: number of checkpoints that it committed.
         notices: number of preemption notices that it detected.
         verified: parts of the resumed training that were compared with what was saved, and are the same.
+        hung: the step after which its training hung; None if it did not.
         redone: by training, how the steps that it did again compare with what earlier launches told about them.
         ended: ``preempted``, ``finished``, ``failed``, or ``no word`` if the journal has no end of it.
         last_heard: time of its last entry.
@@ -131,6 +132,7 @@ class Launch:
     notices: int = 0
     verified: list[str] = field(default_factory=list)
     redone: dict[int, Redone] = field(default_factory=dict)
+    hung: int | None = None
     ended: str = "no word"
     notice_to_commit_s: float | None = None
     steps_lost: int | None = None
@@ -328,6 +330,9 @@ def _add_entry(launch: Launch, entry: Entry, now: datetime, step: int) -> None:
         found = Redone.of(data)
         if found is not None:
             launch.redone[data.get(TRAINING_KEY, launch.training)] = found
+        return
+    if entry.kind == "hang":
+        launch.hung = data.get("step")
         return
     if entry.kind == "notice":
         launch.notices += 1

@@ -120,7 +120,7 @@ def launch_rows(report: Report) -> list[list[str]]:
                 reaction,
                 "?" if launch.steps_lost is None else str(launch.steps_lost),
                 str(launch.steps_redone),
-                launch.ended,
+                launch.ended if launch.hung is None else f"{launch.ended}, hung after step {launch.hung}",
             ]
         )
     return rows

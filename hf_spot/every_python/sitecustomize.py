@@ -36,6 +36,12 @@ _OF_HF_SPOT = (
 )  # modules that, run as a program, do all of this themselves
 _LONGEST_WAIT_S = 60.0
 _TICK_S = 0.02
+_END_IS_NEW_S = 60.0  # a process that computes may answer a signal late
+_FAILURE_IS_NEW_S = 30.0  # a launcher ends its other processes soon after one has failed
+
+_ENDS = "ends-"  # a file of that name, with the process id behind it or, for a group, its negative, contains who ends it
+_PASSED_ON = "passed-on"  # a file of that name: a signal from outside has reached a process
+_SHOWN = 100  # characters
 
 _plain_signal, _plain_getsignal = _signal.signal, _signal.getsignal
 
@@ -59,6 +65,7 @@ class Finder:
             return None
         enter = self._left.pop(name)
         try:
+            from hf_spot.runtime import at_training
             from hf_spot.training import bootstrap
 
             before = getattr(bootstrap, enter)
@@ -68,6 +75,7 @@ class Finder:
             return None
         if self._shield is not None and name == _TRAINER:
             self._shield.pass_on_always()
+            at_training(self._shield.stand_again)
         return before(name, path, target)
 
 
@@ -112,6 +120,20 @@ class Shield:
     def pass_on_always(self) -> None:
         """Pass signals on from now on, except to a handler of the program: a training is about to begin."""
         self._always = True
+        self.stand_again()
+
+    def stand_again(self) -> None:
+        """Pass signals on in a process that was forked from the one of this shield, too: it trains."""
+        if os.getpid() == self._process:
+            return
+        self._process = os.getpid()
+        try:
+            for number in self._of_program:
+                self._of_program[number] = _plain_getsignal(number)
+                _plain_signal(number, self._answer)
+        except ValueError:  # not in the main thread
+            return
+        _signal.signal, _signal.getsignal = self._set, self._get
 
     def _set(self, number: int, handler: Any) -> Any:
         """Stand in for ``signal.signal``: this shield stays in front of a function that handles one of its signals."""
@@ -143,7 +165,9 @@ class Shield:
         handler = self._of_program[number]
         has_own = callable(handler) and handler is not _signal.default_int_handler
         here, below = _trainings(self._process)
-        if below or ((here or self._always) and not has_own):
+        is_of_training = below or ((here or self._always) and not has_own)
+        if is_of_training and not end_from_inside(self._process):
+            _touch(_PASSED_ON)
             try:
                 os.kill(self._launcher, _signal.SIGTERM)  # not SIGINT: a second one means not to wait for anything
             except OSError:
@@ -153,6 +177,108 @@ class Shield:
         else:
             _plain_signal(number, _signal.SIG_DFL)
             os.kill(self._process, number)
+
+
+def note_ends(numbers: "list[int]") -> None:
+    """Note each signal that this process sends to a process below it, from now on: it ends that, which is no notice.
+
+    Args:
+        numbers: of the signals that would mean a notice.
+    """
+    plain_kill, plain_killpg = os.kill, os.killpg
+
+    def kill(process: int, number: int) -> None:
+        if number in numbers and process:
+            _note_end(process, number)
+        plain_kill(process, number)
+
+    def killpg(group: int, number: int) -> None:
+        if number in numbers and group:
+            _note_end(-group, number)
+        plain_killpg(group, number)
+
+    kill.__doc__, killpg.__doc__ = plain_kill.__doc__, plain_killpg.__doc__
+    os.kill, os.killpg = kill, killpg
+
+
+def _note_end(target: int, number: int) -> None:
+    """Note a signal to a process, or to a group if the number is negative, unless it may pass on a signal from outside."""
+    own, led = os.getpid(), abs(target)
+    if led == own or not _is_below(led, own) or _is_noticed() or _waits_for(number):
+        return
+    try:
+        with open(os.path.join(_RUNTIME, f"{_ENDS}{target}"), "w") as file:
+            file.write(str(own))
+    except OSError:
+        return
+
+
+def _waits_for(number: int) -> bool:
+    """Return whether the main thread blocks a signal: the program then waits for it in a way of its own."""
+    found = _read("/proc/self/status", "").partition("SigBlk:")[2].split(None, 1)
+    return bool(found) and bool(int(found[0], 16) >> (number - 1) & 1)
+
+
+def _is_noticed() -> bool:
+    """Return whether this launch ends because of a notice, or a process has just passed one on."""
+    return os.path.exists(os.path.join(_RUNTIME, _PASSED_ON)) or "TERMINATE" in _read(os.path.join(_RUNTIME, "notice.json"), "")
+
+
+def end_from_inside(process: int) -> bool:
+    """Return whether a signal to this process comes from a program of the launch that ends it, and then say so, once.
+
+    Args:
+        process: id of this process.
+    """
+    if _is_noticed():
+        return False
+    for target in (process, -os.getpgrp()):
+        path = os.path.join(_RUNTIME, f"{_ENDS}{target}")
+        by = _read(path, "")
+        if by and _age_s(path) < _END_IS_NEW_S:
+            _tell_end(by, f"process {by} ({_command_of(int(by))}) ends process {process}, which it has started")
+            return True
+    failed = _new_failure(process)
+    if failed:
+        _tell_end("0", f"process {failed} has failed, and process {process} is ended")
+    return bool(failed)
+
+
+def _new_failure(process: int) -> int:
+    """Return the id of a process that has trained and has just failed or died; 0 if there is none."""
+    try:
+        names = os.listdir(_RUNTIME)
+    except OSError:
+        return 0
+    for name in names:
+        kind, _, number = name.rpartition("-")
+        if not number.isdigit() or int(number) == process:
+            continue
+        path = os.path.join(_RUNTIME, name)
+        if kind == "training" and not _read(path, "ended") and not _parent(int(number)):
+            gone = os.path.join(_RUNTIME, f"gone-{number}")
+            if not os.path.exists(gone) or _age_s(gone) < _FAILURE_IS_NEW_S:
+                return int(number)
+        elif kind == "failed" and _age_s(path) < _FAILURE_IS_NEW_S:
+            return int(number)
+    return 0
+
+
+def _tell_end(by: str, what: str) -> None:
+    if _touch(f"told-{by}", os.O_EXCL):
+        os.write(2, f"hf-spot: {what}: that is no notice of a preemption, and nothing more is saved\n".encode())
+
+
+def _command_of(process: int) -> str:
+    words = _read(f"/proc/{process}/cmdline", "").split("\0")
+    return " ".join(words).strip()[:_SHOWN]
+
+
+def _age_s(path: str) -> float:
+    try:
+        return time.time() - os.stat(path).st_mtime
+    except OSError:
+        return 0.0
 
 
 def _trainings(process: int) -> "tuple[bool, bool]":
@@ -166,11 +292,16 @@ def _trainings(process: int) -> "tuple[bool, bool]":
         if name.startswith("training-") and name[9:].isdigit() and not _read(os.path.join(_RUNTIME, name), "ended"):
             one = int(name[9:])
             here = here or one == process
-            above = _parent(one)
-            while above > 1 and above != process:
-                above = _parent(above)
-            below = below or above == process
+            below = below or _is_below(one, process)
     return here, below
+
+
+def _is_below(process: int, other: int) -> bool:
+    """Return whether a process was started by another one, or by one below that."""
+    above = _parent(process)
+    while above > 1 and above != other:
+        above = _parent(above)
+    return above == other
 
 
 def _parent(process: int) -> int:
@@ -206,10 +337,12 @@ def _wait_at_the_end() -> None:
 def _begin() -> None:
     """Install the hook, unless this Python belongs to no launch, or is one of hf_spot that has its own way."""
     started = getattr(sys, "orig_argv", ())[1:4]
+    numbers = [int(one) for one in os.environ.get("HF_SPOT_ANSWERED_SIGNALS", "").split(",") if one]
+    if _RUNTIME:
+        note_ends(numbers)
     if not _RUNTIME or any(one in _OF_HF_SPOT for one in started):
         return
     atexit.register(_wait_at_the_end)  # first, so that it runs last
-    numbers = [int(one) for one in os.environ.get("HF_SPOT_ANSWERED_SIGNALS", "").split(",") if one]
     blocked = _signal.pthread_sigmask(_signal.SIG_BLOCK, ())
     shield = None
     if not any(one in blocked for one in numbers):  # otherwise whoever started this process has its own way to answer them

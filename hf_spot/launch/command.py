@@ -27,11 +27,28 @@ _LARGEST_BYTES = 2**20  # of a file that an argument names: scripts and configur
 
 @dataclass(frozen=True)
 class Machines:
-    """The machines of a launch: how many, which of them this is, and where machine 0 is."""
+    """The machines of a launch: how many, which of them this is, and where machine 0 is.
+
+    Args:
+        count: number of machines; the most that may train, before a launch of machines that come and go has begun.
+        rank: of this machine.
+        main_ip: where machine 0 is; empty if machines meet in the run.
+        least: the fewest that may train; 0 if the machines are fixed.
+        processes: of each machine, if machines come and go.
+        interface: the network interface that the machines use; None for any.
+    """
 
     count: int = 1
     rank: int = 0
     main_ip: str = ""
+    least: int = 0
+    processes: int = 0
+    interface: str | None = None
+
+    @property
+    def are_elastic(self) -> bool:
+        """Return whether machines come and go, and meet in the run."""
+        return self.least > 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +66,9 @@ class Command:
         script: the script, as it was named, and its own arguments.
         dry_run: only say what would be done.
         budget: of the run.
+        hang_timeout_s: as in `hf_spot.policy.hangs.limit_s`.
         as_it_is: ``argv`` is a command that the user knows by its name, such as ``trl``, which starts the training.
+        among_at: where in ``argv`` the options of a launch among machines that come and go belong.
     """
 
     store: str
@@ -63,6 +82,23 @@ class Command:
     dry_run: bool = False
     as_it_is: bool = False
     budget: Budget = field(default_factory=Budget)
+    among_at: int = 0
+    hang_timeout_s: float | None = None
+
+    def argv_among(self, machines: Machines, port: int) -> list[str]:
+        """Return the command for a launch of machines that come and go.
+
+        Args:
+            machines: of the launch.
+            port: of machine 0, for the ranks.
+        """
+        total = machines.count * machines.processes
+        told: dict[str, str | int] = {"--num_machines": machines.count, "--num_processes": total}
+        if machines.count > 1:
+            told |= {"--machine_rank": machines.rank, "--main_process_ip": machines.main_ip, "--main_process_port": port}
+        words = [word for name, value in told.items() for word in (name, str(value))]
+        before = [one for one in self.argv[: self.among_at] if total > 1 or one.replace("-", "_") != "__multi_gpu"]
+        return [*before, *words, *self.argv[self.among_at :]]
 
     def fingerprint(self) -> str:
         """Return a digest of the script, its arguments, and the contents of the files that they name."""

@@ -24,7 +24,9 @@ def describe(run: Run, state: RunState, command: Command, finished_by: str | Non
         SpotError: ``--from`` names nothing that can be resumed from, or the store can't be read.
     """
     lines = [("run", f"{run.url}: {_history(state)}"), ("it would", _begin(run, state, command, finished_by))]
-    if command.machines.count > 1:
+    if command.machines.are_elastic:
+        lines.append(("machines", f"{command.machines.least} to {command.machines.count}, which meet in the run"))
+    elif command.machines.count > 1:
         lines.append(("machines", f"{command.machines.count}; this is machine {command.machines.rank}"))
     lines.append(("script", shlex.join(command.script)))
     lines += [("note", remark) for remark in command.remarks]

@@ -40,6 +40,7 @@ from hf_spot.launch.early import has_flag
 from hf_spot.launch.settings import render, settings, unknown_variables
 from hf_spot.log import LEVEL_VARIABLE
 from hf_spot.policy.budget import Budget
+from hf_spot.policy.hangs import AUTO, parse_timeout
 from hf_spot.runtime import STORE_VARIABLE
 from hf_spot.suggestions import hint_for_unknown
 from hf_spot.training.upstream import LAUNCH_ENVIRONMENT, LAUNCH_PARSER, OPTIONS_PARSER, VALIDATE_LAUNCH, check
@@ -63,15 +64,44 @@ _BUDGET = (
         "Launches in a row, on whatever machines, that may commit nothing before no more begin.",
     ),
 )
+_HANG_HELP = (
+    "Seconds without a sign of the training (a step, a batch of an evaluation, bytes of a restore) after which it is ended and "
+    "started again from the newest checkpoint; if it hangs after the same step again, the launch ends with exit code 79. "
+    "'auto': half an hour to four hours, and more for what takes long in this run; 'off': never (default: auto)."
+)
 _ACCELERATES_LOG = logging.getLogger(VALIDATE_LAUNCH.owner)
+_OF_ONE_LAUNCH = ("num_machines", "machine_rank", "main_process_ip", "main_process_port", "num_processes")
+_NUM_MACHINES_HELP = (
+    "Machines that train together. N: exactly N. MIN:MAX: any number between, and machines may come and go while the training "
+    "goes on; --num_processes is then that of each machine (default: its GPUs), and a step has the samples of MAX machines. "
+    "Without --machine_rank and --main_process_ip the machines meet in the run."
+)
 _AGENT = "hf_spot.launch.agent"
 _NAMES = {"keep_checkpoints": "save_total_limit", "start_from": "from"}  # options that have another name than their setting
 _BOOTSTRAP = "hf_spot.training.bootstrap"
 _GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
+_NCCL_VARIABLE = "NCCL_SOCKET_IFNAME"
 _LOOPBACK = re.compile(r"localhost$|127\.|::1$")  # then all "machines" are on this one
 _ELF = b"\x7fELF"
 _LONGEST_LINE_BYTES = 4096
 _MACHINES = ("--nnodes", "--num-machines", "--num-nodes")  # of torchrun, accelerate and deepspeed
+_HOSTS = {  # options that name the machines, or a file that does, by the launcher's name
+    "deepspeed": ("-i", "--include"),
+    "mpirun": ("-H", "--host"),
+    "mpiexec": ("-H", "--host", "-hosts"),
+}
+_HOST_FILES = {
+    "deepspeed": ("-H", "--hostfile"),
+    "mpirun": ("--hostfile", "-hostfile", "--machinefile", "-machinefile"),
+    "mpiexec": ("--hostfile", "-hostfile", "--machinefile", "-machinefile", "-f"),
+}
+_ELSEWHERE = {  # commands whose children are not children of this process, have another environment, or belong to another user
+    **dict.fromkeys(("srun", "sbatch", "qsub", "salloc"), "as a job of a scheduler"),
+    **dict.fromkeys(("ssh", "pdsh", "kubectl"), "on another machine"),
+    **dict.fromkeys(("docker", "podman", "nerdctl"), "in a container"),
+    **dict.fromkeys(("sudo", "doas", "su", "runuser"), "as another user, without the environment of this launch"),
+}
+_QUIET = ("-q", "--quiet")  # of accelerate, too
 _EXAMPLE = "hf-spot launch --store s3://bucket/runs/my-run train.py"
 _MAX_RESTARTS_HELP = (
     "Launches in a row that may crash without committing anything before hf-spot gives up; preemptions don't count, and 0 "
@@ -97,6 +127,8 @@ def parser() -> argparse.ArgumentParser:
     for action in made._actions:
         if action.dest == "max_restarts":
             action.default, action.help = MAX_RESTARTS, _MAX_RESTARTS_HELP
+        elif action.dest == "num_machines":
+            action.type, action.help, action.metavar = _Count.of, _NUM_MACHINES_HELP, "N|MIN:MAX"
     _show_one_spelling(made)
     made.error = _fail  # type: ignore[method-assign]
     return made
@@ -141,7 +173,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
     if args.module:
         _check_module(args.training_script)
     elif (program := find_program(args.training_script, environ)) is not None:
-        _refuse_options_of_accelerate(_of_accelerate(options), script)
+        _refuse_options_of_accelerate([one for one in _of_accelerate(options) if one not in _QUIET], script)
+        _refuse_what_trains_elsewhere(script)
         _refuse_several_machines(script)
         return Command(
             store,
@@ -154,25 +187,38 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
             dry_run=args.dry_run,
             as_it_is=True,
             budget=_budget(args),
+            hang_timeout_s=parse_timeout(args.hang_timeout),
         )
     else:
         _check_script(Path(args.training_script))
+    are_elastic = _are_elastic(args)
+    if are_elastic:
+        _prepare_elastic(args)
     try:
         with _kept_remarks() as remarks:
             args, config, _ = VALIDATE_LAUNCH.find()(args)
     except (ValueError, OSError) as error:
         raise ConfigError(f"accelerate launch: {error}", hint="hf-spot launch --help, or accelerate config") from error
     _refuse_what_is_not_supported(args, config)
-    machines = _machines(args)
+    machines = _elastic_machines(args) if are_elastic else _machines(args)
     remarks += unknown_variables(environ, made)
+    among_at = 0
     if _is_distributed(args):
-        command = [sys.executable, "-m", _AGENT, *_of_accelerate(options), "-m", _BOOTSTRAP, *script]
+        words = _of_accelerate(options, but=_OF_ONE_LAUNCH if are_elastic else ())
+        if are_elastic and args.multi_gpu and "--multi_gpu" not in words:
+            words.append("--multi_gpu")
+        command = [sys.executable, "-m", _AGENT, *words, "-m", _BOOTSTRAP, *script]
+        among_at = 3 + len(words)
         env = dict(environ)
     else:
         command = [sys.executable, "-m", _BOOTSTRAP, *script]
         env = LAUNCH_ENVIRONMENT.find()(args)[1]
     env |= _log_level(args)
-    if machines.count > 1 and _GLOO_VARIABLE not in env and (interface := interface_to(machines.main_ip)):
+    if are_elastic and args.machine_rank is not None:
+        remarks.append("--machine_rank has no effect: machines that come and go meet in the run, and get their ranks there")
+    if machines.interface is not None:
+        env = {_GLOO_VARIABLE: machines.interface, _NCCL_VARIABLE: machines.interface, **env}
+    elif machines.count > 1 and not are_elastic and _GLOO_VARIABLE not in env and (interface := interface_to(machines.main_ip)):
         # If a machine's name resolves to 127.0.1.1, as on Debian, gloo would listen on an unreachable address.
         if interface == "lo" and not _LOOPBACK.match(machines.main_ip):
             raise ConfigError(
@@ -192,6 +238,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         script,
         dry_run=args.dry_run,
         budget=_budget(args),
+        among_at=among_at,
+        hang_timeout_s=parse_timeout(args.hang_timeout),
     )
 
 
@@ -244,9 +292,24 @@ def _is_for_this_python(path: Path) -> bool:
 def _refuse_options_of_accelerate(options: Sequence[str], script: Sequence[str]) -> None:
     if options:
         told = shlex.join(options)
+        several = any(one.partition("=")[0].replace("_", "-") == "--num-machines" for one in options)
+        with_them = f"hf-spot launch --store URL {'' if several else 'accelerate launch '}{told} train.py"
         raise ConfigError(
             f"{told}: {script[0]} is a command of its own, which gets no options of accelerate",
-            hint=f"leave {told} out, or hf-spot launch --store URL accelerate launch {told} train.py",
+            hint=f"leave {told} out, or {with_them}",
+        )
+
+
+def _refuse_what_trains_elsewhere(script: Sequence[str]) -> None:
+    """Refuse a command that starts the training where this launch can neither see nor protect it."""
+    name = os.path.basename(script[0])
+    where = _ELSEWHERE.get(name)
+    if name == "env" and {"-", "-i", "--ignore-environment"} & set(script[1:]):
+        where = "without the environment of this launch"
+    if where is not None:
+        raise ConfigError(
+            f"{name} starts the training {where}, where this launch can't protect it",
+            hint=f"put hf-spot launch behind it: {name} … hf-spot launch --store URL train.py",
         )
 
 
@@ -259,7 +322,34 @@ def _refuse_several_machines(script: Sequence[str]) -> None:
                 hint="hf-spot launch … --num_machines 2 --machine_rank 0 --main_process_ip 10.0.0.1 --multi_gpu train.py",
             )
         if option.endswith(".py"):  # the rest are the script's own
-            return
+            break
+    if len(hosts := _hosts(script)) > 1:
+        raise ConfigError(
+            f"{script[0]} trains on {len(hosts)} machines ({', '.join(hosts)}): a command that is run as it is can train on "
+            "one machine only",
+            hint="hf-spot launch … --num_machines 2 --machine_rank 0 --main_process_ip 10.0.0.1 --multi_gpu train.py",
+        )
+
+
+def _hosts(script: Sequence[str]) -> list[str]:
+    """Return the machines that a launcher's options name, of which it starts processes on each."""
+    name = os.path.basename(script[0])
+    if name not in _HOSTS:
+        return []
+    found: list[str] = []
+    file = "/job/hostfile" if name == "deepspeed" else ""
+    for option, value in itertools.pairwise([word for each in script for word in each.split("=", 1)] + [""]):
+        if option in _HOSTS[name]:
+            found = re.split("[@,]" if name != "deepspeed" else "@", value)
+        elif option in _HOST_FILES[name]:
+            file = value
+        elif option.endswith(".py"):
+            break
+    if not found and file:
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # the launcher says so itself
+            lines = [line.split("#")[0].split() for line in Path(file).read_text().splitlines()]
+            found = [words[0] for words in lines if words]
+    return sorted({one.partition(":")[0] for one in found if one})
 
 
 def _check_script(path: Path) -> None:
@@ -328,6 +418,69 @@ def interface_to(address: str) -> str | None:
     return found[0] if found else None
 
 
+class _Count(int):
+    """The value of ``--num_machines``: accelerate sees the largest number of a range."""
+
+    least = 0
+    is_range = False
+
+    @classmethod
+    def of(cls, text: str) -> _Count:
+        """Return the value of ``N`` or ``MIN:MAX``. Raises ArgumentTypeError."""
+        first, colon, last = text.partition(":")
+        try:
+            least, most = int(first), int(last if colon else first)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a range such as 2:8") from None
+        if colon and not 1 <= least <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no range of numbers from 1 on, such as 2:8")
+        made = cls(most)
+        made.least, made.is_range = least, bool(colon) and most > 1
+        return made
+
+
+def _are_elastic(args: argparse.Namespace) -> bool:
+    """Return whether the machines come and go, or meet in the run: no rank and no address is given for them."""
+    count = args.num_machines
+    if not isinstance(count, _Count):
+        return False
+    return count.is_range or (count > 1 and args.machine_rank is None and not args.main_process_ip)
+
+
+def _prepare_elastic(args: argparse.Namespace) -> None:
+    """Make the options such as accelerate takes them: for a launch of all machines."""
+    args.given_processes = args.num_processes
+    distributed = (args.multi_gpu, args.use_fsdp, args.use_deepspeed, args.use_megatron_lm)
+    if not any(distributed) and not (args.cpu or args.tpu or args.config_file):
+        args.multi_gpu = True
+    if args.num_machines.is_range and args.num_processes is not None:
+        if args.num_processes < 1:
+            raise ConfigError(f"--num_processes {args.num_processes} must be positive", hint="the number of GPUs of a machine")
+        args.num_processes *= int(args.num_machines)
+
+
+def _elastic_machines(args: argparse.Namespace) -> Machines:
+    least, most, total = args.num_machines.least, int(args.num_machines), args.num_processes
+    shown = f"{least}:{most}" if args.num_machines.is_range else most
+    if not _is_distributed(args):
+        raise ConfigError(f"--num_machines {shown} needs --multi_gpu, --use_fsdp or --use_deepspeed", hint="leave out --cpu")
+    if args.use_deepspeed:
+        raise ConfigError(
+            f"--num_machines {shown}: DeepSpeed divides the optimizer among a fixed number of processes",
+            hint=f"--num_machines {most} --machine_rank 0 --main_process_ip 10.0.0.1, on every machine with its own rank",
+        )
+    if args.given_processes is None:
+        processes = max(1, total)  # accelerate has counted the GPUs of this machine
+    elif total % most:
+        raise ConfigError(
+            f"--num_processes {total} is the total of all {most} machines, and must be a multiple of {most}",
+            hint=f"--num_processes {most}",
+        )
+    else:
+        processes = total // most
+    return Machines(most, least=least, processes=processes, interface=args.interface)
+
+
 def _machines(args: argparse.Namespace) -> Machines:
     count = args.num_machines or 1
     if count == 1:
@@ -335,7 +488,14 @@ def _machines(args: argparse.Namespace) -> Machines:
     example = "--num_machines 2 --machine_rank 0 --main_process_ip 10.0.0.1 --main_process_port 29500"
     if args.machine_rank is None or not args.main_process_ip:
         raise ConfigError(
-            f"--num_machines {count}: --machine_rank and --main_process_ip must be given on every machine", hint=example
+            f"--num_machines {count}: give both --machine_rank and --main_process_ip on every machine, or neither: then the "
+            "machines meet in the run",
+            hint=example,
+        )
+    if args.interface is not None:
+        raise ConfigError(
+            "--interface is for machines that meet in the run, without --machine_rank and --main_process_ip",
+            hint=f"export {_GLOO_VARIABLE}={args.interface}",
         )
     if not 0 <= args.machine_rank < count:
         raise ConfigError(f"--machine_rank {args.machine_rank} is not one of 0 to {count - 1}", hint=example)
@@ -376,8 +536,15 @@ def _add_options(group: Any) -> None:
     group.add_argument(
         "--dry_run", action="store_true", help="check everything and say what would be resumed, without starting it"
     )
+    group.add_argument(
+        "--interface",
+        metavar="NAME",
+        help="the network interface by which machines that meet in the run reach each other (default: that of the default "
+        "route, or whichever answers)",
+    )
     for name, kind, what in _BUDGET:
         group.add_argument(name, metavar="N", type=kind, help=what)
+    group.add_argument("--hang_timeout", metavar="auto|SECONDS|off", default=AUTO, help=_HANG_HELP)
     group.add_argument("-v", "--verbose", action="store_true", help="log details, too; -q logs warnings and errors only")
     types = typing.get_type_hints(SpotArguments)
     for setting in dataclasses.fields(SpotArguments):
@@ -392,12 +559,19 @@ def _add_options(group: Any) -> None:
         group.add_argument(flag, dest=setting.name, type=kind, default=setting.default, metavar=metavar, help=text + shown)
 
 
-def _of_accelerate(options: list[str]) -> list[str]:
-    """Return the options without those that hf-spot handles itself."""
+def _of_accelerate(options: list[str], but: Sequence[str] = ()) -> list[str]:
+    """Return the options without those that hf-spot handles itself, and without others.
+
+    Args:
+        options: as given.
+        but: names of options, each with a value, to leave out as well.
+    """
     ours = OPTIONS_PARSER.find()(add_help=False, allow_abbrev=False)
     _add_options(ours.add_argument_group("hf-spot"))
     ours.add_argument("--max_restarts")
     ours.add_argument("-m", "--module", action="store_true")
+    for name in but:
+        ours.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     rest: list[str] = ours.parse_known_args(options)[1]
     return rest
 

@@ -31,7 +31,7 @@ from hf_spot.policy.restarts import Verdict
 log = logging.getLogger("hf_spot")
 
 BEAT_S = 1.0
-_GREETING_S = 5.0
+GREETING_S = 5.0
 _SAY_EVERY_S = 30.0
 _TICK_S = 0.2
 _LONGEST_LINE_BYTES = 4096
@@ -71,7 +71,7 @@ class Peers:
         self._closing = False
         self._selector = selectors.DefaultSelector()
         for machine, connection in connections.items():
-            connection.settimeout(_GREETING_S)
+            connection.settimeout(GREETING_S)
             self._selector.register(connection, selectors.EVENT_READ, machine)
         self._thread = threading.Thread(target=self._work, name="hf_spot-peers", daemon=True)
         self._thread.start()
@@ -125,7 +125,7 @@ class Peers:
         self._heard_at[machine] = self._clock()
         *lines, self._buffers[machine] = (self._buffers[machine] + data)[-_LONGEST_LINE_BYTES:].split(b"\n")
         try:
-            for message in map(_decode, lines):
+            for message in map(decode, lines):
                 if "ended" in message:
                     self._note(Ended(message["ended"], Verdict(message["verdict"]), message["code"]))
         except (ValueError, KeyError):
@@ -183,7 +183,7 @@ class Host:
         """
         guests: dict[int, socket.socket] = {}
         began = said = beat = time.monotonic()
-        with self._listener, contextlib.closing(_Door(self._listener)) as door:
+        with self._listener, contextlib.closing(Door(self._listener)) as door:
             while True:
                 if time.monotonic() - beat > BEAT_S:
                     beat = time.monotonic()
@@ -208,9 +208,9 @@ class Host:
         return Peers(guests, timeout_s)
 
     def _greet(self, connection: socket.socket, line: bytes, guests: dict[int, socket.socket]) -> None:
-        connection.settimeout(_GREETING_S)
+        connection.settimeout(GREETING_S)
         try:
-            hello = _decode(line)
+            hello = decode(line)
             if hello.get("nonce") != self._nonce:
                 raise ValueError("it does not belong to this launch")
             why = None
@@ -221,14 +221,14 @@ class Host:
             elif hello["machine"] in guests and _is_alive(guests[hello["machine"]]):
                 why = f"machine {hello['machine']} is already connected"
             if why is not None:
-                _send(connection, {"refused": why})
+                send(connection, {"refused": why})
                 raise ValueError(why)
             guests[hello["machine"]] = connection
         except (OSError, ValueError) as error:
             _send_away(connection, error)
 
 
-class _Door:
+class Door:
     """Connections that have not identified themselves. Each has one deadline for its entire first line, and delays no other.
 
     Args:
@@ -251,8 +251,12 @@ class _Door:
             elif isinstance(key.fileobj, socket.socket) and (line := self._read(key.fileobj)) is not None:
                 found.append((key.fileobj, line))
         for connection in [one for one, (until, _) in self._waiting.items() if time.monotonic() > until]:
-            self._refuse(connection, TimeoutError(f"no greeting in {_GREETING_S:.0f} s"))
+            self._refuse(connection, TimeoutError(f"no greeting in {GREETING_S:.0f} s"))
         return found
+
+    def fileno(self) -> int:
+        """Return a descriptor that can be read from when `arrivals` has something to do."""
+        return self._selector.fileno()
 
     def close(self) -> None:
         """Close the remaining connections."""
@@ -265,7 +269,7 @@ class _Door:
         if len(self._waiting) >= _MOST_STRANGERS:
             self._refuse(next(iter(self._waiting)), ConnectionError("too many connections at once"))
         connection.setblocking(False)
-        self._waiting[connection] = time.monotonic() + _GREETING_S, b""
+        self._waiting[connection] = time.monotonic() + GREETING_S, b""
         self._selector.register(connection, selectors.EVENT_READ)
 
     def _read(self, connection: socket.socket) -> bytes | None:
@@ -274,6 +278,10 @@ class _Door:
         until, line = self._waiting[connection]
         try:
             data = connection.recv(_LONGEST_LINE_BYTES)
+            if not data and not line:  # of several addresses it has tried, another one answered first; or a health check
+                self._forget(connection)
+                connection.close()
+                return None
             if not data:
                 raise ConnectionError("closed")
             line += data
@@ -357,12 +365,12 @@ def _connect(
 ) -> socket.socket | None:
     """Return a connection once machine 0 has sent "go"; None if it is not there, or disappears."""
     try:
-        connection = socket.create_connection((address, invitation["port"]), _GREETING_S)
+        connection = socket.create_connection((address, invitation["port"]), GREETING_S)
     except (OSError, KeyError, TypeError, OverflowError):
         return None
     try:
-        connection.settimeout(_GREETING_S)
-        _send(connection, {"nonce": invitation.get("nonce"), "machine": machine, "machines": machines})
+        connection.settimeout(GREETING_S)
+        send(connection, {"nonce": invitation.get("nonce"), "machine": machine, "machines": machines})
         heard_at, line = time.monotonic(), b""
         connection.settimeout(_TICK_S)
         while not wait(0.0) and time.monotonic() - heard_at < timeout_s:
@@ -372,7 +380,7 @@ def _connect(
                 if len(line) > _LONGEST_LINE_BYTES:
                     raise ValueError("too long a line")
                 continue
-            message, line, heard_at = _decode(line), b"", time.monotonic()
+            message, line, heard_at = decode(line), b"", time.monotonic()
             if "refused" in message:
                 raise Refused(message["refused"])
             if "go" in message:
@@ -389,18 +397,19 @@ def _connect(
 def _tell_all(connections: dict[int, socket.socket], message: dict[str, Any]) -> None:
     for connection in connections.values():
         with contextlib.suppress(OSError):  # a broken connection is found by reading
-            _send(connection, message)
+            send(connection, message)
 
 
 def _ended_message(ended: Ended) -> dict[str, Any]:
     return {"ended": ended.machine, "verdict": ended.verdict.value, "code": ended.code}
 
 
-def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+def send(connection: socket.socket, message: dict[str, Any]) -> None:
+    """Send a message. Raises OSError."""
     connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _decode(line: bytes) -> dict[str, Any]:
+def decode(line: bytes) -> dict[str, Any]:
     """Return the message in a line. Raises ValueError if it is not a message."""
     try:
         message = json.loads(line)

@@ -59,6 +59,7 @@ class Prefetch:
         self._find = find
         self._machines = machines
         self._needed: Callable[[], bool] = lambda: True
+        self._moved: Callable[[], None] = lambda: None
         self._ended = False
         self.run: Run | None = None  # set once it is found
         self._ref: CheckpointRef | None = None
@@ -81,7 +82,7 @@ class Prefetch:
             runtime: of the launch.
             needed: called repeatedly; False ends the download.
         """
-        self._needed = needed
+        self._needed, self._moved = needed, runtime.tell_prefetching
         runtime.expect_prefetch()
 
         def tell(fetched: Future[Prefetched]) -> None:
@@ -147,6 +148,7 @@ class Prefetch:
                 if self._ended or not self._needed():
                     raise _NotNeeded("no longer needed")
                 bar(count)
+                self._moved()
 
             return Prefetched(ref.entry, run.fetch(checkpoint, folder, ranks=ranks, progress=moved), ranks)
 
@@ -154,7 +156,7 @@ class Prefetch:
 def _ranks(machines: Machines, world_size: int) -> tuple[int, ...] | None:
     """Return the ranks of this machine, assuming as many ranks as when the checkpoint was saved; None for all ranks."""
     each, rest = divmod(world_size, machines.count)
-    if machines.count == 1 or rest:
+    if machines.count == 1 or rest or (machines.processes and machines.processes != each):
         return None
     return tuple(range(machines.rank * each, (machines.rank + 1) * each))
 

@@ -36,6 +36,7 @@ OTHER_VARIABLES = frozenset(
         "HF_SPOT_ARGUMENTS",
         "HF_SPOT_ANSWERED_SIGNALS",
         "HF_SPOT_CLAIMED_AT",
+        "HF_SPOT_FULL_RANKS",
         "HF_SPOT_LAUNCH",
         "HF_SPOT_LAUNCHER_PID",
         "HF_SPOT_RUNTIME_DIR",

@@ -20,6 +20,7 @@ from typing import Any
 from hf_spot.errors import (
     EXIT_FENCED,
     EXIT_FINISHED,
+    EXIT_HUNG,
     EXIT_PREEMPTED,
     EXIT_USAGE,
     ConfigError,
@@ -32,14 +33,17 @@ from hf_spot.launch.budget import SOURCE as BUDGET
 from hf_spot.launch.budget import BudgetKeeper
 from hf_spot.launch.command import Command, Reading, likely_store
 from hf_spot.launch.dry_run import describe
+from hf_spot.launch.elastic import Elastic, Met
 from hf_spot.launch.folder import RuntimeFolder
+from hf_spot.launch.group import Group
+from hf_spot.launch.hangs import HangKeeper
 from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.prefetch import Prefetch, newest_of
 from hf_spot.launch.process import ProcessTree
 from hf_spot.launch.unhooked import Unhooked
 from hf_spot.log import alert, shown_level
 from hf_spot.notices.detect import grace_s, sources
-from hf_spot.notices.notice import NoticeKind, PreemptionNotice
+from hf_spot.notices.notice import CHANGE_OF_MACHINES, NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import SignalSource, answered_signals
 from hf_spot.notices.watcher import Watcher
 from hf_spot.policy.restarts import (
@@ -50,15 +54,16 @@ from hf_spot.policy.restarts import (
     outlives_s,
     patience_s,
     pause_s,
+    steps_in_words,
 )
-from hf_spot.run.journal import RunState
+from hf_spot.run.journal import TRAINING_KEY, CheckpointRef, RunState
 from hf_spot.run.journal_writer import JournalWriter
 from hf_spot.run.machine_info import about_this_machine
 from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.run import Run
 from hf_spot.run.start_from import start_or_resume
 from hf_spot.run.webhook import Hook, hook_url
-from hf_spot.runtime import SIGNALS_VARIABLE, Runtime, StepCounter
+from hf_spot.runtime import SIGNALS_VARIABLE, Runtime
 from hf_spot.timeouts import JOURNAL_LAST_WORD_S, MEETING_S, PEER_LAST_WORD_S
 
 log = logging.getLogger("hf_spot")
@@ -99,10 +104,10 @@ def launch(reading: Reading) -> int:
             BudgetKeeper(command.budget, run, command.machines.count, command.environ).check()
             print(describe(run, state, command, _finished_by(run, state) if state.ended == "finished" else None))
             return EXIT_FINISHED
+        finished_by = _finished_by(run, state) if state.ended == "finished" else None
         if state.ended == "finished":
             newest = state.latest()
             step = newest.step if newest else 0
-            finished_by = _finished_by(run, state)
             if finished_by in (None, command.fingerprint()):
                 how = _HOW_TO_TRAIN_LONGER if finished_by else ""
                 log.info("%s is finished at step %d: nothing to do (%s%s %s)", run.url, step, how, _HOW_TO_TRAIN_ON, run.url)
@@ -115,7 +120,7 @@ def launch(reading: Reading) -> int:
                 log.warning("%s", remark)
         if ahead is not None and (command.store != store or command.machines.count > 1):
             ahead.close()
-        supervisor = Supervisor(run, command, ahead)
+        supervisor = Supervisor(run, command, ahead, finished_by=finished_by)
         return supervisor.supervise(early.stand_down)
 
 
@@ -126,6 +131,7 @@ class Supervisor:
         run: the run to train.
         command: the command to start.
         early: a download of the run's newest checkpoint that has already begun.
+        finished_by: the fingerprint of another command that has finished the run before, if one has.
         now: the wall clock.
         clock: seconds, monotonic.
     """
@@ -136,12 +142,14 @@ class Supervisor:
         command: Command,
         early: Prefetch | None = None,
         *,
+        finished_by: str | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run = run
         self._command = command
         self._early = early
+        self._finished_by = finished_by
         self._now = now
         self._clock = clock
         names = [one.name for one in answered_signals(command.arguments)]
@@ -159,8 +167,14 @@ class Supervisor:
         self._runtime: Runtime | None = None
         self._journal_writer = JournalWriter(run)  # its order lets the last reads see all that was written
         self._hook = Hook(hook_url(command.arguments, command.environ), run.url)
+        self._hangs = HangKeeper(command.hang_timeout_s, run, self._journal_writer, self._hook, clock=clock)
         self._machines = command.machines
-        self._peers: Peers | None = None
+        self._peers: Group | None = None
+        self._elastic: Elastic | None = None
+        self._met: Met | None = None
+        if command.machines.are_elastic:
+            about = partial(about_this_machine, "hf-spot launch", command.environ)
+            self._elastic = Elastic(run, command.machines, command.arguments, about, self._heard.wait, clock)
 
     def supervise(self, on_listening: Callable[[], None] = lambda: None) -> int:
         """Run launches until the end, and return the exit code of ``hf-spot launch``.
@@ -168,55 +182,86 @@ class Supervisor:
         Args:
             on_listening: called when the watcher runs, before the first launch.
         """
-        fruitless = launches = 0
-        with self._watcher, contextlib.closing(self._hook):
+        with self._watcher, contextlib.closing(self._hook), contextlib.ExitStack() as stack:
             on_listening()
-            while True:
-                self._budget.check()
-                before = self._run.journal.state.latest()
-                try:
-                    verdict, code = self._launch_once()
-                    launches += 1
-                except StoreError as error:
-                    if not launches:
-                        raise
-                    log.error("%s", error)
-                    verdict, code = Verdict.FAILED, error.exit_code + 1
-                if verdict is Verdict.FINISHED:
-                    return EXIT_FINISHED
-                if verdict is Verdict.PREEMPTED:
-                    if self._all_is_committed():
-                        self._watcher.acknowledge()
-                    if self._notice is not None and self._notice.source == BUDGET:
-                        log.error("the budget is used up, and the same command will start nothing until it is raised")
-                        return EXIT_USAGE
-                    return EXIT_INTERRUPTED if self._impatient else EXIT_PREEMPTED
-                if verdict is Verdict.FENCED:
-                    return EXIT_FENCED
-                fruitless = fruitless + 1 if self._run.journal.state.latest() == before else 0
-                if not may_restart(code, fruitless, self._command.max_restarts):
-                    log.error("the training process ended with %d; not started again", code)
-                    return code
-                pause = pause_s(fruitless)
-                log.error("the training process ended with %d; starting again in %.0f s", code, pause)
-                if self._heard.wait(pause):
-                    return EXIT_PREEMPTED
+            code = 1
+            if (elastic := self._elastic) is not None:
+                stack.callback(lambda: elastic.close("finished" if code == EXIT_FINISHED else "leaving"))
+            code = self._supervise()
+            return code
+
+    def _supervise(self) -> int:
+        fruitless = launches = 0
+        while True:
+            self._budget.check()
+            before = self._run.journal.state.latest()
+            try:
+                verdict, code = self._launch_once()
+                launches += 1
+            except StoreError as error:
+                if not launches:
+                    raise
+                log.error("%s", error)
+                verdict, code = Verdict.FAILED, error.exit_code + 1
+            if verdict is Verdict.FINISHED:
+                return EXIT_FINISHED
+            if verdict in (Verdict.PREEMPTED, Verdict.FENCED) and self._goes_on_with_others:
+                continue
+            if verdict is Verdict.PREEMPTED:
+                if self._all_is_committed():
+                    self._watcher.acknowledge()
+                if self._notice is not None and self._notice.source == BUDGET:
+                    log.error("the budget is used up, and the same command will start nothing until it is raised")
+                    return EXIT_USAGE
+                return EXIT_INTERRUPTED if self._impatient else EXIT_PREEMPTED
+            if verdict is Verdict.FENCED:
+                return EXIT_FENCED
+            if code == EXIT_HUNG and self._hangs.is_final():
+                return code
+            fruitless = fruitless + 1 if self._run.journal.state.latest() == before else 0
+            if not may_restart(code, fruitless, self._command.max_restarts):
+                log.error("the training process ended with %d; not started again", code)
+                return code
+            pause = pause_s(fruitless)
+            log.error("the training process ended with %d; starting again in %.0f s", code, pause)
+            if self._heard.wait(pause):
+                return EXIT_PREEMPTED
+
+    @property
+    def _goes_on_with_others(self) -> bool:
+        """Return whether this machine takes part in the next launch, although this one was ended."""
+        return self._met is not None and not self._heard.is_set() and not self._impatient
 
     # -- one launch ---------------------------------------------------------------------------------------------------
 
     def _launch_once(self) -> tuple[Verdict, int]:
+        if self._elastic is not None:
+            return self._launch_among(self._elastic)
         met = self._meet()
         if met is None:
             return Verdict.PREEMPTED, EXIT_PREEMPTED
-        launch, self._peers = met
+        launch, peers = met
+        self._peers = peers
         try:
             verdict, code = self._train(launch)
-            if self._peers is not None:
-                self._peers.tell(self._machines.rank, verdict, code)
+            if peers is not None:
+                peers.tell(self._machines.rank, verdict, code)
             return verdict, code
         finally:
-            if self._peers is not None:
-                self._peers.close()
+            if peers is not None:
+                peers.close()
+
+    def _launch_among(self, elastic: Elastic) -> tuple[Verdict, int]:
+        """Make one launch of machines that come and go."""
+        self._met = None
+        met = elastic.meet()
+        if isinstance(met, Verdict):
+            return met, EXIT_FINISHED if met is Verdict.FINISHED else EXIT_PREEMPTED
+        self._met, self._machines, self._peers = met, met.machines, met.group
+        verdict, code = self._train(met.launch)
+        met.group.tell(met.machines.rank, verdict, code)
+        elastic.concluded(verdict)
+        return verdict, code
 
     def _meet(self) -> tuple[int, Peers | None] | None:
         """Claim the run, together with the other machines if there are any. Return the launch and the connections to them; None
@@ -263,7 +308,14 @@ class Supervisor:
             if self._machines.rank == 0:
                 self._hook.tell(f"launch {launch} has begun on {platform.node()}")
             arguments = replace(self._command.arguments, on_event=None)  # this process posts the events
-            runtime = Runtime(self._run.url, launch, folder.path, arguments, claimed_at=self._run.journal.claimed_at)
+            runtime = Runtime(
+                self._run.url,
+                launch,
+                folder.path,
+                arguments,
+                claimed_at=self._run.journal.claimed_at,
+                full_ranks=self._command.machines.count * self._command.machines.processes,
+            )
             try:
                 runtime.reserve()
             except OSError as error:
@@ -275,16 +327,21 @@ class Supervisor:
             with contextlib.ExitStack() as running:
                 self._fetch_ahead(runtime, running)
                 signals = answered_signals(arguments)
+                argv, environ = self._command.argv, self._command.environ
+                if self._met is not None:
+                    argv = self._command.argv_among(self._machines, self._met.port)
+                    environ = {**self._met.environ(), **environ}
                 tree = ProcessTree(
-                    self._command.argv,
-                    _environ(self._command.environ, runtime, signals),
+                    argv,
+                    _environ(environ, runtime, signals),
                     signals,
                     as_it_is=self._command.as_it_is,
                 )
                 running.callback(tree.end)
                 code = self._wait(tree, runtime, folder)
                 self._read_report(runtime)
-            return self._conclude(runtime, exit_code(code, runtime.read_exit_code(), as_it_is=self._command.as_it_is))
+            told = None if code == EXIT_HUNG else runtime.read_exit_code()
+            return self._conclude(runtime, exit_code(code, told, as_it_is=self._command.as_it_is))
 
     def _fetch_ahead(self, runtime: Runtime, stack: contextlib.ExitStack) -> None:
         newest = self._run.journal.state.latest()
@@ -298,6 +355,7 @@ class Supervisor:
     def _wait(self, tree: ProcessTree, runtime: Runtime, folder: RuntimeFolder) -> int:
         alone_since: float | None = None
         unhooked = Unhooked(runtime, self._clock)
+        self._hangs.begin(runtime)
         while (code := tree.wait(_TICK_S)) is None:
             self._keep(folder, runtime)
             unhooked.look(tree.processes)
@@ -309,18 +367,27 @@ class Supervisor:
             if self._heard.is_set() and self._clock() - self._heard_at > self._patience_s():
                 self._give_up()
                 return EXIT_PREEMPTED
+            if self._elastic is not None and not self._heard.is_set() and (change := self._elastic.look(runtime)) is not None:
+                log.warning("the machines change, %s: the training saves, and goes on with them", change)
+                runtime.write_notice(PreemptionNotice(NoticeKind.TERMINATE, CHANGE_OF_MACHINES, change))
+            if not self._heard.is_set() and self._hangs.look():
+                return EXIT_HUNG
             if self._peers is not None and (ended := self._peers.ended()) is not None:
                 if alone_since is None:
                     alone_since = self._clock()
                     log.warning("machine %d: %s", ended.machine, ended.verdict.value)
                 if self._clock() - alone_since > outlives_s(ended.verdict, self._command.arguments.drain_timeout_s):
-                    log.error("the training can't continue without machine %d: killing it", ended.machine)
-                    return ended.code or EXIT_PREEMPTED
+                    if self._met is None:
+                        log.error("the training can't continue without machine %d: killing it", ended.machine)
+                        return ended.code or EXIT_PREEMPTED
+                    log.warning("machine %d has left the training, which begins again without it", ended.machine)
+                    return EXIT_PREEMPTED if ended.verdict is Verdict.LOST else ended.code or EXIT_PREEMPTED
         return code
 
     def _keep(self, folder: RuntimeFolder, runtime: Runtime) -> None:
         """Restore the notice in the folder if a cleanup deleted it, and read the workers' report."""
         self._read_report(runtime)
+        runtime.mark_gone()
         try:
             was_deleted = folder.renew()
             if self._notice is not None and (was_deleted or not runtime.notice_path.exists()):
@@ -377,9 +444,11 @@ class Supervisor:
             self._tell_ending(verdict, code, state)
         main_lost = other is not None and other.machine == 0 and other.verdict is Verdict.LOST
         if state is not None and not newer and (self._machines.rank == 0 or main_lost):
-            self._write_ending(verdict, state, code, StepCounter.read(runtime.step_path))
+            self._write_ending(verdict, state, code, runtime)
         if verdict is Verdict.FENCED:
             log.error("a newer launch has claimed %s; this one has ended", self._run.url)
+        elif verdict is Verdict.PREEMPTED and self._goes_on_with_others:
+            log.info("launch %d has ended, and this machine goes on in the next one", runtime.launch)
         elif verdict is Verdict.PREEMPTED and not self._training_has_said_so(runtime, state):
             log.warning("%s", self._words_after_preemption(runtime, state, code))
         return verdict, code
@@ -395,10 +464,8 @@ class Supervisor:
             # A training's own exit code counts too: the journal may refuse its entry, or machine 0 write it a little later.
             if state is None or state.ended is not None or runtime.read_exit_code() == EXIT_PREEMPTED:
                 return "preempted; start the same command again to resume"
-            step, committed = StepCounter.read(runtime.step_path), newest.step if newest else 0
-            redone = "" if step is None or step <= committed else f"; {step - committed} steps after it will be redone"
             return (
-                f"preempted, and the training ended ({code}) before it had saved: step {committed} is committed{redone}. "
+                f"preempted, and the training ended ({code}) before it had saved: {steps_in_words(_steps(runtime, state))}. "
                 "Start the same command again to resume"
             )
         if newest is not None:
@@ -422,11 +489,11 @@ class Supervisor:
             return None
 
     def _all_is_committed(self) -> bool:
-        """Return whether, by the journal's last entry of this launch's training, every step that it made is committed."""
+        """Return whether, by the journal's last entries of this launch's trainings, every step that they made is committed."""
         state = self._run.journal.state
         if not self._heard.is_set() or state.ended != "preempted" or state.launch != self._run.launch:
             return False
-        asked = self._journal_writer.ask(partial(self._last_word, state), patience_s=self._left_for_words_s)
+        asked = self._journal_writer.ask(partial(self._last_words, state), patience_s=self._left_for_words_s)
         if asked is None:
             return False
         try:
@@ -434,13 +501,29 @@ class Supervisor:
         except Exception as error:
             log.warning("%s can't be read before the machine is taken away: %s", self._run.url, _describe(error))
             return False
-        return said.get("step") is not None and bool(said["committed_step"] >= said["step"])
+        return all(one.get("step") is not None and one["committed_step"] >= one["step"] for one in said)
 
-    def _last_word(self, state: RunState) -> dict[str, Any]:
-        number = state.number
-        while (entry := self._run.journal.read(number)).kind != "preempted":
+    def _is_trained(self, newest: CheckpointRef, state: RunState) -> bool:
+        """Return whether the newest training has said after its last commit that it is complete, as custom loops do."""
+        later = range(newest.entry + 1, state.number + 1)
+        asked = self._journal_writer.ask(
+            lambda: [self._run.journal.read(one) for one in later], patience_s=self._left_for_words_s
+        )
+        try:
+            said = [] if asked is None else asked.result()
+        except Exception as error:
+            log.error("%s can't be read after the training: %s", self._run.url, _describe(error))
+            return False
+        return any(one.kind == "trained" and one.data.get(TRAINING_KEY) == newest.training for one in said)
+
+    def _last_words(self, state: RunState) -> list[dict[str, Any]]:
+        """Return what the trainings of this launch have said when they were preempted: at least one has."""
+        number, said = state.number, []
+        while (entry := self._run.journal.read(number)).kind != "claim":
+            if entry.kind == "preempted":
+                said.append(entry.data)
             number -= 1
-        return entry.data
+        return said
 
     @property
     def _left_for_words_s(self) -> float | None:
@@ -449,17 +532,20 @@ class Supervisor:
         left = self._notice.seconds_left(self._now()) if self._notice else None
         return max(JOURNAL_LAST_WORD_S, left or 0.0)
 
-    def _write_ending(self, verdict: Verdict, state: RunState, code: int, step: int | None) -> None:
+    def _write_ending(self, verdict: Verdict, state: RunState, code: int, runtime: Runtime) -> None:
         newest = state.latest()
+        step = runtime.read_steps().get(newest.training if newest else 1)
         data: dict[str, Any] = {"exit_code": code, "step": step, "committed_step": newest.step if newest else 0}
         if verdict is Verdict.FINISHED:
-            if state.ended == verdict.value:  # a custom loop has already recorded it
-                return
-            if newest is None or not newest.complete:
+            if newest is None or not (newest.complete or self._is_trained(newest, state)):
                 log.warning("the script succeeded, but none of its trainings was committed at its end: not marked as finished")
                 return
-            data |= {"step": newest.step, "command": self._command.fingerprint()}
-            log.info("%s is finished at step %d", self._run.url, newest.step)
+            if self._training is None and self._finished_by is not None:
+                data |= {"step": newest.step, "command": self._finished_by}
+                log.warning("the command has trained nothing: %s stays finished at step %d", self._run.url, newest.step)
+            else:
+                data |= {"step": newest.step, "command": self._command.fingerprint()}
+                log.info("%s is finished at step %d", self._run.url, newest.step)
         elif state.ended is not None or verdict is Verdict.FENCED:
             return
         self._journal_writer.record(verdict.value, data, patience_s=self._left_for_words_s)
@@ -491,6 +577,15 @@ class Supervisor:
         if runtime is not None:
             # The journal may be slow to answer, and neither the other sources nor the training may wait for it.
             self._journal_writer.record("notice", json.loads(notice.to_json()), patience_s=0.0)
+
+
+def _steps(runtime: Runtime, state: RunState) -> dict[int, tuple[int, int]]:
+    """Return the last committed and the last finished step of each training of a launch, by its number."""
+    newest, finished = state.latest(), runtime.read_steps()
+    if not finished and newest is not None:
+        return {newest.training: (newest.step, newest.step)}
+    committed = {training: ref.step for training in finished if (ref := state.latest(training)) is not None}
+    return {training: (committed.get(training, 0), step) for training, step in finished.items()}
 
 
 def _environ(environ: Mapping[str, str], runtime: Runtime, signals: Iterable[signal.Signals]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Name Pythons of a launch that may train and don't carry hf_spot's hook."""
+"""Name Pythons of a launch that may train and don't carry hf_spot's hook, and a command that starts none that does."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from hf_spot.runtime import Runtime
 log = logging.getLogger("hf_spot")
 
 _EVERY_S = 10.0
+_FIRST_S = 50.0  # of a command that has not begun to train
 _LIBRARY = b"libtorch_cpu"
 _SHOWN = 100  # characters
 
 
 class Unhooked:
-    """Warns about each process that has loaded torch without having met hf_spot.
+    """Warns about each process that has loaded torch without having met hf_spot, or may have, as another user's.
 
     Such a process was started with ``python -I`` or ``-E``, or without the environment variables of the launch, and nothing in
-    it can be saved. Processes that others have forked are theirs.
+    it can be saved. Processes that others have forked are theirs. It also warns, once, if no process has met hf_spot within a
+    minute: the training may run where no process of this launch is.
 
     Args:
         runtime: of the launch.
@@ -33,6 +35,7 @@ class Unhooked:
         self._runtime = runtime
         self._clock = clock
         self._next_at = clock() + _EVERY_S
+        self._expected_at: float | None = clock() + _FIRST_S
         self._seen: set[psutil.Process] = set()
         self._met: set[tuple[str, ...]] = set()  # command lines
 
@@ -45,11 +48,30 @@ class Unhooked:
         if self._clock() < self._next_at:
             return
         self._next_at = self._clock() + _EVERY_S
+        if self._expected_at is not None and self._clock() >= self._expected_at:
+            self._expected_at = None
+            if not self._runtime.has_met_any():
+                log.warning(
+                    "no process of this command has loaded torch with hf_spot yet: a training that it starts on another "
+                    "machine, in a container, or as a service is not protected"
+                )
         for one in processes():
             if one in self._seen:
                 continue
             try:
-                has_torch, words = _has_torch(one), tuple(one.cmdline())
+                words = tuple(one.cmdline())
+                has_torch = _has_torch(one)
+            except PermissionError:
+                self._seen.add(one)
+                if words and "python" in words[0].rpartition("/")[2] and words not in self._met:
+                    self._met.add(words)
+                    log.warning(
+                        "process %d runs as another user, so a training in it is not protected (%s); start hf-spot launch as "
+                        "that user instead",
+                        one.pid,
+                        _shortened(shlex.join(words)),
+                    )
+                continue
             except (psutil.Error, OSError):  # it has ended
                 continue
             if not has_torch:

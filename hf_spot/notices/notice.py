@@ -21,6 +21,9 @@ class NoticeKind(str, Enum):
     CANCELLED = "CANCELLED"
 
 
+CHANGE_OF_MACHINES = "machines"  # the source of a notice that ends a launch, so that the next one has other machines
+
+
 @dataclass(frozen=True)
 class PreemptionNotice:
     """One preemption notice.
@@ -50,6 +53,8 @@ class PreemptionNotice:
         """Return what has happened, for people."""
         if self.kind is NoticeKind.TERMINATE and self.id.startswith("SIGINT "):
             return "interrupted by Ctrl-C"
+        if self.source == CHANGE_OF_MACHINES:
+            return f"the machines change, {self.id}"
         return f"{self.kind.value} from {self.source}"
 
     def to_json(self) -> str:

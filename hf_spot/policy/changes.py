@@ -67,9 +67,9 @@ def _follows(name: str, step: int, left: bool | None) -> str:
     if name in LENGTH:
         return f"the schedule from step {step + 1} on is the one for the new length"
     if name == "learning_rate":
-        return "the old value stays, as Trainer restores it with the optimizer and the scheduler"
+        return "the old value stays: it is restored with the optimizer and the scheduler"
     if name in _SAVED_WITH_OPTIMIZER:
-        return "the old value stays, as Trainer restores it with the optimizer"
+        return "the old value stays: it is restored with the optimizer"
     if name in _SCHEDULE:
         return f"the new schedule holds from step {step + 1} on, as if it had always held"
     if name in ("seed", "data_seed"):

@@ -17,6 +17,7 @@ class Answer(Enum):
 
     MAKE = "save"
     SKIP = "don't save, and continue"
+    ROLL_BACK = "don't save, and resume from the newest checkpoint, past the steps that went wrong"
     STOP = "don't save, and end the training with an error"
 
 
@@ -25,13 +26,15 @@ def answer(wrong: Sequence[str], *, on_nan: str, stopping: bool) -> Answer:
 
     Args:
         wrong: names of what is not finite, on all ranks.
-        on_nan: the setting: ``stop`` or ``go-on``.
+        on_nan: the setting: ``stop``, ``rollback`` or ``go-on``.
         stopping: the training is ending for a notice. It ends as preempted, and the last commit stands: whether the next
             launch meets the same numbers is found then.
     """
     if not wrong:
         return Answer.MAKE
-    return Answer.STOP if on_nan == "stop" and not stopping else Answer.SKIP
+    if stopping:
+        return Answer.SKIP
+    return {"stop": Answer.STOP, "rollback": Answer.ROLL_BACK}.get(on_nan, Answer.SKIP)
 
 
 def in_words(wrong: Sequence[str], step: int) -> str:

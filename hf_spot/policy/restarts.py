@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 
 from hf_spot.errors import EXIT_FENCED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE
@@ -74,6 +75,20 @@ def may_restart(exit_code: int, fruitless: int, max_restarts: int) -> bool:
         max_restarts: how many of them may be restarted.
     """
     return exit_code != EXIT_USAGE and max_restarts > 0 and fruitless <= max_restarts
+
+
+def steps_in_words(steps: Mapping[int, tuple[int, int]]) -> str:
+    """Return a sentence about what is committed of a launch's trainings, and what will be redone.
+
+    Args:
+        steps: the last committed and the last finished step of each training, by its number.
+    """
+    redone = sum(max(0, finished - committed) for committed, finished in steps.values())
+    if len(steps) < 2:
+        committed = next((one for one, _ in steps.values()), 0)
+        return f"step {committed} is committed" + (f"; {redone} steps after it will be redone" if redone else "")
+    told = ", ".join(f"step {committed} of training {number}" for number, (committed, _) in steps.items())
+    return f"{told} are committed" + (f"; {redone} steps after them will be redone" if redone else "")
 
 
 def pause_s(fruitless: int) -> float:

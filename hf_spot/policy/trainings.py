@@ -57,7 +57,7 @@ class Match:
     similar: Known | None = None
 
 
-def match(mine: Description, trainings: Sequence[Known], *, before: int) -> Match:
+def match(mine: Description, trainings: Sequence[Known], *, before: int, first_is_known: bool = False) -> Match:
     """Return which training this is.
 
     It is one with the same description, or else the one that it differs least from, if only what a user changes between two
@@ -67,6 +67,8 @@ def match(mine: Description, trainings: Sequence[Known], *, before: int) -> Matc
         mine: describes the training that begins.
         trainings: those that the run knows, in the order of their numbers.
         before: number of trainings that this process has finished. It tells those apart that nobody has described.
+        first_is_known: whether the first training of a process is one that the run knows, if there is one: a custom loop with
+            another model is a mistake rather than another training.
     """
     left = [one for one in trainings if one.repeated or not one.done_here]
     told = [(one, differences(one.description, mine)) for one in left if one.description is not None]
@@ -81,6 +83,9 @@ def match(mine: Description, trainings: Sequence[Known], *, before: int) -> Matc
     for one, changed in nearest:
         if _may_be(one, changed):
             return Match(one.number, one, changed)
+    idle = [one for one in trainings if not one.at_work]
+    if first_is_known and before == 0 and idle:
+        return Match(idle[-1].number, idle[-1], differences(idle[-1].description or {}, mine))
     number = max((one.number for one in trainings), default=0) + 1
     return Match(number, None, nearest[0][1], nearest[0][0]) if nearest else Match(number)
 

@@ -50,6 +50,9 @@ KINDS = (
     "failed",
     "prune",
     "machine",
+    "hang",
+    "rollback",
+    "spike",
 )
 ENDINGS = ("preempted", "finished", "failed")
 BY_HAND = "hf-spot checkpoints"  # the author of a claim that no training follows
@@ -383,11 +386,25 @@ class Journal:
             for entries in pool.map(lambda batch: [self.read(number) for number in batch], batches):
                 yield from entries
 
-    def claim(self, data: dict[str, Any]) -> Entry:
-        """Begin a new launch, which fences every earlier writer."""
+    def claim(self, data: dict[str, Any], *, after: int | None = None) -> Entry:
+        """Begin a new launch, which fences every earlier writer.
+
+        Args:
+            data: JSON values.
+            after: claim only if this is still the newest launch; None claims in any case.
+
+        Raises:
+            Fenced: another launch has begun since.
+        """
+
+        def next_launch(state: RunState) -> int:
+            if after is not None and state.launch != after:
+                raise Fenced(f"launch {state.launch} has taken over {self._store.url}; this machine knew of launch {after}")
+            return state.launch + 1
+
         with self._lock:
             self.refresh()
-            entry = self._append("claim", data, self._new_id(), lambda state: state.launch + 1)
+            entry = self._append("claim", data, self._new_id(), next_launch)
             self.launch, self.claimed_at = entry.launch, entry.time
             return entry
 

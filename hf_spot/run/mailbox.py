@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from typing import Any, cast
 
-from hf_spot.errors import CorruptCheckpoint, IncompleteCheckpoint, ObjectNotFound
+from hf_spot.errors import CorruptCheckpoint, IncompleteCheckpoint, ObjectNotFound, StoreUnavailable
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.manifest import FileEntry
 from hf_spot.run.run import Run
@@ -14,6 +15,7 @@ from hf_spot.run.told_steps import Told
 from hf_spot.storage.threads import Workers
 
 _PARTS = ".parts"
+_MEETING = re.compile(r"/meeting-(\d{1,9})\.json$")
 _READ_AT_ONCE = 16  # parts of a checkpoint
 _LOOKS_BACK = 4  # launches: some end before they have told anything
 
@@ -65,6 +67,31 @@ class Mailbox:
         found = self._read(_invitation_key(launch))
         return None if found is None else (launch, found)
 
+    def open_meeting(self, launch: int, attempt: int, invitation: dict[str, Any]) -> bool:
+        """Publish where machines can meet for a launch that is not claimed yet. Return whether this machine was the first.
+
+        Args:
+            launch: number of the launch to come.
+            attempt: number of the meeting, from 1.
+            invitation: for the other machines.
+        """
+        key = _meeting_key(launch, attempt)
+        try:
+            return self._run.store.create(key, self._sealed(key, invitation))
+        except StoreUnavailable:
+            if self._read(key) == invitation:  # only the answer was lost
+                return True
+            raise
+
+    def meeting(self, launch: int, attempt: int) -> dict[str, Any] | None:
+        """Return the invitation of `open_meeting`, or with ``attempt`` 0 that of the group that trains; None without one."""
+        return self._read(_meeting_key(launch, attempt) if attempt else _invitation_key(launch))
+
+    def newest_attempt(self, launch: int) -> int:
+        """Return the number of the newest meeting for a launch; 0 if there was none."""
+        keys = [info.key for info in self._run.store.list(_meeting_key(launch, 0).removesuffix("0.json"))]
+        return max((int(found[1]) for key in keys if (found := _MEETING.search(key))), default=0)
+
     def tell_steps(self, training: int, told: Told) -> None:
         """Publish what this launch tells about its newest steps, in place of what it told before.
 
@@ -95,7 +122,10 @@ class Mailbox:
         return "/".join(filter(None, (request.prefix(self._run.launch), _PARTS, request.attempt))) + "/"
 
     def _send(self, key: str, message: dict[str, Any]) -> None:
-        self._run.store.put(key, seal({"key": key, "told": message}, self._run.journal.key))
+        self._run.store.put(key, self._sealed(key, message))
+
+    def _sealed(self, key: str, message: dict[str, Any]) -> bytes:
+        return seal({"key": key, "told": message}, self._run.journal.key)
 
     def _read(self, key: str) -> dict[str, Any] | None:
         try:
@@ -109,6 +139,10 @@ class Mailbox:
 
 def _invitation_key(launch: int) -> str:
     return f"e{launch:04d}/meeting.json"
+
+
+def _meeting_key(launch: int, attempt: int) -> str:
+    return f"e{launch:04d}/meeting-{attempt}.json"
 
 
 def _steps_key(launch: int, training: int) -> str:

@@ -107,10 +107,11 @@ def restore_checkpoint(
     adopted = prefetched is not None and adopt_prefetched(prefetched, ref.entry, output_dir, ranks=ranks)
     # Where others may rename a private folder, they can have replaced it.
     trusted = adopted and prefetched is not None and prefetched.folder is not None and _is_guarded(prefetched.folder.parents[1])
+    have = None
     if not trusted and folder.exists() and (problems := run.compare(checkpoint, folder, ranks=ranks)):
-        set_aside(folder, problems[0])
+        have = set_aside(folder, problems[0])  # of several machines, each has what its own ranks have written
     if not folder.exists():
-        return checkpoint, run.fetch(checkpoint, output_dir, ranks=ranks, progress=progress(ref.size_bytes))
+        return checkpoint, run.fetch(checkpoint, output_dir, ranks=ranks, progress=progress(ref.size_bytes), have=have)
     run.remember(checkpoint, ranks=ranks)
     return checkpoint, folder
 

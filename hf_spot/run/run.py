@@ -42,7 +42,8 @@ log = logging.getLogger("hf_spot")
 
 _TAKEN = ".taken"
 _LAUNCH_FOLDER = re.compile(r"^e(\d{4,})/")
-TOLD_STEPS = re.compile(r"^e\d{4,}/steps-\d+\.json$")  # what a launch tells about its steps: see `hf_spot.run.mailbox`
+# What a launch tells about its steps, and where its machines meet: see `hf_spot.run.mailbox`.
+TOLD_STEPS = re.compile(r"^e\d{4,}/(?:steps-\d+|meeting-\d+)\.json$")
 
 
 def _mark(prefix: str) -> str:
@@ -72,6 +73,7 @@ class Run:
         self._allow_unfenced_store = allow_unfenced_store
         self._workers = workers
         self._unchanged = Unchanged()
+        self._is_probed = False
 
     @property
     def url(self) -> str:
@@ -137,9 +139,16 @@ class Run:
         return self.fetch(self.find(step), Path(into), progress=progress)
 
     def fetch(
-        self, checkpoint: Checkpoint, into: Path, *, ranks: Collection[int] | None = None, progress: Progress | None = None
+        self,
+        checkpoint: Checkpoint,
+        into: Path,
+        *,
+        ranks: Collection[int] | None = None,
+        progress: Progress | None = None,
+        have: Path | None = None,
     ) -> Path:
-        """Download a given checkpoint as `pull` does; with ``ranks``, only the files that these ranks need to resume."""
+        """Download a given checkpoint as `pull` does; with ``ranks``, only the files that these ranks need to resume; with
+        ``have``, only those that this other folder does not contain."""
         folder = into / checkpoint.name
         files = checkpoint.files if ranks is None else needed_by(checkpoint.files, ranks)
         if folder.exists():
@@ -154,7 +163,7 @@ class Run:
         into.mkdir(parents=True, exist_ok=True)
         if checkpoint.reason != "push":
             check_resumable(checkpoint, self.url)
-        transfer.download(self.store, checkpoint.ref.prefix, files, folder, workers=self._workers, progress=progress)
+        transfer.download(self.store, checkpoint.ref.prefix, files, folder, workers=self._workers, progress=progress, have=have)
         self.remember(checkpoint, ranks=ranks)
         return folder
 
@@ -223,14 +232,22 @@ class Run:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def claim(self, data: dict[str, Any] | None = None) -> int:
+    def claim(self, data: dict[str, Any] | None = None, *, after: int | None = None) -> int:
         """Check that the store can be used, then claim the run for a new launch, and return its number.
 
+        Args:
+            data: JSON values for the entry.
+            after: claim only if this is still the newest launch. The store is then checked only the first time: machines that
+                come and go change the launch often.
+
         Raises:
+            Fenced: another launch than ``after`` is the newest.
             StoreError: the store can't be used; the message names the missing permission or the fix.
         """
-        probe(self.store, allow_unfenced=self._allow_unfenced_store)
-        return self.journal.claim(data or {}).launch
+        if after is None or not self._is_probed:
+            probe(self.store, allow_unfenced=self._allow_unfenced_store)
+            self._is_probed = True
+        return self.journal.claim(data or {}, after=after).launch
 
     def adopt(self, launch: int) -> None:
         """Write under a claim made by another process of the same launch. Raises Fenced if it is not the newest."""

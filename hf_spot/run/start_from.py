@@ -113,19 +113,21 @@ def _of_folder(folder: Path, name: str) -> Start:
     return Start(name, int(step), world_size, False, put, {"from": {"folder": folder.absolute().name, "step": step}})
 
 
-def start_or_resume(run: Run, about: dict[str, Any], name: str | None) -> int:
+def start_or_resume(run: Run, about: dict[str, Any], name: str | None, *, after: int | None = None) -> int:
     """Claim a run for a new launch, and give it a checkpoint to start from if it has none. Return the launch's number.
 
     Args:
         run: to claim.
         about: data of the claim.
         name: of the checkpoint, as `find_start` takes it; None to start anew.
+        after: claim only if this is still the newest launch.
 
     Raises:
+        Fenced: another launch than ``after`` is the newest.
         SpotError: as `find_start` and `start_from`; a checkpoint that can't be found is an error before the claim.
     """
     start = None if name is None or run.state().latest() is not None else find_start(name)
-    launch = run.claim(about)
+    launch = run.claim(about, after=after)
     if start is not None:
         start_from(run, start)
         log.info("%s starts from step %d of %s", run.url, start.step, start.name)

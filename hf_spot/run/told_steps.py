@@ -56,6 +56,11 @@ def path_of(output_dir: Path, url: str, training: int, rank: int) -> Path:
     return output_dir / ".hf_spot" / f"steps-{run}-{training}-{rank}.jsonl"
 
 
+def is_told_steps(path: Path) -> bool:
+    """Return whether a path is one that `path_of` gives."""
+    return path.match(".hf_spot/steps-*.jsonl")
+
+
 def read(path: Path) -> Told:
     """Return what a file says; nothing if it can't be read."""
     try:

@@ -14,6 +14,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType, ModuleType, TracebackType
@@ -22,12 +23,13 @@ from typing import Any
 from hf_spot import process_guard
 from hf_spot.errors import SpotError, StoreUnavailable
 from hf_spot.notices.signals import answered_signals, is_left_alone
-from hf_spot.runtime import Runtime
+from hf_spot.runtime import Runtime, at_training
 from hf_spot.terminal import outlive_terminal
 
 _TRAINER = "transformers.trainer"
 _OPTIMIZERS = "torch.optim.optimizer"
 _LARGE = ("torch", "transformers")
+_owners: set[int] = set()  # processes, of this one and those above it, whose signals are left to the launcher
 
 
 class TrainerHook(importlib.abc.MetaPathFinder):
@@ -117,6 +119,8 @@ def before_trainer(name: str, path: Sequence[str] | None, target: ModuleType | N
     shown = sys.excepthook
 
     def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if runtime is not None:
+            runtime.tell_failed()
         if isinstance(error, SpotError):
             with contextlib.suppress(SystemExit):
                 _tell_end(runtime, error)
@@ -224,6 +228,7 @@ def leave_signals_to_the_launcher(runtime: Runtime) -> None:
     ends its ranks in another way (see `hf_spot.launch.agent`).
     """
     owner, launcher = os.getpid(), runtime.launcher
+    _owners.add(owner)
     signals = [one for one in answered_signals(runtime.arguments) if not is_left_alone(one)]
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -241,7 +246,13 @@ def leave_signals_to_the_launcher(runtime: Runtime) -> None:
 
     for one in signals:
         signal.signal(one, pass_on)
+
+    def stand_again() -> None:
+        if os.getpid() not in _owners and threading.current_thread() is threading.main_thread():
+            leave_signals_to_the_launcher(runtime)
+
     os.register_at_fork(after_in_child=restore_defaults)
+    at_training(stand_again)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, answered_signals(runtime.arguments))
 
 

@@ -18,12 +18,15 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, SpotError, TrainingPreempted
 from hf_spot.log import warn_for_all
+from hf_spot.policy.hangs import Phase
 from hf_spot.policy.numbers import HOW_TO_GET_FINITE, Answer, answer, in_words
 from hf_spot.policy.preemption import Decision
+from hf_spot.policy.rollback import to_data
 from hf_spot.policy.trainer_flags import LoopState, Moment, flags_for, is_complete, reason_of_save
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.training.data.worker_processes import shield
+from hf_spot.training.session.notebook import shows_errors
 from hf_spot.training.state.carried import CarriedState
 from hf_spot.training.trainer.accumulation import Accumulation
 from hf_spot.training.trainer.batch_size import batches, from_details, to_details
@@ -32,8 +35,8 @@ from hf_spot.training.trainer.evaluation import Evaluations, Stopped
 from hf_spot.training.trainer.gradients import WaitingGradients
 from hf_spot.training.trainer.held_errors import HeldErrors
 from hf_spot.training.trainer.log_window import LogWindow
-from hf_spot.training.trainer.notebook import shows_errors
 from hf_spot.training.trainer.own_state import SavedTensors, own_state
+from hf_spot.training.trainer.passed_over import PassedOver
 from hf_spot.training.trainer.proof import Proof
 from hf_spot.training.trainer.restore import load_finished
 from hf_spot.training.trainer.resume_fixes import (
@@ -121,6 +124,7 @@ class SpotCallback(TrainerCallback):
         if self._session.best_folder is not None:
             state.best_model_checkpoint = str(self._session.best_folder)
         self._saves.watch()
+        self._session.tell_plan(state.max_steps)
         if self._session.restored is not None:
             carry_callback_states(self._session.trainer)
             carry_counters(self._session.trainer, self._session.restored.details.get("counters", {}))
@@ -131,6 +135,7 @@ class SpotCallback(TrainerCallback):
         """Give a resumed epoch the data order that it began with."""
         if self._session is None or self._events is None:
             return
+        self._session.run_session.phases.tell(Phase.FIRST_BATCH)
         loader = kwargs.get("train_dataloader")
         resumed, self._resumed_epoch_is_ahead = self._resumed_epoch_is_ahead, False
         if resumed:
@@ -147,6 +152,9 @@ class SpotCallback(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the state before a step of several micro-batches, which may be abandoned halfway."""
         if self._session is not None:
+            phases = self._session.run_session.phases
+            phases.watch_compilations()
+            phases.tell(Phase.STEP)
             if not self._is_proven and self._proof is not None:
                 self._is_proven = True
                 self._session.proven(self._proof.conclude(self._session.run_session.agreement.gather))
@@ -160,6 +168,7 @@ class SpotCallback(TrainerCallback):
         """Act on a notice within a step, if the rest of the step would take too long."""
         if self._session is None or self._accumulation is None:
             return
+        self._session.run_session.phases.sign()
         self._session.random_states.micro_batch_ended()
         rest_s = self._accumulation.micro_batch_ended()
         rewindable, gradients = self._accumulation.rewindable, self._gradients
@@ -204,6 +213,8 @@ class SpotCallback(TrainerCallback):
 
     def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """End an evaluation after a notice: it may take longer than the time that is left."""
+        if self._session is not None:
+            self._session.run_session.phases.sign()
         if (
             self._evaluations is not None
             and self._evaluations.running
@@ -239,6 +250,7 @@ class SpotCallback(TrainerCallback):
                 "pass": {} if self._events is None else self._events.began.to_details(),
                 "counters": counters(self._session.trainer),
                 "fingerprint": {} if self._proof is None else self._proof.newest,
+                "passed_over": to_data(self._session.passed_over),
                 "trackers": {} if self._trackers is None else self._trackers.places(),
                 **(to_details(batches(self._session.trainer)) if exact is None else exact.to_details()),
             },
@@ -251,6 +263,8 @@ class SpotCallback(TrainerCallback):
         """Set the flags for Trainer's last log line, evaluation and save, after the last epoch or an early stop."""
         if self._session is None:
             return
+        ends = is_complete(self._loop_state(args, state, control)) or control.should_training_stop
+        self._session.run_session.phases.tell(Phase.FINISHING if ends else Phase.DATA)
         if control.should_training_stop and self._saves is not None:
             self._saves.settle()  # the best model may be loaded from a file
         self._set(Moment.EPOCH_END, None, args, state, control)
@@ -328,6 +342,8 @@ class SpotCallback(TrainerCallback):
             self._session = session
             if session.exact is not None:
                 session.exact.watch()
+            passed_over = PassedOver(trainer, session.passed_over)
+            passed_over.watch()
             losses = None if session.teller is None else StepLosses(trainer, session.teller)
             learned = () if losses is None else (losses.learned,)
             self._log_window = LogWindow(trainer, lambda: self._stopping, lambda: self._save_is_extra, *learned)
@@ -338,6 +354,7 @@ class SpotCallback(TrainerCallback):
                 self._log_window,
                 functools.partial(self._evaluation_was_cut, trainer),
                 self._resumed_folder(session),
+                session.run_session.phases,
             )
             self._gradients = WaitingGradients(trainer)
             stream = self._stream = StreamReader(trainer, session.random_states.begin_behind)
@@ -352,6 +369,7 @@ class SpotCallback(TrainerCallback):
                 functools.partial(self._save_failed, trainer),
                 functools.partial(self._save_refused, trainer),
                 held.hold,
+                session.run_session.phases,
             )
             self._resumed_epoch_is_ahead = session.restored is not None
             restored_to = None if session.restored is None else Path(str(folder))
@@ -399,6 +417,8 @@ class SpotCallback(TrainerCallback):
                 self._saves.close()
                 if losses is not None:
                     losses.close()
+                else:
+                    passed_over.close()
                 self._session = self._evaluations = self._accumulation = self._saves = self._log_window = self._losses = None
                 stream.close()
                 self._events = self._trackers = self._stream = self._gradients = None
@@ -460,9 +480,14 @@ class SpotCallback(TrainerCallback):
         assert self._session is not None
         if self._stopping:
             trainer.state.best_model_checkpoint = None
-        stops = answer(wrong, on_nan=self.args.on_nan, stopping=self._stopping) is Answer.STOP
-        why = f"{in_words(wrong, trainer.state.global_step)}"
-        self._session.commits.save_failed(SpotError(why, hint=HOW_TO_GET_FINITE), stops=stops)
+        decided = answer(wrong, on_nan=self.args.on_nan, stopping=self._stopping)
+        why = in_words(wrong, trainer.state.global_step)
+        if decided is Answer.ROLL_BACK:
+            if self._losses is not None:
+                self._losses.settle()
+            first_wrong = None if self._losses is None else self._losses.first_not_finite
+            self._session.roll_back(why, trainer.state.global_step, first_wrong)
+        self._session.commits.save_failed(SpotError(why, hint=HOW_TO_GET_FINITE), stops=decided is Answer.STOP)
 
     def _evaluation_was_cut(self, trainer: Trainer) -> None:
         assert self._session is not None and self._evaluations is not None

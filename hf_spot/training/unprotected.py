@@ -22,15 +22,18 @@ def watch_steps() -> None:
     if runtime is None:
         return
     began_at: float | None = None
+    has_looked = False
 
     def look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        nonlocal began_at
+        nonlocal began_at, has_looked
+        if has_looked:  # torch goes through its hooks at this moment: one that removed itself would end the step with an error
+            return
         now = time.monotonic()
         if began_at is None:
             began_at = now
         if now - began_at < _SAY_AFTER_S:
             return
-        handle.remove()
+        has_looked = True
         if not runtime.training_path.exists():
             warn_for_all(
                 "this script trains without hf_spot: nothing of it is saved, and after an interruption it would begin from the "
@@ -38,4 +41,4 @@ def watch_steps() -> None:
                 HOW_TO_PROTECT,
             )
 
-    handle = register_optimizer_step_pre_hook(look)
+    register_optimizer_step_pre_hook(look)

@@ -88,10 +88,10 @@ def train(kind: str, layers: int, adapter: bool, folder: Path) -> dict[str, Any]
         make(folder, layers, adapter, STEPS, []).train(resume_from_checkpoint=str(folder / "out" / f"checkpoint-{STEPS}"))
         return {"cpu_s": spent.cpu_s, "wall_s": spent.wall_s}
     from hf_spot import SpotArguments, SpotCallback
+    from hf_spot.training.session.recognition import forget_finished
     from hf_spot.training.state.carried import CarriedState
     from hf_spot.training.trainer.own_state import SavedTensors
     from hf_spot.training.trainer.proof import Proof
-    from hf_spot.training.trainer.recognition import forget_finished
 
     for owner, method, name in (
         (CarriedState, "look", "look"),

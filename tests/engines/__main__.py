@@ -114,6 +114,10 @@ def play(name: str, folder: Path) -> str:
             return f"it is not refused: {codes}, {last_words(spot)}"
         commits = list((spot / "run").glob("**/*.safetensors")) if not row.later_ranks else []
         return f"refused, but committed {commits}" if commits else ""
+    if row.says:
+        codes = launch(row, spot, row.stops[0], row.ranks)
+        said = "".join(log.read_text() for log in spot.glob("log-*.txt"))
+        return "" if codes == [0] * row.ranks and row.says in said else f"it does not say so: {codes}, {last_words(spot)}"
     if codes := [one for one in launch(row, folder / "plain", None, row.ranks) if one]:
         return f"undisturbed it ended with {codes}: {last_words(folder / 'plain')}"
     for stop in (*row.stops, "", ""):
@@ -145,7 +149,7 @@ def main() -> int:
             result, why = "skipped", f"needs {row.needs}: see CONTRIBUTING.md"
         else:
             why = play(name, folder / str(number))
-            result = "WRONG" if why else "refused" if row.refused else "identical"
+            result = "WRONG" if why else "refused" if row.refused else "named" if row.says else "identical"
         wrong += result == "WRONG"
         shown = "" if row.refused and not row.later_ranks else " ".join(row.stops)
         print(f"{name:44} {shown:18} {result:10} {time.monotonic() - began:7.0f}  {why}", flush=True)

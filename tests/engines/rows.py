@@ -27,6 +27,7 @@ class Row:
         needs: the package that it needs.
         stops: where it is interrupted, one launch each.
         refused: the launch ends with 2, and says this.
+        says: the launch says this, and a resumed one may differ.
         ranks: processes.
         later_ranks: processes of the launches behind the first one, if it is another number.
     """
@@ -35,6 +36,7 @@ class Row:
     needs: str = ""
     stops: tuple[str, ...] = STOPS
     refused: str = ""
+    says: str = ""
     ranks: int = 2
     later_ranks: int = 0
 
@@ -114,8 +116,16 @@ def deepspeed(output_dir: Path, stage: int, config: dict[str, Any] | None = None
         "zero_force_ds_cpu_optimizer": False,  # it would have to be compiled
         **more.pop("engine", {}),
     }
+    rows = more.pop("rows", None) or data()
     args = settings(output_dir, deepspeed=engine, optim="adamw_torch", use_cpu=False, **more)
-    return Trainer(model=model(), args=args, train_dataset=data(), eval_dataset=data()[:8])
+    return Trainer(model=model(), args=args, train_dataset=rows, eval_dataset=data()[:8])
+
+
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    """Passes of five batches on two ranks, which two micro-batches for each step don't divide."""
+
+    def __iter__(self) -> Any:
+        return iter(data()[:20])
 
 
 GATHER = {"stage3_gather_16bit_weights_on_model_save": True}
@@ -201,6 +211,12 @@ ROWS: dict[str, Row] = {
     "ZeRO-3, best model": Row(lambda folder: deepspeed(folder, 3, **BEST), **DS),
     "ZeRO-2, files of the older format": Row(
         lambda folder: deepspeed(folder, 2, engine={"checkpoint": {"checkpoint_serialization": False}}), **DS
+    ),
+    "ZeRO-2, gradients that wait at a save": Row(
+        lambda folder: deepspeed(folder, 2, rows=Stream(), gradient_accumulation_steps=2, save_strategy="epoch"),
+        stops=("",),
+        says="gradients of micro-batches that wait for the next step can't be saved",
+        **DS,
     ),
     "ZeRO-2, another number of ranks": Row(
         lambda folder: deepspeed(folder, 2),

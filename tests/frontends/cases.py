@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).parent
 PLAIN = HERE.parent / "training" / "scripts" / "plain.py"
+ROWS = HERE.parent / "engines" / "rows.py"
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Case:
         needs: packages, by their names on PyPI.
         quick: the test suite runs it, too.
         weights: pattern of the files with the final weights, below ``{out}``.
+        environ: variables that it needs besides.
     """
 
     name: str
@@ -29,12 +32,14 @@ class Case:
     needs: tuple[str, ...] = ()
     quick: bool = False
     weights: str = "*.safetensors"
+    environ: Mapping[str, str] = field(default_factory=dict)
 
 
 TRL = (
     "--model_name_or_path tiny --output_dir {out} --per_device_train_batch_size 4 --num_train_epochs 2 --save_steps 5 "
     "--logging_steps 1 --report_to none --use_cpu --learning_rate 1e-3 --seed 1"
 )
+ON_CPU = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}  # of DeepSpeed
 SCRIPT = "--output_dir {out}/train --weights {out} --step_s 0.05"
 
 CASES = [
@@ -45,6 +50,15 @@ CASES = [
     Case("torchrun", f"torchrun --nproc_per_node 2 plain.py {SCRIPT}"),
     Case("accelerate", f"accelerate launch --cpu --num_processes 1 plain.py {SCRIPT}"),
     Case("bash-torchrun", f"bash ranks.sh {SCRIPT}"),
+    Case("torchrun-fsdp2", "torchrun --nproc_per_node 2 engine.py FSDP2 {out}"),
+    Case("deepspeed", "deepspeed --num_gpus 2 engine.py ZeRO-2 {out}", ("deepspeed",), environ=ON_CPU),
+    Case("deepspeed-zero3", "deepspeed --num_gpus 2 engine.py 'ZeRO-3, not gathered' {out}", ("deepspeed",), environ=ON_CPU),
+    Case(
+        "accelerate-deepspeed",
+        "accelerate launch --use_deepspeed --zero_stage 2 --num_processes 2 engine.py ZeRO-2 {out}",
+        ("deepspeed",),
+        environ=ON_CPU,
+    ),
     Case("trl-sft", f"trl sft --dataset_name ./sft --max_length 64 {TRL}", ("trl",), quick=True),
     Case("trl-sft-lora", f"trl sft --dataset_name ./sft --max_length 64 --use_peft --lora_r 4 {TRL}", ("trl", "peft")),
     Case("trl-dpo", f"trl dpo --dataset_name ./preferences {TRL}", ("trl",)),
@@ -53,9 +67,16 @@ CASES = [
     Case("sentence-transformers-fit", "python fit.py {out}", ("sentence-transformers",)),
     Case("llamafactory", "llamafactory-cli train llamafactory.yaml output_dir={out}", ("llamafactory",)),
     Case(
+        "axolotl",
+        "axolotl train axolotl.yaml --output-dir {out}",
+        ("axolotl",),
+        environ={"CUDA_VISIBLE_DEVICES": "", "AXOLOTL_DO_NOT_TRACK": "1"},
+    ),
+    Case(
         "swift",
         "swift sft --model tiny-llama --model_type llama --template dummy --dataset ./sft.jsonl --tuner_type full "
-        "--output_dir {out} --add_version false --per_device_train_batch_size 4 --num_train_epochs 2 --save_steps 5 "
+        "--output_dir {out} --add_version false --per_device_train_batch_size 4 --gradient_accumulation_steps 1 "
+        "--num_train_epochs 2 --save_steps 5 "
         "--logging_steps 1 --report_to none --use_cpu true --learning_rate 1e-3 --seed 1 --split_dataset_ratio 0 "
         "--torch_dtype float32",
         ("ms-swift",),
@@ -112,7 +133,7 @@ def prepare(folder: Path) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "instructions.json").write_text(json.dumps(instructions))
     (folder / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "instructions.json"}}))
-    for path in (PLAIN, *HERE.glob("scripts/*")):
+    for path in (PLAIN, ROWS, *HERE.glob("scripts/*")):
         if path.is_file():
             shutil.copy(path, folder)
     (folder / "make_models.py").write_text(MAKE_MODELS)

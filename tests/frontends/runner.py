@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shlex
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from safetensors import safe_open
@@ -21,6 +23,7 @@ from tests.frontends.cases import Case
 SLOW = Path(__file__).parent / "slow"
 LONGEST_S = 600.0
 STEP_S = 0.25
+OF_TIME = ("time", "per_second", "speed", "memory", "spot/")  # parts of the names of values that no two runs have in common
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,18 @@ class Outcome:
         """Return the case, and what became of it, in one line."""
         if self.skipped:
             return f"skip  {self.case.name}: {self.skipped}"
-        told = "; ".join(f"{way}: {what}" for way, what in self.wrong.items()) or "the same weights in all four ways"
+        told = (
+            "; ".join(f"{way}: {what}" for way, what in self.wrong.items()) or "the same weights and results in all four ways"
+        )
         return f"{'ok' if self.ok else 'FAIL':5} {self.case.name} ({self.seconds:.0f} s): {told}"
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_times(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _without_times(one) for name, one in value.items() if not any(word in name for word in OF_TIME)}
+    return value
 
 
 class Runner:
@@ -70,6 +83,7 @@ class Runner:
         self._logs = 0
         path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
         self._environ = {**os.environ, "PATH": path, "PYTHONPATH": str(SLOW), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self._environ |= case.environ
 
     def run(self, ways: tuple[str, ...] = ("launch", "preempted", "killed")) -> Outcome:
         """Train undisturbed and in each of the ways, and return what became of it."""
@@ -79,12 +93,15 @@ class Runner:
         code, log = self._end(self._start(self._words("undisturbed"), {}))
         if code != 0:
             return Outcome(self._case, {"undisturbed": f"exit code {code}, see {log}"}, seconds=time.monotonic() - began)
-        expected = self._weights("undisturbed")
+        expected, results = self._weights("undisturbed"), self._results("undisturbed")
         for way in ways:
             self._say(f"{self._case.name}: {way}")
             told = getattr(self, f"_{way}")()
             if not told and self._weights(way) != expected:
                 told = f"other weights, see {self._folder}"
+            if not told and (found := self._results(way)) != results:
+                names = [name for name in {**results, **found} if results.get(name) != found.get(name)]
+                told = f"other results in {', '.join(sorted(names))}, see {self._folder}"
             if told:
                 wrong[way] = told
         return Outcome(self._case, wrong, seconds=time.monotonic() - began)
@@ -177,6 +194,15 @@ class Runner:
         if Run(str(self._folder / f"run-{way}")).state().ended != "finished":
             return f"the run is not finished, see {log}"
         return "" if said in log.read_text(errors="replace") else f"nothing was resumed, see {log}"
+
+    def _results(self, way: str) -> dict[str, Any]:
+        """Return the contents of the results files and the log lines of the last checkpoint, without those about time."""
+        out = self._folder / f"out-{way}"
+        found = {str(path.relative_to(out)): json.loads(path.read_text()) for path in out.rglob("*results.json")}
+        states = {int(path.parent.name.rpartition("-")[2]): path for path in out.rglob("checkpoint-*/trainer_state.json")}
+        if states:
+            found["log lines"] = json.loads(states[max(states)].read_text())["log_history"]
+        return {name: _without_times(one) for name, one in found.items()}
 
     def _weights(self, way: str) -> str:
         """Return a digest of the final weights. Raises AssertionError if there are none."""

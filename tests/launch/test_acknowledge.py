@@ -85,6 +85,12 @@ sys.exit(75)
         pytest.param(
             COMMITS + 'run.record("preempted", {"step": 7, "committed_step": 5}); sys.exit(75)', id="a step is not committed"
         ),
+        pytest.param(
+            COMMITS
+            + 'run.record("preempted", {"step": 7, "committed_step": 5, "stage": 2}); '
+            + 'run.record("preempted", {"step": 5, "committed_step": 5}); sys.exit(75)',
+            id="a step of a training beside it is not committed",
+        ),
         pytest.param(COMMITS + "StepCounter(runtime.step_path).tell(7); sys.exit(75)", id="the training said nothing"),
         pytest.param("sys.exit(75)", id="nothing was trained"),
     ],

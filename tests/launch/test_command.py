@@ -41,6 +41,7 @@ def test_several_processes_run_under_accelerate_with_its_own_options_only(script
 
 ZERO = ["--machine_rank", "1", "--use_deepspeed", "--num_processes", "4"]
 TWO = ["--store", "s3://b/r", "--num_machines", "2"]
+MANY = ["--store", "s3://b/r", "--num_machines", "2:8"]
 AT = ["--main_process_ip", "127.0.0.1", "--main_process_port", "29500"]
 
 
@@ -81,7 +82,14 @@ def test_the_store_may_come_from_the_environment(script: str) -> None:
         (["--store", "s3://b/r", "--notice", "smoke", "SCRIPT"], "smoke"),
         (["--store", "s3://b/r", "--grace-s", "soon", "SCRIPT"], "soon"),
         (["--store", "s3://b/r", "--no_python", "SCRIPT"], "--no_python"),
-        (["--store", "s3://b/r", "--num_machines", "2", "SCRIPT"], "--num_machines 2"),
+        ([*TWO, "--machine_rank", "1", "SCRIPT"], "--num_machines 2"),
+        (["--store", "s3://b/r", "--num_machines", "8:2", "SCRIPT"], "8:2"),
+        (["--store", "s3://b/r", "--num_machines", "two", "SCRIPT"], "two"),
+        ([*TWO, "--num_processes", "3", "SCRIPT"], "--num_processes 3"),
+        ([*MANY, "--num_processes", "0", "SCRIPT"], "--num_processes 0"),
+        ([*MANY, "--cpu", "SCRIPT"], "--num_machines 2:8"),
+        ([*MANY, *ZERO, "SCRIPT"], "DeepSpeed"),
+        ([*TWO, *AT, "--machine_rank", "1", "--multi_gpu", "--interface", "eth0", "SCRIPT"], "--interface"),
         ([*TWO, "--machine_rank", "0", "--multi_gpu", "SCRIPT"], "--main_process_ip"),
         ([*TWO, *AT, "--machine_rank", "2", "--multi_gpu", "SCRIPT"], "--machine_rank 2"),
         ([*TWO, *AT, "--machine_rank", "1", "--num_processes", "4", "SCRIPT"], "--multi_gpu"),
@@ -99,6 +107,38 @@ def test_what_can_not_be_used_is_named(argv: list[str], word: str, script: str) 
         parse([script if one == "SCRIPT" else one for one in argv], {})
     assert word in str(caught.value)
     assert caught.value.hint
+
+
+def test_machines_that_come_and_go_need_one_option(script: str) -> None:
+    command = parse([*MANY, script, "--of_the_script"], {})
+    assert command.machines == Machines(8, least=2, processes=1)
+    argv = command.argv_among(Machines(3, 1, "10.0.0.7", least=2, processes=1), 29512)
+    told = ["--num_machines", "3", "--num_processes", "3", "--machine_rank", "1"]
+    told += ["--main_process_ip", "10.0.0.7", "--main_process_port", "29512"]
+    assert argv[1:3] == ["-m", "hf_spot.launch.agent"]
+    assert argv[3:] == ["--multi_gpu", *told, "-m", "hf_spot.training.bootstrap", script, "--of_the_script"]
+    # accelerate starts one process alone in another way
+    alone = command.argv_among(Machines(1, 0, "", least=1, processes=1), 29512)
+    assert alone[3:7] == ["--num_machines", "1", "--num_processes", "1"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "machines"),
+    [
+        ([*TWO, "--num_processes", "4"], Machines(2, least=2, processes=2)),  # a number means exactly so many: 4 in all
+        ([*MANY, "--num_processes", "4"], Machines(8, least=2, processes=4)),  # of each machine
+        ([*MANY, "--interface", "eth1"], Machines(8, least=2, processes=1, interface="eth1")),
+        ([*MANY, "--use_fsdp"], Machines(8, least=2, processes=1)),
+        (["--store", "s3://b/r", "--num_machines", "1:1", "--num_processes", "1"], Machines()),
+    ],
+)
+def test_machines_meet_in_the_run_unless_their_ranks_are_given(argv: list[str], machines: Machines, script: str) -> None:
+    assert parse([*argv, script], {}).machines == machines
+
+
+def test_a_rank_that_has_no_effect_is_named(script: str) -> None:
+    told = parse([*MANY, "--machine_rank", "3", script], {}).remarks
+    assert any("--machine_rank has no effect" in one for one in told)
 
 
 def test_deepspeed_on_several_machines_is_started_on_each(script: str) -> None:

@@ -18,6 +18,7 @@ from hf_spot.errors import ConfigError
 from hf_spot.launch.command import Command
 from hf_spot.launch.options import parse
 from hf_spot.launch.supervisor import Supervisor
+from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.run import Run
 from tests.launch.conftest import Launcher
 from tests.waiting import wait_for
@@ -120,6 +121,27 @@ def test_a_training_that_was_killed_before_it_could_save_is_not_called_saved(
     assert Supervisor(Run(command.store), command).supervise() == 75
     last = caplog.messages[-1]
     assert "137" in last and "step 5 is committed; 3 steps after it will be redone" in last, caplog.text
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_command_that_trains_nothing_leaves_a_finished_run_to_the_command_that_finished_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make_checkpoint: Callable[[int], Path], trains: bool
+) -> None:
+    run = Run(tmp_path / "run")
+    run.claim()
+    request = CommitRequest(step=5, complete=True)
+    run.commit(request, run.upload(make_checkpoint(5), request))
+    run.record("finished", {"step": 5, "command": "before"})
+    code = "import os; from hf_spot.runtime import Runtime; runtime = Runtime.from_environ(os.environ)"
+    more = "; runtime.tell_training(True); runtime.tell_training(False)" if trains else ""
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = Command(str(tmp_path / "run"), SpotArguments(notice="none"), 0, [sys.executable, "-c", code + more], environ)
+    supervisor = Supervisor(Run(command.store), command, finished_by="before")
+    assert supervisor.supervise() == 0
+    last = Run(command.store).journal.read(Run(command.store).state().number)
+    assert (last.kind, last.launch) == ("finished", 2)
+    assert last.data["command"] == (command.fingerprint() if trains else "before")
+    assert ("stays finished at step 5" in caplog.text) != trains
 
 
 LOOP = """

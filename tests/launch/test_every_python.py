@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 from hf_spot.arguments import SpotArguments
 from hf_spot.every_python import FOLDER, python_path
 from hf_spot.launch.process import ProcessTree
+from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.runtime import Runtime
 from tests.waiting import PATIENCE_S, wait_for
 
@@ -151,6 +153,174 @@ def test_a_signal_becomes_a_notice_where_a_training_runs_and_nowhere_else(
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+TRAINS = f"import os, sys; {REPORTS}; print(1, flush=True); sys.stdin.read()"
+STARTS = f"""
+import asyncio, os, signal, subprocess, sys, threading, time
+pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+FIRST
+child = subprocess.Popen([sys.executable, '-c', {TRAINS!r}], **pipes)
+child.stdout.readline()
+ACT
+print(f"asked {{os.getpid()}} {{child.pid}}", flush=True)
+sys.stdin.readline()
+print(child.wait() if ENDS else child.poll(), flush=True)
+"""
+FORWARDS = "loop = asyncio.new_event_loop(); loop.add_signal_handler(signal.SIGTERM, lambda: (child.terminate(), loop.stop()))"
+WAITS_FOR_IT = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])"
+SIBLING = "subprocess.run([sys.executable, '-c', f'import os; os.kill({child.pid}, 15)'])"
+
+
+@pytest.mark.parametrize(
+    ("first", "act", "ends"),
+    [
+        pytest.param("", "child.terminate()", True, id="a program ends its child"),
+        pytest.param("", "os.kill(child.pid, 10)", True, id="by another signal"),
+        pytest.param("", "os.killpg(child.pid, signal.SIGTERM)", True, id="a program ends the group of its child"),
+        pytest.param("", "import psutil; psutil.Process(child.pid).terminate()", True, id="with psutil"),
+        pytest.param(FORWARDS, "os.kill(os.getpid(), 15); loop.run_forever()", False, id="it passes on what it has received"),
+        pytest.param(
+            "",
+            f"{WAITS_FOR_IT}; os.kill(os.getpid(), 15); signal.sigwait([signal.SIGTERM]); child.terminate()",
+            False,
+            id="it passes on what it has waited for",
+        ),
+        pytest.param("", SIBLING, False, id="a process beside it sends it"),
+        pytest.param("", "subprocess.run(['sh', '-c', f'kill {child.pid}'])", False, id="a shell sends it"),
+    ],
+)
+def test_a_program_that_ends_its_training_child_gives_no_notice(
+    environ: dict[str, str], first: str, act: str, ends: bool
+) -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    code = STARTS.replace("FIRST", first).replace("ACT", act).replace("ENDS", str(ends))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**environ, "HF_SPOT_LAUNCHER_PID": str(os.getpid())},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        _, parent, child = process.stdout.readline().split()
+        if not ends:
+            wait_for(lambda: bool(received), "for the notice")
+        out, said = process.communicate("\n", PATIENCE_S)
+        assert (out.strip() != "None", bool(received)) == (ends, not ends)
+        told = f"process {parent} ({sys.executable} -c"
+        assert (told in said and f"ends process {child}" in said) == ends, said
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("failure", "age_s", "ends"),
+    [
+        ("training", 0.0, True),  # it died while it trained, and the launcher has not seen that yet
+        ("gone", 5.0, True),
+        ("gone", 100.0, False),
+        ("failed", 5.0, True),
+        ("failed", 100.0, False),
+    ],
+)
+def test_a_signal_soon_after_a_process_has_failed_is_its_launchers_way_to_end_the_others(
+    environ: dict[str, str], failure: str, age_s: float, ends: bool
+) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    folder, received = Path(environ["HF_SPOT_RUNTIME_DIR"]), []
+    (folder / f"training-{dead.pid}").write_text("ended" if failure == "failed" else "")
+    (folder / f"{failure}-{dead.pid}").touch()
+    then = time.time() - age_s
+    os.utime(folder / f"{failure}-{dead.pid}", (then, then))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAINS],
+        env={**environ, "HF_SPOT_LAUNCHER_PID": str(os.getpid())},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b"1\n"
+        process.send_signal(signal.SIGTERM)
+        if not ends:
+            wait_for(lambda: bool(received), "for the notice")
+        said = process.communicate(timeout=PATIENCE_S)[1]
+        assert (process.returncode, bool(received)) == ((-signal.SIGTERM, False) if ends else (0, True))
+        assert (f"process {dead.pid} has failed" in said.decode()) == ends
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        process.kill()
+        process.communicate()
+
+
+def test_once_there_is_a_notice_nothing_is_an_end_from_inside(environ: dict[str, str]) -> None:
+    runtime = Runtime.from_environ(environ)
+    assert runtime is not None
+    runtime.write_notice(PreemptionNotice(NoticeKind.TERMINATE, "file", "1"))
+    test_a_program_that_ends_its_training_child_gives_no_notice(environ, "", "child.terminate()", False)
+    test_a_signal_soon_after_a_process_has_failed_is_its_launchers_way_to_end_the_others(environ, "training", 0.0, False)
+
+
+def test_a_process_that_died_while_it_trained_is_marked_once(environ: dict[str, str]) -> None:
+    runtime = Runtime.from_environ(environ)
+    assert runtime is not None
+    one = living()
+    (runtime.directory / f"training-{one.pid}").touch()
+    runtime.mark_gone()
+    gone = runtime.directory / f"gone-{one.pid}"
+    assert not gone.exists()
+    end(one)
+    runtime.mark_gone()
+    os.utime(gone, (1.0, 1.0))
+    runtime.mark_gone()
+    assert gone.stat().st_mtime == 1.0
+
+
+FORKS = """
+import os, sitecustomize
+if (child := os.fork()) == 0:
+    from hf_spot.runtime import Runtime
+    import hf_spot.runtime
+    sitecustomize.sys.meta_path[0]._shield.pass_on_always() if IMPORTS else None
+    Runtime.from_environ(os.environ).tell_training(True)
+    print(os.getpid(), flush=True)
+    input()
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("imports", ["before the fork", "in the child"])
+def test_a_forked_child_that_trains_passes_signals_on(environ: dict[str, str], imports: str) -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    code = FORKS.replace("IMPORTS", str(imports == "in the child"))
+    if imports == "before the fork":
+        code = f"import sys; sys.meta_path[0].find_spec('transformers.trainer')\n{code}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**environ, "HF_SPOT_LAUNCHER_PID": str(os.getpid())},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        os.kill(int(process.stdout.readline()), signal.SIGTERM)
+        wait_for(lambda: bool(received), "for the notice")
+        assert process.communicate("\n", PATIENCE_S)[0] == "7\n"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        process.kill()
+        process.communicate()
 
 
 def test_a_forked_child_has_the_programs_own_handlers(environ: dict[str, str]) -> None:

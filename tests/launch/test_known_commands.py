@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,50 @@ def test_options_of_accelerate_before_a_command_are_refused_with_a_hint(folder: 
     assert "accelerate launch --multi_gpu --num_processes 2" in caught.value.hint
 
 
+def test_the_hint_for_several_machines_is_a_command_that_is_accepted(folder: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse([*STORE, "--num_machines", "2", "known", "x"], {"PATH": str(folder / "bin")})
+    assert caught.value.hint.endswith("hf-spot launch --store URL --num_machines 2 train.py")
+
+
+@pytest.mark.parametrize("option", ["-q", "--quiet"])
+def test_a_command_may_be_quiet(folder: Path, option: str) -> None:
+    command = parse([*STORE, option, "known", "x"], {"PATH": str(folder / "bin")})
+    assert command.environ["HF_SPOT_LOG_LEVEL"] == "warning"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["srun", "-n2", "python"], "as a job of a scheduler"),
+        (["sudo", "-E", "python"], "as another user"),
+        (["env", "-i", "python"], "without the environment"),
+        (["docker", "run", "x"], "in a container"),
+        (["env", "A=b", "python"], ""),
+        (["deepspeed", "--hostfile=hosts", "train.py"], "3 machines (a, b, c)"),
+        (["deepspeed", "-H", "hosts", "-i", "a:0,1", "train.py"], ""),
+        (["deepspeed", "-H", "hosts", "--include", "a:0@c", "train.py"], "2 machines (a, c)"),
+        (["deepspeed", "-H", "one", "train.py"], ""),
+        (["deepspeed", "-H", "nowhere", "train.py"], ""),
+        (["deepspeed", "train.py", "-H", "hosts"], ""),
+        (["mpirun", "-np", "2", "-H", "a:1,b:1", "python"], "2 machines (a, b)"),
+        (["mpirun", "--hostfile", "one", "-np", "2", "python"], ""),
+        (["mpirun", "-np", "2", "python"], ""),
+    ],
+)
+def test_a_command_that_trains_where_the_launch_is_not_is_refused(folder: Path, words: list[str], told: str) -> None:
+    (folder / "hosts").write_text("a slots=2\n# b slots=8\n\nb slots=2\nc slots=2 # last\n")
+    (folder / "one").write_text("a slots=2\n")
+    (folder / "bin" / words[0]).write_text("#!/bin/sh\n")
+    (folder / "bin" / words[0]).chmod(0o755)
+    environ = {"PATH": str(folder / "bin")}
+    if not told:
+        assert parse([*STORE, *words], environ).as_it_is
+        return
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        parse([*STORE, *words], environ)
+
+
 @pytest.mark.parametrize(
     ("words", "is_refused"),
     [
@@ -200,3 +245,41 @@ def test_a_process_that_has_torch_without_the_hook_is_named_once(tmp_path: Path,
             one.wait()
             assert one.stdout is not None
             one.stdout.close()
+
+
+def test_a_process_that_can_not_be_looked_into_is_named_if_it_is_a_python(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(path)
+
+    now, started = [0.0], [subprocess.Popen(words) for words in (["sleep", "600"], [sys.executable, "-c", "input()"])]
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    try:
+        unhooked = Unhooked(Runtime(str(tmp_path / "run"), 1, tmp_path, SpotArguments()), lambda: now[0])
+        for _ in range(3):
+            now[0] += 20.0
+            unhooked.look(lambda: [psutil.Process(one.pid) for one in started])
+        told = [record.getMessage() for record in caplog.records if "another user" in record.getMessage()]
+        assert len(told) == 1 and f"process {started[1].pid} runs as another user" in told[0]
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
+
+
+@pytest.mark.parametrize("has_met", [True, False])
+def test_a_command_of_which_nothing_has_met_hf_spot_in_its_first_minute_is_told_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, has_met: bool
+) -> None:
+    runtime, now = Runtime(str(tmp_path / "run"), 1, tmp_path, SpotArguments()), [0.0]
+    unhooked = Unhooked(runtime, lambda: now[0])
+    if has_met:
+        runtime.meet()
+    for at in (20.0, 40.0, 60.0, 120.0):
+        assert at < 60.0 or has_met or len(caplog.records) == (at > 60.0)
+        now[0] = at
+        unhooked.look(list)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (not has_met)
+    assert has_met or "no process of this command has loaded torch with hf_spot" in told[0]

@@ -217,7 +217,7 @@ def test_a_stranger_in_the_place_of_machine_0_delays_no_notice(meeting: Meeting)
 
 
 def test_who_trickles_is_sent_away_after_one_deadline_for_all_of_it(meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_spot.launch.peers._GREETING_S", 0.5)
+    monkeypatch.setattr("hf_spot.launch.peers.GREETING_S", 0.5)
     meeting.host(2)
     assert meeting.invitation is not None
     with socket.create_connection(("127.0.0.1", meeting.invitation[1]["port"])) as stranger:

@@ -167,7 +167,7 @@ def test_a_finished_cell_that_is_run_again_loads_what_is_finished_and_says_so(no
     # A second `train()` in another cell trains on, from the trained weights, and in a new kernel both are known again.
     assert "trained 12" in notebook.run(f"{cell}  # once more").shown
     assert {ref.training for ref in Run(str(tmp_path / "run")).state().checkpoints} == {1, 2}
-    notebook.run("from hf_spot.training.trainer import recognition\nrecognition.forget_finished()")
+    notebook.run("from hf_spot.training.session import recognition\nrecognition.forget_finished()")
     notebook.run(setup)
     for number, text in ((1, cell), (2, f"{cell}  # once more")):
         assert f"the finished training {number} is loaded" in notebook.run(text).shown

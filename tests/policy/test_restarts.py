@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_spot.policy.restarts import LONGEST_PAUSE_S, Verdict, exit_code, judge, may_restart, outlives_s, patience_s, pause_s
+from hf_spot.policy.restarts import (
+    LONGEST_PAUSE_S,
+    Verdict,
+    exit_code,
+    judge,
+    may_restart,
+    outlives_s,
+    patience_s,
+    pause_s,
+    steps_in_words,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,3 +89,17 @@ def test_a_training_waits_for_a_machine_that_ended_well_and_not_for_one_that_is_
     assert outlives_s(Verdict.LOST, 600) == 0
     assert 0 < outlives_s(Verdict.FAILED, 600) < 60
     assert outlives_s(Verdict.PREEMPTED, 600) > 600
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        ({}, "step 0 is committed"),
+        ({1: (5, 5)}, "step 5 is committed"),
+        ({3: (5, 8)}, "step 5 is committed; 3 steps after it will be redone"),
+        ({1: (5, 8), 2: (6, 6)}, "step 5 of training 1, step 6 of training 2 are committed; 3 steps after them will be redone"),
+        ({1: (8, 5), 2: (6, 6)}, "step 8 of training 1, step 6 of training 2 are committed"),
+    ],
+)
+def test_what_is_redone_is_told_for_each_training(steps: dict[int, tuple[int, int]], told: str) -> None:
+    assert steps_in_words(steps) == told

@@ -128,6 +128,6 @@ def test_each_change_is_a_line_with_what_follows() -> None:
         "the training data had 40 rows and have 50: the data order is that of the new data: some samples may come twice, some "
         "not at all",
         "max_steps was 10 and is 20: the schedule from step 8 on is the one for the new length",
-        "learning_rate was 0.01 and is 0.02: the old value stays, as Trainer restores it with the optimizer and the scheduler",
+        "learning_rate was 0.01 and is 0.02: the old value stays: it is restored with the optimizer and the scheduler",
         "trainer.alpha was 1 and is 2: the new value holds from step 8 on",
     ]

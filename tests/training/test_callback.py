@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import runpy
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -114,11 +115,33 @@ def test_the_best_is_not_reloaded_over_what_was_preempted(store: str, tmp_path: 
     assert reloaded == [STEPS]
 
 
-def test_starting_afresh_is_one_word_and_keeps_what_is_in_the_run(store: str, tmp_path: Path) -> None:
+def test_starting_afresh_is_one_word_and_keeps_what_is_in_the_run(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     train_until_preempted(store, tmp_path / "one", 4)
     recorder = Recorder()
     make_trainer(tmp_path / "two", SpotCallback(store, QUIET), recorder).train(resume_from_checkpoint=False)
     assert list(recorder.losses) == list(range(1, STEPS + 1))
+    assert "begins from the start, although step 4 of this training is committed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("where", "default", "resumes"),
+    [("site-packages", "False", True), ("site-packages", "None", False), ("src", "False", False)],
+)
+def test_a_default_of_a_library_that_trains_is_no_wish_to_start_afresh(
+    store: str, tmp_path: Path, where: str, default: str, resumes: bool
+) -> None:
+    library = tmp_path / where / "library.py"
+    library.parent.mkdir()
+    library.write_text(
+        f"def fit(trainer, resume_from_checkpoint={default}): trainer.train(resume_from_checkpoint=resume_from_checkpoint)"
+    )
+    fit = runpy.run_path(str(library))["fit"]
+    train_until_preempted(store, tmp_path / "one", 4)
+    recorder = Recorder()
+    fit(make_trainer(tmp_path / "two", SpotCallback(store, QUIET), recorder), *([] if resumes else [False]))
+    assert min(recorder.losses) == (5 if resumes else 1)
 
 
 def test_a_second_training_in_one_process_is_its_own(store: str, tmp_path: Path) -> None:
@@ -151,7 +174,7 @@ def test_a_finished_run_is_loaded_and_not_trained(store: str, tmp_path: Path, pe
     before = kinds(store)
     recorder = Recorder()
 
-    from hf_spot.training.trainer import recognition
+    from hf_spot.training.session import recognition
 
     recognition.forget_finished()  # as in a new process
     trainer = make_trainer(tmp_path / "two", SpotCallback(store, QUIET), recorder)

@@ -230,7 +230,7 @@ def test_an_interrupted_step_is_saved_once_and_nothing_is_trained_after_it(
     for _ in range(3):
         manager.save(*parts, 2, 0)
     run = Run(manager.run.store)
-    assert kinds(run) == ["claim", "commit", "notice", "preempted"]
+    assert kinds(run) == ["claim", "training", "commit", "notice", "preempted"]
     with pytest.raises(TrainingPreempted):
         iter(data)
     with pytest.raises(TrainingPreempted):
@@ -419,5 +419,5 @@ def test_under_the_launcher_a_loop_needs_no_directory(tmp_path: Path, zygote: Zy
     with zygote.forking():
         assert subprocess.run([*command, *script, "--finish"], capture_output=True).returncode == 0
     assert [json.loads(line)["step"] for line in diary.read_text().splitlines()] == list(range(1, 19))
-    again = subprocess.run([*command, *script], capture_output=True, text=True)
+    again = subprocess.run([*command, *script, "--finish"], capture_output=True, text=True)
     assert again.returncode == 0 and "is finished at step 16: nothing to do" in again.stderr

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hf_spot import Run, SpotArguments, SpotCallback, SpotCheckpointManager, SpotError, TrainingPreempted
+from hf_spot.errors import RolledBack
 from hf_spot.policy.numbers import Answer, answer, in_words
 from hf_spot.training.saving.finite import not_finite, optimized_weights, optimizer_states, trained_weights
 from tests.training.conftest import STEPS, Patient, Recorder, SaveRecorder, make_trainer, same, weights
@@ -31,6 +32,9 @@ STOP, GO_ON = (SpotArguments(notice="none", on_nan=on_nan, keep_checkpoints=1) f
         (["x"], "stop", True, Answer.SKIP),
         (["x"], "go-on", False, Answer.SKIP),
         (["x"], "go-on", True, Answer.SKIP),
+        ([], "rollback", False, Answer.MAKE),
+        (["x"], "rollback", False, Answer.ROLL_BACK),
+        (["x"], "rollback", True, Answer.SKIP),
     ],
 )
 def test_a_save_of_wrong_numbers_is_never_made(wrong: list[str], on_nan: str, stopping: bool, expected: Answer) -> None:
@@ -233,3 +237,93 @@ def test_a_loop_saves_no_wrong_numbers(on_nan: str, store: str, tmp_path: Path) 
     step(3)
     manager.finish()
     assert [entry.data["step"] for entry in Run(store).events() if entry.kind == "commit"] == [1, 3]
+
+
+# -- rollback ---------------------------------------------------------------------------------------------------------
+
+
+class Explodes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss * math.nan
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return grad * math.nan
+
+
+def exploding(out: Path, callback: SpotCallback, at_step: int) -> Any:
+    """A training whose loss is NaN in one step, because of its batch."""
+    trainer = make_trainer(out, callback, Patient(callback))
+    plain = trainer.compute_loss
+
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        loss = plain(*args, **kwargs)
+        return Explodes.apply(loss) if trainer.state.global_step + 1 == at_step and trainer.model.training else loss
+
+    trainer.compute_loss = compute_loss
+    return trainer
+
+
+def passing_over(out: Path, *steps: int) -> Any:
+    """The undisturbed training that makes no update in some steps."""
+    trainer = make_trainer(out)
+    plain = trainer.training_step
+
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        return torch.zeros(()) if trainer.state.global_step + 1 in steps else plain(*args, **kwargs)
+
+    trainer.training_step = training_step
+    trainer.train()
+    return trainer
+
+
+ROLLBACK = SpotArguments(notice="none", on_nan="rollback", keep_checkpoints=1)
+
+
+def test_a_rollback_ends_as_a_training_that_passes_over_the_steps(store: str, tmp_path: Path) -> None:
+    with pytest.raises(RolledBack, match="passes over steps 4 to 5") as caught:
+        exploding(tmp_path / "out", SpotCallback(store, ROLLBACK), 5).train()
+    assert caught.value.exit_code == 1 and steps(store) == [3]
+    again = exploding(tmp_path / "out", SpotCallback(store, ROLLBACK), 5)
+    again.train()
+    twin = passing_over(tmp_path / "twin", 4, 5)
+    assert same(weights(again), weights(twin)) and again.state.global_step == STEPS == twin.state.global_step
+    assert kinds(store).count("rollback") == 1
+    newest = Run(store).find()
+    assert newest.details["passed_over"] == [[4, 5]]
+
+
+def test_a_rolled_back_training_is_interrupted_and_resumed_to_the_same_bits(store: str, tmp_path: Path) -> None:
+    with pytest.raises(RolledBack):
+        exploding(tmp_path / "out", SpotCallback(store, ROLLBACK), 5).train()
+    watching = SpotArguments(notice="signal", on_nan="rollback", keep_checkpoints=1)
+    callback = SpotCallback(store, watching)
+    interrupted = exploding(tmp_path / "out", callback, 5)
+    interrupted.add_callback(Recorder(4, preempt(callback)))
+    with pytest.raises(TrainingPreempted):
+        interrupted.train()
+    assert Run(store).find().step == 4
+    last = exploding(tmp_path / "elsewhere", SpotCallback(store, STOP), 5)
+    last.train()
+    assert same(weights(last), weights(passing_over(tmp_path / "twin", 4, 5)))
+
+
+def test_rollbacks_end_after_some(store: str, tmp_path: Path) -> None:
+    arguments = SpotArguments(notice="none", on_nan="rollback", max_rollbacks=1)
+
+    def train() -> None:
+        poisoned(tmp_path / "out", SpotCallback(store, arguments), 6, "weight").train()
+
+    with pytest.raises(RolledBack, match="passes over steps 5 to 6"):
+        train()
+    with pytest.raises(SpotError, match="not rolled back: it was rolled back 1 times") as caught:
+        train()
+    assert caught.value.exit_code == 2 and steps(store) == [3]
+
+
+def test_a_loop_of_ones_own_is_not_rolled_back(store: str) -> None:
+    manager = SpotCheckpointManager(store, args=ROLLBACK)
+    with pytest.raises(SpotError, match="is for Trainer"):
+        manager.load_latest(nn.Linear(1, 1))
+    manager.close()

@@ -51,6 +51,15 @@ def test_a_custom_loop_without_hf_spot_is_named_once_within_a_minute(
     assert len([one for one in caplog.records if "trains without hf_spot" in one.getMessage()]) == count
 
 
+def test_a_hook_behind_it_is_still_called(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer's door registers one, too: a training once ended in its 20th second."""
+    calls = []
+    unprotected.watch_steps()
+    optimizer.register_optimizer_step_pre_hook(lambda *args: calls.append(args))
+    train(monkeypatch, 3.0)
+    assert len(calls) == 10
+
+
 def test_a_training_that_has_reported_itself_is_not_named(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

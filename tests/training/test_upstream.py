@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -47,9 +48,12 @@ from transformers import (
 
 from hf_spot import Run, SpotArguments, SpotCallback
 from hf_spot.errors import ConfigError
+from hf_spot.policy.hangs import Phase
+from hf_spot.runtime import PhaseTeller, Runtime
 from hf_spot.storage import s3_parts
 from hf_spot.storage.open import open_store
 from hf_spot.training import upstream
+from hf_spot.training.session.phases import Phases
 from hf_spot.training.upstream import TABLE, check, versions
 from hf_spot.training.upstream.name import Name, Scope, accepts
 from tests.matrix.cases import sft
@@ -455,6 +459,7 @@ OTHERWISE = {
     upstream.WORKER_LOOP: "test_torch_starts_workers_as_it_did",
     upstream.SHARD: "test_accelerate_makes_its_loaders",
     upstream.DISPATCHER: "test_accelerate_makes_its_loaders",
+    upstream.COMPILATIONS: "test_a_compilation_tells_its_beginning_and_its_end",
     upstream.ORIGINAL_MODULE: "test_a_compiled_model_holds_the_plain_one",
     upstream.AGENT_HANDLER: "test_the_agent_of_torch_handles_signals",
     upstream.NUMPY_RANDOM: "test_numpy_draws_from_the_generator_that_is_looked_at",
@@ -648,6 +653,27 @@ def test_a_compiled_model_holds_the_plain_one() -> None:
     compiled = torch.compile(model)
     assert upstream.ORIGINAL_MODULE.of(compiled) is model
     assert [*compiled.state_dict()] == ["_orig_mod.weight", "_orig_mod.bias"]
+
+
+def test_a_compilation_tells_its_beginning_and_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_spot.training.session.phases.answer_with_stacks", lambda runtime: None)
+    runtime = Runtime("run", 1, tmp_path, SpotArguments())
+    phases, during = Phases(runtime), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        during.append(PhaseTeller.read(runtime.phase_path))
+        return graph.forward
+
+    compiled = torch.compile(lambda value: value + 1, backend=backend)
+    phases.tell(Phase.STEP, 3)
+    phases.watch_compilations()
+    compiled(torch.ones(1))
+    assert [told and told[1] for told in during] == [Phase.COMPILING]
+    assert runtime.read_phases()[os.getpid()][1:3] == (Phase.STEP, 3)
+    phases.close()
+    before = runtime.read_phases()
+    torch.compile(lambda value: value + 2, backend=backend)(torch.ones(1))
+    assert runtime.read_phases() == before
 
 
 def test_the_agent_of_torch_handles_signals(tmp_path: Path) -> None:

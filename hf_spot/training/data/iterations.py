@@ -7,6 +7,7 @@ and returns the rest. `hf_spot.training.data.loaders` keeps track of all iterati
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ from hf_spot.log import warn_for_all
 from hf_spot.training.data.rng import capture, capture_gpus, restore, set_states, states_of
 from hf_spot.training.data.worker_states import WorkerStates
 from hf_spot.training.upstream import DISPATCHER, INDEX_SAMPLER, INSIDE, ITERATION, ITERATOR, SHARD_GENERATOR, SPLIT_BATCHES
+
+_MOST_AHEAD = 4096  # batches that workers have drawn, and nobody has been given
 
 
 class IterationOwner(Protocol):
@@ -30,8 +33,13 @@ class IterationOwner(Protocol):
     def handed_out(self) -> int:
         """Return the number of batches that all loaders have returned so far."""
 
-    def hands_out(self) -> int:
-        """Count a batch that is returned to the training, and return its number."""
+    def hands_out(self, iteration: TrackedIteration, indices: Any) -> int:
+        """Count a batch that is returned to the training, and return its number.
+
+        Args:
+            iteration: the one that returns it.
+            indices: of its samples on this rank; None if unknown.
+        """
 
     def take_now(self) -> dict[str, Any] | None:
         """Return the random states to resume with, once, to the first iteration that reaches its saved position."""
@@ -139,6 +147,8 @@ class TrackedIteration:
         self._start_generators: list[torch.Tensor] = []
         self._iteration_of_accelerate: int | None = None
         self._batches: Iterator[Any] = iter(())
+        self._drawn: deque[Any] = deque(maxlen=_MOST_AHEAD)
+        self._draws_its_own = True  # one draw for each batch that is returned
 
     # -- the beginning ------------------------------------------------------------------------------------------------
 
@@ -172,6 +182,7 @@ class TrackedIteration:
         self._ahead = not dispatches and (self._position is None or bool(self._position.get("ahead", True)))
         if dispatches and not SPLIT_BATCHES.of(self.loader):
             self._skip_inside *= self._loaders.ranks
+        self._draws_its_own = not dispatches
         self._batches = plain(self.loader)
         if isinstance(self.loader.dataset, IterableDataset):
             self._read_over()
@@ -240,8 +251,9 @@ class TrackedIteration:
         if self._position is not None and self._attempts > 1 and not self._known.workers_count:
             self._end_resumption()
 
-    def drawn(self) -> None:
+    def drawn(self, index: Any) -> None:
         """Restore or record random states, after an index was drawn and before its batch is made."""
+        self._drawn.append(index)
         if self._ahead and not self._known.workers_count:
             if self._position is not None and self._attempts == 1 and self._position["before_draw"] is not None:
                 restore(self._position["before_draw"])
@@ -285,7 +297,8 @@ class TrackedIteration:
         if self._position is not None:
             self._end_resumption()
         self.made[0] += 1
-        self.before_last, self.last = self.last or self.before_last, self._loaders.hands_out()
+        indices = self._drawn.popleft() if self._drawn and self._draws_its_own else None
+        self.before_last, self.last = self.last or self.before_last, self._loaders.hands_out(self, indices)
         return batch
 
     def __getattr__(self, name: str) -> Any:
@@ -333,7 +346,7 @@ class _Order(BatchSampler):
                 index = next(indices)
             except StopIteration:
                 return
-            self._report("drawn")
+            self._report("drawn", index)
             yield index
 
     def _report(self, what: str, *args: Any) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import os
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from hf_spot.training.data.worker_states import WorkerStates
 from hf_spot.training.upstream import DISPATCHER, INSIDE, ITERATE, SHARD, STATEFUL
 
 _AHEAD = 2  # batches that accelerate fetches beyond the current one, and one to spare
+_MOST_OF_A_STEP = 4096  # batches whose indices are kept, if nobody takes them
 
 _watching: list[Loaders] = []
 _plain_iter: dict[type, Callable[[Any], Iterator[Any]]] = {}
@@ -43,18 +45,28 @@ class Loaders:
         scratch: local folder for files that workers share with the training; `close` empties it.
         begins: called before each iteration; an exception from it ends the training there.
         ranks: number of ranks.
+        hands_out: called with each batch that a loader returns.
     """
 
-    def __init__(self, scratch: Path, begins: Callable[[], None] = lambda: None, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        scratch: Path,
+        begins: Callable[[], None] = lambda: None,
+        ranks: int = 1,
+        hands_out: Callable[[], None] = lambda: None,
+    ) -> None:
         self._scratch = scratch
         self._begins = begins
         self._ranks = ranks
+        self._on_batch = hands_out
         self._process = os.getpid()
         self._known: weakref.WeakKeyDictionary[Any, TrackedLoader] = weakref.WeakKeyDictionary()
         self._waiting: list[dict[str, Any]] = []
         self._now: dict[str, Any] | None = None
         self._orders = itertools.count()
         self._handed_out = 0
+        self._newest: Callable[[], TrackedIteration | None] = lambda: None
+        self._indices: deque[Any] = deque(maxlen=_MOST_OF_A_STEP)
         self._driven: TrackedIteration | None = None
 
     def watch(self, arguments: SpotArguments | None = None) -> None:
@@ -195,10 +207,23 @@ class Loaders:
         """Return the number of batches that all loaders have returned."""
         return self._handed_out
 
-    def hands_out(self) -> int:
+    def hands_out(self, iteration: TrackedIteration, indices: Any) -> int:
         """Count a batch, and return its number."""
         self._handed_out += 1
+        if iteration is not self._newest():  # what an evaluation was given is no part of a step
+            self._newest, self._indices = weakref.ref(iteration), deque(maxlen=_MOST_OF_A_STEP)
+        self._indices.append(indices)
+        self._on_batch()
         return self._handed_out
+
+    def take_indices(self) -> list[Any] | None:
+        """Return the indices of the batches since the previous call, of the iteration that gave the newest one.
+
+        None stands for batches whose indices are not known, as those of a stream.
+        """
+        found = list(self._indices)
+        self._indices.clear()
+        return None if not found or any(one is None for one in found) else found
 
     @property
     def is_here(self) -> bool:

@@ -22,6 +22,7 @@ from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, Fenced, SpotError, StoreError, TrainingPreempted
 from hf_spot.log import alert, log_always, warn_for_all
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
+from hf_spot.policy.hangs import Phase
 from hf_spot.policy.numbers import HOW_TO_GET_FINITE, Answer, answer, in_words
 from hf_spot.policy.preemption import Action
 from hf_spot.policy.restarts import patience_s
@@ -29,6 +30,7 @@ from hf_spot.policy.trackers import init_kwargs
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.journal import TRAINING_KEY
 from hf_spot.run.run import Run
+from hf_spot.run.told_steps import is_told_steps
 from hf_spot.runtime import STORE_VARIABLE, Runtime
 from hf_spot.storage.local import LocalStore
 from hf_spot.storage.store import ObjectStore
@@ -36,12 +38,12 @@ from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.data.loaders import Loaders
 from hf_spot.training.loop.loop_files import LoopFiles
 from hf_spot.training.loop.loop_states import LoopState
+from hf_spot.training.loop.loop_training import LoopTraining
 from hf_spot.training.saving.finite import not_finite
 from hf_spot.training.session.mlflow_run import mlflow_run
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.upstream import check
 from hf_spot.training.upstream.name import Scope
-from hf_spot.training.upstream.versions import version_changes
 
 log = logging.getLogger("hf_spot")
 
@@ -82,7 +84,7 @@ class LoopManager:
         self._session = RunSession("SpotCheckpointManager", url, arguments, runtime, now=now, clock=clock)
         self.run = self._session.run
         self._local_dir = _local_dir(self.run.store, local_dir)
-        self._begun = self._closed = False
+        self._begun = self._is_working = self._closed = False
         self._saved_step: int | None = None
         self._left = False
         self._step = 0
@@ -109,6 +111,7 @@ class LoopManager:
         """
         self._begin()
         session = self._session
+        session.phases.sign()
         if session.preempted is not None:
             return True
         notice = session.listener.termination()
@@ -158,10 +161,14 @@ class LoopManager:
             if session.preempted is not None:
                 self._leave(self._step)
                 raise self._preempted()
+            self._training.conclude()
             self.wait()
             committed = session.agreement.from_main(lambda: session.committed_step)
             data = {"step": committed, TRAINING_KEY: session.training, **session.timing.to_details(committed)}
-            session.record("finished", data, patience_s=session.arguments.drain_timeout_s)
+            # Under a launcher the script may train more than once, or fail later: the launcher records how it ends.
+            kind = "finished" if session.runtime is None else "trained"
+            session.record(kind, data, patience_s=session.arguments.drain_timeout_s)
+            self._training.finished()
         finally:
             self.close()
 
@@ -182,8 +189,13 @@ class LoopManager:
 
     # -- the start ----------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        """Claim the run at its first use: the ranks may not be able to communicate before."""
+    def _begin(self, state: LoopState | None = None, *, loads_only: bool = False) -> None:
+        """Claim the run at its first use: the ranks may not be able to communicate before.
+
+        Args:
+            state: what the loop trains, if that is known.
+            loads_only: as in `LoopTraining`.
+        """
         if self._closed:
             raise ConfigError("this manager is closed: its loop has ended", hint="make a new SpotCheckpointManager")
         if self._begun:
@@ -197,17 +209,23 @@ class LoopManager:
         session, rank = self._session, dist.get_rank() if ranks > 1 else 0
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         check(Scope.LOOP)
+        if session.arguments.on_nan == "rollback":
+            raise ConfigError(
+                "on_nan='rollback' is for Trainer: only a custom loop itself can pass over its batches",
+                hint="--on-nan stop, and other data after the last commit",
+            )
         session.join_ranks(ranks, rank, local_rank, self._local_dir, setting="SpotCheckpointManager(…, local_dir=…)")
+        self._training = LoopTraining(session, rank, state, loads_only=loads_only)
         session.claim()
-        session.on_each_disk(lambda: _empty(self._local_dir))  # of files that a killed launch left behind
-        session.start_uploader()
+        self._training.record()
+        session.on_each_disk(lambda: _remove_leftovers(self._local_dir))
         scratch = self._local_dir / ".hf_spot" / f"workers-{rank}"
-        loaders = Loaders(scratch, self._iteration_begins, ranks)
+        loaders = Loaders(scratch, self._iteration_begins, ranks, lambda: session.phases.sign())
         loaders.watch(session.arguments)
         session.closing.callback(shutil.rmtree, scratch, ignore_errors=True)
         session.closing.callback(loaders.close)
-        self._files = LoopFiles(loaders, rank, ranks, self.run.url)
-        session.tell_launcher()
+        self._loaders, self._files = loaders, LoopFiles(loaders, rank, ranks, self.run.url)
+        session.tell_launcher(Phase.LOOP)
         self._begun = True
 
     def tracker_kwargs(self, *, mlflow_experiment: str | None = None) -> dict[str, dict[str, str]]:
@@ -231,27 +249,28 @@ class LoopManager:
     # -- restoring ----------------------------------------------------------------------------------------------------
 
     def _load(self, state: LoopState, optimizer: Any = None) -> tuple[int, int]:
-        self._begin()
+        self._begin(state, loads_only=optimizer is None)
         if self._saved_step is not None:
             self.wait()  # the newest save may be the checkpoint to load
         session = self._session
         began = session.clock()
         found = session.restore_newest()
-        self._count_steps(optimizer)
         if found is None:
+            self._start_work(state, optimizer, 0)
             self._note_never_finite(state)
             return 0, 0
         checkpoint, folder = found
+        self._training.compare(checkpoint)
+        self._start_work(state, optimizer, checkpoint.step)
         try:
             told = session.agreement.together(lambda: self._files.read(folder, state))
         finally:
             session.on_each_disk(lambda: shutil.rmtree(folder, ignore_errors=True))
         self._note_never_finite(state)
         self._saved_step = self._step = checkpoint.step
+        session.phases.tell(Phase.LOOP, checkpoint.step)
         session.timing.restored(session.clock() - began)
         log.info("resuming from step %d, committed by launch %d", checkpoint.step, checkpoint.ref.launch)
-        for changed in version_changes(checkpoint.details):
-            warn_for_all("since step %d was saved, %s", checkpoint.step, changed)
         return checkpoint.step, int(told["epoch"])
 
     def _note_never_finite(self, state: LoopState) -> None:
@@ -260,17 +279,20 @@ class LoopManager:
             first = min(self._never_finite)
             warn_for_all("%s is not finite before the first step: %d tensors are not checked", first, len(self._never_finite))
 
-    def _count_steps(self, optimizer: Any) -> None:
-        """Report steps between saves to the launcher, by a hook of the optimizer: the loop itself does not report them."""
-        inner, steps = getattr(optimizer, "optimizer", optimizer), self._session.steps
-        if steps is None or not hasattr(inner, "register_step_post_hook"):
+    def _start_work(self, state: LoopState, optimizer: Any, resumed_step: int) -> None:
+        """Watch the optimizer's steps, and begin to upload."""
+        if self._is_working:
             return
+        self._is_working = True
+        self._training.watch(state, optimizer, self._loaders, self._stepped, resumed_step)
+        self._session.start_uploader()
 
-        def stepped(*_: Any) -> None:
-            self._step += 1
-            steps.tell(self._step)
-
-        self._session.closing.callback(inner.register_step_post_hook(stepped).remove)
+    def _stepped(self) -> int:
+        self._step += 1
+        if self._session.steps is not None:
+            self._session.steps.tell(self._step)
+        self._session.phases.tell(Phase.LOOP, self._step)
+        return self._step
 
     def _iteration_begins(self) -> None:
         if self._left:
@@ -281,16 +303,19 @@ class LoopManager:
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def _save(self, state: LoopState, step: int, epoch: int, loss: Any, dataloader: Any) -> None:
-        self._begin()
+        self._begin(state)
         self._check_step(step)
+        self._start_work(state, None, 0)
         if self._left and step != self._saved_step:
             raise self._preempted()
         self._step = step
+        self._session.phases.tell(Phase.LOOP, step)
         preempted = self._session.preempted
         finishes_only = preempted is not None and preempted.action is Action.FINISH_UPLOAD_AND_STOP
         if step != self._saved_step and not finishes_only:
             self._session.timing.step_begins(max(0, step - 1))
-            self._save_now(state, step, epoch, loss, dataloader)
+            with self._session.phases.within(Phase.SAVING):
+                self._save_now(state, step, epoch, loss, dataloader)
         if preempted is not None:
             self._leave(step)
 
@@ -340,8 +365,10 @@ class LoopManager:
             step=step,
             reason="schedule" if session.preempted is None else "notice",
             world_size=session.world_size,
+            training=session.training,
             details={
                 "epoch_of_data": epoch,
+                "described": self._training.described,
                 "output_dir": str(self._local_dir),
                 "save_s": seconds,
                 "stall_s": seconds,
@@ -405,6 +432,7 @@ class LoopManager:
         if self._left:
             return
         self._left = True
+        self._training.conclude()
         session.order_uploads()
         session.agreement.together(lambda: session.finish_uploads(self._patience_s()))
         if session.fenced is not None and session.agreement.alone:
@@ -428,6 +456,7 @@ class LoopManager:
 
     def _wait(self, timeout_s: float) -> None:
         session, uploader, listener = self._session, self._session.uploader, self._session.listener
+        session.phases.sign()
         if uploader is None:
             return
         drained = uploader.drain(timeout_s, lambda: listener.termination() is not None and session.preempted is None)
@@ -449,6 +478,7 @@ class LoopManager:
         """Clean up after an error or an exit, without the other ranks: they may still be in the loop."""
         session = self._session
         if self._begun and session.uploader is not None and session.uploader.fenced is None:
+            self._training.conclude()
             ended = isinstance(error, SystemExit)
             session.finish_uploads(self._patience_s() if ended else min(FAILED_DRAIN_S, self._patience_s()))
             if not ended and not self._left and session.runtime is None:
@@ -493,6 +523,18 @@ def _local_dir(store: ObjectStore, given: str | os.PathLike[str] | None) -> Path
 
 def _number(loss: Any) -> float | None:
     return None if loss is None else float(loss.item() if hasattr(loss, "item") else loss)
+
+
+def _remove_leftovers(local_dir: Path) -> None:
+    """Delete the files that a killed launch left behind, but for what it told about its steps."""
+    local_dir.mkdir(parents=True, exist_ok=True)
+    for path in [*local_dir.iterdir(), *(local_dir / ".hf_spot").glob("*")]:
+        if path.name == ".hf_spot" or is_told_steps(path):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _empty(folder: Path) -> None:

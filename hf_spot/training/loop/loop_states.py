@@ -12,9 +12,13 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hf_spot.errors import ConfigError
+from hf_spot.policy.trainings import PARAMETERS, WEIGHTS
+from hf_spot.training.loop.loop_steps import inner_of
 from hf_spot.training.saving.disk_errors import says_full
 from hf_spot.training.saving.finite import optimized_weights, optimizer_states, trained_weights
-from hf_spot.training.upstream import OPTIMIZERS, ORIGINAL_MODULE
+from hf_spot.training.state.described import dtypes_of, parameters_of, weights_of
+from hf_spot.training.upstream import OPTIMIZERS, ORIGINAL_MODULE, PREPARED_MODELS, SCHEDULERS
+from hf_spot.training.upstream.name import Name
 
 _SHOWN = 5  # names of weights, in an error
 
@@ -24,6 +28,18 @@ class LoopState(Protocol):
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the weights that are trained, and the states of their optimizers, by names for people."""
+
+    def models(self) -> list[nn.Module]:
+        """Return the models that are saved."""
+
+    def optimizers(self) -> list[Any]:
+        """Return the optimizers that are saved."""
+
+    def describe(self) -> dict[str, str | None]:
+        """Return named values that tell this training from others."""
+
+    def not_saved(self) -> list[str]:
+        """Return what is trained, or changes in training, and is in no checkpoint: one line each."""
 
     def write(self, folder: Path, *, is_main: bool) -> None:
         """Write the state. Every rank must call it."""
@@ -52,6 +68,27 @@ class PlainState:
         """Yield the tensors of the model that are trained, and of the optimizer."""
         yield from trained_weights(self._model)
         yield from optimizer_states(self._others["optimizer.pt"])
+
+    def models(self) -> list[nn.Module]:
+        """Return the model."""
+        return [self._model]
+
+    def optimizers(self) -> list[Any]:
+        """Return the optimizer, if there is one."""
+        return [one for one in [self._others["optimizer.pt"]] if one is not None]
+
+    def describe(self) -> dict[str, str | None]:
+        """Describe the model, and the settings of the optimizer that it begins with."""
+        return _described(self.models(), self.optimizers())
+
+    def not_saved(self) -> list[str]:
+        """Name parameters of the optimizer that the model lacks, and a scheduler that was not passed."""
+        return _not_saved(
+            self.models(),
+            self.optimizers(),
+            [self._others["scheduler.pt"]],
+            "manager.load_latest(model, optimizer, scheduler)",
+        )
 
     def write(self, folder: Path, *, is_main: bool) -> None:
         """Write model.safetensors, optimizer.pt and scheduler.pt."""
@@ -105,9 +142,29 @@ class AcceleratorState:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors of the prepared optimizers and of what they train."""
-        for optimizer in OPTIMIZERS.of(self._accelerator) if OPTIMIZERS.is_on(self._accelerator) else ():
+        for optimizer in self.optimizers():
             yield from optimized_weights(optimizer)
             yield from optimizer_states(optimizer)
+
+    def models(self) -> list[nn.Module]:
+        """Return the prepared models."""
+        return self._prepared(PREPARED_MODELS)
+
+    def optimizers(self) -> list[Any]:
+        """Return the prepared optimizers."""
+        return self._prepared(OPTIMIZERS)
+
+    def describe(self) -> dict[str, str | None]:
+        """Describe the prepared models, and the settings of the optimizers that they begin with."""
+        return _described(self.models(), self.optimizers())
+
+    def not_saved(self) -> list[str]:
+        """Name parameters of the optimizers that the prepared models lack, and a scheduler that was not prepared."""
+        how = "accelerator.prepare(model, optimizer, scheduler)"
+        return _not_saved(self.models(), self.optimizers(), self._prepared(SCHEDULERS), how)
+
+    def _prepared(self, name: Name) -> list[Any]:
+        return list(name.of(self._accelerator)) if name.is_on(self._accelerator) else []
 
     def write(self, folder: Path, *, is_main: bool) -> None:
         """Write the files under accelerate's names."""
@@ -121,6 +178,38 @@ class AcceleratorState:
             self._accelerator.load_state(str(folder))
         except (RuntimeError, ValueError, KeyError) as error:
             raise _of_another(folder, str(error)) from error
+
+
+def _described(models: list[Any], optimizers: list[Any]) -> dict[str, str | None]:
+    """Return named values that tell a training from others. An optimizer of another kind than torch's has no settings."""
+    settings = [getattr(one, "param_groups", None) or [{}] for one in optimizers]
+    rates = [group.get("initial_lr", group.get("lr")) for groups in settings for group in groups]
+    weights = [weights_of(one) for one in models]
+    return {
+        PARAMETERS: ", ".join(parameters_of(one) for one in models),
+        WEIGHTS: None if None in weights else ", ".join(filter(None, weights)),
+        "dtype": ", ".join(dtypes_of(one) for one in models),
+        "optim": ", ".join(type(inner_of(one)).__name__ for one in optimizers),
+        "learning_rate": ", ".join(f"{float(one):g}" for one in rates if one is not None),
+    }
+
+
+def _not_saved(models: list[Any], optimizers: list[Any], schedulers: list[Any], how: str) -> list[str]:
+    """Return what the optimizers show to be trained, or to change, and was not handed over; ``how`` to do it."""
+    known = {id(one) for model in models for one in model.parameters()}
+    found = []
+    for optimizer in optimizers:
+        groups = getattr(optimizer, "param_groups", None) or []
+        kind = type(inner_of(optimizer)).__name__
+        strange = sum(id(one) not in known for group in groups for one in group["params"])
+        if strange:
+            found.append(
+                f"{kind} trains {strange} parameters that are in no model of the checkpoint, so that a resume starts them "
+                "anew: put all that is trained into one nn.ModuleDict, or use SpotCheckpointManager.for_accelerator"
+            )
+        if any("initial_lr" in group for group in groups) and not any(schedulers):
+            found.append(f"a scheduler changes the learning rate of {kind}, and is in no checkpoint: {how}")
+    return found
 
 
 def _unwrapped(model: Any) -> nn.Module:

@@ -18,7 +18,7 @@ import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 from hf_spot.training.upstream import SAFE_OPEN
@@ -234,10 +234,18 @@ def _install() -> None:
             _wrap_in_os(name)
         if (plain := SAFE_OPEN.find()) is not None:
             opening = _gated(plain)
-            for module in list(sys.modules.values()):  # many have imported it by its name
-                if SAFE_OPEN.is_on(module) and SAFE_OPEN.of(module) is plain:
-                    setattr(module, SAFE_OPEN.name, opening)
+            for module in who_have_imported(SAFE_OPEN.name, plain):
+                setattr(module, SAFE_OPEN.name, opening)
         sys.addaudithook(_hook)
+
+
+def who_have_imported(name: str, value: Any) -> list[ModuleType]:
+    """Return the modules in which a name stands for a value.
+
+    They are not asked for it: some import half a library then, and fail if one of its parts needs a package that is missing.
+    """
+    modules = [one for one in list(sys.modules.values()) if isinstance(one, ModuleType)]
+    return [one for one in modules if vars(one).get(name) is value]
 
 
 def _gated(plain: Callable[..., Any]) -> Any:

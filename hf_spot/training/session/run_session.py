@@ -20,6 +20,7 @@ from hf_spot.arguments import SpotArguments
 from hf_spot.errors import EXIT_FENCED, EXIT_PREEMPTED, ConfigError, Fenced
 from hf_spot.log import log_always
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
+from hf_spot.policy.hangs import Phase
 from hf_spot.policy.preemption import Decision, Measured, decide, gives_way
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest
 from hf_spot.run.journal import TRAINING_KEY, CheckpointRef, Entry
@@ -38,6 +39,7 @@ from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.ranks.disks import Disk, check_writable, find_disk
 from hf_spot.training.session.notice_listener import NoticeListener
+from hf_spot.training.session.phases import Phases
 from hf_spot.training.session.timing import Timing
 from hf_spot.training.upstream.versions import versions
 
@@ -87,6 +89,8 @@ class RunSession:
         self.timing = Timing(now, clock)
         self.uploader: Uploader | None = None
         self.steps: StepCounter | None = None
+        self.phases = Phases()
+        self._rank = 0
         self._save_s: float | None = None
         self._size_bytes: int | None = None
         self._preempted: Decision | None = None
@@ -113,6 +117,7 @@ class RunSession:
             ConfigError: ``output_dir`` can't be written to.
         """
         self.world_size = world_size
+        self._rank = rank
         self.output_dir = output_dir
         self.agreement = Agreement(world_size)
         self.agreement.together(partial(check_writable, output_dir, setting=setting))
@@ -123,12 +128,23 @@ class RunSession:
         self.listener = NoticeListener(self.arguments, self.runtime, on_notice, keyboard=keyboard)
         self.closing.callback(self.listener.close)
 
-    def tell_launcher(self) -> None:
-        """Tell the launcher that from now on there is something to save."""
+    def tell_launcher(self, phase: Phase) -> None:
+        """Tell the launcher that from now on there is something to save.
+
+        Args:
+            phase: that the training begins with.
+        """
         if self.runtime is not None:
             self.runtime.tell_training(True)
             self.closing.callback(self._tell_end)
-            self.steps = StepCounter(self.runtime.step_path) if self.agreement.is_main else None
+            self._count_steps()
+            self.phases = Phases(self.runtime, self._rank, self._training)
+            self.closing.callback(self.phases.close)
+            self.phases.tell(phase)
+
+    def _count_steps(self) -> None:
+        if self.runtime is not None and self.agreement.is_main:
+            self.steps = StepCounter(self.runtime.step_path_of(self.training))
 
     def _tell_end(self) -> None:
         assert self.runtime is not None
@@ -147,6 +163,9 @@ class RunSession:
     def enter(self, training: int) -> None:
         """Work on a training of the run. Every rank must call it, before it claims or restores."""
         self._training = training
+        if self.steps is not None:
+            self._count_steps()
+        self.phases.enter(training)
 
     def tracker_id(self) -> str:
         """Return the id of this training's runs in trackers. The run must be claimed."""
@@ -205,19 +224,20 @@ class RunSession:
         if not refs:
             return None
         runtime = self.runtime if self.disk.leads else None
-        prefetched = self.agreement.together(lambda: runtime.wait_for_prefetched(look) if runtime is not None else None)
-        return self._on_this_machine(
-            restore_newest(
-                self.run,
-                refs,
-                self.output_dir,
-                everywhere=self.on_each_disk,
-                prefetched=prefetched,
-                ranks=self._ranks_here,
-                world_size=self.world_size,
-                progress=partial(_watched_bar, "restore", look),
+        with self.phases.within(Phase.RESTORING):
+            prefetched = self.agreement.together(lambda: runtime.wait_for_prefetched(look) if runtime is not None else None)
+            return self._on_this_machine(
+                restore_newest(
+                    self.run,
+                    refs,
+                    self.output_dir,
+                    everywhere=self.on_each_disk,
+                    prefetched=prefetched,
+                    ranks=self._ranks_here,
+                    world_size=self.world_size,
+                    progress=partial(_watched_bar, "restore", look, self.phases.sign),
+                )
             )
-        )
 
     def restore(self, ref: CheckpointRef, label: str, look: Callable[[], None] = lambda: None) -> tuple[Checkpoint, Path]:
         """Restore one commit to each disk.
@@ -239,10 +259,11 @@ class RunSession:
                 self.output_dir,
                 ranks=self._ranks_here,
                 world_size=self.world_size,
-                progress=partial(_watched_bar, label, look),
+                progress=partial(_watched_bar, label, look, self.phases.sign),
             )
 
-        return self._on_this_machine(self.on_each_disk(on_this_disk))
+        with self.phases.within(Phase.RESTORING):
+            return self._on_this_machine(self.on_each_disk(on_this_disk))
 
     @property
     def _ranks_here(self) -> tuple[int, ...] | None:
@@ -453,11 +474,12 @@ class RunSession:
             self.agreement.close()
 
 
-def _watched_bar(label: str, look: Callable[[], None], size_bytes: int) -> Progress:
+def _watched_bar(label: str, look: Callable[[], None], sign: Callable[[], None], size_bytes: int) -> Progress:
     shown = Bar(label, size_bytes)
 
     def moved(count: int) -> None:
         look()
+        sign()
         shown(count)
 
     return moved

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import threading
 import time
 from array import array
@@ -18,9 +19,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import torch
+
 from hf_spot.errors import SpotError
+from hf_spot.log import log_always
 from hf_spot.policy import redone
 from hf_spot.policy.redone import Redone, Step
+from hf_spot.policy.spikes import Spike, Spikes
 from hf_spot.run.journal import TRAINING_KEY
 from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.run import Run
@@ -36,6 +41,8 @@ FLUSH_S = 0.2
 SEND_S = 30.0
 _MOST_STEPS = 5000  # kept: a training that commits more rarely has only its newest steps compared
 _STRAGGLER_S = 10.0  # for other ranks, after the last step that is compared
+_MOST_SPIKES = 20  # told by one launch
+_SAMPLES_SHOWN, _SAMPLES_KEPT = 16, 256
 _LAST_WORD_S = 5.0
 _OTHERS_LAST_WORD_S = 1.0  # for other ranks, when the launch ends while steps are compared
 
@@ -88,6 +95,8 @@ class StepTeller:
         self._now: dict[int, dict[int, Step]] = {each: {} for each in self._before}
         self._is_compared = not any(self._before.values())
         self._straggling_since: float | None = None
+        self._spikes = Spikes()
+        self._spikes_told = 0
         self._fresh: deque[tuple[int, float | None, float | None, Any]] = deque()
         self._is_written = False
         self._written = 0  # lines since the file was rewritten
@@ -188,6 +197,8 @@ class StepTeller:
         while self._fresh:
             step, loss, learning_rate, indices = self._fresh.popleft()
             fresh.append(Step(self._launch, step, loss, learning_rate, digest_of_indices(indices)))
+            if (spike := self._spikes.look(step, loss)) is not None:
+                self._tell_spike(spike, indices)
         self._steps.extend(fresh)
         self._write(fresh)
         if not self._is_main:
@@ -197,6 +208,19 @@ class StepTeller:
             if fresh or self._straggling_since is not None:
                 self._conclude_if_complete()
         self._send()
+
+    def _tell_spike(self, spike: Spike, indices: Any) -> None:
+        """Report a loss that stands out, and this rank's samples of its step."""
+        self._spikes_told += 1
+        if self._spikes_told > _MOST_SPIKES:
+            return
+        samples = [] if indices is None else [_index(one) for batch in indices for one in batch]
+        shown = f"; samples {', '.join(map(str, samples[:_SAMPLES_SHOWN]))}" if samples else "; its samples are unknown"
+        more = f" and {len(samples) - _SAMPLES_SHOWN} more" if len(samples) > _SAMPLES_SHOWN else ""
+        last = "; further ones are not told" if self._spikes_told == _MOST_SPIKES else ""
+        log_always(logging.WARNING, "%s%s%s (rank %d)%s", spike.in_words(), shown, more, self._rank, last)
+        data = {"step": spike.step, "loss": _finite(spike.loss), "usual": _finite(spike.usual), TRAINING_KEY: self._training}
+        self._session.record("spike", {**data, "samples": samples[:_SAMPLES_KEPT], "rank": self._rank}, patience_s=0.0)
 
     def _conclude_if_complete(self) -> None:
         found = self._compare()
@@ -285,6 +309,24 @@ class StepTeller:
 
 def _both(one: Told, other: Told) -> Told:
     return Told((*one.steps, *other.steps), {**one.circumstances, **other.circumstances})
+
+
+def kind_of(device: torch.device) -> str:
+    """Return the kind of a device: another kind computes the same step with other rounding."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type
+
+
+def _index(value: Any) -> int | str:
+    try:
+        return int(value)
+    except (TypeError, ValueError):  # a sampler may draw anything
+        return repr(value)
+
+
+def _finite(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)  # JSON has no NaN
 
 
 def digest_of_indices(batches: Any) -> str | None:

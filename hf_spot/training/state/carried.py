@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -201,7 +203,11 @@ class CarriedState:
                 value = decode(told["value"], tensors)
             except (KeyError, TypeError, ValueError) as error:
                 raise CorruptCheckpoint(f"{checkpoint.name}/{FOLDER}: {path} can't be read ({error!r})") from error
-            put = _put(here.get(path), path, told["kind"], value, walk)
+            place = here.get(path) or _item(path, here)
+            if place is None and isinstance(told["value"], dict) and told["value"].get("mapping") == "defaultdict":
+                put = False  # nobody but the script knows its factory
+            else:
+                put = _put(place, path, told["kind"], value, walk)
             if not put and not (without is not None and path.startswith(without)):
                 homeless.append(path)
         self._homeless = set(homeless)
@@ -216,6 +222,8 @@ class CarriedState:
         changed = []
         for found in list(self._all(walk)):
             if found.path in written or found.path not in self._kept:
+                continue
+            if any(path.startswith(f"{found.path}[") for path in written):  # items of it have just been restored
                 continue
             mark, value = self._kept[found.path]
             if _mark(found) != mark and _put(found, found.path, found.kind, copy_of(value), walk):
@@ -244,6 +252,24 @@ def _version(found: Found) -> int:
     return int(found.value._version)
 
 
+def _item(path: str, here: Mapping[str, Found]) -> Found | None:
+    """Return the item that a path names, in a value that is found as a whole: at the save it had other items, too, which were
+    no values."""
+    for whole, found in here.items():
+        if found.kind == "value" and path.startswith(f"{whole}["):
+            value, put, rest = found.value, found.put, path[len(whole) :]
+            while rest and isinstance(value, (dict, list)):
+                items = list(value.items() if isinstance(value, dict) else enumerate(value))
+                named = next(((key, one) for key, one in items if rest.startswith(f"[{key!r}]")), None)
+                if named is None:
+                    break
+                rest = rest[len(f"[{named[0]!r}]") :]
+                put, value = partial(operator.setitem, value, named[0]), named[1]
+            if not rest:
+                return Found(path, "value", value, put)
+    return None
+
+
 def _put(found: Found | None, path: str, kind: str, value: Any, walk: Walk) -> bool:
     """Put a value in its place; tell whether it has one. A property, or an object that refuses it, is none."""
     try:
@@ -256,7 +282,8 @@ def _put(found: Found | None, path: str, kind: str, value: Any, walk: Walk) -> b
 def _put_there(found: Found | None, path: str, kind: str, value: Any, walk: Walk) -> bool:
     if found is None:
         owner = walk.owners.get(path.rpartition(".")[0])
-        if owner is None or kind == "state":  # its state is not the object itself
+        is_attribute = path.rpartition(".")[2].isidentifier()  # and no item of one
+        if owner is None or kind == "state" or not is_attribute:  # its state is not the object itself
             return False
         if kind == "generator" and (value := new_generator(value)) is None:
             return False

@@ -85,6 +85,32 @@ def keep_samples(trainer: Trainer, details: dict[str, Any], *, allow_change: boo
         )
 
 
+def keep_full_samples(trainer: Trainer, full_ranks: int) -> None:
+    """Make the steps of a new training contain the samples of all ranks that may come, however many are there now.
+
+    Must be called on every rank, before ``train()`` does anything.
+
+    Args:
+        trainer: the Trainer, about to begin.
+        full_ranks: the number of ranks if all machines are there; 0 if the machines are fixed.
+
+    Raises:
+        ConfigError: these ranks can't have the samples of that many.
+    """
+    now = batches(trainer)
+    if not full_ranks or full_ranks == now.world_size:
+        return
+    full = Batches(now.per_device, now.accumulation, full_ranks)
+    kept = keep_total(full, now) if _may_change(trainer) else None
+    if kept is None:
+        raise ConfigError(
+            f"an optimizer step of all machines is {full} samples, and {now.world_size} ranks can't share them equally",
+            hint="another --num_machines MIN:MAX, per_device_train_batch_size or gradient_accumulation_steps",
+        )
+    _apply(trainer, kept)
+    warn_for_all("an optimizer step of all machines is %s, and of these it is %s: the samples are the same", full, kept)
+
+
 def _may_change(trainer: Trainer) -> bool:
     # Trainers with data loaders of their own (GRPO, sentence-transformers) and DeepSpeed have used the numbers already.
     own_loader = type(trainer).get_train_dataloader is not Trainer.get_train_dataloader

@@ -10,19 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer
 
 from hf_spot.policy.trainings import FOLDER, PARAMETERS, WEIGHTS
+from hf_spot.training.state.described import dtypes_of, parameters_of, weights_of
 from hf_spot.training.state.sampled import digest_of, rows_of
-from hf_spot.training.state.values import bytes_of, is_plain
+from hf_spot.training.state.values import is_plain
 from hf_spot.training.state.walk import is_of_script
 from hf_spot.training.trainer.own_state import names_of_trainer
 
 log = logging.getLogger("hf_spot")
 
 _LONGEST = 80  # characters of a value that is kept as it is; of a longer one its digest is
-_SAMPLED = 16  # values of each parameter
 # Settings that don't say what is trained: where and when something is written, measured, evaluated or shown, on which devices.
 _LEFT_OUT = tuple(
     "output_dir run_name project hub_ push_to_hub log report_to disable_tqdm save_ eval_ do_ per_device_eval metric_for "  # noqa: SIM905
@@ -47,11 +46,11 @@ def describe(trainer: Trainer, output_dir: Path) -> dict[str, str | None]:
     every: dict[str, Any] = trainer.args.to_dict()  # type: ignore[no-untyped-call]
     settings = {name: _shown(value) for name, value in every.items() if _counts(name)}
     return {
-        PARAMETERS: _parameters(trainer.model),
-        WEIGHTS: _weights(trainer.model),
+        PARAMETERS: parameters_of(trainer.model),
+        WEIGHTS: weights_of(trainer.model),
         FOLDER: output_dir.absolute().name,
         "trainer": type(trainer).__name__,
-        "dtype": _dtypes(trainer.model),
+        "dtype": dtypes_of(trainer.model),
         "data": _looked_at("the training data", lambda: digest_of(trainer.train_dataset)),
         "rows": _looked_at("the length of the training data", lambda: str(rows_of(trainer.train_dataset))),
         **settings,
@@ -77,30 +76,6 @@ def _shown(value: Any) -> str:
         value = Path(value).name  # another machine may have it elsewhere
     shown = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     return shown if len(shown) <= _LONGEST else hashlib.sha256(shown.encode()).hexdigest()[:16]
-
-
-def _parameters(model: Any) -> str:
-    digest = hashlib.sha256()
-    trained = 0
-    for name, parameter in model.named_parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed has divided it among the ranks
-        digest.update(f"{name} {tuple(shape)} {parameter.requires_grad}\n".encode())
-        trained += parameter.requires_grad
-    return f"{digest.hexdigest()[:16]} ({trained} trained)"
-
-
-def _weights(model: Any) -> str | None:
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        if parameter.is_meta or hasattr(parameter, "ds_id") or type(parameter.data) is not torch.Tensor:
-            return None  # its values are elsewhere
-        flat = parameter.detach().reshape(-1)
-        digest.update(bytes_of(flat[:: max(1, flat.numel() // _SAMPLED)][: _SAMPLED + 1]))
-    return digest.hexdigest()[:16]
-
-
-def _dtypes(model: Any) -> str:
-    return ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}))
 
 
 def _objects(trainer: Trainer) -> dict[str, str | None]:

@@ -59,7 +59,8 @@ def refuse_other_ranks(trainer: Trainer, before: Batches, now: Batches) -> None:
         raise ConfigError(
             f"DeepSpeed has divided the optimizer of this run's checkpoint among {before.world_size} ranks, and can't divide "
             f"it among the {now.world_size} of this launch",
-            hint=f"start it with {before.world_size} ranks again (--num_processes {before.world_size})",
+            hint=f"start it with {before.world_size} ranks again: --num_processes {before.world_size} of hf-spot launch or "
+            f"accelerate, --num_gpus {before.world_size} of deepspeed, --nproc_per_node {before.world_size} of torchrun",
         )
 
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -23,6 +26,7 @@ from hf_spot.training.trainer.trials import is_protected
 from hf_spot.training.upstream import ON_TRAIN_BEGIN, TRAIN
 
 C = TypeVar("C", bound=TrainerCallback)
+_INSTALLED = {"site-packages", "dist-packages"}  # folders of libraries
 
 
 class _Trainings(threading.local):
@@ -70,8 +74,9 @@ class Entry(Generic[C]):
 
         @functools.wraps(plain_train)
         def train(self: Trainer, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
+            meant = None if _is_nobodys_wish(resume_from_checkpoint, sys._getframe(1)) else resume_from_checkpoint
             with _within(self):
-                return entry._train(self, plain_train, resume_from_checkpoint, trial, *args, **kwargs)
+                return entry._train(self, plain_train, meant, trial, *args, **kwargs)
 
         @functools.wraps(plain_begin)
         def on_train_begin(self: CallbackHandler, *args: Any, **kwargs: Any) -> Any:
@@ -143,6 +148,20 @@ def _without(trainer: Trainer, callbacks: list[Any]) -> Iterator[None]:
         handler.callbacks[:] = [
             callback for callback in before if callback in handler.callbacks or callback in callbacks
         ] + added
+
+
+def _is_nobodys_wish(resumed: Any, caller: FrameType) -> bool:
+    """Return whether ``train(resume_from_checkpoint=False)`` is called by a library whose own function has that as its default,
+    such as ``fit`` of sentence-transformers. In a script it means to begin anew."""
+    if resumed is not False or not _INSTALLED & set(Path(caller.f_code.co_filename).parts):
+        return False
+    name, owner = caller.f_code.co_name, caller.f_locals.get("self")
+    function = caller.f_globals.get(name) if owner is None else getattr(owner, name, None)
+    try:
+        parameter = inspect.signature(function).parameters.get("resume_from_checkpoint")  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return parameter is not None and parameter.default is False
 
 
 def _owner_of(handler: CallbackHandler | None) -> Trainer | None:

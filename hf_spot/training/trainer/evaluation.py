@@ -10,7 +10,9 @@ from typing import Any
 from transformers import Trainer, TrainerState
 
 from hf_spot.log import warn_for_all
+from hf_spot.policy.hangs import Phase
 from hf_spot.training.data.worker_processes import seeded_before
+from hf_spot.training.session.phases import Phases
 from hf_spot.training.trainer.log_window import LogWindow
 from hf_spot.training.trainer.random_states import RandomStates
 from hf_spot.training.upstream import (
@@ -44,6 +46,7 @@ class Evaluations:
         log_window: of this training.
         when_cut: called after an evaluation was cut short; decides whether to save.
         resumed: the checkpoint of this run that the training resumes, or None.
+        phases: told of evaluations.
     """
 
     def __init__(
@@ -53,11 +56,13 @@ class Evaluations:
         log_window: LogWindow,
         when_cut: Callable[[], None],
         resumed: Path | None,
+        phases: Phases,
     ) -> None:
         self._trainer = trainer
         self._random_states = random_states
         self._log_window = log_window
         self._when_cut = when_cut
+        self._phases = phases
         self._evaluated_before = resumed is not None and _has_evaluated(resumed)
         self._is_resumed = resumed is not None
         self.has_begun = False  # whether an epoch has begun: before that, Trainer evaluates only for ``eval_on_start``
@@ -131,7 +136,7 @@ class Evaluations:
         self._random_states.remember()
         self.running = True
         try:
-            with seeded_before(self._evaluated_before):
+            with seeded_before(self._evaluated_before), self._phases.within(Phase.EVALUATION):
                 return EVALUATE.plain(self._trainer)(*args, **kwargs)
         except _Cut:
             self._random_states.return_to_remembered()

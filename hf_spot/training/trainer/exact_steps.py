@@ -56,18 +56,19 @@ _WITHOUT = f"omit {OPTION}"
 _METHODS = (TRAINING_STEP, GET_BATCH_SAMPLES, COUNT_FLOS, COUNT_TOKENS, TRAIN_LOADER)
 
 
-def exact_steps(trainer: Trainer, restored: Checkpoint | None, described: Mapping[str, Any]) -> ExactSteps:
+def exact_steps(trainer: Trainer, restored: Checkpoint | None, described: Mapping[str, Any], full_ranks: int = 0) -> ExactSteps:
     """Return what makes the steps of a training independent of the number of ranks.
 
     Args:
         trainer: the Trainer.
         restored: the commit that the training resumes from.
         described: description of the training in the journal; empty for a new one.
+        full_ranks: the number of ranks if all machines are there; 0 if the machines are fixed.
     """
     details = {} if restored is None else restored.details
     if restored is not None and COUNT not in details:
         warn_for_all("up to step %d this training depends on the number of GPUs: %s is new", restored.step, OPTION)
-    return ExactSteps(trainer, _count_of(details, described, trainer), details.get("per_device_train_batch_size"))
+    return ExactSteps(trainer, _count_of(details, described, trainer, full_ranks), details.get("per_device_train_batch_size"))
 
 
 def tell_no_longer_exact(restored: Checkpoint) -> None:
@@ -76,14 +77,17 @@ def tell_no_longer_exact(restored: Checkpoint) -> None:
         warn_for_all("up to step %d this training was exact on any number of GPUs: now %s is missing", restored.step, OPTION)
 
 
-def _count_of(details: Mapping[str, Any], described: Mapping[str, Any], trainer: Trainer) -> int:
-    """Return how many micro-batches an optimizer step of the run has. A new run has as many as this launch would make."""
+def _count_of(details: Mapping[str, Any], described: Mapping[str, Any], trainer: Trainer, full_ranks: int) -> int:
+    """Return how many micro-batches an optimizer step of the run has. A new run has as many as this launch would make
+    with all machines."""
     for told in (details, described):
         if isinstance(told.get(COUNT), int):
             return int(told[COUNT])
     before = from_details(dict(details)) if details else None
-    made = batches(trainer) if before is None else before
-    return made.accumulation * made.world_size
+    if before is not None:
+        return before.accumulation * before.world_size
+    now = batches(trainer)
+    return now.accumulation * (full_ranks or now.world_size)
 
 
 class ExactSteps:
@@ -106,7 +110,7 @@ class ExactSteps:
         self._gradients = ExactGradients(self._parameters, trainer.args.world_size)
         self._sampler: MicroBatches | None = None
         self._iterator: Any = None
-        self._step = self._done = self._count = 0
+        self._step = self._done = self._counted = self._count = 0
         self._losses: list[float] = []
         self._buffers_compared = False
         self._closing = contextlib.ExitStack()
@@ -223,6 +227,7 @@ class ExactSteps:
         else:
             self._step += 1
         self._count, self._done, self._losses = count_in(self._step, self._sampler.batches, self._shares.count), 0, []
+        self._counted = 0
         self._gradients.begin()
         found, _ = self._plain_batches(epoch_iterator, num_batches, device)
         return found, self._items(found, device)
@@ -316,11 +321,12 @@ class ExactSteps:
     # -- what is counted ----------------------------------------------------------------------------------------------
 
     def _count_flos(self, inputs: Any) -> Any:
-        # Trainer counts behind `_training_step`.
-        return COUNT_FLOS.plain(self._trainer)(inputs) if self._is_mine(self._done - 1) else 0
+        # Trainer calls it once for each micro-batch, also for those that are passed over, and then `_count_tokens`.
+        self._counted += 1
+        return COUNT_FLOS.plain(self._trainer)(inputs) if self._is_mine(self._counted - 1) else 0
 
     def _count_tokens(self, inputs: Any) -> None:
-        if not self._is_mine(self._done - 1):
+        if not self._is_mine(self._counted - 1):
             inputs = {name: value[:0] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
         COUNT_TOKENS.plain(self._trainer)(inputs)
 

@@ -76,6 +76,8 @@ class WaitingGradients:
             yield from self._trainer.model.named_parameters()
 
     def _waiting(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._trainer.is_deepspeed_enabled and not self._trainer.accelerator.sync_gradients:
+            self._tell_not_saved()  # DeepSpeed has them in places of its own
         for name, weight in self._weights():
             if weight.grad is None:
                 continue
@@ -88,9 +90,9 @@ class WaitingGradients:
         if not self._told:
             self._told = True
             warn_for_all(
-                "gradients of micro-batches that wait for the next step can't be saved, as they are sparse or divided among "
-                "ranks: a resumed run differs there; for exact results let gradient_accumulation_steps divide the batches of a "
-                "pass"
+                "gradients of micro-batches that wait for the next step can't be saved, as they are sparse, DeepSpeed's or "
+                "divided among ranks: a resumed run differs there; for exact results let gradient_accumulation_steps divide "
+                "the batches of a pass"
             )
 
     def _restore(self, checkpoint: Path) -> None:

@@ -22,11 +22,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 
 from hf_spot.errors import SpotError
 from hf_spot.log import log_always
+from hf_spot.policy.hangs import Phase
 from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.disks import Disk
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
 from hf_spot.training.saving.disk_errors import free_gb, in_words, is_of_a_disk
 from hf_spot.training.saving.finite import not_finite, optimizer_states, trained_weights
+from hf_spot.training.session.phases import Phases
 from hf_spot.training.trainer.engines import why_written_at_once
 from hf_spot.training.trainer.own_state import SavedTensors
 from hf_spot.training.upstream import (
@@ -72,6 +74,7 @@ class Saves:
             it ends the training.
         hold: called with an exception from what follows a save (a push to the Hub, the rotation of older checkpoints), perhaps
             by the writer thread. The checkpoint is complete, and is committed before the training learns of it.
+        phases: told of saves.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Saves:
         failed: Callable[[SpotError], None],
         refused: Callable[[list[str]], None],
         hold: Callable[[str, Exception], None],
+        phases: Phases,
     ) -> None:
         self._trainer = trainer
         self._agreement = agreement
@@ -96,6 +100,7 @@ class Saves:
         self._refused = refused
         self._never_finite: frozenset[str] = frozenset()
         self._hold = hold
+        self._phases = phases
         self._output_dir = output_dir
         self._trouble: SpotError | None = None
         self._folder = self._output_dir
@@ -116,7 +121,7 @@ class Saves:
             self._behind.expect(_size_bytes(self._trainer.model, here=here))
         plain_save = SAVE_CHECKPOINT.of(self._trainer)
 
-        def save(*args: Any, **kwargs: Any) -> None:
+        def save_now(*args: Any, **kwargs: Any) -> None:
             began = time.monotonic()
             whole = self.settle()
             if wrong := self._wrong_numbers():
@@ -144,6 +149,10 @@ class Saves:
                 took_s = time.monotonic() - began
                 self._tell(why, f"training waited {took_s:.2g} s until {self._folder.name} was written, because {why}")
             self._conclude(failure)
+
+        def save(*args: Any, **kwargs: Any) -> None:
+            with self._phases.within(Phase.SAVING):
+                save_now(*args, **kwargs)
 
         SAVE_CHECKPOINT.set(self._trainer, save)
 

@@ -10,42 +10,48 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError, StoreError, TrainingInterrupted, TrainingPreempted
+from hf_spot.errors import ConfigError, RolledBack, SpotError, StoreError, TrainingInterrupted, TrainingPreempted
 from hf_spot.log import alert, warn_for_all
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import KeyboardSource
+from hf_spot.policy import rollback
+from hf_spot.policy.hangs import Phase
+from hf_spot.policy.numbers import HOW_TO_GET_FINITE
 from hf_spot.policy.passes import Place, place_of
 from hf_spot.policy.preemption import Action, Decision, leaves_step
+from hf_spot.policy.rollback import Span
 from hf_spot.policy.trainer_flags import SAVE_IS_DUE
 from hf_spot.run.checkpoint import Checkpoint
 from hf_spot.run.journal import TRAINING_KEY
-from hf_spot.runtime import Runtime, held_folder, make_private
+from hf_spot.runtime import Plan, Runtime, held_folder, make_private
 from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.session.final_drain import FinalDrain
+from hf_spot.training.session.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
+from hf_spot.training.session.recognition import KnownTraining, finished
 from hf_spot.training.session.run_session import RunSession
-from hf_spot.training.session.step_teller import COMPOSITION, DEVICE, StepTeller
-from hf_spot.training.trainer.batch_size import batches, keep_samples
+from hf_spot.training.session.step_teller import COMPOSITION, DEVICE, StepTeller, kind_of
+from hf_spot.training.trainer.batch_size import batches, keep_full_samples, keep_samples
 from hf_spot.training.trainer.commits import Commits
 from hf_spot.training.trainer.description import describe
 from hf_spot.training.trainer.engines import refuse_what_can_not_be_resumed
 from hf_spot.training.trainer.exact_steps import COUNT, ExactSteps, exact_steps, refuse_what_is_not_exact, tell_no_longer_exact
-from hf_spot.training.trainer.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
+from hf_spot.training.trainer.passed_over import why_impossible
 from hf_spot.training.trainer.random_states import RandomStates
-from hf_spot.training.trainer.recognition import KnownTraining, finished
 from hf_spot.training.trainer.restore import MachineGoing, Resumption
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 log = logging.getLogger("hf_spot")
+
+_MOST_ENTRIES = 200  # read back for rollbacks
 
 
 class TrainerSession:
@@ -91,6 +97,7 @@ class TrainerSession:
         self.exact: ExactSteps | None = None
         self._restored: Checkpoint | None = None
         self._nothing_left = False
+        self._passed_over: list[Span] = []
         self.known = KnownTraining(session, describe(trainer, output_dir))
         self._best_folder: Path | None = None
         self._advisories: set[str] = set()
@@ -142,6 +149,11 @@ class TrainerSession:
         return self._teller
 
     @property
+    def passed_over(self) -> list[Span]:
+        """Return the steps that the training passes over, or has passed over, after rollbacks: one span for each."""
+        return self._passed_over
+
+    @property
     def best_folder(self) -> Path | None:
         """Return the folder of the best checkpoint so far, if it was restored."""
         return self._best_folder
@@ -158,7 +170,7 @@ class TrainerSession:
         if self._session.runtime is None:
             drop_inherited_handlers()
         self._session.listen(keyboard=True)
-        self._session.tell_launcher()
+        self._session.tell_launcher(Phase.STARTING)
         if not self.known.find():
             self._session.claim()
         try:
@@ -171,25 +183,38 @@ class TrainerSession:
     def _begin(self, resume_from_checkpoint: str | bool | None) -> str | None:
         began, resumption = self._session.clock(), Resumption(self._session)
         found = resumption.restore(resume_from_checkpoint)
+        committed = self._session.run.journal.state.latest(self._session.training)
+        if found is None and resume_from_checkpoint is False and committed is not None:
+            log.warning(
+                "train(resume_from_checkpoint=False) begins from the start, although step %d of this training is committed",
+                committed.step,
+            )
         if found is not None:
             self._restored = found[0]
             self._nothing_left = self.known.compare(found[0])
         if not self._nothing_left:
             self._session.claim()  # a finished run should be trained again
             if self._session.arguments.exact_on_any_gpus:
-                self.exact = exact_steps(self.trainer, self._restored, self.known.known_description)
+                full_ranks = 0 if self._session.runtime is None else self._session.runtime.full_ranks
+                self.exact = exact_steps(self.trainer, self._restored, self.known.known_description, full_ranks)
                 self._session.closing.callback(self.exact.close)
             elif self._restored is not None:
                 tell_no_longer_exact(self._restored)
             self.known.record({} if self.exact is None else {COUNT: self.exact.count})
+        if not self._nothing_left and self.exact is None and self._session.runtime is not None:
+            keep_full_samples(self.trainer, self._session.runtime.full_ranks)
         if self._restored is not None:
             if self.trainer.args.load_best_model_at_end:
                 self._best_folder = resumption.restore_best(self._restored)
             self._session.timing.restored(self._session.clock() - began)
+            self._session.phases.tell(Phase.STARTING, self._restored.step)
             log.info("resuming from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
             if not self._nothing_left and self.exact is None:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
         if not self._nothing_left:
+            self._passed_over = self._session.agreement.from_main(self._find_passed_over)
+            if self._passed_over:
+                log.warning("after NaN, these steps are passed over: %s", rollback.in_words(self._passed_over))
             self._start_teller()  # before the uploader deletes what earlier launches told
             self.commits.begin(resumed=self._restored is not None)
         if self.machine_is_going():
@@ -208,11 +233,65 @@ class TrainerSession:
             session,
             args.process_index,
             launch,
-            {COMPOSITION: str(batches(self.trainer)), DEVICE: _device(args.device)},
+            {COMPOSITION: str(batches(self.trainer)), DEVICE: kind_of(args.device)},
             resumed_step=self._restored.step if self._restored else 0,
-            changed=self.known.changed_in_words,
+            changed=[*self.known.changed_in_words, *self._passed_over_in_words()],
         )
         session.closing.callback(self._teller.close)
+
+    def _passed_over_in_words(self) -> list[str]:
+        ahead = [one for one in self._passed_over if one.last > (self._restored.step if self._restored else 0)]
+        return [f"after NaN, steps {rollback.in_words(ahead)} are passed over"] if ahead else []
+
+    def _find_passed_over(self) -> list[Span]:
+        restored = self._restored
+        found = rollback.spans_from(restored.details.get("passed_over")) if restored else []
+        if found or self._session.arguments.on_nan == "rollback":  # the others need no further request
+            journal = self._session.run.journal
+            last, after = journal.state.number, restored.ref.entry if restored else 0
+            entries = map(journal.read, range(max(after, last - _MOST_ENTRIES) + 1, last + 1))
+            of_this = [one for one in entries if one.kind == rollback.KIND]
+            for one in of_this:
+                if one.data.get(TRAINING_KEY, 1) == self._session.training:
+                    found += rollback.spans_from([one.data.get("span")])
+        return found
+
+    def roll_back(self, what: str, step: int, first_wrong: int | None) -> NoReturn:
+        """End the launch, so that the next one resumes from the newest commit and passes over the steps that went wrong.
+
+        Every rank must call it.
+
+        Args:
+            what: is not finite, for people.
+            step: the step that would have been saved.
+            first_wrong: the first step whose loss on this rank was not finite, if any.
+
+        Raises:
+            RolledBack: it was recorded.
+            SpotError: it is impossible, or was done too often.
+        """
+        session = self._session
+        session.agreement.together(lambda: session.finish_uploads(session.arguments.drain_timeout_s))
+        known = [one for one in session.agreement.gather(first_wrong) if one is not None]
+
+        def decide_on_main() -> Span:
+            why, most = why_impossible(self.trainer), session.arguments.max_rollbacks
+            if why is None and len(self._passed_over) >= most:
+                why = f"it was rolled back {most} times (--max-rollbacks)"
+            if why is not None:
+                raise SpotError(f"{what}; not rolled back: {why}", hint=HOW_TO_GET_FINITE)
+            committed = session.committed_step
+            span = rollback.span_of(min(known, default=None), step, committed, self._passed_over)
+            data: dict[str, Any] = {"step": step, "committed_step": committed, TRAINING_KEY: session.training}
+            data |= {"span": [span.first, span.last], "why": what}
+            session.record(rollback.KIND, data, patience_s=session.arguments.drain_timeout_s)
+            return span
+
+        span = session.agreement.from_main(decide_on_main)
+        raise RolledBack(
+            f"{what}; the next launch resumes from the newest commit and passes over steps {rollback.in_words([span])}",
+            hint="start the same command again; hf-spot launch does so by itself",
+        )
 
     def end_was_told(self) -> bool:
         """Return whether callbacks got the last log lines of the complete training. All ranks must call it.
@@ -277,7 +356,10 @@ class TrainerSession:
     def _ending(self, what: str, step: int | None) -> TrainingPreempted:
         suppress_exit_advice()
         kind = TrainingInterrupted if self._is_interrupt else TrainingPreempted
-        return kind(f"{what}\n{how_to_resume()}", step=step)
+        runtime = self._session.runtime
+        others_go_on = runtime is not None and runtime.full_ranks > 0 and not self._is_interrupt
+        next_is = "The machines that are left train on from there." if others_go_on else how_to_resume()
+        return kind(f"{what}\n{next_is}", step=step)
 
     def proven(self, verified: list[str] | None) -> None:
         """Report the result of comparing a resumed training with what was saved. Every rank must call it.
@@ -334,9 +416,16 @@ class TrainerSession:
             session.stop(decision, seconds_left)
         return decision
 
+    def tell_plan(self, max_steps: int) -> None:
+        """Tell the launcher how long the training is, and what a step is made of."""
+        session = self._session
+        if session.runtime is not None and session.agreement.is_main:
+            session.runtime.tell_plan(Plan(max_steps, batches(self.trainer).total))
+
     def step_ended(self, step: int) -> Decision | None:
         """Decide what to do after an optimizer step; return None if there is nothing to do. Every rank must call it."""
         session = self._session
+        session.phases.tell(Phase.DATA, step)
         if session.steps is not None:
             session.steps.tell(step)
         if session.agreement.alone:
@@ -395,6 +484,7 @@ class TrainerSession:
         """
         if self._session.forked:
             return
+        self._session.phases.tell(Phase.FINISHING, step)
         if self._teller is not None:
             self._teller.conclude()
         self._session.order_uploads()
@@ -446,6 +536,7 @@ class TrainerSession:
         """Commit pending uploads after an exception, and record it in the journal if there is no launcher to do it."""
         if self._session.forked or self._session.uploader is None or self._session.uploader.fenced is not None:
             return
+        self._session.phases.tell(Phase.FINISHING)
         if self._teller is not None:
             self._teller.conclude()
         # A user who presses Ctrl-C a second time has seen what the training waits for.
@@ -490,10 +581,3 @@ def _check(trainer: Trainer) -> None:
         )
     if args.ignore_data_skip:
         warn_for_all("ignore_data_skip=True: a resumed run trains on other data than an uninterrupted one; set it to False")
-
-
-def _device(device: torch.device) -> str:
-    """Return the kind of device: another kind computes the same step with other rounding."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type

@@ -187,8 +187,8 @@ TRAINING_STEP = _method(
     _TRAINER,
     "training_step",
     "model, inputs, …",
-    "training.trainer.step_losses training.trainer.exact_steps",
-    "the losses of steps that are done again after a kill are not compared with those of before",
+    "training.trainer.step_losses training.trainer.passed_over training.trainer.exact_steps",
+    "--on-nan rollback passes over nothing, and losses of steps that are done again after a kill are not compared",
     told=True,
 )
 # --exact-on-any-gpus
@@ -491,6 +491,15 @@ STORAGE_CPU = _method(
     told=True,
     only="GPUs",
 )
+COMPILATIONS = _value(
+    "torch._dynamo.callback",
+    "callback_handler",
+    "training.session.phases",
+    "a compilation of more than an hour counts as a hang",
+    told=True,
+    scope=_BOTH,
+    optional=True,
+)
 SAVE_TOGETHER = _function(
     _TOGETHER,
     "save",
@@ -600,9 +609,10 @@ SKIPS = _attribute(
 PREPARED_MODELS = _attribute(
     "accelerate.accelerator:Accelerator",
     "_models",
-    "training.trainer.restore",
-    "evaluations after a finished training report how long the preparation of its model took",
+    "training.trainer.restore training.loop.loop_states",
+    "evaluations after a finished training report how long its model took to prepare, and a loop's models are not described",
     told=True,
+    scope=_BOTH,
     optional=True,
 )
 OPTIMIZERS = _attribute(
@@ -612,6 +622,23 @@ OPTIMIZERS = _attribute(
     "hf-spot launch shows only steps that were saved, and checkpoints are not checked for NaN",
     told=True,
     **_ACCELERATE,
+)
+SCHEDULERS = _attribute(
+    "accelerate.accelerator:Accelerator",
+    "_schedulers",
+    "training.loop.loop_states",
+    "a scheduler that was not prepared is taken for one that was",
+    told=True,
+    **_ACCELERATE,
+)
+BACKWARD = _method(
+    "torch:Tensor",
+    "backward",
+    "…",
+    "training.loop.loop_steps",
+    "the losses of a custom loop's steps that are done again after a kill are not compared with those of before",
+    told=True,
+    scope=Scope.LOOP,
 )
 ORIGINAL_MODULE = _attribute(
     "torch._dynamo.eval_frame:OptimizedModule",
@@ -624,7 +651,7 @@ AGENT_HANDLER = _function(
     "torch.distributed.elastic.multiprocessing.api",
     "_terminate_process_handler",
     "…",
-    "training.trainer.notebook",
+    "training.session.notebook",
     "in workers of notebook_launcher a notice ends the training in the middle of a step",
     optional=True,
 )

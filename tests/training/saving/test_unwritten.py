@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, Trainer, Trainer
 
 from hf_spot import Run, SpotArguments, SpotCallback, SpotError
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
+from hf_spot.training.saving.unwritten import who_have_imported
 from tests.training.conftest import STEPS, Patient, SaveRecorder, make_trainer, same, weights
 from tests.training.test_callback import steps
 from tests.waiting import PATIENCE_S, wait_for
@@ -425,3 +427,15 @@ def test_a_child_of_a_fork_reads_it_whole(store: str, tmp_path: Path, files: Fil
 
     make_trainer(tmp_path / "out", SpotCallback(store, SpotArguments(notice="none")), Forks(), max_steps=4).train()
     assert codes == [0, 0]
+
+
+def test_modules_that_import_more_when_they_are_asked_for_a_name_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lazy(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise ModuleNotFoundError(f"{name} needs a package that is missing")
+
+    value, has_it = object(), ModuleType("has_it")
+    has_it.safe_open = value  # type: ignore[attr-defined]
+    for module in (has_it, Lazy("lazy")):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert who_have_imported("safe_open", value) == [has_it]

@@ -16,7 +16,7 @@ import torch
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 
 from hf_spot import ConfigError, Run, SpotArguments, SpotCallback, TrainingPreempted
-from hf_spot.training.trainer import recognition
+from hf_spot.training.session import recognition
 from tests.training.conftest import STEPS, Patient, Recorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, kinds, preempt
 from tests.waiting import PATIENCE_S

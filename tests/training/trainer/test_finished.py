@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 
 from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.runtime import Runtime
-from hf_spot.training.trainer import recognition
+from hf_spot.training.session import recognition
 from tests.training.conftest import Patient, Recorder
 from tests.training.test_callback import preempt
 from tests.training.trainer.test_own_state import SHAPE, STEPS, Lookahead, Rows, make, of, weights

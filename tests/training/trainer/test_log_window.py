@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
-from hf_spot.training.trainer import recognition
+from hf_spot.training.session import recognition
 from hf_spot.training.trainer.accumulation import Accumulation
 from tests.training.conftest import Patient, Recorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, preempt

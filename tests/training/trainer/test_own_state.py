@@ -79,6 +79,25 @@ class Average(TrainerCallback):
             self.of[name].lerp_(weight.detach(), 0.1)
 
 
+class Meter:
+    """Keeps what is no value."""
+
+    def __init__(self) -> None:
+        self.of = object()
+
+
+class Meters(TrainerCallback):
+    def __init__(self) -> None:
+        self.meters: dict[str, Any] = {"train": collections.defaultdict(Meter), "eval": collections.defaultdict(int)}
+        self.lists: dict[str, Any] = {"train": [[1, 2], []]}
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        assert self.meters["train"]["loss"].of is not None
+        self.meters["eval"]["steps"] += state.global_step
+        self.lists["now"] = Meter()
+        self.lists["train"][1].append(state.global_step)
+
+
 class Plain(TrainerCallback):
     def __init__(self) -> None:
         self.count, self.largest, self.seen, self.by_step = 0, float("-inf"), [], {}  # type: ignore[var-annotated]
@@ -268,6 +287,14 @@ CASES: dict[str, tuple[Callable[[Path], Trainer], Callable[[Trainer], Any]]] = {
         lambda trainer: (mark_of(of(trainer, Average).of), mark_of(of(trainer, Average).first)),
     ),
     "plain values of a callback": (lambda out: make(out, callbacks=[Plain()]), lambda trainer: of(trainer, Plain).found()),
+    "items beside objects in a dictionary": (
+        lambda out: make(out, callbacks=[Meters()]),
+        lambda trainer: (
+            type(of(trainer, Meters).meters["eval"]),
+            of(trainer, Meters).meters["eval"]["steps"],
+            of(trainer, Meters).lists["train"],
+        ),
+    ),
     "a loss that learns": (lambda out: make(out, LearntLoss), lambda trainer: mark_of(trainer.log_variance)),
     "a momentum teacher": (
         lambda out: make(out, Teacher),

@@ -12,7 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from hf_spot import ConfigError, Run, SpotArguments, SpotCallback, TrainingPreempted
-from hf_spot.training.trainer import recognition
+from hf_spot.training.session import recognition
 from tests.training.conftest import Patient, Recorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, preempt
 

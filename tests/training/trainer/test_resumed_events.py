@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
-from hf_spot.training.trainer import recognition
+from hf_spot.training.session import recognition
 from hf_spot.training.trainer.accumulation import Accumulation
 from tests.matrix.parts import Padded, Stream, Swaps, Watches
 from tests.training.conftest import Patient

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_spot.training.trainer.step_losses import _SLOTS, StepLosses
+from hf_spot.training.session.pending_losses import _SLOTS
+from hf_spot.training.trainer.step_losses import StepLosses
 from tests.waiting import wait_for
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True)

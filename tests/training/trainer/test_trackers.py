@@ -19,7 +19,8 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
 
 from hf_spot import Run, SpotArguments, SpotCallback, SpotCheckpointManager, TrainingPreempted
-from hf_spot.training.trainer import recognition, trackers
+from hf_spot.training.session import recognition
+from hf_spot.training.trainer import trackers
 from tests.tracker_files import WandbFile, read_mlflow, read_trackio, read_wandb, values
 from tests.training.conftest import Patient, Recorder, make_trainer
 from tests.training.test_callback import QUIET, preempt

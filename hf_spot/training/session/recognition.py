@@ -13,14 +13,15 @@ from hf_spot.policy.trainings import FOLDER, LENGTH, Description, Known, Match, 
 from hf_spot.run.checkpoint import Checkpoint
 from hf_spot.run.journal import CheckpointRef, TrainingRef
 from hf_spot.run.run import Run
+from hf_spot.training.session.notebook import Cell, this_cell
 from hf_spot.training.session.run_session import RunSession
-from hf_spot.training.trainer.notebook import Cell, this_cell
 from hf_spot.training.upstream.versions import version_changes
 
 log = logging.getLogger("hf_spot")
 
 # The trainings that this process has finished: by the run's URL and the training's number, the notebook cell that did it.
 _finished: defaultdict[str, dict[int, Cell | None]] = defaultdict(dict)
+_begun: defaultdict[str, set[int]] = defaultdict(set)  # the trainings that this process has begun, by the run's URL
 
 
 def finished(url: str, training: int) -> None:
@@ -31,6 +32,7 @@ def finished(url: str, training: int) -> None:
 def forget_finished() -> None:
     """Forget what this process has finished, as in a new process. For tests."""
     _finished.clear()
+    _begun.clear()
 
 
 class KnownTraining:
@@ -38,10 +40,14 @@ class KnownTraining:
 
     Args:
         session: connection to the run.
-        description: from `hf_spot.training.trainer.description.describe`.
+        description: what it trains, by names; empty if that is not known yet.
+        first_is_known: as in `hf_spot.policy.trainings.match`.
+        again: number of a training that this process has finished, and that this one may be all the same; 0 for none.
     """
 
-    def __init__(self, session: RunSession, description: Description) -> None:
+    def __init__(self, session: RunSession, description: Description, *, first_is_known: bool = False, again: int = 0) -> None:
+        self._first_is_known = first_is_known
+        self._again = again
         self._session = session
         self._description = description
         self._match = Match(1)
@@ -82,7 +88,7 @@ class KnownTraining:
         def on_main() -> tuple[Match, bool]:
             run = session.run
             state = run.journal.state if run.launch else run.state()
-            found = recognize(run, self._description, run.launch)
+            found = recognize(run, self._description, run.launch, first_is_known=self._first_is_known, again=self._again)
             newest = state.latest(found.number)
             return found, newest is not None and newest.complete and LENGTH.isdisjoint(found.differences)
 
@@ -113,7 +119,7 @@ class KnownTraining:
         for one in told:
             warn_for_all("since step %d was saved, %s", restored.step, one)
         if LENGTH.isdisjoint(changed):
-            wanted = int(now["max_steps"] or -1)
+            wanted = int(now.get("max_steps") or -1)
             end = wanted if wanted > 0 else length
             reached = end is not None and restored.step >= end  # of a checkpoint of another run, say
             return restored.ref.complete or reached, changed
@@ -148,6 +154,7 @@ class KnownTraining:
         described = self._session.agreement.from_main(self._record_on_main)
         self._described = described.entry
         self._session.enter(described.training)
+        _begun[self._session.run.url].add(described.training)
 
     def _record_on_main(self) -> TrainingRef:
         run, known, similar = self._session.run, self._match.known, self._match.similar
@@ -175,13 +182,15 @@ def _tell_other(number: int, differences: tuple[str, ...], newest: CheckpointRef
     )
 
 
-def recognize(run: Run, description: Description, launch: int) -> Match:
+def recognize(run: Run, description: Description, launch: int, *, first_is_known: bool = False, again: int = 0) -> Match:
     """Return which training of a run this is: one request, and one more for each training that the run knows.
 
     Args:
         run: whose state is up to date.
-        description: from `hf_spot.training.trainer.description.describe`.
+        description: what it trains.
         launch: number of this launch; 0 before its claim.
+        first_is_known: as in `hf_spot.policy.trainings.match`.
+        again: as in `KnownTraining`.
 
     Raises:
         StoreError: the store could not be read.
@@ -196,12 +205,12 @@ def recognize(run: Run, description: Description, launch: int) -> Match:
                 number,
                 None if told is None else run.description(told.entry),
                 complete=newest is not None and newest.complete,
-                at_work=told is not None and told.launch == launch,
-                done_here=number in done,
+                at_work=told is not None and told.launch == launch and number not in _begun[run.url],
+                done_here=number in done and number != again,
                 repeated=number in done and _is_repeated(done[number]),
             )
         )
-    return match(description, known, before=len(done))
+    return match(description, known, before=len(done), first_is_known=first_is_known)
 
 
 def _is_repeated(finished_in: Cell | None) -> bool:

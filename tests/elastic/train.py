@@ -1,0 +1,111 @@
+"""A fine-tuning that tells which samples each rank has seen in each step: what the stories of `tests.elastic` disturb."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+SAMPLES = 240  # 10 steps of 24, which 1, 2 and 3 machines divide
+
+
+class Numbered(Dataset):
+    """Each sample begins with its own number."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        rest = torch.Generator().manual_seed(index)
+        ids = torch.cat([torch.tensor([index]), torch.randint(0, 256, (31,), generator=rest)])
+        return {"input_ids": ids, "labels": ids}
+
+
+class Telling(Trainer):
+    """Tells the numbers of the samples."""
+
+    diary: Path
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        tell(self.diary, {"in": self.state.global_step + 1, "samples": inputs["input_ids"][:, 0].tolist()})
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class Diary(TrainerCallback):
+    """Tells each step, and slows it down."""
+
+    def __init__(self, diary: Path, step_s: float) -> None:
+        self.diary, self.step_s = diary, step_s
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        tell(self.diary, {"step": state.global_step, "at": time.time(), "ranks": args.world_size})
+        time.sleep(self.step_s)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        if "loss" in logs and state.is_world_process_zero:
+            tell(self.diary, {"logged": state.global_step, "loss": float(logs["loss"]), "rate": float(logs["learning_rate"])})
+
+
+def tell(diary: Path, line: dict[str, Any]) -> None:
+    with diary.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--diary", type=Path, required=True)
+    parser.add_argument("--accumulation", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--step_s", type=float, default=0.0)
+    parser.add_argument("--save_steps", type=int, default=5)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--save_on_each_node", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    heads = max(2, options.width // 64)
+    config = GPT2Config(
+        vocab_size=256,
+        n_positions=32,
+        n_embd=options.width,
+        n_layer=1 if options.width < 256 else 12,
+        n_head=heads,
+        bos_token_id=None,
+        eos_token_id=None,
+        **dropout,
+    )
+    arguments = TrainingArguments(
+        output_dir=options.output_dir,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=options.accumulation,
+        num_train_epochs=options.epochs,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        logging_steps=1,
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        save_on_each_node=options.save_on_each_node,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=1,
+    )
+    trainer = Telling(
+        model=GPT2LMHeadModel(config),
+        args=arguments,
+        train_dataset=Numbered(),
+        callbacks=[Diary(options.diary, options.step_s)],
+    )
+    trainer.diary = options.diary
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""Machines that come and go, over real sockets and a real journal, all in this process: launchers without their trainings."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hf_spot
+from hf_spot.arguments import SpotArguments
+from hf_spot.errors import ConfigError
+from hf_spot.launch.command import Machines
+from hf_spot.launch.elastic import Elastic, Met
+from hf_spot.launch.group import Member, Unreached, visit
+from hf_spot.launch.peers import Ended
+from hf_spot.policy.restarts import Verdict
+from hf_spot.run.mailbox import Mailbox
+from hf_spot.run.run import Run
+from hf_spot.runtime import Plan, Runtime, StepCounter
+from tests.waiting import wait_for
+
+PATIENCE_S = 60.0
+
+
+@dataclass
+class Machine:
+    """A launcher."""
+
+    name: str
+    elastic: Elastic
+    noticed: threading.Event
+    met: Met | Verdict | None = None
+
+    @property
+    def rank(self) -> int:
+        assert isinstance(self.met, Met)
+        return self.met.machines.rank
+
+    def lost(self) -> Ended | None:
+        assert isinstance(self.met, Met)
+        return self.met.group.ended(PATIENCE_S)
+
+
+@dataclass
+class World:
+    """A run, and the machines that meet in it."""
+
+    url: str
+    machines: list[Machine] = field(default_factory=list)
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8))
+
+    def add(self, least: int = 2, most: int = 3, **more: Any) -> Machine:
+        noticed, name = threading.Event(), f"machine-{len(self.machines)}"
+        elastic = Elastic(
+            Run(self.url),
+            Machines(most, least=least, processes=more.pop("processes", 1), **more),
+            SpotArguments(peer_timeout_s=5),
+            lambda: {"hostname": name, "machine": {"price_usd_per_hour": 1.0}},
+            noticed.wait,
+        )
+        self.machines.append(Machine(name, elastic, noticed))
+        return self.machines[-1]
+
+    def meet(self, machine: Machine) -> Future[Any]:
+        def meet() -> None:
+            machine.met = machine.elastic.meet()
+
+        return self.pool.submit(meet)
+
+    def all_meet(self, *machines: Machine) -> list[Machine]:
+        """By their ranks."""
+        for met in [self.meet(one) for one in machines]:
+            met.result(PATIENCE_S)
+        launches = {one.met.launch for one in machines if isinstance(one.met, Met)}
+        assert len(launches) == 1
+        return sorted(machines, key=lambda one: one.rank)
+
+    def claims(self) -> list[dict[str, Any]]:
+        return [entry.data for entry in Run(self.url).events() if entry.kind == "claim"]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(str(tmp_path / "run"))
+    yield made
+    for machine in made.machines:
+        machine.noticed.set()
+    made.pool.shutdown()
+    for machine in made.machines:
+        machine.elastic.close("the test is over")
+
+
+def test_all_that_come_train_together_and_the_journal_says_who(world: World) -> None:
+    ordered = world.all_meet(*(world.add() for _ in range(3)))
+    assert [one.rank for one in ordered] == [0, 1, 2]
+    [claim] = world.claims()
+    assert claim["machines"] == len(claim["roster"]) == 3
+    assert all(one["machine"] == {"price_usd_per_hour": 1.0} for one in claim["roster"])
+    assert all(isinstance(one.met, Met) and one.met.machines.count == 3 for one in ordered)
+
+
+def test_without_one_that_dies_the_others_go_on_at_once(world: World) -> None:
+    first = world.all_meet(*(world.add() for _ in range(3)))
+    first[2].elastic.close("killed")
+    began = time.monotonic()
+    assert first[0].lost() == first[1].lost() == Ended(2, Verdict.LOST, 1)
+    assert time.monotonic() - began < 1.0
+    assert world.all_meet(first[0], first[1]) == first[:2]
+    assert [claim["machines"] for claim in world.claims()] == [3, 2]
+
+
+def test_without_machine_0_another_one_claims_the_run(world: World) -> None:
+    first = world.all_meet(*(world.add() for _ in range(3)))
+    first[0].elastic.close("killed")
+    assert first[1].lost() == first[2].lost() == Ended(0, Verdict.LOST, 1)
+    assert {one.name for one in world.all_meet(first[1], first[2])} == {first[1].name, first[2].name}
+
+
+def test_below_the_minimum_the_rest_wait_for_another_one(world: World) -> None:
+    first = world.all_meet(*(world.add() for _ in range(3)))
+    first[0].elastic.close("killed")
+    first[1].elastic.close("killed")
+    first[2].lost()
+    alone = world.meet(first[2])
+    time.sleep(1.0)
+    assert not alone.done()
+    came = world.add()
+    world.all_meet(came)
+    alone.result(PATIENCE_S)
+    assert {came.rank, first[2].rank} == {0, 1}
+
+
+def test_one_that_comes_while_the_others_train_is_a_spare_and_replaces_the_next_that_goes(world: World) -> None:
+    first = world.all_meet(*(world.add() for _ in range(3)))
+    spare = world.add()
+    coming = world.meet(spare)
+    time.sleep(1.0)
+    assert not coming.done()
+    first[1].elastic.close("killed")
+    first[0].lost()
+    ordered = world.all_meet(first[0], first[2])
+    coming.result(PATIENCE_S)
+    assert [one.name for one in [*ordered, spare]] == [first[0].name, first[2].name, spare.name]
+    assert spare.rank == 2
+
+
+def test_a_spare_outlives_the_host_it_waited_for(world: World) -> None:
+    first = world.all_meet(*(world.add() for _ in range(3)))
+    spare = world.add()
+    coming = world.meet(spare)
+    time.sleep(0.5)
+    first[0].elastic.close("killed")
+    first[1].lost()
+    ordered = world.all_meet(first[1], first[2])
+    coming.result(PATIENCE_S)
+    assert sorted([one.rank for one in [*ordered, spare]]) == [0, 1, 2]
+
+
+def test_the_size_divides_the_samples_of_a_step_and_the_rest_are_spares(world: World) -> None:
+    machines = [world.add(least=1, most=4) for _ in range(3)]
+    meeting = [world.meet(one) for one in machines]
+    wait_for(lambda: sum(one.done() for one in meeting) == 2, "for two of three: 3 do not divide 4")
+    launched = [one for one in machines if one.met is not None]
+    assert sorted(one.rank for one in launched) == [0, 1]
+    launched[0].elastic.close("killed") if launched[0].rank else launched[1].elastic.close("killed")
+    host = next(one for one in launched if one.rank == 0)
+    host.lost()
+    world.all_meet(host)
+    for one in meeting:
+        one.result(PATIENCE_S)
+    assert world.claims()[-1]["machines"] == 2
+
+
+def test_a_run_that_is_finished_ends_the_wait_of_a_spare(world: World) -> None:
+    first = world.all_meet(*(world.add() for _ in range(3)))
+    spare = world.add()
+    coming = world.meet(spare)
+    time.sleep(0.5)
+    first[0].elastic.close("finished")
+    coming.result(PATIENCE_S)
+    assert spare.met is Verdict.FINISHED
+
+
+def test_a_notice_ends_every_wait(world: World) -> None:
+    alone = world.add()
+    waiting = world.meet(alone)
+    time.sleep(0.5)
+    alone.noticed.set()
+    began = time.monotonic()
+    waiting.result(PATIENCE_S)
+    assert alone.met is Verdict.PREEMPTED
+    assert time.monotonic() - began < 1.0
+
+
+def test_another_number_of_processes_is_refused_in_words(world: World) -> None:
+    waiting = world.meet(world.add())
+    wait_for(lambda: Mailbox(Run(world.url)).newest_attempt(1) == 1, "for the meeting")
+    with pytest.raises(ConfigError, match="machine 0 runs 1 processes, and this machine 4"):
+        world.add(processes=4).elastic.meet()
+    assert not waiting.done()
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({"version": "99.0"}, f"machine 0 runs hf_spot {hf_spot.__version__}, and this machine 99.0"),
+        ({"has_key": True}, "HF_SPOT_JOURNAL_KEY is not set on machine 0"),
+        ({"nonce": "guessed"}, None),
+        ({"member": {"id": 3}}, None),
+        ({"member": None}, None),
+    ],
+)
+def test_who_does_not_belong_is_refused(world: World, told: dict[str, Any], why: str | None) -> None:
+    waiting = world.meet(world.add())
+    wait_for(lambda: Mailbox(Run(world.url)).newest_attempt(1) == 1, "for the meeting")
+    answer = stranger(world, **told)
+    assert answer == {} if why is None else why in answer["refused"]
+    assert not waiting.done()
+
+
+def test_with_a_key_host_and_guest_prove_that_they_know_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_SPOT_JOURNAL_KEY", "k" * 32)
+    ordered = world.all_meet(world.add(), world.add())
+    assert [one.rank for one in ordered] == [0, 1]
+    invitation = Mailbox(Run(world.url)).meeting(1, 0)
+    assert invitation is not None
+    with pytest.raises(Unreached):  # the host's proof is not what this guest expects
+        visit(invitation, Member("x", "x", 1), b"another key", 5.0)
+    assert "does not know" in stranger(world, attempt=0, has_key=True, proof="guessed")["refused"]
+
+
+def test_strangers_delay_nobody(world: World) -> None:
+    """Silent ones, one that never ends its line, and one that greets and never proves anything."""
+    host = world.meet(world.add())
+    wait_for(lambda: Mailbox(Run(world.url)).newest_attempt(1) == 1, "for the meeting")
+    invitation = Mailbox(Run(world.url)).meeting(1, 1)
+    assert invitation is not None
+    strangers = [socket.create_connection(("127.0.0.1", invitation["port"])) for _ in range(150)]
+    try:
+        for one in strangers[-20:]:
+            with contextlib.suppress(OSError):
+                one.sendall(b"{")
+        strangers[0].close()
+        began = time.monotonic()
+        guests = [world.meet(world.add()) for _ in range(2)]
+        for one in [host, *guests]:
+            one.result(PATIENCE_S)
+        assert time.monotonic() - began < PATIENCE_S / 4
+    finally:
+        for one in strangers:
+            one.close()
+
+
+def test_a_machine_that_was_fenced_looks_for_the_others(world: World) -> None:
+    """Frozen while the others went on: it claims nothing, and waits as a spare."""
+    first = world.all_meet(*(world.add() for _ in range(2)))
+    Run(world.url).claim({"by": "somebody who has claimed the run meanwhile"})
+    first[1].elastic.close("killed")
+    first[0].lost()
+    again = world.meet(first[0])
+    came = world.meet(world.add())
+    for one in (again, came):
+        one.result(PATIENCE_S)
+    assert [claim.get("machines") for claim in world.claims()] == [2, None, 2]
+
+
+def test_a_spare_is_taken_in_when_that_is_worth_it(world: World, tmp_path: Path) -> None:
+    first = world.all_meet(*(world.add(most=4) for _ in range(2)))
+    spares = [world.meet(world.add(most=4)) for _ in range(2)]
+    runtime = Runtime(world.url, 1, tmp_path, SpotArguments())
+    steps = StepCounter(runtime.step_path)
+    host = first[0].elastic
+
+    def look(step: int) -> str | None:
+        steps.tell(step)
+        time.sleep(1.1)
+        return host.look(runtime)
+
+    runtime.tell_plan(Plan(5, 8))
+    assert look(1) is None  # how long a step takes is not known
+    time.sleep(1.0)  # what a change costs is measured: from the meeting to the first step
+    assert look(3) is None  # two more steps are not worth one
+    runtime.tell_plan(Plan(10**6, 8))
+    host.forget_plan()
+    assert look(4) == "from 2 to 4 machines"
+    assert first[1].elastic.look(runtime) is None  # the host decides
+    ordered = world.all_meet(*first)
+    for one in spares:
+        one.result(PATIENCE_S)
+    assert world.claims()[-1]["machines"] == 4
+    assert [one.name for one in ordered] == [one.name for one in first]
+
+
+def stranger(world: World, attempt: int = 1, proof: str | None = None, **more: Any) -> dict[str, Any]:
+    """The last answer to somebody who knows the invitation; empty if there is none."""
+    invitation = Mailbox(Run(world.url)).meeting(1, attempt)
+    assert invitation is not None
+    hello = {
+        "nonce": invitation["nonce"],
+        "challenge": "c",
+        "member": {"id": "x", "name": "x", "ranks": 1, "about": {}},
+        "has_key": False,
+        "version": hf_spot.__version__,
+        **more,
+    }
+    with socket.create_connection(("127.0.0.1", invitation["port"]), PATIENCE_S) as connection:
+        lines = connection.makefile()
+        connection.sendall(json.dumps(hello).encode() + b"\n")
+        if proof is not None:
+            lines.readline()
+            connection.sendall(json.dumps({"proof": proof}).encode() + b"\n")
+        told: dict[str, Any] = json.loads(lines.readline() or "{}")
+        return told
