@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError, RolledBack, SpotError, StoreError, TrainingInterrupted, TrainingPreempted
+from hf_spot.errors import RolledBack, SpotError, StoreError, TrainingInterrupted, TrainingPreempted
 from hf_spot.log import alert, warn_for_all
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import KeyboardSource
@@ -80,7 +80,7 @@ class TrainerSession:
         now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        _check(trainer)
+        refuse_what_can_not_be_resumed(trainer)
         if arguments.exact_on_any_gpus:
             refuse_what_is_not_exact(trainer)
         self._session = session = RunSession("SpotCallback", url, arguments, runtime, now=now, clock=clock)
@@ -565,19 +565,3 @@ class TrainerSession:
     @staticmethod
     def _must_stop(merged: Ballot | None) -> bool:
         return merged is not None and merged.terminate
-
-
-def _check(trainer: Trainer) -> None:
-    refuse_what_can_not_be_resumed(trainer)
-    args = trainer.args
-    if args.save_only_model:
-        raise ConfigError(
-            "TrainingArguments(save_only_model=True) leaves nothing to resume from", hint="set save_only_model=False"
-        )
-    if getattr(args, "enable_jit_checkpoint", False):
-        raise ConfigError(
-            "TrainingArguments(enable_jit_checkpoint=True) and SpotCallback would both handle SIGTERM",
-            hint="set enable_jit_checkpoint=False",
-        )
-    if args.ignore_data_skip:
-        warn_for_all("ignore_data_skip=True: a resumed run trains on other data than an uninterrupted one; set it to False")
