@@ -41,6 +41,7 @@ from hf_spot.training.trainer.batch_size import batches, keep_full_samples, keep
 from hf_spot.training.trainer.commits import Commits
 from hf_spot.training.trainer.description import describe
 from hf_spot.training.trainer.engines import refuse_what_can_not_be_resumed
+from hf_spot.training.trainer.exact_steps import COUNT, ExactSteps, exact_steps, refuse_what_is_not_exact, tell_no_longer_exact
 from hf_spot.training.trainer.passed_over import why_impossible
 from hf_spot.training.trainer.random_states import RandomStates
 from hf_spot.training.trainer.restore import MachineGoing, Resumption
@@ -80,6 +81,8 @@ class TrainerSession:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         refuse_what_can_not_be_resumed(trainer)
+        if arguments.exact_on_any_gpus:
+            refuse_what_is_not_exact(trainer)
         self._session = session = RunSession("SpotCallback", url, arguments, runtime, now=now, clock=clock)
         self.trainer = trainer
         self._url = url
@@ -91,6 +94,7 @@ class TrainerSession:
             output_dir,
             setting="TrainingArguments(output_dir=…)",
         )
+        self.exact: ExactSteps | None = None
         self._restored: Checkpoint | None = None
         self._nothing_left = False
         self._passed_over: list[Span] = []
@@ -108,7 +112,9 @@ class TrainerSession:
             scratch, held = held_folder()
             session.closing.callback(os.close, held)
         session.closing.callback(shutil.rmtree, scratch, ignore_errors=True)
-        self.random_states = RandomStates(trainer, scratch / f"random-states-{trainer.args.process_index}")
+        self.random_states = RandomStates(
+            trainer, scratch / f"random-states-{trainer.args.process_index}", shared=arguments.exact_on_any_gpus
+        )
         session.closing.callback(self.random_states.close)
         self.commits = Commits(trainer, session, now=now, clock=clock)
 
@@ -188,8 +194,14 @@ class TrainerSession:
             self._nothing_left = self.known.compare(found[0])
         if not self._nothing_left:
             self._session.claim()  # a finished run should be trained again
-            self.known.record()
-        if not self._nothing_left and self._session.runtime is not None:
+            if self._session.arguments.exact_on_any_gpus:
+                full_ranks = 0 if self._session.runtime is None else self._session.runtime.full_ranks
+                self.exact = exact_steps(self.trainer, self._restored, self.known.known_description, full_ranks)
+                self._session.closing.callback(self.exact.close)
+            elif self._restored is not None:
+                tell_no_longer_exact(self._restored)
+            self.known.record({} if self.exact is None else {COUNT: self.exact.count})
+        if not self._nothing_left and self.exact is None and self._session.runtime is not None:
             keep_full_samples(self.trainer, self._session.runtime.full_ranks)
         if self._restored is not None:
             if self.trainer.args.load_best_model_at_end:
@@ -197,7 +209,7 @@ class TrainerSession:
             self._session.timing.restored(self._session.clock() - began)
             self._session.phases.tell(Phase.STARTING, self._restored.step)
             log.info("resuming from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
-            if not self._nothing_left:
+            if not self._nothing_left and self.exact is None:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
         if not self._nothing_left:
             self._passed_over = self._session.agreement.from_main(self._find_passed_over)
