@@ -417,9 +417,9 @@ class TrainerSession:
         return decision
 
     def tell_plan(self, max_steps: int) -> None:
-        """Tell the launcher how long the training is, and what a step is made of."""
+        """Tell a launcher of machines that come and go how long the training is, and what a step is made of."""
         session = self._session
-        if session.runtime is not None and session.agreement.is_main:
+        if session.runtime is not None and session.runtime.full_ranks and session.agreement.is_main:
             session.runtime.tell_plan(Plan(max_steps, batches(self.trainer).total))
 
     def step_ended(self, step: int) -> Decision | None:
