@@ -358,7 +358,8 @@ class TrainerSession:
         kind = TrainingInterrupted if self._is_interrupt else TrainingPreempted
         runtime = self._session.runtime
         others_go_on = runtime is not None and runtime.full_ranks > 0 and not self._is_interrupt
-        next_is = "The machines that are left train on from there." if others_go_on else how_to_resume()
+        left = "Machines that are left train on from there; the same command lets this one take part again."
+        next_is = left if others_go_on else how_to_resume()
         return kind(f"{what}\n{next_is}", step=step)
 
     def proven(self, verified: list[str] | None) -> None:
