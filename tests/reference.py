@@ -1,7 +1,8 @@
 """The reference pages, made of what the code says of itself: ``python -m tests.reference`` writes them.
 
 ``api.md`` comes from the docstrings of the public names, read without importing them; ``cli.md`` from the parsers of the
-command line; ``upstream.md`` from the table of names of other libraries. `tests/test_docs.py` fails when a page is not what the
+command line; ``upstream.md`` from the table of names of other libraries. ``trackers.md`` has a table of the
+trackers. `tests/test_docs.py` fails when a page is not what the
 code says.
 """
 
@@ -22,6 +23,7 @@ import griffe
 
 from hf_spot import cli
 from hf_spot.arguments import SpotArguments
+from hf_spot.policy import trackers
 from hf_spot.training.upstream.name import Name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -321,7 +323,21 @@ def _rows(names: Iterable[Name]) -> Iterator[str]:
 
 PAGES: dict[str, Callable[[], str]] = {"api.md": api, "cli.md": command_line, "upstream.md": names_of_others}
 
+# -- tables in pages that are written by hand -------------------------------------------------------------------------
+
+TABLES: dict[str, Callable[[], str]] = {"trackers.md": trackers.table}
+_FILLED = re.compile(r"(<!-- table: .*? -->\n).*?(<!-- end of the table -->)", re.DOTALL)
+
+
+def filled(page: str) -> str:
+    """Return a page with the table that the code makes."""
+    text, count = _FILLED.subn(lambda found: f"{found[1]}\n{TABLES[page]()}\n\n{found[2]}", (DOCS / page).read_text())
+    assert count == 1, f"{page} has {count} places for a table"
+    return text
+
 
 if __name__ == "__main__":
     for page, made in PAGES.items():
         (DOCS / page).write_text(made())
+    for page in TABLES:
+        (DOCS / page).write_text(filled(page))

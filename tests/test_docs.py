@@ -214,5 +214,10 @@ def test_the_reference_says_what_the_code_says(page: str) -> None:
     assert (DOCS / page).read_text() == reference.PAGES[page](), "python -m tests.reference writes it anew"
 
 
+@pytest.mark.parametrize("page", reference.TABLES)
+def test_a_table_says_what_the_code_says(page: str) -> None:
+    assert (DOCS / page).read_text() == reference.filled(page), "python -m tests.reference writes it anew"
+
+
 def test_what_docstrings_refer_to_is_there() -> None:
     assert list(reference.dangling()) == []

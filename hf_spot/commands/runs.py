@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 import sys
 from datetime import timezone
 from pathlib import Path
@@ -24,7 +25,7 @@ from hf_spot.commands.common import (
     takes_unfenced,
 )
 from hf_spot.commands.whole_runs import FOLLOW_INTERVAL_S, follow_run
-from hf_spot.errors import ConfigError, CorruptCheckpoint
+from hf_spot.errors import ConfigError
 from hf_spot.terminal import Style, paint
 
 if TYPE_CHECKING:
@@ -252,7 +253,7 @@ def _report(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"run": args.run, **report.to_dict()})
     else:
-        print(render_report(report, args.run))
+        print(render_report(report, args.run, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
         if not run.journal.state.number:
             words, hint = what_is_there(args.run)
             print(f"{words}\n  Try: {hint}")
@@ -262,17 +263,11 @@ def _report(args: argparse.Namespace) -> int:
 def _draw(args: argparse.Namespace, run: Run, report: Report) -> None:
     from hf_spot.economics.page import write_page
     from hf_spot.economics.plots import plot_timeline, timeline_svg
-    from hf_spot.economics.timeline import losses_in, make_timeline
+    from hf_spot.economics.shown import timeline_of
 
     if not report.launches:
         raise ConfigError(f"{args.run} has not been launched yet, so there is nothing to draw", hint="hf-spot launch")
-    newest, losses = run.latest(), {}
-    if newest is not None:
-        try:
-            losses = losses_in(run.read(newest, "trainer_state.json"))
-        except CorruptCheckpoint as error:
-            print(f"hf-spot: the loss is not drawn: {error}", file=sys.stderr)
-    timeline = make_timeline(report, losses, newest.ref.training if newest else 1)
+    timeline = timeline_of(run, report, lambda line: print(f"hf-spot: {line}", file=sys.stderr))
     if args.plot:
         plot_timeline(args.plot, timeline, args.run)
     if args.html:

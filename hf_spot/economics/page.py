@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 from pathlib import Path
 
 from hf_spot.economics.report import Report
-from hf_spot.economics.table import launch_rows, machine_rows, money_lines, redone_lines, time_rows, tracker_lines
+from hf_spot.economics.table import WORDS_MEAN, launch_rows, machine_rows, money_lines, redone_lines, time_rows, tracker_lines
 from hf_spot.errors import ConfigError
 
+_NUMBER = re.compile(r"[-+$~<>?]*[\d,.]*( ?(%|s|min|h|d|MB|→\d+))?$")  # with its unit, a span of steps, or an empty cell
+_MOST_ROWS, _FEW_ROWS = 30, 12
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+:root { color-scheme: light dark }
 body { color: #222; background: #fff }
 h1 { font-size: 1.3rem; overflow-wrap: anywhere } h2 { font-size: 1.05rem; margin-top: 2rem }
 svg { width: 100%; height: auto }
 div { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; white-space: nowrap }
+th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #8885; white-space: nowrap }
 td:last-child { white-space: normal }
+details { margin: .5rem 0 } summary { cursor: pointer }
+p, li { overflow-wrap: anywhere }
+@media (prefers-color-scheme: dark) { body { color: #ddd; background: #161616 } }
 """
 # As a safeguard, browsers then refuse to load anything from this file.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -47,11 +54,12 @@ def page(report: Report, url: str, picture: str | None) -> str:
     if picture is not None:
         parts += [f'<figure role="img" aria-label="timeline of the run">{picture}</figure>']
         parts += ["<h2>Where the time went</h2>", table([["", "time", "share", ""], *time_rows(report)])]
-        parts += ["<h2>Launches</h2>", table(launch_rows(report))]
+        parts += ["<h2>Launches</h2>", collapsed(launch_rows(report), "launches")]
         parts += [f"<p>{escape(line)}</p>" for line in (*redone_lines(report), *tracker_lines(report))]
         machines = machine_rows(report)
-        parts += ["<h2>Machines and prices</h2>", table(machines)] if len(machines) > 1 else []
+        parts += ["<h2>Machines and prices</h2>", collapsed(machines, "machines")] if len(machines) > 1 else []
         parts += ["<h2>Cost</h2>", *(f"<p>{escape(line)}</p>" for line in money_lines(report))]
+        parts += ["<h2>Words</h2>", *(f"<p>{escape(line)}</p>" for line in WORDS_MEAN)]
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -67,6 +75,20 @@ def page(report: Report, url: str, picture: str | None) -> str:
     )
 
 
+def collapsed(rows: list[list[str]], what: str) -> str:
+    """Return a table of the newest rows, and all of them below, to be unfolded, if there are more.
+
+    Args:
+        rows: the first one is the header.
+        what: the rows, in the plural.
+    """
+    head, *body = rows
+    if len(body) <= _MOST_ROWS:
+        return table(rows)
+    newest = table([head, *body[-_FEW_ROWS:]])
+    return f"{newest}<details><summary>all {len(body)} {escape(what)}</summary>{table(rows)}</details>"
+
+
 def summary(report: Report) -> str:
     """Return the state of the run in one sentence."""
     if not report.launches:
@@ -79,6 +101,10 @@ def summary(report: Report) -> str:
 def table(rows: list[list[str]]) -> str:
     """Return plain text cells as an HTML table; the first row is the header."""
     head, *body = rows
-    cells = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
-    titles = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    right = [all(_NUMBER.match(row[at]) for row in body) and any(row[at] for row in body) for at in range(len(head))]
+    marks = [f' style="text-align: {"right" if one else "left"}"' for one in right]  # notebooks align all to the right
+    cells = [
+        f"<tr>{''.join(f'<td{mark}>{escape(cell)}</td>' for cell, mark in zip(row, marks, strict=True))}</tr>" for row in body
+    ]
+    titles = "".join(f'<th scope="col"{mark}>{escape(cell)}</th>' for cell, mark in zip(head, marks, strict=True))
     return f"<div><table><thead><tr>{titles}</tr></thead><tbody>{''.join(cells)}</tbody></table></div>"

@@ -98,7 +98,9 @@ class Launch:
             machine in between.
         hostname: name of the machine, if recorded.
         machine: the machine and its price, as recorded in the claim (see `hf_spot.run.machine_info`).
-        machines: number of machines that train together; the price of the first is used for all.
+        machines: number of machines that train together.
+        others: those besides the first, as the claim records them (``name``, ``machine``); empty if it does not, and then the
+            price of the first is used for all.
         resumed_step: the step from which it resumed.
         committed_step: the newest committed step of this and previous launches.
         reached_step: the last step that is known to be done.
@@ -124,6 +126,7 @@ class Launch:
     hostname: str | None
     machine: dict[str, Any]
     machines: int
+    others: list[dict[str, Any]]
     resumed_step: int
     committed_step: int
     last_heard: datetime
@@ -151,8 +154,7 @@ class Launch:
     @property
     def price_usd_per_hour(self) -> float | None:
         """Return the price of one of its machines in dollars per hour."""
-        price = dollars(self.machine, "price")
-        return dollars(self.machine, "on_demand") if price is None and self.machine.get("market") == "on-demand" else price
+        return price_of(self.machine)
 
     @property
     def on_demand_usd_per_hour(self) -> float | None:
@@ -309,6 +311,7 @@ def _claimed(entry: Entry, now: datetime, step: int, before: Launch | None) -> L
         hostname=data.get("hostname"),
         machine=machine,
         machines=machines if isinstance(machines, int) and machines > 0 else 1,
+        others=_others(data.get("roster")),
         resumed_step=step,
         committed_step=step,
         reached_step=step,
@@ -410,7 +413,12 @@ def _split(launch: Launch, highest: dict[int, int]) -> None:
     """
     launch.wall_s = (launch.last_heard - launch.began).total_seconds()
     price = launch.price_usd_per_hour
-    launch.cost_usd = None if price is None else launch.wall_s / 3600 * price * launch.machines
+    prices = [price, *(price_of(one["machine"]) for one in launch.others)]
+    known = [one for one in prices if one is not None]
+    if len(known) < len(prices):
+        launch.cost_usd = None
+    else:
+        launch.cost_usd = launch.wall_s / 3600 * (sum(known) if launch.others else known[0] * launch.machines)
     measured = list(newest_timings(launch).items())
     launch.measured = bool(measured)
     launch.reached_step = max((mark.step for mark in launch.marks if mark.training == launch.training), default=0)
@@ -480,6 +488,22 @@ def dollars(machine: dict[str, Any], which: str) -> float | None:
     if not isinstance(usd, (int, float)) or isinstance(usd, bool) or not 0 <= usd < math.inf:
         return None
     return float(usd)
+
+
+def price_of(machine: dict[str, Any]) -> float | None:
+    """Return the price of a machine in dollars per hour, as a claim records it; None if unknown."""
+    price = dollars(machine, "price")
+    return dollars(machine, "on_demand") if price is None and machine.get("market") == "on-demand" else price
+
+
+def _others(roster: Any) -> list[dict[str, Any]]:
+    """Return the machines of a claim's roster besides the first; empty if it has none, or one that can't be read."""
+    if not isinstance(roster, list) or not all(isinstance(one, dict) for one in roster):
+        return []
+    return [
+        {"name": str(one.get("name") or "a machine"), "machine": one["machine"] if isinstance(one.get("machine"), dict) else {}}
+        for one in roster[1:]
+    ]
 
 
 def _may_be_free(launch: Launch) -> bool:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import base64
+import logging
+from collections.abc import Callable
 from html import escape
 
 from hf_spot.economics.page import summary, table
 from hf_spot.economics.plots import timeline_svg
 from hf_spot.economics.report import Report, summarise
 from hf_spot.economics.table import launch_rows, money_lines, redone_lines, render_report, time_rows, tracker_lines
-from hf_spot.economics.timeline import losses_in, make_timeline
-from hf_spot.errors import SpotError
+from hf_spot.economics.timeline import Timeline, losses_in, make_timeline
+from hf_spot.errors import CorruptCheckpoint, SpotError
 from hf_spot.run.journal import CheckpointRef, Entry
 from hf_spot.run.run import Run
 
+log = logging.getLogger("hf_spot")
+
 _ROWS = 20  # shown of a table, the newest ones
+_MOST_TRAININGS = 6  # with their losses, the newest ones: each costs a request
 
 
 def html_of(run: Run) -> str:
@@ -39,15 +44,40 @@ def text_of(run: Run) -> str:
 def _picture(run: Run, report: Report) -> list[str]:
     if not report.launches:
         return []
-    newest = run.journal.state.latest()
     try:
-        losses = losses_in(run.read(run.checkpoint(newest), "trainer_state.json")) if newest else {}
-        svg = timeline_svg(make_timeline(report, losses, newest.training if newest else 1), "")
+        svg = timeline_svg(timeline_of(run, report), "")
     except SpotError as error:  # show the tables also without matplotlib
         return [f"<em>{escape(str(error))}</em>"]
     # A separate image: otherwise the ids of two timelines in one page would collide.
     data = base64.b64encode(svg.encode()).decode()
-    return [f'<img alt="timeline of the run" style="background: white" src="data:image/svg+xml;base64,{data}">']
+    style = "background: white; max-width: 100%"  # the theme of a notebook is not that of the browser
+    return [f'<img alt="timeline of the run" style="{style}" src="data:image/svg+xml;base64,{data}">']
+
+
+def timeline_of(run: Run, report: Report, on_damage: Callable[[str], None] = log.warning) -> Timeline:
+    """Return the timeline of a run, with the losses of each of its trainings, as its newest checkpoint has them.
+
+    Args:
+        run: the run.
+        report: its report.
+        on_damage: called with a line for each training whose checkpoint can't be read.
+
+    Raises:
+        SpotError: the store could not be read.
+    """
+    state = run.journal.state
+    numbers = sorted({ref.training for ref in state.checkpoints}, reverse=True)[:_MOST_TRAININGS]
+    losses = {}
+    for number in numbers:
+        newest = state.latest(number)
+        if newest is not None:
+            try:
+                losses[number] = losses_in(run.read(run.checkpoint(newest), "trainer_state.json"))
+            except CorruptCheckpoint as error:
+                on_damage(f"the loss is not drawn: {error}")
+    newest_training = state.latest()
+    number = newest_training.training if newest_training else 1
+    return make_timeline(report, losses.pop(number, {}), number, losses)
 
 
 def _tables(report: Report, entries: list[Entry]) -> list[str]:

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from hf_spot.economics.plan import Plan
-from hf_spot.economics.report import FREE_FIRST_HOUR, PART_MEANS, Report, dollars
+from hf_spot.economics.report import FREE_FIRST_HOUR, PART_MEANS, Launch, Report, dollars, price_of
 from hf_spot.economics.simulate import Result
 from hf_spot.policy.redone import VALUES, in_words
 from hf_spot.policy.trackers import TRACKERS
 
+# One explanation of each word, wherever reports and simulations use them.
+WORDS_MEAN = (
+    "goodput: the share of the whole time, waiting included, in which steps were done for the first time.",
+    "lost, redone: steps done and not committed when a launch ended; the next launch does them again.",
+)
+SIMULATION_WORDS_MEAN = ("late: the share of the simulated runs that end after their deadline.",)
+_LEAST_NEEDED = ("notice→commit", "waited", "commits", "redone", "lasted")  # columns, the first one first
+_LEAST_NEEDED_OF_MACHINES = ("prices from", "on demand $/h", "zone")
+_NEWEST = 40  # launches in a terminal
 
-def render_report(report: Report, url: str) -> str:
-    """Format the report of a run."""
+
+def render_report(report: Report, url: str, width: int | None = None) -> str:
+    """Format the report of a run.
+
+    Args:
+        report: the report.
+        url: URL of the run.
+        width: columns of the terminal: what does not fit is left out, and said; None leaves nothing out.
+    """
     if not report.launches:
         return f"{url}: this run has not been launched yet"
     lines = [f"{url}: {'finished' if report.finished else 'not finished'}, step {report.committed_step} committed"]
-    lines += columns(launch_rows(report))
+    lines += columns(launch_rows(report)) if width is None else _fitted(launch_rows(report), width, _LEAST_NEEDED)
     unknown = sum(launch.steps_lost is None and launch is not report.launches[-1] for launch in report.launches)
     lines.append(
         f"{report.interruptions} interruptions, {report.steps_lost} steps lost"
@@ -30,9 +48,39 @@ def render_report(report: Report, url: str) -> str:
     lines += redone_lines(report)
     lines += tracker_lines(report)
     machines = machine_rows(report)
-    lines += ["", *columns(machines)] if len(machines) > 1 else []
-    lines += ["", *columns(time_rows(report), left=(0, 3)), "", *money_lines(report)]
-    return "\n".join(lines)
+    if len(machines) > 1:
+        lines += ["", *(columns(machines) if width is None else _fitted(machines, width, _LEAST_NEEDED_OF_MACHINES))]
+    lines += ["", *columns(time_rows(report), left=(0, 3)), "", *money_lines(report), "", *WORDS_MEAN]
+    return "\n".join(lines if width is None else [part for line in lines for part in _wrapped(line, width)])
+
+
+def _fitted(rows: list[list[str]], width: int, least_needed: Sequence[str]) -> list[str]:
+    """Return the rows as lines that fit: the newest ones, and without the columns that are needed least."""
+    head, *body = rows
+    older, shown = len(body) - _NEWEST, [head, *body[-_NEWEST:]]
+    omitted = []
+    for name in least_needed:
+        if max(map(len, columns(shown))) <= width:
+            break
+        at = shown[0].index(name)
+        shown = [row[:at] + row[at + 1 :] for row in shown]
+        omitted.append(name)
+    lines = columns(shown)
+    told = [f"{older} older rows" if older > 0 else "", f"columns {', '.join(omitted)}" if omitted else ""]
+    if any(told):
+        lines.append(f"(without {' and '.join(filter(None, told))}: --html FILE, or --json)")
+    return lines
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """Return a line of text as lines that fit; a line of a table, which has wide gaps, continues below its last column."""
+    if len(line) <= width:
+        return [line]
+    gap = line.rfind("  ", 0, width)
+    indent = gap + 2 if gap > 0 and gap + 2 <= width // 2 else 2
+    return textwrap.wrap(
+        line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
 
 
 def render_simulation(plan: Plan, results: Sequence[Result], capacity: str) -> str:
@@ -87,8 +135,12 @@ def render_simulation(plan: Plan, results: Sequence[Result], capacity: str) -> s
         for one in results
         for rung in one.row.ladder
     )
-    lines += ["Prices: " + "; ".join(sources) + ".", *plan.notes]
+    lines += ["Prices: " + "; ".join(sources) + ".", *plan.notes, *_words_of(rows[0])]
     return "\n".join(lines)
+
+
+def _words_of(titles: Sequence[str]) -> list[str]:
+    return [line for line in SIMULATION_WORDS_MEAN if line.partition(":")[0] in " ".join(titles).split()]
 
 
 def columns(rows: list[list[str]], left: tuple[int, ...] = ()) -> list[str]:
@@ -155,30 +207,40 @@ def machine_rows(report: Report) -> list[list[str]]:
     """Return one row per launch whose machine is known beyond its name, below a header."""
     rows = [["launch", "machine", "type", "zone", "market", "$/h", "on demand $/h", "cost", "prices from"]]
     for launch in report.launches:
-        machine = launch.machine
-        if not any(value for key, value in machine.items() if key != "cloud"):
-            continue
-        prices = ((name, machine.get(f"{name}_source"), machine.get(f"{name}_time")) for name in ("price", "on_demand"))
-        sources = [
-            f"{source or 'no source'} ({str(time or 'no date')[:10]})"
-            for name, source, time in prices
-            if dollars(machine, name)
-        ]
-        count = "" if launch.machines == 1 else f"{launch.machines} x "
-        rows.append(
-            [
-                str(launch.number),
-                count + launch.name,
-                str(machine.get("instance_type") or "?"),
-                str(machine.get("zone") or machine.get("region") or "?"),
-                str(machine.get("market") or "?"),
-                _usd(launch.price_usd_per_hour, 4),
-                _usd(launch.on_demand_usd_per_hour, 4),
-                _usd(launch.cost_usd, 2),
-                "; ".join(dict.fromkeys(sources)),
-            ]
-        )
+        count = "" if launch.machines == 1 or launch.others else f"{launch.machines} x "
+        cost = launch.cost_usd
+        if launch.others:  # each machine at its own price
+            price = launch.price_usd_per_hour
+            cost = None if price is None else launch.wall_s / 3600 * price
+        rows += _machine_row(launch, count + launch.name, launch.machine, cost)
+        for one in launch.others:
+            price = price_of(one["machine"])
+            cost = None if price is None else launch.wall_s / 3600 * price
+            rows += _machine_row(launch, str(one["machine"].get("instance_id") or one["name"]), one["machine"], cost)
     return rows
+
+
+def _machine_row(launch: Launch, name: str, machine: dict[str, Any], cost_usd: float | None) -> list[list[str]]:
+    """Return a row, or none for a machine of which only the name is known and that trained alone."""
+    if not launch.others and not any(value for key, value in machine.items() if key != "cloud"):
+        return []
+    prices = ((name, machine.get(f"{name}_source"), machine.get(f"{name}_time")) for name in ("price", "on_demand"))
+    sources = [
+        f"{source or 'no source'} ({str(time or 'no date')[:10]})" for name, source, time in prices if dollars(machine, name)
+    ]
+    return [
+        [
+            str(launch.number),
+            name,
+            str(machine.get("instance_type") or "?"),
+            str(machine.get("zone") or machine.get("region") or "?"),
+            str(machine.get("market") or "?"),
+            _usd(price_of(machine), 4),
+            _usd(dollars(machine, "on_demand"), 4),
+            _usd(cost_usd, 2),
+            "; ".join(dict.fromkeys(sources)),
+        ]
+    ]
 
 
 def time_rows(report: Report) -> list[list[str]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 
 from hf_spot.economics.report import Launch, Report, Timing, newest_timings
 
@@ -42,6 +43,8 @@ class Timeline:
         bars: intervals that cover the time from the first claim to the last entry.
         losses: for each launch, seconds since the first claim and the loss, of its steps that count.
         interruptions: seconds since the first claim, and a word or two.
+        trainings: for each of ``losses``, the number of its training.
+        lost: steps that were done and not committed: seconds since the first claim at their beginning and end, and how many.
     """
 
     began: datetime
@@ -49,6 +52,8 @@ class Timeline:
     bars: tuple[Bar, ...]
     losses: tuple[tuple[tuple[float, float], ...], ...]
     interruptions: tuple[tuple[float, str], ...]
+    trainings: tuple[int, ...] = ()
+    lost: tuple[tuple[float, float, int], ...] = ()
 
 
 def losses_in(trainer_state: bytes) -> dict[int, float]:
@@ -61,7 +66,9 @@ def losses_in(trainer_state: bytes) -> dict[int, float]:
     return {step: float(loss) for step, loss in found if isinstance(step, int) and isinstance(loss, (int, float))}
 
 
-def make_timeline(report: Report, losses: dict[int, float], training: int = 1) -> Timeline:
+def make_timeline(
+    report: Report, losses: dict[int, float], training: int = 1, others: Mapping[int, dict[int, float]] | None = None
+) -> Timeline:
     """Return the timeline of a report with at least one launch.
 
     Steps and saves are in order; unmeasured time is at the end of its launch.
@@ -70,6 +77,7 @@ def make_timeline(report: Report, losses: dict[int, float], training: int = 1) -
         report: report of the run.
         losses: loss by step.
         training: number of the training that these steps belong to.
+        others: of other trainings, by their numbers.
     """
     launches = report.launches
     began = launches[0].began
@@ -89,8 +97,31 @@ def make_timeline(report: Report, losses: dict[int, float], training: int = 1) -
         if launch.ended in ("preempted", "failed") or (launch.ended == "no word" and launch is not launches[-1])
     ]
     lanes = [*dict.fromkeys(names), *([WAITING_LANE] if any(bar.part == "waiting" for bar in bars) else [])]
-    curves = _place([launch for launch in launches if launch.training == training], losses, began)
-    return Timeline(began, tuple(lanes), tuple(bars), tuple(curves), tuple(interruptions))
+    curves = [
+        (number, curve)
+        for number, of_it in sorted({**(others or {}), training: losses}.items())
+        for curve in _place([launch for launch in launches if launch.training == number], of_it, began)
+    ]
+    return Timeline(
+        began,
+        tuple(lanes),
+        tuple(bars),
+        tuple(curve for _, curve in curves),
+        tuple(interruptions),
+        tuple(number for number, _ in curves),
+        tuple(_lost(launches, began)),
+    )
+
+
+def _lost(launches: Sequence[Launch], began: datetime) -> Iterator[tuple[float, float, int]]:
+    """Yield when steps were done that a later launch did again, or would have."""
+    for launch, after in pairwise(launches):
+        steps = launch.steps_lost if launch.steps_lost is not None else after.steps_redone
+        knots = _knots(launch)
+        if steps and len(knots) > 1:
+            offset_s = (launch.began - began).total_seconds()
+            begin_s = max((at_s for step, at_s in knots if step <= launch.committed_step), default=knots[0][1])
+            yield offset_s + begin_s, offset_s + launch.wall_s, steps
 
 
 def _lane_names(launches: Sequence[Launch]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from hf_spot.errors import ConfigError, CorruptCheckpoint, NoCheckpoint
 from hf_spot.policy.retention import to_prune
-from hf_spot.policy.trackers import tracker_id
+from hf_spot.policy.trackers import script_run_id, tracker_id
 from hf_spot.run import transfer
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest, check_resumable, check_whole
 from hf_spot.run.dedup import Unchanged
@@ -287,6 +287,15 @@ class Run:
     def tracker_id(self, training: int) -> str:
         """Return the id that a training's runs in trackers have in all launches: one request."""
         return tracker_id(self.journal.read(1).id, training)
+
+    def script_run_id(self, name: str, number: int) -> str:
+        """Return the id that a tracker run which a script begins itself has in all launches: one request.
+
+        Args:
+            name: as for `hf_spot.policy.trackers.script_run_id`.
+            number: as for `hf_spot.policy.trackers.script_run_id`.
+        """
+        return script_run_id(self.journal.read(1).id, name, number)
 
     def record(self, kind: str, data: dict[str, Any]) -> Entry:
         """Append an entry that is not a commit, and return it. Raises Fenced, StoreUnavailable."""

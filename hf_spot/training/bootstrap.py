@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType, ModuleType, TracebackType
 from typing import Any
 
@@ -25,6 +25,7 @@ from hf_spot.errors import SpotError, StoreUnavailable
 from hf_spot.notices.signals import answered_signals, is_left_alone
 from hf_spot.runtime import Runtime, at_training
 from hf_spot.terminal import outlive_terminal
+from hf_spot.training.session.after_import import AfterImport
 
 _TRAINER = "transformers.trainer"
 _OPTIMIZERS = "torch.optim.optimizer"
@@ -75,39 +76,6 @@ class TrainerHook(importlib.abc.MetaPathFinder):
         return spec
 
 
-class AfterImport(importlib.abc.MetaPathFinder):
-    """Calls a function as soon as a module has been imported.
-
-    Args:
-        name: of the module.
-        act: called once.
-    """
-
-    def __init__(self, name: str, act: Callable[[], None]) -> None:
-        self._name = name
-        self._act = act
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """Return the spec that the standard finder finds, with a loader that also calls the function."""
-        if name != self._name:
-            return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
-            exec_module = loader.exec_module
-
-            def exec_and_act(module: ModuleType) -> None:
-                exec_module(module)
-                self._act()
-
-            loader.exec_module = exec_and_act
-        return spec
-
-
 def before_trainer(name: str, path: Sequence[str] | None, target: ModuleType | None) -> importlib.machinery.ModuleSpec | None:
     """Make the trainings of this process, which some program of the launch has started, preemptible.
 
@@ -135,6 +103,7 @@ def before_optimizers(
     name: str, path: Sequence[str] | None, target: ModuleType | None
 ) -> importlib.machinery.ModuleSpec | None:
     """Watch for a training without hf_spot, in this process. Returns the spec of ``torch.optim.optimizer``."""
+    _continue_script_runs(Runtime.from_environ(os.environ))
     return AfterImport(name, _watch_steps).find_spec(name, path, target)
 
 
@@ -147,8 +116,16 @@ def begin_after_torch() -> None:
     """Do what the functions ``before_…`` do for torch's modules, in a process that has imported them before."""
     if (runtime := Runtime.from_environ(os.environ)) is not None:
         runtime.meet()
+    _continue_script_runs(runtime)
     _watch_steps()
     _kill_ranks()
+
+
+def _continue_script_runs(runtime: Runtime | None) -> None:
+    from hf_spot.training.session.script_runs import watch_launch
+
+    if runtime is not None:
+        watch_launch(runtime.store)
 
 
 def _watch_steps() -> None:
@@ -182,6 +159,7 @@ def main(argv: Sequence[str]) -> None:
         outlive_terminal()
         leave_signals_to_the_launcher(runtime)
         runtime.meet()
+    _continue_script_runs(runtime)
     sys.meta_path[:0] = [TrainerHook(), AfterImport(_OPTIMIZERS, _watch_steps)]
     try:
         _run(argv)

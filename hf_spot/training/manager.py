@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_spot.arguments import SpotArguments
+from hf_spot.errors import ConfigError
 from hf_spot.storage.store import ObjectStore
 from hf_spot.training.loop.loop_manager import LoopManager
 from hf_spot.training.loop.loop_states import AcceleratorState, PlainState
@@ -49,6 +50,27 @@ class SpotCheckpointManager(LoopManager):
         ConfigError: a value can't be used.
     """
 
+    _registered: tuple[Any, ...] = ()
+
+    def register(self, *objects: Any) -> None:
+        """Save and load further objects, such as a ``GradScaler`` or an average of weights.
+
+        They have ``state_dict`` and ``load_state_dict``. Call it before `load_latest`, with the same objects in the same
+        order in each launch.
+
+        Raises:
+            ConfigError: an object lacks these methods, or the manager has begun.
+        """
+        for one in objects:
+            if not (callable(getattr(one, "state_dict", None)) and callable(getattr(one, "load_state_dict", None))):
+                raise ConfigError(
+                    f"a {type(one).__name__} can't be registered: it has no state_dict and load_state_dict",
+                    hint="manager.register(scaler, averaged_model)",
+                )
+        if self.has_begun:
+            raise ConfigError("register(…) comes too late", hint="call it before manager.load_latest(…)")
+        self._registered = (*self._registered, *objects)
+
     @staticmethod
     def for_accelerator(
         accelerator: Any,
@@ -83,7 +105,7 @@ class SpotCheckpointManager(LoopManager):
             CorruptCheckpoint: there are checkpoints, but none is intact.
             StoreError: the store could not be read.
         """
-        return self._load(PlainState(model, optimizer, scheduler), optimizer)
+        return self._load(PlainState(model, optimizer, scheduler, self._registered), optimizer)
 
     def save(
         self,
@@ -113,7 +135,7 @@ class SpotCheckpointManager(LoopManager):
             Fenced: a newer launch owns the run.
             TrainingPreempted: the loop continued after its save for an interruption.
         """
-        self._save(PlainState(model, optimizer, scheduler), step, epoch, loss, dataloader)
+        self._save(PlainState(model, optimizer, scheduler, self._registered), step, epoch, loss, dataloader)
 
 
 class AcceleratorCheckpointManager(LoopManager):

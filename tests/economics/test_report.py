@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hf_spot.economics.page import page
 from hf_spot.economics.report import _INNER, PARTS, Launch, Report, summarise
-from hf_spot.economics.table import duration, money_lines, render_report
+from hf_spot.economics.table import duration, machine_rows, money_lines, render_report
 from hf_spot.economics.timeline import WAITING_LANE, make_timeline
 from tests.economics.journals import Event, claim, commit, journal_of, timed, timing
 
@@ -100,6 +100,21 @@ def test_money_is_only_counted_where_a_price_is_known() -> None:
     assert "The price of 56.7 min of 83.3 min is unknown." in money_lines(report)[0]
     on_demand = summarise(timed([(0, claim("a", **{**unpriced, "market": "on-demand"})), (3600, ("failed", {"step": 1}))]))
     assert on_demand.cost_usd == 36.0
+
+
+def test_machines_that_come_and_go_are_named_and_each_is_paid_at_its_own_price() -> None:
+    kind, data = INTERRUPTED[0][1]
+    roster = [{"name": "a", "machine": data["machine"]}, {"name": "b", "machine": {"price_usd_per_hour": 2.0}}]
+    claimed = {**data, "machines": 2, "roster": roster}
+    report = summarise(timed([(0, (kind, claimed)), (3600, INTERRUPTED[1][1])]))
+    [launch] = report.launches
+    own = launch.price_usd_per_hour
+    assert own is not None
+    assert launch.cost_usd == own + 2.0
+    names = [row[1] for row in machine_rows(report)[1:]]
+    assert names == [launch.name, "b"]
+    for strange in ("x", [3], [{"name": "a"}, None], {}):
+        assert summarise(timed([(0, (kind, {**claimed, "roster": strange}))])).launches[0].machines == 2
 
 
 def test_machines_that_train_together_are_all_paid() -> None:
@@ -363,3 +378,37 @@ def test_redone_steps_of_another_training_of_the_launch_are_not_those_of_its_las
 def test_an_entry_about_redone_steps_that_nobody_understands_is_ignored() -> None:
     report = summarise(journal_of(claim(), commit(5), claim(), ("redone", {"stage": 1, "steps": "ten"}), commit(10)))
     assert report.launches[1].redone == {}
+
+
+def test_a_report_fits_a_terminal_and_says_what_it_leaves_out() -> None:
+    report = summarise(timed([event for _ in range(1) for event in INTERRUPTED]))
+    whole = render_report(report, "s3://bucket/run")
+    narrow = render_report(report, "s3://bucket/run", 80)
+    assert max(map(len, narrow.splitlines())) <= 80 < max(map(len, whole.splitlines()))
+    assert "(without columns notice→commit" in narrow and "--html FILE, or --json" in narrow
+    assert render_report(report, "s3://bucket/run", 400).startswith(whole[:200])
+    many = [((index * 1000), event) for index in range(60) for event in [claim("a")]]
+    text = render_report(summarise(timed(many)), "s3://bucket/run", 80)
+    assert "without 20 older rows" in text and len(text.splitlines()) < 110
+
+
+def test_words_of_a_report_are_explained_once() -> None:
+    text = render_report(summarise(timed(INTERRUPTED)), "url")
+    assert text.count("goodput:") == 1 and "lost, redone:" in text
+    assert "goodput:" in page(summarise(timed(INTERRUPTED)), "url", "<svg/>")
+
+
+def test_numbers_of_a_page_are_aligned_right_and_many_launches_are_folded() -> None:
+    many = summarise(timed([(index * 1000, claim("a")) for index in range(60)]))
+    text = page(many, "url", "<svg/>")
+    assert "<summary>all 60 launches</summary>" in text
+    assert '<th scope="col" style="text-align: right">launch</th>' in text
+    assert '<th scope="col" style="text-align: left">ended</th>' in text
+
+
+def test_a_timeline_has_the_losses_of_all_trainings_and_what_was_lost() -> None:
+    report = summarise(timed(INTERRUPTED))
+    timeline = make_timeline(report, {100: 3.0, 250: 2.0, 900: 1.0}, 1, {2: {5: 1.0}})
+    assert timeline.trainings == (1,) * len(timeline.losses)  # no launch of training 2
+    ((begin_s, end_s, steps),) = timeline.lost
+    assert (begin_s, end_s, steps) == (1100, 1600, 100)

@@ -37,14 +37,17 @@ def main() -> int:
         print(why)
         return 1
     with _folder(options.keep) as folder:
-        epochs = 2 + 6 * options.events // 10
-        script = ["--epochs", str(epochs), "--step_s", "0.2", "--width", str(options.width)]
+        epochs = 2 + 6 * options.events  # of ten steps
+        slow = folder / "slow"
+        slow.touch()
+        script = ["--epochs", str(epochs), "--step_s", "1", "--slow", str(slow), "--width", str(options.width)]
         twin = undisturbed(folder, _ENV, "--epochs", str(epochs), "--width", str(options.width))
         if options.before:
             print(f"fixed machines, by hand: {_before(folder, options.width):.1f} s from kill -9 to the next step", flush=True)
         with Hosts(3, folder) as hosts:
             cluster = Cluster(hosts, str(folder / "run"), _environ(), ["--num_machines", "1:3"], script=script)
             took = _disturb(cluster, random.Random(options.seed), options.events)
+            slow.unlink()
             codes = cluster.wait()
             assert set(codes.values()) == {0}, f"{codes}\n{cluster.text()}"
             difference, again = compare(cluster, twin)

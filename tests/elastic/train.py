@@ -40,12 +40,13 @@ class Telling(Trainer):
 class Diary(TrainerCallback):
     """Tells each step, and slows it down."""
 
-    def __init__(self, diary: Path, step_s: float) -> None:
-        self.diary, self.step_s = diary, step_s
+    def __init__(self, diary: Path, step_s: float, slow: Path | None) -> None:
+        self.diary, self.step_s, self.slow = diary, step_s, slow
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         tell(self.diary, {"step": state.global_step, "at": time.time(), "ranks": args.world_size})
-        time.sleep(self.step_s)
+        if self.slow is None or self.slow.exists():
+            time.sleep(self.step_s)
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
         if "loss" in logs and state.is_world_process_zero:
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--step_s", type=float, default=0.0)
+    parser.add_argument("--slow", type=Path, help="a step is only slow while this file exists")
     parser.add_argument("--save_steps", type=int, default=5)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--save_on_each_node", action="store_true")
@@ -101,7 +103,7 @@ def main() -> None:
         model=GPT2LMHeadModel(config),
         args=arguments,
         train_dataset=Numbered(),
-        callbacks=[Diary(options.diary, options.step_s)],
+        callbacks=[Diary(options.diary, options.step_s, options.slow)],
     )
     trainer.diary = options.diary
     trainer.train()

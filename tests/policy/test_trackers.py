@@ -8,15 +8,21 @@ from hf_spot.policy.trackers import (
     COMET,
     MLFLOW,
     SWANLAB,
+    TRACKERS,
     TRACKIO,
     WANDB,
+    Standing,
     Told,
     Tracker,
     init_kwargs,
     is_told,
+    of_callback,
+    script_run_id,
     tracker_id,
     variables,
 )
+from tests.trackers.__main__ import CASES
+from tests.trackers.read import READERS
 
 
 def test_an_id_stays_with_a_training_and_is_another_for_each() -> None:
@@ -71,3 +77,29 @@ def test_what_a_custom_loop_gives_its_trackers() -> None:
         "comet_ml": {"experiment_key": "x"},
     }
     assert init_kwargs("x", "5")["mlflow"] == {"run_id": "5"}
+    assert "tensorboard" not in init_kwargs("x", None)
+    assert init_kwargs("x", None, 20)["tensorboard"] == {"purge_step": 21}
+    assert init_kwargs("x", None, 20)["dvclive"] == {"resume": True}
+
+
+def test_a_run_that_a_script_begins_is_another_one_for_each_name_and_number() -> None:
+    ids = {script_run_id(run, name, number) for run in ("a", "b") for name in ("x", "y") for number in (1, 2)}
+    assert len(ids) == 8
+    assert script_run_id("a", "x", 1) == script_run_id("a", "x", 1)
+
+
+def test_the_tracker_that_extends_another_is_found_first() -> None:
+    found = of_callback(["DagsHubCallback", "MLflowCallback", "TrainerCallback"])
+    assert found is not None and found.key == "dagshub"
+    assert of_callback(["TrainerCallback"]) is None
+
+
+def test_what_is_said_to_be_tested_is() -> None:
+    of_command = {name for case in CASES for name in case.trackers}
+    assert {tracker.key for tracker in TRACKERS if tracker.standing is Standing.TESTED} == of_command
+    assert READERS.keys() >= of_command
+
+
+def test_what_can_not_be_continued_is_said() -> None:
+    for tracker in TRACKERS:
+        assert bool(tracker.named) == (tracker.standing is Standing.NOT), tracker.key

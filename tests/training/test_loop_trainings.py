@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from hf_spot import Run, SpotArguments, SpotCheckpointManager
+from hf_spot import ConfigError, Run, SpotArguments, SpotCheckpointManager
 from hf_spot.training.loop import loop_training
 from hf_spot.training.session import recognition
 from tests.waiting import wait_for
@@ -195,3 +196,75 @@ def test_what_is_in_no_checkpoint_is_named_at_the_start(make: Make, forgotten: s
     make().load_latest(model, optimizer)
     assert ("AdamW trains 2 parameters that are in no model" in caplog.text) == (forgotten == "a second model")
     assert ("a scheduler changes the learning rate of AdamW" in caplog.text) == (forgotten == "a scheduler")
+
+
+class Level:
+    """A state of the script's own, as a curriculum has."""
+
+    def __init__(self, level: int) -> None:
+        self.level = level
+
+    def state_dict(self) -> dict[str, int]:
+        return {"level": self.level}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.level = state["level"]
+
+
+def test_registered_objects_come_back(make: Make) -> None:
+    model = nn.Linear(3, 2)
+    average, level = AveragedModel(model), Level(1)
+    manager = make()
+    manager.register(average, level)
+    manager.load_latest(model, None)
+    nn.init.constant_(model.weight, 7.0)
+    average.update_parameters(model)
+    level.level = 5
+    manager.save(model, None, None, 1, 0)
+    manager.wait()
+    manager.close()
+    new_process()
+
+    again, averaged, at = nn.Linear(3, 2), AveragedModel(nn.Linear(3, 2)), Level(1)
+    manager = make()
+    manager.register(averaged, at)
+    assert manager.load_latest(again) == (1, 0)
+    assert at.level == 5 and torch.equal(averaged.module.weight, average.module.weight) and averaged.n_averaged == 1
+    manager.close()
+
+    manager = make()
+    with pytest.raises(ConfigError, match="registered were AveragedModel, Level, and now nothing"):
+        manager.load_latest(again)
+    with pytest.raises(ConfigError, match="too late"):
+        manager.register(at)
+    with pytest.raises(ConfigError, match="a dict can't be registered"):
+        make().register({})
+
+
+@pytest.mark.parametrize("kind", ["optimizer", "average", "scaler", "registered", "unused"])
+def test_what_is_used_and_not_saved_is_named_at_the_first_save(make: Make, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, other = nn.Linear(3, 2), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    more: Any = AveragedModel(model)
+    if kind == "optimizer":
+        more = torch.optim.AdamW(other.parameters(), lr=0.1)
+    elif kind == "scaler":
+        more = torch.amp.GradScaler("cpu")
+    manager = make()
+    if kind == "registered":
+        manager.register(more)
+    manager.load_latest(model, optimizer)
+    if kind == "optimizer":
+        other(torch.ones(2)).sum().backward()
+        more.step()
+    elif kind in ("average", "registered"):
+        more.update_parameters(model)
+    elif kind == "scaler":
+        more.scale(model(torch.ones(3)).sum()).backward()
+        more.step(optimizer)
+        more.update()
+    manager.save(model, optimizer, None, 1, 0)
+
+    named = {"optimizer": "AdamW", "average": "AveragedModel", "scaler": "GradScaler"}.get(kind)
+    assert ("in no checkpoint, so that a resume starts them anew" in caplog.text) == (named is not None)
+    assert named is None or f"anew: {named}. manager.register" in caplog.text

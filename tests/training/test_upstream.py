@@ -92,6 +92,8 @@ def all_imported() -> None:
 def skip_if_of_other_versions(one: Name) -> None:
     if one.only.startswith("transformers from") and not upstream.ONLY[one.only](None):
         pytest.skip(f"{one.only} only")
+    if one.library == "aim":
+        pytest.importorskip("aim", reason="needs aim: see CONTRIBUTING.md")
     if one.library == "deepspeed":
         pytest.importorskip("deepspeed.runtime.engine", reason="needs deepspeed: see CONTRIBUTING.md")
 
@@ -452,6 +454,10 @@ OTHERWISE = {
     upstream.TRACKIO_SET_UP: "tests/training/trainer/test_trackers.py",
     upstream.SWANLAB_SET_UP: "test_trackers_remember_that_they_are_set_up",
     upstream.COMET_SET_UP: "test_trackers_remember_that_they_are_set_up",
+    upstream.CLEARML_SET_UP: "test_trackers_remember_that_they_are_set_up",
+    upstream.DVCLIVE_SET_UP: "test_trackers_remember_that_they_are_set_up",
+    upstream.AIM_HASH: "tests/training/trainer/test_trackers.py",
+    upstream.AIM_RUN: "tests/training/trainer/test_trackers.py",
     upstream.WRITE_RECORD: "test_torch_writes_records",
     upstream.FAILURES: "test_torch_tells_what_a_rank_could_not_write",
     upstream.START_WORKERS: "test_torch_starts_workers_as_it_did",
@@ -574,11 +580,14 @@ def test_transformers_reads_weights_by_its_name(tmp_path: Path) -> None:
     assert transformers.modeling_utils.safe_open is safetensors.torch.safe_open is upstream.SAFE_OPEN.find()
 
 
-@pytest.mark.parametrize("one", [upstream.SWANLAB_SET_UP, upstream.COMET_SET_UP], ids=name_of)
+@pytest.mark.parametrize(
+    "one", [getattr(upstream, f"{name}_SET_UP") for name in ("SWANLAB", "COMET", "CLEARML", "DVCLIVE")], ids=name_of
+)
 def test_trackers_remember_that_they_are_set_up(one: Name, tmp_path: Path) -> None:
     kind: Any = one.home()
     callback, calls = object.__new__(kind), []
     callback.setup = lambda *args, **kwargs: calls.append(args)
+    callback._clearml = object()
     for has_begun in (False, True):
         one.set(callback, has_begun)
         callback.on_train_begin(TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl())

@@ -6,6 +6,7 @@ and returns the rest. `hf_spot.training.data.loaders` keeps track of all iterati
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,10 +17,17 @@ from torch.utils.data import BatchSampler, IterableDataset
 
 from hf_spot.log import warn_for_all
 from hf_spot.training.data.rng import capture, capture_gpus, restore, set_states, states_of
+from hf_spot.training.data.stream_position import Resumed, StreamPosition, end_state, why_not
 from hf_spot.training.data.worker_states import WorkerStates
 from hf_spot.training.upstream import DISPATCHER, INDEX_SAMPLER, INSIDE, ITERATION, ITERATOR, SHARD_GENERATOR, SPLIT_BATCHES
 
 _MOST_AHEAD = 4096  # batches that workers have drawn, and nobody has been given
+
+
+def stateful_loader() -> type | None:
+    """Return torchdata's ``StatefulDataLoader``; None if the script has not imported it."""
+    module = sys.modules.get("torchdata.stateful_dataloader")
+    return None if module is None else vars(module).get("StatefulDataLoader")
 
 
 class IterationOwner(Protocol):
@@ -66,8 +74,11 @@ class TrackedLoader:
         self.newest: Callable[[], TrackedIteration | None] = lambda: None
         self.newest_made: list[int] = [0]
         self.made_before = 0
-        self.workers_count: int = loader.num_workers
-        self.persistent = bool(loader.persistent_workers)
+        kind = stateful_loader()
+        self.is_stateful = kind is not None and isinstance(loader, kind)
+        # Such a loader restores its workers itself.
+        self.workers_count: int = 0 if self.is_stateful else loader.num_workers
+        self.persistent = bool(loader.persistent_workers) and not self.is_stateful
         self.workers_are_shifted = False
         self.generators = _generators(loader)
 
@@ -147,6 +158,9 @@ class TrackedIteration:
         self._start_generators: list[torch.Tensor] = []
         self._iteration_of_accelerate: int | None = None
         self._batches: Iterator[Any] = iter(())
+        self._stream: StreamPosition | None = None
+        self._holds_state = False
+        self._first = 0  # number of batches before the first one that a resumed stream reads
         self._drawn: deque[Any] = deque(maxlen=_MOST_AHEAD)
         self._draws_its_own = True  # one draw for each batch that is returned
 
@@ -175,6 +189,21 @@ class TrackedIteration:
             self._restore_found()
         return self
 
+    def over_stateful(self, plain: Callable[[Any], Iterator[Any]]) -> TrackedIteration:
+        """Iterate a ``StatefulDataLoader`` of torchdata, which says itself where it is."""
+        self._enter()
+        if self._position is not None and self._position.get("stateful") is not None:
+            self.loader.load_state_dict(self._position["stateful"])
+            self._holds_state = not self.loader.num_workers  # workers have data sets of their own, which end with them
+        self._batches = plain(self.loader)
+        self._end_resumption()
+        return self
+
+    def over_prepared_stateful(self, plain: Callable[[Any], Iterator[Any]]) -> TrackedIteration:
+        """Iterate a loader of accelerate that holds a ``StatefulDataLoader``: ``load_state`` has told it where it was."""
+        self._batches = plain(self.loader)
+        return self
+
     def over_prepared(self, plain: Callable[[Any], Iterator[Any]]) -> TrackedIteration:
         """Iterate a loader of accelerate, which fetches a batch before it returns the previous one."""
         dispatches = isinstance(self.loader, DISPATCHER.find() or ())
@@ -188,20 +217,24 @@ class TrackedIteration:
             self._read_over()
         return self
 
-    def _read_over(self) -> None:
-        if self._position is None:
-            return
+    def _tell_of_reading(self) -> None:
         warn_for_all(
             "%s has no index: reading it again from its start to batch %d, which is exact if it gives the same samples",
             type(self.loader.dataset).__name__,
             self._skipped,
         )
+
+    def _read_over(self) -> None:
+        if self._position is None:
+            return
         if not self._entered:
             self._enter()
         before = self._loaders.drive(self)
         try:
-            for _ in range(self._skipped):
+            number = 0
+            while number < self._skipped - self._first:  # what comes first is known when the stream has begun
                 next(self._batches, None)
+                number += 1
         finally:
             self._loaders.drive(before)
         self._end_resumption()
@@ -219,7 +252,7 @@ class TrackedIteration:
             persistent = None
         known.workers_are_shifted = known.persistent and self._skipped > 0
         if isinstance(loader.dataset, IterableDataset):
-            return plain(loader)
+            return self._read_stream(loader, plain)
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         sampler = getattr(loader, name)
         watched = _Order(sampler, self, known.workers if known.workers_count else None)
@@ -230,6 +263,21 @@ class TrackedIteration:
             return plain(loader)
         finally:
             object.__setattr__(loader, name, sampler)
+
+    def _read_stream(self, loader: Any, plain: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
+        """Return the iterator of a loader of a stream, which begins at its saved position where that is exact."""
+        resumed: Resumed | None = None
+        saved = None if self._position is None else self._position.get("stream")
+        knows = self._loaders.ranks == 1 and why_not(loader) is None
+        if knows and saved is not None:
+            resumed = StreamPosition.go_to(loader, saved)
+        if self._position is not None and self._skipped and resumed is None:
+            self._tell_of_reading()
+        if not knows:
+            return plain(loader)
+        self._first = 0 if resumed is None else resumed.first
+        self._stream = StreamPosition()
+        return self._stream.read(loader, plain, resumed)
 
     # -- called by the wrapped sampler, in this order -----------------------------------------------------------------
 
@@ -296,6 +344,9 @@ class TrackedIteration:
             self._loaders.drive(before)
         if self._position is not None:
             self._end_resumption()
+        if self._holds_state:
+            self._holds_state = False
+            end_state(self.loader.dataset)
         self.made[0] += 1
         indices = self._drawn.popleft() if self._drawn and self._draws_its_own else None
         self.before_last, self.last = self.last or self.before_last, self._loaders.hands_out(self, indices)
@@ -323,6 +374,8 @@ class TrackedIteration:
             "order": self._order,
             "before_draw": self._before_draw if ahead else None,
             "ahead": ahead,
+            "stream": None if self._stream is None else self._stream.to_save(self._skipped + self.made[0]),
+            "stateful": self.loader.state_dict() if self._known.is_stateful else None,
         }
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
-from hf_spot.training.data.iterations import TrackedIteration, TrackedLoader
+from hf_spot.training.data.iterations import TrackedIteration, TrackedLoader, stateful_loader
 from hf_spot.training.data.rng import set_states, states_of
 from hf_spot.training.data.worker_processes import shield
 from hf_spot.training.data.worker_states import WorkerStates
@@ -80,6 +80,9 @@ class Loaders:
             _watching.append(self)
         _replace(DataLoader, _iterate)
         # Only what is imported already: importing accelerate is slow.
+        stateful = stateful_loader()
+        if stateful is not None:
+            _replace(stateful, _iterate_stateful)
         for kind in (SHARD.find(), DISPATCHER.find()):
             if kind is not None:
                 _replace(kind, _iterate_prepared)
@@ -263,9 +266,20 @@ def _iterate_prepared(self: Any) -> Iterator[Any]:
     """Replace ``__iter__`` of accelerate's loaders."""
     plain = next(_plain_iter[kind] for kind in type(self).__mro__ if kind in _plain_iter)
     loaders = _watching[-1] if _watching else None
-    if loaders is None or not loaders.is_here or STATEFUL.of(self):
+    if loaders is None or not loaders.is_here:
         return plain(self)
+    if STATEFUL.of(self):
+        return loaders.begin(self).over_prepared_stateful(plain)
     return loaders.begin(self).over_prepared(plain)
+
+
+def _iterate_stateful(self: Any) -> Iterator[Any]:
+    """Replace ``__iter__`` of torchdata's ``StatefulDataLoader``."""
+    plain = next(_plain_iter[kind] for kind in type(self).__mro__ if kind in _plain_iter)
+    loaders = _watching[-1] if _watching else None
+    if loaders is None or not loaders.is_here or loaders.driven(self) is not None:
+        return plain(self)
+    return loaders.begin(self).over_stateful(plain)
 
 
 def _replace(kind: type, iterate: Callable[[Any], Iterator[Any]]) -> None:

@@ -133,7 +133,7 @@ class StreamPosition:
         resumed: Resumed | None = None,
         on_reading_again: Callable[[], None] = lambda: None,
     ) -> Iterator[Any]:
-        """Yield a loader's batches, and record where each has ended.
+        """Return an iterator of a loader's batches that records where each has ended.
 
         Args:
             loader: the loader of torch.
@@ -143,13 +143,24 @@ class StreamPosition:
         """
         if resumed is None:
             self._places.clear()
+        # At once: a loader draws a seed when it is asked for its iterator.
+        return self._read(loader, plain, resumed, on_reading_again, *_iterate(loader, plain))
+
+    def _read(
+        self,
+        loader: Any,
+        plain: Callable[[Any], Iterator[Any]],
+        resumed: Resumed | None,
+        on_reading_again: Callable[[], None],
+        batches: Iterator[Any],
+        samples: _Samples,
+    ) -> Iterator[Any]:
         count = first = 0 if resumed is None else resumed.first
-        batches, samples = _iterate(loader, plain)
         while (batch := next(batches, samples)) is not samples:
             count += 1
             self._places.append(_Place(count, loader.dataset.state_dict(), samples.newest))
             if resumed is not None and count == first + 1:
-                loader.dataset.load_state_dict(_AT_THE_START)  # in the next pass, or if it is read again
+                end_state(loader.dataset)  # it would hold in the next pass, too, and if it is read again
                 if _digest(samples.newest) != resumed.batch:
                     tell_of_reading(loader, first, "it does not give the same samples again at its saved position")
                     on_reading_again()
@@ -197,6 +208,12 @@ class StreamPosition:
         dataset.set_epoch(state["epoch"])
         dataset.load_state_dict(state)
         return Resumed(count, saved["batch"])
+
+
+def end_state(dataset: Any) -> None:
+    """Let the next pass over a stream that was resumed at a state begin at its start; do nothing for other data sets."""
+    if type(dataset).__module__ == _MODULE and hasattr(dataset, "load_state_dict"):
+        dataset.load_state_dict(_AT_THE_START)
 
 
 def _fits(state: Any, now: Any) -> bool:

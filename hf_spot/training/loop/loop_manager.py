@@ -42,6 +42,7 @@ from hf_spot.training.loop.loop_training import LoopTraining
 from hf_spot.training.saving.finite import not_finite
 from hf_spot.training.session.mlflow_run import mlflow_run
 from hf_spot.training.session.run_session import RunSession
+from hf_spot.training.session.script_runs import ScriptRuns, of_launch
 from hf_spot.training.upstream import check
 from hf_spot.training.upstream.name import Scope
 
@@ -91,12 +92,21 @@ class LoopManager:
         self._told_advisories: set[str] = set()
         self._never_finite: frozenset[str] = frozenset()
         self._has_told_unknown = False
+        self._script_runs = of_launch() or ScriptRuns(self._run_of_trackers)
+        if self._script_runs is not of_launch():
+            self._script_runs.watch()
+            self._session.closing.callback(self._script_runs.close)
         self._session.listen(self._receive)
         # `atexit` does not run in processes that multiprocessing has started (``accelerate.notebook_launcher``).
         self._session.closing.callback(Finalize(None, self._at_exit, exitpriority=100).cancel)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.run.url!r}, save_every_n_steps={self.save_every_n_steps})"
+
+    @property
+    def has_begun(self) -> bool:
+        """Return whether the run is claimed: at the first call of another method."""
+        return self._begun
 
     # -- what a loop asks ---------------------------------------------------------------------------------------------
 
@@ -228,7 +238,14 @@ class LoopManager:
         session.tell_launcher(Phase.LOOP)
         self._begun = True
 
-    def tracker_kwargs(self, *, mlflow_experiment: str | None = None) -> dict[str, dict[str, str]]:
+    def _run_of_trackers(self) -> Run | None:
+        """Return the run, claimed; None if other ranks must claim it with this one, who don't begin tracker runs."""
+        if not self._begun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            return None
+        self._begin()
+        return self.run
+
+    def tracker_kwargs(self, *, mlflow_experiment: str | None = None) -> dict[str, dict[str, Any]]:
         """Return the ``init_kwargs`` of accelerate's ``init_trackers`` with which every launch continues the same tracker runs.
 
         Every rank must call it. Other code can use the values, too: ``wandb.init(**manager.tracker_kwargs()["wandb"])``.
@@ -239,10 +256,11 @@ class LoopManager:
         self._begin()
         session = self._session
 
-        def on_main() -> dict[str, dict[str, str]]:
+        def on_main() -> dict[str, dict[str, Any]]:
             id = session.tracker_id()
             mlflow = mlflow_run(id, mlflow_experiment, None) if mlflow_experiment else None
-            return init_kwargs(id, mlflow)
+            newest = self.run.latest()
+            return init_kwargs(id, mlflow, None if newest is None else newest.step)
 
         return session.agreement.from_main(on_main)
 
@@ -335,6 +353,7 @@ class LoopManager:
         only = None if dataloader is None else list(dataloader) if isinstance(dataloader, (list, tuple)) else [dataloader]
         session.on_each_disk(lambda: _empty(folder))
 
+        self._training.name_forgotten(state)
         found = session.agreement.gather(self._wrong_numbers(state))
         if wrong := [name for names in found for name in names]:
             self._refuse(wrong, step, began)
@@ -372,6 +391,7 @@ class LoopManager:
                 "output_dir": str(self._local_dir),
                 "save_s": seconds,
                 "stall_s": seconds,
+                "trackers": self._script_runs.places(),
                 **session.timing.to_details(step),
             },
         )

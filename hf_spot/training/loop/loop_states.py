@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,14 +17,17 @@ from hf_spot.training.loop.loop_steps import inner_of
 from hf_spot.training.saving.disk_errors import says_full
 from hf_spot.training.saving.finite import optimized_weights, optimizer_states, trained_weights
 from hf_spot.training.state.described import dtypes_of, parameters_of, weights_of
-from hf_spot.training.upstream import OPTIMIZERS, ORIGINAL_MODULE, PREPARED_MODELS, SCHEDULERS
+from hf_spot.training.upstream import OPTIMIZERS, ORIGINAL_MODULE, PREPARED_MODELS, REGISTERED, SCHEDULERS
 from hf_spot.training.upstream.name import Name
 
 _SHOWN = 5  # names of weights, in an error
+_REGISTERED = "registered.pt"
 
 
 class LoopState(Protocol):
     """What is saved and loaded, apart from random states and data loaders."""
+
+    how_to_save: str  # other objects: for people
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the weights that are trained, and the states of their optimizers, by names for people."""
@@ -34,6 +37,9 @@ class LoopState(Protocol):
 
     def optimizers(self) -> list[Any]:
         """Return the optimizers that are saved."""
+
+    def others(self) -> list[Any]:
+        """Return the other objects that are saved."""
 
     def describe(self) -> dict[str, str | None]:
         """Return named values that tell this training from others."""
@@ -55,13 +61,16 @@ class PlainState:
         model: the model, wrapped or not.
         optimizer: None if there is none.
         scheduler: None if there is none.
+        registered: further objects with ``state_dict`` and ``load_state_dict``, in the same order in each launch.
 
     Raises:
         ConfigError: the model is sharded.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any, scheduler: Any, registered: Sequence[Any] = ()) -> None:
         self._model = _unwrapped(model)
+        self._registered = registered
+        self.how_to_save = "manager.register(…) before load_latest"
         self._others = {"optimizer.pt": optimizer, "scheduler.pt": scheduler}
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -76,6 +85,10 @@ class PlainState:
     def optimizers(self) -> list[Any]:
         """Return the optimizer, if there is one."""
         return [one for one in [self._others["optimizer.pt"]] if one is not None]
+
+    def others(self) -> list[Any]:
+        """Return what is registered."""
+        return list(self._registered)
 
     def describe(self) -> dict[str, str | None]:
         """Describe the model, and the settings of the optimizer that it begins with."""
@@ -104,6 +117,8 @@ class PlainState:
             torch.save(self._model.state_dict(), folder / "pytorch_model.bin")
         for name, part in self._others.items():
             torch.save(None if part is None else part.state_dict(), folder / name)
+        if self._registered:
+            torch.save([(type(one).__name__, one.state_dict()) for one in self._registered], folder / _REGISTERED)
 
     def read(self, folder: Path) -> None:
         """Load the files. They have been verified: only what this run has written is unpickled."""
@@ -128,6 +143,20 @@ class PlainState:
                 part.load_state_dict(state)
             except (ValueError, KeyError, RuntimeError) as error:
                 raise _of_another(folder, f"{type(part).__name__}: {error}") from error
+        self._read_registered(folder)
+
+    def _read_registered(self, folder: Path) -> None:
+        path = folder / _REGISTERED
+        states = torch.load(path, map_location="cpu", weights_only=False) if path.exists() else []
+        names, kinds = [name for name, _ in states], [type(one).__name__ for one in self._registered]
+        if names != kinds:
+            told = [", ".join(one) or "nothing" for one in (names, kinds)]
+            raise _of_another(folder, f"registered were {told[0]}, and now {told[1]}")
+        for one, (name, state) in zip(self._registered, states, strict=True):
+            try:
+                one.load_state_dict(state)
+            except (ValueError, KeyError, RuntimeError) as error:
+                raise _of_another(folder, f"{name}: {error}") from error
 
 
 class AcceleratorState:
@@ -139,6 +168,7 @@ class AcceleratorState:
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
+        self.how_to_save = "accelerator.register_for_checkpointing(…) before load_latest"
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors of the prepared optimizers and of what they train."""
@@ -153,6 +183,11 @@ class AcceleratorState:
     def optimizers(self) -> list[Any]:
         """Return the prepared optimizers."""
         return self._prepared(OPTIMIZERS)
+
+    def others(self) -> list[Any]:
+        """Return the accelerator's gradient scaler, and what is registered with it."""
+        found = [*self._prepared(REGISTERED), getattr(self._accelerator, "scaler", None)]
+        return [one for one in found if one is not None]
 
     def describe(self) -> dict[str, str | None]:
         """Describe the prepared models, and the settings of the optimizers that they begin with."""

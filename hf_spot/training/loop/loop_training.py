@@ -14,8 +14,9 @@ from hf_spot.log import warn_for_all
 from hf_spot.policy.trainings import WEIGHTS, Description
 from hf_spot.run.checkpoint import Checkpoint
 from hf_spot.training.data.loaders import Loaders
+from hf_spot.training.loop.loop_objects import ObjectsInUse
 from hf_spot.training.loop.loop_states import LoopState
-from hf_spot.training.loop.loop_steps import LoopSteps, can_be_watched
+from hf_spot.training.loop.loop_steps import LoopSteps, can_be_watched, inner_of
 from hf_spot.training.session.recognition import KnownTraining, finished
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.session.step_teller import COMPOSITION, DEVICE, StepTeller, kind_of
@@ -78,6 +79,8 @@ class LoopTraining:
         self._known = KnownTraining(session, self._description, first_is_known=True, again=again)
         self._teller: StepTeller | None = None
         self._steps: LoopSteps | None = None
+        self._has_looked = False
+        self._in_use: ObjectsInUse | None = None
         self._known.find()
         self._was_finished = session.agreement.from_main(lambda: session.run.journal.state.ended == "finished")
 
@@ -118,6 +121,8 @@ class LoopTraining:
         session = self._session
         for one in state.not_saved():
             warn_for_all("%s", one)
+        self._in_use = ObjectsInUse()
+        session.closing.callback(self._in_use.close)
         launch = session.agreement.from_main(lambda: session.run.launch)
         if optimizer is None or self._steps is not None:
             return
@@ -133,6 +138,19 @@ class LoopTraining:
             session.closing.callback(self._teller.close)
         self._steps = LoopSteps(optimizer, loaders, self._teller, stepped)
         session.closing.callback(self._steps.close)
+
+    def name_forgotten(self, state: LoopState) -> None:
+        """Name objects whose state is in no checkpoint, once: at the first save they have been used."""
+        if self._has_looked:
+            return
+        self._has_looked = True
+        if self._in_use is None:
+            return
+        saved = [inner_of(one) for one in state.optimizers()]
+        if found := self._in_use.but([*saved, *state.others(), *state.models()]):
+            shown = ", ".join(found)
+            warn_for_all("in no checkpoint, so that a resume starts them anew: %s. %s", shown, state.how_to_save)
+        self._in_use.close()
 
     def conclude(self) -> None:
         """Report what was compared, before the end of the launch is recorded."""

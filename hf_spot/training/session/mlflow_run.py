@@ -32,3 +32,11 @@ def mlflow_run(id: str, experiment: str | None, name: str | None) -> str | None:
     found = client.search_runs([where], filter_string=f"tags.`{TAG}` = '{id}'", max_results=1)
     run = found[0] if found else client.create_run(where, tags={TAG: id}, run_name=name)
     return str(run.info.run_id)
+
+
+def run_with_tag(id: str) -> str | None:
+    """Return MLflow's id of the run with a tracker id, in any experiment; None if there is none."""
+    client = importlib.import_module("mlflow").MlflowClient()
+    everywhere = [one.experiment_id for one in client.search_experiments()]
+    found = client.search_runs(everywhere, filter_string=f"tags.`{TAG}` = '{id}'", max_results=1)
+    return str(found[0].info.run_id) if found else None

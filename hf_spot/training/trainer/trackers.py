@@ -14,6 +14,7 @@ import functools
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,10 +27,15 @@ from hf_spot.log import warn_for_all
 from hf_spot.policy import trackers as table
 from hf_spot.policy.trackers import Told, Tracker, is_told, variables
 from hf_spot.training.session.mlflow_run import mlflow_run
+from hf_spot.training.session.script_runs import active_swanlab_run
 from hf_spot.training.upstream import (
+    AIM_HASH,
+    AIM_RUN,
     CALLBACK_HANDLER,
     CALLBACKS,
+    CLEARML_SET_UP,
     COMET_SET_UP,
+    DVCLIVE_SET_UP,
     MLFLOW_SET_UP,
     SUMMARY_WRITER,
     SWANLAB_SET_UP,
@@ -45,10 +51,14 @@ _EVERY_LINE = "epoch"  # in all of Trainer's lines
 _SET_UP = {
     table.WANDB: WANDB_SET_UP,
     table.MLFLOW: MLFLOW_SET_UP,
+    table.DAGSHUB: MLFLOW_SET_UP,
     table.TRACKIO: TRACKIO_SET_UP,
     table.SWANLAB: SWANLAB_SET_UP,
     table.COMET: COMET_SET_UP,
+    table.CLEARML: CLEARML_SET_UP,
+    table.DVCLIVE: DVCLIVE_SET_UP,
 }
+_MLFLOWS = (table.MLFLOW, table.DAGSHUB)
 _named: set[str] = set()  # the ids that this process has given to tracker runs
 
 
@@ -74,6 +84,7 @@ class Trackers:
         self._until_begun = self._undo.enter_context(contextlib.ExitStack())
         self._named: dict[str, Tracker] = {}
         self._places: dict[str, Any] = {}
+        self._ids: dict[str, str | None] = {}
         self._tensorboard_is_new = False
 
     # -- before train() -----------------------------------------------------------------------------------------------
@@ -88,13 +99,11 @@ class Trackers:
         if self._trainer.args.process_index != 0:
             return
         for tracker, callback in self._with_callbacks():
-            with _border(tracker, "begins a new run in this launch"):
-                self._name(tracker, callback)
-        for callback in CALLBACKS.of(CALLBACK_HANDLER.of(self._trainer)):
-            kinds = {kind.__name__ for kind in type(callback).__mro__} & table.BEGIN_ANEW.keys()
-            if resumed_step is not None and kinds:
-                name = min(kinds)
-                log.info("%s begins a new tracker run in each launch; to continue one, %s", name, table.BEGIN_ANEW[name])
+            if table.continued(tracker):
+                with _border(tracker, "begins a new run in this launch"):
+                    self._name(tracker, callback)
+            if resumed_step is not None and tracker.named:
+                log.info("%s does not continue in another launch: %s", tracker.shown, tracker.named)
 
     def _name(self, tracker: Tracker, callback: Any) -> None:
         if tracker is table.TENSORBOARD:
@@ -103,6 +112,15 @@ class Trackers:
         if tracker is table.TRACKIO:
             self._name_trackio(callback)
             return
+        if tracker is table.AIM:
+            self._name_aim(callback)
+            return
+        if tracker is table.DVCLIVE:
+            self._name_dvclive(callback)
+            return
+        if tracker is table.CLEARML:
+            self._name_clearml(callback)
+            return
         assert tracker.id_variable is not None
         users = os.environ.get(tracker.id_variable)
         if self._in_search and tracker is table.COMET and not users:
@@ -110,13 +128,17 @@ class Trackers:
         id = None if users else self._id()
         if tracker is table.WANDB and not self._name_wandb(id, users):
             return
-        if tracker is table.MLFLOW and id is not None:
+        if tracker in _MLFLOWS and id is not None:
             id = mlflow_run(id, os.environ.get("MLFLOW_EXPERIMENT_NAME"), self._trainer.args.run_name)
             if id is None:
+                active = importlib.import_module("mlflow").active_run().info.run_id
+                self._tell_of_another(tracker, active, "MLFLOW_RUN_ID={}")
                 return
         if id is not None:
             _named.add(id)
-        _SET_UP[tracker].set(callback, False)  # it may be set up for an earlier training
+        self._ids[tracker.key] = id or users
+        if tracker in _SET_UP:  # Neptune's callback begins a run in each training
+            _SET_UP[tracker].set(callback, False)  # it may be set up for an earlier training
         for variable, value in variables(tracker, id, os.environ).items():
             os.environ[variable] = value
             self._until_begun.callback(os.environ.pop, variable, None)
@@ -129,20 +151,70 @@ class Trackers:
         if active is not None and active.id in _named and active.id != id:
             wandb.finish()
         elif active is not None and active.id not in (id, users):
-            self._named[table.WANDB.key] = table.WANDB
-            earlier = self._before.get(table.WANDB.key, {}).get("id")
-            if earlier is not None and earlier != active.id:
-                log.info(
-                    "a run of Weights & Biases was begun before the training, and is another one in each launch; to continue "
-                    "that of the previous launch, set WANDB_RUN_ID=%s WANDB_RESUME=allow",
-                    earlier,
-                )
+            self._tell_of_another(table.WANDB, active.id, "WANDB_RUN_ID={} WANDB_RESUME=allow")
             return False
         # W&B reads its variables once in a process, and this may be its second training.
         plain = wandb.init
         vars(wandb)["init"] = _with_id(id, plain)
         self._until_begun.callback(vars(wandb).update, init=plain)
         return True
+
+    def _tell_of_another(self, tracker: Tracker, active: str, how: str) -> None:
+        """Log into a run that the script has begun itself, and say so if it is not that of the previous launch."""
+        self._named[tracker.key] = tracker
+        earlier = self._before.get(tracker.key, {}).get("id")
+        if earlier is not None and earlier != active:
+            log.info(
+                "a run of %s was begun before the training, and is another one in each launch; to continue that of the "
+                "previous launch, set %s",
+                tracker.shown,
+                how.format(earlier),
+            )
+
+    def _name_aim(self, callback: Any) -> None:
+        """Continue the run of the commit. Aim's callback begins one when a Trainer is created, so that one is left out."""
+        self._named[table.AIM.key] = table.AIM
+        earlier = self._before.get(table.AIM.key, {}).get("id")
+        if self._resumed_step is None or earlier is None or AIM_HASH.of(callback) == earlier:
+            return
+        begun = AIM_RUN.of(callback)
+        if begun is not None:
+            if AIM_HASH.of(callback) is None:  # the script has passed a run of its own
+                return
+            callback.close()
+        AIM_RUN.set(callback, None)
+        AIM_HASH.set(callback, earlier)
+
+    def _name_dvclive(self, callback: Any) -> None:
+        """Let DVCLive continue in its folder, which it would empty otherwise."""
+        self._named[table.DVCLIVE.key] = table.DVCLIVE
+        if self._resumed_step is None or callback.live is not None:  # a script's own `Live` is as the script has made it
+            return
+        DVCLIVE_SET_UP.set(callback, False)
+        if not os.environ.get("DVCLIVE_RESUME"):
+            os.environ["DVCLIVE_RESUME"] = "true"
+            self._until_begun.callback(os.environ.pop, "DVCLIVE_RESUME", None)
+
+    def _name_clearml(self, callback: Any) -> None:
+        """Let ClearML continue the task of the commit: its server chooses the ids."""
+        self._named[table.CLEARML.key] = table.CLEARML
+        earlier = self._before.get(table.CLEARML.key, {}).get("id")
+        task = importlib.import_module("clearml").Task
+        active = task.current_task()
+        if active is not None:
+            self._tell_of_another(table.CLEARML, active.id, "Task.init(reuse_last_task_id='{}', continue_last_task=0)")
+            return
+        CLEARML_SET_UP.set(callback, False)
+        if self._resumed_step is None or earlier is None:
+            return
+        plain = task.init
+
+        def init(*args: Any, **more: Any) -> Any:
+            # 0 is added to each step. Its default would be the number of the newest one.
+            return plain(*args, **{"reuse_last_task_id": earlier, "continue_last_task": 0, **more})
+
+        task.init = init
+        self._until_begun.callback(setattr, task, "init", plain)
 
     def _name_trackio(self, callback: Any) -> None:
         """Give a Trackio run a name, which is what it is continued by, if the user gives none."""
@@ -236,7 +308,7 @@ class Trackers:
             if run is None or run.disabled:
                 return None
             return Told(run.step, int(run.summary.get("train/global_step", -1)))
-        if tracker is table.MLFLOW:
+        if tracker in _MLFLOWS:
             mlflow = importlib.import_module("mlflow")
             run = mlflow.active_run()
             if run is None:
@@ -245,6 +317,14 @@ class Trackers:
             return Told(len(steps), max(steps, default=-1))
         if tracker is table.TRACKIO:
             return self._told_to_trackio()
+        if tracker is table.DVCLIVE:
+            return _told_to_dvclive(callback)
+        if tracker is table.SWANLAB:
+            run = active_swanlab_run()
+            return Told(0) if run is not None and run.mode in ("local", "offline") else None
+        if tracker is table.COMET:
+            experiment = importlib.import_module("comet_ml").get_running_experiment()
+            return Told(0) if experiment is not None and "Offline" in type(experiment).__name__ else None
         return None  # their lines have steps, at which the same values are drawn over each other
 
     def _told_to_trackio(self) -> Told | None:
@@ -298,7 +378,7 @@ class Trackers:
         if tracker is table.WANDB:
             run = importlib.import_module("wandb").run
             return None if run is None or run.disabled else {"id": run.id, "url": run.url or str(Path(run.dir).parent)}
-        if tracker is table.MLFLOW:
+        if tracker in _MLFLOWS:
             mlflow = importlib.import_module("mlflow")
             run = mlflow.active_run()
             if run is None:
@@ -315,21 +395,39 @@ class Trackers:
             space = context.current_space_id.get()
             url = f"https://huggingface.co/spaces/{space}" if space else server or str(trackio.utils.TRACKIO_DIR)
             return {"id": f"{context.current_project.get()}/{run.name}", "url": url}
+        if tracker is table.AIM:
+            run = AIM_RUN.of(callback)
+            return None if run is None else {"id": run.hash, "url": str(run.repo.path)}
+        if tracker is table.DVCLIVE:
+            return None if callback.live is None else {"id": "", "url": os.path.abspath(callback.live.dir)}
+        if tracker is table.CLEARML:
+            task = importlib.import_module("clearml").Task.current_task()
+            return None if task is None else {"id": task.id, "url": task.get_output_log_web_page()}
         assert tracker.id_variable is not None
-        return {"id": os.environ.get(tracker.id_variable)}
+        return {"id": self._ids.get(tracker.key)}
 
     def close(self) -> None:
         """Undo all of it: the next training of this process gets other tracker runs."""
         self._undo.close()
 
     def _with_callbacks(self) -> list[tuple[Tracker, TrainerCallback]]:
-        callbacks = CALLBACKS.of(CALLBACK_HANDLER.of(self._trainer))
-        return [
-            (tracker, one)
-            for tracker in table.TRACKERS
-            for one in callbacks
-            if any(kind.__name__ == tracker.callback for kind in type(one).__mro__)
+        found = [
+            (table.of_callback([kind.__name__ for kind in type(one).__mro__]), one)
+            for one in CALLBACKS.of(CALLBACK_HANDLER.of(self._trainer))
         ]
+        return [(tracker, one) for tracker, one in found if tracker is not None]
+
+
+def _told_to_dvclive(callback: Any) -> Told | None:
+    """Return what DVCLive's folder contains; it numbers lines, and does not know their steps."""
+    live = callback.live
+    if live is None:
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        rows = (Path(live.plots_dir) / "metrics" / f"{_EVERY_LINE}.tsv").read_text().splitlines()[1:]
+        live.step = max(live.step, 1)  # it takes a folder with one line for an empty one
+        return Told(len(rows), sys.maxsize)
+    return Told(0)
 
 
 def _with_id(id: str | None, plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -53,6 +53,9 @@ ONLY: dict[str, Callable[[Any], bool]] = {
     "Trackio": partial(_has_callback, "TrackioCallback"),
     "SwanLab": partial(_has_callback, "SwanLabCallback"),
     "Comet": partial(_has_callback, "CometCallback"),
+    "ClearML": partial(_has_callback, "ClearMLCallback"),
+    "DVCLive": partial(_has_callback, "DVCLiveCallback"),
+    "Aim": partial(_has_callback, "AimCallback"),
     "TRL's SFTTrainer": lambda trainer: any(kind.__name__ == "SFTTrainer" for kind in type(trainer).__mro__),
     # Older versions divide by all steps, or lack this name; if it exists, it is used.
     "transformers from 5.23 on": lambda trainer: _is_at_least("transformers", 5, 23),
@@ -391,6 +394,11 @@ MLFLOW_SET_UP = _set_up("MLflowCallback", "MLflow")
 TRACKIO_SET_UP = _set_up("TrackioCallback", "Trackio")
 SWANLAB_SET_UP = _set_up("SwanLabCallback", "SwanLab")
 COMET_SET_UP = _set_up("CometCallback", "Comet")
+CLEARML_SET_UP = _set_up("ClearMLCallback", "ClearML")
+DVCLIVE_SET_UP = _set_up("DVCLiveCallback", "DVCLive")
+_OF_AIM, _AIM = "aim.sdk.adapters.hugging_face:AimCallback", "Aim shows each launch as a run of its own"
+AIM_HASH = _attribute(_OF_AIM, "_run_hash", "training.trainer.trackers", _AIM, told=True, only="Aim")
+AIM_RUN = _attribute(_OF_AIM, "_run", "training.trainer.trackers", _AIM, told=True, only="Aim")
 PEFT_CONFIG = _attribute(  # other models have none
     "peft.peft_model:PeftModel",
     "peft_config",
@@ -594,6 +602,14 @@ SCHEDULERS = _attribute(
     "_schedulers",
     "training.loop.loop_states",
     "a scheduler that was not prepared is taken for one that was",
+    told=True,
+    **_ACCELERATE,
+)
+REGISTERED = _attribute(
+    "accelerate.accelerator:Accelerator",
+    "_custom_objects",
+    "training.loop.loop_states",
+    "objects that are registered with an accelerator are named as in no checkpoint",
     told=True,
     **_ACCELERATE,
 )

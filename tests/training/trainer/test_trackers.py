@@ -15,10 +15,13 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from transformers import Trainer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import TrainerCallback
 
 from hf_spot import Run, SpotArguments, SpotCallback, SpotCheckpointManager, TrainingPreempted
+from hf_spot.policy.trackers import TRACKERS
 from hf_spot.training.session import recognition
 from hf_spot.training.trainer import trackers
 from tests.tracker_files import WandbFile, read_mlflow, read_trackio, read_wandb, values
@@ -253,7 +256,15 @@ def test_a_custom_loop_continues_what_accelerate_began(place: Path, wandb_files:
     assert run.metrics["loss"] == [(1, 1.0), (2, 2.0)]
 
 
-class AimCallback(TrainerCallback):
+def test_every_tracker_of_trainer_and_accelerate_has_a_row() -> None:
+    known = {tracker.key: tracker.callback for tracker in TRACKERS}
+    of_trainer = {key: callback.__name__ for key, callback in INTEGRATION_TO_CALLBACK.items()}
+    assert of_trainer.items() <= known.items()
+    assert {str(one) for one in LOGGER_TYPE_TO_CLASS} <= known.keys()
+    assert len(known) == len(TRACKERS)
+
+
+class CodeCarbonCallback(TrainerCallback):
     """By its name, as its package may not be here."""
 
 
@@ -262,10 +273,10 @@ def test_a_tracker_that_begins_anew_is_named_when_a_training_resumes(
 ) -> None:
     callback = SpotCallback(store, SpotArguments(notice="signal"))
     with pytest.raises(TrainingPreempted):
-        make_trainer(tmp_path / "one", callback, AimCallback(), Recorder(3, preempt(callback))).train()
-    assert "AimCallback" not in caplog.text
-    make_trainer(tmp_path / "two", SpotCallback(store, QUIET), AimCallback()).train()
-    assert "AimCallback begins a new tracker run in each launch" in caplog.text
+        make_trainer(tmp_path / "one", callback, CodeCarbonCallback(), Recorder(3, preempt(callback))).train()
+    assert "CodeCarbon" not in caplog.text
+    make_trainer(tmp_path / "two", SpotCallback(store, QUIET), CodeCarbonCallback()).train()
+    assert "CodeCarbon does not continue in another launch: it measures each launch by itself" in caplog.text
 
 
 class MLflowCallback(TrainerCallback):
