@@ -163,6 +163,14 @@ class SpotArguments:
             "data then differ from those of an uninterrupted run."
         },
     )
+    exact_on_any_gpus: bool = field(
+        default=False,
+        metadata={
+            "help": "Make the result independent of the number of GPUs, bit for bit: a step keeps its micro-batches, "
+            "their gradients are summed without rounding errors, and random numbers belong to the micro-batch. What can't be "
+            "exact is refused or named at the start."
+        },
+    )
     allow_unfenced_store: bool = field(
         default=False,
         metadata={

@@ -492,7 +492,7 @@ STACKS_SIGNAL = int(signal.SIGRTMAX) - 3  # to a process of a training: write th
 
 
 class PhaseTeller:
-    """What a rank is doing, in a memory-mapped file: telling it costs no system call, and takes less than a microsecond.
+    """What a rank is doing, in a memory-mapped file: telling it costs no system call, and takes about a microsecond.
 
     Args:
         path: created if it does not exist.

@@ -78,10 +78,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # Trainer collects garbage before each training. What was imported is none.
+    gc.enable()
+    _freeze()
+
+
+def _freeze() -> None:
+    """Let the collector leave out what is there now, as Trainer has it look for garbage before each training."""
     gc.collect()
     gc.freeze()
-    gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or nextitem.path != item.path:
+        _freeze()  # the modules that these tests have imported
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from hf_spot.run.run import Run
 from tests.launch.conftest import Launch, Launcher
+from tests.zygote import Zygote
 
 LISTS = ["", "SIGUSR2,SIGQUIT", "SIGHUP,SIGALRM,SIGRTMIN"]
 ALWAYS = ["SIGTERM", "SIGHUP", "SIGINT"]
@@ -37,11 +38,12 @@ class Fuzzer:
         folder: for everything; must be empty.
         ranks: of each launch.
         chance: what is random.
+        zygote: forks their Pythons; None starts fresh ones.
     """
 
-    def __init__(self, folder: Path, ranks: int, chance: random.Random) -> None:
+    def __init__(self, folder: Path, ranks: int, chance: random.Random, zygote: Zygote | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.launcher = Launcher(folder)
+        self.launcher = Launcher(folder, zygote=zygote)
         self.ranks = ["--multi_gpu", "--num_processes", str(ranks), "--main_process_port", "0"] if ranks > 1 else []
         self.chance = chance
         self.runs = 0
@@ -119,10 +121,20 @@ class Fuzzer:
             time.sleep(0.05)
 
 
-def fuzz(folder: Path, rounds: int, seed: int, ranks: tuple[int, ...] = (1, 2, 3)) -> tuple[Counter[str], list[str]]:
-    """Return how many rounds came to what, and what went wrong."""
+def fuzz(
+    folder: Path, rounds: int, seed: int, ranks: tuple[int, ...] = (1, 2, 3), zygote: Zygote | None = None
+) -> tuple[Counter[str], list[str]]:
+    """Return how many rounds came to what, and what went wrong.
+
+    Args:
+        folder: for everything.
+        rounds: number of launches.
+        seed: of what is random.
+        ranks: numbers of ranks.
+        zygote: forks the Pythons of launches of several ranks; those of one rank are fresh.
+    """
     chance = random.Random(seed)
-    fuzzers = [Fuzzer(folder / f"of-{count}", count, chance) for count in ranks]
+    fuzzers = [Fuzzer(folder / f"of-{count}", count, chance, zygote if count > 1 else None) for count in ranks]
     came_to: Counter[str] = Counter()
     wrong = []
     for number in tqdm(range(rounds), disable=None):

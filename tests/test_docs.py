@@ -24,6 +24,7 @@ import yaml
 from hf_spot.cloud.job import load
 from tests import reference
 from tests.servers import SeaweedFS
+from tests.zygote import Zygote
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -84,25 +85,35 @@ def empty_bucket(server: SeaweedFS) -> None:
             client.delete_object(Bucket="bucket", Key=found["Key"])
 
 
-def run(page: Path, folder: Path, environ: dict[str, str]) -> str:
+def run(page: Path, folder: Path, environ: dict[str, str], zygote: Zygote) -> str:
     """Does what a page says; everything that its commands printed."""
     printed = ""
     for for_ci, language, text in blocks(page):
         if saved_as := SAVED_AS.match(text):
             (folder / saved_as[1]).write_text(text)
         elif language == "bash" and not for_ci:  # the two that are, `.ci/run` runs
-            done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", text],
-                cwd=folder,
-                env=environ,
-                capture_output=True,
-                text=True,
-                timeout=400,
-                check=False,
-            )
-            assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-            printed += done.stdout
+            # What a reader tries first is run exactly as they do; after it a command that needs no shell may be forked.
+            plain = None if page == README else commands_of_python(text)
+            for words in [["bash", "-euo", "pipefail", "-c", text]] if plain is None else plain:
+                with zygote.forking():
+                    done = subprocess.run(
+                        words, cwd=folder, env=environ, capture_output=True, text=True, timeout=400, check=False
+                    )
+                assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+                printed += done.stdout
     return printed
+
+
+def commands_of_python(text: str) -> list[list[str]] | None:
+    """What a shell would execute, if each line is just one command of Python's; None if there is more to it."""
+    found = []
+    programs = {"python": [sys.executable], "hf-spot": [sys.executable, str(Path(sys.executable).parent / "hf-spot")]}
+    for line in re.sub(r" +# .*$", "", text, flags=re.MULTILINE).splitlines():
+        program, *words = line.split()
+        if not re.fullmatch(r"[\w ./:@=,+-]+", line) or program not in programs:
+            return None
+        found.append([*programs[program], *words])
+    return found
 
 
 def with_commands() -> list[list[Path]]:
@@ -110,12 +121,12 @@ def with_commands() -> list[list[Path]]:
 
 
 @pytest.mark.parametrize("chain", with_commands(), ids=lambda chain: name_of(chain[0]))
-def test_every_command_of_a_page_works(chain: list[Path], tmp_path: Path, seaweedfs: SeaweedFS) -> None:
+def test_every_command_of_a_page_works(chain: list[Path], tmp_path: Path, seaweedfs: SeaweedFS, zygote: Zygote) -> None:
     empty_bucket(seaweedfs)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environ = {**os.environ, **seaweedfs.env(), "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     for page in chain:
-        printed = run(page, tmp_path, environ)
+        printed = run(page, tmp_path, environ, zygote)
         assert [words for words in SAYS.get(name_of(page), ()) if words not in printed] == []
         assert [name for name in LEAVES.get(name_of(page), ()) if not (tmp_path / name).exists()] == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from hf_spot.log import shown_level
+from tests.zygote import Zygote
 
 BASIC = "logging.basicConfig()"
 LINES = {"committed": "log.info", "is set aside": "log.warning", "notice": "alert", "not committed": "log_always"}
@@ -29,18 +31,19 @@ log_always(logging.ERROR, "not %s", "committed")
 """
 
 
-def run(script: str, tmp_path: Path, **env: str) -> str:
+def run(script: str, tmp_path: Path, zygote: Zygote | None = None, **env: str) -> str:
     """All that a script of its own process writes: to both streams, and to a file."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "TRANSFORMERS_VERBOSITY")}
-    done = subprocess.run(
-        [sys.executable, "-c", f"import logging, sys\n{script}"],
-        cwd=tmp_path,
-        env={**kept, "HF_HUB_OFFLINE": "1", **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-    )
+    with zygote.forking() if zygote else contextlib.nullcontext():
+        done = subprocess.run(
+            [sys.executable, "-c", f"import logging, sys\n{script}"],
+            cwd=tmp_path,
+            env={**kept, "HF_HUB_OFFLINE": "1", **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
     assert done.returncode == 0, done.stdout
     file = tmp_path / "file.log"
     return done.stdout + (file.read_text() if file.exists() else "")
@@ -150,7 +153,7 @@ def test_the_level_of_a_trainer_that_nobody_chose_is_nobodys_wish(transformers_l
     assert shown_level(transformers_level, {"TRANSFORMERS_VERBOSITY": "warning"}, is_first_rank=True) == logging.WARNING
 
 
-def test_the_classes_touch_no_logger(tmp_path: Path) -> None:
+def test_the_classes_touch_no_logger(tmp_path: Path, zygote: Zygote) -> None:
     script = """
 import hf_spot
 def state():
@@ -161,7 +164,7 @@ hf_spot.SpotCallback(args=hf_spot.SpotArguments(notice="none"))
 hf_spot.SpotCheckpointManager("run", args=hf_spot.SpotArguments(notice="none"))
 assert state() == before
 """
-    run(script, tmp_path)
+    run(script, tmp_path, zygote)  # torch and transformers are imported already: they are not ours
 
 
 @pytest.mark.parametrize("handlers", ["", BASIC])

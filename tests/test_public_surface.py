@@ -113,6 +113,7 @@ def test_the_settings_and_their_defaults_are_these() -> None:
         "save_memory_gb": None,
         "upload_workers": 4,
         "allow_batch_change": False,
+        "exact_on_any_gpus": False,
         "allow_unfenced_store": False,
     }
 

@@ -63,10 +63,13 @@ _TRAINER = "transformers.trainer"
 # What C libraries read when they are loaded can't be observed.
 _OF_LIBRARIES = ("CUDA_", "GOMP_", "KMP_", "LANG", "LC_", "LD_", "MALLOC_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON", "TORCH")
 # Read by hf_spot, boto's sessions and ranks, after the fork. PYTHONPATH is entered into sys.path here; XDG_CACHE_HOME is where
-# the Hub's files are, which none of these scripts opens; the others are seen by whoever copies all variables.
+# the Hub's files are, which none of these scripts opens; COLUMNS is the width of accelerate's menus, which nobody opens; the
+# others are seen by whoever copies all variables.
 _READ_LATER = ("AWS_", "HF_SPOT_", "PYTEST_", "TORCHELASTIC_", "TORCH_NCCL_")
-_NOT_READ = ("PYTHONPATH", "XDG_CACHE_HOME", "OLDPWD", "PWD", "SHLVL", "_")
+_NOT_READ = ("PYTHONPATH", "XDG_CACHE_HOME", "COLUMNS", "OLDPWD", "PATH", "PWD", "SHLVL", "_")
 _STARTERS = ("accelerate.commands.launch", "hf_spot", "hf_spot.launch.agent")  # modules that start further Pythons
+SCRIPTS_FORK = "HF_SPOT_TESTS_SCRIPTS_FORK"  # a variable: scripts start further Pythons, too, and those are forked
+_READER = "hf_spot.launch.options"  # reads the options of a launch in a process of its own
 _LONGEST_ANSWER = 4000
 _GUARD = "process_guard.py"
 _PR_SET_PDEATHSIG, _PR_SET_MM, _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 1, 35, 36, 37  # <linux/prctl.h>
@@ -98,18 +101,19 @@ class Zygote:
         subprocess.Popen._execute_child = _fork_or_execute  # type: ignore[attr-defined]
 
     @contextlib.contextmanager
-    def forking(self, space: str | None = None) -> Iterator[None]:
+    def forking(self, space: str | None = None, *, scripts: bool = True) -> Iterator[None]:
         """Let `subprocess.Popen`, called by this thread, fork Pythons.
 
         Args:
             space: name of the network namespace that they are in, with mounts and /dev/shm of their own; None is here.
+            scripts: what a launch starts is forked, too; otherwise only the launcher and what reads its options are.
         """
-        before = _callers.client, _callers.space
-        _callers.client, _callers.space = self._client, space
+        before = _callers.client, _callers.space, _callers.scripts
+        _callers.client, _callers.space, _callers.scripts = self._client, space, scripts
         try:
             yield
         finally:
-            _callers.client, _callers.space = before
+            _callers.client, _callers.space, _callers.scripts = before
 
     @property
     def refusals(self) -> list[str]:
@@ -156,6 +160,7 @@ class _Client:
 class _Callers(threading.local):
     client: _Client | None = None
     space: str | None = None
+    scripts: bool = True
 
 
 @dataclass
@@ -172,6 +177,7 @@ class _Imports:
 _imported = _Imports()
 _callers = _Callers()
 _own: list[_Client] = []  # the zygote of a process that was forked itself
+_own_forks_scripts = [True]
 
 
 def _fork_or_execute(self: Any, args: Any, executable: Any, preexec_fn: Any, close_fds: bool, *more: Any) -> None:
@@ -181,6 +187,8 @@ def _fork_or_execute(self: Any, args: Any, executable: Any, preexec_fn: Any, clo
     restore_signals, gid, gids, uid, umask, new_session, *group = more[12:]
     usual = (executable, preexec_fn, startupinfo, gid, gids, uid, umask) == (None,) * 6 + (-1,) and group in ([], [-1])
     usual = usual and close_fds and restore_signals and not (flags or shell) and isinstance(args, list | tuple)
+    if not _own_forks_scripts[0] and _callers.client is None and _READER not in args:
+        client = None
     if client and usual and os.fsdecode(args[0]) == sys.executable:
         request = {
             "words": [os.fsdecode(word) for word in args],
@@ -191,6 +199,7 @@ def _fork_or_execute(self: Any, args: Any, executable: Any, preexec_fn: Any, clo
             "umask": int(Path("/proc/self/status").read_text().partition("Umask:")[2].split()[0], 8),
             "new_session": bool(new_session),
             "space": _callers.space,
+            "scripts": _callers.scripts and _own_forks_scripts[0],
             "ignored": _ignored(),
             "blocked": [int(one) for one in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
             "fds": [0, 1, 2, *pass_fds],
@@ -314,6 +323,13 @@ def _why_not(words: Sequence[str], environ: Mapping[str, str]) -> str:
     return f"variables {others}" if others else ""
 
 
+def _starts_others(words: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """Return whether this command starts further Pythons that should be forked."""
+    module = words[words.index("-m") + 1] if "-m" in words[:3] else ""
+    starts = module in _STARTERS or os.path.basename(words[1]) == "hf-spot" or SCRIPTS_FORK in environ
+    return starts and module != _READER
+
+
 def _parse(words: Sequence[str]) -> tuple[list[str], list[str]] | None:
     """Return Python's options, and the words behind them; None for options that can't be imitated."""
     rest = list(words[1:])
@@ -333,14 +349,14 @@ def _begin(request: dict[str, Any], fds: Sequence[int]) -> NoReturn:
         if request["new_session"]:
             os.setsid()
         words = request["words"]
-        module = words[words.index("-m") + 1] if "-m" in words[:3] else ""
         _keep_only(dict(zip(request["fds"], fds, strict=True)))
         if request["space"]:
             _enter(request["space"])
         os.umask(request["umask"])
         subprocess.Popen._execute_child = _execute  # type: ignore[attr-defined]
         _own.clear()
-        if module in _STARTERS:
+        _own_forks_scripts[0] = request["scripts"]
+        if _starts_others(words, request["environ"]):
             _own.append(_Client(_fork_zygote()))
             subprocess.Popen._execute_child = _fork_or_execute  # type: ignore[attr-defined]
         os.chdir(request["cwd"])
@@ -396,8 +412,7 @@ def _exec_or_become(file: str, words: Sequence[str]) -> NoReturn:
     try:
         ignored = _ignored()
         _keep_only({fd: fd for fd in _open_fds() if os.get_inheritable(fd)})
-        module = words[words.index("-m") + 1] if "-m" in words[:3] else ""
-        if module in _STARTERS:
+        if _starts_others(words, environ):
             _own.append(_Client(_fork_zygote()))
             subprocess.Popen._execute_child = _fork_or_execute  # type: ignore[attr-defined]
         _reset_signals(ignored)
@@ -529,7 +544,7 @@ def _run_sitecustomize(environ: Mapping[str, str]) -> None:
         return
     sys.modules.pop("sitecustomize", None)
     importlib.import_module("sitecustomize")
-    if any(type(one).__module__ == "sitecustomize" for one in sys.meta_path):
+    if any((type(one).__module__, type(one).__name__) == ("sitecustomize", "Finder") for one in sys.meta_path):  # not a user's
         from hf_spot.training import bootstrap
 
         bootstrap.begin_after_torch()

@@ -233,7 +233,7 @@ class SpotCallback(TrainerCallback):
         if self._session is None or state.global_step == self._saved_step:
             return
         self._saved_step = state.global_step
-        loop = self._loop_state(args, state, control)
+        loop, exact = self._loop_state(args, state, control), self._session.exact
         request = CommitRequest(
             step=state.global_step,
             training=self._session.run_session.training,
@@ -252,7 +252,7 @@ class SpotCallback(TrainerCallback):
                 "fingerprint": {} if self._proof is None else self._proof.newest,
                 "passed_over": to_data(self._session.passed_over),
                 "trackers": {} if self._trackers is None else self._trackers.places(),
-                **to_details(batches(self._session.trainer)),
+                **(to_details(batches(self._session.trainer)) if exact is None else exact.to_details()),
             },
         )
         self._session.commits.saved(self._session.run_session.output_dir / f"checkpoint-{state.global_step}", request)
@@ -340,6 +340,8 @@ class SpotCallback(TrainerCallback):
             trackers.name(session.restored.step if session.restored else None)
             shield(self.args)
             self._session = session
+            if session.exact is not None:
+                session.exact.watch()
             passed_over = PassedOver(trainer, session.passed_over)
             passed_over.watch()
             losses = None if session.teller is None else StepLosses(trainer, session.teller)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,17 @@ from transformers import Trainer, TrainerCallback
 from hf_spot import SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.errors import ConfigError
 from tests.engines.rows import Row
+from tests.waiting import wait_for
 
 
 class Interrupt(TrainerCallback):
     """At the beginning of a step: ``notice`` or ``kill``."""
 
-    def __init__(self, stop: str, notice: Path) -> None:
+    def __init__(self, stop: str, notice: Path, spot: SpotCallback) -> None:
         self.kind, _, step = stop.partition("@")
         self.step = int(step)
         self.notice = notice
+        self.spot = spot
 
     def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if state.global_step != self.step - 1:
@@ -35,7 +36,9 @@ class Interrupt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
         if args.process_index == 0:
             self.notice.touch()
-            time.sleep(1.0)  # its watcher looks every quarter of a second; another step does no harm
+            session = self.spot._session
+            assert session is not None
+            wait_for(session.run_session.listener.current, "for the watcher of this rank")  # another step does no harm
 
 
 class Told(TrainerCallback):
@@ -76,9 +79,10 @@ def train(row: Row, folder: Path, stop: str | None) -> int:
         if stop is not None:
             notice = folder / "notice"
             arguments = SpotArguments(notice=f"file:{notice}", keep_checkpoints=0)
-            trainer.add_callback(SpotCallback(str(folder / "run"), arguments))
+            spot = SpotCallback(str(folder / "run"), arguments)
+            trainer.add_callback(spot)
             if stop:
-                trainer.add_callback(Interrupt(stop, notice))
+                trainer.add_callback(Interrupt(stop, notice, spot))
         result = trainer.train()
     except TrainingPreempted:
         return 75

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -19,6 +21,7 @@ from safetensors import safe_open
 
 from hf_spot.run.run import Run
 from tests.frontends.cases import Case
+from tests.zygote import SCRIPTS_FORK, Zygote
 
 SLOW = Path(__file__).parent / "slow"
 LONGEST_S = 600.0
@@ -73,13 +76,22 @@ class Runner:
         folder: with what it reads; results go there, too.
         python: of the environment that trains.
         say: called with what is done next.
+        zygote: forks what makes the models, the launcher and the reader of its options, never the command.
     """
 
-    def __init__(self, case: Case, folder: Path, python: Path, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self,
+        case: Case,
+        folder: Path,
+        python: Path,
+        say: Callable[[str], None] = lambda text: None,
+        zygote: Zygote | None = None,
+    ) -> None:
         self._case = case
         self._folder = folder
         self._python = python
         self._say = say
+        self._zygote = zygote
         self._logs = 0
         path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
         self._environ = {**os.environ, "PATH": path, "PYTHONPATH": str(SLOW), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -88,9 +100,11 @@ class Runner:
     def run(self, ways: tuple[str, ...] = ("launch", "preempted", "killed")) -> Outcome:
         """Train undisturbed and in each of the ways, and return what became of it."""
         began, wrong = time.monotonic(), {}
-        subprocess.run([self._python, "make_models.py"], cwd=self._folder, env=self._environ, check=True, capture_output=True)
+        command = [str(self._python), "make_models.py"]
+        with self._forking():
+            subprocess.run(command, cwd=self._folder, env=self._environ, check=True, capture_output=True)
         self._say(f"{self._case.name}: undisturbed")
-        code, log = self._end(self._start(self._words("undisturbed"), {}))
+        code, log = self._end(self._undisturbed())
         if code != 0:
             return Outcome(self._case, {"undisturbed": f"exit code {code}, see {log}"}, seconds=time.monotonic() - began)
         expected, results = self._weights("undisturbed"), self._results("undisturbed")
@@ -143,6 +157,14 @@ class Runner:
     def _words(self, way: str) -> list[str]:
         return shlex.split(self._case.command.format(out=f"out-{way}"))
 
+    def _undisturbed(self) -> tuple[psutil.Popen, Path]:
+        words = self._words("undisturbed")
+        program = shutil.which(words[0], path=self._environ["PATH"])
+        if self._zygote is None or program is None or not Path(program).read_bytes().startswith(f"#!{self._python}".encode()):
+            return self._start(words, {})
+        # What hf_spot has no part in need not be fresh.
+        return self._start([str(self._python), program, *words[1:]], {SCRIPTS_FORK: "1"}, forks=True)
+
     def _launched(self, way: str, *, slowly: bool = False) -> tuple[psutil.Popen, Path]:
         (self._folder / "after-the-training").unlink(missing_ok=True)
         start = [
@@ -157,10 +179,10 @@ class Runner:
         ]
         return self._start([*start, *self._words(way)], {"FRONTENDS_STEP_S": str(STEP_S)} if slowly else {})
 
-    def _start(self, words: list[str], more: dict[str, str]) -> tuple[psutil.Popen, Path]:
+    def _start(self, words: list[str], more: dict[str, str], *, forks: bool = False) -> tuple[psutil.Popen, Path]:
         self._logs += 1
         self._log = self._folder / f"log-{self._logs}"
-        with self._log.open("wb") as out:
+        with self._log.open("wb") as out, self._forking(scripts=forks):
             process = psutil.Popen(
                 words,
                 stdout=out,
@@ -170,6 +192,9 @@ class Runner:
                 env={**self._environ, **more},
             )
         return process, self._log
+
+    def _forking(self, *, scripts: bool = False) -> contextlib.AbstractContextManager[None]:
+        return self._zygote.forking(scripts=scripts) if self._zygote else contextlib.nullcontext()
 
     @staticmethod
     def _end(process: tuple[psutil.Popen, Path]) -> tuple[int, Path]:

@@ -24,6 +24,15 @@ PLAIN = SCRIPTS / "plain.py"
 Lines = list[dict[str, Any]]
 
 
+def of_ranks(count: int) -> list[str]:
+    """The options for so many ranks on this machine.
+
+    accelerate looks whether its port is free long before it takes it: of two launches that start at once, one would fail,
+    and be started again.
+    """
+    return ["--multi_gpu", "--num_processes", str(count), "--main_process_port", "0"] if count > 1 else []
+
+
 def read_diary(path: Path) -> Lines:
     """The whole lines of a diary."""
     if not path.exists():
@@ -86,6 +95,7 @@ class Launcher:
     tmp_path: Path
     launches: list[Launch] = field(default_factory=list)
     zygote: Zygote | None = None  # None starts fresh Pythons
+    scripts_fork: bool = True  # otherwise only the launcher and the reader of its options are forked
 
     def start(
         self,
@@ -109,7 +119,7 @@ class Launcher:
         number = len(self.launches) + 1
         log, diary = self.tmp_path / f"log-{number}", self.tmp_path / f"diary-{number}"
         command = [sys.executable, "-m", "hf_spot", "launch", "--store", store, *(options or [])]
-        with open(log, "wb") as out, self.zygote.forking() if self.zygote else contextlib.nullcontext():
+        with open(log, "wb") as out, self._forking():
             process = psutil.Popen(
                 [*command, *map(str, script)],
                 stdout=out,
@@ -120,6 +130,9 @@ class Launcher:
             )
         self.launches.append(Launch(process, log, diary, self.tmp_path / f"out-{number}"))
         return self.launches[-1]
+
+    def _forking(self) -> contextlib.AbstractContextManager[None]:
+        return self.zygote.forking(scripts=self.scripts_fork) if self.zygote else contextlib.nullcontext()
 
     def plain(self, store: str, *more: str, options: list[str] | None = None, env: dict[str, str] | None = None) -> Launch:
         """Launches plain.py with a fresh empty output_dir and a diary of its own."""
@@ -134,9 +147,12 @@ class Launcher:
 
 @pytest.fixture
 def launcher(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Launcher]:
-    """Starts launches, whose Pythons are forked (`tests.zygote`) unless the test is marked ``fresh_python``."""
-    fresh = request.node.get_closest_marker("fresh_python")
-    made = Launcher(tmp_path, zygote=None if fresh else request.getfixturevalue("zygote"))
+    """Starts launches, whose Pythons are forked (`tests.zygote`) unless the test is marked ``fresh_python``.
+
+    Of a test that is marked ``fresh_script`` what a launch starts is fresh, and the launcher is forked.
+    """
+    fresh, fresh_script = map(request.node.get_closest_marker, ("fresh_python", "fresh_script"))
+    made = Launcher(tmp_path, zygote=None if fresh else request.getfixturevalue("zygote"), scripts_fork=fresh_script is None)
     yield made
     for launch in made.launches:
         if launch.process.poll() is None:
@@ -188,7 +204,7 @@ def twin_of_ranks(made_once: Once, zygote: Zygote) -> Callable[[int], Twin]:
     def of(ranks: int) -> Twin:
         def train(folder: Path) -> None:
             launcher = Launcher(folder, zygote=zygote)
-            launch = launcher.plain(str(folder / "run"), options=["--multi_gpu", "--num_processes", str(ranks)])
+            launch = launcher.plain(str(folder / "run"), options=of_ranks(ranks))
             try:
                 assert launch.wait() == 0, launch.text()
             finally:

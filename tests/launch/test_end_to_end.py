@@ -149,7 +149,7 @@ def test_kill_9_at_any_moment_repeats_only_what_was_not_committed(
         check_against(twin, launch, step)
 
 
-@pytest.mark.fresh_python
+@pytest.mark.fresh_script
 def test_a_bucket_that_vanishes_and_comes_back_costs_nothing(launcher: Launcher, twin: Twin) -> None:
     with SeaweedFS() as server:
         server.make_bucket("tests")

@@ -20,6 +20,7 @@ from hf_spot.run.run import Run
 from hf_spot.runtime import Runtime
 from tests.launch.conftest import Launcher
 from tests.launch.test_trainings import SETUP
+from tests.zygote import Zygote
 
 STORE = ["--store", "s3://b/r"]
 
@@ -197,7 +198,7 @@ for name in names:
 
 @pytest.mark.slow
 def test_a_shell_script_with_two_trainings_in_a_row_gives_two_models_and_runs_nothing_after_an_interruption(
-    launcher: Launcher, tmp_path: Path
+    launcher: Launcher, tmp_path: Path, zygote: Zygote
 ) -> None:
     (tmp_path / "train.py").write_text(IN_A_ROW)
     script = tmp_path / "train.sh"
@@ -206,8 +207,9 @@ def test_a_shell_script_with_two_trainings_in_a_row_gives_two_models_and_runs_no
     def models() -> list[object]:
         return [json.loads((tmp_path / f"model-{name}.json").read_text()) for name in "ab"]
 
-    environ = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "train.py", "none", "a", "b"], check=True, cwd=tmp_path, env=environ)
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with zygote.forking():
+        subprocess.run([sys.executable, "train.py", "none", "a", "b"], check=True, cwd=tmp_path, env=environ)
     undisturbed = models()
     store = str(tmp_path / "run")
     first = launcher.start_known(store, ["bash", script, "a"])

@@ -10,7 +10,7 @@ import pytest
 from hf_spot import Run
 from hf_spot.cli import main
 from hf_spot.run.told_steps import path_of, read
-from tests.launch.conftest import SCRIPTS, Launch, Launcher
+from tests.launch.conftest import SCRIPTS, Launch, Launcher, of_ranks
 from tests.waiting import wait_for
 
 RESTLESS = SCRIPTS / "restless.py"
@@ -23,7 +23,7 @@ def start(
     launch = launcher.start(
         str(run),
         [RESTLESS, "--output_dir", out, "--weights", "weights", "--diary", f"diary-{len(launcher.launches) + 1}", *more],
-        options=[*QUIET, *(["--multi_gpu", "--num_processes", str(ranks)] if ranks > 1 else []), *(options or [])],
+        options=[*QUIET, *of_ranks(ranks), *(options or [])],
         env=env,
     )
     launch.output_dir = launcher.tmp_path / out

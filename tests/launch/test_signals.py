@@ -14,9 +14,10 @@ import psutil
 import pytest
 
 from hf_spot.run.run import Run
-from tests.launch.conftest import PLAIN, Launch, Launcher, Twin
+from tests.launch.conftest import PLAIN, Launch, Launcher, Twin, of_ranks
 from tests.signals import fuzz
 from tests.waiting import wait_for
+from tests.zygote import SCRIPTS_FORK, Zygote
 
 BY_DEFAULT = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"]
 NAMED = "SIGUSR2,SIGUSR1,SIGQUIT,SIGALRM,SIGRTMIN"
@@ -66,7 +67,7 @@ def assert_is_preempted_with_all_committed(launch: Launch, store: str) -> None:
 
 
 def options(ranks: int, *more: str) -> list[str]:
-    return [*(["--multi_gpu", "--num_processes", str(ranks)] if ranks > 1 else []), *more]
+    return [*of_ranks(ranks), *more]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def options(ranks: int, *more: str) -> list[str]:
         (1, "SIGTERM", "rank"),  # the one that nvidia-smi shows
         (1, "SIGUSR1", "guard"),
         (1, "SIGHUP", "all"),
-        pytest.param(2, "SIGTERM", "all", marks=pytest.mark.fresh_python),  # what they inherit is blocked by who executes them
+        pytest.param(2, "SIGTERM", "all", marks=pytest.mark.fresh_script),  # what they inherit is blocked by who executes them
         (2, "SIGUSR1", "all"),
         pytest.param(1, "SIGHUP", "launcher", marks=pytest.mark.slow),
         pytest.param(1, "SIGINT", "all", marks=pytest.mark.slow),
@@ -96,6 +97,7 @@ def test_whoever_gets_it_it_is_one_notice(
     assert len(group) == 1 if to != "all" else {*map(role, group)} >= {"guard", "rank"}
     send(group, getattr(signal, name))
     assert_is_preempted_with_all_committed(first, store)
+    launcher.scripts_fork = True
     second = launcher.plain(store, options=options(ranks))
     assert second.wait() == 0, second.text()
     assert launcher.weights() == (twin if ranks == 1 else twin_of_ranks(ranks)).weights
@@ -221,22 +223,27 @@ def test_a_signal_when_all_is_done_changes_no_exit_code() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_terminal_that_is_lost_is_a_notice_and_nothing_that_is_printed_ends_the_training(tmp_path: Path, ranks: int) -> None:
+def test_a_terminal_that_is_lost_is_a_notice_and_nothing_that_is_printed_ends_the_training(
+    tmp_path: Path, ranks: int, zygote: Zygote
+) -> None:
     """As when ssh breaks off: the kernel sends SIGHUP, and whoever prints from then on gets an error."""
     store, log = str(tmp_path / "run"), tmp_path / "log"
     script = [PLAIN, "--output_dir", "out", "--diary", "diary", "--weights", "weights", "--step_s", "0.1"]
-    command = [sys.executable, "-m", "hf_spot", "launch", "--store", store, *options(ranks), *map(str, script)]
+    command = ["launch", "--store", store, *options(ranks), *map(str, script)]
     ours, theirs = pty.openpty()
-    begins = "import os, sys, fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
-    process = psutil.Popen(
-        [sys.executable, "-c", begins, *command],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        start_new_session=True,
+    begins = (
+        "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); runpy.run_module('hf_spot', run_name='__main__')"
     )
+    with zygote.forking(scripts=ranks > 1):
+        process = psutil.Popen(
+            [sys.executable, "-c", begins, *command],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", SCRIPTS_FORK: "1"},
+            start_new_session=True,
+        )
     os.close(theirs)
     launch = Launch(process, log, tmp_path / "diary", tmp_path / "out")
     try:
@@ -253,6 +260,6 @@ def test_a_terminal_that_is_lost_is_a_notice_and_nothing_that_is_printed_ends_th
     assert Run(store).state().ended == "preempted"
 
 
-def test_random_signals_to_random_processes_lose_no_step_that_a_commit_was_due_for(tmp_path: Path) -> None:
-    came_to, wrong = fuzz(tmp_path, rounds=2, seed=3, ranks=(1, 2))
+def test_random_signals_to_random_processes_lose_no_step_that_a_commit_was_due_for(tmp_path: Path, zygote: Zygote) -> None:
+    came_to, wrong = fuzz(tmp_path, rounds=2, seed=3, ranks=(1, 2), zygote=zygote)
     assert not wrong and came_to.total() == 2

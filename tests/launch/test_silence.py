@@ -39,7 +39,7 @@ def committed_step(run: Run) -> int:
     return newest.step if newest else 0
 
 
-@pytest.mark.fresh_python
+@pytest.mark.fresh_script
 def test_a_store_that_says_nothing_any_more_holds_no_launch_after_its_deadline(
     seaweedfs: SeaweedFS, s3_url: str, launcher: Launcher, punctual: Path
 ) -> None:

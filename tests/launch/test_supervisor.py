@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from hf_spot.run.run import Run
-from tests.launch.conftest import Launcher, Lines
+from tests.launch.conftest import Launcher, Lines, of_ranks
 from tests.waiting import PATIENCE_S, wait_for
 
 
@@ -46,17 +46,17 @@ def test_a_crash_is_restarted_until_the_budget_is_spent_and_its_code_is_passed_o
     assert [entry.data["exit_code"] for entry in Run(store).events() if entry.kind == "failed"] == [7, 7]
 
 
-@pytest.mark.fresh_python
+@pytest.mark.fresh_script
 def test_a_death_by_signal_counts_as_128_and_its_number(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
     script = write("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     launch = launcher.start(store, [script], options=["--max-restarts", "0"])
     assert launch.wait() == 128 + signal.SIGSEGV, launch.text()
 
 
-@pytest.mark.fresh_python
+@pytest.mark.fresh_script
 def test_of_several_ranks_the_first_code_is_passed_on_and_not_torchruns(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
     script = write("import os, sys; sys.exit(7 if os.environ['RANK'] == '1' else 0)")
-    launch = launcher.start(store, [script], options=["--max-restarts", "0", "--multi_gpu", "--num_processes", "2"])
+    launch = launcher.start(store, [script], options=["--max-restarts", "0", *of_ranks(2)])
     assert launch.wait() == 7, launch.text()
 
 
@@ -67,7 +67,7 @@ def test_a_wrong_argument_of_the_script_is_not_tried_again(launcher, store, writ
     assert kinds(store) == ["claim", "failed"]
 
 
-@pytest.mark.fresh_python
+@pytest.mark.fresh_script
 def test_a_script_that_trains_nothing_ends_well_and_is_not_called_finished(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
     script = write("import sys; print(sys.argv, __name__, sys.path[0])")
     launch = launcher.start(store, [script, "--one", "two words"])
@@ -77,7 +77,7 @@ def test_a_script_that_trains_nothing_ends_well_and_is_not_called_finished(launc
     assert kinds(store) == ["claim"]
 
 
-@pytest.mark.fresh_python
+@pytest.mark.fresh_script
 def test_a_module_runs_as_under_python_m(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
     write("import sys; print(__name__, __package__, sys.argv[1:])", "mine.py")
     launch = launcher.start(store, ["mine", "--x"], options=["-m"])
@@ -102,7 +102,7 @@ def pids(launcher: Launcher) -> list[psutil.Process]:
     return [psutil.Process(int(pid)) for pid in path.read_text().split()]
 
 
-@pytest.mark.fresh_python
+@pytest.mark.fresh_script
 def test_two_interrupts_end_everything_at_once(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
     launch = launcher.start(store, [write(HANGS)])
     left = pids(launcher)
@@ -115,7 +115,7 @@ def test_two_interrupts_end_everything_at_once(launcher, store, write) -> None: 
     assert kinds(store) == ["claim", "notice", "preempted"]
 
 
-@pytest.mark.fresh_python
+@pytest.mark.fresh_script
 def test_a_script_that_is_not_training_gets_until_the_deadline(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
     launch = launcher.start(store, [write(HANGS)], options=["--grace-s", "1"])
     left = pids(launcher)
@@ -125,7 +125,7 @@ def test_a_script_that_is_not_training_gets_until_the_deadline(launcher, store, 
     assert psutil.wait_procs(left, timeout=PATIENCE_S)[1] == []
 
 
-@pytest.mark.fresh_python
+@pytest.mark.fresh_script
 def test_what_a_script_leaves_behind_is_gone_with_the_launch(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
     launch = launcher.start(store, [write(HANGS.replace("while True:", "while False:"))])
     assert launch.wait() == 0, launch.text()
@@ -150,7 +150,7 @@ def test_everything_dies_with_a_guard_that_is_killed(launcher, store, write) -> 
     assert psutil.wait_procs(left, timeout=PATIENCE_S)[1] == []
 
 
-@pytest.mark.fresh_python
+@pytest.mark.fresh_script
 def test_signals_to_the_whole_group_do_not_end_the_script_before_the_launcher_does(launcher, store, write) -> None:  # type: ignore[no-untyped-def]
     script = write(
         """
@@ -172,7 +172,7 @@ def test_signals_to_the_whole_group_do_not_end_the_script_before_the_launcher_do
     assert "alive, and the child ended with -15" in launch.text()
 
 
-@pytest.mark.fresh_python
+@pytest.mark.fresh_script
 def test_a_signal_to_every_process_of_the_job_is_one_notice(launcher, store, twin) -> None:  # type: ignore[no-untyped-def]
     first = launcher.plain(store, "--step_s", "0.2", "--workers", "2")
     first.wait_for_step(3)
@@ -195,7 +195,7 @@ def test_a_newer_launch_on_another_machine_stops_this_one(launcher, store) -> No
     assert "Traceback" not in launch.text()
 
 
-@pytest.mark.fresh_python
+@pytest.mark.fresh_script
 def test_a_crash_in_training_goes_on_from_the_last_commit(launcher, store, twin, write) -> None:  # type: ignore[no-untyped-def]
     from tests.launch.conftest import PLAIN
 
@@ -229,7 +229,7 @@ def test_a_crash_in_training_goes_on_from_the_last_commit(launcher, store, twin,
 
 @pytest.mark.slow
 def test_two_ranks_are_preempted_together_and_end_with_the_model_of_two_ranks_left_in_peace(launcher, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    ranks = ["--multi_gpu", "--num_processes", "2"]
+    ranks = of_ranks(2)
     # An evaluation after every step: whichever step the notice stops, the resumed launch has one to make up for.
     script = ("--evaluate", "steps", "--eval_steps", "1", "--best")
     peace = launcher.plain(str(tmp_path / "peace"), *script, options=ranks)
@@ -271,13 +271,10 @@ def test_on_another_number_of_ranks_each_step_keeps_its_samples_and_learning_rat
     before: int,
     after: int,
 ) -> None:
-    def ranks(count: int) -> list[str]:
-        return ["--multi_gpu", "--num_processes", "2"] if count == 2 else []
-
-    peace = launcher.plain(str(tmp_path / "peace"), "--dropout", "0", options=[*ranks(before), "--save-total-limit", "0"])
+    peace = launcher.plain(str(tmp_path / "peace"), "--dropout", "0", options=[*of_ranks(before), "--save-total-limit", "0"])
     assert peace.wait() == 0, peace.text()
     as_of_the_first_commit(tmp_path / "peace", store)
-    second = launcher.plain(store, "--dropout", "0", options=ranks(after))
+    second = launcher.plain(store, "--dropout", "0", options=of_ranks(after))
     assert second.wait() == 0, second.text()
     assert "The samples are the same, but results will not be bit-exact" in second.text()
     undisturbed = {line["step"]: line for line in peace.lines()}

@@ -12,6 +12,7 @@ import pytest
 
 from hf_spot.run.run import Run
 from tests.launch.conftest import Launcher
+from tests.zygote import SCRIPTS_FORK, Zygote
 
 SETUP = """
 import json, os, signal, sys, time
@@ -153,10 +154,15 @@ def test_a_start_that_is_not_there_ends_the_launch_at_once(launcher: Launcher, t
 
 
 PAIR = (
-    SETUP
-    + """
-import subprocess
+    """
+import subprocess, sys
 out, stop, *names = sys.argv[1:]
+if not names:
+    children = [subprocess.Popen([sys.executable, *sys.argv, name]) for name in ("a", "b")]
+    sys.exit(max(child.wait() for child in children))
+"""
+    + SETUP
+    + """
 for name in names:
     from hf_spot import SpotCallback
     callbacks = [Stop(int(stop))] if name == "a" and stop.isdigit() else []
@@ -164,28 +170,28 @@ for name in names:
     trainer = make_trainer(f"{out}/{name}", ord(name), *callbacks, num_train_epochs=2)
     trainer.train()
     Path(f"model-{name}.json").write_text(json.dumps([trainer.state.global_step, digest(trainer.model)]))
-if not names:
-    children = [subprocess.Popen([sys.executable, *sys.argv, name]) for name in ("a", "b")]
-    sys.exit(max(child.wait() for child in children))
 """
 )
 
 
-def test_two_trainings_side_by_side_in_one_launch_each_resume_their_own(launcher: Launcher, tmp_path: Path) -> None:
+def test_two_trainings_side_by_side_in_one_launch_each_resume_their_own(
+    launcher: Launcher, tmp_path: Path, zygote: Zygote
+) -> None:
     path = script(tmp_path, PAIR)
 
     def models() -> list[list[object]]:
         return [json.loads((tmp_path / f"model-{name}.json").read_text()) for name in "ab"]
 
-    environ = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, path, "peace", "plain", "a", "b"], check=True, cwd=tmp_path, env=environ)
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with zygote.forking():
+        subprocess.run([sys.executable, str(path), "peace", "plain", "a", "b"], check=True, cwd=tmp_path, env=environ)
     undisturbed = models()
     for name in "ab":
         (tmp_path / f"model-{name}.json").unlink()
-    first = launcher.start(str(tmp_path / "run"), [path, "out", "5"])
+    first = launcher.start(str(tmp_path / "run"), [path, "out", "5"], env={SCRIPTS_FORK: "1"})
     assert first.wait() == 75, first.text()
     assert len(Run(str(tmp_path / "run")).state().trainings) in (1, 2)  # the other may not have begun
-    second = launcher.start(str(tmp_path / "run"), [path, "out", "-1"])
+    second = launcher.start(str(tmp_path / "run"), [path, "out", "-1"], env={SCRIPTS_FORK: "1"})
     assert second.wait() == 0, second.text()
     assert models() == undisturbed
     assert {ref.training for ref in Run(str(tmp_path / "run")).state().checkpoints} == {1, 2}

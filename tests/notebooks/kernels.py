@@ -17,6 +17,7 @@ from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 
 from tests.waiting import PATIENCE_S
+from tests.zygote import Zygote
 
 PRESS_S = 1.2  # longer than what counts as one press
 
@@ -91,15 +92,17 @@ class Kernel:
 
 
 @contextmanager
-def kernel(folder: Path, environment: Mapping[str, str]) -> Iterator[Kernel]:
-    """A fresh kernel.
+def kernel(folder: Path, environment: Mapping[str, str], zygote: Zygote) -> Iterator[Kernel]:
+    """A kernel of its own, which has imported torch.
 
     Args:
         folder: that it works in.
         environment: besides that of this process.
+        zygote: forks it.
     """
     manager = KernelManager()
-    manager.start_kernel(cwd=str(folder), env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
+    with zygote.forking():
+        manager.start_kernel(cwd=str(folder), env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
     group = manager.provisioner.pid  # type: ignore[union-attr]
     client = manager.client()
     try:

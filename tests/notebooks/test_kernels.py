@@ -13,6 +13,7 @@ import pytest
 from hf_spot.run.run import Run
 from tests.notebooks.kernels import PRESS_S, Kernel, kernel
 from tests.servers import free_ports
+from tests.zygote import Zygote
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,15 +54,15 @@ class SlowData:
 
 
 @contextmanager
-def started(folder: Path) -> Iterator[Kernel]:
-    with kernel(folder, {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}) as found:
+def started(folder: Path, zygote: Zygote) -> Iterator[Kernel]:
+    with kernel(folder, {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}, zygote) as found:
         assert found.run(SETUP).status == "ok"
         yield found
 
 
 @pytest.fixture(scope="module")
-def kernel_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
-    with started(tmp_path_factory.mktemp("kernel")) as found:
+def kernel_of_all(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Iterator[Kernel]:
+    with started(tmp_path_factory.mktemp("kernel"), zygote) as found:
         yield found
 
 
@@ -133,9 +134,9 @@ def test_a_training_in_a_thread_goes_on_without_signals(notebook: Kernel, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_workers_of_a_notebook_launcher_commit_before_they_end(tmp_path: Path) -> None:
+def test_the_workers_of_a_notebook_launcher_commit_before_they_end(tmp_path: Path, zygote: Zygote) -> None:
     launch = "from accelerate import notebook_launcher\nnotebook_launcher(train, (2,), num_processes=2, use_port='%d')"
-    with started(tmp_path) as notebook:
+    with started(tmp_path, zygote) as notebook:
         notebook.start(launch % free_ports(1)[0])
         notebook.wait_until_shown("rank 0 has done 2")
         notebook.interrupt()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +26,7 @@ from tests import leftovers
 from tests.run.crashes import Crash, PowerCut, kill
 
 NAMES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
-SAVES, PATIENCE_S = 2, 60.0
+SAVES, PATIENCE_S, GIVE_UP_S = 2, 60.0, 500.0
 MOST_CHECKPOINTS = 20  # two stay, and a launch that dies behind its first commit leaves the older ones to the next
 NOTHING_WRONG = "0 commits lost, 0 hangs, 0 wrong resumes"  # said by a test that has asserted it at each point
 
@@ -175,13 +177,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         yield Path(made)
 
 
-@pytest.mark.parametrize(("where", "stride"), [("directory", 1), ("s3", 3)])
-def test_killed_at_any_operation(
-    where: str, stride: int, folder: Path, request: pytest.FixtureRequest, counted: Callable[[str], None]
-) -> None:
-    """Each operation on files, with the run in a directory; every third on files and store, with the run on S3: as each
-    launch has more or less to restore and to prune than the one before, they are not the same ones in each round of uploads."""
-    url = request.getfixturevalue("s3_url") if where == "s3" else str(folder / "disk" / "run")
+def kill_at_each(url: str, folder: Path, stride: int) -> int:
+    """Kill launches at one operation after the other; return how many there were."""
     machine = Machine(url, folder)
     at = 1
     while not machine.start(at):
@@ -190,21 +187,51 @@ def test_killed_at_any_operation(
     machine.check()
     nothing_grows(machine)
     assert at > 100  # each was the last operation of a launch
-    counted(f"launches killed ({where}): {machine.tried} points, {NOTHING_WRONG}")
+    return machine.tried
 
 
-def test_the_power_is_cut_at_any_operation(folder: Path, counted: Callable[[str], None]) -> None:
-    machine = Machine(str(folder / "disk" / "run"), folder)
+def cut_the_power_at_each(url: str, folder: Path, stride: int) -> int:
+    """Cut the power of launches at one operation after the other; return how many there were."""
+    machine = Machine(url, folder)
     at, after = 1, folder / "after"
     while not machine.start(at, lambda: PowerCut(machine.disk, after)):
         shutil.rmtree(machine.disk)
         after.rename(machine.disk)
         machine.check()
-        at += 7  # to follow what the disk holds takes long; each of these launches does other things than the one before
+        at += stride
     machine.check()
     nothing_grows(machine)
     assert at > 100
-    counted(f"launches whose machine lost its power: {machine.tried} points, {NOTHING_WRONG}")
+    return machine.tried
+
+
+def in_a_small_process(do: Callable[[str, Path, int], int], url: str, folder: Path, stride: int) -> int:
+    """Call one of these in a Python of its own: to fork one that has imported torch takes longer than such a launch."""
+    command = [sys.executable, "-m", "tests.run.test_crash_points", do.__name__, url, str(folder), str(stride)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=GIVE_UP_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize(("where", "stride"), [("directory", 1), ("s3", 3)])
+def test_killed_at_any_operation(
+    where: str, stride: int, folder: Path, request: pytest.FixtureRequest, counted: Callable[[str], None]
+) -> None:
+    """Each operation on files, with the run in a directory; every third on files and store, with the run on S3: as each
+    launch has more or less to restore and to prune than the one before, they are not the same ones in each round of uploads."""
+    if where == "s3":
+        tried = kill_at_each(request.getfixturevalue("s3_url"), folder, stride)
+    else:
+        tried = in_a_small_process(kill_at_each, str(folder / "disk" / "run"), folder, stride)
+    counted(f"launches killed ({where}): {tried} points, {NOTHING_WRONG}")
+
+
+def test_the_power_is_cut_at_any_operation(folder: Path, counted: Callable[[str], None]) -> None:
+    # To follow what the disk holds takes long; each of these launches does other things than the one before.
+    tried = in_a_small_process(cut_the_power_at_each, str(folder / "disk" / "run"), folder, stride=7)
+    counted(f"launches whose machine lost its power: {tried} points, {NOTHING_WRONG}")
 
 
 def test_what_a_directory_has_taken_or_given_outlives_a_power_cut(folder: Path) -> None:
@@ -275,3 +302,7 @@ def nothing_grows(machine: Machine) -> None:
     assert len(torn) <= 1
     assert left - {*torn, ".hf_spot"} == {f"checkpoint-{newest.step}", f"checkpoint-{newest.step - 5}"}
     assert [path.name for path in (machine.disk / "out" / ".hf_spot").iterdir()] == ["run"]
+
+
+if __name__ == "__main__":
+    print(globals()[sys.argv[1]](sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])))

@@ -28,6 +28,7 @@ OWN = {
     "upload_workers": ("2", 2),
     "on_event": ("https://example.com", "https://example.com"),
     "allow_batch_change": ("true", True),
+    "exact_on_any_gpus": ("true", True),
 }
 
 

@@ -31,10 +31,11 @@ import torch.distributed.checkpoint
 import tqdm
 import transformers.modeling_utils
 from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataParallelPlugin
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils.fsdp_utils import save_fsdp_model
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from transformers import (
     EarlyStoppingCallback,
     LlamaConfig,
@@ -93,7 +94,7 @@ def skip_if_of_other_versions(one: Name) -> None:
     if one.only.startswith("transformers from") and not upstream.ONLY[one.only](None):
         pytest.skip(f"{one.only} only")
     if one.library == "aim":
-        pytest.importorskip("aim", reason="needs aim: see CONTRIBUTING.md")
+        pytest.importorskip("aim", reason="needs aim: pip install aim")
     if one.library == "deepspeed":
         pytest.importorskip("deepspeed.runtime.engine", reason="needs deepspeed: see CONTRIBUTING.md")
 
@@ -521,6 +522,7 @@ def _iterate(folder: Path) -> None:
     for _ in range(2):
         list(loader)
     accelerator.save_state(str(folder / "loop"))
+    list(BatchSamplerShard(BatchSampler(range(4), 2, drop_last=False), num_processes=2))  # what several ranks use
 
 
 def _save_parts(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from types import MappingProxyType
 
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
@@ -137,8 +138,19 @@ class KnownTraining:
         trained = origin.get("trains") if isinstance(origin, dict) else None  # in the run that it comes from
         return trained if isinstance(trained, dict) else {}
 
-    def record(self) -> None:
-        """Record what this training trains, unless the run knows it already. The run must be claimed."""
+    @property
+    def known_description(self) -> Description:
+        """Return what the run has recorded about this training; empty for a new one."""
+        known = self._match.known
+        return {} if known is None or known.description is None else known.description
+
+    def record(self, also: Description = MappingProxyType({})) -> None:
+        """Record what this training trains, unless the run knows it already. The run must be claimed.
+
+        Args:
+            also: values that say how it is trained, for later launches; they don't tell it from others.
+        """
+        self._description = {**self._description, **also}
         described = self._session.agreement.from_main(self._record_on_main)
         self._described = described.entry
         self._session.enter(described.training)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from hf_spot.errors import ConfigError
+from hf_spot.log import warn_for_all
 from hf_spot.policy.resize import Batches
 from hf_spot.training.upstream import CHECKPOINT_ENGINE
 
@@ -15,14 +16,15 @@ _INSTEAD = "shard it with TrainingArguments(fsdp='full_shard') or DeepSpeed inst
 
 
 def refuse_what_can_not_be_resumed(trainer: Trainer) -> None:
-    """Refuse, before anything is trained, a model that is divided in a way that Trainer can't save and resume exactly.
+    """Refuse, before anything is trained, what Trainer can't save and resume exactly: how the model is divided, and settings.
 
     Args:
         trainer: the Trainer, before ``train()`` does anything.
 
     Raises:
-        ConfigError: the model is divided in such a way.
+        ConfigError: the model is divided in such a way, or there is such a setting.
     """
+    _refuse_settings(trainer.args)
     parallel = trainer.accelerator.parallelism_config
     sizes = {name: int(getattr(parallel, f"{name}_size", None) or 1) for name in ("tp", "cp", "sp")}
     if divided := [f"{name}_size={size}" for name, size in sizes.items() if size > 1]:
@@ -42,6 +44,20 @@ def refuse_what_can_not_be_resumed(trainer: Trainer) -> None:
             "optimizer",
             hint=_INSTEAD,
         )
+
+
+def _refuse_settings(args: TrainingArguments) -> None:
+    if args.save_only_model:
+        raise ConfigError(
+            "TrainingArguments(save_only_model=True) leaves nothing to resume from", hint="set save_only_model=False"
+        )
+    if getattr(args, "enable_jit_checkpoint", False):
+        raise ConfigError(
+            "TrainingArguments(enable_jit_checkpoint=True) and SpotCallback would both handle SIGTERM",
+            hint="set enable_jit_checkpoint=False",
+        )
+    if args.ignore_data_skip:
+        warn_for_all("ignore_data_skip=True: a resumed run trains on other data than an uninterrupted one; set it to False")
 
 
 def refuse_other_ranks(trainer: Trainer, before: Batches, now: Batches) -> None:

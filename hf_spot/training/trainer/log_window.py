@@ -227,8 +227,9 @@ class LogWindow:
             window = torch.load(checkpoint / _FOLDER / f"rank_{rank}.pt", map_location="cpu", weights_only=True)
             tr_loss, current_flos = window["tr_loss"], window["flos"][1]
         else:  # a log line reports the mean loss of the ranks, and the sum of their operations
-            tr_loss = torch.stack([one["tr_loss"] for one in windows]).mean(0)
-            current_flos = sum(one["flos"][1] for one in windows) if rank == 0 else 0
+            losses = torch.stack([one["tr_loss"] for one in windows])
+            tr_loss = losses[0] if bool((losses == losses[0]).all()) else losses.mean(0)  # a mean of equal ones may differ
+            current_flos = sum(one["flos"][1] for one in windows) if rank == 0 else 0.0  # ranks exchange it: of one type
         LOSS_SO_FAR.set(trainer, tr_loss.to(trainer.args.device))
         TOTAL_LOSS.set(trainer, window["total_loss"])
         LAST_LOGGED.set(trainer, window["last_logged"])

@@ -49,10 +49,12 @@ class RandomStates:
     Args:
         trainer: the Trainer; its own methods save and restore the generators.
         folder: local folder for files that Trainer writes; `close` removes it.
+        shared: all ranks have the same states between two steps; a rank that did not exist at a save takes those of rank 0.
     """
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
+    def __init__(self, trainer: Trainer, folder: Path, *, shared: bool = False) -> None:
         self._trainer = trainer
+        self._shared = shared
         self._folder = folder
         self._remembered = folder.with_name(f"{folder.name}-remembered")
         self._start_of_epoch: dict[str, bytes] = {}
@@ -331,14 +333,30 @@ class RandomStates:
         self._before_draw = now or self._capture()
 
     def _load_start_of_epoch(self, states: Path) -> None:
-        args = self._trainer.args
-        name = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
-        if not (states / name).exists():  # the number of ranks has changed: use the data order of rank 0
+        if not (states / self._rng_name).exists():  # the number of ranks has changed: use the data order of rank 0
             found = next((path for path in (states / "rng_state_0.pth", states / "rng_state.pth") if path.exists()), None)
             if found is not None:
-                shutil.copyfile(found, states / name)
+                shutil.copyfile(found, states / self._rng_name)
         LOAD_RNG_STATE.plain(self._trainer)(str(states))
         forget()
+
+    @property
+    def _rng_name(self) -> str:
+        """Return the name of the file in which Trainer looks for this rank's states."""
+        args = self._trainer.args
+        return f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+
+    def _with_own_states(self, checkpoint: str | None) -> str | None:
+        """Return a folder in which Trainer finds this rank's states: the checkpoint, or a copy of the states of rank 0."""
+        if checkpoint is None or not self._shared or (Path(checkpoint) / self._rng_name).exists():
+            return checkpoint
+        every = (Path(checkpoint) / name for name in ("rng_state_0.pth", "rng_state.pth"))
+        found = next((path for path in every if path.exists()), None)
+        if found is None:
+            return checkpoint
+        make_private(self._remembered)
+        shutil.copyfile(found, self._remembered / self._rng_name)
+        return str(self._remembered)
 
     def _capture(self) -> dict[str, Any]:
         return capture() | {"data_side": self._data_side.capture()}
@@ -357,7 +375,7 @@ class RandomStates:
     def _return_to_checkpoint(self, checkpoint: str | None) -> None:
         if not self._restored:
             self._restored = True
-            LOAD_RNG_STATE.plain(self._trainer)(checkpoint)
+            LOAD_RNG_STATE.plain(self._trainer)(self._with_own_states(checkpoint))
             forget()
             self._data_side.restore(self._resumed_data_side["saved"])
             self._restored_digests = self.digests()

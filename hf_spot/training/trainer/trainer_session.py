@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError, RolledBack, SpotError, StoreError, TrainingInterrupted, TrainingPreempted
+from hf_spot.errors import RolledBack, SpotError, StoreError, TrainingInterrupted, TrainingPreempted
 from hf_spot.log import alert, warn_for_all
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.notices.signals import KeyboardSource
@@ -41,6 +41,7 @@ from hf_spot.training.trainer.batch_size import batches, keep_full_samples, keep
 from hf_spot.training.trainer.commits import Commits
 from hf_spot.training.trainer.description import describe
 from hf_spot.training.trainer.engines import refuse_what_can_not_be_resumed
+from hf_spot.training.trainer.exact_steps import COUNT, ExactSteps, exact_steps, refuse_what_is_not_exact, tell_no_longer_exact
 from hf_spot.training.trainer.passed_over import why_impossible
 from hf_spot.training.trainer.random_states import RandomStates
 from hf_spot.training.trainer.restore import MachineGoing, Resumption
@@ -79,7 +80,9 @@ class TrainerSession:
         now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        _check(trainer)
+        refuse_what_can_not_be_resumed(trainer)
+        if arguments.exact_on_any_gpus:
+            refuse_what_is_not_exact(trainer)
         self._session = session = RunSession("SpotCallback", url, arguments, runtime, now=now, clock=clock)
         self.trainer = trainer
         self._url = url
@@ -91,6 +94,7 @@ class TrainerSession:
             output_dir,
             setting="TrainingArguments(output_dir=…)",
         )
+        self.exact: ExactSteps | None = None
         self._restored: Checkpoint | None = None
         self._nothing_left = False
         self._passed_over: list[Span] = []
@@ -108,7 +112,9 @@ class TrainerSession:
             scratch, held = held_folder()
             session.closing.callback(os.close, held)
         session.closing.callback(shutil.rmtree, scratch, ignore_errors=True)
-        self.random_states = RandomStates(trainer, scratch / f"random-states-{trainer.args.process_index}")
+        self.random_states = RandomStates(
+            trainer, scratch / f"random-states-{trainer.args.process_index}", shared=arguments.exact_on_any_gpus
+        )
         session.closing.callback(self.random_states.close)
         self.commits = Commits(trainer, session, now=now, clock=clock)
 
@@ -188,8 +194,14 @@ class TrainerSession:
             self._nothing_left = self.known.compare(found[0])
         if not self._nothing_left:
             self._session.claim()  # a finished run should be trained again
-            self.known.record()
-        if not self._nothing_left and self._session.runtime is not None:
+            if self._session.arguments.exact_on_any_gpus:
+                full_ranks = 0 if self._session.runtime is None else self._session.runtime.full_ranks
+                self.exact = exact_steps(self.trainer, self._restored, self.known.known_description, full_ranks)
+                self._session.closing.callback(self.exact.close)
+            elif self._restored is not None:
+                tell_no_longer_exact(self._restored)
+            self.known.record({} if self.exact is None else {COUNT: self.exact.count})
+        if not self._nothing_left and self.exact is None and self._session.runtime is not None:
             keep_full_samples(self.trainer, self._session.runtime.full_ranks)
         if self._restored is not None:
             if self.trainer.args.load_best_model_at_end:
@@ -197,7 +209,7 @@ class TrainerSession:
             self._session.timing.restored(self._session.clock() - began)
             self._session.phases.tell(Phase.STARTING, self._restored.step)
             log.info("resuming from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
-            if not self._nothing_left:
+            if not self._nothing_left and self.exact is None:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
         if not self._nothing_left:
             self._passed_over = self._session.agreement.from_main(self._find_passed_over)
@@ -346,7 +358,8 @@ class TrainerSession:
         kind = TrainingInterrupted if self._is_interrupt else TrainingPreempted
         runtime = self._session.runtime
         others_go_on = runtime is not None and runtime.full_ranks > 0 and not self._is_interrupt
-        next_is = "The machines that are left train on from there." if others_go_on else how_to_resume()
+        left = "Machines that are left train on from there; the same command lets this one take part again."
+        next_is = left if others_go_on else how_to_resume()
         return kind(f"{what}\n{next_is}", step=step)
 
     def proven(self, verified: list[str] | None) -> None:
@@ -405,9 +418,9 @@ class TrainerSession:
         return decision
 
     def tell_plan(self, max_steps: int) -> None:
-        """Tell the launcher how long the training is, and what a step is made of."""
+        """Tell a launcher of machines that come and go how long the training is, and what a step is made of."""
         session = self._session
-        if session.runtime is not None and session.agreement.is_main:
+        if session.runtime is not None and session.runtime.full_ranks and session.agreement.is_main:
             session.runtime.tell_plan(Plan(max_steps, batches(self.trainer).total))
 
     def step_ended(self, step: int) -> Decision | None:
@@ -553,19 +566,3 @@ class TrainerSession:
     @staticmethod
     def _must_stop(merged: Ballot | None) -> bool:
         return merged is not None and merged.terminate
-
-
-def _check(trainer: Trainer) -> None:
-    refuse_what_can_not_be_resumed(trainer)
-    args = trainer.args
-    if args.save_only_model:
-        raise ConfigError(
-            "TrainingArguments(save_only_model=True) leaves nothing to resume from", hint="set save_only_model=False"
-        )
-    if getattr(args, "enable_jit_checkpoint", False):
-        raise ConfigError(
-            "TrainingArguments(enable_jit_checkpoint=True) and SpotCallback would both handle SIGTERM",
-            hint="set enable_jit_checkpoint=False",
-        )
-    if args.ignore_data_skip:
-        warn_for_all("ignore_data_skip=True: a resumed run trains on other data than an uninterrupted one; set it to False")

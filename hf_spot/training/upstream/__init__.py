@@ -32,6 +32,11 @@ def _is_stream(trainer: Any) -> bool:
     return isinstance(trainer.train_dataset, IterableDataset)
 
 
+def _is_exact(trainer: Any) -> bool:
+    settings = (getattr(one, "args", None) for one in trainer.callback_handler.callbacks)
+    return any(getattr(one, "exact_on_any_gpus", False) for one in settings)
+
+
 def _has_callback(name: str, trainer: Any) -> bool:
     return any(type(one).__name__ == name for one in trainer.callback_handler.callbacks)
 
@@ -61,6 +66,8 @@ ONLY: dict[str, Callable[[Any], bool]] = {
     "transformers from 5.23 on": lambda trainer: _is_at_least("transformers", 5, 23),
     "load_best_model_at_end": lambda trainer: bool(trainer.args.load_best_model_at_end),
     "hyperparameter_search()": lambda trainer: trainer.hp_search_backend is not None,
+    "--exact-on-any-gpus": _is_exact,
+    "datasets without a length, and --exact-on-any-gpus": lambda trainer: _is_stream(trainer) or _is_exact(trainer),
 }
 
 # -- the table ------------------------------------------------------------------------------------------------------------
@@ -161,7 +168,12 @@ ON_TRAIN_END = _method(
     "training.trainer.restore",
     "callbacks do nothing at the end of a training that an earlier launch has finished",
 )
-LOSS_SO_FAR = _attribute(_TRAINER, "_tr_loss", "training.trainer.evaluation training.trainer.log_window", _LINES)
+LOSS_SO_FAR = _attribute(
+    _TRAINER,
+    "_tr_loss",
+    "training.trainer.evaluation training.trainer.log_window training.trainer.exact_steps",
+    _LINES,
+)
 TOTAL_LOSS = _attribute(_TRAINER, "_total_loss_scalar", "training.trainer.log_window", _LINES)
 LAST_LOGGED = _attribute(_TRAINER, "_globalstep_last_logged", "training.trainer.log_window", _LINES)
 FIRST_STEP = _attribute(
@@ -178,10 +190,31 @@ TRAINING_STEP = _method(
     _TRAINER,
     "training_step",
     "model, inputs, …",
-    "training.trainer.step_losses training.trainer.passed_over",
+    "training.trainer.step_losses training.trainer.passed_over training.trainer.exact_steps",
     "--on-nan rollback passes over nothing, and losses of steps that are done again after a kill are not compared",
     told=True,
 )
+# --exact-on-any-gpus
+_EXACT: Any = {"only": "--exact-on-any-gpus"}
+_GPUS = "results depend on the number of GPUs"
+_EXACT_STEPS = "training.trainer.exact_steps"
+COUNT_ITEMS = _method(_TRAINER, "_get_num_items_in_batch", "batch_samples, device", _EXACT_STEPS, _GPUS, **_EXACT)
+COUNT_FLOS = _method(_TRAINER, "floating_point_ops", "inputs", _EXACT_STEPS, _GPUS, **_EXACT)
+COUNT_TOKENS = _method(_TRAINER, "_track_num_input_tokens", "inputs", _EXACT_STEPS, _GPUS, **_EXACT)
+TRAIN_LOADER = _method(_TRAINER, "get_train_dataloader", "", _EXACT_STEPS, _GPUS, **_EXACT)
+NESTED_GATHER = _function("transformers.trainer", "nested_gather", "tensors, …", _EXACT_STEPS, _GPUS, **_EXACT)
+ALL_BATCHES = _attribute(
+    "accelerate.data_loader:BatchSamplerShard", "batch_sampler", _EXACT_STEPS, _GPUS, optional=True, **_EXACT
+)
+FETCH = _method(
+    "torch.utils.data._utils.fetch:_MapDatasetFetcher",
+    "fetch",
+    "possibly_batched_index",
+    "training.data.micro_batches",
+    _GPUS,
+    **_EXACT,
+)
+
 EVALUATE = _method(
     _TRAINER, "_evaluate", "trial, ignore_keys_for_eval", "training.trainer.evaluation training.trainer.restore", _EVALUATIONS
 )
@@ -200,16 +233,16 @@ GET_BATCH_SAMPLES = _method(
     _TRAINER,
     "get_batch_samples",
     "epoch_iterator, …",
-    "training.trainer.streams",
-    "there is no warning about a stream that gives other samples after a resume",
-    only="datasets without a length",
+    "training.trainer.streams training.trainer.exact_steps",
+    "there is no warning about a stream that gives other samples after a resume, and results depend on the number of GPUs",
+    only="datasets without a length, and --exact-on-any-gpus",
 )
-TRAIN_BATCH_SIZE = _attribute(_TRAINER, "_train_batch_size", "training.trainer.batch_size", _STEPS)
+TRAIN_BATCH_SIZE = _attribute(_TRAINER, "_train_batch_size", "training.trainer.batch_size training.trainer.exact_steps", _STEPS)
 TOTAL_BATCH_SIZE = _method(_TRAINER, "get_total_train_batch_size", "args", "training.trainer.batch_size", _STEPS)
 ACCUMULATION = _attribute(
     _TRAINER,
     "current_gradient_accumulation_steps",
-    "training.trainer.accumulation",
+    "training.trainer.accumulation training.trainer.exact_steps",
     "a notice can't interrupt a step of several micro-batches",
     only="several micro-batches per step",
 )
@@ -560,7 +593,8 @@ ITERATION_OF_DISPATCHER = _attribute(_DISPATCHER, "iteration", "training.data.it
 INSIDE = _attribute(
     _ADAPTER,
     "base_dataloader",
-    "training.data.loaders training.data.iterations training.trainer.random_states training.trainer.streams",
+    "training.data.loaders training.data.iterations training.trainer.random_states training.trainer.streams "
+    "training.trainer.exact_steps",
     _PLACE,
     scope=_BOTH,
     optional=True,

@@ -130,11 +130,10 @@ def watch(tmp_path: Path) -> Iterator[Callable[[], Loaders]]:
         one.close()
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 5, 11])
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_what_is_left_is_handed_out_as_if_nothing_had_happened(
+def assert_what_is_left_is_handed_out(
     watch: Callable[[], Loaders], tmp_path: Path, pattern: Callable[[], Step], stop_at: int
 ) -> None:
+    """Leave an iteration, continue it in other loaders, and compare it with one that nobody has left."""
     seed()
     step = pattern()
     twin = [(flat(batch), torch.rand(1).item()) for epoch in range(EPOCHS) for batch in step(epoch)]
@@ -161,6 +160,14 @@ def test_what_is_left_is_handed_out_as_if_nothing_had_happened(
     assert rest == twin[stop_at:]
 
 
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 11])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_what_is_left_is_handed_out_as_if_nothing_had_happened(
+    watch: Callable[[], Loaders], tmp_path: Path, pattern: Callable[[], Step], stop_at: int
+) -> None:
+    assert_what_is_left_is_handed_out(watch, tmp_path, pattern, stop_at)
+
+
 def one_by_one(self: Any) -> Iterator[Any]:
     """Takes the place of accelerate's iteration, which makes a batch before it hands out the one before."""
     self.begin()
@@ -182,7 +189,7 @@ def test_what_accelerate_has_prepared_is_handed_out_whether_it_makes_batches_ahe
         loader = Accelerator(cpu=True).prepare(DataLoader(Noisy(), batch_size=2, shuffle=True))
         return lambda epoch: iter(loader)
 
-    test_what_is_left_is_handed_out_as_if_nothing_had_happened(watch, tmp_path, prepared, stop_at)
+    assert_what_is_left_is_handed_out(watch, tmp_path, prepared, stop_at)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

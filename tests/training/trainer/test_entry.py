@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from hf_spot.training.session import recognition
 from tests.training.conftest import STEPS, Patient, Recorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, kinds, preempt
 from tests.waiting import PATIENCE_S
+from tests.zygote import Zygote
 
 
 class OwnLoop(Trainer):
@@ -237,7 +239,7 @@ def test_a_callback_can_be_copied_during_its_training(store: str, tmp_path: Path
     assert other is not callback
 
 
-def test_under_the_launcher_any_trainer_is_asked_for(tmp_path: Path) -> None:
+def test_under_the_launcher_any_trainer_is_asked_for(tmp_path: Path, zygote: Zygote) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
@@ -256,7 +258,9 @@ def test_under_the_launcher_any_trainer_is_asked_for(tmp_path: Path) -> None:
         """)
     )
     root = Path(__file__).parents[3]
-    done = subprocess.run(
-        [sys.executable, script, root], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S, check=False
-    )
+    command, environ = [sys.executable, str(script), str(root)], {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with zygote.forking():
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
     assert done.stdout.count("ConfigError") == 2, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.training.trainer.saves import Saves
 from tests.training.conftest import Recorder, make_trainer
 from tests.training.test_callback import QUIET, kinds, preempt, steps
+from tests.waiting import PATIENCE_S
 
 
 class Boom(Exception):
@@ -71,10 +73,13 @@ def test_at_a_notice_it_is_told_and_the_training_is_preempted(
     assert user.raised or event == "on_log", "what a preempted training logs is kept for the next launch"
 
 
-def raise_at(step: int, trainer: Any) -> Callable[..., None]:
+def raise_from_save(first: int) -> Callable[..., None]:
+    """Raises after the save of this number and after each later one, wherever the training is meanwhile."""
+    saves = count(1)
+
     def act(*args: Any, **kwargs: Any) -> None:
-        if trainer.state.global_step >= step:
-            raise Boom(f"after the save of {trainer.state.global_step}")
+        if (number := next(saves)) >= first:
+            raise Boom(f"after the save of number {number}")
 
     return act
 
@@ -89,12 +94,18 @@ def test_what_trainer_does_after_a_save_costs_no_checkpoint(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trainer = make_trainer(tmp_path / "out", SpotCallback(store, QUIET), save_steps=4, save_total_limit=1)
+    spot = SpotCallback(store, QUIET)
+
+    def wait_for_the_writer() -> None:
+        assert spot._session is not None and spot._session.commits.behind.wait(PATIENCE_S)
+
+    # So that the last save does not begin before what follows the one before it.
+    trainer = make_trainer(tmp_path / "out", spot, Recorder(10, wait_for_the_writer), save_steps=4, save_total_limit=1)
     if what == "push":
         trainer.args.push_to_hub = not goes_on
-        monkeypatch.setattr(trainer, "_push_from_checkpoint", raise_at(8, trainer))
+        monkeypatch.setattr(trainer, "_push_from_checkpoint", raise_from_save(2))
     else:
-        monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", raise_at(8 if goes_on else 12, trainer))
+        monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", raise_from_save(2 if goes_on else 3))
     if what == "push" and goes_on:
         trainer.args.push_to_hub = True
         monkeypatch.setattr(Saves, "_why_at_once", lambda self: None)
@@ -111,7 +122,7 @@ def test_what_trainer_does_after_the_save_of_a_notice_is_told(
 ) -> None:
     spot = SpotCallback(store, SpotArguments(notice="signal"))
     trainer = make_trainer(tmp_path / "out", spot, Recorder(3, preempt(spot)), save_steps=100, save_total_limit=1)
-    monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", raise_at(0, trainer))
+    monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", raise_from_save(1))
     with caplog.at_level(logging.WARNING, "hf_spot"), pytest.raises(TrainingPreempted) as caught:
         trainer.train()
     assert caught.value.code == 75

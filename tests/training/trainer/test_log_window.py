@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 from collections import defaultdict, deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -215,16 +216,29 @@ def assert_equal(one: tuple[Trainer, TrainOutput], other: tuple[Trainer, TrainOu
     assert same(weights(one[0]), weights(other[0]))
 
 
-@pytest.mark.parametrize("at_steps", [(4,), (3, 6, 7)], ids=["once", "three times"])
-@pytest.mark.parametrize("case", CASES)
-def test_an_interrupted_run_tells_what_an_undisturbed_one_tells(
-    store: str, tmp_path: Path, case: str, at_steps: tuple[int, ...]
-) -> None:
+def settings_of(case: str) -> dict[str, Any]:
     settings = {"save_steps": 100, **CASES[case]}
     if settings.get("load_best_model_at_end"):
         settings["save_steps"] = settings["eval_steps"]
-    undisturbed = peaceful(tmp_path, **settings)
-    assert_equal(interrupted(store, tmp_path, *at_steps, **settings), undisturbed)
+    return settings
+
+
+@pytest.fixture(scope="module")
+def undisturbed_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Trainer, TrainOutput]]:
+    """A case with nobody to disturb it, trained once for all that are compared with it."""
+    return functools.cache(lambda case: peaceful(tmp_path_factory.mktemp("undisturbed"), **settings_of(case)))
+
+
+@pytest.mark.parametrize("at_steps", [(4,), (3, 6, 7)], ids=["once", "three times"])
+@pytest.mark.parametrize("case", CASES)
+def test_an_interrupted_run_tells_what_an_undisturbed_one_tells(
+    store: str,
+    tmp_path: Path,
+    case: str,
+    at_steps: tuple[int, ...],
+    undisturbed_case: Callable[[str], tuple[Trainer, TrainOutput]],
+) -> None:
+    assert_equal(interrupted(store, tmp_path, *at_steps, **settings_of(case)), undisturbed_case(case))
 
 
 def test_a_step_that_is_left_in_its_middle_adds_nothing(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

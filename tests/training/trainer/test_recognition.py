@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -99,13 +100,31 @@ FAMILIES: dict[str, list[Member]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def undisturbed_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Folder], dict[str, Any]]:
+    """The models of a family that nobody disturbs, trained once for all that are compared with them."""
+
+    @functools.cache
+    def of(family: str, folder: Folder) -> dict[str, Any]:
+        models: dict[str, Any] = {}
+        run_script(FAMILIES[family], tmp_path_factory.mktemp("undisturbed"), folder, models)
+        return models
+
+    return of
+
+
 @pytest.mark.parametrize("folder", [one_folder, own_folders], ids=["one folder", "folders of their own"])
 @pytest.mark.parametrize("skips", [True, False], ids=["skips what is trained", "skips nothing"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_training_meets_its_own_checkpoints(family: str, skips: bool, folder: Folder, store: str, tmp_path: Path) -> None:
-    members = FAMILIES[family]
-    undisturbed: dict[str, Any] = {}
-    run_script(members, tmp_path / "peace", folder, undisturbed)
+def test_each_training_meets_its_own_checkpoints(
+    family: str,
+    skips: bool,
+    folder: Folder,
+    store: str,
+    tmp_path: Path,
+    undisturbed_family: Callable[[str, Folder], dict[str, Any]],
+) -> None:
+    members, undisturbed = FAMILIES[family], undisturbed_family(family, folder)
     models: dict[str, Any] = {}
     second = members[1]["name"]
     with pytest.raises(TrainingPreempted):

@@ -76,7 +76,9 @@ def settings_of(make: Callable[[], Any], **more: Any) -> dict[str, Any]:
     return {"train_dataset": make, "max_steps": PASS + 12, "per_device_train_batch_size": 4, "save_steps": 100, **more}
 
 
-def resumed(store: str, tmp_path: Path, in_peace: InPeace, name: str, at_step: int, settings: dict[str, Any]) -> int:
+def assert_resumes_as_undisturbed(
+    store: str, tmp_path: Path, in_peace: InPeace, name: str, at_step: int, settings: dict[str, Any]
+) -> int:
     """Interrupt and resume a training; return the number of samples that the second launch has read."""
     undisturbed, second = in_peace(f"seeks: {name}", **settings), Recorder()
     first = train_until_preempted(store, tmp_path / "one", at_step, **settings)
@@ -96,7 +98,7 @@ def test_a_stream_is_resumed_without_reading_it_again(
 ) -> None:
     caplog.set_level(logging.INFO, "hf_spot")
     settings = settings_of(SEEKS[name])
-    resumed(store, tmp_path, in_peace, name, at_step, settings)
+    assert_resumes_as_undisturbed(store, tmp_path, in_peace, name, at_step, settings)
     messages = [record.getMessage() for record in caplog.records]
     assert any("the stream begins at batch" in message for message in messages), messages
     assert not any("read again from its start" in message for message in messages)
@@ -104,7 +106,7 @@ def test_a_stream_is_resumed_without_reading_it_again(
 
 def test_only_what_is_needed_is_read(store: str, tmp_path: Path, in_peace: InPeace) -> None:
     at_step, settings = 22, settings_of(plain, max_steps=PASS)
-    count = resumed(store, tmp_path, in_peace, "one pass", at_step, settings)
+    count = assert_resumes_as_undisturbed(store, tmp_path, in_peace, "one pass", at_step, settings)
     # datasets opens the shard of a position and passes over its earlier samples; twice, as the position is proven first.
     assert count < 3 * SAMPLES
     assert {shard for shard, _ in READ} == {SHARDS - 1}
@@ -113,7 +115,7 @@ def test_only_what_is_needed_is_read(store: str, tmp_path: Path, in_peace: InPea
 @pytest.mark.parametrize("at_step", [7, PASS + 7], ids=["first pass", "second pass"])
 def test_steps_of_several_batches(store: str, tmp_path: Path, in_peace: InPeace, at_step: int) -> None:
     settings = settings_of(plain, gradient_accumulation_steps=3, per_device_train_batch_size=2, max_steps=PASS + 12)
-    resumed(store, tmp_path, in_peace, "accumulated", at_step, settings)
+    assert_resumes_as_undisturbed(store, tmp_path, in_peace, "accumulated", at_step, settings)
 
 
 @pytest.mark.parametrize("name", READS_AGAIN)
@@ -121,7 +123,7 @@ def test_a_stream_that_can_not_say_where_it_is_is_read_again(
     store: str, tmp_path: Path, in_peace: InPeace, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     make, more, why = READS_AGAIN[name]
-    resumed(store, tmp_path, in_peace, name, 16, settings_of(make, **more))
+    assert_resumes_as_undisturbed(store, tmp_path, in_peace, name, 16, settings_of(make, **more))
     (message,) = [one.getMessage() for one in caplog.records if "read again from its start" in one.getMessage()]
     assert "to batch 16 (64 samples)" in message
     assert why in message

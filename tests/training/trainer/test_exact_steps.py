@@ -1,0 +1,185 @@
+"""Steps that don't depend on the number of ranks; ``python -m tests.any_gpus`` trains more kinds on more numbers."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from hf_spot import Run, SpotArguments, SpotCallback
+from hf_spot.errors import ConfigError
+from hf_spot.policy.micro_batches import Shares
+from hf_spot.training.data.micro_batches import MicroBatches, seed_fetches, seeded
+from hf_spot.training.data.rng import capture, pack
+from tests.training.conftest import Recorder, make_trainer, same, weights
+from tests.waiting import PATIENCE_S
+from tests.zygote import Zygote
+
+EXACT = SpotArguments(notice="none", exact_on_any_gpus=True)
+SETTINGS: dict[str, Any] = {"gradient_accumulation_steps": 3, "num_train_epochs": 2}  # 12 micro-batches in an epoch
+
+
+def test_one_and_two_ranks_and_a_change_in_mid_run_give_the_same_bits(zygote: Zygote, tmp_path: Path) -> None:
+    command = [sys.executable, "-Wignore", "-m", "tests.any_gpus", "--quick", "--folder", str(tmp_path)]
+    with zygote.forking():
+        played = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE_S)
+    assert played.returncode == 0, played.stdout
+    assert "1 row, 0 with different results" in played.stdout
+
+
+def test_the_result_is_that_of_trainer_but_for_rounding(store: str, tmp_path: Path) -> None:
+    def still() -> Any:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2, **none))
+
+    plain_lines, exact_lines = Recorder(), Recorder()
+    plain = make_trainer(tmp_path / "plain", plain_lines, model=still, **SETTINGS)
+    plain.train()
+    exact = make_trainer(tmp_path / "exact", exact_lines, SpotCallback(store, EXACT), model=still, **SETTINGS)
+    exact.train()
+    found, wanted = weights(exact), weights(plain)
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-3) for name in wanted)
+    assert exact_lines.losses.keys() == plain_lines.losses.keys()
+    for step, loss in plain_lines.losses.items():
+        assert exact_lines.losses[step] == pytest.approx(loss, rel=1e-3)
+
+
+def _interrupt() -> None:
+    raise InterruptedError
+
+
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(store: str, tmp_path: Path) -> None:
+    whole = make_trainer(tmp_path / "whole", SpotCallback(f"{store}-whole", EXACT), **SETTINGS)
+    whole.train()
+    with pytest.raises(InterruptedError):
+        make_trainer(tmp_path / "out", SpotCallback(store, EXACT), Recorder(6, _interrupt), **SETTINGS).train()
+    trainer = make_trainer(tmp_path / "out", SpotCallback(store, EXACT), **SETTINGS)
+    trainer.train()
+    assert same(weights(trainer), weights(whole))
+    commit = Run(store).checkpoints()[-1]
+    assert commit.details["micro_batches"] == 3 and commit.details["data_parallel_size"] == 1
+
+
+def test_settings_are_the_users_own_again_afterwards(store: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, SpotCallback(store, EXACT), **SETTINGS, max_steps=1)
+    threads, averages = torch.get_num_threads(), trainer.args.average_tokens_across_devices
+    methods = {name for name, value in vars(trainer).items() if callable(value)}
+    trainer.train()
+    assert torch.get_num_threads() == threads
+    assert trainer.args.average_tokens_across_devices == averages
+    assert {name for name, value in vars(trainer).items() if callable(value)} == methods
+
+
+class _Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        yield from (
+            {"input_ids": torch.ones(4, dtype=torch.long), "labels": torch.ones(4, dtype=torch.long)} for _ in range(99)
+        )
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "split batches": ({"accelerator_config": {"split_batches": True}}, "split_batches"),
+    "dispatched batches": ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
+    "found batch size": ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+    "rebalanced": ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
+    "out of order": ({"dataloader_in_order": False}, "dataloader_in_order"),
+    "a stream": ({"train_dataset": _Stream, "max_steps": 2}, "without a length"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_can_not_be_exact_is_refused_before_the_first_step(store: str, tmp_path: Path, name: str) -> None:
+    settings, why = REFUSED[name]
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path, recorder, SpotCallback(store, EXACT), **settings)
+    with pytest.raises(ConfigError, match=why) as refused:
+        trainer.train()
+    assert refused.value.hint and trainer.state.global_step == 0
+
+
+def _normalized() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    class Normalized(GPT2LMHeadModel):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.norm = torch.nn.BatchNorm1d(16)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().forward(*args, **kwargs, output_hidden_states=True)
+            found["loss"] = found["loss"] + self.norm(found["hidden_states"][0][:, 0]).mean()
+            return found
+
+    return Normalized(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+
+
+def test_running_statistics_are_refused_before_the_first_step(store: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, SpotCallback(store, EXACT), model=_normalized, remove_unused_columns=False)
+    with pytest.raises(ConfigError, match=r"norm\.running_mean") as refused:
+        trainer.train()
+    assert "GroupNorm" in str(refused.value.hint) and trainer.state.global_step == 0
+
+
+def _make(sample: Any) -> tuple[Any, ...]:
+    return sample, random.random(), float(numpy.random.rand()), float(torch.rand(()))
+
+
+class _Drawing(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, at: int) -> Any:
+        return _make(at)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_random_numbers_of_the_data_belong_to_the_micro_batch(workers: int) -> None:
+    seed_fetches()
+
+    def every(shares: Shares, rank: int) -> list[Any]:
+        inner = torch.utils.data.BatchSampler(range(11), 2, False)
+        batches = MicroBatches(inner, shares, rank, 7, lambda: 3)
+        return list(DataLoader(_Drawing(), batch_sampler=batches, collate_fn=list, num_workers=workers))
+
+    alone = every(Shares(4, 1), 0)
+    of_ranks = [every(Shares(4, 3), rank) for rank in range(3)]
+    for at in range(6):  # four in the first step, two in the second one
+        step, number = divmod(at, 4)
+        turn, rank = divmod(number, 3)
+        assert of_ranks[rank][step * 2 + turn] == alone[at]
+    drawn = [sample[1:] for batch in alone[:6] for sample in batch]
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_what_draws_between_two_steps_does_not_depend_on_the_data() -> None:
+    seed_fetches()
+    batches = MicroBatches(torch.utils.data.BatchSampler(range(11), 2, False), Shares(2, 1), 0, 7, lambda: 3)
+    made = iter(DataLoader(_Drawing(), batch_sampler=batches, collate_fn=list))
+    before = pack(capture())
+    assert next(made) and pack(capture()) == before
+
+
+def test_seeded_blocks_leave_the_generators_as_they_were() -> None:
+    before = pack(capture())
+    found = []
+    for seed in (1, 1, 2):
+        with seeded(seed):
+            found.append(_make(0))
+    assert pack(capture()) == before
+    assert found[0] == found[1] != found[2]
+
+
+def test_the_option_that_is_missing_later_is_told(store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InterruptedError):
+        make_trainer(tmp_path, SpotCallback(store, EXACT), Recorder(6, _interrupt), **SETTINGS).train()
+    make_trainer(tmp_path, SpotCallback(store, SpotArguments(notice="none")), **SETTINGS).train()
+    assert "up to step 3 this training was exact on any number of GPUs" in caplog.text
