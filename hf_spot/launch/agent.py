@@ -16,6 +16,7 @@ import gc
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 
@@ -64,6 +65,8 @@ def _main() -> None:
         if runtime is None or runtime.read_exit_code() != EXIT_PREEMPTED:
             raise
         sys.exit(EXIT_PREEMPTED)
+    except subprocess.CalledProcessError as error:  # of one process alone, which accelerate starts without torchrun
+        sys.exit(error.returncode if error.returncode > 0 else 1)
 
 
 if __name__ == "__main__":

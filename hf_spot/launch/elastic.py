@@ -149,7 +149,8 @@ class Elastic:
 
     def _seek(self, began_s: float) -> Met | Verdict | None:
         sight, invitation = self._look()
-        step = next_step(sight, self._unanswered, self._clock(), self._quiet_s)
+        was_fenced = self._times_fenced > 0
+        step = next_step(sight, self._unanswered, self._clock(), self._quiet_s, was_fenced=was_fenced)
         if step.move is Move.END:
             return Verdict.FINISHED
         if step.move is Move.OPEN:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import hf_spot
+from hf_spot.errors import EXIT_PREEMPTED
 from hf_spot.launch.addresses import own_addresses, plain
 from hf_spot.launch.peers import BEAT_S, GREETING_S, Door, Ended, Refused, decode, log, send
 from hf_spot.policy.restarts import Verdict
@@ -369,12 +370,11 @@ class Hosting:
                 guest.is_proven, self._changed_s = True, time.monotonic()
                 self._gone_ids.discard(guest.member.id)
             log.info("machine %s is here", guest.member.name)
-        elif "ready" in message:
+        elif "ready" in message and guest.rank is not None and message["ready"] == self._launch:  # not an earlier launch
             with self._endings.changed:
                 rank, guest.rank = guest.rank, None
-            if rank is not None and message["ready"] == self._launch:
-                self._tell_members(ended := Ended(rank, Verdict.PREEMPTED, 75))
-                self._endings.note(ended)
+            self._tell_members(ended := Ended(rank, Verdict.PREEMPTED, EXIT_PREEMPTED))
+            self._endings.note(ended)
         elif "ended" in message and guest.rank is not None and message["launch"] == self._launch:
             ended = Ended(guest.rank, Verdict(message["verdict"]), int(message["code"]))
             if self._endings.note(ended):

@@ -74,7 +74,8 @@ def _of_process(process: psutil.Process, rank: int, runtime: Runtime) -> str:
     letter, waits = state_of(pid), _waits_in(pid)
     what = "process" if pid == rank else f"child of {rank}, process"
     head = f"== {what} {pid}, {_STATES.get(letter, letter)}{f', in {waits}' if waits else ''}: {_name(process)}"
-    if (native := _native(pid)) is not None and letter != "T":
+    # The native stacks of the ranks alone: each takes seconds.
+    if (native := _native(pid) if pid == rank and letter != "T" else None) is not None:
         return f"{head}\n{native}"
     if not _answers(pid):
         return f"{head}\n(it can't tell its stacks{'' if native is None else ', and py-spy could not read them'})"

@@ -376,7 +376,8 @@ class Supervisor:
                 if alone_since is None:
                     alone_since = self._clock()
                     log.warning("machine %d: %s", ended.machine, ended.verdict.value)
-                if self._clock() - alone_since > outlives_s(ended.verdict, self._command.arguments.drain_timeout_s):
+                drain_s, has_begun = self._command.arguments.drain_timeout_s, self._met is None or self._training is not None
+                if self._clock() - alone_since > outlives_s(ended.verdict, drain_s, has_begun=has_begun):
                     if self._met is None:
                         log.error("the training can't continue without machine %d: killing it", ended.machine)
                         return ended.code or EXIT_PREEMPTED

@@ -82,7 +82,9 @@ class Step:
     place: Place
 
 
-def next_step(sight: Sight, unanswered: Mapping[Place, Unanswered], now_s: float, quiet_s: float) -> Step:
+def next_step(
+    sight: Sight, unanswered: Mapping[Place, Unanswered], now_s: float, quiet_s: float, *, was_fenced: bool = False
+) -> Step:
     """Return what a machine that is in no group does next.
 
     Args:
@@ -90,6 +92,8 @@ def next_step(sight: Sight, unanswered: Mapping[Place, Unanswered], now_s: float
         unanswered: the places where nobody answered.
         now_s: seconds, monotonic.
         quiet_s: how long a place must neither answer nor write to the journal to count as gone.
+        was_fenced: another launch has claimed the run from this machine. If it does not say where it is, it may be one of a
+            single machine, and gets as much time to write as one that does.
     """
     running, coming = Place(sight.launch), Place(sight.launch + 1, sight.attempt)
     if sight.ended == "finished":
@@ -97,7 +101,8 @@ def next_step(sight: Sight, unanswered: Mapping[Place, Unanswered], now_s: float
     if sight.hosted and not _is_gone(unanswered.get(running), sight, now_s, quiet_s):
         return Step(Move.JOIN, running)
     is_about_to_say = sight.launch and not sight.hosted and sight.ended is None
-    if is_about_to_say and not _is_gone(unanswered.get(running), sight, now_s, UNHOSTED_S):
+    unhosted_s = quiet_s if was_fenced else UNHOSTED_S
+    if is_about_to_say and not _is_gone(unanswered.get(running), sight, now_s, unhosted_s):
         return Step(Move.WAIT, running)
     if sight.attempt and not _is_gone(unanswered.get(coming), sight, now_s, quiet_s):
         return Step(Move.JOIN, coming)

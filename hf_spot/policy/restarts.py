@@ -54,15 +54,18 @@ def exit_code(of_command: int, told: int | None, *, as_it_is: bool) -> int:
     return told
 
 
-def outlives_s(other: Verdict, drain_timeout_s: float) -> float:
+def outlives_s(other: Verdict, drain_timeout_s: float, *, has_begun: bool = True) -> float:
     """Return the seconds that the training on this machine may continue after that of another machine has ended.
 
     Args:
         other: how it ended there.
         drain_timeout_s: maximum wait for the last upload.
+        has_begun: whether it has begun on this machine; before that its ranks only wait for those that have ended.
     """
     if other is Verdict.LOST:
         return 0.0
+    if other is Verdict.PREEMPTED and not has_begun:
+        return NEIGHBOUR_FAILED_S
     return NEIGHBOUR_FAILED_S if other in (Verdict.FAILED, Verdict.FENCED) else drain_timeout_s + LATE_S
 
 

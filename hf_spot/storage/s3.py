@@ -39,7 +39,7 @@ from hf_spot.errors import (
 from hf_spot.storage.credential_source import SourceFailed
 from hf_spot.storage.keys import check_key, check_prefix
 from hf_spot.storage.per_process import PerProcess
-from hf_spot.storage.s3_connection import Connection, reads_small
+from hf_spot.storage.s3_connection import Connection, RedirectsInCircles, reads_small
 from hf_spot.storage.s3_settings import (
     KMS_KEY_VARIABLE,
     OWNER_VARIABLE,
@@ -321,13 +321,12 @@ class S3Store:
             yield
         except SourceFailed as failed:
             raise self._explain_source(doing, key, failed) from failed
-        except (aws.ClientError, aws.BotoCoreError, HTTPError, RecursionError) as error:
-            if _is_recursion(error):
-                # botocore asks where a redirecting bucket is, is redirected again, asks again, and so on.
-                raise ConfigError(
-                    f"can't {doing} s3://{self._bucket}/{self._base}{key}: the server redirects without saying where to",
-                    hint=f"should AWS_ENDPOINT_URL begin with https://? Otherwise {explain('301', bucket=self._bucket).hint}",
-                ) from error
+        except RedirectsInCircles as error:
+            raise ConfigError(
+                f"can't {doing} s3://{self._bucket}/{self._base}{key}: {error}",
+                hint=f"should AWS_ENDPOINT_URL begin with https://? Otherwise {explain('301', bucket=self._bucket).hint}",
+            ) from error
+        except (aws.ClientError, aws.BotoCoreError, HTTPError) as error:
             raise self._explain(doing, key, error) from error
 
     def _explain_source(self, doing: str, key: str, failed: SourceFailed) -> SpotError:
@@ -426,10 +425,3 @@ def _again_if_broken(read: Callable[[], T]) -> T:
 def status_of(error: aws.ClientError) -> int:
     """Return the HTTP status of an answer; 0 if it is unknown."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _is_recursion(error: Exception) -> bool:
-    """Return whether the cause is a RecursionError. If it is raised inside the HTTP client, as with Python 3.13, botocore
-    reports it as a broken connection."""
-    inner = error.kwargs.get("error") if isinstance(error, aws.HTTPClientError) else error
-    return isinstance(inner, RecursionError)

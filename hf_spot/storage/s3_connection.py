@@ -26,6 +26,7 @@ from hf_spot.storage.s3_parts import Transfers
 # For all transfers of one store together. One connection to S3 carries less than 100 MB/s; large machines have faster networks.
 _CONNECTIONS = min(64, max(16, os.cpu_count() or 1))
 _TRIES = 5
+_MOST_REDIRECTS = 2  # of the question where a bucket is
 _SILENCE_S = 30.0  # after this long without a byte a connection counts as dead
 # The first tries of a small request time out sooner: the cause is mostly one dead connection, and a commit has a deadline.
 # Later tries wait longer, because a server may be slow.
@@ -64,6 +65,7 @@ class Connection:
             client.meta.events.register_first("needs-retry.s3", credentials.renew_if_refused)
             client.meta.events.register("request-created.s3", _limit_silence)
             client.meta.events.register_last("request-created.s3", credentials.note_signer)
+            _Redirects(client)
         by_silence = _HttpSessions(lambda silence_s: _client(session, style, silence_s))
         for client in (self.client, bulk):
             if _has_http_session(client):  # otherwise each try waits for `_SILENCE_S`, as training/upstream says
@@ -177,6 +179,36 @@ class _Credentials:
                     return False
                 self._held = found
             return True
+
+
+class RedirectsInCircles(BotoCoreError):
+    """The server answers the question where the bucket is with a redirect to nowhere."""
+
+    fmt = "the server redirects without saying where to"
+
+
+class _Redirects:
+    """Ends a circle: botocore asks where a redirecting bucket is, is redirected again, asks again, and so on.
+
+    Args:
+        client: asked by one thread or several.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._thread = threading.local()  # within: questions that this thread has not had an answer to yet
+        events = client.meta.events
+        events.register_last("before-call.s3.HeadBucket", self._asks)
+        events.register("after-call.s3.HeadBucket", self._answered)
+        events.register("after-call-error.s3.HeadBucket", self._answered)
+
+    def _asks(self, **kwargs: Any) -> None:
+        within = getattr(self._thread, "within", 0)
+        if within == _MOST_REDIRECTS:
+            raise RedirectsInCircles
+        self._thread.within = within + 1
+
+    def _answered(self, **kwargs: Any) -> None:
+        self._thread.within -= 1
 
 
 def _has_terminal() -> bool:

@@ -18,9 +18,10 @@ import pytest
 import hf_spot
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError
+from hf_spot.launch.addresses import own_addresses
 from hf_spot.launch.command import Machines
 from hf_spot.launch.elastic import Elastic, Met
-from hf_spot.launch.group import Member, Unreached, visit
+from hf_spot.launch.group import Hosting, Member, Unreached, visit
 from hf_spot.launch.peers import Ended
 from hf_spot.policy.restarts import Verdict
 from hf_spot.run.mailbox import Mailbox
@@ -258,6 +259,78 @@ def test_strangers_delay_nobody(world: World) -> None:
     finally:
         for one in strangers:
             one.close()
+
+
+@pytest.fixture
+def hosting() -> Iterator[Hosting]:
+    made = Hosting(Member("h", "h", 1), None, 5.0)
+    yield made
+    made.close("the test is over")
+
+
+@pytest.mark.parametrize("addresses", [["::1"], ["127.0.0.1"], ["198.51.100.7", "no address", "127.0.0.1"]])
+def test_of_many_addresses_the_one_that_answers_is_taken(hosting: Hosting, addresses: list[str]) -> None:
+    if "::1" in addresses and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6")
+    guest = visit({**hosting.invitation, "addresses": addresses}, Member("g", "g", 1), None, 5.0)
+    guest.ready()
+    wait_for(lambda: [one.name for one in hosting.present().waiting] == ["g"], "for the guest")
+    go = hosting.start(4, ["g"], 29500)
+    found = guest.wait_for_go(PATIENCE_S)
+    assert found is not None
+    assert (found.launch, found.rank, found.members, found.main_ip) == (4, 1, ("h", "g"), addresses[-1])
+    assert go.own_ip == found.main_ip
+    guest.close()
+    assert hosting.ended(PATIENCE_S) == Ended(1, Verdict.LOST, 1)
+
+
+def test_a_port_where_nobody_listens_is_told_from_a_machine_that_does_not_answer(
+    hosting: Hosting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_spot.launch.group.GREETING_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    invitation = {**hosting.invitation, "addresses": ["127.0.0.1"], "port": port}
+    with pytest.raises(Unreached) as closed:
+        visit(invitation, Member("g", "g", 1), None, 5.0)
+    with socket.create_server(("127.0.0.1", 0)) as frozen, pytest.raises(Unreached) as silent:
+        visit({**invitation, "port": frozen.getsockname()[1]}, Member("g", "g", 1), None, 5.0)
+    assert (closed.value.is_gone, silent.value.is_gone) == (True, False)
+    for strange in (
+        {},
+        {"addresses": "127.0.0.1", "port": port},
+        {"addresses": [], "port": 0},
+        {"addresses": [3], "port": "x"},
+    ):
+        with pytest.raises(Unreached):
+            visit(strange, Member("g", "g", 1), None, 5.0)
+
+
+def test_a_machine_that_connects_again_is_not_there_already(hosting: Hosting) -> None:
+    first = visit(hosting.invitation, Member("g", "g", 1), None, 5.0)
+    first.ready()
+    wait_for(lambda: hosting.present().waiting, "for the guest")
+    hosting.start(4, ["g"], 29500)
+    again = visit(hosting.invitation, Member("g", "g", 1), None, 5.0)
+    assert hosting.ended(PATIENCE_S) == Ended(1, Verdict.LOST, 1)
+    assert [one.id for one in hosting.present().waiting] == ["g"]
+    assert first.ended(PATIENCE_S) == Ended(0, Verdict.LOST, 1)
+    for one in (first, again):
+        one.close()
+
+
+def test_a_host_that_says_nothing_is_lost_and_a_guest_likewise(hosting: Hosting) -> None:
+    guest = visit(hosting.invitation, Member("g", "g", 1), None, 0.3)  # the host says something once a second
+    assert guest.ended(PATIENCE_S) == Ended(0, Verdict.LOST, 1)
+    assert not guest.was_closed
+    guest.close()
+
+
+def test_an_interface_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ConfigError, match="--interface nowhere0 does not exist"):
+        own_addresses("nowhere0")
+    with pytest.raises(ConfigError, match="--interface lo has no address"):
+        own_addresses("lo")
 
 
 def test_a_machine_that_was_fenced_looks_for_the_others(world: World) -> None:

@@ -85,6 +85,12 @@ def test_a_meeting_where_nobody_comes_is_given_up(
     assert is_void(place, sight, unanswered, 100.0, QUIET_S) is void
 
 
+def test_a_launch_of_a_single_machine_that_has_claimed_the_run_gets_time_to_write() -> None:
+    single, silent = replace(TRAINS, hosted=False), {Place(3): Unanswered(100.0 - UNHOSTED_S, 9)}
+    assert next_step(single, silent, 100.0, QUIET_S).move is Move.OPEN
+    assert next_step(single, silent, 100.0, QUIET_S, was_fenced=True).move is Move.WAIT
+
+
 def test_silence_counts_from_its_beginning_and_from_the_last_entry_of_the_journal() -> None:
     first = not_answered(None, TRAINS, 10.0, is_gone=False)
     assert not_answered(first, TRAINS, 20.0, is_gone=False) == Unanswered(10.0, 9)

@@ -89,6 +89,8 @@ def test_a_training_waits_for_a_machine_that_ended_well_and_not_for_one_that_is_
     assert outlives_s(Verdict.LOST, 600) == 0
     assert 0 < outlives_s(Verdict.FAILED, 600) < 60
     assert outlives_s(Verdict.PREEMPTED, 600) > 600
+    assert 0 < outlives_s(Verdict.PREEMPTED, 600, has_begun=False) < 60
+    assert outlives_s(Verdict.FINISHED, 600, has_begun=False) > 600
 
 
 @pytest.mark.parametrize(

@@ -397,6 +397,7 @@ def test_a_bucket_in_another_region_is_named_with_the_region(
         with pytest.raises(ConfigError) as caught:
             S3Store("s3://bucket/run").get("k")
     assert in_hint in caught.value.hint
+    assert len(server.requests) < 10  # botocore would ask again and again where the bucket is
 
 
 def test_a_create_that_meets_another_is_tried_again_before_it_gives_up(environ: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ class Phases:
             log.warning("a hang of this process could not be detected: %s", error)
 
     def tell(self, phase: Phase, step: int | None = None) -> None:
-        """Tell what comes next, or give a sign that the same goes on. Takes less than a microsecond.
+        """Tell what comes next, or give a sign that the same goes on. Takes about a microsecond.
 
         Args:
             phase: that begins or goes on.

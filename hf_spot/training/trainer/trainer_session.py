@@ -358,7 +358,8 @@ class TrainerSession:
         kind = TrainingInterrupted if self._is_interrupt else TrainingPreempted
         runtime = self._session.runtime
         others_go_on = runtime is not None and runtime.full_ranks > 0 and not self._is_interrupt
-        next_is = "The machines that are left train on from there." if others_go_on else how_to_resume()
+        left = "Machines that are left train on from there; the same command lets this one take part again."
+        next_is = left if others_go_on else how_to_resume()
         return kind(f"{what}\n{next_is}", step=step)
 
     def proven(self, verified: list[str] | None) -> None:
@@ -417,9 +418,9 @@ class TrainerSession:
         return decision
 
     def tell_plan(self, max_steps: int) -> None:
-        """Tell the launcher how long the training is, and what a step is made of."""
+        """Tell a launcher of machines that come and go how long the training is, and what a step is made of."""
         session = self._session
-        if session.runtime is not None and session.agreement.is_main:
+        if session.runtime is not None and session.runtime.full_ranks and session.agreement.is_main:
             session.runtime.tell_plan(Plan(max_steps, batches(self.trainer).total))
 
     def step_ended(self, step: int) -> Decision | None:
