@@ -28,14 +28,14 @@ class AfterImport(importlib.abc.MetaPathFinder):
         """Return the spec that the standard finder finds, with a loader that also calls the function."""
         if name != self._name:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             exec_module = loader.exec_module
 
             def exec_and_act(module: ModuleType) -> None:
+                if self in sys.meta_path:  # not before: whoever only looks whether there is such a module asks for its spec
+                    sys.meta_path.remove(self)
                 exec_module(module)
                 self._act()
 
