@@ -131,7 +131,7 @@ class _WhereNobodyElseDoes(AboveBars):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, unless another handler does."""
-        if not _is_taken(record.levelno):
+        if not _is_taken(record.levelno, record):
             super().emit(record)
         elif any(_writes_to_terminal(one) for one in _others()):
             for bar in _bars():
@@ -160,8 +160,9 @@ def _is_own(handler: logging.Handler) -> bool:
     return handler.get_name() == _HANDLER_NAME
 
 
-def _is_taken(level: int) -> bool:
-    return any(level >= one.level for one in _others())
+def _is_taken(level: int, record: logging.LogRecord | None = None) -> bool:
+    # A handler's filter may let only the program's own messages through, as axolotl's does.
+    return any(level >= one.level and (record is None or one.filter(record)) for one in _others())
 
 
 def _writes_to_terminal(handler: logging.Handler) -> bool:

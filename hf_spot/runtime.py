@@ -251,6 +251,11 @@ class Runtime:
         """
         self._with_room(lambda: write_atomically(self.training_path, str(exit_code)))
 
+    def tell_left(self) -> None:
+        """Tell the launcher that this process, whose training was stopped, waits to be ended."""
+        with contextlib.suppress(OSError):  # its folder was deleted: the launch is over
+            (self.directory / f"{_LEFT}{os.getpid()}").touch()
+
     def read_training(self) -> bool | None:
         """Return whether a training is running in any process, by the processes' reports; None if there is no report.
 

@@ -72,6 +72,11 @@ ALL = list(LINES)
         ("", "logging.basicConfig(level='ERROR', force=True)", "INFO:hf_spot:committed"),
         (BASIC, "logging.basicConfig(format='%(name)s says %(message)s', force=True)", "hf_spot says committed"),
         ("", "logging.basicConfig(handlers=[logging.StreamHandler(sys.stdout)])", "INFO:hf_spot:committed"),
+        (
+            "",
+            "logging.basicConfig(); logging.getLogger().handlers[0].addFilter(lambda record: record.levelno >= 30)",
+            "hf-spot: committed",
+        ),
         ("", "logging.basicConfig(filename='file.log')", "INFO:hf_spot:committed"),
         ("logging.getLogger('hf_spot').addHandler(logging.StreamHandler())", "", "committed"),
         ("", "logging.getLogger('hf_spot').addHandler(logging.StreamHandler())", "committed"),

@@ -108,9 +108,8 @@ SWANLAB = Tracker(
     "swanlab",
     "SwanLab",
     "SWANLAB_RUN_ID",
-    Standing.TESTED,
-    "`SWANLAB_RUN_ID`, `SWANLAB_RESUME=allow`, only read: swanlab 0.10 fails in Trainer's callback unless the script begins "
-    "the run, which is tested with `SWANLAB_MODE=local`",
+    Standing.READ,
+    "`SWANLAB_RUN_ID`, `SWANLAB_RESUME=allow`; swanlab 0.10 fails in Trainer's own callback",
     f"{_AGAIN}; the newest folder has the whole curve",
     also=(("SWANLAB_RESUME", "allow"),),
 )

@@ -72,6 +72,7 @@ CASES = [
         ("axolotl",),
         environ={"CUDA_VISIBLE_DEVICES": "", "AXOLOTL_DO_NOT_TRACK": "1"},
     ),
+    Case("unsloth", "python unsloth_train.py {out}", ("unsloth",), environ={"CUDA_VISIBLE_DEVICES": ""}),
     Case(
         "swift",
         "swift sft --model tiny-llama --model_type llama --template dummy --dataset ./sft.jsonl --tuner_type full "

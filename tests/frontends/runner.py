@@ -26,7 +26,7 @@ from tests.zygote import SCRIPTS_FORK, Zygote
 SLOW = Path(__file__).parent / "slow"
 LONGEST_S = 600.0
 STEP_S = 0.25
-OF_TIME = ("time", "per_second", "speed", "memory", "spot/")  # parts of the names of values that no two runs have in common
+OF_TIME = ("time", "per_sec", "speed", "memory", "spot/")  # parts of the names of values that no two runs have in common
 
 
 @dataclass(frozen=True)

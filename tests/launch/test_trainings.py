@@ -94,6 +94,25 @@ def test_folds_that_are_there_already_are_left_out_and_each_other_meets_its_own_
     assert {ref.training for ref in Run(str(tmp_path / "run")).state().checkpoints} == {1, 2, 3}
 
 
+IN_A_THREAD = (
+    SETUP
+    + """
+import threading
+thread = threading.Thread(target=make_trainer("out", 0, Stop(5), num_train_epochs=1).train)
+thread.start()
+thread.join()
+Path("after").touch()
+"""
+)
+
+
+def test_nothing_runs_after_a_training_that_was_stopped_in_a_thread(launcher: Launcher, tmp_path: Path) -> None:
+    launch = launcher.start(str(tmp_path / "run"), [script(tmp_path, IN_A_THREAD)])
+    assert launch.wait() == 75, launch.text()
+    assert not (tmp_path / "after").exists()
+    assert Run(str(tmp_path / "run")).state().latest() is not None
+
+
 def done(text: str) -> list[str]:
     return next(line for line in text.splitlines() if line.startswith("DONE")).split()[1:]
 

@@ -96,7 +96,7 @@ def test_the_tracker_that_extends_another_is_found_first() -> None:
 
 def test_what_is_said_to_be_tested_is() -> None:
     of_command = {name for case in CASES for name in case.trackers}
-    assert {tracker.key for tracker in TRACKERS if tracker.standing is Standing.TESTED} == of_command
+    assert {tracker.key for tracker in TRACKERS if tracker.standing is Standing.TESTED} <= of_command
     assert READERS.keys() >= of_command
 
 

@@ -249,7 +249,7 @@ def test_a_preempted_pod_does_not_count_as_a_failed_one_and_what_can_not_succeed
         for rule in spec["podFailurePolicy"]["rules"]
         for code in rule.get("onExitCodes", {}).get("values", [])
     }
-    assert by_code == {75: "Ignore", 2: "FailJob", 76: "FailJob"}
+    assert by_code == {75: "Ignore", 2: "FailJob", 76: "FailJob", 79: "FailJob"}
     named = {rule["onExitCodes"]["containerName"] for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule}
     assert named == {container["name"] for container in spec["template"]["spec"]["containers"]}
     assert spec["template"]["spec"]["restartPolicy"] == "Never"  # a pod failure policy needs it
@@ -382,7 +382,7 @@ def test_a_preempted_job_goes_back_into_the_queue(recipe: Print, cluster: Cluste
     assert "start 3 of job 7" in printed
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 76, 130])
+@pytest.mark.parametrize("code", [0, 1, 2, 76, 79, 130])
 def test_a_job_that_ends_otherwise_does_not(recipe: Print, cluster: Cluster, code: int) -> None:
     ended, asked, _ = cluster(recipe("slurm"), code)
     assert ended == code

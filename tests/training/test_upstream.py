@@ -94,7 +94,7 @@ def skip_if_of_other_versions(one: Name) -> None:
     if one.only.startswith("transformers from") and not upstream.ONLY[one.only](None):
         pytest.skip(f"{one.only} only")
     if one.library == "aim":
-        pytest.importorskip("aim", reason="needs aim: see CONTRIBUTING.md")
+        pytest.importorskip("aim", reason="needs aim: pip install aim")
     if one.library == "deepspeed":
         pytest.importorskip("deepspeed.runtime.engine", reason="needs deepspeed: see CONTRIBUTING.md")
 

@@ -344,9 +344,7 @@ class TrackedIteration:
             self._loaders.drive(before)
         if self._position is not None:
             self._end_resumption()
-        if self._holds_state:
-            self._holds_state = False
-            end_state(self.loader.dataset)
+        self._end_state()
         self.made[0] += 1
         indices = self._drawn.popleft() if self._drawn and self._draws_its_own else None
         self.before_last, self.last = self.last or self.before_last, self._loaders.hands_out(self, indices)
@@ -355,7 +353,13 @@ class TrackedIteration:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_batches"], name)
 
+    def _end_state(self) -> None:
+        if self._holds_state:
+            self._holds_state = False
+            end_state(self.loader.dataset)
+
     def _end(self) -> None:
+        self._end_state()
         if self._position is not None:
             self._end_resumption()
         if not self.ended and self._iteration_of_accelerate is not None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -20,8 +22,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from hf_spot.errors import ConfigError
+from hf_spot.errors import ConfigError, TrainingPreempted
 from hf_spot.log import warn_for_all
+from hf_spot.runtime import Runtime
 from hf_spot.training.trainer.trials import is_protected
 from hf_spot.training.upstream import ON_TRAIN_BEGIN, TRAIN
 
@@ -37,6 +40,8 @@ class _Trainings(threading.local):
 
 
 _trainings = _Trainings()
+_everywhere: list[int] = []  # the threads that train, once for each training
+_LONGEST_WAIT_S = 60.0
 
 
 class Entry(Generic[C]):
@@ -75,8 +80,12 @@ class Entry(Generic[C]):
         @functools.wraps(plain_train)
         def train(self: Trainer, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
             meant = None if _is_nobodys_wish(resume_from_checkpoint, sys._getframe(1)) else resume_from_checkpoint
-            with _within(self):
-                return entry._train(self, plain_train, meant, trial, *args, **kwargs)
+            try:
+                with _within(self):
+                    return entry._train(self, plain_train, meant, trial, *args, **kwargs)
+            except TrainingPreempted:
+                _wait_in_a_thread()
+                raise
 
         @functools.wraps(plain_begin)
         def on_train_begin(self: CallbackHandler, *args: Any, **kwargs: Any) -> Any:
@@ -128,11 +137,28 @@ class Entry(Generic[C]):
 
 @contextlib.contextmanager
 def _within(trainer: Trainer) -> Iterator[None]:
+    this = threading.get_ident()
+    if any(one != this for one in _everywhere):
+        warn_for_all(
+            "two trainings at once in the threads of one process draw from the same random generators, and are never twice the "
+            "same: train each in a process of its own"
+        )
     _trainings.under_way.append(trainer)
+    _everywhere.append(this)
     try:
         yield
     finally:
         _trainings.under_way.remove(trainer)
+        _everywhere.remove(this)
+
+
+def _wait_in_a_thread() -> None:
+    """Let the launcher end this process, if the last of its trainings was stopped in a thread: Python ends that thread without
+    a word, and what the script does next would take a half-trained model for the finished one."""
+    runtime = Runtime.from_environ(os.environ)
+    if threading.current_thread() is not threading.main_thread() and runtime is not None and not _everywhere:
+        runtime.tell_left()
+        time.sleep(_LONGEST_WAIT_S)
 
 
 @contextlib.contextmanager

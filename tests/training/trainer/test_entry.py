@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,32 @@ class OwnLoop(Trainer):
             self.optimizer.step()
             self.state.global_step += 1
         return self.state.global_step
+
+
+class Holds(TrainerCallback):
+    """Waits at the begin of a training."""
+
+    def __init__(self) -> None:
+        self.began, self.go_on = threading.Event(), threading.Event()
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.began.set()
+        assert self.go_on.wait(PATIENCE_S)
+
+
+def test_two_trainings_at_once_in_threads_are_named(store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    holds = Holds()
+    first = make_trainer(tmp_path / "one", SpotCallback(store, QUIET), holds)
+    thread = threading.Thread(target=first.train)
+    thread.start()
+    try:
+        assert holds.began.wait(PATIENCE_S)
+        assert "at once in the threads of one process" not in caplog.text
+        make_trainer(tmp_path / "two").train()
+        assert "at once in the threads of one process" in caplog.text
+    finally:
+        holds.go_on.set()
+        thread.join(PATIENCE_S)
 
 
 class SilentLoop(OwnLoop):
