@@ -166,6 +166,8 @@ class Elastic:
             found = invitation if not step.place.attempt else self._mailbox.meeting(step.place.launch, step.place.attempt)
             try:
                 self._visiting = self._visit(found)
+                if not step.place.attempt:
+                    log.info("launch %d is under way: this machine waits as a spare", step.place.launch)
                 self._at = step.place
                 self._unanswered = {}
                 return None

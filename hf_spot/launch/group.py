@@ -586,7 +586,7 @@ class Visiting:
         elif "ended" in message and message["launch"] == self._launch:
             self._endings.note(Ended(int(message["ended"]), Verdict(message["verdict"]), int(message["code"])))
         elif "spare" in message:
-            log.info("launch %s has enough machines: this one is a spare", message["spare"])
+            log.info("launch %s has enough machines: this one waits as a spare", message["spare"])
         elif "bye" in message:
             self.bye = str(message["bye"])
 

@@ -91,7 +91,7 @@ def _come(cluster: Cluster) -> bool:
     for host, process in cluster.running.items():
         assert process.poll() is None, f"{host}: {cluster.text()}"
     logs = [sorted(cluster.hosts.folder(host).glob("log-*"))[-1].read_text() for host in cluster.running]
-    return all("hf-spot: launch " in log or "is a spare" in log or "is here" in log for log in logs)
+    return all("hf-spot: launch " in log or "as a spare" in log or "is here" in log for log in logs)
 
 
 def _happen(cluster: Cluster, dice: random.Random, kind: str) -> tuple[str, float]:

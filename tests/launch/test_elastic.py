@@ -126,6 +126,49 @@ def test_without_machine_0_another_one_claims_the_run(world: World) -> None:
     assert {one.name for one in world.all_meet(first[1], first[2])} == {first[1].name, first[2].name}
 
 
+def test_two_leave_in_the_same_second_and_one_of_them_is_machine_0(world: World) -> None:
+    first = world.all_meet(*(world.add(most=4) for _ in range(4)))
+    first[0].elastic.close("killed")
+    first[1].elastic.close("killed")
+    assert [one.lost() for one in first[2:]] == [Ended(0, Verdict.LOST, 1)] * 2
+    came = world.add(most=4)  # and another one comes at that moment
+    meeting = [world.meet(one) for one in (came, *first[2:])]
+    # Three can't share the samples of four machines: whoever of the three opens the meeting, two train, and one is a spare.
+    wait_for(lambda: sum(one.done() for one in meeting) == 2, "for two of three")
+    assert [claim["machines"] for claim in world.claims()] == [4, 2]
+
+
+def test_a_spare_that_comes_and_dies_again_and_again_disturbs_nobody(world: World) -> None:
+    first = world.all_meet(*(world.add() for _ in range(3)))
+    for _ in range(3):
+        spare = world.add()
+        coming = world.meet(spare)
+        time.sleep(0.3)
+        spare.noticed.set()
+        coming.result(PATIENCE_S)
+        spare.elastic.close("killed")
+    for one in first:
+        assert isinstance(one.met, Met)
+        assert one.met.group.ended() is None
+    assert len(world.claims()) == 1
+
+
+def test_a_notice_while_the_others_are_awaited_lets_them_go_on_without_this_machine(world: World) -> None:
+    first = world.all_meet(*(world.add() for _ in range(3)))
+    meetings = [world.meet(one) for one in first[:2]]  # the third still ends its ranks
+    time.sleep(0.5)
+    assert not any(one.done() for one in meetings)
+    first[1].noticed.set()
+    meetings[1].result(PATIENCE_S)
+    first[1].elastic.close("leaving")
+    assert first[1].met is Verdict.PREEMPTED
+    meetings.append(world.meet(first[2]))
+    meetings[0].result(PATIENCE_S)
+    meetings[2].result(PATIENCE_S)
+    assert [first[0].rank, first[2].rank] == [0, 1]
+    assert [claim["machines"] for claim in world.claims()] == [3, 2]
+
+
 def test_below_the_minimum_the_rest_wait_for_another_one(world: World) -> None:
     first = world.all_meet(*(world.add() for _ in range(3)))
     first[0].elastic.close("killed")
