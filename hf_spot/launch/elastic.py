@@ -41,7 +41,7 @@ from hf_spot.policy.restarts import Verdict
 from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.run import Run
 from hf_spot.run.start_from import start_or_resume
-from hf_spot.runtime import Plan, Runtime, StepCounter
+from hf_spot.runtime import Plan, Runtime
 from hf_spot.timeouts import LAST_CALL_S, MEETING_S
 
 log = logging.getLogger("hf_spot")
@@ -389,7 +389,9 @@ class _Change:
         self._clock = clock
         self._began_s: float | None = None  # of the change under way
         self._weighed_s = 0.0
-        self._first: tuple[int, float] | None = None  # the step, and when it was seen
+        self._seen: dict[int, int] = {}  # the newest step of each training
+        self._training: int | None = None  # that is under way
+        self._first: tuple[int, float] | None = None  # its first step, and when it was seen
         self.step: int | None = None
         self.step_s: float | None = None
         self.cost_s = _A_CHANGE_S
@@ -401,14 +403,20 @@ class _Change:
     def began(self) -> None:
         """Note that a launch begins."""
         self._began_s = self._began_s or self._clock()
-        self._first = self.step = self.step_s = None
+        self._first = self.step = self.step_s = self._training = None
+        self._seen = {}
 
     def look(self, runtime: Runtime) -> None:
         """Look at the steps of the launch."""
-        step = StepCounter.read(runtime.step_path)
-        if not step or step == self.step:
+        steps = runtime.read_steps()
+        moved = [training for training, step in steps.items() if step and step != self._seen.get(training)]
+        self._seen = steps
+        if not moved:
             return
-        now, self.step = self._clock(), step
+        now, training = self._clock(), max(moved)
+        step = self.step = steps[training]
+        if training != self._training:  # the script goes on with its next one
+            self._training, self._first = training, None
         if self._first is None:
             self._first = step, now
             if self._began_s is not None:

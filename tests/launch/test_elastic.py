@@ -393,7 +393,8 @@ def test_a_spare_is_taken_in_when_that_is_worth_it(world: World, tmp_path: Path)
     first = world.all_meet(*(world.add(most=4) for _ in range(2)))
     spares = [world.meet(world.add(most=4)) for _ in range(2)]
     runtime = Runtime(world.url, 1, tmp_path, SpotArguments())
-    steps = StepCounter(runtime.step_path)
+    StepCounter(runtime.step_path).tell(9)  # the first training of the script has ended
+    steps = StepCounter(runtime.step_path_of(2))
     host = first[0].elastic
 
     def look(step: int) -> str | None:
@@ -402,6 +403,7 @@ def test_a_spare_is_taken_in_when_that_is_worth_it(world: World, tmp_path: Path)
         return host.look(runtime)
 
     runtime.tell_plan(Plan(5, 8))
+    assert host.look(runtime) is None
     assert look(1) is None  # how long a step takes is not known
     time.sleep(1.0)  # what a change costs is measured: from the meeting to the first step
     assert look(3) is None  # two more steps are not worth one
