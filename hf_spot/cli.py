@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import logging
@@ -27,6 +28,7 @@ from hf_spot.terminal import Style, outlive_terminal, paint
 log = logging.getLogger("hf_spot")
 
 _VERBOSITY = ("-q", "--quiet", "-v", "--verbose")
+_STORE_VARIABLE = "HF_SPOT_STORE"  # as in hf_spot.runtime, which an environment without our dependencies can't import
 _EXIT_CODES = """exit codes:
   0    success; launch: the run is finished
   1    verify: damage found; doctor: a check failed; demo: the two models differ
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if is_launch:
             return _launch(arguments[1:])
-        args = parser().parse_args(arguments)
+        args = _commands(os.environ.get(_STORE_VARIABLE)).parse_args(arguments)
         is_verbose = args.verbose
         if args.verbose or args.quiet:
             log.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
@@ -171,6 +173,12 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+@functools.lru_cache(maxsize=1)
+def _commands(store: str | None) -> argparse.ArgumentParser:
+    """Return the parser for `main`, made once: that takes longer than most commands. A default depends on ``store``."""
+    return parser()
+
+
 def _add_recipes(commands: Any) -> None:
     from hf_spot.recipes.render import STORE
 
@@ -187,7 +195,7 @@ def _add_recipes(commands: Any) -> None:
     ec2 = add_command(
         recipes, "ec2", _recipe, "user data for machines from an Auto Scaling group, a launch template or Terraform"
     )
-    store = os.environ.get("HF_SPOT_STORE") or STORE
+    store = os.environ.get(_STORE_VARIABLE) or STORE
     for name, command in (("kubernetes", kubernetes), ("slurm", slurm), ("sagemaker", sagemaker), ("ec2", ec2)):
         command.set_defaults(recipe=name)
         command.add_argument(

@@ -76,25 +76,44 @@ def held_folder() -> tuple[Path, int]:
                 _delete_unless_held(path)
     while True:
         path = Path(tempfile.mkdtemp(prefix=_HELD, dir=parent))
-        with contextlib.suppress(FileNotFoundError):  # another process has deleted it before it was held
-            held = hold(path)
-            if os.path.samestat(path.lstat(), os.fstat(held)):
-                return path, held
-            os.close(held)
+        # Another process may have found it before it was held, and delete it.
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            return path, hold(path)
 
 
 def hold(folder: Path) -> int:
-    """Lock a folder against deletion, until the returned descriptor is closed. Raises OSError if it can't be opened."""
+    """Lock a folder against deletion, until the returned descriptor is closed.
+
+    Raises:
+        FileNotFoundError: it has been deleted.
+        BlockingIOError: another process is deleting it.
+        OSError: it can't be opened.
+    """
     held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    with contextlib.suppress(OSError):  # some network filesystems have no locks
-        fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # some network filesystems have no locks: there nobody deletes it either
+            pass
+        _check_still_at(folder, held)
+    except OSError:
+        os.close(held)
+        raise
     return held
+
+
+def _check_still_at(folder: Path, held: int) -> None:
+    if not os.path.samestat(folder.lstat(), os.fstat(held)):
+        raise FileNotFoundError(errno.ENOENT, "deleted, and created again", str(folder))
 
 
 def _delete_unless_held(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _check_still_at(path, handle)
         shutil.rmtree(path, ignore_errors=True)
     finally:
         os.close(handle)

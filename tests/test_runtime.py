@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +64,34 @@ def test_folders_of_killed_processes_are_deleted_by_the_next(tmp_path: Path, mon
     living.communicate()
     again, lock = held_folder()
     assert {*tmp_path.iterdir()} == {again, stranger}
+    os.close(lock)
+
+
+def test_a_folder_that_another_process_is_deleting_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    plain, found = tempfile.mkdtemp, []
+
+    def found_before_it_is_held(**options: Any) -> str:
+        """Create a folder. Another process has found the first two: it is deleting one, and has deleted the other."""
+        path = plain(**options)
+        if len(found) < 2:
+            handle = os.open(path, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found.append((path, handle))
+            if len(found) == 2:
+                shutil.rmtree(path)
+        return path
+
+    monkeypatch.setattr("tempfile.mkdtemp", found_before_it_is_held)
+    open_before = len(os.listdir("/proc/self/fd"))
+    path, held = held_folder()
+    assert str(path) not in {one for one, _ in found}
+    for _, handle in found:
+        os.close(handle)
+    assert len(os.listdir("/proc/self/fd")) == open_before + 1
+    other, lock = held_folder()
+    assert {*tmp_path.iterdir()} == {path, other}, "what is held stays, and nothing else"
+    os.close(held)
     os.close(lock)
 
 

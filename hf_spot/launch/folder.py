@@ -47,12 +47,14 @@ class RuntimeFolder:
             return False
         with contextlib.suppress(FileExistsError):  # a worker may have created it
             self.path.mkdir(mode=0o700)
-        found = self.path.lstat()
-        if found.st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode):
-            raise PermissionError(f"{self.path} was deleted, and now belongs to another user")
-        self.path.chmod(0o700)
-        os.close(self._lock)
-        self._lock = hold(self.path)
+        # Another process may have found it before it was held, and delete it: then the next call creates it.
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            found = self.path.lstat()
+            if found.st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode):
+                raise PermissionError(f"{self.path} was deleted, and now belongs to another user")
+            self.path.chmod(0o700)
+            deleted, self._lock = self._lock, hold(self.path)
+            os.close(deleted)
         return True
 
     def close(self) -> None:

@@ -79,6 +79,21 @@ def test_what_is_deleted_is_made_again_for_this_user_alone(folder: RuntimeFolder
     assert runtime.read_exit_code() == 7 and folder.renew()
 
 
+def test_what_another_process_is_deleting_is_made_again_as_soon_as_that_is_done(folder: RuntimeFolder) -> None:
+    shutil.rmtree(folder.path)
+    folder.path.mkdir()
+    deleting = os.open(folder.path, os.O_RDONLY)
+    fcntl.flock(deleting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert folder.renew()
+    shutil.rmtree(folder.path)
+    os.close(deleting)
+    assert folder.renew() and folder.path.is_dir() and not folder.renew()
+    again = os.open(folder.path, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(again)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a folder that is another user's")
 def test_what_another_user_has_made_in_its_place_is_not_believed(folder: RuntimeFolder) -> None:
     runtime = Runtime("s3://b/r", 1, folder.path, SpotArguments())

@@ -16,6 +16,7 @@ states) take minutes and have shown nothing more.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -86,9 +87,12 @@ def working(writer: Writer, work: Callable[[Writer], None]) -> Callable[[], None
     return program
 
 
+decoded = functools.cache(decode)  # the same few entries stand in thousands of states
+
+
 def wrong(world: World, told: Told) -> str | None:
     objects = {info.key: world.store.get(info.key) for info in world.store.list()}
-    entries = [decode(data) for key, data in objects.items() if key.startswith("journal/")]
+    entries = [decoded(data) for key, data in objects.items() if key.startswith("journal/")]
     state = RunState()
     for number, entry in enumerate(entries, 1):
         if entry.number != number:

@@ -333,11 +333,7 @@ class RandomStates:
         self._before_draw = now or self._capture()
 
     def _load_start_of_epoch(self, states: Path) -> None:
-        if not (states / self._rng_name).exists():  # the number of ranks has changed: use the data order of rank 0
-            found = next((path for path in (states / "rng_state_0.pth", states / "rng_state.pth") if path.exists()), None)
-            if found is not None:
-                shutil.copyfile(found, states / self._rng_name)
-        LOAD_RNG_STATE.plain(self._trainer)(str(states))
+        LOAD_RNG_STATE.plain(self._trainer)(str(self._with_own_file(states)))
         forget()
 
     @property
@@ -347,16 +343,21 @@ class RandomStates:
         return f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
 
     def _with_own_states(self, checkpoint: str | None) -> str | None:
-        """Return a folder in which Trainer finds this rank's states: the checkpoint, or a copy of the states of rank 0."""
-        if checkpoint is None or not self._shared or (Path(checkpoint) / self._rng_name).exists():
-            return checkpoint
-        every = (Path(checkpoint) / name for name in ("rng_state_0.pth", "rng_state.pth"))
+        """Return a folder in which Trainer finds this rank's states, or those of rank 0 if all ranks share theirs."""
+        return checkpoint if checkpoint is None or not self._shared else str(self._with_own_file(Path(checkpoint)))
+
+    def _with_own_file(self, states: Path) -> Path:
+        """Return a folder with a file of this rank's states: the given one, or one with a copy of those of rank 0.
+
+        The number of ranks may have changed. The given folder stays as it is: other ranks may be reading it.
+        """
+        every = (states / name for name in (self._rng_name, "rng_state_0.pth", "rng_state.pth"))
         found = next((path for path in every if path.exists()), None)
-        if found is None:
-            return checkpoint
+        if found is None or found.name == self._rng_name:
+            return states
         make_private(self._remembered)
         shutil.copyfile(found, self._remembered / self._rng_name)
-        return str(self._remembered)
+        return self._remembered
 
     def _capture(self) -> dict[str, Any]:
         return capture() | {"data_side": self._data_side.capture()}

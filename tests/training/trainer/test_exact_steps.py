@@ -18,6 +18,7 @@ from hf_spot.errors import ConfigError
 from hf_spot.policy.micro_batches import Shares
 from hf_spot.training.data.micro_batches import MicroBatches, seed_fetches, seeded
 from hf_spot.training.data.rng import capture, pack
+from hf_spot.training.trainer.random_states import RandomStates
 from tests.training.conftest import Recorder, make_trainer, same, weights
 from tests.waiting import PATIENCE_S
 from tests.zygote import Zygote
@@ -67,6 +68,24 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(store: str, tmp_pa
     assert same(weights(trainer), weights(whole))
     commit = Run(store).checkpoints()[-1]
     assert commit.details["micro_batches"] == 3 and commit.details["data_parallel_size"] == 1
+
+
+def test_ranks_that_did_not_exist_at_a_save_leave_the_checkpoint_as_it_is(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "out")
+    loader, folder = trainer.get_train_dataloader(), tmp_path / "checkpoint-1" / "random_states"
+    saved = RandomStates(trainer, tmp_path / "saved")
+    saved.begin_epoch(loader, None)
+    state = torch.get_rng_state()
+    saved.save(folder.parent)
+    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")  # so two ranks would save it; now there is one
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    torch.rand(1)
+    resumed = RandomStates(trainer, tmp_path / "resumed")
+    resumed.begin_epoch(loader, folder.parent)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, "other ranks may be reading it"
+    saved.close()
+    resumed.close()
 
 
 def test_settings_are_the_users_own_again_afterwards(store: str, tmp_path: Path) -> None:
