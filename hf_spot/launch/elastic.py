@@ -122,6 +122,7 @@ class Elastic:
         self._owes_invitation = False
         self._said_s = self._looked_s = clock()
         self._plan: Plan | None = None
+        self._told: int | None = None  # the samples of a step in the last plan that was read
         self._change = _Change(clock)
 
     # -- before a launch ----------------------------------------------------------------------------------------------
@@ -323,6 +324,7 @@ class Elastic:
             self._invite(self._hosting)
         if self._plan is None or not self._plan.max_steps:
             self._plan = runtime.read_plan() or self._plan
+            self._told = self._plan.samples if self._plan is not None else self._told
         if self._hosting is None or self._plan is None:
             return None
         present = self._hosting.present()
@@ -375,7 +377,7 @@ class Elastic:
             return self._plan.samples
         newest = self._run.journal.state.latest()
         if newest is None:
-            return None
+            return self._told  # nothing was committed yet
         details: Mapping[str, Any] = self._run.checkpoint(newest).details
         ranks = details.get("data_parallel_size", details.get("world_size", 1))
         each, times = details.get("per_device_train_batch_size"), details.get("gradient_accumulation_steps")

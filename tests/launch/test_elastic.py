@@ -466,6 +466,19 @@ def test_a_spare_is_taken_in_when_that_is_worth_it(world: World, tmp_path: Path)
     assert [one.name for one in ordered] == [one.name for one in first]
 
 
+def test_the_samples_of_a_step_are_known_before_anything_is_committed(world: World, tmp_path: Path) -> None:
+    first = world.all_meet(*(world.add(least=1) for _ in range(3)))
+    runtime = Runtime(world.url, 1, tmp_path, SpotArguments())
+    runtime.tell_plan(Plan(100, 24))  # of which two machines get the same number, although two do not divide three
+    for one in first:
+        one.elastic.look(runtime)
+        one.elastic.concluded(Verdict.PREEMPTED)
+    first[2].elastic.close("killed")
+    first[0].lost()
+    world.all_meet(*first[:2])
+    assert [claim["machines"] for claim in world.claims()] == [3, 2]
+
+
 def stranger(world: World, attempt: int = 1, proof: str | None = None, **more: Any) -> dict[str, Any]:
     """The last answer to somebody who knows the invitation; empty if there is none."""
     invitation = Mailbox(Run(world.url)).meeting(1, attempt)
