@@ -74,7 +74,10 @@ _TICK_S = 0.1
 _HOW_TO_TRAIN_LONGER = "to train longer, raise max_steps or num_train_epochs in the command or in a file that it names; "
 _HOW_TO_TRAIN_ON = "to train on from there in another run: --store ANOTHER-RUN --from"
 _FEW = 16  # entries
-_HOW_TO_PROTECT = "Trainer is protected once it trains; in a custom loop, save with hf_spot.SpotCheckpointManager"
+_HOW_TO_PROTECT = (
+    "Trainer is protected once it trains; in a custom loop, save with hf_spot.SpotCheckpointManager(), in one with accelerate "
+    "with SpotCheckpointManager.for_accelerator(accelerator)"
+)
 
 
 def launch(reading: Reading) -> int:

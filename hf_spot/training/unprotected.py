@@ -13,7 +13,10 @@ from hf_spot.log import warn_for_all
 from hf_spot.runtime import Runtime
 
 _SAY_AFTER_S = 20.0  # a shorter training is soon done again
-HOW_TO_PROTECT = "Trainer is protected once it trains; in a custom loop, save with hf_spot.SpotCheckpointManager"
+HOW_TO_PROTECT = (
+    "Trainer is protected once it trains; in a custom loop, save with hf_spot.SpotCheckpointManager(), in one with accelerate "
+    "with SpotCheckpointManager.for_accelerator(accelerator)"
+)
 
 
 def watch_steps() -> None:

@@ -55,7 +55,7 @@ def _step_of(kind: str, ranks: int, each: int) -> tuple[Callable[[], None], int]
                 loss = model(input_ids=batch, labels=batch).loss / (each * ranks)
                 loss.backward()
             sums.add()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         sums.finish(each * ranks, losses)
 
     def step() -> None:

@@ -20,7 +20,8 @@ class Case:
 
     Args:
         name: of the case.
-        command: as it is typed, in a folder that `prepare` has filled; ``{out}`` is the folder for its results.
+        command: as it is typed, in a folder that `prepare` has filled; ``{out}`` is the folder for its results, ``{port}`` a
+            free port for its ranks.
         needs: packages, by their names on PyPI.
         quick: the test suite runs it, too.
         weights: pattern of the files with the final weights, below ``{out}``.
@@ -39,6 +40,11 @@ TRL = (
     "--model_name_or_path tiny --output_dir {out} --per_device_train_batch_size 4 --num_train_epochs 2 --save_steps 5 "
     "--logging_steps 1 --report_to none --use_cpu --learning_rate 1e-3 --seed 1"
 )
+EXAMPLE = (
+    "--output_dir {out} --do_train --do_eval --per_device_train_batch_size 4 --num_train_epochs 2 --save_steps 5 "
+    "--eval_strategy steps --eval_steps 5 --logging_steps 1 --report_to none --use_cpu --learning_rate 1e-3 --seed 1"
+)
+DEEPSPEED = "deepspeed --master_port {port} --num_gpus 2"
 ON_CPU = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}  # of DeepSpeed
 SCRIPT = "--output_dir {out}/train --weights {out} --step_s 0.05"
 
@@ -47,18 +53,20 @@ CASES = [
     Case("python-m", f"python -m plain {SCRIPT}"),
     Case("bash", f"bash train.sh {SCRIPT}"),
     Case("executable", f"./train.sh {SCRIPT}"),
-    Case("torchrun", f"torchrun --nproc_per_node 2 plain.py {SCRIPT}"),
+    Case("torchrun", f"torchrun --master_port {{port}} --nproc_per_node 2 plain.py {SCRIPT}"),
     Case("accelerate", f"accelerate launch --cpu --num_processes 1 plain.py {SCRIPT}"),
-    Case("bash-torchrun", f"bash ranks.sh {SCRIPT}"),
-    Case("torchrun-fsdp2", "torchrun --nproc_per_node 2 engine.py FSDP2 {out}"),
-    Case("deepspeed", "deepspeed --num_gpus 2 engine.py ZeRO-2 {out}", ("deepspeed",), environ=ON_CPU),
-    Case("deepspeed-zero3", "deepspeed --num_gpus 2 engine.py 'ZeRO-3, not gathered' {out}", ("deepspeed",), environ=ON_CPU),
+    Case("bash-torchrun", f"bash ranks.sh {{port}} {SCRIPT}"),
+    Case("torchrun-fsdp2", "torchrun --master_port {port} --nproc_per_node 2 engine.py FSDP2 {out}"),
+    Case("deepspeed", f"{DEEPSPEED} engine.py ZeRO-2 {{out}}", ("deepspeed",), environ=ON_CPU),
+    Case("deepspeed-zero3", f"{DEEPSPEED} engine.py 'ZeRO-3, not gathered' {{out}}", ("deepspeed",), environ=ON_CPU),
     Case(
         "accelerate-deepspeed",
-        "accelerate launch --use_deepspeed --zero_stage 2 --num_processes 2 engine.py ZeRO-2 {out}",
+        "accelerate launch --use_deepspeed --zero_stage 2 --main_process_port {port} --num_processes 2 engine.py ZeRO-2 {out}",
         ("deepspeed",),
         environ=ON_CPU,
     ),
+    Case("run-clm", f"python examples.py clm --model_name_or_path tiny --train_file texts.txt {EXAMPLE}"),
+    Case("run-glue", f"python examples.py glue --model_name_or_path tiny-bert --train_file pairs.json {EXAMPLE}"),
     Case("trl-sft", f"trl sft --dataset_name ./sft --max_length 64 {TRL}", ("trl",), quick=True),
     Case("trl-sft-lora", f"trl sft --dataset_name ./sft --max_length 64 --use_peft --lora_r 4 {TRL}", ("trl", "peft")),
     Case("trl-dpo", f"trl dpo --dataset_name ./preferences {TRL}", ("trl",)),
@@ -128,6 +136,9 @@ def prepare(folder: Path) -> None:
     messages = [
         {"messages": [{"role": "user", "content": words(4)}, {"role": "assistant", "content": words(8)}]} for _ in range(48)
     ]
+    sentences = [{"sentence1": words(4), "sentence2": words(4), "label": chance.randrange(2)} for _ in range(48)]
+    (folder / "pairs.json").write_text("".join(json.dumps(row) + "\n" for row in sentences))
+    (folder / "texts.txt").write_text("".join(words(12) + "\n" for _ in range(90)))
     for name, rows in (("sft/train", texts), ("preferences/train", pairs), ("sft", messages)):
         path = folder / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)

@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from hf_spot.run.run import Run
 from tests.frontends.cases import Case
+from tests.servers import free_ports
 from tests.zygote import SCRIPTS_FORK, Zygote
 
 SLOW = Path(__file__).parent / "slow"
@@ -93,6 +94,7 @@ class Runner:
         self._say = say
         self._zygote = zygote
         self._logs = 0
+        self._port = free_ports(1)[0]
         path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
         self._environ = {**os.environ, "PATH": path, "PYTHONPATH": str(SLOW), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         self._environ |= case.environ
@@ -155,7 +157,7 @@ class Runner:
     # -- one command --------------------------------------------------------------------------------------------------
 
     def _words(self, way: str) -> list[str]:
-        return shlex.split(self._case.command.format(out=f"out-{way}"))
+        return shlex.split(self._case.command.format(out=f"out-{way}", port=self._port))
 
     def _undisturbed(self) -> tuple[psutil.Popen, Path]:
         words = self._words("undisturbed")

@@ -162,7 +162,7 @@ def test_a_script_that_nothing_protects_is_told_so_at_the_notice_and_at_the_end(
     assert launch.process.poll() is None, launch.text()
     assert launch.wait() == 75, launch.text()
     *_, last = [line for line in launch.text().splitlines() if line.startswith("hf-spot:")]
-    assert "nothing was saved" in last and "begin from the start" in last and "SpotCheckpointManager" in last
+    assert "nothing was saved" in last and "begin from the start" in last and "SpotCheckpointManager.for_accelerator(" in last
     assert "to resume" not in launch.text()
 
 

@@ -48,7 +48,9 @@ def test_a_custom_loop_without_hf_spot_is_named_once_within_a_minute(
 ) -> None:
     unprotected.watch_steps()
     train(monkeypatch, seconds_a_step)
-    assert len([one for one in caplog.records if "trains without hf_spot" in one.getMessage()]) == count
+    told = [one.getMessage() for one in caplog.records if "trains without hf_spot" in one.getMessage()]
+    assert len(told) == count
+    assert all("SpotCheckpointManager.for_accelerator(accelerator)" in one for one in told)  # the next command
 
 
 def test_a_hook_behind_it_is_still_called(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

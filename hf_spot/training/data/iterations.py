@@ -199,11 +199,6 @@ class TrackedIteration:
         self._end_resumption()
         return self
 
-    def over_prepared_stateful(self, plain: Callable[[Any], Iterator[Any]]) -> TrackedIteration:
-        """Iterate a loader of accelerate that holds a ``StatefulDataLoader``: ``load_state`` has told it where it was."""
-        self._batches = plain(self.loader)
-        return self
-
     def over_prepared(self, plain: Callable[[Any], Iterator[Any]]) -> TrackedIteration:
         """Iterate a loader of accelerate, which fetches a batch before it returns the previous one."""
         dispatches = isinstance(self.loader, DISPATCHER.find() or ())

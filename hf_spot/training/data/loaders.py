@@ -263,13 +263,20 @@ def _iterate(self: Any) -> Iterator[Any]:
 
 
 def _iterate_prepared(self: Any) -> Iterator[Any]:
-    """Replace ``__iter__`` of accelerate's loaders."""
+    """Replace ``__iter__`` of accelerate's loaders.
+
+    Raises:
+        ConfigError: the loader holds a ``StatefulDataLoader``.
+    """
     plain = next(_plain_iter[kind] for kind in type(self).__mro__ if kind in _plain_iter)
     loaders = _watching[-1] if _watching else None
     if loaders is None or not loaders.is_here:
         return plain(self)
     if STATEFUL.of(self):
-        return loaders.begin(self).over_prepared_stateful(plain)
+        raise ConfigError(
+            "accelerate's use_stateful_dataloader would give other batches and random numbers after a resume",
+            hint="use_stateful_dataloader=False: hf_spot resumes any DataLoader at its position, a stream, too",
+        )
     return loaders.begin(self).over_prepared(plain)
 
 
@@ -277,7 +284,7 @@ def _iterate_stateful(self: Any) -> Iterator[Any]:
     """Replace ``__iter__`` of torchdata's ``StatefulDataLoader``."""
     plain = next(_plain_iter[kind] for kind in type(self).__mro__ if kind in _plain_iter)
     loaders = _watching[-1] if _watching else None
-    if loaders is None or not loaders.is_here or loaders.driven(self) is not None:
+    if loaders is None or not loaders.is_here:
         return plain(self)
     return loaders.begin(self).over_stateful(plain)
 

@@ -23,9 +23,22 @@ _plain_fetch = FETCH.find()
 
 
 class MicroBatch(list[int]):
-    """The indices of a micro-batch's samples, with the seed for making it. Workers of all kinds get it pickled."""
+    """The indices of a micro-batch's samples, with the seed for making it.
+
+    Workers of all kinds get it pickled. Those of "spawn" have not inherited `seed_fetches`, so that receiving one calls it.
+    """
 
     seed: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (list(self), self.seed)
+
+
+def _received(indices: list[int], seed: int) -> MicroBatch:
+    seed_fetches()
+    batch = MicroBatch(indices)
+    batch.seed = seed
+    return batch
 
 
 class MicroBatches(BatchSampler):

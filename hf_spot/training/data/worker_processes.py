@@ -25,7 +25,6 @@ import torch
 from hf_spot.arguments import SpotArguments
 from hf_spot.notices.signals import answered_signals, held_back, is_caught_by, is_left_alone
 from hf_spot.runtime import Runtime
-from hf_spot.training.data.micro_batches import seed_fetches
 from hf_spot.training.data.worker_states import Asked, Made, Worker, WorkerStates
 from hf_spot.training.upstream import SKIPS_INSIDE, START_WORKERS, WORKER_LOOP
 
@@ -105,7 +104,6 @@ def _start_shielded(self: Any, loader: Any) -> None:
 
 def shielded_loop(signals: Sequence[signal.Signals], *args: Any, **kwargs: Any) -> None:
     """Run torch's worker loop, with signals blocked. Public because ``spawn`` pickles it by name."""
-    seed_fetches()  # a worker of "spawn" has not inherited it
     parent = multiprocessing.parent_process()
     assert parent is not None  # with "forkserver" os.getppid() is another process
     threading.Thread(target=_answer, args=(parent, signals), name="hf_spot-shield", daemon=True).start()

@@ -1,2 +1,4 @@
-torchrun --nproc_per_node 2 plain.py "$@"
+port=$1
+shift
+torchrun --master_port "$port" --nproc_per_node 2 plain.py "$@"
 touch after-the-training

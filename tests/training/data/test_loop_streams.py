@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 from datasets import IterableDataset
 from torch.utils.data import DataLoader
 
+from hf_spot.errors import ConfigError
 from hf_spot.training.data.loaders import Loaders
 from hf_spot.training.data.rng import capture, restore
 from tests.training.data.test_loaders import (
@@ -87,6 +89,20 @@ def test_a_loop_is_resumed_as_if_nothing_had_happened(
     watch: Callable[[], Loaders], tmp_path: Path, pattern: Callable[[], Step], stop_at: int
 ) -> None:
     test_what_is_left_is_handed_out_as_if_nothing_had_happened(watch, tmp_path, pattern, stop_at)
+
+
+@pytest.mark.filterwarnings("ignore:.*set_vital")  # torchdata calls it
+@pytest.mark.parametrize("data", [Noisy, stream])
+def test_a_stateful_loader_of_accelerate_is_refused_before_its_first_batch(
+    watch: Callable[[], Loaders], data: Callable[[], Any]
+) -> None:
+    pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata comes with pip install -e '.[trackers]'")
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True))
+    loader = accelerator.prepare(DataLoader(data(), batch_size=2))
+    watch()
+    with pytest.raises(ConfigError, match="other batches and random numbers after a resume") as refused:
+        iter(loader)
+    assert "use_stateful_dataloader=False" in str(refused.value)
 
 
 @pytest.mark.parametrize("pattern", [plain, prepared])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import subprocess
 import sys
@@ -11,14 +12,16 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import transformers.trainer as trainer_module
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_spot import Run, SpotArguments, SpotCallback
 from hf_spot.errors import ConfigError
 from hf_spot.policy.micro_batches import Shares
-from hf_spot.training.data.micro_batches import MicroBatches, seed_fetches, seeded
+from hf_spot.training.data.micro_batches import MicroBatch, MicroBatches, _plain_fetch, seed_fetches, seeded
 from hf_spot.training.data.rng import capture, pack
 from hf_spot.training.trainer.random_states import RandomStates
+from hf_spot.training.upstream import COUNT_FLOS, FETCH, GET_BATCH_SAMPLES, TRAIN_LOADER, TRAINING_STEP
 from tests.training.conftest import Recorder, make_trainer, same, weights
 from tests.waiting import PATIENCE_S
 from tests.zygote import Zygote
@@ -96,6 +99,35 @@ def test_settings_are_the_users_own_again_afterwards(store: str, tmp_path: Path)
     assert torch.get_num_threads() == threads
     assert trainer.args.average_tokens_across_devices == averages
     assert {name for name, value in vars(trainer).items() if callable(value)} == methods
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_without_the_option_nothing_is_replaced(store: str, tmp_path: Path, exact: bool) -> None:
+    FETCH.put(_plain_fetch)  # trainings before this one have replaced it
+    found: dict[str, bool] = {}
+
+    def look() -> None:
+        code = [name.of(trainer).__code__.co_filename for name in (TRAINING_STEP, GET_BATCH_SAMPLES, COUNT_FLOS, TRAIN_LOADER)]
+        found["a method"] = any(Path(one).name == "exact_steps.py" for one in code)
+        found["gathering"] = Path(trainer_module.nested_gather.__code__.co_filename).name == "exact_steps.py"
+        found["fetching"] = FETCH.find() is not _plain_fetch
+
+    trainer = make_trainer(
+        tmp_path, SpotCallback(store, EXACT if exact else SpotArguments(notice="none")), Recorder(2, look), max_steps=2
+    )
+    trainer.train()
+    assert set(found.values()) == {exact}, found
+
+
+def test_a_worker_that_has_not_inherited_it_seeds_what_it_makes() -> None:
+    FETCH.put(_plain_fetch)
+    batch = MicroBatch([3, 4])
+    batch.seed = 7
+    sent = pickle.dumps(batch)
+    assert FETCH.find() is _plain_fetch
+    received = pickle.loads(sent)
+    assert (received, received.seed, type(received)) == ([3, 4], 7, MicroBatch)
+    assert FETCH.find() is not _plain_fetch
 
 
 class _Stream(IterableDataset):
