@@ -22,6 +22,7 @@ from hf_spot.policy.budget import Budget
 from hf_spot.runtime import STORE_VARIABLE
 
 _OPTIONS = "hf_spot.launch.options"
+_MOST_WORDS = 150  # of a command whose digests are sent: they are part of a short greeting
 _LARGEST_BYTES = 2**20  # of a file that an argument names: scripts and configurations are smaller, data are not
 
 
@@ -110,6 +111,23 @@ class Command:
                 if path.is_file() and path.stat().st_size <= _LARGEST_BYTES:
                     digest.update(path.read_bytes() + b"\0")
         return digest.hexdigest()[:16]
+
+    def word_digests(self) -> list[str]:
+        """Return a short digest of the script and of each of its arguments, and one of all those that come late.
+
+        Of a word that names a file it is that of the contents: the file may lie in another folder on another machine.
+        """
+        digests = []
+        for word in self.script:
+            told = word.encode("utf-8", "surrogateescape")
+            with contextlib.suppress(OSError, ValueError):
+                option, is_option, value = word.partition("=") if word.startswith("--") else ("", "", word)
+                path = Path(value)
+                if path.is_file() and path.stat().st_size <= _LARGEST_BYTES:
+                    told = f"{option}{is_option}\0".encode() + path.read_bytes()
+            digests.append(hashlib.sha256(told).hexdigest()[:6])
+        late = hashlib.sha256("".join(digests[_MOST_WORDS:]).encode()).hexdigest()[:6]
+        return [*digests[:_MOST_WORDS], *([late] if digests[_MOST_WORDS:] else [])]
 
     def to_json(self) -> str:
         """Return the command in the form that `from_json` reads."""

@@ -10,7 +10,7 @@ import platform
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,6 +87,8 @@ class Elastic:
         about: what a claim records of this machine.
         wait: waits for a number of seconds; True once this machine has a notice.
         clock: seconds, monotonic.
+        words: digests of the command's words, as in `hf_spot.launch.command.Command.word_digests`.
+        finished: the launch that has finished the run for another command; 0 if none has.
     """
 
     def __init__(
@@ -97,6 +99,8 @@ class Elastic:
         about: Callable[[], dict[str, Any]],
         wait: Callable[[float], bool],
         clock: Callable[[], float] = time.monotonic,
+        words: Sequence[str] = (),
+        finished: int = 0,
     ) -> None:
         self._run = run
         self._machines = machines
@@ -105,8 +109,9 @@ class Elastic:
         self._wait = wait
         self._clock = clock
         self._mailbox = Mailbox(run)
+        self._finished = finished
         self._size = Size(machines.least, machines.count, machines.processes, is_free=arguments.allow_batch_change)
-        self._me = Member(uuid.uuid4().hex[:12], platform.node(), machines.processes)
+        self._me = Member(uuid.uuid4().hex[:12], platform.node(), machines.processes, most=machines.count, words=list(words))
         self._hosting: Hosting | None = None
         self._visiting: Visiting | None = None
         self._at = Place(0)  # the group or meeting that this machine belongs, or has belonged to
@@ -117,6 +122,7 @@ class Elastic:
         self._owes_invitation = False
         self._said_s = self._looked_s = clock()
         self._plan: Plan | None = None
+        self._told: int | None = None  # the samples of a step in the last plan that was read
         self._change = _Change(clock)
 
     # -- before a launch ----------------------------------------------------------------------------------------------
@@ -191,10 +197,12 @@ class Elastic:
     def _look(self) -> tuple[Sight, dict[str, Any] | None]:
         """Return what the store shows, and the invitation of the newest launch."""
         state = self._run.state()
-        invitation = self._mailbox.meeting(state.launch, 0) if state.launch else None
+        starts_over = state.ended == "finished" and state.launch == self._finished
+        # Machines of the other command may still be about to end: they are no group to join.
+        invitation = self._mailbox.meeting(state.launch, 0) if state.launch and not starts_over else None
         attempt = self._mailbox.newest_attempt(state.launch + 1)
         self._looked_s = self._clock()
-        return Sight(state.number, state.launch, state.ended, invitation is not None, attempt), invitation
+        return Sight(state.number, state.launch, state.ended, invitation is not None, attempt, starts_over), invitation
 
     def _visit(self, invitation: dict[str, Any] | None) -> Visiting:
         if invitation is None:
@@ -316,6 +324,7 @@ class Elastic:
             self._invite(self._hosting)
         if self._plan is None or not self._plan.max_steps:
             self._plan = runtime.read_plan() or self._plan
+            self._told = self._plan.samples if self._plan is not None else self._told
         if self._hosting is None or self._plan is None:
             return None
         present = self._hosting.present()
@@ -368,7 +377,7 @@ class Elastic:
             return self._plan.samples
         newest = self._run.journal.state.latest()
         if newest is None:
-            return None
+            return self._told  # nothing was committed yet
         details: Mapping[str, Any] = self._run.checkpoint(newest).details
         ranks = details.get("data_parallel_size", details.get("world_size", 1))
         each, times = details.get("per_device_train_batch_size"), details.get("gradient_accumulation_steps")

@@ -50,12 +50,16 @@ class Member:
         name: for people.
         ranks: that it runs.
         about: what the journal records of it.
+        most: machines that may train, by its command line.
+        words: digests of the words of its command, the script first.
     """
 
     id: str
     name: str
     ranks: int
     about: dict[str, Any] = field(default_factory=dict)
+    most: int = 0
+    words: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, told: Any) -> Member:
@@ -66,7 +70,7 @@ class Member:
             raise ValueError(f"not a machine: {told!r}") from error
         if not (isinstance(made.id, str) and isinstance(made.name, str) and type(made.ranks) is int):
             raise ValueError(f"not a machine: {told!r}")
-        if not isinstance(made.about, dict):
+        if not (isinstance(made.about, dict) and type(made.most) is int and isinstance(made.words, list)):
             raise ValueError(f"not a machine: {told!r}")
         return made
 
@@ -122,6 +126,17 @@ class Channel:
         with contextlib.suppress(OSError):
             send(self.connection, message)
 
+    def forgive(self, looked_s: float, now_s: float) -> None:
+        """Do not take the time for silence in which this machine itself was frozen: it wakes with connections that look whole,
+        and the others may live.
+
+        Args:
+            looked_s: when its messages were read for the last time before; they are read again and again.
+            now_s: when they were read now.
+        """
+        if now_s - looked_s > 2 * BEAT_S:
+            self.heard_s = min(self.heard_s + now_s - looked_s, now_s)
+
     @property
     def own_ip(self) -> str:
         """Return this machine's address."""
@@ -135,6 +150,13 @@ class Channel:
 
 def _proof(key: bytes | None, whose: str, nonce: str, challenges: Iterable[str]) -> str:
     return hmac.new(key or b"", "\n".join((whose, nonce, *challenges)).encode(), "sha256").hexdigest()
+
+
+def _differing(own: Sequence[str], other: Sequence[str]) -> str:
+    """Return in words which arguments of two commands differ: those that it names are counted from 1."""
+    if len(own) != len(other):
+        return f"{len(own) - 1} here, {len(other) - 1} there"
+    return f"number {', '.join(str(index) for index, (one, two) in enumerate(zip(own, other, strict=True)) if one != two)}"
 
 
 class _Endings:
@@ -300,7 +322,7 @@ class Hosting:
     # -- the thread ---------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        beat_s = time.monotonic()
+        beat_s = looked_s = time.monotonic()
         while not self._closing:
             for key, _ in self._selector.select(_TICK_S):
                 if isinstance(key.fileobj, socket.socket) and key.fileobj in self._guests:
@@ -308,6 +330,9 @@ class Hosting:
             for connection, line in self._door.arrivals(0.0):
                 self._greet(connection, line)
             now = time.monotonic()
+            for guest in self._known():
+                guest.channel.forgive(looked_s, now)
+            looked_s = now
             if now >= beat_s:
                 beat_s = now + BEAT_S
                 for guest in self._known():
@@ -327,6 +352,10 @@ class Hosting:
             hello = decode(line)
             if not hmac.compare_digest(str(hello.get("nonce")).encode(), self._nonce.encode()):
                 raise ValueError("it does not belong to this meeting")
+            if "machines" in hello:  # as `hf_spot.launch.peers.join` greets
+                told = "it was started without --machine_rank, and this one with it"
+                channel.send({"refused": told})
+                raise ValueError(told)
             member = Member.of(hello.get("member"))
             if (why := self._why_not(hello, member)) is not None:
                 channel.send({"refused": why})
@@ -349,6 +378,10 @@ class Hosting:
             return f"HF_SPOT_JOURNAL_KEY is {'' if self._key else 'not '}set on machine 0, and here it is the other way round"
         if member.ranks != self.me.ranks:
             return f"machine 0 runs {self.me.ranks} processes, and this machine {member.ranks}"
+        if member.most != self.me.most:  # the samples of a step are those of so many
+            return f"machine 0 was started for at most {self.me.most} machines, and this machine for {member.most}"
+        if member.words[:1] != self.me.words[:1]:
+            return "machine 0 runs another script, or another version of it"
         return None
 
     def _read(self, guest: _Guest) -> None:
@@ -370,6 +403,11 @@ class Hosting:
                 guest.is_proven, self._changed_s = True, time.monotonic()
                 self._gone_ids.discard(guest.member.id)
             log.info("machine %s is here", guest.member.name)
+            if guest.member.words != self.me.words:
+                told = _differing(self.me.words, guest.member.words)
+                name = guest.member.name
+                log.warning("machine %s was started with other arguments of the script than this one: %s", name, told)
+                guest.channel.send({"words": self.me.words})
         elif "ready" in message and guest.rank is not None and message["ready"] == self._launch:  # not an earlier launch
             with self._endings.changed:
                 rank, guest.rank = guest.rank, None
@@ -452,7 +490,7 @@ def visit(
             log.warning("%s does not know the key of the run: it is no machine of ours", channel.other_ip)
             raise Unreached(is_gone=False)
         send(connection, {"proof": _proof(key, "guest", nonce, challenges)})
-        return Visiting(channel, timeout_s)
+        return Visiting(channel, timeout_s, me.words)
     except (OSError, ValueError) as error:
         connection.close()
         raise Unreached(is_gone=isinstance(error, ConnectionError)) from error
@@ -502,10 +540,12 @@ class Visiting:
     Args:
         channel: the connection.
         timeout_s: silence after which the host counts as lost.
+        words: as in `Member`.
     """
 
-    def __init__(self, channel: Channel, timeout_s: float) -> None:
+    def __init__(self, channel: Channel, timeout_s: float, words: Sequence[str] = ()) -> None:
         self._channel = channel
+        self._words = words
         self._timeout_s = timeout_s
         self._endings = _Endings()
         self._launch = 0
@@ -546,13 +586,15 @@ class Visiting:
     # -- the thread ---------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        beat_s = time.monotonic()
+        beat_s = looked_s = time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(self._channel.connection, selectors.EVENT_READ)
             while not self._closing and self.lost_s is None:
                 if selector.select(_TICK_S):
                     self._read()
                 now = time.monotonic()
+                self._channel.forgive(looked_s, now)
+                looked_s = now
                 if now >= beat_s:
                     beat_s = now + BEAT_S
                     self._channel.send({"beat": True})
@@ -585,6 +627,9 @@ class Visiting:
                 self._endings.changed.notify_all()
         elif "ended" in message and message["launch"] == self._launch:
             self._endings.note(Ended(int(message["ended"]), Verdict(message["verdict"]), int(message["code"])))
+        elif "words" in message:
+            told = _differing(self._words, list(map(str, message["words"])))
+            log.warning("machine 0 was started with other arguments of the script than this machine: %s", told)
         elif "spare" in message:
             log.info("launch %s has enough machines: this one waits as a spare", message["spare"])
         elif "bye" in message:

@@ -49,6 +49,7 @@ from hf_spot.notices.watcher import Watcher
 from hf_spot.policy.restarts import (
     Verdict,
     exit_code,
+    has_left,
     judge,
     may_restart,
     outlives_s,
@@ -177,7 +178,16 @@ class Supervisor:
         self._met: Met | None = None
         if command.machines.are_elastic:
             about = partial(about_this_machine, "hf-spot launch", command.environ)
-            self._elastic = Elastic(run, command.machines, command.arguments, about, self._heard.wait, clock)
+            self._elastic = Elastic(
+                run,
+                command.machines,
+                command.arguments,
+                about,
+                self._heard.wait,
+                clock,
+                command.word_digests(),
+                run.journal.state.launch if finished_by is not None else 0,
+            )
 
     def supervise(self, on_listening: Callable[[], None] = lambda: None) -> int:
         """Run launches until the end, and return the exit code of ``hf-spot launch``.
@@ -385,7 +395,7 @@ class Supervisor:
                         log.error("the training can't continue without machine %d: killing it", ended.machine)
                         return ended.code or EXIT_PREEMPTED
                     log.warning("machine %d has left the training, which begins again without it", ended.machine)
-                    return EXIT_PREEMPTED if ended.verdict is Verdict.LOST else ended.code or EXIT_PREEMPTED
+                    return EXIT_PREEMPTED if has_left(ended.verdict, ended.code) else ended.code or EXIT_PREEMPTED
         return code
 
     def _keep(self, folder: RuntimeFolder, runtime: Runtime) -> None:
@@ -442,6 +452,7 @@ class Supervisor:
             spoken = code in (EXIT_FINISHED, EXIT_PREEMPTED, EXIT_FENCED)
             other = self._peers.ended(0.0 if spoken else PEER_LAST_WORD_S)
         lost = other is not None and other.verdict in (Verdict.LOST, Verdict.PREEMPTED)
+        lost |= self._met is not None and other is not None and has_left(other.verdict, other.code, code)
         ended = state.ended if state is not None and not newer else None
         verdict = judge(code, ended, fenced=fenced, noticed=self._heard.is_set(), lost=lost)
         if self._machines.rank == 0:

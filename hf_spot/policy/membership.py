@@ -40,6 +40,7 @@ class Sight:
         ended: how that launch has ended, as in the journal; None if it has not.
         hosted: whether its group says where it can be reached.
         attempt: the newest meeting for the launch after it; 0 if there is none.
+        starts_over: whether that launch finished the run for another command than this machine's, which trains on.
     """
 
     number: int
@@ -47,6 +48,7 @@ class Sight:
     ended: str | None
     hosted: bool
     attempt: int
+    starts_over: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def next_step(
             single machine, and gets as much time to write as one that does.
     """
     running, coming = Place(sight.launch), Place(sight.launch + 1, sight.attempt)
-    if sight.ended == "finished":
+    if sight.ended == "finished" and not sight.starts_over:
         return Step(Move.END, running)
     if sight.hosted and not _is_gone(unanswered.get(running), sight, now_s, quiet_s):
         return Step(Move.JOIN, running)

@@ -69,6 +69,19 @@ def outlives_s(other: Verdict, drain_timeout_s: float, *, has_begun: bool = True
     return NEIGHBOUR_FAILED_S if other in (Verdict.FAILED, Verdict.FENCED) else drain_timeout_s + LATE_S
 
 
+def has_left(other: Verdict, code: int, own_code: int | None = None) -> bool:
+    """Return whether another of the machines that come and go takes no part in the next launch, which begins without it.
+
+    Its launcher does not start again what can't be used on that machine, such as a disk that is full.
+
+    Args:
+        other: how it ended there.
+        code: its exit code there.
+        own_code: the exit code on this machine; None while its training is running.
+    """
+    return other is Verdict.LOST or (other is Verdict.FAILED and code == EXIT_USAGE != own_code)
+
+
 def may_restart(exit_code: int, fruitless: int, max_restarts: int) -> bool:
     """Return whether to restart after a failed launch.
 

@@ -63,10 +63,11 @@ class World:
         noticed, name = threading.Event(), f"machine-{len(self.machines)}"
         elastic = Elastic(
             Run(self.url),
-            Machines(most, least=least, processes=more.pop("processes", 1), **more),
+            Machines(most, least=least, processes=more.pop("processes", 1)),
             SpotArguments(peer_timeout_s=5),
             lambda: {"hostname": name, "machine": {"price_usd_per_hour": 1.0}},
             noticed.wait,
+            **more,
         )
         self.machines.append(Machine(name, elastic, noticed))
         return self.machines[-1]
@@ -253,6 +254,42 @@ def test_another_number_of_processes_is_refused_in_words(world: World) -> None:
     assert not waiting.done()
 
 
+def test_another_number_of_machines_and_another_script_are_refused_in_words(world: World) -> None:
+    waiting = world.meet(world.add(words=["script", "--lr", "1"]))
+    wait_for(lambda: Mailbox(Run(world.url)).newest_attempt(1) == 1, "for the meeting")
+    with pytest.raises(ConfigError, match="machine 0 was started for at most 3 machines, and this machine for 4"):
+        world.add(most=4, words=["script", "--lr", "1"]).elastic.meet()
+    with pytest.raises(ConfigError, match="machine 0 runs another script, or another version of it"):
+        world.add(words=["an older one", "--lr", "1"]).elastic.meet()
+    assert not waiting.done()
+
+
+def test_other_arguments_of_the_script_are_named_on_both_machines(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING", "hf_spot")
+    world.all_meet(*(world.add(most=2, words=["script", "--lr", lr]) for lr in "12"))
+    wait_for(lambda: len([one for one in caplog.messages if one.endswith("number 2")]) == 2, "for both to say so")
+
+
+def test_a_machine_with_a_rank_is_told_that_the_others_have_none(world: World) -> None:
+    world.meet(world.add())
+    wait_for(lambda: Mailbox(Run(world.url)).newest_attempt(1) == 1, "for the meeting")
+    told = {"machine": 1, "machines": 2, "member": None}
+    assert "without --machine_rank" in stranger(world, **told)["refused"]
+
+
+def test_a_command_that_has_changed_trains_on_where_another_one_has_finished_the_run(world: World) -> None:
+    first = world.all_meet(*(world.add(most=2) for _ in range(2)))
+    run = Run(world.url)
+    run.adopt(1)
+    run.journal.append("finished", {"step": 9, "exit_code": 0, "committed_step": 9})
+    late = world.add(most=2)  # with the command that has finished it
+    world.meet(late).result(PATIENCE_S)
+    assert late.met is Verdict.FINISHED
+    longer = world.all_meet(*(world.add(most=2, finished=1) for _ in range(2)))  # while the first ones still end
+    assert [one.met.launch for one in longer if isinstance(one.met, Met)] == [2, 2]
+    assert {one.name for one in longer}.isdisjoint(one.name for one in first)
+
+
 @pytest.mark.parametrize(
     ("told", "why"),
     [
@@ -278,7 +315,7 @@ def test_with_a_key_host_and_guest_prove_that_they_know_it(world: World, monkeyp
     invitation = Mailbox(Run(world.url)).meeting(1, 0)
     assert invitation is not None
     with pytest.raises(Unreached):  # the host's proof is not what this guest expects
-        visit(invitation, Member("x", "x", 1), b"another key", 5.0)
+        visit(invitation, Member("x", "x", 1, most=3), b"another key", 5.0)
     assert "does not know" in stranger(world, attempt=0, has_key=True, proof="guessed")["refused"]
 
 
@@ -369,6 +406,18 @@ def test_a_host_that_says_nothing_is_lost_and_a_guest_likewise(hosting: Hosting)
     guest.close()
 
 
+def test_a_machine_that_was_frozen_does_not_take_that_time_for_silence_of_the_others(
+    hosting: Hosting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = visit(hosting.invitation, Member("g", "g", 1), None, 30.0)
+    wait_for(lambda: hosting.present().waiting, "for the guest")
+    clock = time.monotonic
+    monkeypatch.setattr("hf_spot.launch.group.time.monotonic", lambda: clock() + 1000.0)
+    assert guest.ended(1.0) is None
+    assert hosting.present().waiting
+    guest.close()
+
+
 def test_an_interface_that_does_not_exist_is_named() -> None:
     with pytest.raises(ConfigError, match="--interface nowhere0 does not exist"):
         own_addresses("nowhere0")
@@ -417,6 +466,19 @@ def test_a_spare_is_taken_in_when_that_is_worth_it(world: World, tmp_path: Path)
     assert [one.name for one in ordered] == [one.name for one in first]
 
 
+def test_the_samples_of_a_step_are_known_before_anything_is_committed(world: World, tmp_path: Path) -> None:
+    first = world.all_meet(*(world.add(least=1) for _ in range(3)))
+    runtime = Runtime(world.url, 1, tmp_path, SpotArguments())
+    runtime.tell_plan(Plan(100, 24))  # of which two machines get the same number, although two do not divide three
+    for one in first:
+        one.elastic.look(runtime)
+        one.elastic.concluded(Verdict.PREEMPTED)
+    first[2].elastic.close("killed")
+    first[0].lost()
+    world.all_meet(*first[:2])
+    assert [claim["machines"] for claim in world.claims()] == [3, 2]
+
+
 def stranger(world: World, attempt: int = 1, proof: str | None = None, **more: Any) -> dict[str, Any]:
     """The last answer to somebody who knows the invitation; empty if there is none."""
     invitation = Mailbox(Run(world.url)).meeting(1, attempt)
@@ -424,7 +486,7 @@ def stranger(world: World, attempt: int = 1, proof: str | None = None, **more: A
     hello = {
         "nonce": invitation["nonce"],
         "challenge": "c",
-        "member": {"id": "x", "name": "x", "ranks": 1, "about": {}},
+        "member": {"id": "x", "name": "x", "ranks": 1, "about": {}, "most": 3, "words": []},
         "has_key": False,
         "version": hf_spot.__version__,
         **more,

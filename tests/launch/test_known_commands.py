@@ -14,6 +14,7 @@ import pytest
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError
+from hf_spot.launch.command import Command
 from hf_spot.launch.options import find_program, parse
 from hf_spot.launch.unhooked import Unhooked
 from hf_spot.run.run import Run
@@ -285,3 +286,18 @@ def test_a_command_of_which_nothing_has_met_hf_spot_in_its_first_minute_is_told_
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == (not has_met)
     assert has_met or "no process of this command has loaded torch with hf_spot" in told[0]
+
+
+def test_the_words_of_two_machines_are_compared_by_what_they_name(folder: Path) -> None:
+    def digests(*words: str) -> list[str]:
+        return Command("s3://b/r", SpotArguments(), 0, [], {}, script=[*words]).word_digests()
+
+    for place in ("here", "there"):
+        (folder / place).write_text("pass")
+    (folder / "newer").write_text("pass # and more")
+    assert digests("here", "--config=here", "x") == digests("there", "--config=there", "x")
+    assert digests("here")[0] != digests("newer")[0] != digests("nowhere")[0]
+    assert digests("here", "--config=here")[1] != digests("here", "--other=here")[1]
+    many = digests("here", *"x" * 500)
+    assert len(many) < 200  # of a short greeting
+    assert many != digests("here", *"x" * 499, "y")

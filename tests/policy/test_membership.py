@@ -61,6 +61,7 @@ TRAINS = Sight(9, 3, None, hosted=True, attempt=0)
         # Its machines may be about to meet again.
         (replace(TRAINS, ended="preempted"), {}, Step(Move.JOIN, Place(3))),
         (replace(TRAINS, ended="finished"), {}, Step(Move.END, Place(3))),
+        (replace(TRAINS, ended="finished", hosted=False, starts_over=True), {}, Step(Move.OPEN, Place(4, 1))),
     ],
 )
 def test_a_machine_in_no_group_knows_where_to_go(sight: Sight, unanswered: dict[Place, Unanswered], step: Step) -> None:

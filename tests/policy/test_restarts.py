@@ -8,6 +8,7 @@ from hf_spot.policy.restarts import (
     LONGEST_PAUSE_S,
     Verdict,
     exit_code,
+    has_left,
     judge,
     may_restart,
     outlives_s,
@@ -105,3 +106,20 @@ def test_a_training_waits_for_a_machine_that_ended_well_and_not_for_one_that_is_
 )
 def test_what_is_redone_is_told_for_each_training(steps: dict[int, tuple[int, int]], told: str) -> None:
     assert steps_in_words(steps) == told
+
+
+@pytest.mark.parametrize(
+    ("other", "code", "own_code", "left"),
+    [
+        (Verdict.LOST, 1, None, True),
+        (Verdict.FAILED, 2, None, True),
+        (Verdict.FAILED, 2, 1, True),  # a rank here failed only since its neighbour did
+        (Verdict.FAILED, 2, 2, False),  # the command can't be used on any machine
+        (Verdict.FAILED, 1, 1, False),
+        (Verdict.PREEMPTED, 75, 75, False),
+    ],
+)
+def test_a_machine_that_is_not_started_again_is_left_behind(
+    other: Verdict, code: int, own_code: int | None, left: bool
+) -> None:
+    assert has_left(other, code, own_code) is left

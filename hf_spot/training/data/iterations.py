@@ -161,6 +161,9 @@ class TrackedIteration:
         self._stream: StreamPosition | None = None
         self._holds_state = False
         self._first = 0  # number of batches before the first one that a resumed stream reads
+        self._may_fetch_ahead = False
+        self._fetched = 0  # batches of a stream, in this process
+        self._before_fetch: dict[str, Any] | None = None
         self._drawn: deque[Any] = deque(maxlen=_MOST_AHEAD)
         self._draws_its_own = True  # one draw for each batch that is returned
 
@@ -207,6 +210,8 @@ class TrackedIteration:
         if dispatches and not SPLIT_BATCHES.of(self.loader):
             self._skip_inside *= self._loaders.ranks
         self._draws_its_own = not dispatches
+        # Where one rank fetches for all, one fetch is not one batch.
+        self._may_fetch_ahead = not dispatches or self._loaders.ranks == 1
         self._batches = plain(self.loader)
         if isinstance(self.loader.dataset, IterableDataset):
             self._read_over()
@@ -269,10 +274,28 @@ class TrackedIteration:
         if self._position is not None and self._skipped and resumed is None:
             self._tell_of_reading()
         if not knows:
-            return plain(loader)
+            return self._fetch(plain(loader)) if self._may_fetch_ahead else plain(loader)
         self._first = 0 if resumed is None else resumed.first
         self._stream = StreamPosition()
-        return self._stream.read(loader, plain, resumed)
+        batches = self._stream.read(loader, plain, resumed)
+        return self._fetch(batches) if self._may_fetch_ahead else batches
+
+    def _fetch(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Return the batches of a stream; the first one that is not trained is made with the random states of its first draw.
+
+        accelerate fetches a batch before it returns the previous one. Its collator may draw random numbers, to mask words.
+        """
+        while True:
+            is_first = self._position is not None and self._fetched == self._skipped - self._first
+            if is_first and self._position is not None and self._position.get("before_fetch") is not None:
+                restore(self._position["before_fetch"])
+            self._before_fetch = capture()
+            self._fetched += 1
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            yield batch
 
     # -- called by the wrapped sampler, in this order -----------------------------------------------------------------
 
@@ -372,6 +395,7 @@ class TrackedIteration:
             "iteration": self._iteration_of_accelerate,
             "order": self._order,
             "before_draw": self._before_draw if ahead else None,
+            "before_fetch": self._before_fetch if self._fetched > self._skipped - self._first + self.made[0] else None,
             "ahead": ahead,
             "stream": None if self._stream is None else self._stream.to_save(self._skipped + self.made[0]),
             "stateful": self.loader.state_dict() if self._known.is_stateful else None,

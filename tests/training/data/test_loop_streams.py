@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from datasets import IterableDataset
@@ -79,7 +80,37 @@ def stateful_workers() -> Step:
     return stateful(list(range(2 * BATCHES)), shuffle=True, num_workers=2)
 
 
-EXACT = [plain, prepared, shuffled, in_workers, stateful, stateful_shuffled, stateful_stream, stateful_workers]
+def noisy(rows: list[dict[str, float]]) -> torch.Tensor:
+    """Draw random numbers, as a collator that masks words does."""
+    return torch.tensor([row["number"] for row in rows]) + torch.rand(len(rows))
+
+
+def collated() -> Step:
+    return values(DataLoader(stream(), batch_size=2, collate_fn=noisy))  # type: ignore[arg-type]
+
+
+def prepared_collated() -> Step:
+    return values(Accelerator(cpu=True).prepare(DataLoader(stream(), batch_size=2, collate_fn=noisy)))  # type: ignore[arg-type]
+
+
+def prepared_shuffled_collated() -> Step:
+    data = stream().shuffle(seed=4, buffer_size=3)
+    return values(Accelerator(cpu=True).prepare(DataLoader(data, batch_size=2, collate_fn=noisy)))  # type: ignore[arg-type]
+
+
+EXACT = [
+    collated,
+    prepared_collated,
+    prepared_shuffled_collated,
+    plain,
+    prepared,
+    shuffled,
+    in_workers,
+    stateful,
+    stateful_shuffled,
+    stateful_stream,
+    stateful_workers,
+]
 
 
 @pytest.mark.filterwarnings("ignore:.*set_vital")  # torchdata calls it
