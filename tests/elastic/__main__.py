@@ -3,6 +3,9 @@
 Every machine is a network namespace with its own disk. The training must end with the undisturbed one's samples and learning
 rate in each step, and with its losses within the rounding of another order of sums. It needs root. ``--seed`` chooses what
 happens; ``--events`` how often. ``--before`` also measures how long the way of a fixed number of machines takes.
+
+``--exact`` trains with ``--exact-on-any-gpus`` instead, on one machine, on three, and on three that are lost and come again:
+the weights must be the same to the bit. Without the option those of one and of three machines must differ.
 """
 
 from __future__ import annotations
@@ -32,11 +35,14 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=32, help="of the model; 768 makes 85 million parameters")
     parser.add_argument("--before", action="store_true", help="also kill one of two machines that are fixed")
     parser.add_argument("--keep", type=Path, help="a new folder for everything")
+    parser.add_argument("--exact", action="store_true", help="compare the weights instead, with --exact-on-any-gpus")
     options = parser.parse_args()
     if (why := why_not()) is not None:
         print(why)
         return 1
     with _folder(options.keep) as folder:
+        if options.exact:
+            return _exact(folder, options.events, options.seed)
         epochs = 2 + 6 * options.events  # of ten steps
         slow = folder / "slow"
         slow.touch()
@@ -59,6 +65,40 @@ def main() -> int:
         if found := sorted(seconds for name, seconds in took if name == kind):
             print(f"{kind}: {', '.join(f'{one:.1f}' for one in found)} s to the next step")
     return 0
+
+
+def _exact(folder: Path, events: int, seed: int) -> int:
+    """Return 1 if the weights depend on the machines with ``--exact-on-any-gpus``, or don't without it."""
+    found: dict[tuple[bool, str], str] = {}
+    for exact in (True, False):
+        for name, machines in (("one machine", (0,)), ("three machines", (0, 1, 2)), ("that come and go", (0, 1, 2))):
+            is_disturbed = name == "that come and go"
+            if is_disturbed and not exact:
+                continue
+            here = folder / f"{name.replace(' ', '-')}-{exact}"
+            here.mkdir()
+            slow = here / "slow"
+            script = ["--epochs", str(2 + 3 * events), "--step_s", "1", "--slow", str(slow)]
+            words = ["--num_machines", "1:3", *(["--exact-on-any-gpus"] if exact else [])]
+            with Hosts(3, here) as hosts:
+                cluster = Cluster(hosts, str(here / "run"), _environ(), words, script=script)
+                if is_disturbed:
+                    slow.touch()
+                    _disturb(cluster, random.Random(seed), events)
+                    slow.unlink()
+                else:
+                    cluster.start(*machines)
+                codes = cluster.wait()
+                assert set(codes.values()) == {0}, f"{codes}\n{cluster.text()}"
+                newest = cluster.run().latest()
+                claims = [entry.data["machines"] for entry in cluster.run().events() if entry.kind == "claim"]
+            assert newest is not None
+            digest = next(file.digest for file in newest.files if file.path == "model.safetensors")
+            found[exact, name] = digest
+            print(f"{'exact' if exact else 'plain'}, {name}: {digest} in launches of {claims} machines", flush=True)
+    exact_ones = {digest for (exact, _), digest in found.items() if exact}
+    plain_ones = {digest for (exact, _), digest in found.items() if not exact}
+    return int(len(exact_ones) != 1 or len(plain_ones) == 1)
 
 
 def _disturb(cluster: Cluster, dice: random.Random, events: int) -> list[tuple[str, float]]:
