@@ -16,7 +16,7 @@ progresses = st.builds(
     ),
     st.floats(100, 1e5),
     st.floats(1.01, 5),
-    st.floats(0, 1),
+    st.floats(0, 0.999),  # one that is finished has nothing to decide, and its slack is rounding alone
     st.floats(0, 1),
     st.just(0.0) | st.floats(1, 1000),
 )
