@@ -256,7 +256,8 @@ def test_a_process_that_can_not_be_looked_into_is_named_if_it_is_a_python(
     def refuse(path: Path) -> bytes:
         raise PermissionError(path)
 
-    now, started = [0.0], [subprocess.Popen(words) for words in (["sleep", "600"], [sys.executable, "-c", "input()"])]
+    python = [sys.executable, "-c", "import time; time.sleep(600)"]  # until it is killed
+    now, started = [0.0], [subprocess.Popen(words) for words in (["sleep", "600"], python)]
     monkeypatch.setattr(Path, "read_bytes", refuse)
     try:
         unhooked = Unhooked(Runtime(str(tmp_path / "run"), 1, tmp_path, SpotArguments()), lambda: now[0])
