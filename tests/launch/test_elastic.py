@@ -184,11 +184,17 @@ def test_below_the_minimum_the_rest_wait_for_another_one(world: World) -> None:
     assert {came.rank, first[2].rank} == {0, 1}
 
 
+def wait_for_a_spare(host: Machine) -> None:
+    hosting = host.elastic._hosting
+    assert hosting is not None
+    wait_for(lambda: hosting.present().waiting, "for the spare")
+
+
 def test_one_that_comes_while_the_others_train_is_a_spare_and_replaces_the_next_that_goes(world: World) -> None:
     first = world.all_meet(*(world.add() for _ in range(3)))
     spare = world.add()
     coming = world.meet(spare)
-    time.sleep(1.0)
+    wait_for_a_spare(first[0])
     assert not coming.done()
     first[1].elastic.close("killed")
     first[0].lost()
@@ -202,7 +208,7 @@ def test_a_spare_outlives_the_host_it_waited_for(world: World) -> None:
     first = world.all_meet(*(world.add() for _ in range(3)))
     spare = world.add()
     coming = world.meet(spare)
-    time.sleep(0.5)
+    wait_for_a_spare(first[0])
     first[0].elastic.close("killed")
     first[1].lost()
     ordered = world.all_meet(first[1], first[2])
@@ -229,7 +235,7 @@ def test_a_run_that_is_finished_ends_the_wait_of_a_spare(world: World) -> None:
     first = world.all_meet(*(world.add() for _ in range(3)))
     spare = world.add()
     coming = world.meet(spare)
-    time.sleep(0.5)
+    wait_for_a_spare(first[0])
     first[0].elastic.close("finished")
     coming.result(PATIENCE_S)
     assert spare.met is Verdict.FINISHED
@@ -238,7 +244,7 @@ def test_a_run_that_is_finished_ends_the_wait_of_a_spare(world: World) -> None:
 def test_a_notice_ends_every_wait(world: World) -> None:
     alone = world.add()
     waiting = world.meet(alone)
-    time.sleep(0.5)
+    wait_for(lambda: Mailbox(Run(world.url)).newest_attempt(1) == 1, "for the meeting")
     alone.noticed.set()
     began = time.monotonic()
     waiting.result(PATIENCE_S)
