@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -354,11 +355,11 @@ def test_a_finished_training_that_is_started_again_returns_what_it_returned(
 class Heard(TrainerCallback):
     """What a tracker hears; kept where no checkpoint takes it along, as a tracker does."""
 
-    _kept: ClassVar[dict[int, list[dict[str, Any]]]] = {}
+    _kept: ClassVar[WeakKeyDictionary[Heard, list[dict[str, Any]]]] = WeakKeyDictionary()
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        return self._kept.setdefault(id(self), [])
+        return self._kept.setdefault(self, [])
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
         line = {key: value for key, value in logs.items() if not key.startswith("spot/")}
