@@ -481,6 +481,8 @@ OTHERWISE = {
     upstream.GCS_HTTP: "tests/storage/test_contract.py",
     upstream.BARS: "test_bars_know_each_other",
     upstream.SAVE_ALONE: "what SAVE_TOGETHER is given",
+    upstream.RUN_RANKS: "tests/launch/test_warm.py",
+    upstream.START_CHILD: "tests/launch/test_warm.py",
     upstream.CHECKPOINT_ENGINE: "python -m tests.engines",
 }
 
