@@ -271,7 +271,7 @@ class Supervisor:
 
     def _wait_among(self, timeout_s: float) -> bool:
         """Wait while no launch is under way here, and prepare for the next one. Return whether there is a notice."""
-        self._warm.look(has_stepped=True, is_idle=True)
+        self._warm.look(lambda: True, is_idle=True)
         return self._heard.wait(timeout_s)
 
     def _expect_launch(self) -> None:
@@ -393,7 +393,7 @@ class Supervisor:
         while (code := tree.wait(_TICK_S)) is None:
             self._keep(folder, runtime)
             unhooked.look(tree.processes)
-            self._warm.look(has_stepped=bool(self._training) and any(runtime.read_steps().values()))
+            self._warm.look(lambda: any(step for _, _, step, _, _ in runtime.read_phases().values()))
             if (stopped := runtime.read_stopped()) is not None:
                 return stopped  # and nothing that would come next in the command runs
             if self._impatient:

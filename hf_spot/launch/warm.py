@@ -68,18 +68,18 @@ class WarmSpares:
         self._next = list(argv), dict(environ), tuple(signals)
         self._first_at = None
 
-    def look(self, *, has_stepped: bool, is_idle: bool = False) -> None:
+    def look(self, has_stepped: Callable[[], bool], *, is_idle: bool = False) -> None:
         """Start spares when it is time, and end them when memory is short. Call it all the time.
 
         Args:
-            has_stepped: whether the launch under way has done a step.
+            has_stepped: returns whether the launch under way has done a step.
             is_idle: whether this machine only waits for others.
         """
         now = self._clock()
         if self._mode == OFF or now - self._looked_at < _LOOK_S:
             return
         self._looked_at = now
-        self._first_at = now if has_stepped and self._first_at is None else self._first_at
+        self._first_at = now if self._first_at is None and has_stepped() else self._first_at
         if self._tree is not None:
             self._read(0.0)
             if self._tree is not None and not has_room(self._mode, self._ranks, *_memory(), are_there=True):

@@ -134,7 +134,7 @@ def of_three_machines(scratch: Path) -> dict[str, object]:
     found: dict[str, float] = {}
     for way in ("fresh", "warm"):
         store = scratch / f"run-{way}-machines"
-        more = ["--cpu", "--num_machines", "2:3", "--num_processes", "1", "--interface", "lo"]
+        more = ["--num_machines", "2:3", "--num_processes", "1"]
         launches = [Launch(scratch / f"{way}-machine-{number}", store, 1, way == "warm", more) for number in range(3)]
         try:
             for launch in launches:

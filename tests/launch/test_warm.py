@@ -59,7 +59,7 @@ class Spares:
         return list(self.spares.processes())
 
     def _is_warm(self) -> bool:
-        self.spares.look(has_stepped=True)
+        self.spares.look(lambda: True)
         return IS_WARM in self.log()
 
     def told(self) -> list[str]:
@@ -132,7 +132,7 @@ def test_an_own_beginning_of_the_script_is_said_once_and_no_spare_is_kept(spares
     spares.spares.begin(spares.argv, spares.environ(1), ())
 
     def has_said() -> bool:
-        spares.spares.look(has_stepped=True)
+        spares.spares.look(lambda: True)
         return "no Python is kept warm for a restart: the script does something of its own before" in spares.log()
 
     wait_for(has_said, "for the remark")

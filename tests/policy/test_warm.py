@@ -7,7 +7,7 @@ import pytest
 from hf_spot.errors import ConfigError
 from hf_spot.policy.warm import AUTO, ON, check, differing, has_room, wait_s
 
-BEFORE = {"HF_SPOT_LAUNCH": "1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "a", "OMP_NUM_THREADS": "1", "HOME": "/root"}
+BEFORE = {"HF_SPOT_LAUNCH": "1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "a", "OMP_NUM_THREADS": "1", "HOME": "/home/a"}
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ BEFORE = {"HF_SPOT_LAUNCH": "1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "a",
         ({"HF_SPOT_LAUNCH": "2"}, ("HF_SPOT_LAUNCH",), []),
         ({"MASTER_PORT": "2", "RANK": "1"}, ("RANK", "WORLD_SIZE"), ["RANK"]),
         ({"TORCHELASTIC_RUN_ID": "b"}, ("TORCHELASTIC_RUN_ID",), ["TORCHELASTIC_RUN_ID"]),
-        ({"OMP_NUM_THREADS": "2", "HOME": "/home"}, (), ["HOME", "OMP_NUM_THREADS"]),
+        ({"OMP_NUM_THREADS": "2", "HOME": "/home/b"}, (), ["HOME", "OMP_NUM_THREADS"]),
         ({"LD_PRELOAD": "x.so", "LOCAL_RANK": "1"}, (), ["LD_PRELOAD", "LOCAL_RANK"]),
     ],
 )

@@ -74,6 +74,7 @@ FOR_SOME = (
     "peft.peft_model",
     "torch._dynamo.eval_frame",
     "torch.distributed.elastic.multiprocessing.api",
+    "torch.distributed.run",
     "trl.trainer.sft_trainer",
     "urllib3.response",
 )

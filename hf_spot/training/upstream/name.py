@@ -26,6 +26,7 @@ _LIBRARIES = frozenset(
         "numpy",
         "peft",
         "safetensors",
+        "subprocess",
         "torch",
         "tqdm",
         "transformers",
