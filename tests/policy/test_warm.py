@@ -7,7 +7,7 @@ import pytest
 from hf_spot.errors import ConfigError
 from hf_spot.policy.warm import AUTO, ON, check, differing, has_room, wait_s
 
-BEFORE = {"HF_SPOT_LAUNCH": "1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "a", "OMP_NUM_THREADS": "1", "HOME": "/home/a"}
+BEFORE = {"HF_SPOT_LAUNCH": "1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "a", "OMP_NUM_THREADS": "1", "HF_HOME": "models"}
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ BEFORE = {"HF_SPOT_LAUNCH": "1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "a",
         ({"HF_SPOT_LAUNCH": "2"}, ("HF_SPOT_LAUNCH",), []),
         ({"MASTER_PORT": "2", "RANK": "1"}, ("RANK", "WORLD_SIZE"), ["RANK"]),
         ({"TORCHELASTIC_RUN_ID": "b"}, ("TORCHELASTIC_RUN_ID",), ["TORCHELASTIC_RUN_ID"]),
-        ({"OMP_NUM_THREADS": "2", "HOME": "/home/b"}, (), ["HOME", "OMP_NUM_THREADS"]),
+        ({"OMP_NUM_THREADS": "2", "HF_HOME": "others"}, (), ["HF_HOME", "OMP_NUM_THREADS"]),
         ({"LD_PRELOAD": "x.so", "LOCAL_RANK": "1"}, (), ["LD_PRELOAD", "LOCAL_RANK"]),
     ],
 )
@@ -28,7 +28,7 @@ def test_only_what_each_launch_sets_may_change_and_no_import_may_have_read_it(
 
 
 def test_a_variable_that_is_gone_has_changed() -> None:
-    assert differing(BEFORE, {name: value for name, value in BEFORE.items() if name != "HOME"}, ()) == ["HOME"]
+    assert differing(BEFORE, {name: value for name, value in BEFORE.items() if name != "HF_HOME"}, ()) == ["HF_HOME"]
 
 
 @pytest.mark.parametrize(
