@@ -506,6 +506,11 @@ def _others(roster: Any) -> list[dict[str, Any]]:
     ]
 
 
+def name_of(other: dict[str, Any]) -> str:
+    """Return the name of a machine of ``Launch.others``."""
+    return str(other["machine"].get("instance_id") or other["name"])
+
+
 def _may_be_free(launch: Launch) -> bool:
     spot_of_ec2 = launch.machine.get("cloud") == "aws" and launch.machine.get("market") == "spot"
     return spot_of_ec2 and launch.notices > 0 and launch.ended in ("preempted", "no word") and launch.wall_s < 3600
