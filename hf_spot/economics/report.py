@@ -456,13 +456,8 @@ def _split(launch: Launch, highest: dict[int, int]) -> None:
         highest: step reached by previous launches, by training; updated.
     """
     launch.wall_s = (launch.last_heard - launch.began).total_seconds()
-    price = launch.price_usd_per_hour
-    prices = [price, *(price_of(one["machine"]) for one in launch.others)]
-    known = [one for one in prices if one is not None]
-    if len(known) < len(prices):
-        launch.cost_usd = None
-    else:
-        launch.cost_usd = launch.wall_s / 3600 * (sum(known) if launch.others else known[0] * launch.machines)
+    price = price_of_all(launch)
+    launch.cost_usd = None if price is None else launch.wall_s / 3600 * price
     measured = list(newest_timings(launch).items())
     launch.measured = bool(measured)
     launch.reached_step = max((mark.step for mark in launch.marks if mark.training == launch.training), default=0)
@@ -557,6 +552,15 @@ def price_of(machine: dict[str, Any]) -> float | None:
     return dollars(machine, "on_demand") if price is None and machine.get("market") == "on-demand" else price
 
 
+def price_of_all(launch: Launch) -> float | None:
+    """Return the price of all machines of a launch in dollars per hour; None if that of one is unknown."""
+    prices = [launch.price_usd_per_hour, *(price_of(one["machine"]) for one in launch.others)]
+    known = [one for one in prices if one is not None]
+    if len(known) < len(prices):
+        return None
+    return sum(known) if launch.others else known[0] * launch.machines
+
+
 def _others(roster: Any) -> list[dict[str, Any]]:
     """Return the machines of a claim's roster besides the first; empty if it has none, or one that can't be read."""
     if not isinstance(roster, list) or not all(isinstance(one, dict) for one in roster):
@@ -565,6 +569,11 @@ def _others(roster: Any) -> list[dict[str, Any]]:
         {"name": str(one.get("name") or "a machine"), "machine": one["machine"] if isinstance(one.get("machine"), dict) else {}}
         for one in roster[1:]
     ]
+
+
+def name_of(other: dict[str, Any]) -> str:
+    """Return the name of a machine of ``Launch.others``."""
+    return str(other["machine"].get("instance_id") or other["name"])
 
 
 def _may_be_free(launch: Launch) -> bool:

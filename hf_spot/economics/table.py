@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_spot.economics.plan import Plan
-from hf_spot.economics.report import FREE_FIRST_HOUR, PART_MEANS, Launch, Report, dollars, price_of
+from hf_spot.economics.report import FREE_FIRST_HOUR, PART_MEANS, Launch, Report, dollars, name_of, price_of
 from hf_spot.economics.simulate import Result
 from hf_spot.policy.redone import VALUES, in_words
 from hf_spot.policy.trackers import TRACKERS
@@ -238,7 +238,7 @@ def machine_rows(report: Report) -> list[list[str]]:
         for one in launch.others:
             price = price_of(one["machine"])
             cost = None if price is None else launch.wall_s / 3600 * price
-            rows += _machine_row(launch, str(one["machine"].get("instance_id") or one["name"]), one["machine"], cost)
+            rows += _machine_row(launch, name_of(one), one["machine"], cost)
     return rows
 
 

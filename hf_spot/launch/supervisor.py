@@ -271,6 +271,7 @@ class Supervisor:
         if isinstance(met, Verdict):
             return met, EXIT_FINISHED if met is Verdict.FINISHED else EXIT_PREEMPTED
         self._met, self._machines, self._peers = met, met.machines, met.group
+        self._budget.began(met.machines.count)
         verdict, code = self._train(met.launch)
         met.group.tell(met.machines.rank, verdict, code)
         elastic.concluded(verdict)

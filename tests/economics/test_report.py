@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hf_spot.economics.page import page
 from hf_spot.economics.report import _INNER, PARTS, Launch, Report, summarise
 from hf_spot.economics.table import duration, machine_rows, money_lines, render_report
-from hf_spot.economics.timeline import WAITING_LANE, make_timeline
+from hf_spot.economics.timeline import WAITING_LANE, Timeline, make_timeline
 from hf_spot.run.last_words import BY_FILE, BY_HEARTBEAT, LastWords
 from tests.economics.journals import BEGAN, Event, claim, commit, journal_of, timed, timing
 
@@ -265,6 +265,36 @@ def test_a_loss_stands_where_its_step_was_done_last() -> None:
 def test_many_machines_share_lanes() -> None:
     told: list[tuple[float, Event]] = [(n * 10.0, claim(f"m{n}", zone=f"z{n % 3}", market="spot")) for n in range(100)]
     assert make_timeline(summarise(timed(told)), {}).lanes[:3] == ("? z0 spot", "? z1 spot", "? z2 spot")
+
+
+def test_each_machine_of_a_launch_has_a_lane_that_begins_and_ends_with_it() -> None:
+    a, b, c = ({"name": name, "machine": {"instance_id": f"i-{name}", "zone": f"z-{name}"}} for name in "abc")
+    unnamed = {"name": "b", "machine": {}}
+    told: list[tuple[float, Event]] = []
+    for at_s, roster in ((0, (a, b, c)), (100, (b, c)), (200, (b,)), (300, (b, unnamed, unnamed))):
+        kind, data = claim(roster[0]["name"])
+        told += [(at_s, (kind, {**data, "machines": len(roster), "roster": list(roster)})), (at_s + 100, commit(at_s + 1))]
+    timeline = make_timeline(summarise(timed(told)), {})
+    assert timeline.lanes == ("i-a", "i-b", "i-c", "b", "b (2)")
+    assert {lane: (spans[0], spans[-1]) for lane, spans in spans_of(timeline).items()} == {
+        "i-a": (0, 100),
+        "i-b": (0, 400),
+        "i-c": (0, 200),
+        "b": (300, 400),
+        "b (2)": (300, 400),
+    }
+    crowd = [{"name": f"m{n}", "machine": {"zone": f"z{n % 2}"}} for n in range(40)]
+    many = make_timeline(summarise(timed([(0, ("claim", {"roster": crowd, "machines": 40})), (9, commit(1))])), {})
+    assert many.lanes == ("? ? ?", "? z1 ?", "? z0 ?")
+    assert {lane: spans[-1] for lane, spans in spans_of(many).items()} == dict.fromkeys(many.lanes, 9)
+
+
+def spans_of(timeline: Timeline) -> dict[str, list[float]]:
+    """The begin and the end of each bar, by lane."""
+    found: dict[str, list[float]] = {}
+    for bar in timeline.bars:
+        found.setdefault(bar.lane, []).extend((bar.begin_s, bar.begin_s + bar.length_s))
+    return found
 
 
 @pytest.mark.parametrize(
