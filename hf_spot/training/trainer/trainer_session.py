@@ -216,7 +216,8 @@ class TrainerSession:
             if self._passed_over:
                 log.warning("after NaN, these steps are passed over: %s", rollback.in_words(self._passed_over))
             self._start_teller()  # before the uploader deletes what earlier launches told
-            self.commits.begin(resumed=self._restored is not None)
+            lost = None if self._teller is None else self._teller.lost
+            self.commits.begin(resumed_step=self._restored.step if self._restored else 0, lost=lost)
         if self.machine_is_going():
             raise MachineGoing
         if found is not None:
