@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +41,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="a new folder for everything")
     parser.add_argument("--exact", action="store_true", help="compare the weights instead, with --exact-on-any-gpus")
     parser.add_argument("--fsdp", action="store_true", help="divide the model and the optimizer among the machines")
+    parser.add_argument("--plot", type=Path, help="draw the run's timeline")
     options = parser.parse_args()
     if (why := why_not()) is not None:
         print(why)
@@ -64,6 +66,8 @@ def main() -> int:
             assert set(codes.values()) == {0}, f"{codes}\n{cluster.text()}"
             difference, again = compare(cluster, twin)
             claims = [entry.data["machines"] for entry in cluster.run().events() if entry.kind == "claim"]
+            if options.plot:
+                subprocess.run([sys.executable, "-m", "hf_spot", "report", cluster.url, "--plot", options.plot], check=True)
     print(f"{len(took)} events, {len(claims)} launches of {claims} machines, {len(twin.losses)} steps, of which {again} again")
     print("each step has the samples and the learning rate of the undisturbed training")
     print(f"the losses differ by at most {difference:.1e}")
