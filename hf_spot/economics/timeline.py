@@ -154,7 +154,7 @@ def _told_apart(names: Sequence[str]) -> list[str]:
 def _intervals(launch: Launch) -> list[tuple[str, float]]:
     """Return the parts of a launch as consecutive intervals; they add up to its parts."""
     parts = launch.parts
-    found = [("restoring", parts["restoring"]), ("starting", parts["starting"])]
+    found = [("idle", parts["idle"]), ("restoring", parts["restoring"]), ("starting", parts["starting"])]
     measured = [(mark.training, mark.timing) for mark in launch.marks if mark.timing is not None]
     thinned = [*measured[:: max(1, len(measured) // _FINEST)], *measured[-1:]]
     gains = []
