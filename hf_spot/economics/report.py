@@ -310,7 +310,7 @@ def _add_last_words(launches: list[Launch], words: LastWords | None) -> None:
     launch.marks.append(Mark(launch.last_heard, words.training, words.step, Timing.of({"timing": words.timing})))
     launch.known_by = words.known_by
     if words.is_over:
-        launch.steps_lost = max(0, words.step - launch.committed.get(words.training, 0))
+        launch.steps_lost = max(0, words.step - max(words.resumed_step, launch.committed.get(words.training, 0)))
     if after is not None:
         after.waited_s = (after.began - launch.last_heard).total_seconds()
 

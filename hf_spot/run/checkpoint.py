@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from hf_spot.errors import IncompleteCheckpoint
-from hf_spot.run.journal import CheckpointRef
+from hf_spot.run.journal import TRAINING_KEY, CheckpointRef
 from hf_spot.run.manifest import FileEntry, missing_for_resume
 
 
@@ -72,6 +72,23 @@ class CommitRequest:
         training = "" if self.training == 1 else f"/stage-{self.training}"
         pushed = "/pushed" if self.reason == "push" else ""  # never where the launch itself writes
         return f"e{launch:04d}{pushed}{training}/checkpoint-{self.step}{f'-{self.apart}' if self.apart else ''}"
+
+    def to_data(self, launch: int) -> dict[str, Any]:
+        """Return what the commit's entry records, without the files.
+
+        Args:
+            launch: number of the launch that writes it.
+        """
+        return {
+            "step": self.step,
+            TRAINING_KEY: self.training,
+            "reason": self.reason,
+            "complete": self.complete,
+            "best_step": self.best_step,
+            "world_size": self.world_size,
+            "prefix": self.prefix(launch),
+            **(self.details or {}),
+        }
 
 
 def check_resumable(checkpoint: Checkpoint, url: str) -> None:

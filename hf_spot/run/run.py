@@ -325,17 +325,7 @@ class Run:
         if request.parts > 1:
             check_names(files)
             check_whole(request, [file.path for file in files], request.prefix(self.launch))
-        data = {
-            "step": request.step,
-            TRAINING_KEY: request.training,
-            "reason": request.reason,
-            "complete": request.complete,
-            "best_step": request.best_step,
-            "world_size": request.world_size,
-            "prefix": request.prefix(self.launch),
-            "files": [asdict(file) for file in files],
-            **(request.details or {}),
-        }
+        data = {**request.to_data(self.launch), "files": [asdict(file) for file in files]}
         return self.journal.append("commit", data, id=id)
 
     def push(self, folder: str | PathLike[str], step: int | None = None, *, progress: Progress | None = None) -> Checkpoint:
