@@ -11,6 +11,8 @@ from hf_spot.errors import IncompleteCheckpoint
 from hf_spot.run.journal import TRAINING_KEY, CheckpointRef
 from hf_spot.run.manifest import FileEntry, missing_for_resume
 
+WEIGHTS_ONLY = "weights"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -19,7 +21,8 @@ class Checkpoint:
     Args:
         ref: the short record of it in the journal's state.
         time: when it was committed, by the writer's clock.
-        reason: why it was saved: ``schedule``, ``cadence``, ``notice``, ``advisory``, ``end`` or ``push``.
+        reason: why it was saved: ``schedule``, ``cadence``, ``notice``, ``advisory``, ``end`` or ``push``; ``weights`` if only
+            its weights are kept.
         files: its manifest.
         details: everything else that the commit recorded (world size, batch sizes, measured durations, …).
     """
@@ -37,8 +40,8 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Return the name that Trainer gives the folder."""
-        return f"checkpoint-{self.ref.step}"
+        """Return the name that Trainer gives the folder; of weights alone another one, which Trainer does not resume from."""
+        return f"{'weights' if self.reason == WEIGHTS_ONLY else 'checkpoint'}-{self.ref.step}"
 
 
 @dataclass(frozen=True)

@@ -360,6 +360,8 @@ class RunSession:
             self.run,
             self.output_dir / ".hf_spot" / f"pins-{self.run.launch}-{self.training}",
             save_total_limit=self.arguments.keep_checkpoints,
+            keep_every=self.arguments.keep_every,
+            keep_weights=self.arguments.keep_weights,
             on_commit=committed,
             keeps_house=self.agreement.is_main and keeps_house,
             standing=standing,
