@@ -142,6 +142,27 @@ class S3Store:
             finally:
                 reads_small.reset(before)
 
+    def get_range(self, key: str, first: int, count: int) -> bytes:
+        """Return a part of the object's bytes (GetObject with ``Range``)."""
+        target = self._target(key)
+
+        def read() -> bytes:
+            answer = self._client.get_object(Range=f"bytes={first}-{first + count - 1}", **target)
+            if "ContentRange" in answer:
+                part: bytes = answer["Body"].read()
+                return part
+            # A server that does not support ranges sends the whole object.
+            with contextlib.closing(answer["Body"]) as body:
+                whole: bytes = body.read(first + count)
+                return whole[first:]
+
+        with self._explained("read", key):
+            before = reads_small.set(True)
+            try:
+                return _again_if_broken(read)
+            finally:
+                reads_small.reset(before)
+
     def put(self, key: str, data: bytes) -> None:
         """Write or replace the object (PutObject)."""
         target = self._target(key)
