@@ -6,6 +6,8 @@ happens; ``--events`` how often. ``--before`` also measures how long the way of 
 
 ``--exact`` trains with ``--exact-on-any-gpus`` instead, on one machine, on three, and on three that are lost and come again:
 the weights must be the same to the bit. Without the option those of one and of three machines must differ.
+
+``--fsdp`` trains with FSDP2 and sharded checkpoints.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from tests.waiting import wait_for
 KINDS = ("kill", "kill machine 0", "notice", "notice on machine 0", "two at once", "unplug", "spare dies")
 _ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
+_FSDP = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_state_dict_type", "SHARDED_STATE_DICT")
+_FSDP += ("--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -36,6 +41,7 @@ def main() -> int:
     parser.add_argument("--before", action="store_true", help="also kill one of two machines that are fixed")
     parser.add_argument("--keep", type=Path, help="a new folder for everything")
     parser.add_argument("--exact", action="store_true", help="compare the weights instead, with --exact-on-any-gpus")
+    parser.add_argument("--fsdp", action="store_true", help="divide the model and the optimizer among the machines")
     options = parser.parse_args()
     if (why := why_not()) is not None:
         print(why)
@@ -51,7 +57,8 @@ def main() -> int:
         if options.before:
             print(f"fixed machines, by hand: {_before(folder, options.width):.1f} s from kill -9 to the next step", flush=True)
         with Hosts(3, folder) as hosts:
-            cluster = Cluster(hosts, str(folder / "run"), _environ(), ["--num_machines", "1:3"], script=script)
+            words = ["--num_machines", "1:3", *(_FSDP if options.fsdp else ())]
+            cluster = Cluster(hosts, str(folder / "run"), _environ(), words, script=script)
             took = _disturb(cluster, random.Random(options.seed), options.events)
             slow.unlink()
             codes = cluster.wait()
