@@ -25,6 +25,8 @@ LOST_BYTES = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 """Error numbers by which `os.fsync` reports lost bytes. Others mean that the filesystem does not support it."""
 _TRIES = 3
 _DIGESTS_AT_ONCE = 16
+_MANY = 100  # small files
+_TIMES_AS_MANY = 4  # as workers, if most files are small
 _SMALL_BYTES = 1 << 20  # up to this size one plain read is cheaper than a transfer, which first requests the size
 
 
@@ -41,7 +43,8 @@ def upload(
 
     A file that the store already has is copied there. Other files are hashed as they are sent, or afterwards if the store's
     client does not show the bytes. Memory does not grow with the files: at most ``workers`` x 4 MB (blocks of each file that
-    is copied), and for S3 1 MB for each connection, because parts are read from the file as they are sent.
+    is copied), four times as much if most of many files are small, and for S3 1 MB for each connection, because parts are read
+    from the file as they are sent.
 
     Raises:
         StoreError: from the store, for the first file that failed.
@@ -75,11 +78,11 @@ def upload(
                 return standing.digest
         return put(name, path, size_bytes)
 
-    with Workers(workers, thread_name_prefix="hf_spot-upload") as pool:
+    found = [(name, (folder / name).stat()) for name in files_in(folder)]
+    with Workers(_at_once(workers, [before.st_size for _, before in found]), thread_name_prefix="hf_spot-upload") as pool:
         jobs: list[tuple[str, os.stat_result, Future[str]]] = []
-        for name in files_in(folder):
+        for name, before in found:
             path = folder / name
-            before = path.stat()
             standing = known.candidate(name, before.st_size)
             if standing and standing.key != f"{prefix}/{name}":  # the same key: an earlier attempt uploaded it and failed later
                 jobs.append((name, before, pool.submit(put_or_copy, name, path, before.st_size, standing)))
@@ -153,7 +156,8 @@ def download(
             raise CorruptCheckpoint(f"{store.url}/{prefix}: {problem}")
 
         without_digests = _download_parts(store, prefix, parts, work, progress, have)
-        with Workers(workers, thread_name_prefix="hf_spot-restore") as pool:
+        at_once = _at_once(workers, [entry.size for entry in (*files, *without_digests)])
+        with Workers(at_once, thread_name_prefix="hf_spot-restore") as pool:
             jobs = [pool.submit(fetch, entry) for entry in (*files, *without_digests)]
             try:
                 for job in jobs:
@@ -173,6 +177,13 @@ def download(
     finally:
         if private is not None:
             shutil.rmtree(private, ignore_errors=True)
+
+
+def _at_once(workers: int, sizes_bytes: Sequence[int]) -> int:
+    """Return how many files to move at the same time: more if most are small, because they wait for answers and disks."""
+    small = sum(size_bytes <= _SMALL_BYTES for size_bytes in sizes_bytes)
+    many_are_small = small > _MANY and 2 * small > len(sizes_bytes)
+    return _TIMES_AS_MANY * workers if workers > 1 and many_are_small else workers
 
 
 def _download_parts(
