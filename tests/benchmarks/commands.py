@@ -1,7 +1,7 @@
 """Whole commands, Python's start included: ``python tests/benchmarks/commands.py [--gb 1.1] [--rounds 5] [--json FILE]``.
 
-``hf-spot checkpoints push`` and ``pull`` of a checkpoint in memory (``/dev/shm``), beside s5cmd on the same S3 server, which only
-moves bytes (`sink.py`), in turn. What counts is the best wall time of the rounds; processor seconds are told beside it.
+``hf-spot checkpoints push`` and ``pull`` of a checkpoint in memory (``/dev/shm``), in turn with s5cmd, on an S3 server that
+only moves bytes (`sink.py`). What counts is the best wall time of the rounds; processor seconds are printed beside it.
 """
 
 from __future__ import annotations
