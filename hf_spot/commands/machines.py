@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def add_to(commands: Any) -> None:
     """Add ``provision``, ``prices``, ``quotas``, ``terminate``, ``status``, ``sky`` and ``doctor``."""
     provision = add_command(
-        commands, "provision", _provision, "start a machine on EC2 that trains a job, by a ladder of fallbacks"
+        commands, "provision", _provision, "start machines on EC2 that train a job, by a ladder of fallbacks"
     )
     takes_job(provision, optional=True)
     provision.add_argument("--example", action="store_true", help="print a job file with every key, and what each means (YAML)")
@@ -111,7 +111,8 @@ def _provision(args: argparse.Namespace) -> int:
         raise ConfigError("the following arguments are required: JOB", hint="hf-spot provision --example > job.yaml")
     from hf_spot.cloud.job import load
     from hf_spot.cloud.plans import render_plan
-    from hf_spot.cloud.provision import FLEET, Provisioner
+    from hf_spot.cloud.provision import Provisioner
+    from hf_spot.cloud.walk import FLEET
 
     def say(text: str, event: dict[str, Any]) -> None:
         if args.json:
@@ -127,11 +128,14 @@ def _provision(args: argparse.Namespace) -> int:
         provisioner.check()
         provisioner.records.refresh()
         for plan in provisioner.planner.plans():
-            say(render_plan(plan), {"event": "plan", **plan.to_dict()})
+            say(render_plan(plan, job.size), {"event": "plan", **plan.to_dict(job.size)})
         left = provisioner.planner.left_usd()
         say(f"${left:.2f} of ${job.max_spend:.2f} left; nothing was started", {"event": "budget", "left_usd": left})
     elif args.watch:
         provisioner.watch()
+    elif job.size.is_fleet:
+        if not provisioner.provision_several():
+            say(f"{job.store} is finished: nothing to do", {"event": "finished"})
     elif provisioner.provision() is None:
         say(f"{job.store} is finished: nothing to do", {"event": "finished"})
     return 0

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
@@ -32,13 +32,14 @@ from hf_spot.run.manifest import (
     has_weights,
     is_weights,
     missing_for_resume,
-    needed_by,
 )
+from hf_spot.run.parts import PartFiles, parts_in
 from hf_spot.run.patience import WAITS_S
 from hf_spot.run.seal import key_from
+from hf_spot.run.selection import Readers, Selection, select
 from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import leftovers, probe
-from hf_spot.storage.store import ObjectStore, Progress, fences
+from hf_spot.storage.store import ObjectStore, Progress, fences, ranges_of
 
 log = logging.getLogger("hf_spot")
 
@@ -75,6 +76,7 @@ class Run:
         self._allow_unfenced_store = allow_unfenced_store
         self._workers = workers
         self._unchanged = Unchanged()
+        self._selections: dict[tuple[int, Readers | None], Selection] = {}
         self._is_probed = False
 
     @property
@@ -151,18 +153,17 @@ class Run:
         checkpoint: Checkpoint,
         into: Path,
         *,
-        ranks: Collection[int] | None = None,
+        readers: Readers | None = None,
         progress: Progress | None = None,
         have: Path | None = None,
     ) -> Path:
-        """Download a given checkpoint as `pull` does; with ``ranks``, only the files that these ranks need to resume; with
-        ``have``, only those that this other folder does not contain."""
+        """Download a given checkpoint as `pull` does; with ``readers``, only what these ranks need to resume; with ``have``,
+        only what this other folder does not contain."""
         folder = into / checkpoint.name
-        files = checkpoint.files if ranks is None else needed_by(checkpoint.files, ranks)
         if folder.exists():
-            problems = self.compare(checkpoint, folder, ranks=ranks)
+            problems = self.compare(checkpoint, folder, readers=readers)
             if not problems:
-                self.remember(checkpoint, ranks=ranks)
+                self.remember(checkpoint, readers=readers)
                 return folder
             raise CorruptCheckpoint(
                 f"{folder} already exists and is not this checkpoint: {problems[0]}",
@@ -171,15 +172,46 @@ class Run:
         into.mkdir(parents=True, exist_ok=True)
         if checkpoint.reason not in ("push", WEIGHTS_ONLY):
             check_resumable(checkpoint, self.url)
-        transfer.download(self.store, checkpoint.ref.prefix, files, folder, workers=self._workers, progress=progress, have=have)
-        self.remember(checkpoint, ranks=ranks)
+        wanted = self.selection(checkpoint, readers)
+        transfer.download(
+            self.store,
+            checkpoint.ref.prefix,
+            wanted.whole,
+            folder,
+            workers=self._workers,
+            progress=progress,
+            have=have,
+            parts=wanted.parts,
+        )
+        self.remember(checkpoint, readers=readers)
         return folder
 
-    def remember(self, checkpoint: Checkpoint, *, ranks: Collection[int] | None = None) -> None:
-        """Remember the files of the checkpoint that this machine resumes from (``ranks`` as in `fetch`). If a later checkpoint
+    def selection(self, checkpoint: Checkpoint, readers: Readers | None) -> Selection:
+        """Return what of a checkpoint a machine needs.
+
+        Args:
+            checkpoint: to resume from.
+            readers: the machine's ranks; None for all of the checkpoint.
+
+        Raises:
+            CorruptCheckpoint: the index of its shards is missing or damaged.
+            StoreError: the store did not answer.
+        """
+        key = (checkpoint.ref.entry, readers)
+        if key not in self._selections:
+            self._selections[key] = select(
+                checkpoint.files,
+                checkpoint.details.get("world_size", 1),
+                readers,
+                lambda file: self.read(checkpoint, file.path),
+                in_parts=ranges_of(self.store) is not None,
+            )
+        return self._selections[key]
+
+    def remember(self, checkpoint: Checkpoint, *, readers: Readers | None = None) -> None:
+        """Remember the files of the checkpoint that this machine resumes from; ``readers`` as in `fetch`. If a later checkpoint
         has them too, they are copied within the store instead of being uploaded again."""
-        files = checkpoint.files if ranks is None else needed_by(checkpoint.files, ranks)
-        self._unchanged.note(checkpoint.ref.prefix, files)
+        self._unchanged.note(checkpoint.ref.prefix, self.selection(checkpoint, readers).whole)
 
     def read(self, checkpoint: Checkpoint, path: str) -> bytes:
         """Return the contents of a small file of a checkpoint, verified.
@@ -197,11 +229,15 @@ class Run:
             transfer.download(self.store, checkpoint.ref.prefix, files, folder)
             return (folder / path).read_bytes()
 
-    def compare(self, checkpoint: Checkpoint, folder: Path, *, ranks: Collection[int] | None = None) -> list[str]:
+    def compare(self, checkpoint: Checkpoint, folder: Path, *, readers: Readers | None = None) -> list[str]:
         """Return descriptions of how a local folder differs from a commit; an empty list if its files are the same to the byte.
-        With ``ranks``, only the files that these ranks need are compared."""
-        files = checkpoint.files if ranks is None else needed_by(checkpoint.files, ranks)
-        return [problem for file in files if (problem := difference(folder, file))]
+        With ``readers``, only what these ranks need is compared."""
+        wanted, there = self.selection(checkpoint, readers), PartFiles(folder)
+        problems = [problem for file in wanted.whole if (problem := difference(folder, file))]
+        for one in wanted.parts:
+            if (problem := difference(folder, one.file)) and (problem := there.difference(one)):
+                problems.append(problem)
+        return problems
 
     def verify(self, step: int | None = None, *, progress: Progress | None = None) -> dict[int, list[str]]:
         """Read back every file of all checkpoints, or of one step's. Return the problems by entry number; an empty list means
@@ -365,6 +401,11 @@ class Run:
                 hint="hf-spot checkpoints push RUN out/checkpoint-500, a folder that Trainer wrote",
             )
         world_size = max(1, sum(bool(re.fullmatch(r"rng_state_\d+\.pth", name)) for name in names))
+        if parted := parts_in(path):
+            raise ConfigError(
+                f"{path} has only parts of {parted[0]}: this machine fetched no more than its ranks read",
+                hint="hf-spot checkpoints pull RUN fetches all of it; or hf-spot runs fork RUN@STEP NEW-RUN",
+            )
         if missing := missing_for_resume(names, world_size):
             log.warning("%s lacks %s: it can be pulled, but no training can resume from it", path, ", ".join(missing))
         self.join()

@@ -32,6 +32,7 @@ from hf_spot.run.manifest import files_in
 from hf_spot.run.progress import Bar
 from hf_spot.run.restore import restore_checkpoint, restore_newest
 from hf_spot.run.run import Run
+from hf_spot.run.selection import Readers
 from hf_spot.run.start_from import start_or_resume
 from hf_spot.run.upload import Uploader, standing_prefixes
 from hf_spot.run.webhook import Hook, hook_url
@@ -40,6 +41,7 @@ from hf_spot.storage.store import ObjectStore, Progress
 from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.ranks.disks import Disk, check_writable, find_disk
+from hf_spot.training.saving.shard_loads import ShardLoader, can_load_parts
 from hf_spot.training.session.local_tier import LocalTier, Taken
 from hf_spot.training.session.notice_listener import NoticeListener
 from hf_spot.training.session.phases import Phases
@@ -104,6 +106,8 @@ class RunSession:
         self.closing = contextlib.ExitStack()
         self.hook = Hook(None if runtime else hook_url(arguments, os.environ), self.run.url)  # a launcher calls it itself
         self.closing.callback(self.hook.close)
+        self._shards = ShardLoader(self.run)
+        self.closing.callback(self._shards.close)
         self._journal_writer = JournalWriter(self.run, self.hook)
         self.closing.callback(self._journal_writer.close)
 
@@ -254,8 +258,7 @@ class RunSession:
                     self.output_dir,
                     everywhere=self.on_each_disk,
                     prefetched=prefetched,
-                    ranks=self._ranks_here,
-                    world_size=self.world_size,
+                    readers=self._readers_here,
                     progress=partial(_watched_bar, "restore", look, self.phases.sign),
                 )
             )
@@ -313,8 +316,7 @@ class RunSession:
                 self.run,
                 ref,
                 self.output_dir,
-                ranks=self._ranks_here,
-                world_size=self.world_size,
+                readers=self._readers_here,
                 progress=partial(_watched_bar, label, look, self.phases.sign),
             )
 
@@ -322,8 +324,8 @@ class RunSession:
             return self._on_this_machine(self.on_each_disk(on_this_disk))
 
     @property
-    def _ranks_here(self) -> tuple[int, ...] | None:
-        return None if self.disk.count == 1 else self.disk.ranks
+    def _readers_here(self) -> Readers | None:
+        return None if self.disk.count == 1 or not can_load_parts() else Readers(self.disk.ranks, self.world_size)
 
     @overload
     def _on_this_machine(self, restored: tuple[Checkpoint, Path]) -> tuple[Checkpoint, Path]: ...
@@ -333,7 +335,12 @@ class RunSession:
 
     def _on_this_machine(self, restored: tuple[Checkpoint, Path] | None) -> tuple[Checkpoint, Path] | None:
         """Return what rank 0 restored, with the folder on this machine: ``output_dir`` may differ between machines."""
-        return None if restored is None else (restored[0], self.output_dir / restored[0].name)
+        if restored is None:
+            return None
+        checkpoint, folder = restored[0], self.output_dir / restored[0].name
+        if self.disk.count > 1:
+            self._shards.know(folder, checkpoint)
+        return checkpoint, folder
 
     def start_uploader(
         self, on_commit: Callable[[Entry], None] = lambda entry: None, *, keeps_house: bool = True
