@@ -223,7 +223,8 @@ class Walker:
             if pool.price is not None
         ]
         # Each of several machines may use its share, so that all together keep to the budget even if nobody watches.
-        minutes = minutes_affordable(pools, self._planner.left_usd() / job.size.most)
+        disk = self._records.disk_usd_per_hour(region) or 0.0
+        minutes = minutes_affordable(pools, self._planner.left_usd() / job.size.most, disk)
         return Order(
             token=token,
             pools=pools,
