@@ -123,9 +123,11 @@ def has_weights(paths: Iterable[str]) -> bool:
     return any(re.fullmatch(next(iter(_NEEDED.values())), name) for name in paths)
 
 
-# Files that only one rank reads: Trainer's random states, those that hf_spot adds, and DeepSpeed's shards.
+# Files that only one rank reads: Trainer's random states, those that hf_spot adds, DeepSpeed's shards, and FSDP's that are saved
+# without torch's planner.
 _OF_ONE_RANK = re.compile(
-    r"(?:.*/)?(?:rng_state_(\d+)\.pth|random_states/[^/]*_(\d+)\.[a-z]+|[a-z0-9_]*zero_pp_rank_(\d+)_[^/]*)"
+    r"(?:.*/)?(?:rng_state_(\d+)\.pth|random_states/[^/]*_(\d+)\.[a-z]+|[a-z0-9_]*zero_pp_rank_(\d+)_[^/]*"
+    r"|(?:pytorch_model_fsdp|optimizer)(?:_\d+)?_rank(\d+)\.bin)"
 )
 
 
