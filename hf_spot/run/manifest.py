@@ -123,8 +123,27 @@ def has_weights(paths: Iterable[str]) -> bool:
     return any(re.fullmatch(next(iter(_NEEDED.values())), name) for name in paths)
 
 
-# Files that only one rank reads: Trainer's random states, those that hf_spot adds, DeepSpeed's shards, and FSDP's that are saved
-# without torch's planner.
+_OF_MODEL = re.compile(r"(.+/)?(model|adapter_model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
+_BESIDE_MODEL = re.compile(r".+\.(json|jinja|txt|md|model|tiktoken|py|safetensors)")
+# Files that only a resume reads: those of Trainer, FSDP, DeepSpeed and hf_spot.
+_OF_TRAINING = re.compile(
+    r"(.+/)?(trainer_state\.json|zero_to_fp32\.py|optimizer[^/]*|(next_batch|workers)_\d+\.json"
+    r"|(pytorch_model_fsdp|optimizer|global_step)_?\d+/.+|random_states/.+|\.[^/]+)"
+)
+
+
+def is_weights(name: str) -> bool:
+    """Return whether a file has weights that ``from_pretrained`` loads, or is an index of such files."""
+    return _OF_MODEL.fullmatch(name) is not None
+
+
+def files_of_model(names: Iterable[str]) -> list[str]:
+    """Return the names of files that loading the model needs. Pickle files other than weights are left out."""
+    return [name for name in names if is_weights(name) or (_BESIDE_MODEL.fullmatch(name) and not _OF_TRAINING.fullmatch(name))]
+
+
+# Files that only one rank reads: Trainer's random states, those that hf_spot adds, DeepSpeed's shards, and shards that FSDP
+# saves without torch's planner.
 _OF_ONE_RANK = re.compile(
     r"(?:.*/)?(?:rng_state_(\d+)\.pth|random_states/[^/]*_(\d+)\.[a-z]+|[a-z0-9_]*zero_pp_rank_(\d+)_[^/]*"
     r"|(?:pytorch_model_fsdp|optimizer)(?:_\d+)?_rank(\d+)\.bin)"

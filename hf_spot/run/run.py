@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_spot.errors import ConfigError, CorruptCheckpoint, NoCheckpoint
-from hf_spot.policy.retention import to_prune
+from hf_spot.policy.retention import milestones, to_prune
 from hf_spot.policy.trackers import script_run_id, tracker_id
 from hf_spot.run import transfer
-from hf_spot.run.checkpoint import Checkpoint, CommitRequest, check_resumable, check_whole
+from hf_spot.run.checkpoint import WEIGHTS_ONLY, Checkpoint, CommitRequest, check_resumable, check_whole
 from hf_spot.run.dedup import Unchanged
 from hf_spot.run.display import display
 from hf_spot.run.journal import BY_HAND, TRAINING_KEY, CheckpointRef, Entry, Journal, RunState, TrainingRef
@@ -28,7 +28,9 @@ from hf_spot.run.manifest import (
     check_names,
     difference,
     files_in,
+    files_of_model,
     has_weights,
+    is_weights,
     missing_for_resume,
 )
 from hf_spot.run.parts import PartFiles, parts_in
@@ -121,9 +123,15 @@ class Run:
         ref = self.state().latest(training)
         return None if ref is None else self.checkpoint(ref)
 
+    def weights(self) -> list[Checkpoint]:
+        """Return the checkpoints of which only the weights are kept, oldest first."""
+        return [self.checkpoint(ref) for ref in self.state().weights]
+
     def find(self, step: int | None = None) -> Checkpoint:
-        """Return the newest checkpoint, or the newest commit of ``step``. Raises NoCheckpoint."""
-        refs = [ref for ref in self.state().checkpoints if step is None or ref.step == step]
+        """Return the newest checkpoint, or the newest commit of ``step``, or its weights alone. Raises NoCheckpoint."""
+        state = self.state()
+        refs = [ref for ref in state.checkpoints if step is None or ref.step == step]
+        refs = refs or [ref for ref in state.weights if ref.step == step]
         if not refs:
             what = "no committed checkpoint" if step is None else f"no checkpoint of step {step}"
             raise NoCheckpoint(f"{self.url} has {what}", hint=f"hf-spot checkpoints ls {self.url}")
@@ -162,7 +170,7 @@ class Run:
                 hint=f"mv {folder} {folder.with_name('my-' + folder.name)}",
             )
         into.mkdir(parents=True, exist_ok=True)
-        if checkpoint.reason != "push":
+        if checkpoint.reason not in ("push", WEIGHTS_ONLY):
             check_resumable(checkpoint, self.url)
         wanted = self.selection(checkpoint, readers)
         transfer.download(
@@ -237,7 +245,7 @@ class Run:
 
         A checkpoint that is pruned meanwhile is left out.
         """
-        chosen = [self.find(step)] if step is not None else self.checkpoints()
+        chosen = [self.find(step)] if step is not None else [*self.checkpoints(), *self.weights()]
         found = {}
         for checkpoint in chosen:
             problems = self._problems(checkpoint, progress)
@@ -248,7 +256,7 @@ class Run:
     def _problems(self, checkpoint: Checkpoint, progress: Progress | None) -> list[str] | None:
         """Return the problems of a checkpoint's files; None if it was pruned meanwhile."""
         lacking = missing_for_resume((f.path for f in checkpoint.files), checkpoint.details.get("world_size", 1))
-        problems = [f"{name} is missing" for name in lacking if checkpoint.reason != "push"]
+        problems = [f"{name} is missing" for name in lacking if checkpoint.reason not in ("push", WEIGHTS_ONLY)]
         damaged: list[str] = []
         with tempfile.TemporaryDirectory(prefix="hf_spot-verify-") as scratch:
             for file in checkpoint.files:
@@ -264,7 +272,8 @@ class Run:
         return None if damaged and self._is_pruned(checkpoint) else problems + damaged
 
     def _is_pruned(self, checkpoint: Checkpoint) -> bool:
-        return all(ref.entry != checkpoint.ref.entry for ref in self.journal.refresh().checkpoints)
+        state = self.journal.refresh()
+        return all(ref.entry != checkpoint.ref.entry for ref in (*state.checkpoints, *state.weights))
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -361,17 +370,7 @@ class Run:
         if request.parts > 1:
             check_names(files)
             check_whole(request, [file.path for file in files], request.prefix(self.launch))
-        data = {
-            "step": request.step,
-            TRAINING_KEY: request.training,
-            "reason": request.reason,
-            "complete": request.complete,
-            "best_step": request.best_step,
-            "world_size": request.world_size,
-            "prefix": request.prefix(self.launch),
-            "files": [asdict(file) for file in files],
-            **(request.details or {}),
-        }
+        data = {**request.to_data(self.launch), "files": [asdict(file) for file in files]}
         return self.journal.append("commit", data, id=id)
 
     def push(self, folder: str | PathLike[str], step: int | None = None, *, progress: Progress | None = None) -> Checkpoint:
@@ -430,19 +429,45 @@ class Run:
             self.store.delete([_mark(prefix)])
         return replace(request, apart=uuid.uuid4().hex[:12])
 
-    def prune(self, save_total_limit: int | None) -> list[CheckpointRef]:
+    def prune(
+        self, save_total_limit: int | None, *, keep_every: int | None = None, keep_weights: bool = False
+    ) -> list[CheckpointRef]:
         """Remove old checkpoints from the run, then delete their files. Return the removed ones.
 
         Args:
             save_total_limit: how many of the newest to keep, besides the best; None or 0 keeps all.
+            keep_every: keep for good the first checkpoint at or after each multiple of so many steps.
+            keep_weights: of those keep only the files that ``from_pretrained`` reads, once they are not among the newest.
         """
-        gone = to_prune(self.journal.state.checkpoints, save_total_limit)
+        state = self.journal.state
+        gone = to_prune(state.checkpoints, save_total_limit)
+        lasting = {ref.entry for ref in milestones(state.checkpoints, keep_every, state.weights)} if keep_every else set()
+        kept_whole = {ref.entry for ref in gone if ref.entry in lasting and not (keep_weights and self._keep_weights(ref))}
+        gone = [ref for ref in gone if ref.entry not in kept_whole]
         if gone:
             # The entry comes first, so that no reader sees a checkpoint whose files are being deleted.
             self.record("prune", {"entries": [ref.entry for ref in gone], "steps": [ref.step for ref in gone]})
-            kept = {ref.prefix for ref in self.journal.state.checkpoints}
+            kept = set(self.journal.state.prefixes)
             transfer.delete(self.store, [ref.prefix for ref in gone if ref.prefix not in kept])
         return gone
+
+    def _keep_weights(self, ref: CheckpointRef) -> bool:
+        """Commit the weights of a checkpoint, copied within the store; return False if it has none that can be loaded alone."""
+        checkpoint = self.checkpoint(ref)
+        chosen = set(files_of_model(file.path for file in checkpoint.files))
+        if not any(map(is_weights, chosen)):
+            log.warning(
+                "%s has no weights that from_pretrained reads, such as model.safetensors: it is kept whole", checkpoint.name
+            )
+            return False
+        files = [file for file in checkpoint.files if file.path in chosen]
+        prefix = f"{ref.prefix}-weights"
+        for file in files:
+            self.store.copy(f"{ref.prefix}/{file.path}", f"{prefix}/{file.path}")
+        details = {name: checkpoint.details[name] for name in ("step", TRAINING_KEY, "complete", "world_size")}
+        data = {**details, "reason": WEIGHTS_ONLY, "prefix": prefix, "files": [asdict(file) for file in files]}
+        self.record("weights", data)
+        return True
 
     def collect_garbage(self) -> int:
         """Delete files that older launches left without a commit, and abort their uploads. Return how many were removed,
@@ -455,7 +480,7 @@ class Run:
             match = _LAUNCH_FOLDER.match(key)
             return match is not None and int(match[1]) < self.launch
 
-        kept = tuple(f"{ref.prefix}/" for ref in self.journal.state.checkpoints)
+        kept = tuple(f"{prefix}/" for prefix in self.journal.state.prefixes)
         orphans = [info.key for info in self.store.list("e") if stale(info.key) and not info.key.startswith(kept)]
         orphans += leftovers(self.store)
         self.store.delete(orphans)

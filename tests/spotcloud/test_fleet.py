@@ -14,11 +14,13 @@ import pytest
 
 from hf_spot.cli import main
 from hf_spot.cloud.ec2 import Cloud
-from hf_spot.cloud.job import ON_DEMAND, SPOT, Rung
+from hf_spot.cloud.job import ON_DEMAND, SPOT, Rung, parse
+from hf_spot.cloud.permissions import policy
 from hf_spot.cloud.provision import Provisioner
 from hf_spot.cloud.status import render_status, status, terminate
 from hf_spot.errors import CloudError, ConfigError, NoCapacity, SpotError
 from hf_spot.policy.membership import Size
+from tests.spotcloud.api import IMAGE
 from tests.spotcloud.cloud import BY_ITSELF
 from tests.spotcloud.fleet_story import KIND, LADDER, A, B, Stage, long_story
 from tests.spotcloud.market import Pool
@@ -337,3 +339,42 @@ def test_apis_that_order_one_machine_are_refused(stage: Stage) -> None:
 def test_quotas_of_several_rungs_add_up(stage: Stage) -> None:
     stage.cloud.api.quotas.update({("L-7212CCBC", "us-east-1"): 192.0, ("L-417A185B", "us-east-1"): 96.0})
     assert sorted(one.market for one in stage.provisioner().provision_several()) == [ON_DEMAND, SPOT, SPOT]
+
+
+# -- permissions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("job", [{"placement": "cluster"}, {"machines": 1}], ids=["several machines", "one machine"])
+def test_the_policy_of_who_provisions_is_enough_and_no_more(
+    tmp_path: Path, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Stage(tmp_path, **job, key_name="mine", image_id=IMAGE) as stage:
+        stage.cloud.client().create_key_pair(KeyName="mine")
+        stage.cloud.api.policy = policy(stage.job, {})
+        stage.training.steps = 30
+        stage.provisioner().watch()
+        status(stage.records(), Cloud(stage.session))
+        terminate(stage.records(), Cloud(stage.session))
+        allowed = {action for one in stage.cloud.api.policy["Statement"] for action in one["Action"]}
+        asked = {action.lower() for action in stage.cloud.api.permitted}
+        # moto does not ask for what EC2 asks for on behalf of a call.
+        implied = {"ec2:RunInstances", "ec2:CreateTags", "ec2:TerminateInstances", "iam:CreateServiceLinkedRole"}
+        assert {one for one in allowed if one.lower() not in asked} <= implied
+        stage.cloud.api.policy = None
+        assert stage.balance().is_clean
+        path = tmp_path / "job.yaml"
+        path.write_text(f"name: x\nstore: {stage.job.store}\nrun: hf-spot launch t.py\nregion: us-east-1\nmax_spend: 9\n")
+        assert main(["doctor", "iam", "--job", str(path)]) == 0
+        assert "ec2:CreateFleet" in capsys.readouterr().out
+
+
+def test_a_policy_lets_end_only_what_has_the_runs_tag_and_names_bucket_and_role(tmp_path: Path) -> None:
+    head = "name: x\nstore: s3://bucket/runs/x\nrun: hf-spot launch t.py\nregion: us-east-1\nmax_spend: 9\n"
+    made = policy(parse(f"{head}instance_profile: trains\nmachines: 2:8\n"), {})
+    by_name = {one["Sid"]: one for one in made["Statement"]}
+    own = {"StringEquals": {"aws:ResourceTag/hf-spot:run": "s3://bucket/runs/x"}}
+    assert by_name["EndOwn"]["Condition"] == own == by_name["TagOwn"]["Condition"]
+    ends = {one for name, each in by_name.items() for one in each["Action"] if re.search("Terminate|Delete|Authorize", one)}
+    assert ends - {"s3:DeleteObject"} == set(by_name["EndOwn"]["Action"])
+    assert by_name["GiveTheMachinesTheirRole"]["Resource"] == "arn:aws:iam::*:role/trains"
+    assert by_name["Objects"]["Resource"] == "arn:aws:s3:::bucket/runs/x/*"
