@@ -46,6 +46,7 @@ class Machine:
         cost_usd: total cost of a machine that has ended, without its disk.
         disk_usd_per_hour: price of its disk; None if unknown.
         disk_usd: total cost of its disk, once it has ended.
+        wheel: of hf_spot that it installs, with its digest; empty if the image has hf_spot, or unknown.
     """
 
     instance_id: str
@@ -64,6 +65,7 @@ class Machine:
     cost_usd: float | None = None
     disk_usd_per_hour: float | None = None
     disk_usd: float | None = None
+    wheel: str = ""
 
     def to_data(self) -> dict[str, Any]:
         """Return JSON values."""

@@ -130,7 +130,7 @@ class MachineRecords:
                     self.ended(machine, instance)
         return [one for one in found if one.state in LIVE]
 
-    def started(self, instance_id: str, pool: Pool, rung: int, *, more: bool = False) -> Machine:
+    def started(self, instance_id: str, pool: Pool, rung: int, *, more: bool = False, wheel: str = "") -> Machine:
         """Record a new machine; with ``more`` the walk goes on."""
         price = pool.price
         machine = Machine(
@@ -146,6 +146,7 @@ class MachineRecords:
             price_time=price.time if price else None,
             on_demand_usd_per_hour=self.on_demand_usd(pool.instance_type, pool.region),
             disk_usd_per_hour=self.disk_usd_per_hour(pool.region),
+            wheel=wheel,
         )
         self.record("started", machine=machine.to_data(), **({"more": True} if more else {}))
         return machine

@@ -43,6 +43,17 @@ def test_the_short_story(stage: Stage) -> None:
     assert (markets, zones) == ({SPOT, ON_DEMAND}, {A, B})
 
 
+@pytest.mark.proof
+@pytest.mark.parametrize("seed", range(3))
+def test_the_long_story(stage: Stage, seed: int) -> None:
+    """Fifteen interruptions, in hours of simulated time, whose prices move: so the bill is not all free first hours."""
+    balance = long_story(stage, seed, interruptions=15)
+    assert balance.is_clean, balance
+    assert balance.is_right_to_the_cent, balance
+    assert balance.most_at_once <= 3 and sum(balance.charged_usd.values()) > 20
+    print(f"charged ${sum(balance.charged_usd.values()):.2f} and ${sum(balance.disks_charged_usd.values()):.2f} for disks")
+
+
 # -- what several machines are given ----------------------------------------------------------------------------------
 
 
@@ -397,3 +408,22 @@ def test_disks_are_in_the_bill_of_machines_that_ec2_took_back_for_nothing_too(tm
         assert stage.events("spent")[0]["usd"] == pytest.approx(
             sum(balance.spent_usd.values()) + sum(balance.disk_usd.values())
         )
+
+
+def test_a_newer_hf_spot_that_replaces_a_machine_installs_what_the_others_run(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = template_of(stage, monkeypatch)
+    url = "https://example.com/wheels/hf_spot-0.1.0-py3-none-any.whl#sha256="
+    monkeypatch.setenv("HF_SPOT_WHEEL", url + 64 * "a")
+    stage.provisioner().provision_several()
+    monkeypatch.setenv("HF_SPOT_WHEEL", url + 64 * "b")
+    stage.cloud.take(stage.cloud.running()[0])
+    stage.provisioner().provision_several()
+    scripts = [base64.b64decode(data["UserData"]).decode() for data in made]
+    assert len(scripts) > 1 and all(64 * "a" in script and 64 * "b" not in script for script in scripts)
+    assert {one.wheel for one in stage.machines()} == {url + 64 * "a"}
+    for name in stage.cloud.running():
+        stage.cloud.take(name)
+    stage.provisioner().provision_several()  # nobody trains: the newer one
+    assert 64 * "b" in base64.b64decode(made[-1]["UserData"]).decode()
