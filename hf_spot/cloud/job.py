@@ -35,6 +35,7 @@ _SUBNET = re.compile(r"subnet-[0-9a-f]+")
 _STORE = re.compile(r"s3://[^/]+/.+|/.+")
 _OWN_TAGS = "hf-spot:"
 _LARGEST_DISK_GB = 65536  # of a gp3 volume
+HUB_SECTION = "hf_jobs"  # what Hugging Face Jobs needs: hf_spot.cloud.hub_job reads it
 
 
 _EXAMPLES = {
@@ -418,6 +419,7 @@ def parse(text: str, where: str = "job.yaml") -> Job:
 def _job(value: Any) -> Job:
     if not isinstance(value, dict):
         raise Invalid((), "a job file must be a mapping of keys and values", hint="name: my-run")
+    value = {name: one for name, one in value.items() if name != HUB_SECTION}
     _check(value, Job, ())
     made = dict(value)
     if isinstance(made.get("ladder"), list):

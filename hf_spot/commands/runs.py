@@ -243,11 +243,11 @@ def _report(args: argparse.Namespace) -> int:
 
     if args.follow:
         return follow_run(args.run, interval_s=FOLLOW_INTERVAL_S, once=False, as_json=args.json)
-    from hf_spot.economics.report import summarise
+    from hf_spot.economics.shown import report_of
     from hf_spot.economics.table import render_report
 
     run = open_run(args.run)
-    report = summarise(run.events())
+    report = report_of(run)
     if args.plot or args.html:
         _draw(args, run, report)
     if args.json:

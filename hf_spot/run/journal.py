@@ -53,6 +53,7 @@ KINDS = (
     "hang",
     "rollback",
     "spike",
+    "lost",
 )
 ENDINGS = ("preempted", "finished", "failed")
 BY_HAND = "hf-spot checkpoints"  # the author of a claim that no training follows

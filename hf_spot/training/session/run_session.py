@@ -17,14 +17,16 @@ from typing import Any, TypeVar, cast, overload
 import torch.distributed as dist
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import EXIT_FENCED, EXIT_PREEMPTED, ConfigError, Fenced
+from hf_spot.errors import EXIT_FENCED, EXIT_PREEMPTED, ConfigError, Fenced, SpotError
 from hf_spot.log import log_always
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.policy.hangs import Phase
 from hf_spot.policy.preemption import Decision, Measured, decide, gives_way
+from hf_spot.run import history, last_words
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest
 from hf_spot.run.journal import TRAINING_KEY, CheckpointRef, Entry
 from hf_spot.run.journal_writer import JournalWriter
+from hf_spot.run.last_words import LastWords
 from hf_spot.run.machine_info import about_this_machine
 from hf_spot.run.manifest import files_in
 from hf_spot.run.progress import Bar
@@ -451,6 +453,19 @@ class RunSession:
         """Append an entry to the journal on rank 0; the arguments are those of `JournalWriter.record`."""
         if self.agreement.is_main:
             self._journal_writer.record(kind, data, patience_s=patience_s)
+
+    def record_lost(self, lost: LastWords) -> None:
+        """Record on rank 0, in the background, how far the previous launch had come, if the journal has no end of it."""
+
+        def record() -> None:
+            try:
+                if history.read_past(self.run.journal).steps_lost is None:
+                    self.run.record(last_words.KIND, lost.to_data())
+            except SpotError as error:
+                log.info("the steps that launch %d has lost could not be recorded: %s", lost.launch, error)
+
+        if self.agreement.is_main:
+            self._journal_writer.ask(record, patience_s=0.0)
 
     @property
     def forked(self) -> bool:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from hf_spot.errors import SpotError
 from hf_spot.log import log_always
-from hf_spot.run import history
+from hf_spot.run import history, last_words
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.journal import Entry
+from hf_spot.run.last_words import LastWords
 from hf_spot.storage.threads import Workers
 from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
@@ -71,8 +72,13 @@ class Commits:
         """Return the history of the run; None until rank 0 has read it."""
         return self._past
 
-    def begin(self, *, resumed: bool) -> None:
-        """Start the uploader, and read the history of the run on rank 0, in a thread: the training does not wait for it."""
+    def begin(self, *, resumed_step: int, lost: LastWords | None = None) -> None:
+        """Start the uploader, and read the history of the run on rank 0, in a thread: the training does not wait for it.
+
+        Args:
+            resumed_step: the step from which this launch resumes; 0 for the start.
+            lost: how far the previous launch had come, if further. It is recorded if the journal has no end of that launch.
+        """
         self._session.start_uploader(self._committed)
         if not self._session.agreement.is_main:
             return
@@ -86,9 +92,13 @@ class Commits:
             except Exception:
                 log.exception("the history of %s could not be read", self._session.run.url)
                 return
+            steps_lost = self._past.steps_lost
+            if steps_lost is None and lost is not None:
+                steps_lost = lost.step - resumed_step
+                self._session.record(last_words.KIND, lost.to_data(), patience_s=0.0)
             self._cadence.remember(self._past)
-            if resumed:
-                self._metrics.put("steps_lost", self._past.steps_lost)
+            if resumed_step:
+                self._metrics.put("steps_lost", steps_lost)
 
         historian = Workers(1, "hf_spot-historian")
         historian.submit(read)

@@ -216,7 +216,8 @@ class TrainerSession:
             if self._passed_over:
                 log.warning("after NaN, these steps are passed over: %s", rollback.in_words(self._passed_over))
             self._start_teller()  # before the uploader deletes what earlier launches told
-            self.commits.begin(resumed=self._restored is not None)
+            lost = None if self._teller is None else self._teller.lost
+            self.commits.begin(resumed_step=self._restored.step if self._restored else 0, lost=lost)
         if self.machine_is_going():
             raise MachineGoing
         if found is not None:
@@ -271,6 +272,8 @@ class TrainerSession:
             SpotError: it is impossible, or was done too often.
         """
         session = self._session
+        if self._teller is not None:
+            self._teller.conclude()  # the launcher ends the other ranks as soon as the first one has ended
         session.agreement.together(lambda: session.finish_uploads(session.arguments.drain_timeout_s))
         known = [one for one in session.agreement.gather(first_wrong) if one is not None]
 
@@ -535,11 +538,14 @@ class TrainerSession:
 
     def failed(self, error: BaseException) -> None:
         """Commit pending uploads after an exception, and record it in the journal if there is no launcher to do it."""
-        if self._session.forked or self._session.uploader is None or self._session.uploader.fenced is not None:
+        uploader = self._session.uploader
+        if self._session.forked or (uploader is not None and uploader.fenced is not None):
             return
         self._session.phases.tell(Phase.FINISHING)
         if self._teller is not None:
             self._teller.conclude()
+        if uploader is None:
+            return
         # A user who presses Ctrl-C a second time has seen what the training waits for.
         impatient = isinstance(error, KeyboardInterrupt) and self._is_interrupt
         if not impatient:

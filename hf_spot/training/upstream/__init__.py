@@ -719,6 +719,34 @@ NUMPY_BITS = _value(
     scope=_BOTH,
 )
 
+# Streams of datasets
+_READ_AGAIN = "a resumed stream with a shuffle buffer is read again from its start"
+_STREAM: Any = {"told": True, "scope": _BOTH, "optional": True}
+_BUFFER, _BUFFERS = "datasets.iterable_dataset:BufferShuffledExamplesIterable", "training.data.shuffle_buffers"
+ITERATE_BUFFER = _method(_BUFFER, "__iter__", "", _BUFFERS, _READ_AGAIN, **_STREAM)
+ARROW_OF_BUFFER = _value(_BUFFER, "iter_arrow", _BUFFERS, _READ_AGAIN, **_STREAM)
+BEGIN_STATE_OF_BUFFER = _method(_BUFFER, "_init_state_dict", "", _BUFFERS, _READ_AGAIN, **_STREAM)
+LOAD_STATE_OF_BUFFER = _method(_BUFFER, "load_state_dict", "state_dict", _BUFFERS, _READ_AGAIN, **_STREAM)
+STATE_OF_STREAM = _method("datasets.iterable_dataset:IterableDataset", "state_dict", "", _BUFFERS, _READ_AGAIN, **_STREAM)
+
+PREPARE_STREAM = _method(
+    "datasets.iterable_dataset:IterableDataset",
+    "_prepare_ex_iterable_for_iteration",
+    "…",
+    "training.data.stream_position",
+    "a stream is read again from its start",
+    **_STREAM,
+)
+STREAM_SHARD = _name(
+    "class",
+    "accelerate.data_loader",
+    "IterableDatasetShard",
+    "dataset, …",
+    "training.data.stream_position",
+    "a stream that several ranks divide is read again from its start",
+    **_STREAM,
+)
+
 # Stores: only those in use (they cope with a missing name themselves)
 _COPIES = "downloads from S3 copy each block two more times"
 _DATA: Any = {"scope": _BOTH, "optional": True}
