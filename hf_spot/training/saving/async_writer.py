@@ -67,7 +67,11 @@ _plain_save_together = SAVE_TOGETHER.find()
 
 
 class Refused(Exception):
-    """A save was written, or could be, and must not be committed. The argument says why, for people."""
+    """A save could be written, and must not be committed. The argument says why, for people."""
+
+
+class Refusal(str):
+    """Why a save must not be committed, as an error that `AsyncCheckpointWriter.take_error` returns."""
 
 
 class AsyncCheckpointWriter:
@@ -447,7 +451,7 @@ class AsyncCheckpointWriter:
                 try:
                     act()
                 except Refused as refused:
-                    self._error = self._error or str(refused)
+                    self._error = self._error or Refusal(refused)
                 except BaseException as error:  # reported to the training thread: see `take_error`
                     self._error = self._error or self._in_words(error) or repr(error)
             del act, job  # releases the copies

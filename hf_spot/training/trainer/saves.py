@@ -27,7 +27,7 @@ from hf_spot.policy import numbers
 from hf_spot.policy.hangs import Phase
 from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.disks import Disk
-from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
+from hf_spot.training.saving.async_writer import AsyncCheckpointWriter, Refusal
 from hf_spot.training.saving.disk_errors import free_gb, in_words, is_of_a_disk
 from hf_spot.training.saving.finite import not_finite, optimizer_states, trained_weights
 from hf_spot.training.saving.later_copies import LaterCopies
@@ -214,10 +214,10 @@ class Saves:
     def settle(self) -> bool:
         """Wait for the files of the newest save; return False if they could not be written and were removed."""
         self._behind.wait()
-        written = self._behind.take_error() is None
-        if not written and self._unanswered is not None:
+        error = self._behind.take_error()
+        if error is not None and self._unanswered is not None:
             self._forget_best(self._unanswered.step)
-        return written
+        return error is None or isinstance(error, Refusal)
 
     def step_begins(self) -> None:
         """Record that a step begins. The first one shows whether something else than an optimizer changes weights."""
