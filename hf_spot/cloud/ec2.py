@@ -47,11 +47,29 @@ class Image:
 
 @dataclass(frozen=True)
 class Subnet:
-    """A subnet, its availability zone, and its VPC."""
+    """A subnet, its availability zone, its VPC, and whether it gives public addresses (to machines with one interface)."""
 
     id: str
     zone: str
     vpc: str
+    is_public: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An instance type.
+
+    Args:
+        vcpus: of a machine.
+        gpus: of a machine.
+        efa_cards: network cards that can have an EFA (Elastic Fabric Adapter); 0 if the type has none.
+        clusters: whether its machines can be in a cluster placement group.
+    """
+
+    vcpus: int
+    gpus: int
+    efa_cards: int
+    clusters: bool
 
 
 @dataclass(frozen=True)
@@ -178,7 +196,10 @@ class Cloud:
             raise CloudError(
                 f"{region} has no default subnet", hint=f"subnets: {{{region}: [subnet-…]}}, or aws ec2 create-default-vpc"
             )
-        return [Subnet(one["SubnetId"], one["AvailabilityZone"], one["VpcId"]) for one in found]
+        return [
+            Subnet(one["SubnetId"], one["AvailabilityZone"], one["VpcId"], bool(one.get("MapPublicIpOnLaunch")))
+            for one in found
+        ]
 
     def check_groups(self, region: str, ids: Sequence[str], vpc: str) -> None:
         """Raise ConfigError if a security group (or, without ids, the VPC's default group) is open to the internet."""
@@ -211,9 +232,13 @@ class Cloud:
 
     def vcpus(self, region: str, types: Sequence[str]) -> dict[str, int]:
         """Return the vCPUs of each instance type that the region offers."""
+        return {name: kind.vcpus for name, kind in self.kinds(region, types).items()}
+
+    def kinds(self, region: str, types: Sequence[str]) -> dict[str, Kind]:
+        """Return each of the instance types that the region offers."""
         query = {"Filters": [_filter("instance-type", *types)]}
         found = self.pages("ec2", region, "describe_instance_types", "InstanceTypes", **query)
-        return {one["InstanceType"]: one["VCpuInfo"]["DefaultVCpus"] for one in found}
+        return {one["InstanceType"]: _kind(one) for one in found}
 
     # -- prices -------------------------------------------------------------------------------------------------------
 
@@ -349,6 +374,18 @@ def _camel(operation: str) -> str:
 
 def _filter(name: str, *values: str) -> dict[str, Any]:
     return {"Name": name, "Values": [*values]}
+
+
+def _kind(stated: Mapping[str, Any]) -> Kind:
+    network = stated.get("NetworkInfo", {})
+    cards = network.get("NetworkCards") or [{}]
+    efa = network.get("EfaInfo", {}).get("MaximumEfaInterfaces", 1) if network.get("EfaSupported") else 0
+    return Kind(
+        vcpus=stated["VCpuInfo"]["DefaultVCpus"],
+        gpus=sum(one["Count"] for one in stated.get("GpuInfo", {}).get("Gpus", ())),
+        efa_cards=min(efa, len(cards)),
+        clusters="cluster" in stated.get("PlacementGroupInfo", {}).get("SupportedStrategies", ()),
+    )
 
 
 def _instance(stated: Mapping[str, Any], region: str) -> Instance:

@@ -41,6 +41,10 @@ def task(job: Job, environ: Mapping[str, str]) -> dict[str, Any]:
         job: the job with its ladder.
         environ: settings of the store to pass on: KMS key and owner of the bucket, another S3 server, a signing key.
     """
+    if job.size.is_fleet:
+        raise ConfigError(
+            f"machines: {job.size}: hf-spot sky starts one machine", hint="hf-spot provision --watch starts several"
+        )
     machines = [
         {
             "infra": infra,

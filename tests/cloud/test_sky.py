@@ -132,6 +132,11 @@ def test_the_scripts_do_what_they_should(job: Job, tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (code, b""), done.stderr
 
 
+def test_several_machines_are_refused_and_not_made_one(job: Job) -> None:
+    with pytest.raises(ConfigError, match="machines: 2:8: hf-spot sky starts one machine"):
+        sky.task(dataclasses.replace(job, machines="2:8"), {})
+
+
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_secrets_are_named_and_never_written(job: Job, elsewhere: bool) -> None:
     environ = {**SECRETS, "HF_SPOT_S3_EXPECTED_BUCKET_OWNER": "123456789012"}

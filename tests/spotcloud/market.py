@@ -5,6 +5,7 @@ Nothing here reads a clock, and all randomness comes from a seed.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -59,22 +60,30 @@ class Market:
 
     def __init__(self, began: datetime, seed: int = 0) -> None:
         self.began, self._seed = began, seed
-        self._rules: list[tuple[str, str, str, bool]] = []
+        self._rules: list[tuple[str, str, str, float]] = []
         self._prices: dict[Pool, list[tuple[datetime, float]]] = {}
 
     def open(self, instance_type: str = "*", zone: str = "*", market: str = "*") -> None:
         """These pools have capacity from now on; names may hold ``*``."""
-        self._rules.append((instance_type, zone, market, True))
+        self._rules.append((instance_type, zone, market, math.inf))
+
+    def limit(self, count: int, instance_type: str = "*", zone: str = "*", market: str = "*") -> None:
+        """In each of these pools so many machines can run at the same time from now on; those that run go on running."""
+        self._rules.append((instance_type, zone, market, count))
 
     def close(self, instance_type: str = "*", zone: str = "*", market: str = "*") -> None:
         """These pools have none left; machines that run there go on running."""
-        self._rules.append((instance_type, zone, market, False))
+        self._rules.append((instance_type, zone, market, 0))
 
     def has_capacity(self, pool: Pool) -> bool:
         """What the last word on this pool was; without any there is capacity."""
+        return self.capacity(pool) > 0
+
+    def capacity(self, pool: Pool) -> float:
+        """How many machines of a pool can run at the same time, by the last word on it."""
         names = (pool.instance_type, pool.zone, pool.market)
-        said = (is_open for *patterns, is_open in reversed(self._rules) if all(map(fnmatchcase, names, patterns)))
-        return next(said, True)
+        said = (count for *patterns, count in reversed(self._rules) if all(map(fnmatchcase, names, patterns)))
+        return next(said, math.inf)
 
     def set_price(self, pool: Pool, price: float, at: datetime) -> None:
         """From ``at`` on, in dollars per hour."""

@@ -32,7 +32,7 @@ import tqdm
 import transformers.modeling_utils
 from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataParallelPlugin
 from accelerate.data_loader import BatchSamplerShard
-from accelerate.utils.fsdp_utils import save_fsdp_model
+from accelerate.utils.fsdp_utils import load_fsdp_model, save_fsdp_model
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 from torch.utils.data import BatchSampler, DataLoader
@@ -530,11 +530,12 @@ def _iterate(folder: Path) -> None:
 
 
 def _save_parts(folder: Path) -> None:
-    """What is saved by FSDP and from a GPU, on one CPU."""
+    """What is saved and loaded by FSDP, and saved from a GPU, on one CPU."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that nobody else is there
         save_fsdp_model(plugin, Accelerator(cpu=True), torch.nn.Linear(1, 1), str(folder))
+        load_fsdp_model(plugin, Accelerator(cpu=True), torch.nn.Linear(1, 1), str(folder))
     torch.save(torch.UntypedStorage(8, device="meta"), folder / "device.pt")
     safetensors.torch.load(safetensors.torch.save({"one": torch.ones(1)}))
 

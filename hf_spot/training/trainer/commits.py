@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_spot.errors import SpotError
 from hf_spot.log import log_always
+from hf_spot.policy.requests import writes_of_commit
 from hf_spot.run import history, last_words
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.journal import Entry
@@ -192,9 +193,10 @@ class Commits:
 
     def _committed(self, entry: Entry) -> None:
         """Record the measurements of a commit. Called from the uploader's thread."""
-        upload_s, size_bytes = entry.data["upload_s"], sum(file["size"] for file in entry.data["files"])
+        upload_s, sizes_bytes = entry.data["upload_s"], [file["size"] for file in entry.data["files"]]
+        size_bytes = sum(sizes_bytes)
         if entry.data["save_s"] is not None:
-            self._cadence.committed(entry.data["save_s"], upload_s)
+            self._cadence.committed(entry.data["save_s"], upload_s, writes_of_commit(sizes_bytes))
         self._metrics.put("upload_s", upload_s)
         self._metrics.put("upload_gb_per_s", size_bytes / 1e9 / upload_s if upload_s else None)
 

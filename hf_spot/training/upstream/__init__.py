@@ -475,6 +475,7 @@ USE_COUNT = _function(
 # Files that are written while training continues
 _WAITS = "training waits until a checkpoint is written"
 _SHARDS_WAIT = "training waits until a sharded checkpoint is written"
+_WHOLE_SHARDS = "each of several machines fetches all shards of a checkpoint, not only what its ranks read"
 _TOGETHER = "torch.distributed.checkpoint"
 _FSDP: Any = {"told": True, "only": "FSDP"}
 TORCH_SAVE = _function("torch", "save", "obj, f, …", "training.trainer.saves training.trainer.own_state", _FULL_DISK)
@@ -564,6 +565,17 @@ FINISH_PLAN = _method(_PLANNER, "finish_plan", "new_plan", "training.saving.shar
 RESOLVE_DATA = _method(_PLANNER, "resolve_data", "write_item", "training.saving.shards", _SHARDS_WAIT, **_FSDP)
 STORAGE_META = _method(
     _TOGETHER + ".filesystem:FileSystemWriter", "storage_meta", "", "training.saving.shards", _SHARDS_WAIT, **_FSDP
+)
+READ_SHARDS = _method(
+    _TOGETHER + ".filesystem:FileSystemReader",
+    "read_data",
+    "plan, planner",
+    "training.saving.shard_loads",
+    _WHOLE_SHARDS,
+    **_FSDP,
+)
+SHARD_PLACES = _attribute(
+    _TOGETHER + ".filesystem:FileSystemReader", "storage_data", "training.saving.shard_loads", _WHOLE_SHARDS, **_FSDP
 )
 FAILURES = _attribute(
     _TOGETHER + ".api:CheckpointException",
