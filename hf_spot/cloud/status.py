@@ -116,6 +116,7 @@ def render_status(known: dict[str, Any]) -> str:
     for one in known["machines"]:
         usd = "?" if one["usd_per_hour"] is None else f"${one['usd_per_hour']:.4f}/h"
         cost = "" if one["cost_usd"] is None else f", ${one['cost_usd']:.2f}"
+        cost += f" + ${one['disk_usd']:.2f} disk" if one["disk_usd"] else ""
         kind = f"{one['instance_type']} {one['market']} in {one['zone']}"
         why = f" ({one['reason']})" if one["reason"] else ""
         lines.append(f"  {one['instance_id']}  {kind}  {usd}  since {one['began'][:16]}  {one['state']}{why}{cost}")

@@ -142,9 +142,11 @@ def files_of_model(names: Iterable[str]) -> list[str]:
     return [name for name in names if is_weights(name) or (_BESIDE_MODEL.fullmatch(name) and not _OF_TRAINING.fullmatch(name))]
 
 
-# Files that only one rank reads: Trainer's random states, those that hf_spot adds, and DeepSpeed's shards.
+# Files that only one rank reads: Trainer's random states, those that hf_spot adds, DeepSpeed's shards, and shards that FSDP
+# saves without torch's planner.
 _OF_ONE_RANK = re.compile(
-    r"(?:.*/)?(?:rng_state_(\d+)\.pth|random_states/[^/]*_(\d+)\.[a-z]+|[a-z0-9_]*zero_pp_rank_(\d+)_[^/]*)"
+    r"(?:.*/)?(?:rng_state_(\d+)\.pth|random_states/[^/]*_(\d+)\.[a-z]+|[a-z0-9_]*zero_pp_rank_(\d+)_[^/]*"
+    r"|(?:pytorch_model_fsdp|optimizer)(?:_\d+)?_rank(\d+)\.bin)"
 )
 
 

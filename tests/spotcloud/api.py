@@ -31,7 +31,7 @@ from moto.ec2.models.instance_types import INSTANCE_TYPE_OFFERINGS, INSTANCE_TYP
 from moto.iam.access_control import IAMPolicy, PermissionResult
 
 from tests.proxy import Answer, Exchange, Proxy
-from tests.spotcloud.market import DOLLARS_PER_HOUR, ON_DEMAND, RECLAIMED, SPOT, Market, Pool
+from tests.spotcloud.market import DISK_DOLLARS_PER_GB_AND_MONTH, DOLLARS_PER_HOUR, ON_DEMAND, RECLAIMED, SPOT, Market, Pool
 from tests.spotcloud.placement import PlacementGroups
 
 ACCOUNT = "123456789012"
@@ -522,7 +522,9 @@ class Api(Proxy):
         """On-demand prices, in the shape of AWS's price list."""
         wanted = [(one["Field"], one["Value"]) for one in asked.get("Filters") or ()]
         found = []
-        for kind, price in DOLLARS_PER_HOUR.items():
+        of_disk = dict(wanted).get("productFamily") == "Storage"
+        offers = {"gp3": DISK_DOLLARS_PER_GB_AND_MONTH} if of_disk else DOLLARS_PER_HOUR
+        for kind, price in offers.items():
             for code, name in _LONG_NAMES.items():
                 attributes = {
                     "instanceType": kind,
@@ -537,8 +539,14 @@ class Api(Proxy):
                     "operation": "RunInstances",
                     "servicecode": "AmazonEC2",
                 }
+                if of_disk:
+                    attributes |= {"productFamily": "Storage", "volumeApiName": kind}
                 if all(attributes.get(key) == value or key == "ServiceCode" for key, value in wanted):
-                    dimension = {"unit": "Hrs", "pricePerUnit": {"USD": f"{price:.10f}"}, "description": f"${price} per {kind}"}
+                    dimension = {
+                        "unit": "GB-Mo" if of_disk else "Hrs",
+                        "pricePerUnit": {"USD": f"{price:.10f}"},
+                        "description": f"${price} per {kind}",
+                    }
                     term = {"priceDimensions": {"A.B.C": dimension}, "effectiveDate": "2025-06-01T00:00:00Z"}
                     product = {"product": {"sku": "A", "attributes": attributes}, "terms": {"OnDemand": {"A.B": term}}}
                     found.append(json.dumps({**product, "serviceCode": "AmazonEC2", "publicationDate": "2025-06-01T00:00:00Z"}))

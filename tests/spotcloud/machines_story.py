@@ -58,9 +58,10 @@ class MachinesStory(Story):
         spot = [name for name in self.cloud.running() if self.cloud.bill.stays[name].pool.market == SPOT]
         name = self.dice.choice(spot or self.cloud.running())
         market = self.cloud.market
-        if place == 1:  # only the full price is to be had, later
+        if place == 1:  # two at once, and only the full price is to be had
             market.close()
             market.limit(1, LARGE, A, ON_DEMAND)
+            self.cloud.take(next(one for one in spot if one != name))
         if place == 2:
             market.limit(3, LARGE, A, SPOT)
         if place == 3:  # all at once, and only another zone has machines

@@ -43,6 +43,17 @@ def test_the_short_story(stage: Stage) -> None:
     assert (markets, zones) == ({SPOT, ON_DEMAND}, {A, B})
 
 
+@pytest.mark.proof
+@pytest.mark.parametrize("seed", range(3))
+def test_the_long_story(stage: Stage, seed: int) -> None:
+    """Fifteen interruptions, in hours of simulated time, whose prices move: so the bill is not all free first hours."""
+    balance = long_story(stage, seed, interruptions=15)
+    assert balance.is_clean, balance
+    assert balance.is_right_to_the_cent, balance
+    assert balance.most_at_once <= 3 and sum(balance.charged_usd.values()) > 20
+    print(f"charged ${sum(balance.charged_usd.values()):.2f} and ${sum(balance.disks_charged_usd.values()):.2f} for disks")
+
+
 # -- what several machines are given ----------------------------------------------------------------------------------
 
 
@@ -132,7 +143,9 @@ def test_every_machine_is_told_how_many_there_may_be(tmp_path: Path, monkeypatch
         script = base64.b64decode(made[-1]["UserData"]).decode()
         assert "HF_SPOT_NUM_MACHINES=2:4" in script
         prices = [float(one) for one in re.findall(r'"price_usd_per_hour": ([0-9.]+)', script)]
-        assert f"shutdown -h +{int(320 / 4 / max(prices) * 60)} " in script  # a quarter of the budget for each
+        assert (
+            f"shutdown -h +{int(320 / 4 / (max(prices) + 200 * 0.08 / 730) * 60)} " in script
+        )  # a quarter of the budget for each
 
 
 # -- how many -----------------------------------------------------------------------------------------------------------
@@ -378,3 +391,39 @@ def test_a_policy_lets_end_only_what_has_the_runs_tag_and_names_bucket_and_role(
     assert ends - {"s3:DeleteObject"} == set(by_name["EndOwn"]["Action"])
     assert by_name["GiveTheMachinesTheirRole"]["Resource"] == "arn:aws:iam::*:role/trains"
     assert by_name["Objects"]["Resource"] == "arn:aws:s3:::bucket/runs/x/*"
+
+
+def test_disks_are_in_the_bill_of_machines_that_ec2_took_back_for_nothing_too(tmp_path: Path) -> None:
+    with Stage(tmp_path, disk_gb=16384) as stage:
+        stage.training.steps = 120
+        stage.at_times([(1800, lambda: stage.cloud.take(stage.cloud.running()[0]))])
+        stage.provisioner().watch()
+        balance = stage.balance()
+        assert balance.is_right_to_the_cent, balance
+        taken = next(one for one in stage.machines() if one.cost_usd == 0)
+        assert taken.disk_usd == pytest.approx(16384 * 0.08 / 730 / 2, rel=0.02)
+        assert status(stage.records(), Cloud(stage.session))["spent_usd"] == pytest.approx(
+            sum(balance.charged_usd.values()) + sum(balance.disks_charged_usd.values()), abs=0.01
+        )
+        assert stage.events("spent")[0]["usd"] == pytest.approx(
+            sum(balance.spent_usd.values()) + sum(balance.disk_usd.values())
+        )
+
+
+def test_a_newer_hf_spot_that_replaces_a_machine_installs_what_the_others_run(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = template_of(stage, monkeypatch)
+    url = "https://example.com/wheels/hf_spot-0.1.0-py3-none-any.whl#sha256="
+    monkeypatch.setenv("HF_SPOT_WHEEL", url + 64 * "a")
+    stage.provisioner().provision_several()
+    monkeypatch.setenv("HF_SPOT_WHEEL", url + 64 * "b")
+    stage.cloud.take(stage.cloud.running()[0])
+    stage.provisioner().provision_several()
+    scripts = [base64.b64decode(data["UserData"]).decode() for data in made]
+    assert len(scripts) > 1 and all(64 * "a" in script and 64 * "b" not in script for script in scripts)
+    assert {one.wheel for one in stage.machines()} == {url + 64 * "a"}
+    for name in stage.cloud.running():
+        stage.cloud.take(name)
+    stage.provisioner().provision_several()  # nobody trains: the newer one
+    assert 64 * "b" in base64.b64decode(made[-1]["UserData"]).decode()
