@@ -56,7 +56,7 @@ def test_a_replicated_model_is_copied_beside_the_training_of_all_ranks(tmp_path:
     for seen in (main, other):
         assert seen["distributed"].endswith("MULTI_CPU")
         assert len(seen["plain"]) == 6 * 3 and seen["spot"] == seen["plain"]
-        assert seen["step of the end"] == 6 and seen["commits"] == [1, 2, 3, 4]
+        assert seen["step of the end"] == 6 and seen["commits"][-1] == 4  # others may give way to it
     assert other["left for later"] == [] and min(main["left for later"]) > 0
 
 
