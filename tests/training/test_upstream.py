@@ -53,6 +53,7 @@ from hf_spot.runtime import PhaseTeller, Runtime
 from hf_spot.storage import s3_parts
 from hf_spot.storage.open import open_store
 from hf_spot.training import upstream
+from hf_spot.training.saving import hidden_writes
 from hf_spot.training.session.phases import Phases
 from hf_spot.training.upstream import TABLE, check, versions
 from hf_spot.training.upstream.name import Name, Scope, accepts
@@ -482,6 +483,9 @@ OTHERWISE = {
     upstream.BARS: "test_bars_know_each_other",
     upstream.SAVE_ALONE: "what SAVE_TOGETHER is given",
     upstream.CHECKPOINT_ENGINE: "python -m tests.engines",
+    **dict.fromkeys(hidden_writes._HIDDEN, "tests/training/saving/test_beside.py"),
+    upstream.STORAGE_HANDLE: "tests/training/saving/test_beside.py",
+    upstream.USE_COUNT: "tests/training/saving/test_beside.py",
 }
 
 
