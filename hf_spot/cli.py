@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from hf_spot import __version__
 from hf_spot.arguments import SpotArguments
 from hf_spot.aws_errors import nearest_region
-from hf_spot.commands import machines, runs, whole_runs
+from hf_spot.commands import hub_jobs, machines, runs, whole_runs
 from hf_spot.commands.common import add_command, setting_help, takes_json, takes_verbosity
 from hf_spot.completion import SHELLS
 from hf_spot.errors import EXIT_USAGE, ConfigError, SpotError
@@ -165,6 +165,7 @@ def parser() -> argparse.ArgumentParser:
     _add_recipes(commands)
 
     machines.add_to(commands)
+    hub_jobs.add_to(commands)
 
     completion = add_command(
         commands, "completion", _completion, "print a script that makes a shell complete commands and options"

@@ -29,6 +29,8 @@ _OPTIONAL = {
     "strategy": ("price-capacity-optimized", "or capacity-optimized: how AWS chooses among a rung's pools"),
     "hours": ("20", "estimated duration without interruptions, for cost and deadline (default: unknown)"),
     "deadline": ("2030-01-31T18:00:00Z", "when the training must be finished (default: none)"),
+    "machines": ("2:8", "how many train together: a number, or at least 2 and at most 8 (default: 1)"),
+    "placement": ("zone", "or cluster (a placement group), or region (any of its zones): where several machines are"),
     "on_finish": ("shutdown", "or stay: what a machine does when its work is done"),
     "ladder": ("", "rungs, tried in order (default: these)"),
 }

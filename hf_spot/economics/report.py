@@ -16,6 +16,7 @@ from typing import Any
 
 from hf_spot.notices.notice import NoticeKind
 from hf_spot.policy.redone import Redone, in_words
+from hf_spot.policy.requests import heartbeats_in, writes_of_entry
 from hf_spot.run.journal import BY_HAND, ENDINGS, TRAINING_KEY, Entry
 from hf_spot.run.last_words import KIND as LOST
 from hf_spot.run.last_words import LastWords
@@ -232,6 +233,7 @@ class Report:
         on_demand_usd: on-demand cost of that time, where the price is known.
         on_demand_unpriced_s: part of ``on_demand_s`` without a known price.
         saved_usd: the difference; None unless all prices are known.
+        writes: about how many writes were made to the store: files of checkpoints, entries, heartbeats.
         clock_skew_s: the most by which one machine's clock was behind the previous machine's; such an entry is treated as
             simultaneous with the previous one.
     """
@@ -256,6 +258,7 @@ class Report:
     on_demand_usd: float = 0.0
     on_demand_unpriced_s: float = 0.0
     saved_usd: float | None = None
+    writes: int = 0
     clock_skew_s: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -274,12 +277,14 @@ def summarise(entries: Iterable[Entry], last_words: LastWords | None = None) -> 
     """
     launches: list[Launch] = []
     now: datetime | None = None
-    step, skew_s = 0, 0.0
+    step, skew_s, writes = 0, 0.0, 0
     trackers: dict[tuple[int, str], TrackerPlace] = {}
     for entry in entries:
         if now is not None and entry.time < now:
             skew_s = max(skew_s, (now - entry.time).total_seconds())
         now = entry.time if now is None else max(now, entry.time)
+        files = entry.data["files"] if entry.kind in ("commit", "weights") else ()
+        writes += writes_of_entry(file["size"] for file in files)
         if entry.kind == "claim":
             if entry.data.get("by") != BY_HAND:
                 launches.append(_claimed(entry, now, step, launches[-1] if launches else None))
@@ -295,7 +300,9 @@ def summarise(entries: Iterable[Entry], last_words: LastWords | None = None) -> 
         if launches and launches[-1].ended == "no word" and entry.kind in _WORDS and entry.data.get("reason") != "push":
             _add_entry(launches[-1], entry, now, step)
     _add_last_words(launches, last_words)
-    return replace(_add_up(launches, step, skew_s), trackers=tuple(trackers[key] for key in sorted(trackers)))
+    report = _add_up(launches, step, skew_s)
+    writes += heartbeats_in(report.held_s)
+    return replace(report, writes=writes, trackers=tuple(trackers[key] for key in sorted(trackers)))
 
 
 def _add_last_words(launches: list[Launch], words: LastWords | None) -> None:
@@ -310,7 +317,7 @@ def _add_last_words(launches: list[Launch], words: LastWords | None) -> None:
     launch.marks.append(Mark(launch.last_heard, words.training, words.step, Timing.of({"timing": words.timing})))
     launch.known_by = words.known_by
     if words.is_over:
-        launch.steps_lost = max(0, words.step - launch.committed.get(words.training, 0))
+        launch.steps_lost = max(0, words.step - max(words.resumed_step, launch.committed.get(words.training, 0)))
     if after is not None:
         after.waited_s = (after.began - launch.last_heard).total_seconds()
 

@@ -10,6 +10,7 @@ from hf_spot.economics.plan import Plan
 from hf_spot.economics.report import FREE_FIRST_HOUR, PART_MEANS, Launch, Report, dollars, name_of, price_of
 from hf_spot.economics.simulate import Result
 from hf_spot.policy.redone import VALUES, in_words
+from hf_spot.policy.requests import PRICE_SOURCE, WRITE_USD
 from hf_spot.policy.trackers import TRACKERS
 from hf_spot.run.last_words import BY_FILE, is_repository
 
@@ -55,7 +56,8 @@ def render_report(report: Report, url: str, width: int | None = None) -> str:
     machines = machine_rows(report)
     if len(machines) > 1:
         lines += ["", *(columns(machines) if width is None else _fitted(machines, width, _LEAST_NEEDED_OF_MACHINES))]
-    lines += ["", *columns(time_rows(report), left=(0, 3)), "", *money_lines(report), "", *WORDS_MEAN]
+    money = [*money_lines(report), *request_lines(report, url)]
+    lines += ["", *columns(time_rows(report), left=(0, 3)), "", *money, "", *WORDS_MEAN]
     return "\n".join(lines if width is None else [part for line in lines for part in _wrapped(line, width)])
 
 
@@ -306,6 +308,16 @@ def money_lines(report: Report) -> list[str]:
             else f"Saved: ${report.saved_usd:,.2f}."
         )
     return lines
+
+
+def request_lines(report: Report, url: str) -> list[str]:
+    """Return how many writes were made to the store, and what they cost where the price is known; nothing for a directory."""
+    hours = report.held_s / 3600
+    if "://" not in url or not hours:
+        return []
+    per_hour = report.writes / hours
+    cost = f": ${per_hour * WRITE_USD:.4f} per hour at S3's ${WRITE_USD * 1000:g} for 1,000 ({PRICE_SOURCE})"
+    return [f"Requests: about {report.writes:,} writes, {per_hour:,.0f} per hour{cost if url.startswith('s3://') else ''}."]
 
 
 def story(report: Report) -> str:

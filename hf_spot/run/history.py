@@ -82,7 +82,8 @@ def gather(entries: Iterable[Entry]) -> Past:
         past = replace(past, history=past.now(entry.time), as_of=entry.time)
         if entry.kind == "lost":
             committed = entry.state.latest(entry.data.get(TRAINING_KEY, 1))
-            past = replace(past, steps_lost=max(0, entry.data.get("step", 0) - (committed.step if committed else 0)))
+            known = max(committed.step if committed else 0, entry.data.get("resumed_step", 0))
+            past = replace(past, steps_lost=max(0, entry.data.get("step", 0) - known))
         elif entry.kind == "commit":
             announced = entry.data.get("reason") == "notice"
             past = replace(past, history=_carried(entry) or past.history, cost=_cost(entry.data))

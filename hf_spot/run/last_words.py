@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class LastWords:
         known_by: `BY_FILE`, exact, or `BY_HEARTBEAT`.
         timing: what the training had measured until then or earlier; empty if unknown.
         is_over: whether the launch is known to be dead, or has been silent for three heartbeats.
+        resumed_step: the step from which the next launch resumed; 0 if unknown. It may be newer than the newest commit.
     """
 
     launch: int
@@ -51,6 +52,7 @@ class LastWords:
     known_by: str
     timing: dict[str, Any] = field(default_factory=dict)
     is_over: bool = True
+    resumed_step: int = 0
 
     def to_data(self) -> dict[str, Any]:
         """Return the fields as JSON values, for the journal."""
@@ -61,6 +63,7 @@ class LastWords:
             "at": self.time.isoformat(),
             "known_by": self.known_by,
             "timing": self.timing,
+            "resumed_step": self.resumed_step,
         }
 
     @classmethod
@@ -68,10 +71,11 @@ class LastWords:
         """Return what `to_data` wrote; None if these are other values."""
         try:
             launch, training, step, known_by = (data[name] for name in ("launch", TRAINING_KEY, "step", "known_by"))
+            resumed_step = data.get("resumed_step", 0)
             time = datetime.fromisoformat(data["at"])
-            if time.tzinfo is None or not all(type(one) is int and one >= 0 for one in (launch, training, step)):
+            if time.tzinfo is None or not all(type(one) is int and one >= 0 for one in (launch, training, step, resumed_step)):
                 return None
-            return cls(launch, training, step, time, str(known_by), dict(data["timing"]))
+            return cls(launch, training, step, time, str(known_by), dict(data["timing"]), resumed_step=resumed_step)
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -82,7 +86,7 @@ def is_repository(url: str) -> bool:
 
 
 def of_an_earlier_launch(told: Told, launch: int, training: int, resumed_step: int, file: Path | None) -> LastWords | None:
-    """Return how far the newest launch before ``launch`` had come, if further than ``resumed_step``; otherwise None.
+    """Return how far the newest launch before ``launch`` had come, if not less far than ``resumed_step``; otherwise None.
 
     Args:
         told: what earlier launches have told.
@@ -92,7 +96,10 @@ def of_an_earlier_launch(told: Told, launch: int, training: int, resumed_step: i
         file: the file on this disk that says so; None if the store does.
     """
     before = max((one.launch for one in told.steps if one.launch < launch), default=0)
-    return _words(told, before, training, file) if told.reached_by(before) > resumed_step else None
+    if not before or told.reached_by(before) < resumed_step:
+        return None
+    words = _words(told, before, training, file)
+    return None if words is None else replace(words, resumed_step=resumed_step)
 
 
 def of_the_newest_launch(run: Run, entries: Sequence[Entry], now: datetime | None = None) -> LastWords | None:
@@ -126,7 +133,7 @@ def of_the_newest_launch(run: Run, entries: Sequence[Entry], now: datetime | Non
         words = by_file if by_file is not None and by_file.step >= words.step else words
     is_silent = (now or datetime.now(timezone.utc)) - words.time > _SILENT
     is_gone = is_here and not _is_running(claim.data.get("pid"), claim.time)
-    return words if is_silent or is_gone else LastWords(**{**vars(words), "is_over": False})
+    return words if is_silent or is_gone else replace(words, is_over=False)
 
 
 def _words(told: Told, launch: int, training: int, file: Path | None) -> LastWords | None:

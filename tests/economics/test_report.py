@@ -479,6 +479,18 @@ def test_minutes_between_two_cells_of_a_notebook_are_no_start() -> None:
         assert ("such as two cells of a notebook" in render_report(report, "url")) == bool(idle_s)
 
 
+def test_writes_are_counted_and_priced_where_the_price_is_known() -> None:
+    files = [{"path": f"{number}", "size": size, "digest": "x"} for number, size in enumerate((1, 1, 100 << 20))]
+    _, data = commit(5)
+    report = summarise(timed([(0, claim()), (1800, ("commit", {**data, "files": files}))]))
+    assert report.writes == 2 + 2 + 2 + 4 + 30  # claim, entry, two files, four requests for the large one, heartbeats
+    assert "Requests: about 40 writes, 80 per hour: $0.0004 per hour at S3's $0.005 for 1,000" in render_report(
+        report, "s3://b/r"
+    )
+    assert "Requests: about 40 writes, 80 per hour.\n" in render_report(report, "gs://b/r")
+    assert "Requests" not in render_report(report, "/a/directory")
+
+
 def test_an_entry_about_redone_steps_that_nobody_understands_is_ignored() -> None:
     report = summarise(journal_of(claim(), commit(5), claim(), ("redone", {"stage": 1, "steps": "ten"}), commit(10)))
     assert report.launches[1].redone == {}

@@ -85,7 +85,9 @@ def test_the_next_launch_finds_what_was_lost(tmp_path: Path) -> None:
     by_store = of_an_earlier_launch(told, 3, 1, 5, None)
     assert by_store is not None
     assert (by_store.launch, by_store.step, by_store.known_by) == (2, 8, BY_HEARTBEAT)
-    assert of_an_earlier_launch(told, 3, 1, 9, None) is None  # all of it is committed
+    assert by_store.resumed_step == 5
+    assert of_an_earlier_launch(told, 3, 1, 9, None) is not None  # nothing is lost, and its time is known
+    assert of_an_earlier_launch(told, 3, 1, 10, None) is None
     assert of_an_earlier_launch(Told(), 3, 1, 0, None) is None
     assert of_an_earlier_launch(Told(steps), 3, 1, 5, None) is None  # by a version without heartbeats
     path = path_of(tmp_path, "url", 1, 0)

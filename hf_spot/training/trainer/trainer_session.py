@@ -33,6 +33,7 @@ from hf_spot.runtime import Plan, Runtime, held_folder, make_private
 from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.session.final_drain import FinalDrain
+from hf_spot.training.session.local_tier import SAVED_BY
 from hf_spot.training.session.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
 from hf_spot.training.session.recognition import KnownTraining, finished
 from hf_spot.training.session.run_session import RunSession
@@ -208,7 +209,8 @@ class TrainerSession:
                 self._best_folder = resumption.restore_best(self._restored)
             self._session.timing.restored(self._session.clock() - began)
             self._session.phases.tell(Phase.STARTING, self._restored.step)
-            log.info("resuming from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
+            how = "saved" if SAVED_BY in self._restored.details else "committed"
+            log.info("resuming from step %d, %s by launch %d", self._restored.step, how, self._restored.ref.launch)
             if not self._nothing_left and self.exact is None:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
         if not self._nothing_left:

@@ -441,9 +441,41 @@ PEFT_CONFIG = _attribute(  # other models have none
     optional=True,
 )
 
+# Copies that are made while training continues
+_HIDDEN = "a write through it while a save copies the weights is only found by a sample of their values"
+_memory = partial(
+    _name, "value", "torch:Tensor", takes="", users="training.saving.hidden_writes", without=_HIDDEN, told=True, scope=_BOTH
+)
+TENSOR_DATA = _memory("data")
+TENSOR_NUMPY = _memory("numpy")
+TENSOR_ARRAY = _memory("__array__")
+TENSOR_STORAGE = _memory("untyped_storage")
+TENSOR_OLD_STORAGE = _memory("storage")
+TENSOR_TYPED_STORAGE = _memory("_typed_storage")
+TENSOR_ADDRESS = _memory("data_ptr")
+TENSOR_DLPACK = _memory("__dlpack__")
+STORAGE_HANDLE = _value(
+    "torch:UntypedStorage",
+    "_cdata",
+    "training.saving.live_tensors",
+    "saves copy weights and optimizer states while training waits",
+    told=True,
+    scope=_BOTH,
+)
+USE_COUNT = _function(
+    "torch._C",
+    "_storage_Use_Count",
+    "…",
+    "training.saving.live_tensors",
+    "saves copy weights and optimizer states while training waits",
+    told=True,
+    scope=_BOTH,
+)
+
 # Files that are written while training continues
 _WAITS = "training waits until a checkpoint is written"
 _SHARDS_WAIT = "training waits until a sharded checkpoint is written"
+_WHOLE_SHARDS = "each of several machines fetches all shards of a checkpoint, not only what its ranks read"
 _TOGETHER = "torch.distributed.checkpoint"
 _FSDP: Any = {"told": True, "only": "FSDP"}
 TORCH_SAVE = _function("torch", "save", "obj, f, …", "training.trainer.saves training.trainer.own_state", _FULL_DISK)
@@ -533,6 +565,17 @@ FINISH_PLAN = _method(_PLANNER, "finish_plan", "new_plan", "training.saving.shar
 RESOLVE_DATA = _method(_PLANNER, "resolve_data", "write_item", "training.saving.shards", _SHARDS_WAIT, **_FSDP)
 STORAGE_META = _method(
     _TOGETHER + ".filesystem:FileSystemWriter", "storage_meta", "", "training.saving.shards", _SHARDS_WAIT, **_FSDP
+)
+READ_SHARDS = _method(
+    _TOGETHER + ".filesystem:FileSystemReader",
+    "read_data",
+    "plan, planner",
+    "training.saving.shard_loads",
+    _WHOLE_SHARDS,
+    **_FSDP,
+)
+SHARD_PLACES = _attribute(
+    _TOGETHER + ".filesystem:FileSystemReader", "storage_data", "training.saving.shard_loads", _WHOLE_SHARDS, **_FSDP
 )
 FAILURES = _attribute(
     _TOGETHER + ".api:CheckpointException",
