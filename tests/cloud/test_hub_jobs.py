@@ -442,6 +442,29 @@ def test_a_namespace_that_is_not_ones_own_and_a_service_that_is_away_are_said(
     assert code == 2 and "can this machine reach http://127.0.0.1:9?" in err
 
 
+def test_a_client_that_is_too_old_is_said(
+    service: FakeHubWithJobs, write: Write, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+
+    def run_job(self: HfApi, *, image: str, command: list[str], secrets: dict[str, str]) -> None:
+        """Has the arguments of its first version."""
+
+    monkeypatch.setattr(HfApi, "run_job", run_job)
+    code, _, err = said("run", write())
+    assert code == 2 and "does not know attempts, network_group" in err and "pip install --upgrade huggingface_hub" in err
+    monkeypatch.setitem(sys.modules, "hf_spot.cloud.hub_service", None)
+    code, _, err = said("run", write())
+    assert code == 2 and "pip install --upgrade huggingface_hub" in err
+
+
+def test_the_example_of_a_job_file_names_the_section() -> None:
+    from hf_spot.cloud.example import example
+
+    (line,) = [line for line in example().splitlines() if line.startswith("# hf_jobs:")]
+    assert parse(GOOD.partition("hf_jobs:")[0] + line.removeprefix("# ")).section.flavor == "a10g-small"
+
+
 GOOD = FILE.format(store="hf://me/x/run", run=LAUNCH)
 
 
