@@ -94,6 +94,27 @@ class SpotArguments:
         default=3,
         metadata={"help": "Number of newest checkpoints to keep in the store, besides the best one; 0 keeps all."},
     )
+    max_writes_per_hour: int = field(
+        default=20_000,
+        metadata={
+            "help": "For --cadence auto: maximum number of writes to the store per hour that added saves may make ($0.10 per "
+            "hour on S3). A commit makes one for each file, or each 64 MiB of it, and four more."
+        },
+    )
+    keep_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Keep for good, besides the newest, the first checkpoint at or after each multiple of so many steps "
+            "(default: none)."
+        },
+    )
+    keep_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "For --keep-every: once such a checkpoint is no longer among the newest, keep only the files that "
+            "from_pretrained reads. No training resumes from them."
+        },
+    )
     drain_timeout_s: float = field(
         default=600.0,
         metadata={"help": "Maximum seconds to wait for the last upload at the end of training."},
@@ -213,6 +234,18 @@ class SpotArguments:
         if self.keep_checkpoints is not None and self.keep_checkpoints < 0:
             raise ConfigError(
                 f"keep_checkpoints={self.keep_checkpoints} (--save-total-limit) must not be negative", hint="0 keeps all"
+            )
+        if self.max_writes_per_hour < 1:
+            raise ConfigError(
+                f"max_writes_per_hour={self.max_writes_per_hour} must be at least 1", hint="--cadence fixed adds no saves"
+            )
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ConfigError(
+                f"keep_every={self.keep_every} must be at least 1 step", hint="--keep-every 1000, or leave it out"
+            )
+        if self.keep_weights and self.keep_every is None:
+            raise ConfigError(
+                "keep_weights needs keep_every: it says of which checkpoints", hint="--keep-every 1000 --keep-weights"
             )
         if not self.drain_timeout_s > 0:
             raise ConfigError(f"drain_timeout_s={self.drain_timeout_s} must be positive", hint="--drain-timeout-s 600")

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from hf_spot import __version__
 from hf_spot.arguments import SpotArguments
 from hf_spot.aws_errors import nearest_region
-from hf_spot.commands import machines, runs, whole_runs
+from hf_spot.commands import hub_jobs, machines, runs, whole_runs
 from hf_spot.commands.common import add_command, setting_help, takes_json, takes_verbosity
 from hf_spot.completion import SHELLS
 from hf_spot.errors import EXIT_USAGE, ConfigError, SpotError
@@ -165,6 +165,7 @@ def parser() -> argparse.ArgumentParser:
     _add_recipes(commands)
 
     machines.add_to(commands)
+    hub_jobs.add_to(commands)
 
     completion = add_command(
         commands, "completion", _completion, "print a script that makes a shell complete commands and options"
@@ -184,19 +185,29 @@ def _add_recipes(commands: Any) -> None:
 
     recipe = commands.add_parser(
         "recipe",
-        help="print a job file for Kubernetes, Slurm, SageMaker or EC2",
+        help="print a job file for Kubernetes, JobSet, Kubeflow, Slurm, SageMaker or EC2",
         description="Print a job file. hf-spot provision and hf-spot sky need none: they start machines themselves.",
         allow_abbrev=False,
     )
     recipes = recipe.add_subparsers(title="recipes", metavar="RECIPE", required=True)
     kubernetes = add_command(recipes, "kubernetes", _recipe, "a Job that restarts after a preemption (YAML)")
+    jobset = add_command(recipes, "jobset", _recipe, "a JobSet for machines that come and go (YAML)")
+    trainjob = add_command(recipes, "trainjob", _recipe, "a TrainJob of Kubeflow Trainer for machines that come and go (YAML)")
     slurm = add_command(recipes, "slurm", _recipe, "a batch script that requeues itself after a preemption")
     sagemaker = add_command(recipes, "sagemaker", _recipe, "a script that starts a managed spot training job")
     ec2 = add_command(
         recipes, "ec2", _recipe, "user data for machines from an Auto Scaling group, a launch template or Terraform"
     )
     store = os.environ.get(_STORE_VARIABLE) or STORE
-    for name, command in (("kubernetes", kubernetes), ("slurm", slurm), ("sagemaker", sagemaker), ("ec2", ec2)):
+    by_name = {
+        "kubernetes": kubernetes,
+        "jobset": jobset,
+        "trainjob": trainjob,
+        "slurm": slurm,
+        "sagemaker": sagemaker,
+        "ec2": ec2,
+    }
+    for name, command in by_name.items():
         command.set_defaults(recipe=name)
         command.add_argument(
             "--store", metavar="URL", default=store, help="URL of the run (default: $HF_SPOT_STORE, or an example)"
@@ -204,12 +215,20 @@ def _add_recipes(commands: Any) -> None:
         command.add_argument("--script", default="train.py", help="training script with its arguments (default: train.py)")
         command.add_argument("--name", default="my-run", help="name of the job (default: my-run)")
         command.add_argument("--gpus", type=int, default=1, help="GPUs of each machine (default: 1)")
-    for command in (kubernetes, slurm):
-        command.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that train together (default: 1)")
+    for command, nodes in ((kubernetes, "1"), (jobset, "1:2"), (trainjob, "1:2"), (slurm, "1")):
+        command.add_argument(
+            "--nodes",
+            default=nodes,
+            metavar="N|MIN:MAX",
+            help=f"machines that train together; with MIN:MAX they come and go (default: {nodes})",
+        )
         command.add_argument(
             "--grace-s", type=int, default=120, metavar="S", help="seconds from the notice to the kill (default: 120)"
         )
-    for command in (kubernetes, sagemaker):
+    for command in (kubernetes, jobset, trainjob):
+        command.add_argument("--queue", metavar="NAME", help="local queue of Kueue (default: Kueue is not used)")
+        command.add_argument("--priority-class", metavar="NAME", help="priority class of Kueue")
+    for command in (kubernetes, jobset, trainjob, sagemaker):
         command.add_argument(
             "--image", default="registry.example.com/train:latest", help="container image that contains hf_spot and the script"
         )

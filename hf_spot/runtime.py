@@ -160,11 +160,13 @@ class Prefetched:
         entry: number of the commit; None while the download is under way.
         folder: the verified folder; None if the download failed.
         ranks: whose files were downloaded; None for all ranks.
+        world_size: of the launch that these ranks were thought to be in; None if it does not matter.
     """
 
     entry: int | None = None
     folder: Path | None = None
     ranks: tuple[int, ...] | None = None
+    world_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -415,7 +417,7 @@ class Runtime:
     def tell_prefetched(self, restore: Prefetched) -> None:
         """Announce the end of the download, with a folder or without."""
         folder = None if restore.folder is None else str(restore.folder)
-        write_atomically(self._prefetched_path, json.dumps([restore.entry, folder, restore.ranks]))
+        write_atomically(self._prefetched_path, json.dumps([restore.entry, folder, restore.ranks, restore.world_size]))
 
     def tell_prefetching(self) -> None:
         """Give a sign that the download makes progress."""
@@ -439,8 +441,8 @@ class Runtime:
             return None
         if not text:
             return Prefetched()
-        entry, folder, ranks = json.loads(text)
-        return Prefetched(entry, None if folder is None else Path(folder), None if ranks is None else tuple(ranks))
+        entry, folder, ranks, world_size = json.loads(text)
+        return Prefetched(entry, None if folder is None else Path(folder), None if ranks is None else tuple(ranks), world_size)
 
     def wait_for_prefetched(self, look: Callable[[], None]) -> Prefetched | None:
         """Wait for the launcher's download to end, and return its result; None if there is no download.

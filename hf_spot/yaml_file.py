@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
@@ -15,6 +16,17 @@ _SPECIFICATION = "https://yaml.org/spec"
 
 T = TypeVar("T")
 Path = tuple[Any, ...]
+
+_SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads ``2:8`` as text: YAML 1.1 has it as a number to the base of 60, 128."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        if kind is yaml.ScalarNode and implicit[0] and _SEXAGESIMAL.fullmatch(value):
+            return self.DEFAULT_SCALAR_TAG
+        return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
 
 
 class Invalid(ConfigError):
@@ -67,8 +79,8 @@ def parse(text: str, where: str, build: Callable[[Any], T]) -> T:
     """
     lines: dict[Path, int] = {}
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        loader = yaml.SafeLoader("")
+        node = yaml.compose(text, Loader=_Loader)
+        loader = _Loader("")
         for path, found in _walk(loader, node, ()) if node else ():
             if path in lines:
                 raise yaml.constructor.ConstructorError(None, None, f"{dotted(path)} appears twice", found.start_mark)

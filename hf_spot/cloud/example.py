@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, fields
 
-from hf_spot.cloud.job import DEFAULT_LADDER, Rung
+from hf_spot.cloud.job import DEFAULT_LADDER, HUB_SECTION, Rung
 
 _REQUIRED = {
     "name": ("my-run", "names and tags of all resources"),
@@ -29,6 +29,8 @@ _OPTIONAL = {
     "strategy": ("price-capacity-optimized", "or capacity-optimized: how AWS chooses among a rung's pools"),
     "hours": ("20", "estimated duration without interruptions, for cost and deadline (default: unknown)"),
     "deadline": ("2030-01-31T18:00:00Z", "when the training must be finished (default: none)"),
+    "machines": ("2:8", "how many train together: a number, or at least 2 and at most 8 (default: 1)"),
+    "placement": ("zone", "or cluster (a placement group), or region (any of its zones): where several machines are"),
     "on_finish": ("shutdown", "or stay: what a machine does when its work is done"),
     "ladder": ("", "rungs, tried in order (default: these)"),
 }
@@ -49,6 +51,8 @@ def example() -> str:
     lines += [f"# - {_rung(rung)}" for rung in DEFAULT_LADDER]
     lines += ["", "# The keys of a rung:"]
     lines += [_line(f"#   {key}", means) for key, means in _RUNG.items()]
+    lines += ["", "# For hf-spot jobs (Hugging Face Jobs), which needs none of region, instance_profile and the ladder:"]
+    lines += [f"# {HUB_SECTION}: {{flavor: a10g-small, timeout: 24h, attempts: 3}}"]
     return "\n".join(lines) + "\n"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from hf_spot import yaml_file
 from hf_spot.aws_errors import nearest_region
+from hf_spot.cloud.fleet_size import PLACEMENTS, ZONE, FleetSize, check_run
 from hf_spot.yaml_file import Invalid, check_keys, dotted
 
 SPOT, ON_DEMAND = "spot", "on-demand"
@@ -35,6 +36,7 @@ _SUBNET = re.compile(r"subnet-[0-9a-f]+")
 _STORE = re.compile(r"s3://[^/]+/.+|/.+")
 _OWN_TAGS = "hf-spot:"
 _LARGEST_DISK_GB = 65536  # of a gp3 volume
+HUB_SECTION = "hf_jobs"  # what Hugging Face Jobs needs: hf_spot.cloud.hub_job reads it
 
 
 _EXAMPLES = {
@@ -235,6 +237,9 @@ class Job:
         hours: estimated duration without interruptions, for cost and deadline; None if unknown.
         deadline: when the training must be finished.
         on_finish: what a machine does when its work is done: ``shutdown`` (it ends and costs nothing more) or ``stay``.
+        machines: how many train together: a number, or a range such as ``2:8``.
+        placement: where those of several machines are: in one ``zone``, in a ``cluster`` placement group of one zone, or in
+            any zones of one ``region``.
 
     Raises:
         ConfigError: a value can't be used; the message names the key.
@@ -259,10 +264,13 @@ class Job:
     hours: float | None = None
     deadline: datetime | None = None
     on_finish: str = SHUTDOWN
+    machines: int | str | FleetSize = 1
+    placement: str = ZONE
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(_text(self.name, ("name",))) or len(self.name) > 60:
             raise Invalid(("name",), f"{self.name!r} is not a valid name", hint="up to 60 letters, digits, '-', '_' and '.'")
+        self._set(machines=FleetSize.of(self.machines))
         self._check_commands()
         _region(_text(self.region, ("region",)), ("region",))
         self._set(max_spend=_positive(self.max_spend, ("max_spend",), "dollars", hint="max_spend: 150, for the whole run"))
@@ -277,10 +285,17 @@ class Job:
         self._check_tags()
         _choice(self.strategy, STRATEGIES, ("strategy",))
         _choice(self.on_finish, (SHUTDOWN, STAY), ("on_finish",))
+        _choice(self.placement, PLACEMENTS, ("placement",))
         if self.hours is not None:
             self._set(hours=_positive(self.hours, ("hours",), "hours"))
         if self.deadline is not None:
             self._set(deadline=_moment(self.deadline, ("deadline",)))
+
+    @property
+    def size(self) -> FleetSize:
+        """Return how many machines train together."""
+        assert isinstance(self.machines, FleetSize)
+        return self.machines
 
     def regions_of(self, rung: Rung, known: Sequence[str]) -> tuple[str, ...]:
         """Return the regions of a rung, the preferred one first.
@@ -328,6 +343,7 @@ class Job:
             raise Invalid(("run",), "does not start the training with `hf-spot launch`", hint="run: hf-spot launch train.py")
         if re.search(r"--store\b", self.run):
             raise Invalid(("run",), "names the store again", hint=f"remove --store: the job file's store {self.store} is used")
+        check_run(self.run, self.size)
         if not isinstance(self.setup, str):
             raise Invalid(("setup",), f"{self.setup!r} is not a shell script", hint="setup: |")
 
@@ -418,6 +434,7 @@ def parse(text: str, where: str = "job.yaml") -> Job:
 def _job(value: Any) -> Job:
     if not isinstance(value, dict):
         raise Invalid((), "a job file must be a mapping of keys and values", hint="name: my-run")
+    value = {name: one for name, one in value.items() if name != HUB_SECTION}
     _check(value, Job, ())
     made = dict(value)
     if isinstance(made.get("ladder"), list):

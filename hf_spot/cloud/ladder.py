@@ -55,6 +55,46 @@ class Pool:
         return f"{self.instance_type} {self.market} in {self.zone}"
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The machines to look for.
+
+    Args:
+        count: how many.
+        needed: how many of these from any rung; the others only as spot machines.
+        at_least: fewer are of no use.
+        most_usd: highest price per hour of those that are not needed; None for no limit beyond the rung's.
+        region: where the others are; empty if there are none.
+        zone: the same, if all must be in one zone.
+        one_zone: whether all must be in one zone.
+        running_usd: dollars per hour of those that run.
+    """
+
+    count: int = 1
+    needed: int = 1
+    at_least: int = 1
+    most_usd: float | None = None
+    region: str = ""
+    zone: str = ""
+    one_zone: bool = False
+    running_usd: float = 0.0
+
+    def admits(self, pool: Pool) -> bool:
+        """Return whether a machine of the pool can be one of these; also False for one that is too dear."""
+        if (self.region and pool.region != self.region) or (self.zone and pool.zone != self.zone):
+            return False
+        dear = self.most_usd is not None and pool.price is not None and pool.price.usd_per_hour > self.most_usd
+        return self.needed > 0 or not dear
+
+
+def by_zone(pools: Iterable[Pool]) -> list[list[Pool]]:
+    """Return the pools of each zone, in the order in which the zones come first."""
+    zones: dict[str, list[Pool]] = {}
+    for pool in pools:
+        zones.setdefault(pool.zone, []).append(pool)
+    return [*zones.values()]
+
+
 def in_order(pools: Iterable[Pool], rung: Rung, preferred: Sequence[str]) -> list[list[Pool]]:
     """Return the pools of a rung by region, in the order to try them; within a region the cheapest pool comes first.
 
@@ -106,7 +146,7 @@ def untried(pools: Sequence[Pool], codes: Mapping[tuple[str, str], str]) -> list
     return left if len(left) < len(pools) else []
 
 
-def over_budget(pool: Pool, left_usd: float, hours_left: float | None) -> str:
+def over_budget(pool: Pool, left_usd: float, hours_left: float | None, machines: int = 1, running_usd: float = 0.0) -> str:
     """Return why the remaining budget does not cover a machine; empty if it does.
 
     A spot machine must be affordable for an hour, or for the rest of the training if that is shorter: prices may fall, and
@@ -116,20 +156,30 @@ def over_budget(pool: Pool, left_usd: float, hours_left: float | None) -> str:
         pool: a pool with its price.
         left_usd: rest of the run's budget.
         hours_left: rest of the training; None if unknown.
+        machines: how many of it are wanted at once.
+        running_usd: dollars per hour of the machines that run.
     """
     usd = _usd(pool)
-    hours = _WORTH_STARTING_H if hours_left is None else hours_left
-    if pool.market != ON_DEMAND:
-        hours = min(hours, _WORTH_STARTING_H)
-    if hours * usd <= left_usd:
+    hours = hours_to_cover(pool, hours_left)
+    if hours * (usd * machines + running_usd) <= left_usd:
         return ""
     left = f"${max(0.0, left_usd):.2f} of the budget is left"
+    if machines > 1 or running_usd:
+        others = f" beside ${running_usd:.2f}/h" if running_usd else ""
+        cost = f"{machines} for {hours:.1f} h{others} cost ${hours * (usd * machines + running_usd):.2f}"
+        return f"{pool} costs ${usd:.2f}/h: {cost}, and {left}"
     return f"{pool} costs ${usd:.2f}/h: {hours:.1f} h cost ${hours * usd:.2f}, and {left}"
 
 
-def minutes_affordable(pools: Iterable[Pool], left_usd: float) -> int:
-    """Return how long the most expensive of these machines may run, in whole minutes, at least one."""
-    return max(1, int(left_usd / max(_usd(pool) for pool in pools) * 60))
+def hours_to_cover(pool: Pool, hours_left: float | None) -> float:
+    """Return the hours for which a machine must be affordable, as `over_budget` counts them."""
+    hours = _WORTH_STARTING_H if hours_left is None else hours_left
+    return hours if pool.market == ON_DEMAND else min(hours, _WORTH_STARTING_H)
+
+
+def minutes_affordable(pools: Iterable[Pool], left_usd: float, disk_usd_per_hour: float = 0.0) -> int:
+    """Return how long the most expensive of these machines may run with its disk, in whole minutes, at least one."""
+    return max(1, int(left_usd / (max(_usd(pool) for pool in pools) + disk_usd_per_hour) * 60))
 
 
 def cost_usd(began: datetime, until: datetime, price: float, history: Iterable[tuple[datetime, float]] = ()) -> float:

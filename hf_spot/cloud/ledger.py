@@ -4,13 +4,16 @@ Provisioning writes entries of the kind ``machine``; ``data["event"]`` is one of
 
 * ``asked``: a process walks the ladder; until ``started`` or ``refused`` follows, no other does (for `LEASE_S`, or until a
   process that knows that the first one is dead takes over);
-* ``started``: a machine, with its price and the source of the price;
+* ``started``: a machine, with its price and the source of the price; with ``more`` the walk goes on, for further machines;
 * ``refused``: no rung had capacity;
+* ``walked``: the walk for several machines has ended, and why it did not get all;
+* ``short``: why no more machines are wanted;
 * ``ended``: a machine is gone, why, what it cost, and whether to start another.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -40,7 +43,10 @@ class Machine:
         on_demand_usd_per_hour: on-demand price of the same machine; None if unknown.
         ended: when it was gone.
         reason: EC2's code for why it ended.
-        cost_usd: total cost of a machine that has ended.
+        cost_usd: total cost of a machine that has ended, without its disk.
+        disk_usd_per_hour: price of its disk; None if unknown.
+        disk_usd: total cost of its disk, once it has ended.
+        wheel: of hf_spot that it installs, with its digest; empty if the image has hf_spot, or unknown.
     """
 
     instance_id: str
@@ -57,6 +63,9 @@ class Machine:
     ended: datetime | None = None
     reason: str = ""
     cost_usd: float | None = None
+    disk_usd_per_hour: float | None = None
+    disk_usd: float | None = None
+    wheel: str = ""
 
     def to_data(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -92,6 +101,12 @@ class Ledger:
         trained_s: seconds from the beginnings of launches to their last commits.
         trained_steps: steps committed in that time.
         committed: number of commits.
+        machine_s: as ``trained_s``, summed over the machines that trained.
+        wanted: how many machines are to train, as in the job file; empty for one.
+        why_missing: why the last walk did not get all of them; empty if it did.
+        met: ids of the machines that have taken part in a launch of several.
+        samples: of an optimizer step; None if no commit has told.
+        ranks_each: of each machine, by the same commit.
     """
 
     number: int = 0
@@ -109,6 +124,13 @@ class Ledger:
     trained_s: float = 0.0
     trained_steps: int = 0
     committed: int = 0
+    machine_s: float = 0.0
+    wanted: str = ""
+    why_missing: str = ""
+    met: frozenset[str] = frozenset()
+    samples: int | None = None
+    ranks_each: int = 1
+    _machines: int = 1
     _mark: datetime | None = None
     _committed_before: int = 0
 
@@ -126,6 +148,16 @@ class Ledger:
             return max(0, self.max_steps - self.step) * self.trained_s / self.trained_steps / 3600
         return expected
 
+    def machine_hours_left(self, expected: float | None) -> float | None:
+        """Return the hours of one machine that the rest of the training takes, as `hours_left`.
+
+        Args:
+            expected: machine-hours of the whole training; None if unknown.
+        """
+        if self.max_steps and self.trained_steps > 0:
+            return max(0, self.max_steps - self.step) * self.machine_s / self.trained_steps / 3600
+        return expected
+
 
 def fold(ledger: Ledger, entry: Entry) -> Ledger:
     """Return the ledger after one more entry of the journal."""
@@ -134,15 +166,21 @@ def fold(ledger: Ledger, entry: Entry) -> Ledger:
         return _machine(after, entry)
     after = replace(after, last_entry=entry.time)
     if entry.kind == "claim":
-        return replace(after, _mark=entry.time, failed=False)
+        roster = [one.get("machine") or {} for one in entry.data.get("roster") or ()]
+        met = after.met | {str(one["instance_id"]) for one in roster if one.get("instance_id")}
+        return replace(after, _mark=entry.time, failed=False, met=met, _machines=int(entry.data.get("machines") or 1))
     if entry.kind == "commit":
         newest = entry.state.latest()
         step = newest.step if newest else entry.data["step"]
         advanced = step - ledger.step
         since_s = (entry.time - ledger._mark).total_seconds() if ledger._mark else 0.0
         counts = advanced > 0 and since_s > 0 and entry.data.get("reason") != "push"
+        samples, ranks = _samples(entry.data)
         return replace(
             after,
+            samples=samples or ledger.samples,
+            ranks_each=max(1, ranks // ledger._machines) if samples else ledger.ranks_each,
+            machine_s=ledger.machine_s + (since_s * ledger._machines if counts else 0.0),
             step=step,
             max_steps=entry.data.get("max_steps") or ledger.max_steps,
             committed=ledger.committed + 1,
@@ -161,17 +199,24 @@ def _machine(ledger: Ledger, entry: Entry) -> Ledger:
         if ledger.walk is not None and data.get("takes_over") != ledger.walk and not is_stale(ledger, entry.time):
             return ledger
         begun = replace(ledger, walk=entry.number, walk_since=entry.time, walk_by=data["by"], walk_token=data["token"])
+        begun = replace(begun, wanted=data.get("machines", ""), why_missing="")
         return replace(begun, fruitless=0, failed=False, stopped=False) if data["fresh"] else begun
-    if event == "refused":
-        return replace(ledger, walk=None, walk_since=None)
+    if event in ("refused", "walked"):
+        return replace(ledger, walk=None, walk_since=None, why_missing=data.get("why", ""))
+    if event == "short":
+        return replace(ledger, why_missing=data["why"])
     if event == "started":
         machine = Machine.from_data(data["machine"])
         known = any(one.instance_id == machine.instance_id for one in ledger.machines)
         machines = ledger.machines if known else (*ledger.machines, machine)
-        return replace(ledger, machines=machines, walk=None, walk_since=None, _committed_before=ledger.committed)
+        begun = replace(ledger, machines=machines, _committed_before=ledger.committed)
+        return begun if data.get("more") else replace(begun, walk=None, walk_since=None)
     if event == "ended":
         machine = Machine.from_data(data["machine"])
-        by_itself = machine.reason.startswith(GUEST_SHUTDOWN) and ledger.committed == ledger._committed_before
+        in_vain = ledger.committed == ledger._committed_before or (
+            bool(ledger.wanted) and machine.instance_id not in ledger.met
+        )
+        by_itself = machine.reason.startswith(GUEST_SHUTDOWN) and in_vain
         return replace(
             ledger,
             stopped=bool(data.get("stop")),
@@ -179,6 +224,15 @@ def _machine(ledger: Ledger, entry: Entry) -> Ledger:
             fruitless=ledger.fruitless + 1 if by_itself else 0,
         )
     return ledger
+
+
+def _samples(data: Mapping[str, Any]) -> tuple[int | None, int]:
+    """Return the samples of an optimizer step and the ranks, as a commit tells them; None and 1 if it does not."""
+    each, times = data.get("per_device_train_batch_size"), data.get("gradient_accumulation_steps")
+    ranks = data.get("data_parallel_size", data.get("world_size", 1))
+    if not (isinstance(each, int) and isinstance(times, int) and isinstance(ranks, int)) or each * times * ranks <= 0:
+        return None, 1
+    return each * times * ranks, ranks
 
 
 def is_stale(ledger: Ledger, now: datetime) -> bool:

@@ -7,7 +7,7 @@ import platform
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import psutil
@@ -22,6 +22,9 @@ from hf_spot.run.run import Run
 from hf_spot.storage.probe import probe
 
 GONE = "Client.Unknown"  # EC2 has forgotten it
+_PRICES_AGE = timedelta(seconds=20)  # of what is known about machines that run; for one that has ended it is asked anew
+
+PriceHistory = dict[tuple[str, str], list[Price]]
 
 
 class MachineRecords:
@@ -31,9 +34,11 @@ class MachineRecords:
         run: the run, with the journal.
         cloud: the account's EC2, with the instances.
         now: the wall clock.
+        disk_gb: size of the disk of a new machine; 0 if unknown.
     """
 
-    def __init__(self, run: Run, cloud: Cloud, *, now: Callable[[], datetime]) -> None:
+    def __init__(self, run: Run, cloud: Cloud, *, now: Callable[[], datetime], disk_gb: int = 0) -> None:
+        self._disk_gb = disk_gb
         self.run = run
         self.ledger = Ledger()
         self.state = RunState()
@@ -41,6 +46,7 @@ class MachineRecords:
         self._now = now
         self._me = f"{platform.node()} {os.getpid()} {psutil.Process().create_time()}"
         self._probed = False
+        self._prices: dict[tuple[str, str], tuple[datetime, datetime, PriceHistory]] = {}
 
     def refresh(self) -> Ledger:
         """Read new entries of the journal. Raises StoreUnavailable."""
@@ -68,14 +74,16 @@ class MachineRecords:
 
     # -- walks -------------------------------------------------------------------------------------------------------
 
-    def start_walk(self, *, fresh: bool) -> str | None:
+    def start_walk(self, *, fresh: bool, machines: str = "") -> str | None:
         """Acquire the right to walk the ladder. Return the token for its orders, or None while another process has it.
 
         Args:
             fresh: a person requested it, so earlier failures do not count.
+            machines: how many are to train, as in the job file; empty for one.
         """
         ledger = self.refresh()
         data: dict[str, Any] = {"by": self._me, "token": uuid.uuid4().hex, "fresh": fresh}
+        data |= {"machines": machines} if machines else {}
         if ledger.walk is not None:
             # With the same token the same orders return the machines that the dead process may have started.
             data["token"] = ledger.walk_token
@@ -122,8 +130,8 @@ class MachineRecords:
                     self.ended(machine, instance)
         return [one for one in found if one.state in LIVE]
 
-    def started(self, instance_id: str, pool: Pool, rung: int) -> Machine:
-        """Record a new machine."""
+    def started(self, instance_id: str, pool: Pool, rung: int, *, more: bool = False, wheel: str = "") -> Machine:
+        """Record a new machine; with ``more`` the walk goes on."""
         price = pool.price
         machine = Machine(
             instance_id=instance_id,
@@ -137,8 +145,10 @@ class MachineRecords:
             price_source=price.source if price else "",
             price_time=price.time if price else None,
             on_demand_usd_per_hour=self.on_demand_usd(pool.instance_type, pool.region),
+            disk_usd_per_hour=self.disk_usd_per_hour(pool.region),
+            wheel=wheel,
         )
-        self.record("started", machine=machine.to_data())
+        self.record("started", machine=machine.to_data(), **({"more": True} if more else {}))
         return machine
 
     def ended(self, machine: Machine, instance: Instance | None, *, stop: bool = False) -> None:
@@ -149,16 +159,32 @@ class MachineRecords:
         ended = last_seen if instance is None else max(machine.began, instance.ended or now)
         reason = GONE if instance is None else instance.reason
         free = is_free(machine.market, machine.began, ended, reason)
+        self._prices.clear()
         cost = 0.0 if free else self._cost(machine, ended)
         stop = stop or (instance is not None and STOP_TAG in instance.tags)
         done = replace(machine, ended=ended, reason=reason, cost_usd=round(cost, 6))
+        if machine.disk_usd_per_hour is not None:
+            done = replace(done, disk_usd=round(_disk_usd(machine, ended), 6))
         self.record("ended", machine=done.to_data(), stop=stop)
 
     def spent_usd(self) -> float:
-        """Return what all machines of the run have cost so far, in dollars."""
+        """Return what all machines of the run and their disks have cost so far, in dollars."""
         now = self._now()
-        ended = sum(machine.cost_usd or 0.0 for machine in self.ledger.machines)
-        return ended + sum(self._cost(machine, now) for machine in self.ledger.live())
+        ended = sum((machine.cost_usd or 0.0) + (machine.disk_usd or 0.0) for machine in self.ledger.machines)
+        return ended + sum(self._cost(machine, now) + _disk_usd(machine, now) for machine in self.ledger.live())
+
+    def disk_usd_per_hour(self, region: str) -> float | None:
+        """Return the price of a new machine's disk in dollars per hour; None if unknown."""
+        try:
+            price = self._cloud.disk_price(region) if self._disk_gb else None
+        except CloudError:
+            return None
+        return None if price is None else round(price.usd_per_hour * self._disk_gb, 6)
+
+    def usd_per_hour_now(self, machine: Machine) -> float:
+        """Return the current price of a machine in dollars per hour: that at its beginning, unless a later one is known."""
+        now = self._now()
+        return max([(machine.began, machine.usd_per_hour or 0.0), *self._history(machine, now)])[1]
 
     def on_demand_usd(self, instance_type: str, region: str) -> float | None:
         """Return the on-demand price in dollars per hour; None if unknown."""
@@ -176,10 +202,21 @@ class MachineRecords:
         if machine.market != SPOT:
             return []
         try:
-            found = self._cloud.spot_prices(machine.region, [machine.instance_type], machine.began, until)
+            found = self._spot_prices(machine, until)
         except CloudError:
             return []  # fall back to the price at the beginning
         return [(price.time, price.usd_per_hour) for price in found.get((machine.instance_type, machine.zone), ())]
+
+    def _spot_prices(self, machine: Machine, until: datetime) -> PriceHistory:
+        """Return the prices of a type in a region, for all of the run's machines at once."""
+        key = machine.region, machine.instance_type
+        alike = [one.began for one in self.ledger.live() if (one.region, one.instance_type) == key]
+        since = min([machine.began, *alike])
+        known = self._prices.get(key)
+        if known is None or known[0] > since or not -_PRICES_AGE < until - known[1] < _PRICES_AGE:
+            found = self._cloud.spot_prices(machine.region, [machine.instance_type], since, until)
+            known = self._prices[key] = since, until, found
+        return known[2]
 
     def _machine_of(self, one: Instance) -> Machine:
         """Return the record of an instance whose launching process died before recording it."""
@@ -204,4 +241,11 @@ class MachineRecords:
             price_source=price.source if price else "",
             price_time=price.time if price else None,
             on_demand_usd_per_hour=full,
+            disk_usd_per_hour=self.disk_usd_per_hour(one.region),
         )
+
+
+def _disk_usd(machine: Machine, until: datetime) -> float:
+    """Return the cost of a machine's disk; EC2 gives none away, and bills at least a minute."""
+    hours = (billed_until(machine.began, until) - machine.began).total_seconds() / 3600
+    return (machine.disk_usd_per_hour or 0.0) * hours

@@ -1,6 +1,7 @@
-"""Three ways to order a machine.
+"""Three ways to order machines.
 
-`create_fleet` is the way that AWS recommends: one call, EC2 chooses the pool, and only the instance remains.
+`create_fleet` is the way that AWS recommends: one call, EC2 chooses the pools, and only the instances remain. The others order
+one machine.
 `request_spot_instances` and `request_spot_fleet` are for accounts that must use them; AWS calls both legacy and discourages
 them.
 """
@@ -16,6 +17,7 @@ from typing import Any
 from hf_spot.cloud.ec2 import RUN_TAG, Cloud, Image
 from hf_spot.cloud.job import ON_DEMAND, SPOT, Site
 from hf_spot.cloud.ladder import Pool
+from hf_spot.cloud.network import Network
 from hf_spot.errors import CloudError
 
 FLEET_ROLE = "aws-ec2-spot-fleet-tagging-role"
@@ -25,7 +27,7 @@ _POLLS = 24  # a legacy request that is not fulfilled in two minutes is cancelle
 
 @dataclass(frozen=True)
 class Order:
-    """An order for one machine from any of some pools of one region.
+    """An order for machines from any of some pools of one region.
 
     Args:
         token: the same for a repeated call, so that it does not start a second machine.
@@ -38,6 +40,9 @@ class Order:
         disk_gb: size of the encrypted root disk.
         strategy: how EC2 chooses among the pools, as CreateFleet spells it.
         max_price: dollars per hour, or None.
+        count: how many machines; fewer may come.
+        at_least: none at all if fewer than these can be had, in one zone.
+        network: how several machines are connected; None for a single one.
     """
 
     token: str
@@ -50,6 +55,9 @@ class Order:
     disk_gb: int
     strategy: str
     max_price: float | None = None
+    count: int = 1
+    at_least: int = 1
+    network: Network | None = None
 
     @property
     def region(self) -> str:
@@ -62,18 +70,16 @@ class Outcome:
     """The result of an order.
 
     Args:
-        instance_id: id of the machine; None if there is none.
-        pool: pool of the machine.
+        machines: id and pool of each machine.
         refusals: error code and message by (instance type, subnet) of the refused pools.
     """
 
-    instance_id: str | None = None
-    pool: Pool | None = None
+    machines: Sequence[tuple[str, Pool]] = ()
     refusals: Mapping[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
 
 
 def create_fleet(cloud: Cloud, order: Order) -> Outcome:
-    """Order one machine with ``CreateFleet`` of type ``instant``.
+    """Order machines with ``CreateFleet`` of type ``instant``.
 
     https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instant-fleet.html
 
@@ -81,14 +87,26 @@ def create_fleet(cloud: Cloud, order: Order) -> Outcome:
         CloudError: the request itself failed; a refused pool is not an error but part of the outcome.
     """
     market = order.pools[0].market
-    with _template(cloud, order) as template:
+    together: dict[str, Any] = (
+        {"MinTargetCapacity": order.at_least, "SingleAvailabilityZone": True} if order.at_least > 1 else {}
+    )
+    with _templates(cloud, order) as templates:
         capped = market == SPOT and order.max_price is not None
         price: dict[str, Any] = {"MaxPrice": f"{order.max_price:.4f}"} if capped else {}
-        overrides = [{"InstanceType": pool.instance_type, "SubnetId": pool.subnet, **price} for pool in order.pools]
+        configs = [
+            {"LaunchTemplateSpecification": template, "Overrides": [{**_override(order, pool), **price} for pool in pools]}
+            for template, pools in templates
+        ]
         options: dict[str, Any] = (
-            {"OnDemandOptions": {"AllocationStrategy": "lowest-price"}}
+            {"OnDemandOptions": {"AllocationStrategy": "lowest-price", **together}}
             if market == ON_DEMAND
-            else {"SpotOptions": {"AllocationStrategy": order.strategy, "InstanceInterruptionBehavior": "terminate"}}
+            else {
+                "SpotOptions": {
+                    "AllocationStrategy": order.strategy,
+                    "InstanceInterruptionBehavior": "terminate",
+                    **together,
+                }
+            }
         )
         answer = cloud.call(
             "ec2",
@@ -96,21 +114,25 @@ def create_fleet(cloud: Cloud, order: Order) -> Outcome:
             "create_fleet",
             Type="instant",
             ClientToken=order.token,
-            LaunchTemplateConfigs=[{"LaunchTemplateSpecification": template, "Overrides": overrides}],
-            TargetCapacitySpecification={"TotalTargetCapacity": 1, "DefaultTargetCapacityType": market},
+            LaunchTemplateConfigs=configs,
+            TargetCapacitySpecification={"TotalTargetCapacity": order.count, "DefaultTargetCapacityType": market},
             TagSpecifications=[{"ResourceType": "fleet", "Tags": _tags(order.tags)}],
             **options,
         )
-    refusals = {}
-    for error in answer.get("Errors", ()):
-        tried = error.get("LaunchTemplateAndOverrides", {}).get("Overrides", {})
-        key = tried.get("InstanceType", ""), tried.get("SubnetId", "")
-        refusals[key] = error.get("ErrorCode", ""), error.get("ErrorMessage", "")
-    for started in answer.get("Instances", ()):
-        got = started.get("LaunchTemplateAndOverrides", {}).get("Overrides", {})
-        for instance_id in started["InstanceIds"]:
-            return Outcome(instance_id, _pool(order.pools, started.get("InstanceType"), got.get("SubnetId")), refusals)
-    return Outcome(refusals=refusals)
+    subnets = {template["LaunchTemplateId"]: pools[0].subnet for template, pools in templates}
+
+    def place(told: Mapping[str, Any]) -> tuple[str, str]:
+        both = told.get("LaunchTemplateAndOverrides", {})
+        override, template = both.get("Overrides", {}), both.get("LaunchTemplateSpecification", {})
+        return override.get("InstanceType", ""), override.get("SubnetId") or subnets.get(template.get("LaunchTemplateId"), "")
+
+    refusals = {place(one): (one.get("ErrorCode", ""), one.get("ErrorMessage", "")) for one in answer.get("Errors", ())}
+    machines = [
+        (str(instance_id), _pool(order.pools, one.get("InstanceType"), place(one)[1]))
+        for one in answer.get("Instances", ())
+        for instance_id in one["InstanceIds"]
+    ]
+    return Outcome(machines, refusals)
 
 
 def request_spot_instances(cloud: Cloud, order: Order, *, sleep: Callable[[float], object]) -> Outcome:
@@ -153,7 +175,7 @@ def request_spot_instances(cloud: Cloud, order: Order, *, sleep: Callable[[float
             instance_id, *_ = look()  # between the last look and the cancellation it may have been fulfilled
         if instance_id is not None:
             _secure(cloud, pool.region, instance_id, order)
-            return Outcome(instance_id, pool, refusals)
+            return Outcome([(instance_id, pool)], refusals)
         refusals[pool.instance_type, pool.subnet] = code, message
     return Outcome(refusals=refusals)
 
@@ -202,7 +224,7 @@ def request_spot_fleet(cloud: Cloud, order: Order, *, sleep: Callable[[float], o
     if instance_id is None:
         return Outcome(refusals={(pool.instance_type, pool.subnet): ("UnfulfillableCapacity", "") for pool in order.pools})
     found = cloud.call("ec2", region, "describe_instances", InstanceIds=[instance_id])["Reservations"][0]["Instances"][0]
-    return Outcome(instance_id, _pool(order.pools, found["InstanceType"], found.get("SubnetId")))
+    return Outcome([(instance_id, _pool(order.pools, found["InstanceType"], found.get("SubnetId")))])
 
 
 def _poll(look: Callable[[], tuple[str | None, str, str]], sleep: Callable[[float], object]) -> tuple[str | None, str, str]:
@@ -230,15 +252,40 @@ def _secure(cloud: Cloud, region: str, instance_id: str, order: Order) -> None:
 @contextlib.contextmanager
 def _template(cloud: Cloud, order: Order) -> Iterator[dict[str, str]]:
     """Create a launch template for one order, and remove it afterwards."""
-    name = f"hf-spot-{order.token}"
+    with _templates(cloud, order) as templates:
+        yield templates[0][0]
+
+
+@contextlib.contextmanager
+def _templates(cloud: Cloud, order: Order) -> Iterator[Sequence[tuple[dict[str, str], Sequence[Pool]]]]:
+    """Create the launch templates for one order, with the pools of each, and remove them afterwards.
+
+    EC2 takes the network interfaces of a machine, and with them its subnet, from its template alone.
+    """
+    alike: dict[tuple[int, str], list[Pool]] = {}
+    for pool in order.pools:
+        cards = _cards(order, pool)
+        alike.setdefault((cards, pool.subnet if cards else ""), []).append(pool)
+    try:
+        made = []
+        for place, ((cards, subnet), pools) in enumerate(alike.items()):
+            name = f"hf-spot-{order.token}{f'-{place}' if place else ''}"
+            token = f"{order.token}{f'-{place}' if place else ''}"
+            made.append((_make_template(cloud, order, name, token, _launch_data(order, cards, subnet)), pools))
+        yield made
+    finally:
+        cloud.remove_templates(order.region, order.tags[RUN_TAG])
+
+
+def _make_template(cloud: Cloud, order: Order, name: str, token: str, data: Mapping[str, Any]) -> dict[str, str]:
     try:
         made = cloud.call(
             "ec2",
             order.region,
             "create_launch_template",
             LaunchTemplateName=name,
-            ClientToken=order.token,
-            LaunchTemplateData=_launch_data(order),
+            ClientToken=token,
+            LaunchTemplateData=data,
             TagSpecifications=[{"ResourceType": "launch-template", "Tags": _tags(order.tags)}],
         )["LaunchTemplate"]["LaunchTemplateId"]
     except CloudError as error:
@@ -247,24 +294,46 @@ def _template(cloud: Cloud, order: Order) -> Iterator[dict[str, str]]:
             raise
         found = cloud.call("ec2", order.region, "describe_launch_templates", LaunchTemplateNames=[name])
         made = found["LaunchTemplates"][0]["LaunchTemplateId"]
-    try:
-        yield {"LaunchTemplateId": made, "Version": "1"}
-    finally:
-        cloud.remove_templates(order.region, order.tags[RUN_TAG])
+    return {"LaunchTemplateId": made, "Version": "1"}
 
 
-def _launch_data(order: Order) -> dict[str, Any]:
+def _cards(order: Order, pool: Pool) -> int:
+    return 0 if order.network is None else order.network.cards.get((pool.instance_type, pool.subnet), 0)
+
+
+def _override(order: Order, pool: Pool) -> dict[str, str]:
+    kind = {"InstanceType": pool.instance_type}
+    return kind if _cards(order, pool) else {**kind, "SubnetId": pool.subnet}
+
+
+def _launch_data(order: Order, cards: int = 0, subnet: str = "") -> dict[str, Any]:
     disk = {"VolumeSize": order.disk_gb, "VolumeType": "gp3", "Encrypted": True, "DeleteOnTermination": True}
+    tagged = ("instance", "volume", "network-interface") if cards else ("instance", "volume")
     data: dict[str, Any] = {
         "ImageId": order.image.id,
         "UserData": base64.b64encode(order.user_data.encode()).decode(),
         "BlockDeviceMappings": [{"DeviceName": order.image.root_device, "Ebs": disk}],
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 2, "HttpEndpoint": "enabled"},
         "InstanceInitiatedShutdownBehavior": "terminate",
-        "TagSpecifications": [{"ResourceType": kind, "Tags": _tags(order.tags)} for kind in ("instance", "volume")],
+        "TagSpecifications": [{"ResourceType": kind, "Tags": _tags(order.tags)} for kind in tagged],
     }
-    if order.site.security_groups:
-        data["SecurityGroupIds"] = [*order.site.security_groups]
+    groups = [*order.site.security_groups, *([order.network.group] if order.network else [])]
+    if cards:
+        data["NetworkInterfaces"] = [
+            {
+                "DeviceIndex": int(card > 0),
+                "NetworkCardIndex": card,
+                "InterfaceType": "efa",
+                "SubnetId": subnet,
+                "Groups": groups,
+                "DeleteOnTermination": True,
+            }
+            for card in range(cards)
+        ]
+    elif groups:
+        data["SecurityGroupIds"] = groups
+    if order.network and order.network.placement_group:
+        data["Placement"] = {"GroupName": order.network.placement_group}
     if order.site.key_name:
         data["KeyName"] = order.site.key_name
     if order.instance_profile:

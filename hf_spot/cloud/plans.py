@@ -8,11 +8,13 @@ from datetime import datetime
 from typing import Any
 
 from hf_spot.cloud import ec2, quotas
-from hf_spot.cloud.ec2 import Cloud, Image, Subnet
+from hf_spot.cloud.ec2 import Cloud, Image, Kind, Subnet
+from hf_spot.cloud.fleet_size import CLUSTER, ONE, REGION, FleetSize
 from hf_spot.cloud.job import ANY, SPOT, Job, Rung
-from hf_spot.cloud.ladder import Pool, Price, in_order, over_budget
+from hf_spot.cloud.ladder import Pool, Price, Wanted, by_zone, in_order, over_budget
 from hf_spot.cloud.machine_records import MachineRecords
 from hf_spot.errors import CloudError, SpotError
+from hf_spot.yaml_file import Invalid
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Plan:
     Args:
         index: index in the ladder, from 0.
         rung: the rung of the job file.
-        regions: affordable pools by region, in the order in which they are tried.
+        regions: affordable pools by region, in the order in which they are tried; for several machines that must be in one
+            zone, by zone.
         notes: why other pools are skipped.
         over_budget: why pools are too expensive for the remaining budget.
     """
@@ -33,8 +36,8 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     over_budget: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
+    def to_dict(self, size: FleetSize = ONE) -> dict[str, Any]:
+        """Return JSON values, for so many machines."""
         pools = [{**asdict(pool), "price": _plain(pool.price)} for region in self.regions for pool in region]
         return {
             "rung": self.index,
@@ -42,6 +45,7 @@ class Plan:
             "pools": pools,
             "notes": self.notes,
             "too_dear": self.over_budget,
+            **({"machines": {"least": size.least, "most": size.most}} if size.is_fleet else {}),
         }
 
 
@@ -63,6 +67,7 @@ class Planner:
         self._regions: list[str] = []
         self._needs: list[quotas.Need] = []
         self._sites: dict[str, tuple[Image, list[Subnet]]] = {}
+        self._kinds: dict[str, dict[str, Kind]] = {}
 
     @property
     def regions(self) -> list[str]:
@@ -82,6 +87,56 @@ class Planner:
         tried = {region for rung in job.ladder if rung.regions != ANY for region in job.regions_of(rung, self._regions)}
         for region in sorted(tried):
             self.site(region)
+
+    def check_fleet(self) -> None:
+        """Check what only several machines need: as many GPUs on each, and for a placement group one zone and types that fit.
+
+        Raises:
+            ConfigError: the job can't have several machines like this; the message names the key.
+            CloudError: the instance types can't be read.
+        """
+        job = self._job
+        if not job.size.is_fleet:
+            return
+        gpus: dict[str, int] = {}
+        for region in {region for rung in job.ladder if rung.regions != ANY for region in job.regions_of(rung, self._regions)}:
+            kinds = self.kinds(region)
+            gpus |= {name: kind.gpus for name, kind in kinds.items()}
+            alone = [name for name, kind in kinds.items() if not kind.clusters]
+            if job.placement == CLUSTER and alone:
+                raise Invalid(
+                    ("placement",),
+                    f"{alone[0]} can't be in a cluster placement group",
+                    hint="placement: zone, or remove the type",
+                )
+            zones = sorted({subnet.zone for subnet in self.site(region)[1]}) if job.site(region).subnets else []
+            if job.placement == CLUSTER and len(zones) > 1:
+                raise Invalid(
+                    ("subnets",),
+                    f"a cluster placement group is in one zone, and these subnets are in {', '.join(zones)}",
+                    hint=f"subnets: {{{region}: [subnet-…]}} with those of one zone, or placement: region",
+                )
+            nets = sorted({subnet.vpc for subnet in self.site(region)[1]})
+            if len(nets) > 1:
+                raise Invalid(
+                    ("subnets",),
+                    f"machines that train together are in one VPC, and these are in {', '.join(nets)}",
+                    hint=f"subnets: {{{region}: [subnet-…]}} with those of one VPC",
+                )
+        if len(set(gpus.values())) > 1:
+            shown = ", ".join(f"{name} has {count}" for name, count in sorted(gpus.items(), key=lambda one: (-one[1], one[0])))
+            raise Invalid(
+                ("ladder",),
+                f"machines that train together have as many GPUs each, and {shown}",
+                hint="one job file for each number of GPUs, or remove the other types from the ladder",
+            )
+
+    def kinds(self, region: str) -> dict[str, Kind]:
+        """Return the instance types of the ladder that a region offers."""
+        if region not in self._kinds:
+            types = sorted({name for rung in self._job.ladder for name in rung.instance_types})
+            self._kinds[region] = self._cloud.kinds(region, types)
+        return self._kinds[region]
 
     def read_quotas(self) -> None:
         """Query the quotas. Raise CloudError when they can't be read; those read before stay in force."""
@@ -111,19 +166,31 @@ class Planner:
 
     # -- the offers of the rungs --------------------------------------------------------------------------------------
 
-    def plans(self) -> Iterator[Plan]:
-        """Yield the current offer of each rung, in the ladder's order; each rung is queried when it is reached."""
-        for index in range(len(self._job.ladder)):
-            yield self._plan(index)
+    def plans(self, wanted: Wanted | None = None) -> Iterator[Plan]:
+        """Yield the current offer of each rung, in the ladder's order; each rung is queried when it is reached.
 
-    def _plan(self, index: int) -> Plan:
+        Args:
+            wanted: the machines to look for; default: as many as the job needs, wherever they are.
+        """
+        size = self._job.size
+        wanted = wanted or Wanted(size.most, size.least, size.least, one_zone=size.is_fleet and self._job.placement != REGION)
+        for index in range(len(self._job.ladder)):
+            yield self._plan(index, wanted)
+
+    def _plan(self, index: int, wanted: Wanted) -> Plan:
         rung = self._job.ladder[index]
-        regions = self._job.regions_of(rung, self._regions)
+        regions = [one for one in self._job.regions_of(rung, self._regions) if wanted.region in ("", one)]
         plan = Plan(index, rung)
+        if not regions:
+            plan.notes.append(f"the other machines are in {wanted.region}")
+            return plan
+        if rung.market != SPOT and not wanted.needed:
+            plan.notes.append("on-demand machines are taken up to the minimum of `machines` only")
+            return plan
         blocked = quotas.blocked(self._needs, index)
         services = "ec2", "ssm", "pricing"
         answers = self._cloud.each(regions, lambda region: self._pools(rung, region, blocked), services=services)
-        pools = [pool for offered, _ in answers for pool in offered]
+        pools = [pool for offered, _ in answers for pool in offered if wanted.admits(pool)]
         plan.notes.extend(note for _, notes in answers for note in notes)
         if rung.market == SPOT and pools:
             try:
@@ -132,11 +199,13 @@ class Planner:
             except CloudError as error:
                 plan.notes.append(f"no placement scores: {error.args[0]}")
         left = self.left_usd()
-        hours = self._records.ledger.hours_left(self._job.hours)
+        hours = self.hours_left()
+        few = max(1, wanted.needed)
         for found in in_order(pools, rung, regions):
-            plan.over_budget.extend(why for pool in found if (why := over_budget(pool, left, hours)))
-            if affordable := [pool for pool in found if not over_budget(pool, left, hours)]:
-                plan.regions.append(affordable)
+            dear = {pool: over_budget(pool, left, hours, few, wanted.running_usd) for pool in found}
+            plan.over_budget.extend(why for why in dear.values() if why)
+            if affordable := [pool for pool in found if not dear[pool]]:
+                plan.regions.extend(by_zone(affordable) if wanted.one_zone else [affordable])
         if not pools and not plan.notes:
             plan.notes.append(f"{', '.join(rung.instance_types)}: no price and therefore no capacity in {', '.join(regions)}")
         elif pools and not plan.regions and not plan.over_budget:
@@ -179,19 +248,28 @@ class Planner:
         """Return the remaining budget in dollars."""
         return self._job.max_spend - self._records.spent_usd()
 
+    def hours_left(self) -> float | None:
+        """Return the remaining hours of the training; None if unknown."""
+        return self._records.ledger.hours_left(self._job.hours)
+
 
 def _plain(price: Price | None) -> dict[str, Any] | None:
     return None if price is None else {**asdict(price), "time": price.time.isoformat()}
 
 
-def render_plan(plan: Plan) -> str:
-    """Format the offer of a rung, one pool per line."""
+def render_plan(plan: Plan, size: FleetSize = ONE) -> str:
+    """Format the offer of a rung, one pool per line; of several machines also what they cost together."""
     rung = plan.rung
     where = rung.regions if isinstance(rung.regions, str) else ", ".join(rung.regions)
     lines = [f"rung {plan.index}: {rung.market} {', '.join(rung.instance_types)}, regions: {where}"]
     for pool in (pool for region in plan.regions for pool in region):
         assert pool.price is not None
         score = "" if pool.score is None else f", placement score {pool.score} of 10"
-        price = f"${pool.price.usd_per_hour:.4f}/h ({pool.price.source}, {pool.price.time:%Y-%m-%d %H:%M} UTC)"
+        usd = pool.price.usd_per_hour
+        price = f"${usd:.4f}/h ({pool.price.source}, {pool.price.time:%Y-%m-%d %H:%M} UTC)"
+        if size.is_fleet:
+            price += f", {size} machines ${usd * size.least:.2f}/h" + (
+                f" to ${usd * size.most:.2f}/h" if size.least < size.most else ""
+            )
         lines.append(f"{pool.instance_type} in {pool.zone}: {price}{score}")
     return "\n    ".join([*lines, *plan.over_budget, *plan.notes])

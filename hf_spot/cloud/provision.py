@@ -1,4 +1,4 @@
-"""Provisioning: walk the ladder of a job file to get a machine, and with ``--watch`` repeat until the run is finished.
+"""Provisioning: walk the ladder of a job file to get machines, and with ``--watch`` repeat until the run is finished.
 
 This process may die at any moment and be restarted elsewhere. All state is in the run's journal and in the instances' tags
 (`hf_spot.cloud.machine_records`); what is cached here can be queried again.
@@ -8,35 +8,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any
 
-from hf_spot.cloud import ec2, orders
+from hf_spot.cloud import ec2
 from hf_spot.cloud.ec2 import Cloud, Instance
-from hf_spot.cloud.ec2_errors import NEXT_RUNG, explain
-from hf_spot.cloud.job import SHUTDOWN, SPOT, Job
-from hf_spot.cloud.ladder import Pool, minutes_affordable, pause_s, untried
+from hf_spot.cloud.fleet import Fleet
+from hf_spot.cloud.job import SHUTDOWN, Job
+from hf_spot.cloud.ladder import pause_s
 from hf_spot.cloud.ledger import FRUITLESS_MACHINES, Machine
 from hf_spot.cloud.machine import LOGS
 from hf_spot.cloud.machine_records import MachineRecords
-from hf_spot.cloud.orders import Order, Outcome
-from hf_spot.cloud.plans import Plan, Planner
+from hf_spot.cloud.plans import Planner
 from hf_spot.cloud.user_data import render
-from hf_spot.cloud.wheel import Wheel, put, wheel_for
+from hf_spot.cloud.walk import FLEET, OVER_BUDGET, SPOT_FLEET, SPOT_REQUEST, Say, Walker
+from hf_spot.cloud.wheel import wheel_for
 from hf_spot.errors import CloudError, ConfigError, NoCapacity, StoreUnavailable
 from hf_spot.run.run import Run
 from hf_spot.run.seal import VARIABLE as JOURNAL_KEY
 
-FLEET, SPOT_REQUEST, SPOT_FLEET = "fleet", "spot-request", "spot-fleet"
 APIS = (FLEET, SPOT_REQUEST, SPOT_FLEET)
 POLL_S = 30.0
 _TURN_S = 5.0  # between checks whether another process has got a machine
 _LAST_MINUTES_S = 180.0  # reserved in the budget: a machine still costs this long after the order to terminate
 _SHUTDOWN_POLLS = 20
-_OVER_BUDGET = "MaxSpend"
-
-Say = Callable[[str, dict[str, Any]], None]
 
 
 class Provisioner:
@@ -69,9 +63,10 @@ class Provisioner:
         self._now = now
         self._sleep = sleep
         self._say = say
-        self._is_in_store = False
-        self.records = MachineRecords(run, cloud, now=now)
+        self.records = MachineRecords(run, cloud, now=now, disk_gb=job.disk_gb)
         self.planner = Planner(job, cloud, self.records, now=now)
+        self._walker = Walker(job, cloud, self.records, self.planner, api=api, sleep=sleep, say=say, tell=self._say_machine)
+        self.fleet = Fleet(job, cloud, self.records, self.planner, self._walker, now=now, say=say)
 
     # -- before anything costs money ----------------------------------------------------------------------------------
 
@@ -88,6 +83,11 @@ class Provisioner:
                 f"deadline: {job.deadline:%Y-%m-%d %H:%M} UTC is in the past", hint="set a later deadline, or remove it"
             )
         self.planner.check_sites()
+        self.planner.check_fleet()
+        if job.size.is_fleet and self._api != FLEET:
+            raise ConfigError(
+                f"machines: {job.size}: --api {self._api} orders one machine at a time", hint=f"omit --api, or --api {FLEET}"
+            )
         render(job, [], 1, wheel=wheel_for(job.store, os.environ))
         if os.environ.get(JOURNAL_KEY) and JOURNAL_KEY not in job.run:
             raise ConfigError(
@@ -138,112 +138,83 @@ class Provisioner:
             raise
 
     def _walk(self, token: str) -> Machine:
-        self.planner.forget_sites()  # images and networks may have changed since
-        refused: list[str] = []
-        expensive: list[str] = []
-        for plan in self.planner.plans():
-            found = None
-            expensive += plan.over_budget
-            refused += [f"rung {plan.index}: {note}" for note in plan.notes]
-            for pools in plan.regions:
-                found = self._try(plan, pools, token, refused)
-                if found is not None:
-                    machine = self.records.started(*found, plan.index)
-                    self._say_machine("started", machine)
-                    return machine
-        details = "".join(f"\n  {line}" for line in [*refused, *expensive])
-        if expensive and not refused:
-            raise CloudError(
-                f"the rest of max_spend does not cover any machine:{details}", hint="raise max_spend", code=_OVER_BUDGET
-            )
-        raise NoCapacity(
-            f"no capacity available on any rung of the ladder:{details}",
-            hint="try again later, use --watch, or add instance types or `regions: any` to the ladder",
-        )
+        return self._walker.one(token)
 
-    def _try(self, plan: Plan, pools: list[Pool], token: str, refused: list[str]) -> tuple[str, Pool] | None:
-        """Try one region's pools. Return the instance and its pool, or None, with the reasons added to ``refused``."""
-        attempt = 0
-        while pools:
-            order = self._order(plan, pools, ec2.token_for(token, plan.index, pools[0].region, attempt))
+    # -- several machines ---------------------------------------------------------------------------------------------
+
+    def provision_several(self) -> list[Machine]:
+        """Return the machines of a run for which several train, running and new ones; none if the run is finished.
+
+        Raises:
+            NoCapacity: fewer than the job needs are to be had at the moment; those that were started are ended.
+            CloudError: the remaining budget or time is too small, or the cloud refused.
+        """
+        self.check()
+        self.records.refresh()
+        before = {machine.instance_id for machine in self.records.ledger.live()}
+        self._fill(fresh=True)
+        live = self.records.ledger.live()
+        if self.records.state.ended == "finished":
+            return []
+        if len(live) < self._job.size.least:
+            why = self.records.ledger.why_missing
+            new = [machine for machine in live if machine.instance_id not in before]
+            self.fleet.end(new, f"{len(live)} of at least {self._job.size.least} machines are of no use")
+            raise NoCapacity(
+                f"{len(live)} of at least {self._job.size.least} machines could be had, and those that were new are ended"
+                f"{f': {why}' if why else ''}",
+                hint="try again later, use --watch, or add instance types or `regions: any` to the ladder",
+            )
+        return live
+
+    def _fill(self, *, fresh: bool) -> bool:
+        """Start the machines that are missing, or give back those that are too many. Return whether all are there now."""
+        while True:
+            self.records.refresh()
+            alive = self.records.reconcile(self.records.find_instances(self.planner.regions), self.planner.regions)
+            if self.records.state.ended == "finished":
+                return True
+            if fresh:
+                ids = {one.id for one in alive}
+                for machine in self.records.ledger.live():
+                    if machine.instance_id in ids:
+                        self._say_machine("found", machine)
+            self._check_money_and_time()
+            wanted = self.fleet.look(alive, fresh=fresh)
+            if wanted is None:
+                return True
+            token = self.records.start_walk(fresh=fresh, machines=str(self._job.size))
+            if token is not None:
+                break
+            self._sleep(_TURN_S)
+        try:
+            return not self.fleet.fill(token, wanted).why
+        except BaseException as error:
+            if self.records.ledger.walk is not None:
+                self.records.record("refused", **({"why": str(error.args[0])} if isinstance(error, CloudError) else {}))
+            raise
+
+    def _keep_several(self, alive: Sequence[Instance], *, fresh: bool) -> None:
+        """Take one look at the machines, and do what there is to do. Raises as `watch`."""
+        if not fresh:
+            if alive:
+                self._check_money_and_time()
+            if self.fleet.look(alive, fresh=False) is None or not self.fleet.is_time_to_walk():
+                return
+        why = ""
+        try:
+            got_all = self._fill(fresh=fresh)
+        except CloudError as error:
+            if not (isinstance(error, NoCapacity) or (error.code == OVER_BUDGET and self.records.ledger.live())):
+                raise
+            got_all, why = False, str(error.args[0])
+        pause = self.fleet.walked(got_all=got_all)
+        if not got_all:
+            live = len(self.records.ledger.live())
             self._say(
-                f"rung {plan.index}: requesting {', '.join(map(str, pools))}",
-                {"event": "asking", "rung": plan.index, "region": order.region, "pools": len(pools)},
+                f"{live} of {self._job.size} machines: {why or self.records.ledger.why_missing}\n  next try in {pause:.0f} s",
+                {"event": "no-capacity", "pause_s": pause, "machines": live},
             )
-            try:
-                outcome = self._send(order)
-            except CloudError as error:
-                if error.code not in NEXT_RUNG and not ec2.is_temporary(error):
-                    raise
-                refused.append(f"rung {plan.index}: {error.args[0]}")
-                return None
-            if outcome.instance_id is not None and outcome.pool is not None:
-                return outcome.instance_id, outcome.pool
-            for (kind, subnet), (code, message) in outcome.refusals.items():
-                if code not in NEXT_RUNG:
-                    raise explain(code, message, doing=f"{kind} in {subnet}")
-            codes = {pool: code for pool, (code, _) in outcome.refusals.items()}
-            for pool in pools:
-                code = codes.get((pool.instance_type, pool.subnet), "UnfulfillableCapacity")
-                self._say(f"{pool}: {code}", {"event": "refused", "rung": plan.index, "zone": pool.zone, "code": code})
-                if code != "UnfulfillableCapacity":
-                    refused.append(f"rung {plan.index}: {explain(code, doing=str(pool)).args[0]}")
-            left = untried(pools, codes)
-            if not left:
-                rest = [pool for pool in pools if codes.get((pool.instance_type, pool.subnet), "UnfulfillableCapacity")]
-                refused += [f"rung {plan.index}: no capacity for {pool}" for pool in rest if len(rest) == len(pools)]
-            pools, attempt = left, attempt + 1
-        return None
-
-    def _order(self, plan: Plan, pools: Sequence[Pool], token: str) -> Order:
-        job, region = self._job, pools[0].region
-        prices = [
-            {
-                "instance_type": pool.instance_type,
-                "zone": pool.zone,
-                "region": pool.region,
-                "market": pool.market,
-                "price_usd_per_hour": pool.price.usd_per_hour,
-                "price_source": pool.price.source,
-                "price_time": pool.price.time.isoformat(),
-                "on_demand_usd_per_hour": self.records.on_demand_usd(pool.instance_type, region),
-            }
-            for pool in pools
-            if pool.price is not None
-        ]
-        return Order(
-            token=token,
-            pools=pools,
-            image=self.planner.site(region)[0],
-            site=job.site(region),
-            user_data=render(job, prices, minutes_affordable(pools, self.planner.left_usd()), wheel=self._wheel_in_store()),
-            tags={
-                **job.tags,
-                "Name": f"hf-spot {job.name}",
-                ec2.RUN_TAG: ec2.tag_value(self.records.run.url),
-                ec2.RUNG_TAG: str(plan.index),
-            },
-            instance_profile=job.instance_profile,
-            disk_gb=job.disk_gb,
-            strategy=job.strategy,
-            max_price=plan.rung.max_price,
-        )
-
-    def _wheel_in_store(self) -> Wheel | None:
-        """What this process runs, where the machine will look for it. Raises StoreError."""
-        wheel = wheel_for(self._job.store, os.environ)
-        if wheel is not None and not self._is_in_store:
-            put(self.records.run.store, wheel)
-            self._is_in_store = True
-        return wheel
-
-    def _send(self, order: Order) -> Outcome:
-        if order.pools[0].market != SPOT or self._api == FLEET:
-            return orders.create_fleet(self._cloud, order)
-        if self._api == SPOT_REQUEST:
-            return orders.request_spot_instances(self._cloud, order, sleep=self._sleep)
-        # A spot fleet always uses capacity-optimized.
-        return orders.request_spot_fleet(self._cloud, replace(order, strategy="capacity-optimized"), sleep=self._sleep)
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
@@ -254,11 +225,28 @@ class Provisioner:
             CloudError: the budget is spent, the deadline can't be met, or the training itself fails.
         """
         self.check()
+        try:
+            self._watch()
+        except CloudError:
+            self._remove_networks()
+            raise
+        self._remove_networks()
+
+    def _watch(self) -> None:
         begun, fruitless_walks = False, 0
         while True:
             try:
                 pause = POLL_S
-                if self._update() is None:
+                if self._job.size.is_fleet:
+                    before = len(self.records.ledger.live())
+                    alive = self._look()
+                    if self._is_over(begun):
+                        return
+                    if len(self.records.ledger.live()) < before:
+                        self.fleet.hurry()
+                    fresh, begun = not begun, True
+                    self._keep_several(alive, fresh=fresh)
+                elif self._update() is None:
                     if self._is_over(begun):
                         return
                     machine = self._provision(fresh=not begun)
@@ -281,7 +269,12 @@ class Provisioner:
             self._sleep(pause)
 
     def _update(self) -> Instance | None:
-        """Return the live machine, if any, and record machines that have ended."""
+        """Return a live machine, if any, and record machines that have ended."""
+        alive = self._look()
+        return alive[-1] if alive else None
+
+    def _look(self) -> Sequence[Instance]:
+        """Return the live machines, and record those that have ended."""
         ledger = self.records.refresh()
         regions = sorted({machine.region for machine in ledger.live()})
         before = {machine.instance_id for machine in ledger.live()}
@@ -289,7 +282,7 @@ class Provisioner:
         for machine in self.records.ledger.machines:
             if machine.instance_id in before and machine.ended is not None:
                 self._say_machine("ended", machine)
-        return alive[-1] if alive else None
+        return alive
 
     def _is_over(self, begun: bool) -> bool:
         ledger, run = self.records.ledger, self.records.run
@@ -316,13 +309,13 @@ class Provisioner:
         """Raise CloudError when budget or deadline is exhausted, after terminating all machines."""
         job, now, ledger = self._job, self._now(), self.records.ledger
         spent = self.records.spent_usd()
-        per_hour = sum(machine.usd_per_hour or 0.0 for machine in ledger.live())
+        per_hour = sum((machine.usd_per_hour or 0.0) + (machine.disk_usd_per_hour or 0.0) for machine in ledger.live())
         if spent + per_hour * _LAST_MINUTES_S / 3600 >= job.max_spend:
             self._end_all()
             raise CloudError(
                 f"the budget of ${job.max_spend:.2f} is spent: ${self.records.spent_usd():.2f}, step {ledger.step} committed",
                 hint="raise max_spend, and run the same command again",
-                code=_OVER_BUDGET,
+                code=OVER_BUDGET,
             )
         if job.deadline is None:
             return
@@ -365,13 +358,29 @@ class Provisioner:
         spent = self.records.spent_usd()
         self._say(f"total cost of all machines: ${spent:.2f}", {"event": "spent", "usd": round(spent, 6)})
 
+    def _remove_networks(self) -> None:
+        """Remove the groups of several machines, once the machines are gone."""
+        regions = sorted({machine.region for machine in self.records.ledger.machines})
+        if not self._job.size.is_fleet or self.records.ledger.live():
+            return
+        for _ in range(_SHUTDOWN_POLLS):
+            left = self._walker.remove_networks(regions)
+            if not left:
+                return
+            self._sleep(POLL_S)
+        self._say(
+            f"still in use by machines: {', '.join(left)}; remove them later: hf-spot terminate {self.records.run.url}",
+            {"event": "left", "groups": left},
+        )
+
     def _say_machine(self, event: str, machine: Machine) -> None:
         usd = "price unknown" if machine.usd_per_hour is None else f"${machine.usd_per_hour:.4f}/h"
         since = f", {machine.price_time:%Y-%m-%d %H:%M} UTC" if machine.price_time else ""
         price = f"{usd} ({machine.price_source}{since})" if machine.price_source else usd
         text = f"{machine.instance_id}: {machine.instance_type} {machine.market} in {machine.zone}"
         if event == "ended":
-            text = f"{text} ended: {machine.reason or 'no reason given'}, ${machine.cost_usd or 0.0:.2f}"
+            disk = f" and ${machine.disk_usd:.2f} for its disk" if machine.disk_usd else ""
+            text = f"{text} ended: {machine.reason or 'no reason given'}, ${machine.cost_usd or 0.0:.2f}{disk}"
         else:
             text = f"{text}, {price}, rung {machine.rung}{', already running' if event == 'found' else ''}"
         self._say(text, {"event": event, "machine": machine.to_data()})

@@ -6,6 +6,7 @@ future families are supported without a change here.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ class Need:
         market: ``spot`` or ``on-demand``.
         vcpus: vCPUs of one machine; None if the region does not offer the type.
         quota: the quota that applies; None if none was found.
+        machines: how many there must be; with fewer there is no training.
+        most: how many there may be.
     """
 
     rung: int
@@ -53,11 +56,23 @@ class Need:
     market: str
     vcpus: int | None
     quota: Quota | None
+    machines: int = 1
+    most: int = 1
 
     @property
     def blocked(self) -> bool:
         """Return whether the quota is too small for one such machine; unknown quotas do not block."""
-        return self.vcpus is not None and self.quota is not None and self.quota.vcpus < self.vcpus
+        return self.allows == 0
+
+    @property
+    def limits(self) -> bool:
+        """Return whether the quota allows fewer of these machines than may train."""
+        return self.allows is not None and self.allows < self.most
+
+    @property
+    def allows(self) -> int | None:
+        """Return how many such machines the quota allows; None if that is unknown."""
+        return None if self.vcpus is None or self.quota is None else int(self.quota.vcpus // self.vcpus)
 
     @property
     def command(self) -> str:
@@ -66,7 +81,7 @@ class Need:
             return ""
         return (
             f"aws service-quotas request-service-quota-increase --service-code ec2 --region {self.region} "
-            f"--quota-code {self.quota.code} --desired-value {self.vcpus}"
+            f"--quota-code {self.quota.code} --desired-value {self.vcpus * self.most}"
         )
 
 
@@ -119,9 +134,18 @@ def needs(cloud: Cloud, job: Job, regions: Sequence[str]) -> list[Need]:
     def ask(region: str) -> tuple[list[Quota], dict[str, int]]:
         return quotas(cloud, region), cloud.vcpus(region, types)
 
+    many = job.size.least, job.size.most
     answers = dict(zip(queried, cloud.each(queried, ask, services=("ec2", "service-quotas")), strict=True))
     return [
-        Need(index, region, kind, rung.market, answers[region][1].get(kind), quota_for(kind, rung.market, answers[region][0]))
+        Need(
+            index,
+            region,
+            kind,
+            rung.market,
+            answers[region][1].get(kind),
+            quota_for(kind, rung.market, answers[region][0]),
+            *many,
+        )
         for index, region in places
         for rung in [job.ladder[index]]
         for kind in rung.instance_types
@@ -146,28 +170,52 @@ def render(found: Sequence[Need], job: Job) -> str:
         for need in mine:
             quota = need.quota
             has = "no quota found" if quota is None else f"{quota.vcpus:g} of {quota.code} ({quota.name})"
-            mark = "BLOCKED" if need.blocked else "ok"
-            lines.append(f"  {mark:8}{need.region:16}{need.instance_type:18}needs {need.vcpus:>4} vCPUs, has {has}")
+            mark = "BLOCKED" if need.blocked else "limits" if need.limits else "ok"
+            each = f" for each of {job.size} machines" if job.size.is_fleet else ""
+            lines.append(f"  {mark:8}{need.region:16}{need.instance_type:18}needs {need.vcpus:>4} vCPUs{each}, has {has}")
     commands: dict[str, int] = {}
     for need in found:
-        if need.blocked and need.quota is not None and need.vcpus is not None:
+        if (need.blocked or need.limits) and need.quota is not None and need.vcpus is not None:
             key = need.command.rpartition(" ")[0]
-            commands[key] = max(commands.get(key, 0), need.vcpus)
+            commands[key] = max(commands.get(key, 0), need.vcpus * need.most)
     lines += [f"Try: {command} {vcpus}" for command, vcpus in commands.items()]
     return "\n".join(lines)
 
 
 def none_usable(found: Sequence[Need], job: Job) -> CloudError | None:
-    """Return the error if quotas block every pool of every rung, else None. Pure."""
+    """Return the error if the quotas allow too few machines in every region, else None. Pure.
+
+    Machines of several rungs train together, so the quotas of a region add up.
+    """
     real = [need for need in found if need.vcpus is not None]
-    if not real or not all(need.blocked for need in real):
+    regions = {need.region for need in real}
+    if not real or any(_machines(real, region) >= job.size.least for region in regions):
         return None
     first = real[0]
     assert first.quota is not None
     market = "MaxSpotInstanceCountExceeded" if first.market != ON_DEMAND else "VcpuLimitExceeded"
+    if job.size.is_fleet:
+        best = max(regions, key=lambda region: _machines(real, region))
+        return CloudError(
+            f"machines: {job.size} needs {job.size.least} machines in one region, and the quotas of all rungs together allow "
+            f"{_machines(real, best):.0f} in {best}: {first.instance_type} needs {first.vcpus} vCPUs each, and "
+            f"{first.quota.name!r} allows {first.quota.vcpus:g}; `hf-spot quotas` lists all of them",
+            hint=first.command,
+            code=market,
+        )
     return CloudError(
         f"quotas block every rung of the ladder: {first.instance_type} needs {first.vcpus} vCPUs in {first.region}, and "
         f"{first.quota.name!r} allows {first.quota.vcpus:g}; `hf-spot quotas` lists all of them",
         hint=first.command,
         code=market,
     )
+
+
+def _machines(found: Sequence[Need], region: str) -> float:
+    """Return how many machines all quotas of a region together allow; infinite if one of them is unknown."""
+    by_quota: dict[str, float] = {}
+    for need in found:
+        if need.region == region:
+            code = need.quota.code if need.quota else ""
+            by_quota[code] = max(by_quota.get(code, 0), math.inf if need.allows is None else need.allows)
+    return sum(by_quota.values())

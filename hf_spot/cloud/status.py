@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from hf_spot.cloud.ec2 import Cloud
-from hf_spot.cloud.ledger import Machine
+from hf_spot.cloud.ledger import Ledger, Machine
 from hf_spot.cloud.machine_records import MachineRecords
+from hf_spot.cloud.network import Networks
 
 
-def terminate(records: MachineRecords, cloud: Cloud) -> list[Machine]:
-    """End all machines of a run, tell a ``--watch`` to start no other, and remove their launch templates.
+def terminate(records: MachineRecords, cloud: Cloud, note: Callable[[str], object] = lambda text: None) -> list[Machine]:
+    """End all machines of a run, tell a ``--watch`` to start no other, and remove their launch templates and groups.
+
+    A group that machines still use while they shut down is noted; the ``--watch``, or the next call, removes it.
 
     Raises:
         CloudError: the cloud refused.
@@ -24,6 +28,10 @@ def terminate(records: MachineRecords, cloud: Cloud) -> list[Machine]:
         cloud.terminate(region, [one.id for one in alive if one.region == region], stop=True)
     for region in sorted({one.region for one in alive} | {machine.region for machine in records.ledger.machines}):
         cloud.remove_templates(region, records.run.url)
+    if records.ledger.wanted:
+        regions = sorted({machine.region for machine in records.ledger.machines})
+        if left := Networks(cloud, records.run.url, {}).remove(regions):
+            note(f"still in use while machines shut down: {', '.join(left)}; later: hf-spot terminate {records.run.url}")
     ids = {one.id for one in alive}
     gone = {one.id: one for one in records.find_instances(sorted({one.region for one in alive}))} if alive else {}
     for machine in records.ledger.live():
@@ -57,7 +65,7 @@ def status(records: MachineRecords, cloud: Cloud | None) -> dict[str, Any]:
         state = "ended" if machine.ended else now.state if now else "gone"
         machines.append({**machine.to_data(), "state": state})
     unwritten = [one.id for one in found.values() if one.id not in {machine.instance_id for machine in ledger.machines}]
-    return {
+    known: dict[str, Any] = {
         "run": records.run.url,
         "ended": records.state.ended,
         "step": ledger.step,
@@ -66,6 +74,33 @@ def status(records: MachineRecords, cloud: Cloud | None) -> dict[str, Any]:
         "spent_usd": round(records.spent_usd(), 6),
         "machines": machines,
         "not_in_the_journal": unwritten,
+    }
+    if ledger.wanted and records.state.ended != "finished":
+        known["fleet"] = _fleet(ledger, records)
+    return known
+
+
+def _fleet(ledger: Ledger, records: MachineRecords) -> dict[str, Any]:
+    """Return how many machines there are, how many are missing, and why."""
+    least, _, most = ledger.wanted.partition(":")
+    live = ledger.live()
+    missing = max(0, int(most or least) - len(live))
+    why = ""
+    if missing:
+        why = "terminated on request" if ledger.stopped else ledger.why_missing
+        if not why and ledger.walk is not None:
+            why = "they are being asked for"
+        if not why and (ended := [one for one in ledger.machines if one.ended]):
+            last = max(ended, key=lambda one: one.ended or one.began)
+            why = f"{last.instance_id} ended ({last.reason}); hf-spot provision --watch replaces it"
+    return {
+        "wanted": ledger.wanted,
+        "least": int(least),
+        "most": int(most or least),
+        "live": len(live),
+        "missing": missing,
+        "why_missing": why,
+        "usd_per_hour": round(sum(records.usd_per_hour_now(one) for one in live), 6),
     }
 
 
@@ -77,9 +112,14 @@ def render_status(known: dict[str, Any]) -> str:
         f"{known['run']}: {known['ended'] or 'not ended'}, step {known['step']}{of} committed{hours}, ${known['spent_usd']:.2f}"
     )
     lines = [head]
+    if fleet := known.get("fleet"):
+        lines.append(f"  {fleet['live']} of {fleet['wanted']} machines, ${fleet['usd_per_hour']:.4f}/h")
+        if fleet["missing"]:
+            lines.append(f"  {fleet['missing']} missing: {fleet['why_missing'] or 'not asked for yet'}")
     for one in known["machines"]:
         usd = "?" if one["usd_per_hour"] is None else f"${one['usd_per_hour']:.4f}/h"
         cost = "" if one["cost_usd"] is None else f", ${one['cost_usd']:.2f}"
+        cost += f" + ${one['disk_usd']:.2f} disk" if one["disk_usd"] else ""
         kind = f"{one['instance_type']} {one['market']} in {one['zone']}"
         why = f" ({one['reason']})" if one["reason"] else ""
         lines.append(f"  {one['instance_id']}  {kind}  {usd}  since {one['began'][:16]}  {one['state']}{why}{cost}")

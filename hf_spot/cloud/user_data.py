@@ -164,6 +164,8 @@ def render(
     """
     leaves = job.on_finish == SHUTDOWN
     variables = {"HF_SPOT_STORE": job.store, "AWS_REGION": job.region}
+    if job.size.is_fleet:
+        variables["HF_SPOT_NUM_MACHINES"] = job.size.option
     variables |= {name: environ[name] for name in (KMS_KEY_VARIABLE, OWNER_VARIABLE) if environ.get(name)}
     ending = _LEAVE.format(preempted=EXIT_PREEMPTED, minutes=_RECLAIM_MINUTES, fenced=EXIT_FENCED, retire=retire)
     copy = f'aws s3 cp {LOG} {shlex.quote(job.store)}/logs/"$(hostname)".log || true'

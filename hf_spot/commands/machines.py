@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def add_to(commands: Any) -> None:
     """Add ``provision``, ``prices``, ``quotas``, ``terminate``, ``status``, ``sky`` and ``doctor``."""
     provision = add_command(
-        commands, "provision", _provision, "start a machine on EC2 that trains a job, by a ladder of fallbacks"
+        commands, "provision", _provision, "start machines on EC2 that train a job, by a ladder of fallbacks"
     )
     takes_job(provision, optional=True)
     provision.add_argument("--example", action="store_true", help="print a job file with every key, and what each means (YAML)")
@@ -88,7 +88,9 @@ def add_to(commands: Any) -> None:
     takes_json(doctor)
     checks = doctor.add_subparsers(title="checks", metavar="CHECK")
     iam = add_command(checks, "iam", _doctor_iam, "print the minimal IAM policy for a role (JSON)")
-    iam.add_argument("--store", metavar="URL", required=True, help="URL of the run: s3://bucket/prefix")
+    whose = iam.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--store", metavar="URL", help="of the machines that train the run at this URL: s3://bucket/prefix")
+    whose.add_argument("--job", metavar="FILE", type=Path, help="of whoever provisions machines for this job file")
 
 
 def _now() -> datetime:
@@ -111,7 +113,8 @@ def _provision(args: argparse.Namespace) -> int:
         raise ConfigError("the following arguments are required: JOB", hint="hf-spot provision --example > job.yaml")
     from hf_spot.cloud.job import load
     from hf_spot.cloud.plans import render_plan
-    from hf_spot.cloud.provision import FLEET, Provisioner
+    from hf_spot.cloud.provision import Provisioner
+    from hf_spot.cloud.walk import FLEET
 
     def say(text: str, event: dict[str, Any]) -> None:
         if args.json:
@@ -127,11 +130,14 @@ def _provision(args: argparse.Namespace) -> int:
         provisioner.check()
         provisioner.records.refresh()
         for plan in provisioner.planner.plans():
-            say(render_plan(plan), {"event": "plan", **plan.to_dict()})
+            say(render_plan(plan, job.size), {"event": "plan", **plan.to_dict(job.size)})
         left = provisioner.planner.left_usd()
         say(f"${left:.2f} of ${job.max_spend:.2f} left; nothing was started", {"event": "budget", "left_usd": left})
     elif args.watch:
         provisioner.watch()
+    elif job.size.is_fleet:
+        if not provisioner.provision_several():
+            say(f"{job.store} is finished: nothing to do", {"event": "finished"})
     elif provisioner.provision() is None:
         say(f"{job.store} is finished: nothing to do", {"event": "finished"})
     return 0
@@ -176,7 +182,7 @@ def _terminate(args: argparse.Namespace) -> int:
     cloud = _cloud()
     records = MachineRecords(open_run(args.run), cloud, now=_now)
     try:
-        gone = terminate(records, cloud)
+        gone = terminate(records, cloud, lambda text: args.quiet or print(f"hf-spot: {text}", file=sys.stderr))
     except CloudError as error:
         if had_machines(records):
             raise
@@ -271,6 +277,12 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _doctor_iam(args: argparse.Namespace) -> int:
+    if args.job is not None:
+        from hf_spot.cloud import permissions
+        from hf_spot.cloud.job import load
+
+        print_json(permissions.policy(load(args.job)))
+        return 0
     from hf_spot.storage.iam import policy
 
     print_json(policy(args.store))

@@ -19,6 +19,7 @@ from hf_spot.commands.common import (
     print_json,
     print_table,
     progress_bar,
+    setting_help,
     takes_json,
     takes_run,
     takes_step,
@@ -73,6 +74,7 @@ def add_to(commands: Any) -> None:
     prune.add_argument(
         "--save-total-limit", type=int, required=True, metavar="N", help="newest checkpoints to keep, besides the best"
     )
+    prune.add_argument("--keep-every", type=int, metavar="N", help=setting_help("keep_every"))
     prune.add_argument("--dry-run", action="store_true", help="list what would be removed, and remove nothing")
     takes_json(prune)
 
@@ -112,7 +114,7 @@ def _ls(args: argparse.Namespace) -> int:
     from hf_spot.run.below import what_is_there
 
     run = open_run(args.run)
-    checkpoints = run.checkpoints()
+    checkpoints = [*run.weights(), *run.checkpoints()]
     if args.json:
         told = [{**dataclasses.asdict(one.ref), "time": one.time.isoformat(), "reason": one.reason} for one in checkpoints]
         print_json(told)
@@ -145,8 +147,9 @@ def _verify(args: argparse.Namespace) -> int:
         run = open_run(args.run)
         step = find_checkpoint(run, args.step).step if args.step == BEST else args.step
         run.find(step)
-        chosen = [ref for ref in run.journal.state.checkpoints if step in (None, ref.step)]
-        names = {ref.entry: ref.prefix for ref in run.journal.state.checkpoints}
+        refs = (*run.journal.state.checkpoints, *run.journal.state.weights)
+        chosen = [ref for ref in refs if step in (None, ref.step)]
+        names = {ref.entry: ref.prefix for ref in refs}
         with progress_bar(args, "verify", sum(ref.size_bytes for ref in chosen)) as bar:
             found = {names[entry]: problems for entry, problems in run.verify(step, progress=bar).items()}
     if args.json:
@@ -217,12 +220,16 @@ def _publish(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    from hf_spot.policy.retention import to_prune
+    from hf_spot.policy.retention import milestones, to_prune
 
+    if args.keep_every is not None and args.keep_every < 1:
+        raise ConfigError(f"--keep-every {args.keep_every} must be at least 1 step", hint="--keep-every 1000, or leave it out")
     run = open_run(args.run, allow_unfenced_store=args.allow_unfenced_store)
     run.find()  # a typo in the URL must not create a new run
     if args.dry_run:
-        gone = to_prune(run.state().checkpoints, args.save_total_limit)
+        refs = run.state().checkpoints
+        lasting = milestones(refs, args.keep_every, run.journal.state.weights) if args.keep_every else []
+        gone = [ref for ref in to_prune(refs, args.save_total_limit) if ref not in lasting]
         lines = [f"checkpoint-{ref.step} would be pruned, {megabytes(ref.size_bytes)}" for ref in gone]
         if args.json:
             print_json([dataclasses.asdict(ref) for ref in gone])
@@ -230,7 +237,7 @@ def _prune(args: argparse.Namespace) -> int:
             print("\n".join(lines) or "nothing to prune")
         return 0
     run.join()
-    gone = run.prune(args.save_total_limit)
+    gone = run.prune(args.save_total_limit, keep_every=args.keep_every)
     if args.json:
         print_json([dataclasses.asdict(ref) for ref in gone])
     else:
@@ -243,11 +250,11 @@ def _report(args: argparse.Namespace) -> int:
 
     if args.follow:
         return follow_run(args.run, interval_s=FOLLOW_INTERVAL_S, once=False, as_json=args.json)
-    from hf_spot.economics.report import summarise
+    from hf_spot.economics.shown import report_of
     from hf_spot.economics.table import render_report
 
     run = open_run(args.run)
-    report = summarise(run.events())
+    report = report_of(run)
     if args.plot or args.html:
         _draw(args, run, report)
     if args.json:

@@ -11,9 +11,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from hf_spot.arguments import SpotArguments
 from hf_spot.aws_errors import Kind, code_of, explain
 from hf_spot.doctor.finding import FAIL, OK, WARN, Finding, Notice
 from hf_spot.errors import AccessDenied, ObjectNotFound, SpotError, StoreNotFencing
+from hf_spot.policy.requests import WRITE_USD, writes_of_commit
+from hf_spot.run.journal import CheckpointRef
 from hf_spot.run.run import Run
 from hf_spot.storage.probe import FOLDER, answer, probe
 from hf_spot.storage.store import ObjectStore, fences
@@ -86,13 +89,26 @@ def examine(
                 OK,
                 "run",
                 f"{len(state.checkpoints)} checkpoints, the newest of step {newest.step} with {_size(newest.size_bytes)}"
-                + (f"; {state.ended}" if state.ended else ""),
+                + (f"; {state.ended}" if state.ended else "")
+                + _requests(run, newest),
             )
         else:
             yield Finding(OK, "run", "no checkpoint yet")
     if usable:
         yield _bandwidth(run.store, f"{key}-large", size_bytes, notice, clock)
     return size_bytes
+
+
+def _requests(run: Run, newest: CheckpointRef) -> str:
+    """Return what a commit costs in requests; empty for a directory, or if the newest one can't be read."""
+    found = _tried(lambda: run.checkpoint(newest), run.url)
+    if isinstance(found, SpotError) or "://" not in run.url:
+        return ""
+    writes, most = writes_of_commit(file.size for file in found.files), SpotArguments().max_writes_per_hour
+    is_s3 = run.url.startswith("s3://")
+    cost, bound = (f" (${writes * WRITE_USD:.6f})", f", ${most * WRITE_USD:.2f}") if is_s3 else ("", "")
+    added = f"--cadence auto at most {most:,} per hour{bound} (--max-writes-per-hour)"
+    return f"; a commit makes about {writes} writes{cost}, and {added}"
 
 
 def _place(place: Place, home: str | None, now: datetime) -> Iterator[Finding]:

@@ -7,7 +7,16 @@ from html import escape
 from pathlib import Path
 
 from hf_spot.economics.report import Report
-from hf_spot.economics.table import WORDS_MEAN, launch_rows, machine_rows, money_lines, redone_lines, time_rows, tracker_lines
+from hf_spot.economics.table import (
+    WORDS_MEAN,
+    last_words_lines,
+    launch_rows,
+    machine_rows,
+    money_lines,
+    redone_lines,
+    time_rows,
+    tracker_lines,
+)
 from hf_spot.errors import ConfigError
 
 _NUMBER = re.compile(r"[-+$~<>?]*[\d,.]*( ?(%|s|min|h|d|MB|→\d+))?$")  # with its unit, a span of steps, or an empty cell
@@ -55,7 +64,8 @@ def page(report: Report, url: str, picture: str | None) -> str:
         parts += [f'<figure role="img" aria-label="timeline of the run">{picture}</figure>']
         parts += ["<h2>Where the time went</h2>", table([["", "time", "share", ""], *time_rows(report)])]
         parts += ["<h2>Launches</h2>", collapsed(launch_rows(report), "launches")]
-        parts += [f"<p>{escape(line)}</p>" for line in (*redone_lines(report), *tracker_lines(report))]
+        told = (*last_words_lines(report), *redone_lines(report), *tracker_lines(report))
+        parts += [f"<p>{escape(line)}</p>" for line in told]
         machines = machine_rows(report)
         parts += ["<h2>Machines and prices</h2>", collapsed(machines, "machines")] if len(machines) > 1 else []
         parts += ["<h2>Cost</h2>", *(f"<p>{escape(line)}</p>" for line in money_lines(report))]

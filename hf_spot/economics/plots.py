@@ -24,6 +24,7 @@ COLOURS = {
     "saving": "#0072B2",
     "restoring": "#56B4E9",
     "starting": "#E69F00",
+    "idle": "#F0E442",
     "ending": "#CC79A7",
     "other": "#BBBBBB",
     "waiting": "#555555",

@@ -16,21 +16,26 @@ from typing import Any
 
 from hf_spot.notices.notice import NoticeKind
 from hf_spot.policy.redone import Redone, in_words
+from hf_spot.policy.requests import heartbeats_in, writes_of_entry
 from hf_spot.run.journal import BY_HAND, ENDINGS, TRAINING_KEY, Entry
+from hf_spot.run.last_words import KIND as LOST
+from hf_spot.run.last_words import LastWords
+from hf_spot.run.machine_info import BY_LAUNCHER
 
-PARTS = ("training", "redoing", "saving", "restoring", "starting", "ending", "other")
+PARTS = ("training", "redoing", "saving", "restoring", "starting", "idle", "ending", "other")
 PART_MEANS = {
     "training": "steps done for the first time, and evaluations",
     "redoing": "steps done again after they were lost",
     "saving": "training paused for a save",
     "restoring": "fetching and verifying the checkpoint",
     "starting": "from the claim to the first step, without the restore",
+    "idle": "between two trainings of one process, such as two cells of a notebook",
     "ending": "from a notice to the last entry, after the last step and save",
     "other": "the end of the last upload, and unmeasured time",
     "waiting": "no machine was running the training",
 }
 FREE_FIRST_HOUR = "https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/billing-for-interrupted-spot-instances.html"
-_INNER = ("process", "training", "marks", "first_notice", "terminated_since")
+_INNER = ("process", "training", "marks", "resumed", "committed", "idle_s", "first_notice", "terminated_since")
 _WORDS = ("resumed", "redone", "commit", "notice", "hang", *ENDINGS)
 
 
@@ -112,7 +117,9 @@ class Launch:
         ended: ``preempted``, ``finished``, ``failed``, or ``no word`` if the journal has no end of it.
         last_heard: time of its last entry.
         notice_to_commit_s: seconds from its first notice to the resulting commit; None without one.
-        steps_lost: steps trained but not committed when it ended; None if unknown (``no word``).
+        steps_lost: steps trained but not committed when it ended; None if unknown.
+        known_by: how that is known of a launch without a recorded end: ``steps file`` of its machine, exact, or ``heartbeat``,
+            at most a minute before; None if the journal has its end, or nothing is known.
         steps_redone: number of its steps that a previous launch had already done.
         waited_s: seconds without a machine before this launch.
         wall_s: seconds from ``began`` to ``last_heard``.
@@ -139,6 +146,7 @@ class Launch:
     ended: str = "no word"
     notice_to_commit_s: float | None = None
     steps_lost: int | None = None
+    known_by: str | None = None
     steps_redone: int = 0
     waited_s: float = 0.0
     wall_s: float = 0.0
@@ -148,6 +156,9 @@ class Launch:
     process: tuple[Any, ...] = field(default=(), repr=False)
     training: int = field(default=1, repr=False)
     marks: list[Mark] = field(default_factory=list, repr=False)
+    resumed: dict[int, int] = field(default_factory=dict, repr=False)  # by training, the newest commit at its claim
+    committed: dict[int, int] = field(default_factory=dict, repr=False)  # by training, its newest commit
+    idle_s: float = field(default=0.0, repr=False)
     first_notice: datetime | None = field(default=None, repr=False)
     terminated_since: datetime | None = field(default=None, repr=False)
 
@@ -222,6 +233,7 @@ class Report:
         on_demand_usd: on-demand cost of that time, where the price is known.
         on_demand_unpriced_s: part of ``on_demand_s`` without a known price.
         saved_usd: the difference; None unless all prices are known.
+        writes: about how many writes were made to the store: files of checkpoints, entries, heartbeats.
         clock_skew_s: the most by which one machine's clock was behind the previous machine's; such an entry is treated as
             simultaneous with the previous one.
     """
@@ -246,6 +258,7 @@ class Report:
     on_demand_usd: float = 0.0
     on_demand_unpriced_s: float = 0.0
     saved_usd: float | None = None
+    writes: int = 0
     clock_skew_s: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -254,24 +267,30 @@ class Report:
         return {**vars(self), "launches": launches, "trackers": trackers}
 
 
-def summarise(entries: Iterable[Entry]) -> Report:
+def summarise(entries: Iterable[Entry], last_words: LastWords | None = None) -> Report:
     """Compute the report of a journal. Pure.
 
     Args:
         entries: entries of the journal, oldest first.
+        last_words: how far the newest launch has come, if the journal has no end of it
+            (`hf_spot.run.last_words.of_the_newest_launch`).
     """
     launches: list[Launch] = []
     now: datetime | None = None
-    step, skew_s = 0, 0.0
+    step, skew_s, writes = 0, 0.0, 0
     trackers: dict[tuple[int, str], TrackerPlace] = {}
     for entry in entries:
         if now is not None and entry.time < now:
             skew_s = max(skew_s, (now - entry.time).total_seconds())
         now = entry.time if now is None else max(now, entry.time)
+        files = entry.data["files"] if entry.kind in ("commit", "weights") else ()
+        writes += writes_of_entry(file["size"] for file in files)
         if entry.kind == "claim":
             if entry.data.get("by") != BY_HAND:
                 launches.append(_claimed(entry, now, step, launches[-1] if launches else None))
             continue
+        if entry.kind == LOST:
+            _add_last_words(launches, LastWords.of(entry.data))
         if entry.kind == "commit":
             newest = entry.state.latest()
             step = newest.step if newest else 0
@@ -280,7 +299,27 @@ def summarise(entries: Iterable[Entry]) -> Report:
         # missing.
         if launches and launches[-1].ended == "no word" and entry.kind in _WORDS and entry.data.get("reason") != "push":
             _add_entry(launches[-1], entry, now, step)
-    return replace(_add_up(launches, step, skew_s), trackers=tuple(trackers[key] for key in sorted(trackers)))
+    _add_last_words(launches, last_words)
+    report = _add_up(launches, step, skew_s)
+    writes += heartbeats_in(report.held_s)
+    return replace(report, writes=writes, trackers=tuple(trackers[key] for key in sorted(trackers)))
+
+
+def _add_last_words(launches: list[Launch], words: LastWords | None) -> None:
+    """Add how far a launch without an end has come, unless it is known already."""
+    at = next((at for at, launch in enumerate(launches) if words is not None and launch.number == words.launch), None)
+    if words is None or at is None or launches[at].ended != "no word" or launches[at].known_by is not None:
+        return
+    launch, after = launches[at], launches[at + 1] if at + 1 < len(launches) else None
+    time = max(launch.last_heard, words.time)  # its clock, or that of its disk, may be behind
+    launch.last_heard = time if after is None else min(time, after.began)
+    launch.training = words.training
+    launch.marks.append(Mark(launch.last_heard, words.training, words.step, Timing.of({"timing": words.timing})))
+    launch.known_by = words.known_by
+    if words.is_over:
+        launch.steps_lost = max(0, words.step - max(words.resumed_step, launch.committed.get(words.training, 0)))
+    if after is not None:
+        after.waited_s = (after.began - launch.last_heard).total_seconds()
 
 
 def _trackers_of(data: dict[str, Any]) -> list[TrackerPlace]:
@@ -304,6 +343,11 @@ def _claimed(entry: Entry, now: datetime, step: int, before: Launch | None) -> L
     # A launcher that restarts a training, or a script with two trainings, keeps its machine; after a preemption it ends.
     stayed = before is not None and before.process == process and None not in process[:2] and before.ended != "preempted"
     began = before.last_heard if before and stayed and before.ended != "no word" else now
+    committed = {ref.training: ref.step for ref in entry.state.checkpoints}  # the newest one is the last
+    newest = entry.state.latest()
+    training = data.get(TRAINING_KEY, newest.training if newest else 1)
+    # A launcher starts its training again; in a script or a notebook something else was done in between.
+    is_idle = data.get("by") not in (None, BY_LAUNCHER)
     machines = data.get("machines")
     return Launch(
         number=entry.launch,
@@ -318,8 +362,11 @@ def _claimed(entry: Entry, now: datetime, step: int, before: Launch | None) -> L
         last_heard=now,
         waited_s=0.0 if before is None else (began - before.last_heard).total_seconds(),
         process=process,
-        training=data.get(TRAINING_KEY, 1),
-        marks=[Mark(now, data.get(TRAINING_KEY, 1), step)],
+        training=training,
+        marks=[Mark(now, training, step)],
+        resumed=committed,
+        committed=dict(committed),
+        idle_s=(now - began).total_seconds() if is_idle else 0.0,
     )
 
 
@@ -349,11 +396,12 @@ def _add_entry(launch: Launch, entry: Entry, now: datetime, step: int) -> None:
     if entry.kind == "commit":
         launch.commits += 1
         launch.committed_step = step
+        launch.committed[launch.training] = max(entry.data["step"], launch.committed.get(launch.training, 0))
         if launch.first_notice and data.get("reason") in ("notice", "advisory") and launch.notice_to_commit_s is None:
             launch.notice_to_commit_s = round((now - launch.first_notice).total_seconds(), 3)
     elif entry.kind in ENDINGS:
         launch.ended = entry.kind
-        lost = None if reached is None else max(0, reached - launch.committed_step)
+        lost = None if reached is None else max(0, reached - launch.committed.get(launch.training, 0))
         launch.steps_lost = 0 if entry.kind == "finished" else lost
     if isinstance(reached, int):
         launch.marks.append(Mark(now, launch.training, reached, Timing.of(data)))
@@ -384,7 +432,10 @@ def _add_up(launches: list[Launch], step: int, skew_s: float) -> Report:
         finished=bool(launches) and launches[-1].ended == "finished",
         committed_step=step,
         interruptions=sum(launch.ended != "finished" for launch in launches[:-1])
-        + sum(launch.ended in ("preempted", "failed") for launch in launches[-1:]),
+        + sum(
+            launch.ended in ("preempted", "failed") or (launch.known_by is not None and launch.steps_lost is not None)
+            for launch in launches[-1:]
+        ),
         steps_lost=sum(launch.steps_lost or 0 for launch in launches),
         steps_redone=sum(launch.steps_redone for launch in launches),
         wall_s=held_s + waiting_s,
@@ -412,13 +463,8 @@ def _split(launch: Launch, highest: dict[int, int]) -> None:
         highest: step reached by previous launches, by training; updated.
     """
     launch.wall_s = (launch.last_heard - launch.began).total_seconds()
-    price = launch.price_usd_per_hour
-    prices = [price, *(price_of(one["machine"]) for one in launch.others)]
-    known = [one for one in prices if one is not None]
-    if len(known) < len(prices):
-        launch.cost_usd = None
-    else:
-        launch.cost_usd = launch.wall_s / 3600 * (sum(known) if launch.others else known[0] * launch.machines)
+    price = price_of_all(launch)
+    launch.cost_usd = None if price is None else launch.wall_s / 3600 * price
     measured = list(newest_timings(launch).items())
     launch.measured = bool(measured)
     launch.reached_step = max((mark.step for mark in launch.marks if mark.training == launch.training), default=0)
@@ -427,26 +473,24 @@ def _split(launch: Launch, highest: dict[int, int]) -> None:
         if training == launch.training:
             launch.resumed_step = max(0, timing.step - timing.steps)
             launch.reached_step = max(launch.reached_step, timing.step)
-    # A launch that was killed may have told its last steps to nobody but the next one.
-    before = highest.get(launch.training, 0)
-    if (told := launch.redone.get(launch.training)) is not None:
-        before = max(before, told.last)
-        launch.reached_step = max(launch.reached_step, told.first - 1 + told.steps)
-    trained = launch.reached_step - launch.resumed_step
-    launch.steps_redone = max(0, min(launch.reached_step, before) - launch.resumed_step) if trained > 0 else 0
-    highest[launch.training] = max(before, launch.reached_step)
+    shares: dict[int, float] = {}  # of each training's steps, those that were done again
+    for training in dict.fromkeys([*launch.redone, *(mark.training for mark in launch.marks), launch.training]):
+        again, trained = _redone_steps(launch, training, highest)
+        launch.steps_redone += again
+        shares[training] = again / trained if trained > 0 else 0.0
     if not measured:
         launch.parts["other"] = launch.wall_s
         return
     restoring_s = steps_s = stalled_s = began_s = 0.0
-    starting_s = (launch.marks[0].time - launch.began).total_seconds()  # since the previous launch of the same process
+    # Since the previous launch of the same process, which held the machine.
+    starting_s = (launch.marks[0].time - launch.began).total_seconds() - launch.idle_s
     for _, timing in measured:
         restoring_s += timing.restore_s
         starting_s += max(0.0, timing.first_step_s - timing.restore_s - began_s)
         steps_s += timing.steps_s
         stalled_s += timing.stalled_s
         began_s = timing.elapsed_s
-    measured_s = restoring_s + starting_s + steps_s + stalled_s
+    measured_s = restoring_s + starting_s + steps_s + stalled_s + launch.idle_s
     scale = launch.wall_s / measured_s if measured_s > launch.wall_s else 1.0  # the clock was changed in between
     rest_s = max(0.0, launch.wall_s - measured_s)
     if not any(timing.steps for _, timing in measured):
@@ -457,17 +501,36 @@ def _split(launch: Launch, highest: dict[int, int]) -> None:
     rest_s -= estimated_s
     since_notice_s = (launch.last_heard - launch.terminated_since).total_seconds() if launch.terminated_since else 0.0
     ending_s = min(rest_s, since_notice_s)
-    own_s = timing.steps_s * scale + estimated_s  # of the last training: finished ones are not repeated
-    redoing_s = own_s * launch.steps_redone / trained if trained > 0 and training == launch.training else 0.0
+    redoing_s = sum(one.steps_s * scale * shares.get(number, 0.0) for number, one in measured)
+    redoing_s += estimated_s * shares.get(launch.training, 0.0)
     launch.parts = {
         "training": max(0.0, steps_s * scale + estimated_s - redoing_s),  # x * 3 / 3 may be more than x
         "redoing": redoing_s,
         "saving": stalled_s * scale,
         "restoring": restoring_s * scale,
         "starting": starting_s * scale,
+        "idle": launch.idle_s * scale,
         "ending": ending_s,
         "other": rest_s - ending_s,
     }
+
+
+def _redone_steps(launch: Launch, training: int, highest: dict[int, int]) -> tuple[int, int]:
+    """Return how many steps of a training a launch has done again, and how many it has done; update ``highest``."""
+    is_last = training == launch.training
+    reached = max((mark.step for mark in launch.marks[1:] if mark.training == training), default=0)
+    resumed = launch.resumed_step if is_last else launch.resumed.get(training, 0)
+    timing = newest_timings(launch).get(training)
+    if timing is not None:
+        resumed, reached = max(0, timing.step - timing.steps), max(reached, timing.step)
+    # A launch that was killed may have told its last steps to nobody but the next one.
+    before = highest.get(training, 0)
+    if (told := launch.redone.get(training)) is not None:
+        before, reached = max(before, told.last), max(reached, told.first - 1 + told.steps)
+    if is_last:
+        launch.reached_step = reached = max(reached, launch.reached_step)
+    highest[training] = max(before, reached)
+    return (max(0, min(reached, before) - resumed) if reached > resumed else 0), reached - resumed
 
 
 def newest_timings(launch: Launch) -> dict[int, Timing]:
@@ -496,6 +559,15 @@ def price_of(machine: dict[str, Any]) -> float | None:
     return dollars(machine, "on_demand") if price is None and machine.get("market") == "on-demand" else price
 
 
+def price_of_all(launch: Launch) -> float | None:
+    """Return the price of all machines of a launch in dollars per hour; None if that of one is unknown."""
+    prices = [launch.price_usd_per_hour, *(price_of(one["machine"]) for one in launch.others)]
+    known = [one for one in prices if one is not None]
+    if len(known) < len(prices):
+        return None
+    return sum(known) if launch.others else known[0] * launch.machines
+
+
 def _others(roster: Any) -> list[dict[str, Any]]:
     """Return the machines of a claim's roster besides the first; empty if it has none, or one that can't be read."""
     if not isinstance(roster, list) or not all(isinstance(one, dict) for one in roster):
@@ -504,6 +576,11 @@ def _others(roster: Any) -> list[dict[str, Any]]:
         {"name": str(one.get("name") or "a machine"), "machine": one["machine"] if isinstance(one.get("machine"), dict) else {}}
         for one in roster[1:]
     ]
+
+
+def name_of(other: dict[str, Any]) -> str:
+    """Return the name of a machine of ``Launch.others``."""
+    return str(other["machine"].get("instance_id") or other["name"])
 
 
 def _may_be_free(launch: Launch) -> bool:

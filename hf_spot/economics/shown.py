@@ -10,10 +10,19 @@ from html import escape
 from hf_spot.economics.page import summary, table
 from hf_spot.economics.plots import timeline_svg
 from hf_spot.economics.report import Report, summarise
-from hf_spot.economics.table import launch_rows, money_lines, redone_lines, render_report, time_rows, tracker_lines
+from hf_spot.economics.table import (
+    last_words_lines,
+    launch_rows,
+    money_lines,
+    redone_lines,
+    render_report,
+    time_rows,
+    tracker_lines,
+)
 from hf_spot.economics.timeline import Timeline, losses_in, make_timeline
 from hf_spot.errors import CorruptCheckpoint, SpotError
 from hf_spot.run.journal import CheckpointRef, Entry
+from hf_spot.run.last_words import of_the_newest_launch
 from hf_spot.run.run import Run
 
 log = logging.getLogger("hf_spot")
@@ -22,11 +31,25 @@ _ROWS = 20  # shown of a table, the newest ones
 _MOST_TRAININGS = 6  # with their losses, the newest ones: each costs a request
 
 
+def report_of(run: Run, entries: list[Entry] | None = None) -> Report:
+    """Return the report of a run, with what is known of a launch that has no end.
+
+    Args:
+        run: to read from.
+        entries: of its journal, if they have been read.
+
+    Raises:
+        SpotError: the store could not be read.
+    """
+    entries = list(run.events()) if entries is None else entries
+    return summarise(entries, of_the_newest_launch(run, entries))
+
+
 def html_of(run: Run) -> str:
     """Return what a notebook shows of a run: tables, and a timeline if matplotlib is installed."""
     try:
         entries = list(run.events())
-        report = summarise(entries)
+        report = report_of(run, entries)
         parts = [escape(summary(report)), *_picture(run, report), *_tables(report, entries)]
     except SpotError as error:
         parts = [escape(str(error)).replace("\n", "<br>")]
@@ -36,7 +59,7 @@ def html_of(run: Run) -> str:
 def text_of(run: Run) -> str:
     """Return what a terminal shows of a run."""
     try:
-        return render_report(summarise(run.events()), run.url)
+        return render_report(report_of(run), run.url)
     except SpotError as error:
         return f"{run.url}: {error}"
 
@@ -92,7 +115,7 @@ def _tables(report: Report, entries: list[Entry]) -> list[str]:
     if report.launches:
         titles, *rows = launch_rows(report)
         found.append(_newest(titles, rows))
-        found += [escape(line) for line in (*redone_lines(report), *tracker_lines(report))]
+        found += [escape(line) for line in (*last_words_lines(report), *redone_lines(report), *tracker_lines(report))]
         spent = table([["", "time", "share", ""], *time_rows(report)])
         cost = "<br>".join(map(escape, money_lines(report)))
         found.append(f"<details><summary>Where the time went, and the cost</summary>{spent}<p>{cost}</p></details>")

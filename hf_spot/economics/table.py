@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_spot.economics.plan import Plan
-from hf_spot.economics.report import FREE_FIRST_HOUR, PART_MEANS, Launch, Report, dollars, price_of
+from hf_spot.economics.report import FREE_FIRST_HOUR, PART_MEANS, Launch, Report, dollars, name_of, price_of
 from hf_spot.economics.simulate import Result
 from hf_spot.policy.redone import VALUES, in_words
+from hf_spot.policy.requests import PRICE_SOURCE, WRITE_USD
 from hf_spot.policy.trackers import TRACKERS
+from hf_spot.run.last_words import BY_FILE, is_repository
 
 # One explanation of each word, wherever reports and simulations use them.
 WORDS_MEAN = (
@@ -21,6 +23,7 @@ SIMULATION_WORDS_MEAN = ("late: the share of the simulated runs that end after t
 _LEAST_NEEDED = ("notice→commit", "waited", "commits", "redone", "lasted")  # columns, the first one first
 _LEAST_NEEDED_OF_MACHINES = ("prices from", "on demand $/h", "zone")
 _NEWEST = 40  # launches in a terminal
+_MOST_LAST_WORDS = 5
 
 
 def render_report(report: Report, url: str, width: int | None = None) -> str:
@@ -41,6 +44,9 @@ def render_report(report: Report, url: str, width: int | None = None) -> str:
         + (f" and {unknown} launches without a recorded end" if unknown else "")
         + f", {report.steps_redone} steps redone"
     )
+    lines += last_words_lines(report)
+    if unknown and is_repository(url):
+        lines.append("how far they had come is unknown: a Hub repository takes no heartbeat, because each write is a commit")
     proven = [launch for launch in report.launches if launch.verified]
     if proven:
         parts = [part for part in proven[0].verified if all(part in launch.verified for launch in proven)]
@@ -50,7 +56,8 @@ def render_report(report: Report, url: str, width: int | None = None) -> str:
     machines = machine_rows(report)
     if len(machines) > 1:
         lines += ["", *(columns(machines) if width is None else _fitted(machines, width, _LEAST_NEEDED_OF_MACHINES))]
-    lines += ["", *columns(time_rows(report), left=(0, 3)), "", *money_lines(report), "", *WORDS_MEAN]
+    money = [*money_lines(report), *request_lines(report, url)]
+    lines += ["", *columns(time_rows(report), left=(0, 3)), "", *money, "", *WORDS_MEAN]
     return "\n".join(lines if width is None else [part for line in lines for part in _wrapped(line, width)])
 
 
@@ -178,6 +185,23 @@ def launch_rows(report: Report) -> list[list[str]]:
     return rows
 
 
+def last_words_lines(report: Report) -> list[str]:
+    """Return how the lost steps of launches without a recorded end are known: a line for each of the newest ones."""
+    told = [launch for launch in report.launches if launch.known_by is not None]
+    older = len(told) - _MOST_LAST_WORDS
+    lines = [f"({older} older launches that ended without a word: --json)"] if older > 0 else []
+    for launch in told[-_MOST_LAST_WORDS:]:
+        by = "the file of steps on its disk" if launch.known_by == BY_FILE else "its heartbeat, sent once a minute"
+        committed = launch.committed.get(launch.training, 0)
+        at = f"step {launch.reached_step} at {launch.last_heard:%H:%M:%S}, by {by}; step {committed} is committed"
+        least = "" if launch.known_by == BY_FILE else "at least "
+        if launch.steps_lost is None:
+            lines.append(f"launch {launch.number} has done {at}")
+        else:
+            lines.append(f"launch {launch.number} ended without a word: {least}{launch.steps_lost} steps lost ({at})")
+    return lines
+
+
 def redone_lines(report: Report) -> list[str]:
     """Return how redone steps compare with those of earlier launches: a line for all that are equal, and one for each launch
     whose steps differ."""
@@ -216,7 +240,7 @@ def machine_rows(report: Report) -> list[list[str]]:
         for one in launch.others:
             price = price_of(one["machine"])
             cost = None if price is None else launch.wall_s / 3600 * price
-            rows += _machine_row(launch, str(one["machine"].get("instance_id") or one["name"]), one["machine"], cost)
+            rows += _machine_row(launch, name_of(one), one["machine"], cost)
     return rows
 
 
@@ -284,6 +308,16 @@ def money_lines(report: Report) -> list[str]:
             else f"Saved: ${report.saved_usd:,.2f}."
         )
     return lines
+
+
+def request_lines(report: Report, url: str) -> list[str]:
+    """Return how many writes were made to the store, and what they cost where the price is known; nothing for a directory."""
+    hours = report.held_s / 3600
+    if "://" not in url or not hours:
+        return []
+    per_hour = report.writes / hours
+    cost = f": ${per_hour * WRITE_USD:.4f} per hour at S3's ${WRITE_USD * 1000:g} for 1,000 ({PRICE_SOURCE})"
+    return [f"Requests: about {report.writes:,} writes, {per_hour:,.0f} per hour{cost if url.startswith('s3://') else ''}."]
 
 
 def story(report: Report) -> str:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 
-from hf_spot.economics.report import Launch, Report, Timing, newest_timings
+from hf_spot.economics.report import Launch, Report, Timing, name_of, newest_timings
 
 _FINEST = 400  # maximum number of bars for a launch's steps and saves
 _MOST_LANES = 24
+_KIND_OF_MACHINE = ("instance_type", "zone", "market")
 WAITING_LANE = "no machine"
 
 
@@ -81,22 +82,25 @@ def make_timeline(
     """
     launches = report.launches
     began = launches[0].began
-    names = _lane_names(launches)
+    lanes_of = _lanes_of(launches)
     bars: list[Bar] = []
-    for launch, lane in zip(launches, names, strict=True):
+    for launch, names in zip(launches, lanes_of, strict=True):
         begin_s = (launch.began - began).total_seconds()
         if launch.waited_s > 0:
             bars.append(Bar(WAITING_LANE, "waiting", begin_s - launch.waited_s, launch.waited_s))
         for part, length_s in _intervals(launch):
             if length_s > 0:
-                bars.append(Bar(lane, part, begin_s, length_s))
+                bars += [Bar(lane, part, begin_s, length_s) for lane in names]
                 begin_s += length_s
     interruptions = [
         ((launch.last_heard - began).total_seconds(), launch.ended)
         for launch in launches
         if launch.ended in ("preempted", "failed") or (launch.ended == "no word" and launch is not launches[-1])
     ]
-    lanes = [*dict.fromkeys(names), *([WAITING_LANE] if any(bar.part == "waiting" for bar in bars) else [])]
+    lanes = [
+        *dict.fromkeys(lane for names in lanes_of for lane in names),
+        *([WAITING_LANE] if any(bar.part == "waiting" for bar in bars) else []),
+    ]
     curves = [
         (number, curve)
         for number, of_it in sorted({**(others or {}), training: losses}.items())
@@ -124,22 +128,33 @@ def _lost(launches: Sequence[Launch], began: datetime) -> Iterator[tuple[float, 
             yield offset_s + begin_s, offset_s + launch.wall_s, steps
 
 
-def _lane_names(launches: Sequence[Launch]) -> list[str]:
-    """Return the lane of each launch: its machine or, if there are too many, its instance type, zone and market."""
-    names = [launch.name for launch in launches]
-    if len(set(names)) > _MOST_LANES:
-        names = [
-            " ".join(str(launch.machine.get(key) or "?") for key in ("instance_type", "zone", "market")) for launch in launches
-        ]
-    if len(set(names)) > _MOST_LANES:
-        names = ["machines"] * len(names)
-    return names
+def _lanes_of(launches: Sequence[Launch]) -> list[list[str]]:
+    """Return the lanes of each launch: its machines or, if these are too many, their instance types, zones and markets."""
+    machines = [
+        [(launch.name, launch.machine), *((name_of(one), one["machine"]) for one in launch.others)] for launch in launches
+    ]
+    lanes = [_told_apart([name for name, _ in of_launch]) for of_launch in machines]
+    if _number_of(lanes) > _MOST_LANES:
+        kinds = [[" ".join(str(one.get(key) or "?") for key in _KIND_OF_MACHINE) for _, one in found] for found in machines]
+        lanes = [list(dict.fromkeys(of_launch)) for of_launch in kinds]
+    if _number_of(lanes) > _MOST_LANES:
+        lanes = [["machines"]] * len(lanes)
+    return lanes
+
+
+def _number_of(lanes: Sequence[Sequence[str]]) -> int:
+    return len({lane for of_launch in lanes for lane in of_launch})
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """Return the names of the machines of one launch, with a number where two have the same (containers, clones)."""
+    return [f"{name} ({count})" if (count := names[: at + 1].count(name)) > 1 else name for at, name in enumerate(names)]
 
 
 def _intervals(launch: Launch) -> list[tuple[str, float]]:
     """Return the parts of a launch as consecutive intervals; they add up to its parts."""
     parts = launch.parts
-    found = [("restoring", parts["restoring"]), ("starting", parts["starting"])]
+    found = [("idle", parts["idle"]), ("restoring", parts["restoring"]), ("starting", parts["starting"])]
     measured = [(mark.training, mark.timing) for mark in launch.marks if mark.timing is not None]
     thinned = [*measured[:: max(1, len(measured) // _FINEST)], *measured[-1:]]
     gains = []

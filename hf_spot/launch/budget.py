@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 
-from hf_spot.economics.report import Report, dollars, summarise
+from hf_spot.economics.report import Report, price_of, price_of_all, summarise
 from hf_spot.errors import ConfigError, SpotError
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.policy.budget import Budget, Used, left_s, warn_s, why_spent
@@ -26,7 +26,7 @@ class BudgetKeeper:
     Args:
         budget: the budget.
         run: whose launches use it.
-        machines: that train together.
+        machines: the most that train together.
         environ: the environment, with the price of this machine.
         clock: seconds, monotonic.
     """
@@ -67,7 +67,25 @@ class BudgetKeeper:
             raise SpotError(
                 f"the budget of {self._run.url} is used up: {why}", hint=f"raise it; hf-spot report {self._run.url}"
             )
-        usd_per_hour = self._usd_per_hour() if self._budget.max_spend_usd is not None else None
+        self._plan(report, used)
+
+    def began(self, machines: int) -> None:
+        """Call it when machines that come and go have begun a launch: fewer or cheaper ones may train longer.
+
+        Args:
+            machines: that train in it.
+
+        Raises:
+            ConfigError: the spending is limited, and the price of this machine is not known.
+        """
+        self._machines = machines
+        if self._budget.max_spend_usd is not None:
+            report = summarise(self._run.events())
+            self._plan(report, used_by(report))
+
+    def _plan(self, report: Report, used: Used) -> None:
+        """Note when the budget will be used up."""
+        usd_per_hour = self._usd_per_hour(report) if self._budget.max_spend_usd is not None else None
         if self._budget.max_spend_usd is not None and report.unpriced_s:
             log.warning("%.1f machine hours without a known price do not count for --max-spend", report.unpriced_s / _HOUR_S)
         left = left_s(self._budget, used, usd_per_hour)
@@ -89,11 +107,12 @@ class BudgetKeeper:
                 log.warning("the budget is used up in %s: the training then saves and ends", _span(self._ends_at - now))
         return PreemptionNotice(NoticeKind.TERMINATE, SOURCE, self._id) if now >= self._ends_at else None
 
-    def _usd_per_hour(self) -> float:
+    def _usd_per_hour(self, report: Report) -> float:
+        of_launch = price_of_all(report.launches[-1]) if report.launches else None
+        if of_launch is not None and report.launches[-1].machines == self._machines > 1:
+            return of_launch
         machine = this_machine(self._environ)
-        price = dollars(machine, "price")
-        if price is None and machine.get("market") == "on-demand":
-            price = dollars(machine, "on_demand")
+        price = price_of(machine)
         if price is None:
             raise ConfigError(
                 "--max-spend needs the price of this machine",

@@ -221,8 +221,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         command = [sys.executable, "-m", _BOOTSTRAP, *script]
         env = LAUNCH_ENVIRONMENT.find()(args)[1]
     env |= _log_level(args)
-    if are_elastic and args.machine_rank is not None:
-        remarks.append("--machine_rank has no effect: machines that come and go meet in the run, and get their ranks there")
+    remarks += _without_effect(args, are_elastic)
     if machines.interface is not None:
         env = {_GLOO_VARIABLE: machines.interface, _NCCL_VARIABLE: machines.interface, **env}
     elif machines.count > 1 and not are_elastic and _GLOO_VARIABLE not in env and (interface := interface_to(machines.main_ip)):
@@ -250,6 +249,20 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         warm_spares=warm.check(args.warm_spares),
         ranks=machines.processes or max(1, int(args.num_processes or 1) // max(1, int(args.num_machines or 1))),
     )
+
+
+def _without_effect(args: argparse.Namespace, are_elastic: bool) -> list[str]:
+    """Return a line for each option that was given and does nothing."""
+    found = []
+    if are_elastic and args.machine_rank is not None:
+        found.append("--machine_rank has no effect: machines that come and go meet in the run, and get their ranks there")
+    if not _is_distributed(args) and args.num_processes > 1:
+        several = "leave out --cpu, and give --multi_gpu" if args.cpu else "give --multi_gpu"
+        found.append(
+            f"--num_processes {args.num_processes} has no effect: accelerate starts one process here. For several, "
+            f"{several} (without GPUs also use_cpu=True in TrainingArguments)"
+        )
+    return found
 
 
 def _log_level(args: argparse.Namespace) -> dict[str, str]:
@@ -441,8 +454,8 @@ class _Count(int):
             least, most = int(first), int(last if colon else first)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a range such as 2:8") from None
-        if colon and not 1 <= least <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is no range of numbers from 1 on, such as 2:8")
+        if not 1 <= least <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on, and no range of such numbers, as 2:8 is")
         made = cls(most)
         made.least, made.is_range = least, bool(colon) and most > 1
         return made

@@ -23,6 +23,7 @@ from hf_spot.run.journal import CheckpointRef
 from hf_spot.run.progress import Bar
 from hf_spot.run.restore import is_private
 from hf_spot.run.run import Run
+from hf_spot.run.selection import Readers
 from hf_spot.runtime import Prefetched, Runtime
 from hf_spot.storage.threads import Workers
 
@@ -136,13 +137,13 @@ class Prefetch:
         machines, shared = self._machines or Machines(), _may_be_shared(beside)
         if shared and (machines.rank or self._machines is None):
             return Prefetched(ref.entry)
-        ranks = None if shared else _ranks(machines, checkpoint.details.get("world_size", 1))
+        readers = None if shared else _readers(machines, checkpoint.details.get("world_size", 1))
         self._folder = self._private_folder(beside, f"{run.url} {machines.rank}")
         if self._folder is None:
             log.info("%s can't have private folders: the training process will download the checkpoint", beside)
             return Prefetched(ref.entry)
         folder = self._folder
-        with Bar("restore", ref.size_bytes) as bar:
+        with Bar("restore", run.selection(checkpoint, readers).size_bytes) as bar:
 
             def moved(count: int) -> None:
                 if self._ended or not self._needed():
@@ -150,15 +151,21 @@ class Prefetch:
                 bar(count)
                 self._moved()
 
-            return Prefetched(ref.entry, run.fetch(checkpoint, folder, ranks=ranks, progress=moved), ranks)
+            fetched = run.fetch(checkpoint, folder, readers=readers, progress=moved)
+            if readers is None:
+                return Prefetched(ref.entry, fetched)
+            return Prefetched(ref.entry, fetched, readers.ranks, readers.world_size)
 
 
-def _ranks(machines: Machines, world_size: int) -> tuple[int, ...] | None:
-    """Return the ranks of this machine, assuming as many ranks as when the checkpoint was saved; None for all ranks."""
-    each, rest = divmod(world_size, machines.count)
-    if machines.count == 1 or rest or (machines.processes and machines.processes != each):
+def _readers(machines: Machines, saved_world_size: int) -> Readers | None:
+    """Return the ranks of this machine; None for all ranks. As long as the number of processes is unknown, that of all ranks is
+    thought to be what it was when the checkpoint was saved."""
+    each, rest = divmod(saved_world_size, machines.count)
+    if machines.processes:
+        each, rest = machines.processes, 0
+    if machines.count == 1 or rest:
         return None
-    return tuple(range(machines.rank * each, (machines.rank + 1) * each))
+    return Readers(tuple(range(machines.rank * each, (machines.rank + 1) * each)), machines.count * each)
 
 
 def _may_be_shared(folder: Path) -> bool:

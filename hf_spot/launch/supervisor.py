@@ -62,7 +62,7 @@ from hf_spot.policy.restarts import (
 from hf_spot.policy.warm import OFF
 from hf_spot.run.journal import TRAINING_KEY, CheckpointRef, RunState
 from hf_spot.run.journal_writer import JournalWriter
-from hf_spot.run.machine_info import about_this_machine
+from hf_spot.run.machine_info import BY_LAUNCHER, about_this_machine
 from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.run import Run
 from hf_spot.run.start_from import start_or_resume
@@ -293,6 +293,7 @@ class Supervisor:
         if isinstance(met, Verdict):
             return met, EXIT_FINISHED if met is Verdict.FINISHED else EXIT_PREEMPTED
         self._met, self._machines, self._peers = met, met.machines, met.group
+        self._budget.began(met.machines.count)
         verdict, code = self._train(met.launch)
         met.group.tell(met.machines.rank, verdict, code)
         elastic.concluded(verdict)
@@ -302,7 +303,7 @@ class Supervisor:
         """Claim the run, together with the other machines if there are any. Return the launch and the connections to them; None
         if a notice came first."""
         machines, arguments = self._machines, self._command.arguments
-        about = about_this_machine("hf-spot launch", self._command.environ)
+        about = about_this_machine(BY_LAUNCHER, self._command.environ)
         if machines.count == 1:
             return start_or_resume(self._run, about, arguments.start_from), None
         try:
@@ -571,17 +572,21 @@ class Supervisor:
 
     def _write_ending(self, verdict: Verdict, state: RunState, code: int, runtime: Runtime) -> None:
         newest = state.latest()
-        step = runtime.read_steps().get(newest.training if newest else 1)
-        data: dict[str, Any] = {"exit_code": code, "step": step, "committed_step": newest.step if newest else 0}
+        trained = _steps(runtime, state)
+        training = max(trained, default=1)  # finished ones have smaller numbers
+        committed, step = trained.get(training, (0, None))
+        data: dict[str, Any] = {"exit_code": code, "step": step, "committed_step": committed}
+        if training > 1:
+            data[TRAINING_KEY] = training
         if verdict is Verdict.FINISHED:
             if newest is None or not (newest.complete or self._is_trained(newest, state)):
                 log.warning("the script succeeded, but none of its trainings was committed at its end: not marked as finished")
                 return
             if self._training is None and self._finished_by is not None:
-                data |= {"step": newest.step, "command": self._finished_by}
+                data |= {**_of(newest), "command": self._finished_by}
                 log.warning("the command has trained nothing: %s stays finished at step %d", self._run.url, newest.step)
             else:
-                data |= {"step": newest.step, "command": self._command.fingerprint()}
+                data |= {**_of(newest), "command": self._command.fingerprint()}
                 log.info("%s is finished at step %d", self._run.url, newest.step)
         elif state.ended is not None or verdict is Verdict.FENCED:
             return
@@ -623,6 +628,11 @@ def _steps(runtime: Runtime, state: RunState) -> dict[int, tuple[int, int]]:
         return {newest.training: (newest.step, newest.step)}
     committed = {training: ref.step for training in finished if (ref := state.latest(training)) is not None}
     return {training: (committed.get(training, 0), step) for training, step in finished.items()}
+
+
+def _of(newest: CheckpointRef) -> dict[str, Any]:
+    training = {TRAINING_KEY: newest.training} if newest.training > 1 else {}
+    return {"step": newest.step, "committed_step": newest.step, **training}
 
 
 def _environ(environ: Mapping[str, str], runtime: Runtime, signals: Iterable[signal.Signals]) -> dict[str, str]:

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shlex
+import textwrap
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -16,14 +18,63 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?")  # valid for Kubernete
 _SERVICE = re.compile(
     r"[a-z].*"
 )  # https://kubernetes.io/docs/concepts/overview/working-with-objects/names/#rfc-1035-label-names
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
 _SLURM_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
 # A Job needs these for starting machines, which recipes don't do.
 _NOTHING_TO_BUY: dict[str, Any] = {"max_spend": 1, "instance_profile": "of-the-launch-template"}
 _PLACE = re.compile(r"<<(\w+)>>")
 
 
-def kubernetes(*, store: str, script: str, name: str, gpus: int, image: str, grace_s: int, nodes: int = 1) -> str:
-    """Return a Kubernetes Job as YAML; for several machines an Indexed Job and the Service through which they find each other.
+@dataclass(frozen=True)
+class Nodes:
+    """How many machines train together.
+
+    Args:
+        least: with fewer nothing is trained; 0 if the number is fixed.
+        most: the number, or the largest number.
+    """
+
+    least: int
+    most: int
+
+    @property
+    def are_elastic(self) -> bool:
+        """Return whether the machines come and go."""
+        return self.least > 0
+
+    @classmethod
+    def of(cls, text: str | int) -> Nodes:
+        """Return the value of ``--nodes``: a number, or a range such as ``2:8``. Raises ConfigError."""
+        first, colon, last = str(text).partition(":")
+        try:
+            least, most = int(first), int(last if colon else first)
+        except ValueError:
+            raise ConfigError(
+                f"--nodes {text} is neither a number nor a range",
+                hint="--nodes 4, or --nodes 2:8 for machines that come and go",
+            ) from None
+        if colon and not 1 <= least <= most:
+            raise ConfigError(f"--nodes {text} is no range of numbers from 1 on", hint="--nodes 2:8")
+        return cls(least if colon else 0, _at_least("--nodes", most, 1))
+
+    def __str__(self) -> str:
+        return f"{self.least or self.most}:{self.most}"
+
+
+def kubernetes(
+    *,
+    store: str,
+    script: str,
+    name: str,
+    gpus: int,
+    image: str,
+    grace_s: int,
+    nodes: str | int = 1,
+    queue: str | None = None,
+    priority_class: str | None = None,
+) -> str:
+    """Return a Kubernetes Job as YAML; for a fixed number of several machines an Indexed Job and the Service through which they
+    find each other, for machines that come and go an Indexed Job alone.
 
     Args:
         store: URL of the run.
@@ -32,38 +83,152 @@ def kubernetes(*, store: str, script: str, name: str, gpus: int, image: str, gra
         gpus: GPUs of each pod.
         image: container image.
         grace_s: seconds from the eviction to the kill.
-        nodes: number of pods that train together.
+        nodes: number of pods that train together, or a range such as ``2:8``.
+        queue: Kueue's local queue.
+        priority_class: Kueue's priority class.
 
     Raises:
         ConfigError: a value can't be used.
     """
-    if "://" not in store:
-        raise ConfigError(
-            f"--store {store}: a directory in a pod is lost with the pod", hint=f"--store {STORE}, or mount a volume yourself"
+    count = Nodes.of(nodes)
+    labels = _kueue(queue, priority_class, count)
+    if count.are_elastic:
+        machines, values = _machines(store, script, name, gpus, image, grace_s, count, "train", with_command=True)
+        return _fill(
+            "kubernetes-elastic.yaml", {**values, "queue": labels, "machines": textwrap.indent(machines, "  ").rstrip()}
         )
+    _check_pods_store(store)
     # Kubernetes replaces $(NAME) with a variable of the container, and $$(NAME) with $(NAME).
     machine = "$(JOB_COMPLETION_INDEX)", f"{_named(name)}-0.{name}", "29500"
-    words = [word.replace("$(", "$$(") for word in _launch(store, script, gpus, nodes)]
-    if nodes > 1 and not _SERVICE.fullmatch(name):
+    words = _quoted_for_kubernetes(_launch(store, script, gpus, count.most))
+    if count.most > 1 and not _SERVICE.fullmatch(name):
         raise ConfigError(
             f"--name {name!r} is not a valid name for a Service: it must begin with a letter", hint=f"--name run-{name}"
         )
-    values = {
+    texts: dict[str, Any] = {
         "name": name,
-        "nodes": nodes,
-        "crashes": 3 * nodes,
+        "nodes": count.most,
+        "crashes": 3 * count.most,
         "gpus": gpus,
         "image": image,
         "grace_s": _at_least("--grace-s", grace_s, 1),
         "grace_text": str(grace_s),  # an annotation is text
-        "arguments": ["launch", *(_meet(*machine) if nodes > 1 else ()), *words],
+        "arguments": ["launch", *(_meet(*machine) if count.most > 1 else ()), *words],
     }
-    filling = {key: json.dumps(value) for key, value in values.items()}  # JSON is YAML
-    return _fill("kubernetes.yaml", filling) + (_fill("kubernetes-service.yaml", filling) if nodes > 1 else "")
+    filling = _as_yaml(texts) | {"queue": labels}
+    return _fill("kubernetes.yaml", filling) + (_fill("kubernetes-service.yaml", filling) if count.most > 1 else "")
 
 
-def slurm(*, store: str, script: str, name: str, gpus: int, time: str, grace_s: int, nodes: int = 1) -> str:
-    """Return a batch script for ``sbatch``. Slurm's #SBATCH lines can't be quoted, so their values are validated.
+def jobset(
+    *,
+    store: str,
+    script: str,
+    name: str,
+    gpus: int,
+    image: str,
+    grace_s: int,
+    nodes: str | int = "1:2",
+    queue: str | None = None,
+    priority_class: str | None = None,
+) -> str:
+    """Return a JobSet as YAML, for machines that come and go. Arguments and errors are those of `kubernetes`."""
+    count = _meeting(nodes)
+    machines, values = _machines(store, script, name, gpus, image, grace_s, count, "train", with_command=True)
+    labels = _kueue(queue, priority_class, None)
+    return _fill("jobset.yaml", {**values, "queue": labels, "machines": textwrap.indent(machines, " " * 10).rstrip()})
+
+
+def trainjob(
+    *,
+    store: str,
+    script: str,
+    name: str,
+    gpus: int,
+    image: str,
+    grace_s: int,
+    nodes: str | int = "1:2",
+    queue: str | None = None,
+    priority_class: str | None = None,
+) -> str:
+    """Return a TrainingRuntime and a TrainJob of Kubeflow Trainer 2 as YAML, for machines that come and go. Arguments and
+    errors are those of `kubernetes`."""
+    count = _meeting(nodes)
+    # Kubeflow looks for a container of this name.
+    machines, values = _machines(store, script, name, gpus, image, grace_s, count, "node", with_command=False)
+    labels = _kueue(queue, priority_class, None)
+    return _fill("trainjob.yaml", {**values, "queue": labels, "machines": textwrap.indent(machines, " " * 14).rstrip()})
+
+
+def _meeting(nodes: str | int) -> Nodes:
+    """Return a number of machines that meet in the run; a fixed number is a range of one."""
+    count = Nodes.of(nodes)
+    return count if count.are_elastic else Nodes(count.most, count.most)
+
+
+def _machines(
+    store: str, script: str, name: str, gpus: int, image: str, grace_s: int, count: Nodes, container: str, *, with_command: bool
+) -> tuple[str, dict[str, str]]:
+    """Return the specification of an Indexed Job of machines that come and go, and its values."""
+    _check_pods_store(store)
+    values = {
+        "name": _named(name),
+        "most": count.most,
+        "spare": count.most - count.least,
+        "container": container,
+        "gpus": _at_least("--gpus", gpus, 1),
+        "image": image,
+        "grace_s": _at_least("--grace-s", grace_s, 1),
+        "grace_text": str(grace_s),  # an annotation is text
+        "arguments": ["launch", *_quoted_for_kubernetes(_launch_elastic(store, script, gpus, count))],
+    }
+    filling = _as_yaml(values)
+    command = f"        command: [hf-spot]\n        args: {filling['arguments']}\n" if with_command else ""
+    return _fill("kubernetes-machines.yaml", {**filling, "command": command}), filling
+
+
+def _kueue(queue: str | None, priority_class: str | None, count: Nodes | None) -> str:
+    """Return the metadata by which Kueue queues a workload; ``count`` is that of a Job, which may get fewer pods."""
+    named = {"--queue": queue, "--priority-class": priority_class}
+    for option, value in named.items():
+        if value is not None and not _LABEL.fullmatch(value):
+            raise ConfigError(
+                f"{option} {value!r} is not a valid name",
+                hint=f"{option} my-team; kubectl get localqueues,workloadpriorityclasses",
+            )
+    if queue is None:
+        if priority_class is not None:
+            raise ConfigError("--priority-class is Kueue's, and needs a queue", hint="--queue my-queue")
+        return ""
+    lines = ["  labels:", f"    kueue.x-k8s.io/queue-name: {json.dumps(queue)}"]
+    if priority_class is not None:
+        lines.append(f"    kueue.x-k8s.io/priority-class: {json.dumps(priority_class)}")
+    if count is not None and 0 < count.least < count.most:  # Kueue refuses a smallest number that is the whole
+        lines += [
+            "  annotations: # admitted with fewer machines where the quota has no room for all",
+            f'    kueue.x-k8s.io/job-min-parallelism: "{count.least}"',
+            '    kueue.x-k8s.io/job-completions-equal-parallelism: "true"',
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _check_pods_store(store: str) -> None:
+    if "://" not in store:
+        raise ConfigError(
+            f"--store {store}: a directory in a pod is lost with the pod", hint=f"--store {STORE}, or mount a volume yourself"
+        )
+
+
+def _quoted_for_kubernetes(words: list[str]) -> list[str]:
+    return [word.replace("$(", "$$(") for word in words]
+
+
+def _as_yaml(values: dict[str, Any]) -> dict[str, str]:
+    return {key: json.dumps(value) for key, value in values.items()}  # JSON is YAML
+
+
+def slurm(*, store: str, script: str, name: str, gpus: int, time: str, grace_s: int, nodes: str | int = 1) -> str:
+    """Return a batch script for ``sbatch``: of one job, or of an array in which each element is a machine that comes and goes.
+    Slurm's #SBATCH lines can't be quoted, so their values are validated.
 
     Args:
         store: URL of the run.
@@ -72,7 +237,7 @@ def slurm(*, store: str, script: str, name: str, gpus: int, time: str, grace_s: 
         gpus: GPUs of each node.
         time: time limit in Slurm's format.
         grace_s: seconds between the signal and the time limit.
-        nodes: number of machines that train together.
+        nodes: number of machines that train together, or a range such as ``2:8``.
 
     Raises:
         ConfigError: a value can't be used.
@@ -81,15 +246,29 @@ def slurm(*, store: str, script: str, name: str, gpus: int, time: str, grace_s: 
         raise ConfigError(
             f"--time {time!r} is not a time limit in Slurm's format", hint="--time 24:00:00, or days-hours: --time 2-12"
         )
+    count = Nodes.of(nodes)
     values = {
         "name": _named(name),
-        "nodes": str(nodes),
+        "nodes": "1" if count.are_elastic else str(count.most),
         "gpus": str(gpus),
         "time": time,
         "grace_s": str(_at_least("--grace-s", grace_s, 1)),
+        "array": "",
+        "job": '"$SLURM_JOB_ID"',
+        "finished": "",
     }
-    command = shlex.join(_launch(store, script, gpus, nodes))
-    values["start"] = _fill("slurm-nodes.sh" if nodes > 1 else "slurm-node.sh", {"command": command}).rstrip()
+    if count.are_elastic:
+        command = shlex.join(_launch_elastic(store, script, gpus, count))
+        # The number of one element is also that of the whole array.
+        values |= {"array": f"#SBATCH --array=1-{count.most}\n", "job": '"${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"'}
+        values["finished"] = (
+            'elif [ "$code" -eq 0 ]; then # finished: no element needs to start any more\n'
+            '    scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"\n'
+        )
+    else:
+        command = shlex.join(_launch(store, script, gpus, count.most))
+    start = "slurm-array.sh" if count.are_elastic else "slurm-nodes.sh" if count.most > 1 else "slurm-node.sh"
+    values["start"] = _fill(start, {"command": command}).rstrip()
     return _fill("slurm.sh", values)
 
 
@@ -170,17 +349,30 @@ def sagemaker(*, store: str, script: str, name: str, gpus: int, image: str, role
 
 def _launch(store: str, script: str, gpus: int, nodes: int = 1) -> list[str]:
     """Return the arguments of ``hf-spot launch``, without --store if ``store`` is empty."""
+    words = _words(script)
+    _at_least("--nodes", nodes, 1)
+    _at_least("--gpus", gpus, 1 if nodes > 1 else 0)
+    ranks = ["--num_machines", str(nodes)] if nodes > 1 else []
+    ranks += ["--multi_gpu", "--num_processes", str(gpus * nodes)] if gpus * nodes > 1 else []
+    return [*(["--store", store] if store else []), *ranks, *words]
+
+
+def _launch_elastic(store: str, script: str, gpus: int, nodes: Nodes) -> list[str]:
+    """Return the arguments of ``hf-spot launch`` on each of the machines that meet in the run."""
+    if nodes.most == 1:
+        return _launch(store, script, _at_least("--gpus", gpus, 1))
+    ranks = ["--num_machines", str(nodes), "--num_processes", str(_at_least("--gpus", gpus, 1))]
+    return ["--store", store, *ranks, *_words(script)]
+
+
+def _words(script: str) -> list[str]:
     try:
         words = shlex.split(script)
     except ValueError as error:
         raise ConfigError(f"--script {script!r}: {error}", hint="--script 'train.py --epochs 3'") from error
     if not words:
         raise ConfigError("--script is empty", hint="--script train.py")
-    _at_least("--nodes", nodes, 1)
-    _at_least("--gpus", gpus, 1 if nodes > 1 else 0)
-    ranks = ["--num_machines", str(nodes)] if nodes > 1 else []
-    ranks += ["--multi_gpu", "--num_processes", str(gpus * nodes)] if gpus * nodes > 1 else []
-    return [*(["--store", store] if store else []), *ranks, *words]
+    return words
 
 
 def _meet(machine: str, main: str, port: str) -> list[str]:

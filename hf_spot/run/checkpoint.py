@@ -8,8 +8,10 @@ from datetime import datetime
 from typing import Any
 
 from hf_spot.errors import IncompleteCheckpoint
-from hf_spot.run.journal import CheckpointRef
+from hf_spot.run.journal import TRAINING_KEY, CheckpointRef
 from hf_spot.run.manifest import FileEntry, missing_for_resume
+
+WEIGHTS_ONLY = "weights"
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Checkpoint:
     Args:
         ref: the short record of it in the journal's state.
         time: when it was committed, by the writer's clock.
-        reason: why it was saved: ``schedule``, ``cadence``, ``notice``, ``advisory``, ``end`` or ``push``.
+        reason: why it was saved: ``schedule``, ``cadence``, ``notice``, ``advisory``, ``end`` or ``push``; ``weights`` if only
+            its weights are kept.
         files: its manifest.
         details: everything else that the commit recorded (world size, batch sizes, measured durations, …).
     """
@@ -37,8 +40,8 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Return the name that Trainer gives the folder."""
-        return f"checkpoint-{self.ref.step}"
+        """Return the name that Trainer gives the folder; of weights alone another one, which Trainer does not resume from."""
+        return f"{'weights' if self.reason == WEIGHTS_ONLY else 'checkpoint'}-{self.ref.step}"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,23 @@ class CommitRequest:
         training = "" if self.training == 1 else f"/stage-{self.training}"
         pushed = "/pushed" if self.reason == "push" else ""  # never where the launch itself writes
         return f"e{launch:04d}{pushed}{training}/checkpoint-{self.step}{f'-{self.apart}' if self.apart else ''}"
+
+    def to_data(self, launch: int) -> dict[str, Any]:
+        """Return what the commit's entry records, without the files.
+
+        Args:
+            launch: number of the launch that writes it.
+        """
+        return {
+            "step": self.step,
+            TRAINING_KEY: self.training,
+            "reason": self.reason,
+            "complete": self.complete,
+            "best_step": self.best_step,
+            "world_size": self.world_size,
+            "prefix": self.prefix(launch),
+            **(self.details or {}),
+        }
 
 
 def check_resumable(checkpoint: Checkpoint, url: str) -> None:

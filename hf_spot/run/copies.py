@@ -71,7 +71,7 @@ def _is_remainder(source: Run, target: Run, number: int) -> bool:
 
 def files_to_copy(run: Run, state: RunState) -> list[ObjectInfo]:
     """Return what a copy of a run consists of, without its journal: the files of its checkpoints, and logs."""
-    kept = tuple(f"{ref.prefix}/" for ref in state.checkpoints)
+    kept = tuple(f"{prefix}/" for prefix in state.prefixes)
     return [info for info in run.store.list() if info.key.startswith(kept) or _TO_COPY.match(info.key)]
 
 
@@ -140,7 +140,7 @@ def _copy_all(source: Run, target: Run, files: Iterable[ObjectInfo], progress: P
 
 def _by_importance(state: RunState) -> list[int]:
     """Return the numbers of all entries: first those that only tell the history, then the commits, last the newest."""
-    commits = {ref.entry for ref in state.checkpoints} - {state.number}
+    commits = {ref.entry for ref in (*state.checkpoints, *state.weights)} - {state.number}
     history = [number for number in range(1, state.number) if number not in commits]
     return [*history, *sorted(commits), state.number] if state.number else []
 

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 from hf_spot.run.manifest import files_in, missing_for_resume
+from hf_spot.run.parts import parts_in
 
 _LONGEST_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
@@ -32,6 +33,7 @@ def problems_in(folder: Path) -> list[str]:
     names = files_in(folder)
     ranks = sum(bool(re.fullmatch(r"rng_state_\d+\.pth", name)) for name in names)
     problems = [f"{name} is missing" for name in missing_for_resume(names, max(1, ranks))]
+    problems += [f"of {name} there are only the parts that this machine's ranks read" for name in parts_in(folder)]
     for name in names:
         path = folder / name
         suffix = path.suffix

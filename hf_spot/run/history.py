@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_spot.errors import ObjectNotFound
 from hf_spot.policy.cadence import History, SaveCost
-from hf_spot.run.journal import BY_HAND, ENDINGS, Entry, Journal
+from hf_spot.run.journal import BY_HAND, ENDINGS, TRAINING_KEY, Entry, Journal
 
 _MOST_ENTRIES = 64  # reached only after many launches in a row that committed nothing; older ones would change little
 
@@ -80,7 +80,11 @@ def gather(entries: Iterable[Entry]) -> Past:
             past, announced = replace(past, as_of=entry.time if trains else None), False
             continue
         past = replace(past, history=past.now(entry.time), as_of=entry.time)
-        if entry.kind == "commit":
+        if entry.kind == "lost":
+            committed = entry.state.latest(entry.data.get(TRAINING_KEY, 1))
+            known = max(committed.step if committed else 0, entry.data.get("resumed_step", 0))
+            past = replace(past, steps_lost=max(0, entry.data.get("step", 0) - known))
+        elif entry.kind == "commit":
             announced = entry.data.get("reason") == "notice"
             past = replace(past, history=_carried(entry) or past.history, cost=_cost(entry.data))
         elif entry.kind in ENDINGS:

@@ -53,6 +53,8 @@ KINDS = (
     "hang",
     "rollback",
     "spike",
+    "lost",
+    "weights",
 )
 ENDINGS = ("preempted", "finished", "failed")
 BY_HAND = "hf-spot checkpoints"  # the author of a claim that no training follows
@@ -115,6 +117,7 @@ class RunState:
         checkpoints: those that exist, oldest first: in the order of their commits, but those of one launch by their steps.
         ended: how the newest launch ended (one of `ENDINGS`); None while it runs, or if it died without an entry.
         trainings: those that have described themselves, by their numbers. Earlier versions of hf_spot described none.
+        weights: of checkpoints that are gone, those whose weights are kept, oldest first. No training resumes from them.
     """
 
     number: int = 0
@@ -122,6 +125,12 @@ class RunState:
     checkpoints: tuple[CheckpointRef, ...] = ()
     ended: str | None = None
     trainings: tuple[TrainingRef, ...] = ()
+    weights: tuple[CheckpointRef, ...] = ()
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Return the keys under which there are files that the run keeps, without a trailing slash."""
+        return [ref.prefix for ref in (*self.checkpoints, *self.weights)]
 
     def latest(self, training: int | None = None) -> CheckpointRef | None:
         """Return the newest checkpoint (of training number ``training``), or None."""
@@ -166,7 +175,7 @@ def fold(state: RunState, number: int, kind: str, launch: int, data: dict[str, A
     if kind == "prune":
         gone = set(data["entries"])
         return replace(after, checkpoints=tuple(ref for ref in state.checkpoints if ref.entry not in gone))
-    if kind == "commit":
+    if kind in ("commit", "weights"):
         new = CheckpointRef(
             entry=number,
             launch=launch,
@@ -176,6 +185,8 @@ def fold(state: RunState, number: int, kind: str, launch: int, data: dict[str, A
             prefix=data["prefix"],
             complete=data["complete"],
         )
+        if kind == "weights":
+            return replace(after, weights=(*state.weights, new))
         refs = [*state.checkpoints]
         place = len(refs)
         # Before a deadline the newest checkpoint is uploaded first: an older one of the same launch that is committed after it
@@ -206,9 +217,11 @@ _NAMES = {key: name for name, key in _KEYS.items()}
 
 def _to_disk(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a `RunState` or one of its records, in their order, under the keys of format 1."""
-    for name in ("checkpoints", "trainings"):
+    for name in ("checkpoints", "trainings", "weights"):
         if name in fields:
             fields[name] = [_to_disk(ref) for ref in fields[name]]
+    if fields.get("weights") == []:  # earlier versions of hf_spot don't know it
+        del fields["weights"]
     return {_KEYS.get(name, name): value for name, value in fields.items()}
 
 
@@ -252,7 +265,8 @@ def decode(data: bytes, key: bytes | None = None) -> Entry:
         state = written["state"]
         refs = tuple(_ref(**ref) for ref in state.pop("checkpoints"))
         trainings = tuple(_typed(TrainingRef(**_from_disk(one))) for one in state.pop("trainings", ()))
-        state = _typed(RunState(checkpoints=refs, trainings=trainings, **_from_disk(state)))
+        weights = tuple(_ref(**ref) for ref in state.pop("weights", ()))
+        state = _typed(RunState(checkpoints=refs, trainings=trainings, weights=weights, **_from_disk(state)))
         written_at = datetime.fromisoformat(written["time"])
         if written_at.tzinfo is None:
             raise TypeError(f"time {written['time']!r} has no time zone")

@@ -35,6 +35,8 @@ _PATHS = {
 }
 _TIMEOUT_S = 0.5
 
+BY_LAUNCHER = "hf-spot launch"  # the author of a claim that a launcher makes
+
 
 def about_this_machine(by: str, environ: Mapping[str, str]) -> dict[str, Any]:
     """Return the data of a claim.

@@ -11,10 +11,11 @@ from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.manifest import FileEntry
 from hf_spot.run.run import Run
 from hf_spot.run.seal import seal, unseal
-from hf_spot.run.told_steps import Told
+from hf_spot.run.told_steps import Heartbeat, Told
 from hf_spot.storage.threads import Workers
 
 _PARTS = ".parts"
+_STEPS = re.compile(r"/steps-(\d{1,9})\.json$")
 _MEETING = re.compile(r"/meeting-(\d{1,9})\.json$")
 _READ_AT_ONCE = 16  # parts of a checkpoint
 _LOOKS_BACK = 4  # launches: some end before they have told anything
@@ -114,6 +115,22 @@ class Mailbox:
                 except (ValueError, TypeError, KeyError) as error:
                     raise CorruptCheckpoint(f"what launch {launch} told about its steps can't be read: {error}") from error
         return Told()
+
+    def heartbeat(self, launch: int) -> tuple[int, Heartbeat] | None:
+        """Return the number of the training and the newest heartbeat of a launch; None if it sent none, or it was deleted.
+
+        Raises:
+            CorruptCheckpoint: it is damaged.
+            StoreUnavailable: the store did not answer.
+        """
+        found = []
+        for info in self._run.store.list(f"e{launch:04d}/steps-"):
+            match = _STEPS.search(info.key)
+            if match is not None:
+                told = self.told_steps(int(match[1]), launch + 1)
+                if told.heartbeat is not None and told.heartbeat.launch == launch:
+                    found.append((int(match[1]), told.heartbeat))
+        return max(found, key=lambda one: one[1].time, default=None)
 
     def _part_key(self, request: CommitRequest, part: int) -> str:
         return f"{self._folder(request)}{part}.json"

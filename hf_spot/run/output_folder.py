@@ -85,6 +85,8 @@ def sweep(output_dir: Path) -> None:
     for pattern in ("restore-*", "pins-*"):
         for leftover in (output_dir / ".hf_spot").glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in (output_dir / ".hf_spot").glob(".whole-*"):  # a record that was cut short
+        leftover.unlink(missing_ok=True)
 
 
 def set_aside(folder: Path, why: str) -> Path:

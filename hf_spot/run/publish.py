@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,13 @@ from typing import Any
 from hf_spot.errors import ConfigError
 from hf_spot.run import transfer
 from hf_spot.run.checkpoint import Checkpoint
+from hf_spot.run.manifest import files_of_model, is_weights
 from hf_spot.run.run import Run
 from hf_spot.storage.hub import open_model
 from hf_spot.storage.hub_connection import model_card
 from hf_spot.storage.store import Progress
 
 CARD = "README.md"
-_WEIGHTS = re.compile(r"(.+/)?(model|adapter_model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
-_OTHER = re.compile(r".+\.(json|jinja|txt|md|model|tiktoken|py|safetensors)")
-# Files that only a resume reads: those of Trainer, FSDP, DeepSpeed and hf_spot.
-_OF_TRAINING = re.compile(
-    r"(.+/)?(trainer_state\.json|zero_to_fp32\.py|optimizer[^/]*|(next_batch|workers)_\d+\.json"
-    r"|(pytorch_model_fsdp|optimizer|global_step)_?\d+/.+|random_states/.+|\.[^/]+)"
-)
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 
 
@@ -37,11 +31,6 @@ class Published:
     url: str
     files: tuple[str, ...]
     size_bytes: int
-
-
-def choose(names: Iterable[str]) -> list[str]:
-    """Return the names of files that loading the model needs. Pickle files other than weights are left out. Pure."""
-    return [name for name in names if _WEIGHTS.fullmatch(name) or (_OTHER.fullmatch(name) and not _OF_TRAINING.fullmatch(name))]
 
 
 def pick(run: Run, step: int | None) -> Checkpoint:
@@ -80,8 +69,8 @@ def publish(
     model = open_model(url)
     checkpoint = pick(run, step)
     names = {file.path for file in checkpoint.files}
-    chosen = names if everything else {*choose(names)}
-    if not everything and not any(_WEIGHTS.fullmatch(name) for name in chosen):
+    chosen = names if everything else {*files_of_model(names)}
+    if not everything and not any(is_weights(name) for name in chosen):
         raise ConfigError(
             f"{checkpoint.name} of {run.url} has no model.safetensors or other weights that a model is loaded from",
             hint="accelerate merge-weights makes them from FSDP's shards; --all uploads the checkpoint as it is",
@@ -99,7 +88,7 @@ def publish(
             folder,
             sorted({*chosen, *written}),
             defaults=written,  # an existing card may have been edited and stays
-            superseded=lambda name: bool(_WEIGHTS.fullmatch(name)),  # else the old shards would be loaded with the new ones
+            superseded=is_weights,  # else the old shards would be loaded with the new ones
             private=private,
             message=f"Step {checkpoint.step}",
             progress=moved,

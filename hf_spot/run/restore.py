@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from hf_spot.run.checkpoint import Checkpoint, check_resumable
 from hf_spot.run.journal import CheckpointRef
 from hf_spot.run.output_folder import set_aside
 from hf_spot.run.run import Run
+from hf_spot.run.selection import Readers
 from hf_spot.runtime import Prefetched
 from hf_spot.storage.store import Progress
 
@@ -29,8 +30,7 @@ def restore_newest(
     *,
     everywhere: Callable[[Callable[[], Restored]], Restored] = lambda restore: restore(),
     prefetched: Prefetched | None = None,
-    ranks: Collection[int] | None = None,
-    world_size: int = 1,
+    readers: Readers | None = None,
     progress: Callable[[int], Progress | None] = lambda size_bytes: None,
 ) -> Restored | None:
     """Restore the newest of these commits that is complete. Return None if there are no commits.
@@ -55,8 +55,7 @@ def restore_newest(
             ref,
             output_dir,
             prefetched=prefetched,
-            ranks=ranks,
-            world_size=world_size,
+            readers=readers,
             progress=progress,
         )
         try:
@@ -77,8 +76,7 @@ def restore_checkpoint(
     output_dir: Path,
     *,
     prefetched: Prefetched | None = None,
-    ranks: Collection[int] | None = None,
-    world_size: int = 1,
+    readers: Readers | None = None,
     progress: Callable[[int], Progress | None] = lambda size_bytes: None,
 ) -> Restored:
     """Restore one commit as the folder ``output_dir/checkpoint-<step>``.
@@ -91,8 +89,7 @@ def restore_checkpoint(
         ref: the commit.
         output_dir: the Trainer's.
         prefetched: what the launcher has downloaded: this commit or another.
-        ranks: the ranks that read this disk, if not all do; only the files that they need are downloaded.
-        world_size: number of all ranks. If it was another when the checkpoint was saved, all files are downloaded.
+        readers: the ranks that read this disk, if not all do; only what they need is downloaded.
         progress: makes a progress callback for a download of a number of bytes.
 
     Raises:
@@ -102,33 +99,38 @@ def restore_checkpoint(
     checkpoint = run.checkpoint(ref)
     check_resumable(checkpoint, run.url)
     folder = output_dir / checkpoint.name
-    if checkpoint.details.get("world_size") != world_size:
-        ranks = None
-    adopted = prefetched is not None and adopt_prefetched(prefetched, ref.entry, output_dir, ranks=ranks)
+    adopted = prefetched is not None and adopt_prefetched(prefetched, ref.entry, output_dir, readers=readers)
     # Where others may rename a private folder, they can have replaced it.
     trusted = adopted and prefetched is not None and prefetched.folder is not None and _is_guarded(prefetched.folder.parents[1])
     have = None
-    if not trusted and folder.exists() and (problems := run.compare(checkpoint, folder, ranks=ranks)):
+    if not adopted and prefetched is not None and prefetched.entry == ref.entry and _is_own(prefetched):
+        have = prefetched.folder  # for other ranks; what these need too is taken from there, after a look at its digest
+    if not trusted and folder.exists() and (problems := run.compare(checkpoint, folder, readers=readers)):
         have = set_aside(folder, problems[0])  # of several machines, each has what its own ranks have written
     if not folder.exists():
-        return checkpoint, run.fetch(checkpoint, output_dir, ranks=ranks, progress=progress(ref.size_bytes), have=have)
-    run.remember(checkpoint, ranks=ranks)
+        size_bytes = run.selection(checkpoint, readers).size_bytes
+        return checkpoint, run.fetch(checkpoint, output_dir, readers=readers, progress=progress(size_bytes), have=have)
+    run.remember(checkpoint, readers=readers)
     return checkpoint, folder
 
 
-def adopt_prefetched(prefetched: Prefetched, entry: int, into: Path, *, ranks: Collection[int] | None = None) -> bool:
+def adopt_prefetched(prefetched: Prefetched, entry: int, into: Path, *, readers: Readers | None = None) -> bool:
     """Move a prefetched checkpoint, which was verified as it was downloaded, to its place. Return whether that was possible.
 
     Args:
         prefetched: what the launcher has downloaded.
         entry: number of the commit to restore.
         into: folder that gets ``checkpoint-<step>``.
-        ranks: whose files are needed; None for all ranks.
+        readers: who needs them; None for all ranks.
     """
-    enough = prefetched.ranks is None or (ranks is not None and set(ranks) <= set(prefetched.ranks))
+    enough = prefetched.ranks is None or (
+        readers is not None
+        and set(readers.ranks) <= set(prefetched.ranks)
+        and prefetched.world_size in (None, readers.world_size)
+    )
     if prefetched.entry != entry or prefetched.folder is None or not enough or (into / prefetched.folder.name).exists():
         return False
-    if not is_private(prefetched.folder.parent) or not _is_own_folder(prefetched.folder):
+    if not _is_own(prefetched):
         log.warning("%s is not this user's own, and is downloaded again", prefetched.folder)
         return False
     into.mkdir(parents=True, exist_ok=True)
@@ -138,6 +140,12 @@ def adopt_prefetched(prefetched: Prefetched, entry: int, into: Path, *, ranks: C
         log.info("%s can't be moved to %s, and is downloaded again: %s", prefetched.folder, into, error.strerror)
         return False
     return True
+
+
+def _is_own(prefetched: Prefetched) -> bool:
+    """Return whether only this user can have written what was prefetched."""
+    folder = prefetched.folder
+    return folder is not None and is_private(folder.parent) and _is_own_folder(folder)
 
 
 def is_private(folder: Path) -> bool:

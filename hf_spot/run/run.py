@@ -8,17 +8,17 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from hf_spot.errors import ConfigError, CorruptCheckpoint, NoCheckpoint
-from hf_spot.policy.retention import to_prune
+from hf_spot.policy.retention import milestones, to_prune
 from hf_spot.policy.trackers import script_run_id, tracker_id
 from hf_spot.run import transfer
-from hf_spot.run.checkpoint import Checkpoint, CommitRequest, check_resumable, check_whole
+from hf_spot.run.checkpoint import WEIGHTS_ONLY, Checkpoint, CommitRequest, check_resumable, check_whole
 from hf_spot.run.dedup import Unchanged
 from hf_spot.run.display import display
 from hf_spot.run.journal import BY_HAND, TRAINING_KEY, CheckpointRef, Entry, Journal, RunState, TrainingRef
@@ -28,15 +28,18 @@ from hf_spot.run.manifest import (
     check_names,
     difference,
     files_in,
+    files_of_model,
     has_weights,
+    is_weights,
     missing_for_resume,
-    needed_by,
 )
+from hf_spot.run.parts import PartFiles, parts_in
 from hf_spot.run.patience import WAITS_S
 from hf_spot.run.seal import key_from
+from hf_spot.run.selection import Readers, Selection, select
 from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import leftovers, probe
-from hf_spot.storage.store import ObjectStore, Progress, fences
+from hf_spot.storage.store import ObjectStore, Progress, fences, ranges_of
 
 log = logging.getLogger("hf_spot")
 
@@ -73,6 +76,7 @@ class Run:
         self._allow_unfenced_store = allow_unfenced_store
         self._workers = workers
         self._unchanged = Unchanged()
+        self._selections: dict[tuple[int, Readers | None], Selection] = {}
         self._is_probed = False
 
     @property
@@ -119,9 +123,15 @@ class Run:
         ref = self.state().latest(training)
         return None if ref is None else self.checkpoint(ref)
 
+    def weights(self) -> list[Checkpoint]:
+        """Return the checkpoints of which only the weights are kept, oldest first."""
+        return [self.checkpoint(ref) for ref in self.state().weights]
+
     def find(self, step: int | None = None) -> Checkpoint:
-        """Return the newest checkpoint, or the newest commit of ``step``. Raises NoCheckpoint."""
-        refs = [ref for ref in self.state().checkpoints if step is None or ref.step == step]
+        """Return the newest checkpoint, or the newest commit of ``step``, or its weights alone. Raises NoCheckpoint."""
+        state = self.state()
+        refs = [ref for ref in state.checkpoints if step is None or ref.step == step]
+        refs = refs or [ref for ref in state.weights if ref.step == step]
         if not refs:
             what = "no committed checkpoint" if step is None else f"no checkpoint of step {step}"
             raise NoCheckpoint(f"{self.url} has {what}", hint=f"hf-spot checkpoints ls {self.url}")
@@ -143,35 +153,65 @@ class Run:
         checkpoint: Checkpoint,
         into: Path,
         *,
-        ranks: Collection[int] | None = None,
+        readers: Readers | None = None,
         progress: Progress | None = None,
         have: Path | None = None,
     ) -> Path:
-        """Download a given checkpoint as `pull` does; with ``ranks``, only the files that these ranks need to resume; with
-        ``have``, only those that this other folder does not contain."""
+        """Download a given checkpoint as `pull` does; with ``readers``, only what these ranks need to resume; with ``have``,
+        only what this other folder does not contain."""
         folder = into / checkpoint.name
-        files = checkpoint.files if ranks is None else needed_by(checkpoint.files, ranks)
         if folder.exists():
-            problems = self.compare(checkpoint, folder, ranks=ranks)
+            problems = self.compare(checkpoint, folder, readers=readers)
             if not problems:
-                self.remember(checkpoint, ranks=ranks)
+                self.remember(checkpoint, readers=readers)
                 return folder
             raise CorruptCheckpoint(
                 f"{folder} already exists and is not this checkpoint: {problems[0]}",
                 hint=f"mv {folder} {folder.with_name('my-' + folder.name)}",
             )
         into.mkdir(parents=True, exist_ok=True)
-        if checkpoint.reason != "push":
+        if checkpoint.reason not in ("push", WEIGHTS_ONLY):
             check_resumable(checkpoint, self.url)
-        transfer.download(self.store, checkpoint.ref.prefix, files, folder, workers=self._workers, progress=progress, have=have)
-        self.remember(checkpoint, ranks=ranks)
+        wanted = self.selection(checkpoint, readers)
+        transfer.download(
+            self.store,
+            checkpoint.ref.prefix,
+            wanted.whole,
+            folder,
+            workers=self._workers,
+            progress=progress,
+            have=have,
+            parts=wanted.parts,
+        )
+        self.remember(checkpoint, readers=readers)
         return folder
 
-    def remember(self, checkpoint: Checkpoint, *, ranks: Collection[int] | None = None) -> None:
-        """Remember the files of the checkpoint that this machine resumes from (``ranks`` as in `fetch`). If a later checkpoint
+    def selection(self, checkpoint: Checkpoint, readers: Readers | None) -> Selection:
+        """Return what of a checkpoint a machine needs.
+
+        Args:
+            checkpoint: to resume from.
+            readers: the machine's ranks; None for all of the checkpoint.
+
+        Raises:
+            CorruptCheckpoint: the index of its shards is missing or damaged.
+            StoreError: the store did not answer.
+        """
+        key = (checkpoint.ref.entry, readers)
+        if key not in self._selections:
+            self._selections[key] = select(
+                checkpoint.files,
+                checkpoint.details.get("world_size", 1),
+                readers,
+                lambda file: self.read(checkpoint, file.path),
+                in_parts=ranges_of(self.store) is not None,
+            )
+        return self._selections[key]
+
+    def remember(self, checkpoint: Checkpoint, *, readers: Readers | None = None) -> None:
+        """Remember the files of the checkpoint that this machine resumes from; ``readers`` as in `fetch`. If a later checkpoint
         has them too, they are copied within the store instead of being uploaded again."""
-        files = checkpoint.files if ranks is None else needed_by(checkpoint.files, ranks)
-        self._unchanged.note(checkpoint.ref.prefix, files)
+        self._unchanged.note(checkpoint.ref.prefix, self.selection(checkpoint, readers).whole)
 
     def read(self, checkpoint: Checkpoint, path: str) -> bytes:
         """Return the contents of a small file of a checkpoint, verified.
@@ -189,11 +229,15 @@ class Run:
             transfer.download(self.store, checkpoint.ref.prefix, files, folder)
             return (folder / path).read_bytes()
 
-    def compare(self, checkpoint: Checkpoint, folder: Path, *, ranks: Collection[int] | None = None) -> list[str]:
+    def compare(self, checkpoint: Checkpoint, folder: Path, *, readers: Readers | None = None) -> list[str]:
         """Return descriptions of how a local folder differs from a commit; an empty list if its files are the same to the byte.
-        With ``ranks``, only the files that these ranks need are compared."""
-        files = checkpoint.files if ranks is None else needed_by(checkpoint.files, ranks)
-        return [problem for file in files if (problem := difference(folder, file))]
+        With ``readers``, only what these ranks need is compared."""
+        wanted, there = self.selection(checkpoint, readers), PartFiles(folder)
+        problems = [problem for file in wanted.whole if (problem := difference(folder, file))]
+        for one in wanted.parts:
+            if (problem := difference(folder, one.file)) and (problem := there.difference(one)):
+                problems.append(problem)
+        return problems
 
     def verify(self, step: int | None = None, *, progress: Progress | None = None) -> dict[int, list[str]]:
         """Read back every file of all checkpoints, or of one step's. Return the problems by entry number; an empty list means
@@ -201,7 +245,7 @@ class Run:
 
         A checkpoint that is pruned meanwhile is left out.
         """
-        chosen = [self.find(step)] if step is not None else self.checkpoints()
+        chosen = [self.find(step)] if step is not None else [*self.checkpoints(), *self.weights()]
         found = {}
         for checkpoint in chosen:
             problems = self._problems(checkpoint, progress)
@@ -212,7 +256,7 @@ class Run:
     def _problems(self, checkpoint: Checkpoint, progress: Progress | None) -> list[str] | None:
         """Return the problems of a checkpoint's files; None if it was pruned meanwhile."""
         lacking = missing_for_resume((f.path for f in checkpoint.files), checkpoint.details.get("world_size", 1))
-        problems = [f"{name} is missing" for name in lacking if checkpoint.reason != "push"]
+        problems = [f"{name} is missing" for name in lacking if checkpoint.reason not in ("push", WEIGHTS_ONLY)]
         damaged: list[str] = []
         with tempfile.TemporaryDirectory(prefix="hf_spot-verify-") as scratch:
             for file in checkpoint.files:
@@ -228,7 +272,8 @@ class Run:
         return None if damaged and self._is_pruned(checkpoint) else problems + damaged
 
     def _is_pruned(self, checkpoint: Checkpoint) -> bool:
-        return all(ref.entry != checkpoint.ref.entry for ref in self.journal.refresh().checkpoints)
+        state = self.journal.refresh()
+        return all(ref.entry != checkpoint.ref.entry for ref in (*state.checkpoints, *state.weights))
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -325,17 +370,7 @@ class Run:
         if request.parts > 1:
             check_names(files)
             check_whole(request, [file.path for file in files], request.prefix(self.launch))
-        data = {
-            "step": request.step,
-            TRAINING_KEY: request.training,
-            "reason": request.reason,
-            "complete": request.complete,
-            "best_step": request.best_step,
-            "world_size": request.world_size,
-            "prefix": request.prefix(self.launch),
-            "files": [asdict(file) for file in files],
-            **(request.details or {}),
-        }
+        data = {**request.to_data(self.launch), "files": [file.told() for file in files]}
         return self.journal.append("commit", data, id=id)
 
     def push(self, folder: str | PathLike[str], step: int | None = None, *, progress: Progress | None = None) -> Checkpoint:
@@ -366,6 +401,11 @@ class Run:
                 hint="hf-spot checkpoints push RUN out/checkpoint-500, a folder that Trainer wrote",
             )
         world_size = max(1, sum(bool(re.fullmatch(r"rng_state_\d+\.pth", name)) for name in names))
+        if parted := parts_in(path):
+            raise ConfigError(
+                f"{path} has only parts of {parted[0]}: this machine fetched no more than its ranks read",
+                hint="hf-spot checkpoints pull RUN fetches all of it; or hf-spot runs fork RUN@STEP NEW-RUN",
+            )
         if missing := missing_for_resume(names, world_size):
             log.warning("%s lacks %s: it can be pulled, but no training can resume from it", path, ", ".join(missing))
         self.join()
@@ -389,19 +429,45 @@ class Run:
             self.store.delete([_mark(prefix)])
         return replace(request, apart=uuid.uuid4().hex[:12])
 
-    def prune(self, save_total_limit: int | None) -> list[CheckpointRef]:
+    def prune(
+        self, save_total_limit: int | None, *, keep_every: int | None = None, keep_weights: bool = False
+    ) -> list[CheckpointRef]:
         """Remove old checkpoints from the run, then delete their files. Return the removed ones.
 
         Args:
             save_total_limit: how many of the newest to keep, besides the best; None or 0 keeps all.
+            keep_every: keep for good the first checkpoint at or after each multiple of so many steps.
+            keep_weights: of those keep only the files that ``from_pretrained`` reads, once they are not among the newest.
         """
-        gone = to_prune(self.journal.state.checkpoints, save_total_limit)
+        state = self.journal.state
+        gone = to_prune(state.checkpoints, save_total_limit)
+        lasting = {ref.entry for ref in milestones(state.checkpoints, keep_every, state.weights)} if keep_every else set()
+        kept_whole = {ref.entry for ref in gone if ref.entry in lasting and not (keep_weights and self._keep_weights(ref))}
+        gone = [ref for ref in gone if ref.entry not in kept_whole]
         if gone:
             # The entry comes first, so that no reader sees a checkpoint whose files are being deleted.
             self.record("prune", {"entries": [ref.entry for ref in gone], "steps": [ref.step for ref in gone]})
-            kept = {ref.prefix for ref in self.journal.state.checkpoints}
+            kept = set(self.journal.state.prefixes)
             transfer.delete(self.store, [ref.prefix for ref in gone if ref.prefix not in kept])
         return gone
+
+    def _keep_weights(self, ref: CheckpointRef) -> bool:
+        """Commit the weights of a checkpoint, copied within the store; return False if it has none that can be loaded alone."""
+        checkpoint = self.checkpoint(ref)
+        chosen = set(files_of_model(file.path for file in checkpoint.files))
+        if not any(map(is_weights, chosen)):
+            log.warning(
+                "%s has no weights that from_pretrained reads, such as model.safetensors: it is kept whole", checkpoint.name
+            )
+            return False
+        files = [file for file in checkpoint.files if file.path in chosen]
+        prefix = f"{ref.prefix}-weights"
+        for file in files:
+            self.store.copy(f"{ref.prefix}/{file.path}", f"{prefix}/{file.path}")
+        details = {name: checkpoint.details[name] for name in ("step", TRAINING_KEY, "complete", "world_size")}
+        data = {**details, "reason": WEIGHTS_ONLY, "prefix": prefix, "files": [file.told() for file in files]}
+        self.record("weights", data)
+        return True
 
     def collect_garbage(self) -> int:
         """Delete files that older launches left without a commit, and abort their uploads. Return how many were removed,
@@ -414,7 +480,7 @@ class Run:
             match = _LAUNCH_FOLDER.match(key)
             return match is not None and int(match[1]) < self.launch
 
-        kept = tuple(f"{ref.prefix}/" for ref in self.journal.state.checkpoints)
+        kept = tuple(f"{prefix}/" for prefix in self.journal.state.prefixes)
         orphans = [info.key for info in self.store.list("e") if stale(info.key) and not info.key.startswith(kept)]
         orphans += leftovers(self.store)
         self.store.delete(orphans)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -11,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_spot.errors import ConfigError
+from hf_spot.errors import ConfigError, ObjectNotFound
 from hf_spot.run import transfer
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest, check_resumable
 from hf_spot.run.journal import TRAINING_KEY, Entry
 from hf_spot.run.manifest import FileEntry, files_in, missing_for_resume
+from hf_spot.run.parts import can_be_parted, digests_key, parts_in
 from hf_spot.run.run import Run
 from hf_spot.storage.open import open_store
 from hf_spot.storage.store import ObjectStore, Progress
@@ -103,6 +105,8 @@ def _of_folder(folder: Path, name: str) -> Start:
         step = json.loads((folder / "trainer_state.json").read_bytes())["global_step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--from {name}: no trainer_state.json there names a step: {error}", hint=_HINT) from error
+    if parted := parts_in(folder):
+        raise ConfigError(f"--from {name} has only parts of {parted[0]}", hint=_HINT)
     world_size = max(1, sum(bool(re.fullmatch(r"rng_state_\d+\.pth", path)) for path in paths))
     if missing := missing_for_resume(paths, world_size):
         raise ConfigError(f"--from {name} lacks {', '.join(missing)}: no training can resume from it", hint=_HINT)
@@ -169,10 +173,18 @@ def _copy(other: Run, checkpoint: Checkpoint, run: Run, prefix: str, progress: P
                 (file, pool.submit(store.copy, f"{theirs}{source}/{file.path}", f"{ours}{prefix}/{file.path}"))
                 for file in checkpoint.files
             ]
+            lists = [
+                pool.submit(store.copy, f"{theirs}{digests_key(source, file.path)}", f"{ours}{digests_key(prefix, file.path)}")
+                for file in checkpoint.files
+                if can_be_parted(file)
+            ]
             for file, copied in copies:
                 copied.result()
                 if progress is not None:
                     progress(file.size)
+            for one in lists:
+                with contextlib.suppress(ObjectNotFound):  # without it, the file is always fetched as a whole
+                    one.result()
         return list(checkpoint.files)
     with tempfile.TemporaryDirectory(prefix="hf_spot-from-") as scratch:
         folder = other.fetch(checkpoint, Path(scratch))

@@ -1,7 +1,8 @@
 """What a launch tells about its steps, in a file on the disk of its machine, so that the next launch can compare.
 
 The file is in ``output_dir/.hf_spot``, one for each training and rank: a line of JSON for each launch, which says under which
-circumstances it trains, and one for each step. It survives the death of every process. A line that was cut short is ignored.
+circumstances it trains, one for each step, and a heartbeat every few seconds. It survives the death of every process. A line
+that was cut short is ignored.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -20,27 +22,68 @@ from hf_spot.runtime import write_atomically
 
 
 @dataclass(frozen=True)
+class Heartbeat:
+    """How far a launch had come, and when: what is known of it if it is killed.
+
+    Args:
+        launch: its number.
+        step: the step that was done.
+        time: when it was told, by the launch's clock.
+        timing: what the training had measured (`hf_spot.economics.report.Timing`).
+        output_dir: where its checkpoints and this file are, on the machine of rank 0.
+    """
+
+    launch: int
+    step: int
+    time: datetime
+    timing: dict[str, Any]
+    output_dir: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {**asdict(self), "time": self.time.isoformat()}
+
+    @classmethod
+    def of(cls, told: Any) -> Heartbeat:
+        """Return what `to_json` wrote. Raises ValueError, TypeError, KeyError."""
+        launch, step, time = told["launch"], told["step"], datetime.fromisoformat(told["time"])
+        if type(launch) is not int or type(step) is not int or min(launch, step) < 0 or time.tzinfo is None:
+            raise TypeError(f"not a heartbeat: {told!r}")
+        return cls(launch, step, time, dict(told["timing"]), str(told["output_dir"]))
+
+
+@dataclass(frozen=True)
 class Told:
     """What launches have told.
 
     Args:
         steps: in the order in which they were told.
         circumstances: by launch: named values that must be the same for its steps to be comparable.
+        heartbeat: the newest one, if any.
     """
 
     steps: tuple[Step, ...] = ()
     circumstances: dict[int, dict[str, Any]] = field(default_factory=dict)
+    heartbeat: Heartbeat | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         circumstances = [[launch, values] for launch, values in self.circumstances.items()]
-        return {"circumstances": circumstances, "steps": [one.to_json() for one in self.steps]}
+        told = {"circumstances": circumstances, "steps": [one.to_json() for one in self.steps]}
+        return told if self.heartbeat is None else {**told, "heartbeat": self.heartbeat.to_json()}
 
     @classmethod
     def of(cls, told: dict[str, Any]) -> Told:
         """Return what `to_json` wrote. Raises ValueError, TypeError, KeyError."""
         circumstances = {int(launch): dict(values) for launch, values in told["circumstances"]}
-        return cls(tuple(map(Step.of, told["steps"])), circumstances)
+        heartbeat = Heartbeat.of(told["heartbeat"]) if "heartbeat" in told else None
+        return cls(tuple(map(Step.of, told["steps"])), circumstances, heartbeat)
+
+    def reached_by(self, launch: int) -> int:
+        """Return the last step that a launch has told; 0 if it told none."""
+        told = [one.step for one in self.steps if one.launch == launch]
+        beat = self.heartbeat
+        return max(told[-1] if told else 0, beat.step if beat is not None and beat.launch == launch else 0)
 
 
 def path_of(output_dir: Path, url: str, training: int, rank: int) -> Path:
@@ -69,14 +112,17 @@ def read(path: Path) -> Told:
         return Told()
     steps: list[Step] = []
     circumstances: dict[int, dict[str, Any]] = {}
+    heartbeat: Heartbeat | None = None
     for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # cut short when the disk was full
             found = json.loads(line)
-            if isinstance(found, dict):
+            if isinstance(found, dict) and "heartbeat" in found:
+                heartbeat = Heartbeat.of(found["heartbeat"])
+            elif isinstance(found, dict):
                 circumstances[int(found["launch"])] = dict(found["circumstances"])
             else:
                 steps.append(Step.of(found))
-    return Told(tuple(steps), circumstances)
+    return Told(tuple(steps), circumstances, heartbeat)
 
 
 class StepFile:
@@ -95,14 +141,15 @@ class StepFile:
         self.close()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         heads = [{"launch": launch, "circumstances": values} for launch, values in told.circumstances.items()]
-        write_atomically(self._path, "".join(json.dumps(head) + "\n" for head in heads) + _lines(told.steps))
+        lines = "".join(json.dumps(head) + "\n" for head in heads) + _lines(told.steps) + _line(told.heartbeat)
+        write_atomically(self._path, lines)
         self._file = FileIO(self._path, "ab")
 
-    def append(self, steps: Iterable[Step]) -> bool:
-        """Add steps; return False if the file must be rewritten first. Raises OSError."""
+    def append(self, steps: Iterable[Step], heartbeat: Heartbeat | None = None) -> bool:
+        """Add steps and a heartbeat; return False if the file must be rewritten first. Raises OSError."""
         if self._file is None:
             return False
-        data = _lines(steps).encode()
+        data = (_lines(steps) + _line(heartbeat)).encode()
         try:
             written = self._file.write(data)
         except OSError:
@@ -127,3 +174,7 @@ class StepFile:
 
 def _lines(steps: Iterable[Step]) -> str:
     return "".join(json.dumps(one.to_json()) + "\n" for one in steps)
+
+
+def _line(heartbeat: Heartbeat | None) -> str:
+    return "" if heartbeat is None else json.dumps({"heartbeat": heartbeat.to_json()}) + "\n"

@@ -7,15 +7,16 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
 from hf_spot.errors import CorruptCheckpoint, ObjectNotFound, SpotError
 from hf_spot.run.dedup import Standing, Unchanged
-from hf_spot.run.digest import Passing, digest_of
+from hf_spot.run.digest import FINE, Passing, combined, digest_of, name_for, part_digests
 from hf_spot.run.manifest import FileEntry, check_names, difference, files_in
+from hf_spot.run.parts import PartFiles, Parts, digests_key, get_digests, parts_path, run_all
 from hf_spot.run.patience import WAITS_S, again_if_missing
 from hf_spot.storage.store import ObjectStore, Progress
 from hf_spot.storage.threads import Workers
@@ -23,6 +24,9 @@ from hf_spot.storage.threads import Workers
 LOST_BYTES = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 """Error numbers by which `os.fsync` reports lost bytes. Others mean that the filesystem does not support it."""
 _TRIES = 3
+_DIGESTS_AT_ONCE = 16
+_MANY = 100  # small files
+_TIMES_AS_MANY = 4  # as workers, if most files are small
 _SMALL_BYTES = 1 << 20  # up to this size one plain read is cheaper than a transfer, which first requests the size
 
 
@@ -39,7 +43,8 @@ def upload(
 
     A file that the store already has is copied there. Other files are hashed as they are sent, or afterwards if the store's
     client does not show the bytes. Memory does not grow with the files: at most ``workers`` x 4 MB (blocks of each file that
-    is copied), and for S3 1 MB for each connection, because parts are read from the file as they are sent.
+    is copied), four times as much if most of many files are small, and for S3 1 MB for each connection, because parts are read
+    from the file as they are sent.
 
     Raises:
         StoreError: from the store, for the first file that failed.
@@ -48,24 +53,36 @@ def upload(
     known = unchanged or Unchanged()
 
     def put(name: str, path: Path, size_bytes: int) -> str:
-        passing = Passing(size_bytes, progress)
+        hash = name_for(name, size_bytes)
+        passing = Passing(size_bytes, progress, name=hash)
         store.put_file(f"{prefix}/{name}", path, passing)
-        return passing.digest() or digest_of(path)
+        if hash != FINE:
+            return passing.digest() or digest_of(path, hash)
+        digests = passing.part_digests()
+        return put_digests(name, part_digests(path) if digests is None else digests)
+
+    def put_digests(name: str, digests: bytes) -> str:
+        store.put(digests_key(prefix, name), digests)
+        return combined(FINE, digests)
 
     def put_or_copy(name: str, path: Path, size_bytes: int, standing: Standing) -> str:
+        hash = standing.digest.partition(":")[0]
+        digests = part_digests(path) if hash == FINE else b""
         with contextlib.suppress(ObjectNotFound):  # it was pruned meanwhile
-            if digest_of(path, standing.digest.partition(":")[0]) == standing.digest:
+            if (combined(FINE, digests) if hash == FINE else digest_of(path, hash)) == standing.digest:
                 store.copy(standing.key, f"{prefix}/{name}")
+                if hash == FINE:
+                    put_digests(name, digests)
                 if progress is not None:
                     progress(size_bytes)
                 return standing.digest
         return put(name, path, size_bytes)
 
-    with Workers(workers, thread_name_prefix="hf_spot-upload") as pool:
+    found = [(name, (folder / name).stat()) for name in files_in(folder)]
+    with Workers(_at_once(workers, [before.st_size for _, before in found]), thread_name_prefix="hf_spot-upload") as pool:
         jobs: list[tuple[str, os.stat_result, Future[str]]] = []
-        for name in files_in(folder):
+        for name, before in found:
             path = folder / name
-            before = path.stat()
             standing = known.candidate(name, before.st_size)
             if standing and standing.key != f"{prefix}/{name}":  # the same key: an earlier attempt uploaded it and failed later
                 jobs.append((name, before, pool.submit(put_or_copy, name, path, before.st_size, standing)))
@@ -94,10 +111,13 @@ def download(
     progress: Progress | None = None,
     waits_s: Sequence[float] = WAITS_S,
     have: Path | None = None,
+    parts: Sequence[Parts] = (),
 ) -> None:
-    """Download ``files`` into the new folder ``folder``. It appears complete and verified, or not at all.
+    """Download ``files``, and ``parts`` of others, into the new folder ``folder``. It appears complete and verified, or not at
+    all.
 
-    Files that ``have``, another folder, contains to the byte are linked from there instead.
+    What ``have``, another folder, contains to the byte is linked from there instead. Files whose parts can't be verified are
+    downloaded as a whole.
 
     Raises:
         CorruptCheckpoint: an object is missing, or differs from the manifest.
@@ -112,16 +132,18 @@ def download(
         private = Path(tempfile.mkdtemp(prefix="restore-", dir=hidden))  # private, with a name that nobody can guess
         work = private / folder.name
         work.mkdir()
-        _check_room(work, sum(entry.size for entry in files))
+        _check_room(work, sum(entry.size for entry in files) + sum(one.size_bytes for one in parts))
+
+        for within in {entry.path.rpartition("/")[0] for entry in (*files, *(one.file for one in parts))}:
+            (work / within).mkdir(parents=True, exist_ok=True)
 
         def fetch(entry: FileEntry) -> None:
             path = work / entry.path
-            path.parent.mkdir(parents=True, exist_ok=True)
             if have is not None and difference(have, entry) is None and _linked(have / entry.path, path):
                 return
             problem: str | None = None
             for _ in range(_TRIES):  # if it was only damaged on the way, another try succeeds
-                passing = Passing(entry.size, progress)
+                passing = Passing(entry.size, progress, name=entry.digest.partition(":")[0])
                 try:
                     again_if_missing(
                         partial(_get, store, f"{prefix}/{entry.path}", path, entry.size, passing),
@@ -135,16 +157,18 @@ def download(
                     return
             raise CorruptCheckpoint(f"{store.url}/{prefix}: {problem}")
 
-        with Workers(workers, thread_name_prefix="hf_spot-restore") as pool:
-            jobs = [pool.submit(fetch, entry) for entry in files]
+        without_digests = _download_parts(store, prefix, parts, work, progress, have)
+        at_once = _at_once(workers, [entry.size for entry in (*files, *without_digests)])
+        with Workers(at_once, thread_name_prefix="hf_spot-restore") as pool:
+            jobs = [pool.submit(fetch, entry) for entry in (*files, *without_digests)]
             try:
                 for job in jobs:
                     job.result()
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-        for directory in {path.parent for path in work.rglob("*")}:
-            sync(directory)
+        for directory, _, _ in os.walk(work):
+            sync(Path(directory))
         os.rename(work, folder)
         sync(folder.parent)
     except OSError as error:
@@ -155,6 +179,40 @@ def download(
     finally:
         if private is not None:
             shutil.rmtree(private, ignore_errors=True)
+
+
+def _at_once(workers: int, sizes_bytes: Sequence[int]) -> int:
+    """Return how many files to move at the same time: more if most are small, because they wait for answers and disks."""
+    small = sum(size_bytes <= _SMALL_BYTES for size_bytes in sizes_bytes)
+    many_are_small = small > _MANY and 2 * small > len(sizes_bytes)
+    return _TIMES_AS_MANY * workers if workers > 1 and many_are_small else workers
+
+
+def _download_parts(
+    store: ObjectStore, prefix: str, parts: Sequence[Parts], work: Path, progress: Progress | None, have: Path | None
+) -> list[FileEntry]:
+    """Download parts of files into ``work``, and return the files whose parts can't be verified."""
+    target, before = PartFiles(work), None if have is None else PartFiles(have)
+    with Workers(_DIGESTS_AT_ONCE, thread_name_prefix="hf_spot-restore") as pool:
+        found = list(pool.map(partial(get_digests, store, prefix), [one.file for one in parts]))
+    fetched = [(one, digests) for one, digests in zip(parts, found, strict=True) if digests is not None]
+    made: list[Path] = []
+    requests: list[Callable[[], None]] = []
+    for one, digests in fetched:
+        name = parts_path(one.file.path)
+        if before is not None and have is not None and before.difference(one) is None:
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            if _linked(have / name, work / name):
+                made += target.prepare(one, digests)
+                continue
+        made += target.prepare(one, digests)
+        requests += target.fetches(store, prefix, one, digests, progress)
+    run_all(requests)
+    if fetched:
+        made.append(target.write_index([one for one, _ in fetched]))
+    for path in made:
+        sync(path)
+    return [one.file for one, digests in zip(parts, found, strict=True) if digests is None]
 
 
 def _linked(source: Path, path: Path) -> bool:

@@ -72,7 +72,9 @@ class Uploader:
     Args:
         run: a run that this process has claimed or adopted.
         pins: folder for the hard links, on the filesystem of the checkpoints; made when needed, removed by `close`.
-        save_total_limit: passed to `Run.prune` after each commit.
+        save_total_limit: passed to `Run.prune` after each commit, like the next two.
+        keep_every: steps between two checkpoints that are kept for good.
+        keep_weights: of those keep the weights alone.
         on_commit: called after each commit, from the uploader's thread.
         keeps_house: delete what earlier launches left; true for one uploader of a launch.
         standing: keys under which files of checkpoints are already, the same on all machines; None reads them from the run.
@@ -86,6 +88,8 @@ class Uploader:
         pins: Path,
         *,
         save_total_limit: int | None = 3,
+        keep_every: int | None = None,
+        keep_weights: bool = False,
         on_commit: Callable[[Entry], None] = lambda entry: None,
         keeps_house: bool = True,
         standing: Collection[str] | None = None,
@@ -96,6 +100,8 @@ class Uploader:
         self._mailbox = Mailbox(run)
         self._pins = pins
         self._save_total_limit = save_total_limit
+        self._keep_every = keep_every
+        self._keep_weights = keep_weights
         self._on_commit = on_commit
         self._keeps_house = keeps_house
         self._clock = clock
@@ -364,7 +370,7 @@ class Uploader:
     def _after_commit(self, entry: Entry) -> None:
         try:
             self._on_commit(entry)
-            gone = self._run.prune(self._save_total_limit)
+            gone = self._run.prune(self._save_total_limit, keep_every=self._keep_every, keep_weights=self._keep_weights)
             if gone:
                 log.info("pruned from the run: %s", ", ".join(f"checkpoint-{ref.step}" for ref in gone))
         except Exception as error:  # whatever happens after it, the commit exists
@@ -400,7 +406,7 @@ class Uploader:
 
 def standing_prefixes(run: Run) -> list[str]:
     """Return the keys under which the files of the run's checkpoints are, as far as its journal has been read."""
-    return [ref.prefix for ref in run.journal.state.checkpoints]
+    return run.journal.state.prefixes
 
 
 def _may_pass(error: Exception) -> bool:

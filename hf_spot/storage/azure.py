@@ -76,6 +76,12 @@ class AzureStore:
             body: bytes = self._blob(key).download_blob(validate_content="md5").readall()
             return body
 
+    def get_range(self, key: str, first: int, count: int) -> bytes:
+        """Return a part of the blob's bytes (Get Blob with a range)."""
+        with self._explained("read", key):
+            part: bytes = self._blob(key).download_blob(offset=first, length=count).readall()
+            return part
+
     def put(self, key: str, data: bytes) -> None:
         """Write or replace the blob, verified by its MD5 (Put Blob)."""
         with self._explained("write", key):

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from hf_spot.errors import StoreUnavailable
-from hf_spot.storage.store import ObjectInfo, ObjectStore, Progress, fences
+from hf_spot.storage.store import ObjectInfo, ObjectStore, Progress, fences, ranges_of
 
 
 def _unavailable() -> Exception:
@@ -23,7 +24,7 @@ class Fault:
     """One way in which calls fail.
 
     Args:
-        method: name of an `ObjectStore` method, or ``*``.
+        method: name of an `ObjectStore` method, ``get_range``, or ``*``.
         key: pattern (`fnmatch`) for the key; for `list` its prefix; for `delete` any of its keys.
         occurrence: only the n-th matching call fails, counted from 1; 0 means every call.
         probability: that such a call fails; drawn from the store's seed, and independent of the timing of threads.
@@ -78,6 +79,20 @@ class FaultyStore:
         data = self.inner.get(key)
         after()
         return data
+
+    def __getattr__(self, name: str) -> Any:
+        """Return `get_range`, which calls the inner store or fails, if the inner store can read ranges."""
+        inner = ranges_of(self.__dict__["inner"]) if name == "get_range" and "inner" in self.__dict__ else None
+        if inner is None:
+            raise AttributeError(name)
+
+        def get_range(key: str, first: int, count: int) -> bytes:
+            after = self._enter("get_range", key)
+            data = inner(key, first, count)
+            after()
+            return data
+
+        return get_range
 
     def put(self, key: str, data: bytes) -> None:
         """Call the inner store, or fail."""

@@ -115,7 +115,7 @@ class Hub:
             with self.explained(doing, key):
                 try:
                     answer = get_session().request(method, url, headers=headers, timeout=_SILENCE_S, **request)
-                except _network_trouble():
+                except network_trouble():
                     if wait_s is None:
                         raise
                     time.sleep(wait_s)
@@ -295,14 +295,14 @@ def hub_file(told: dict[str, Any]) -> HubFile:
     return HubFile(told["path"], told["size"], told.get("xetHash"), (told.get("lfs") or {}).get("oid"))
 
 
-def _network_trouble() -> tuple[type[Exception], ...]:
+def network_trouble() -> tuple[type[Exception], ...]:
     """Return the network errors of the HTTP library that this huggingface_hub uses: httpx, or httpx2 in newer versions."""
     library = __import__(type(get_session()).__module__.partition(".")[0])
     return (library.TransportError,)
 
 
 def _all_trouble() -> tuple[type[Exception], ...]:
-    return (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, SourceFailed, *_network_trouble())
+    return (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, SourceFailed, *network_trouble())
 
 
 def _wished_wait_s(answer: Any) -> float:

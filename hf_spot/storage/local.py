@@ -58,6 +58,16 @@ class LocalStore:
                     raise self._explain("read", self._root / key, error) from error
         raise AssertionError("the last try returns or raises")
 
+    def get_range(self, key: str, first: int, count: int) -> bytes:
+        """Return a part of the file's bytes."""
+        path = self._path(key)
+        with self._explained("read", path), FileIO(path) as file:
+            file.seek(first)
+            found = bytearray()
+            while len(found) < count and (block := file.read(count - len(found))):
+                found += block
+            return bytes(found)
+
     def put(self, key: str, data: bytes) -> None:
         """Write a temporary file, sync it and rename it."""
         path = self._path(key)

@@ -47,6 +47,10 @@ class MemoryStore:
         except KeyError:
             raise ObjectNotFound(f"{self._url}/{key} does not exist") from None
 
+    def get_range(self, key: str, first: int, count: int) -> bytes:
+        """Return a part of the object's bytes. Raises ObjectNotFound."""
+        return self.get(key)[first : first + count]
+
     def put(self, key: str, data: bytes) -> None:
         """Write or replace the object."""
         self._objects[check_key(key)] = bytes(data)

@@ -49,7 +49,8 @@ from hf_spot.storage.s3_settings import (
     owner,
     parse,
 )
-from hf_spot.storage.store import ObjectInfo, Progress
+from hf_spot.storage.s3_small import MOST_BYTES
+from hf_spot.storage.store import ObjectInfo, Progress, witness_of
 
 _READS = 3  # of an answer that breaks off
 _DELETE_BATCH = 1000  # S3's limit
@@ -135,10 +136,35 @@ class S3Store:
         """Return the object's bytes (GetObject)."""
         target = self._target(key)
         with self._explained("read", key):
+            small = self._connection.small
+            if (quickly := small.get(target["Key"])) is not None:
+                return quickly
             before = reads_small.set(True)
             try:
-                body: bytes = _again_if_broken(lambda: self._client.get_object(**target)["Body"].read())
+                with small.learning("GET", target["Key"]):
+                    body: bytes = _again_if_broken(lambda: self._client.get_object(**target)["Body"].read())
                 return body
+            finally:
+                reads_small.reset(before)
+
+    def get_range(self, key: str, first: int, count: int) -> bytes:
+        """Return a part of the object's bytes (GetObject with ``Range``)."""
+        target = self._target(key)
+
+        def read() -> bytes:
+            answer = self._client.get_object(Range=f"bytes={first}-{first + count - 1}", **target)
+            if "ContentRange" in answer:
+                part: bytes = answer["Body"].read()
+                return part
+            # A server that does not support ranges sends the whole object.
+            with contextlib.closing(answer["Body"]) as body:
+                whole: bytes = body.read(first + count)
+                return whole[first:]
+
+        with self._explained("read", key):
+            before = reads_small.set(True)
+            try:
+                return _again_if_broken(read)
             finally:
                 reads_small.reset(before)
 
@@ -180,7 +206,16 @@ class S3Store:
         parts behind."""
         target = self._target(key)
         with self._explained("write", key):
-            self._connection.transfers.upload(target, self._encryption, path, progress)
+            small = self._connection.small
+            if path.stat().st_size > MOST_BYTES:
+                self._connection.transfers.upload(target, self._encryption, path, progress)
+            elif small.put(target["Key"], body := path.read_bytes()):
+                witness_of(progress)(0, memoryview(body))
+                if progress is not None:
+                    progress(len(body))
+            else:
+                with small.learning("PUT", target["Key"]):
+                    self._connection.transfers.upload(target, self._encryption, path, progress)
 
     def get_file(self, key: str, path: Path, progress: Progress | None = None) -> None:
         """Download parts of 64 MB, several at a time, into a file beside ``path`` that is renamed when complete."""

@@ -21,7 +21,8 @@ from botocore.utils import determine_content_length
 from hf_spot.aws_errors import region_of
 from hf_spot.errors import ConfigError
 from hf_spot.storage.credential_source import SourceFailed, credential_source, passed_on
-from hf_spot.storage.s3_parts import Transfers
+from hf_spot.storage.s3_parts import Transfers, small_sums
+from hf_spot.storage.s3_small import SmallRequests
 
 # For all transfers of one store together. One connection to S3 carries less than 100 MB/s; large machines have faster networks.
 _CONNECTIONS = min(64, max(16, os.cpu_count() or 1))
@@ -71,6 +72,12 @@ class Connection:
             if _has_http_session(client):  # otherwise each try waits for `_SILENCE_S`, as training/upstream says
                 client._endpoint.http_session = by_silence
         self.transfers = Transfers(self.client, bulk, connections=_CONNECTIONS)
+
+        def send(request: Any) -> Any:
+            _silence_s.set(_FIRST_SILENCES_S[0])
+            return by_silence.send(request)
+
+        self.small = SmallRequests((self.client, bulk), credentials.get_frozen_credentials, send, small_sums())
 
 
 def endpoint_of_others(environ: Mapping[str, str]) -> str | None:

@@ -265,6 +265,15 @@ def _checksum() -> tuple[str, Callable[[Piece], bytes], str]:
     return "CRC32", lambda piece: _folded(zlib.crc32, piece).to_bytes(4, "big"), "COMPOSITE"
 
 
+def small_sums() -> dict[str, Callable[[bytes], bytes]]:
+    """Return functions for the checksums of small bodies, by the lower-case name of the algorithm, beside zlib's own."""
+    if importlib.util.find_spec("awscrt") is None:
+        return {}
+    from awscrt.checksums import crc64nvme
+
+    return {"crc64nvme": lambda body: crc64nvme(body).to_bytes(8, "big")}
+
+
 def _folded(step: Callable[[Any, int], int], piece: Piece) -> int:
     value = 0
     for block in piece.blocks():

@@ -89,6 +89,20 @@ class ObjectStore(Protocol):
         """
 
 
+class RangeReader(Protocol):
+    """A store that can also read a part of an object. `ranges_of` finds it."""
+
+    def get_range(self, key: str, first: int, count: int) -> bytes:
+        """Return ``count`` bytes from byte ``first`` on; fewer if the object ends before. Raises ObjectNotFound."""
+
+
+def ranges_of(store: ObjectStore) -> Callable[[str, int, int], bytes] | None:
+    """Return the method `RangeReader.get_range` of a store; None if it can't read a part of an object, like the Hub and stores
+    that have only the nine methods: objects are then read as a whole."""
+    found: Callable[[str, int, int], bytes] | None = getattr(store, "get_range", None)
+    return found
+
+
 def fences(store: ObjectStore) -> bool:
     """Return whether `create` can keep two machines apart, as the store declares it: a class that can't has the attribute
     ``fences = False``. `hf_spot.storage.probe` tests whether it really does."""

@@ -57,6 +57,8 @@ strategy: capacity-optimized
 hours: 20
 deadline: 2030-01-31T18:00:00+01:00
 on_finish: stay
+machines: 2:8
+placement: region
 ladder:
 - {market: spot, instance_types: [p4d.24xlarge], regions: [us-west-2, us-east-1], max_price: 12}
 - instance_types: [g5.48xlarge]
@@ -78,6 +80,22 @@ ladder:
     assert job.site("us-west-2").image_id == "resolve:ssm:/my/image"
     assert job.regions_of(job.ladder[1], ["eu-west-1", "us-west-2", "us-east-1"]) == ("us-east-1", "us-west-2")
     assert job.named_regions() == ("us-east-1", "us-west-2")
+
+
+@pytest.mark.parametrize(
+    ("value", "least", "most"), [("3", 3, 3), ("1", 1, 1), ("2:8", 2, 8), ("3:3", 3, 3), ("'2:8'", 2, 8), ("12:59", 12, 59)]
+)
+def test_machines_are_a_number_or_a_range_and_never_one_to_the_base_of_60(value: str, least: int, most: int) -> None:
+    job = parse(WHOLE + f"machines: {value}\n")
+    assert (job.size.least, job.size.most, job.size.is_fleet) == (least, most, most > 1)
+
+
+@pytest.mark.parametrize("option", ["--num_machines 3", "--num-machines=3", "--machine_rank 0", "--main_process_ip 10.0.0.1"])
+def test_a_fleets_machines_are_counted_once(option: str) -> None:
+    counted = WHOLE.replace("--multi_gpu", option)
+    assert parse(counted).size.most == 1
+    with pytest.raises(ConfigError, match=r"job.yaml:3: run: --.*`machines: 3` says how many(.|\n)*remove --"):
+        parse(counted + "machines: 3\n")
 
 
 def test_any_region_is_every_one_of_the_account_and_the_preferred_one_comes_first() -> None:
@@ -122,6 +140,15 @@ def test_any_region_is_every_one_of_the_account_and_the_preferred_one_comes_firs
         ("subnets: []", 1, ["subnets: is empty", "default"]),
         ("strategy: lowest-price", 1, ["strategy", "price-capacity-optimized"]),
         ("on_finish: stop", 1, ["on_finish: 'stop'"]),
+        ("machines: 0", 1, ["machines: 0: at least one machine", "machines: 2:8"]),
+        ("machines: 0:2", 1, ["machines: '0:2': at least one machine"]),
+        ("machines: 8:2", 1, ["machines: '8:2': the first number must not be above the second", "machines: 2:8"]),
+        ("machines: many", 1, ["machines: 'many' is neither a number nor a range such as 2:8"]),
+        ('machines: "3"', 1, ["machines: '3' is neither", "machines: 3"]),
+        ("machines: 2.5", 1, ["machines: 2.5 is neither"]),
+        ("machines: true", 1, ["machines: True is neither"]),
+        ("machines: [2, 8]", 1, ["machines: [2, 8] is neither"]),
+        ("placement: zones", 1, ["placement: 'zones'", "did you mean zone?"]),
         ("hours: -1", 1, ["hours: -1"]),
         ("hours: .inf", 1, ["hours: inf"]),
         ("deadline: tomorrow", 1, ["deadline", "2030-01-31T18:00:00Z"]),

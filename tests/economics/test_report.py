@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from hypothesis import strategies as st
 from hf_spot.economics.page import page
 from hf_spot.economics.report import _INNER, PARTS, Launch, Report, summarise
 from hf_spot.economics.table import duration, machine_rows, money_lines, render_report
-from hf_spot.economics.timeline import WAITING_LANE, make_timeline
-from tests.economics.journals import Event, claim, commit, journal_of, timed, timing
+from hf_spot.economics.timeline import WAITING_LANE, Timeline, make_timeline
+from hf_spot.run.last_words import BY_FILE, BY_HEARTBEAT, LastWords
+from tests.economics.journals import BEGAN, Event, claim, commit, journal_of, timed, timing
 
 STORY = (
     ("claim", {"hostname": "a"}),
@@ -264,6 +267,36 @@ def test_many_machines_share_lanes() -> None:
     assert make_timeline(summarise(timed(told)), {}).lanes[:3] == ("? z0 spot", "? z1 spot", "? z2 spot")
 
 
+def test_each_machine_of_a_launch_has_a_lane_that_begins_and_ends_with_it() -> None:
+    a, b, c = ({"name": name, "machine": {"instance_id": f"i-{name}", "zone": f"z-{name}"}} for name in "abc")
+    unnamed = {"name": "b", "machine": {}}
+    told: list[tuple[float, Event]] = []
+    for at_s, roster in ((0, (a, b, c)), (100, (b, c)), (200, (b,)), (300, (b, unnamed, unnamed))):
+        kind, data = claim(roster[0]["name"])
+        told += [(at_s, (kind, {**data, "machines": len(roster), "roster": list(roster)})), (at_s + 100, commit(at_s + 1))]
+    timeline = make_timeline(summarise(timed(told)), {})
+    assert timeline.lanes == ("i-a", "i-b", "i-c", "b", "b (2)")
+    assert {lane: (spans[0], spans[-1]) for lane, spans in spans_of(timeline).items()} == {
+        "i-a": (0, 100),
+        "i-b": (0, 400),
+        "i-c": (0, 200),
+        "b": (300, 400),
+        "b (2)": (300, 400),
+    }
+    crowd = [{"name": f"m{n}", "machine": {"zone": f"z{n % 2}"}} for n in range(40)]
+    many = make_timeline(summarise(timed([(0, ("claim", {"roster": crowd, "machines": 40})), (9, commit(1))])), {})
+    assert many.lanes == ("? ? ?", "? z1 ?", "? z0 ?")
+    assert {lane: spans[-1] for lane, spans in spans_of(many).items()} == dict.fromkeys(many.lanes, 9)
+
+
+def spans_of(timeline: Timeline) -> dict[str, list[float]]:
+    """The begin and the end of each bar, by lane."""
+    found: dict[str, list[float]] = {}
+    for bar in timeline.bars:
+        found.setdefault(bar.lane, []).extend((bar.begin_s, bar.begin_s + bar.length_s))
+    return found
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"), [(0, "0.0 s"), (119.9, "119.9 s"), (120, "2.0 min"), (7200, "2.0 h"), (172800, "2.0 d")]
 )
@@ -363,7 +396,7 @@ def test_many_launches_whose_redone_steps_are_equal_take_one_line() -> None:
     assert "launch 2:" not in text
 
 
-def test_redone_steps_of_another_training_of_the_launch_are_not_those_of_its_last() -> None:
+def test_redone_steps_of_all_trainings_of_a_launch_count() -> None:
     events = [
         claim(),
         commit(5),
@@ -372,7 +405,90 @@ def test_redone_steps_of_another_training_of_the_launch_are_not_those_of_its_las
         commit(95),
         ("commit", {**commit(3)[1], "stage": 2, "timing": timing(3, 3, 1)}),
     ]
-    assert summarise(journal_of(*events)).launches[1].steps_redone == 0
+    assert summarise(journal_of(*events)).launches[1].steps_redone == 85  # of the first training; none of the last
+
+
+def lost(launch: int, step: int, at_s: float, known_by: str = BY_FILE, **more: Any) -> Event:
+    return "lost", LastWords(launch, 1, step, BEGAN + timedelta(seconds=at_s), known_by, **more).to_data()
+
+
+def test_a_killed_launch_lasts_until_it_was_last_heard_of_and_says_what_it_lost() -> None:
+    told = timing(50, 50, 50, first_step_s=10)
+    events = [(0, claim("a")), (60, commit(50, timing=told)), (300, claim("b")), (301, lost(1, 90, 100)), (340, commit(90))]
+    report = summarise(timed(events))
+    first, second = report.launches
+    assert (first.steps_lost, first.known_by, first.reached_step, first.wall_s) == (40, "steps file", 90, 100)
+    assert (first.parts["training"], first.parts["other"], second.waited_s, second.steps_redone) == (90, 0, 200, 40)
+    assert_tiled(report)
+    text = render_report(report, "url")
+    assert (
+        "launch 1 ended without a word: 40 steps lost (step 90 at 00:01:40, by the file of steps on its disk; step 50 is"
+        in text
+    )
+    assert "1 interruptions, 40 steps lost, 40 steps redone" in text
+    early = summarise(timed([*events[:3], (301, lost(1, 90, 999)), (302, lost(1, 95, 20))]))  # by a clock that is ahead
+    assert (early.launches[0].wall_s, early.launches[1].waited_s, early.steps_lost) == (300, 0, 40)
+    assert_tiled(early)
+
+
+def test_the_newest_launch_is_not_called_dead_while_its_heart_beats() -> None:
+    entries = timed([(0, claim("a")), (60, commit(50, timing=timing(50, 50, 50, first_step_s=10)))])
+    words = LastWords(1, 1, 90, BEGAN + timedelta(seconds=100), BY_HEARTBEAT, timing(90, 90, 90, first_step_s=10))
+    dead, alive = summarise(entries, words), summarise(entries, replace(words, is_over=False))
+    assert (dead.interruptions, alive.interruptions) == (1, 0)
+    assert (dead.steps_lost, alive.steps_lost, alive.launches[0].steps_lost) == (40, 0, None)
+    assert "launch 1 ended without a word: at least 40 steps lost (step 90 at 00:01:40, by its heart" in render_report(
+        dead, "url"
+    )
+    assert "launch 1 has done step 90 at 00:01:40, by its heartbeat" in render_report(alive, "url")
+    for report in (dead, alive):
+        assert report.launches[0].parts["training"] == 90
+        assert "by its heartbeat" in page(report, "url", "<svg/>")
+        assert_tiled(report)
+
+
+def test_lost_and_redone_steps_are_those_of_each_training() -> None:
+    second = {"stage": 2, "prefix": "x/stage-2/checkpoint-3"}
+    events = [
+        (0, ("claim", {"hostname": "a"})),
+        (50, commit(100, timing=timing(100, 100, 50))),
+        (60, ("preempted", {"step": 5, "stage": 2, "timing": timing(5, 5, 5, first_step_s=55)})),
+        (70, ("claim", {"hostname": "b"})),
+        (80, commit(3, timing=timing(3, 3, 3, first_step_s=5), **second)),
+        (90, ("failed", {"step": 7, "stage": 2, "timing": timing(7, 7, 7, first_step_s=5)})),
+    ]
+    report = summarise(timed(events))
+    assert [launch.steps_lost for launch in report.launches] == [5, 4]
+    assert [launch.steps_redone for launch in report.launches] == [0, 5]
+    assert report.launches[1].parts["redoing"] == pytest.approx(5)
+
+
+def test_minutes_between_two_cells_of_a_notebook_are_no_start() -> None:
+    def cell(by: str | None) -> Event:
+        kind, data = claim()
+        return kind, {**data, "by": by}
+
+    def ends(step: int) -> Event:
+        return "finished", {"step": step, "timing": timing(step, step, 10, first_step_s=5)}
+
+    for by, idle_s in (("SpotCallback", 300), ("hf-spot launch", 0), (None, 0)):
+        report = summarise(timed([(0, cell(by)), (15, ends(10)), (315, cell(by)), (330, ends(10))]))
+        assert (report.parts["idle"], report.parts["starting"]) == (idle_s, 310 - idle_s)
+        assert report.waiting_s == 0
+        assert_tiled(report)
+        assert ("such as two cells of a notebook" in render_report(report, "url")) == bool(idle_s)
+
+
+def test_writes_are_counted_and_priced_where_the_price_is_known() -> None:
+    files = [{"path": f"{number}", "size": size, "digest": "x"} for number, size in enumerate((1, 1, 100 << 20))]
+    _, data = commit(5)
+    report = summarise(timed([(0, claim()), (1800, ("commit", {**data, "files": files}))]))
+    assert report.writes == 2 + 2 + 2 + 4 + 30  # claim, entry, two files, four requests for the large one, heartbeats
+    assert "Requests: about 40 writes, 80 per hour: $0.0004 per hour at S3's $0.005 for 1,000" in render_report(
+        report, "s3://b/r"
+    )
+    assert "Requests: about 40 writes, 80 per hour.\n" in render_report(report, "gs://b/r")
+    assert "Requests" not in render_report(report, "/a/directory")
 
 
 def test_an_entry_about_redone_steps_that_nobody_understands_is_ignored() -> None:

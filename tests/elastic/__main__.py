@@ -6,6 +6,8 @@ happens; ``--events`` how often. ``--before`` also measures how long the way of 
 
 ``--exact`` trains with ``--exact-on-any-gpus`` instead, on one machine, on three, and on three that are lost and come again:
 the weights must be the same to the bit. Without the option those of one and of three machines must differ.
+
+``--fsdp`` trains with FSDP2 and sharded checkpoints.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import argparse
 import contextlib
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.elastic.story import Cluster, compare, undisturbed
@@ -25,6 +28,7 @@ from tests.hosts import Hosts, why_not
 from tests.waiting import wait_for
 
 KINDS = ("kill", "kill machine 0", "notice", "notice on machine 0", "two at once", "unplug", "spare dies")
+_KEEP_TWO = tuple(kind for kind in KINDS if kind != "two at once")
 _ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -36,6 +40,8 @@ def main() -> int:
     parser.add_argument("--before", action="store_true", help="also kill one of two machines that are fixed")
     parser.add_argument("--keep", type=Path, help="a new folder for everything")
     parser.add_argument("--exact", action="store_true", help="compare the weights instead, with --exact-on-any-gpus")
+    parser.add_argument("--fsdp", action="store_true", help="divide the model and the optimizer among the machines")
+    parser.add_argument("--plot", type=Path, help="draw the run's timeline")
     options = parser.parse_args()
     if (why := why_not()) is not None:
         print(why)
@@ -51,13 +57,17 @@ def main() -> int:
         if options.before:
             print(f"fixed machines, by hand: {_before(folder, options.width):.1f} s from kill -9 to the next step", flush=True)
         with Hosts(3, folder) as hosts:
-            cluster = Cluster(hosts, str(folder / "run"), _environ(), ["--num_machines", "1:3"], script=script)
-            took = _disturb(cluster, random.Random(options.seed), options.events)
+            # A machine alone would have nobody to share with.
+            least, script, kinds = (2, [*script, "--fsdp"], _KEEP_TWO) if options.fsdp else (1, script, KINDS)
+            cluster = Cluster(hosts, str(folder / "run"), _environ(), ["--num_machines", f"{least}:3"], script=script)
+            took = _disturb(cluster, random.Random(options.seed), options.events, kinds)
             slow.unlink()
             codes = cluster.wait()
             assert set(codes.values()) == {0}, f"{codes}\n{cluster.text()}"
             difference, again = compare(cluster, twin)
             claims = [entry.data["machines"] for entry in cluster.run().events() if entry.kind == "claim"]
+            if options.plot:
+                subprocess.run([sys.executable, "-m", "hf_spot", "report", cluster.url, "--plot", options.plot], check=True)
     print(f"{len(took)} events, {len(claims)} launches of {claims} machines, {len(twin.losses)} steps, of which {again} again")
     print("each step has the samples and the learning rate of the undisturbed training")
     print(f"the losses differ by at most {difference:.1e}")
@@ -101,13 +111,13 @@ def _exact(folder: Path, events: int, seed: int) -> int:
     return int(len(exact_ones) != 1 or len(plain_ones) == 1)
 
 
-def _disturb(cluster: Cluster, dice: random.Random, events: int) -> list[tuple[str, float]]:
+def _disturb(cluster: Cluster, dice: random.Random, events: int, kinds: Sequence[str] = KINDS) -> list[tuple[str, float]]:
     """Let machines go and come; return what happened, and the seconds to the next step of those that are left."""
     took = []
     cluster.start(0, 1, 2)
     cluster.wait_for_step(1)
     for number in range(events):
-        kind = dice.choice(KINDS) if number >= len(KINDS) else KINDS[number]
+        kind = dice.choice(kinds) if number >= len(kinds) else kinds[number]
         cluster.wait_for_step(1, after=_claimed_at(cluster))  # the launch before has begun
         time.sleep(dice.uniform(0.5, 3.0))
         step, before = cluster.steps()[-1]["step"], cluster.run().state().launch

@@ -49,6 +49,7 @@ class Cluster:
             command = [sys.executable, "-m", "hf_spot", "launch", *map(str, words), str(TRAIN)]
             command += ["--output_dir", "out", "--diary", diary, *self.script]
             env = {**self.env, "XDG_CACHE_HOME": str(self.hosts.folder(host) / "cache")}
+            env["HF_SPOT_MACHINE"] = json.dumps({"instance_id": f"machine {host + 1}", "price_usd_per_hour": 1.0 + host})
             with open(self.hosts.folder(host) / f"log-{self.started}", "wb") as out:
                 streams = {"stdout": out, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
                 self.running[host] = self.hosts.start(host, command, env, self.zygote, **streams)

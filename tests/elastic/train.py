@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import PartialState
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -58,6 +59,12 @@ def tell(diary: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def sharded() -> dict[str, Any]:
+    """The settings of FSDP2."""
+    fsdp = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    return {"fsdp": "full_shard", "fsdp_config": {**fsdp, "transformer_layer_cls_to_wrap": ["GPT2Block"]}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output_dir", required=True)
@@ -69,6 +76,7 @@ def main() -> None:
     parser.add_argument("--save_steps", type=int, default=5)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--save_on_each_node", action="store_true")
+    parser.add_argument("--fsdp", action="store_true", help="FSDP2 with sharded checkpoints, if there are several ranks")
     options = parser.parse_args()
     torch.manual_seed(0)
     dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
@@ -98,7 +106,11 @@ def main() -> None:
         use_cpu=True,
         disable_tqdm=True,
         seed=1,
+        **(sharded() if options.fsdp else {}),
     )
+    if options.fsdp:  # accelerate shards on GPUs alone; on the CPU it has to be told that this is one
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = "MULTI_GPU"
     trainer = Telling(
         model=GPT2LMHeadModel(config),
         args=arguments,

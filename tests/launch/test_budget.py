@@ -61,6 +61,23 @@ def test_the_end_is_told_in_advance(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert first == second and first is not None and (first.kind, first.source) == (NoticeKind.TERMINATE, "budget")
 
 
+def test_the_machines_that_have_come_are_paid_and_not_the_most_that_may(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path / "run")
+    kept = keeper(run, Budget(max_spend_usd=0.72, max_launches_without_progress=1), [1000.0], machines=8)
+    with caplog.at_level(logging.INFO, "hf_spot"):
+        kept.check()
+        assert "the budget lasts for 9 s" in caplog.text
+        roster = [{"name": name, "machine": {"price_usd_per_hour": price}} for name, price in (("a", 36.0), ("b", 108.0))]
+        run.claim({"by": "test", "machine": roster[0]["machine"], "machines": 2, "roster": roster})
+        kept.began(2)
+        assert "the budget lasts for 18 s" in caplog.text
+        run.claim({"by": "test", "machine": {}, "machines": 3, "roster": [*roster, {"name": "c", "machine": {}}]})
+        kept.began(3)  # what the third one costs is not known: as much as this one
+        assert "the budget lasts for 24 s" in caplog.text
+
+
 def test_a_price_that_is_not_known_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         keeper(Run(tmp_path / "run"), Budget(max_spend_usd=1), [0.0], {}).check()

@@ -85,6 +85,7 @@ def test_the_store_may_come_from_the_environment(script: str) -> None:
         ([*TWO, "--machine_rank", "1", "SCRIPT"], "--num_machines 2"),
         (["--store", "s3://b/r", "--num_machines", "8:2", "SCRIPT"], "8:2"),
         (["--store", "s3://b/r", "--num_machines", "two", "SCRIPT"], "two"),
+        (["--store", "s3://b/r", "--num_machines", "0", "SCRIPT"], "'0'"),
         ([*TWO, "--num_processes", "3", "SCRIPT"], "--num_processes 3"),
         ([*MANY, "--num_processes", "0", "SCRIPT"], "--num_processes 0"),
         ([*MANY, "--cpu", "SCRIPT"], "--num_machines 2:8"),
@@ -136,9 +137,20 @@ def test_machines_meet_in_the_run_unless_their_ranks_are_given(argv: list[str], 
     assert parse([*argv, script], {}).machines == machines
 
 
-def test_a_rank_that_has_no_effect_is_named(script: str) -> None:
-    told = parse([*MANY, "--machine_rank", "3", script], {}).remarks
-    assert any("--machine_rank has no effect" in one for one in told)
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--num_machines", "2:8", "--machine_rank", "3"], "--machine_rank has no effect"),
+        (["--cpu", "--num_processes", "2"], "--num_processes 2 has no effect"),
+        (["--num_processes", "3"], "--num_processes 3 has no effect"),
+        (["--multi_gpu", "--num_processes", "3"], None),
+        (["--num_processes", "1"], None),
+        ([], None),
+    ],
+)
+def test_an_option_that_has_no_effect_is_named(options: list[str], named: str | None, script: str) -> None:
+    told = [one for one in parse(["--store", "s3://b/r", *options, script], {}).remarks if "has no effect" in one]
+    assert [one[: len(named or "")] for one in told] == ([named] if named else [])
 
 
 def test_deepspeed_on_several_machines_is_started_on_each(script: str) -> None:

@@ -172,6 +172,34 @@ def test_a_notice_on_one_machine_stops_both_and_each_disk_is_committed_and_resto
     assert [entry.kind for entry in run.events()][-1] == "finished"
 
 
+@pytest.mark.proof
+@pytest.mark.parametrize("lacking", [False, True])
+def test_a_save_that_is_whole_on_the_disks_of_all_machines_is_committed_and_resumed(
+    lacking: bool, cluster: Cluster, twin_of_ranks: Callable[[int], Twin], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = twin_of_ranks(2)
+    run = run_of(cluster, monkeypatch)
+    script = [SCRIPTS / "restless.py", "--output_dir", "out", "--weights", "weights-2"]
+    cluster.env |= {"UPLOADS_UP_TO": "5"}
+    cluster.start([*script, "--diary", "diary-1", "--hold_at", "12"])
+    cluster.wait_for_step(12)
+    records = [cluster.hosts.folder(host) / "out" / ".hf_spot" / "whole-1-10.json" for host in range(2)]
+    wait_for(lambda: all(path.exists() for path in records), f"for the records: {cluster.text()}")
+    for process in cluster.running:
+        kill(process)
+    assert [one.step for one in run.checkpoints()] == [5]
+    if lacking:
+        records[1].unlink()
+    del cluster.env["UPLOADS_UP_TO"]
+    cluster.start([*script, "--diary", "diary-2"])
+    assert cluster.wait() == [0, 0], cluster.text()
+    assert [line["step"] for line in cluster.lines()] == list(range(6 if lacking else 11, max(undisturbed.lines) + 1))
+    assert all(line == undisturbed.lines[line["step"]] for line in cluster.lines())
+    assert cluster.weights() == undisturbed.weights
+    commits = [entry for entry in run.events() if entry.kind == "commit" and entry.data["step"] == 10]
+    assert [(entry.launch, entry.data.get("saved_by_launch")) for entry in commits] == [(2, None if lacking else 1)]
+
+
 @pytest.mark.parametrize("cluster", [3], indirect=True)
 @pytest.mark.fresh_python
 def test_when_one_of_the_others_dies_without_a_word_all_end_soon(

@@ -24,6 +24,7 @@ from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.digest import digest_of
 from hf_spot.run.restore import adopt_prefetched, restore_checkpoint
 from hf_spot.run.run import Run
+from hf_spot.run.selection import Readers
 from hf_spot.runtime import Prefetched, Runtime
 from tests.launch.conftest import Launcher
 from tests.waiting import wait_for
@@ -107,12 +108,23 @@ def test_what_was_verified_as_it_came_is_not_read_again_and_a_folder_that_stands
     ahead.close()
 
 
-def test_what_was_saved_by_another_number_of_ranks_is_brought_whole(of_two: Run, runtime: Runtime, tmp_path: Path) -> None:
+def test_what_was_saved_by_another_number_of_ranks_is_restored_whole(of_two: Run, runtime: Runtime, tmp_path: Path) -> None:
     ahead, told = fetched(of_two, runtime, machines=Machines(count=2, rank=1))
     ref, out = of_two.find().ref, tmp_path / "elsewhere" / "out"
-    checkpoint, folder = restore_checkpoint(of_two, ref, out, ranks=(1,), world_size=4, prefetched=told)
+    checkpoint, folder = restore_checkpoint(of_two, ref, out, readers=Readers((1,), 4), prefetched=told)
     assert told.folder is not None and told.folder.exists(), "it holds what rank 1 of two needs, and no more"
     assert of_two.compare(checkpoint, folder) == []
+    assert (folder / "model.safetensors").samefile(told.folder / "model.safetensors"), "what both need is not fetched again"
+    ahead.close()
+
+
+def test_what_was_prefetched_where_others_can_write_is_not_used(of_two: Run, runtime: Runtime, tmp_path: Path) -> None:
+    ahead, told = fetched(of_two, runtime, machines=Machines(count=2, rank=1))
+    assert told.folder is not None
+    told.folder.parent.chmod(0o777)
+    ref, out = of_two.find().ref, tmp_path / "elsewhere" / "out"
+    _, folder = restore_checkpoint(of_two, ref, out, readers=Readers((1,), 4), prefetched=told)
+    assert not (folder / "model.safetensors").samefile(told.folder / "model.safetensors")
     ahead.close()
 
 
@@ -223,11 +235,11 @@ def test_of_two_machines_each_fetches_what_its_own_ranks_need(of_two: Run, runti
     assert told.folder is not None and not_mine.folder is not None and told.folder != not_mine.folder
     assert {path.name for path in told.folder.glob("rng_state_*")} == {"rng_state_1.pth"}
     assert {path.name for path in not_mine.folder.glob("rng_state_*")} == {"rng_state_0.pth"}
-    for wanted in (None, (0,), (0, 1)):
-        adopt_prefetched(told, told.entry or 0, tmp_path / "out-2", ranks=wanted)
+    for wanted in (None, Readers((0,), 2), Readers((0, 1), 2), Readers((1,), 3)):
+        adopt_prefetched(told, told.entry or 0, tmp_path / "out-2", readers=wanted)
         assert not (tmp_path / "out-2").exists()
-    adopt_prefetched(told, told.entry or 0, tmp_path / "out-2", ranks=(1,))
-    assert of_two.compare(of_two.find(), tmp_path / "out-2" / "checkpoint-3", ranks=(1,)) == []
+    adopt_prefetched(told, told.entry or 0, tmp_path / "out-2", readers=Readers((1,), 2))
+    assert of_two.compare(of_two.find(), tmp_path / "out-2" / "checkpoint-3", readers=Readers((1,), 2)) == []
     ahead.close()
     other.close()
 

@@ -60,6 +60,8 @@ def test_steps_redone_after_kill_9_are_equal_and_are_told_as_such(
 ) -> None:
     run = tmp_path / "run"
     killed_after(launcher, run, 8)
+    assert "launch 1 ended without a word: 3 steps lost (step 8 at " in (text := report(run, capsys)), text
+    assert ", by the file of steps on its disk; step 5 is committed)" in text
     killed_after(launcher, run, 9, redone=1)
     last = start(launcher, run)
     assert last.wait() == 0, last.text()
@@ -72,6 +74,8 @@ def test_steps_redone_after_kill_9_are_equal_and_are_told_as_such(
     text = report(run, capsys)
     assert "7 steps redone in 2 launches, all equal\n" in text
     assert [line.split()[10] for line in text.splitlines()[2:5]] == ["0", "3", "4"]  # which a dead launcher told to nobody
+    assert [line.split()[9] for line in text.splitlines()[2:5]] == ["3", "4", "0"]
+    assert text.count("by the file of steps on its disk") == 2
     assert not list((tmp_path / "out" / ".hf_spot").glob("steps-*"))  # nothing will be done again
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_spot.policy.retention import to_prune
+from hf_spot.policy.retention import milestones, to_prune
 
 
 @dataclass(frozen=True)
@@ -40,3 +40,21 @@ def test_pruning_never_takes_the_newest_and_pruning_again_takes_nothing(checkpoi
     assert left[-limit:] == checkpoints[-limit:]
     assert to_prune(left, limit) == []
     assert not any(ref.best for ref in gone)
+
+
+def test_the_first_checkpoint_at_or_after_each_multiple_lasts() -> None:
+    refs = [Ref(90), Ref(110), Ref(130), Ref(200), Ref(290), Ref(410), Ref(50, training=2), Ref(150, training=2)]
+    assert milestones(refs, 100) == [Ref(110), Ref(200), Ref(410), Ref(150, training=2)]
+    assert milestones(refs[1:], 100, kept=[Ref(105)]) == [Ref(200), Ref(410), Ref(150, training=2)]
+
+
+@given(refs, st.integers(1, 50), st.integers(1, 5))
+def test_what_lasts_lasts_however_often_is_pruned(checkpoints: list[Ref], every: int, limit: int) -> None:
+    checkpoints = sorted(checkpoints, key=lambda ref: (ref.training, ref.step))
+    lasting = milestones(checkpoints, every)
+    left: list[Ref] = []
+    for ref in checkpoints:  # each commit is followed by a pruning
+        left.append(ref)
+        gone = [one for one in to_prune(left, limit) if one not in milestones(left, every)]
+        left = [one for one in left if one not in gone]
+    assert [ref for ref in left if ref in lasting] == lasting

@@ -28,6 +28,7 @@ from tests.waiting import PATIENCE_S, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("kubernetes", "slurm", "sagemaker", "ec2")
+MEETING = ("jobset", "trainjob")  # for machines that come and go, and no others
 NASTY = "train.py --text \"it's $HOME\" '<<name>>' '$(HF_SPOT_GRACE_S)' '#: {x}' 'ü'"
 NASTY_WORDS = ["train.py", "--text", "it's $HOME", "<<name>>", "$(HF_SPOT_GRACE_S)", "#: {x}", "ü"]
 STORE = "s3://bucket/a run"
@@ -159,13 +160,23 @@ def test_the_templates_are_in_the_package() -> None:
     folder = ROOT / "hf_spot" / "recipes"
     packaged = {path for pattern in patterns for path in folder.glob(pattern)}
     assert packaged == {path for path in folder.iterdir() if path.is_file() and path.suffix != ".py"}
-    assert {re.split("[.-]", path.name)[0] for path in packaged} == set(KINDS) - {"ec2"}  # whose script is provision's
+    assert {re.split("[.-]", path.name)[0] for path in packaged} == {*KINDS, *MEETING} - {"ec2"}  # whose script is provision's
 
 
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
         (("slurm", "--nodes", "0"), "--nodes"),
+        (("slurm", "--nodes", "8:2"), "--nodes 8:2"),
+        (("kubernetes", "--nodes", "0:2"), "--nodes 0:2"),
+        (("jobset", "--nodes", "many"), "--nodes many"),
+        (("trainjob", "--nodes", "2:x"), "--nodes 2:x"),
+        (("jobset", "--gpus", "0"), "--gpus"),
+        (("trainjob", "--store", "/data/run"), "lost with the pod"),
+        (("slurm", "--nodes", "2:4", "--gpus", "0"), "--gpus"),
+        (("jobset", "--grace-s", "0"), "--grace-s"),
+        (("kubernetes", "--queue", "Team A"), "--queue 'Team A'"),
+        (("jobset", "--priority-class", "high"), "needs a queue"),
         (("kubernetes", "--nodes", "-2"), "--nodes"),
         (("slurm", "--nodes", "2", "--gpus", "0"), "--gpus"),
         (("kubernetes", "--nodes", "2", "--name", "7"), "--name '7'"),
@@ -293,6 +304,158 @@ def test_a_run_in_a_directory_of_a_pod_is_refused() -> None:
         render.kubernetes(store="/data/run", script="train.py", name="a", gpus=1, image="i", grace_s=1)
 
 
+# -- machines that come and go, on Kubernetes --------------------------------------------------------------------------
+
+ELASTIC = ("kubernetes", *MEETING)
+
+
+def inner_job(kind: str, text: str) -> dict[str, Any]:
+    """The Job that a recipe leads to, with what a TrainJob adds to its runtime as Kubeflow documents it."""
+    first, *others = documents_of(text)
+    if kind == "kubernetes":
+        return first
+    spec = first["spec"] if kind == "jobset" else first["spec"]["template"]["spec"]
+    (replicated,) = spec["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": replicated["template"]["spec"]}
+    if kind == "trainjob":
+        (train_job,) = others
+        trainer = train_job["spec"]["trainer"]
+        assert train_job["spec"]["runtimeRef"] == {"kind": first["kind"], "name": first["metadata"]["name"]}
+        assert replicated["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+        (container,) = job["spec"]["template"]["spec"]["containers"]
+        assert (replicated["name"], container["name"]) == ("node", "node")  # Kubeflow looks for these
+        assert set(first["spec"]["mlPolicy"]) == {"numNodes"}  # the torch policy would set a rank and a main address
+        container |= {key: trainer[key] for key in ("image", "command", "args")} | {"resources": trainer["resourcesPerNode"]}
+        job["spec"] |= {"completions": trainer["numNodes"], "parallelism": trainer["numNodes"]}
+    return job
+
+
+@pytest.mark.parametrize("version", ["1.31", "1.37"])
+@pytest.mark.parametrize("kind", ELASTIC)
+def test_the_schema_of_kubernetes_takes_the_job_of_machines_that_come_and_go(recipe: Print, kind: str, version: str) -> None:
+    validator = importlib.import_module("kubernetes_validate")
+    text = recipe(kind, "--nodes", "2:8", "--gpus", "8", "--store", STORE, "--script", NASTY, "--queue", "team")
+    job = inner_job(kind, text)
+    validator.validate(job, version, strict=True)
+    job["spec"]["maxFailedIndex"] = 1
+    with pytest.raises(validator.ValidationError):
+        validator.validate(job, version, strict=True)
+
+
+@pytest.mark.parametrize("kind", MEETING)
+def test_the_models_of_kubeflow_know_every_key_that_is_printed(recipe: Print, kind: str) -> None:
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    known = {
+        "JobSet": models.JobsetV1alpha2JobSet,
+        "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
+        "TrainJob": models.TrainerV1alpha1TrainJob,
+    }
+    documents = documents_of(recipe(kind, "--nodes", "2:8", "--gpus", "8", "--queue", "team", "--priority-class", "high"))
+    for document in documents:
+        assert known[document["kind"]].from_dict(document).to_dict() == document  # it drops what it does not know
+
+
+@pytest.mark.parametrize("kind", ELASTIC)
+def test_every_pod_runs_the_same_command_and_hf_spot_reads_the_numbers_from_it(
+    recipe: Print, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_spot.launch import options
+
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").touch()
+    job = inner_job(kind, recipe(kind, "--nodes", "2:8", "--gpus", "4", "--store", STORE, "--script", NASTY))
+    spec = job["spec"]
+    assert (spec["completions"], spec["parallelism"], spec["completionMode"]) == (8, 8, "Indexed")
+    (container,) = spec["template"]["spec"]["containers"]
+    assert container["resources"] == {"limits": {"nvidia.com/gpu": 4}}
+    words = [expand(word, environ_of(job)) for word in container["args"]]
+    assert container["command"] == ["hf-spot"] and words[0] == "launch" and words[-len(NASTY_WORDS) :] == NASTY_WORDS
+    machines = options.parse(words[1:], {}).machines
+    assert (machines.least, machines.count, machines.processes) == (2, 8, 4)
+
+
+@pytest.mark.parametrize("kind", MEETING)
+def test_a_fixed_number_of_machines_meets_as_well(recipe: Print, kind: str) -> None:
+    job = inner_job(kind, recipe(kind, "--nodes", "4"))
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["args"][3:7] == ["--num_machines", "4:4", "--num_processes", "1"]
+    assert (job["spec"]["completions"], job["spec"]["maxFailedIndexes"]) == (4, 0)
+
+
+@pytest.mark.parametrize("kind", MEETING)
+def test_one_machine_alone_is_an_ordinary_launch(recipe: Print, kind: str) -> None:
+    job = inner_job(kind, recipe(kind, "--nodes", "1", "--gpus", "8"))
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["args"][3:] == ["--multi_gpu", "--num_processes", "8", "train.py"]
+
+
+@pytest.mark.parametrize("kind", ELASTIC)
+def test_a_machine_that_can_not_take_part_leaves_the_others_alone_and_a_preempted_one_comes_again(
+    recipe: Print, kind: str
+) -> None:
+    spec = inner_job(kind, recipe(kind, "--nodes", "2:8"))["spec"]
+    rules = spec["podFailurePolicy"]["rules"]
+    by_code = {code: rule["action"] for rule in rules for code in rule.get("onExitCodes", {}).get("values", [])}
+    assert by_code == {75: "Ignore", 2: "FailIndex", 76: "FailJob", 79: "FailJob"}
+    assert [rule["action"] for rule in rules if "onPodConditions" in rule] == ["Ignore"]
+    named = {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule}
+    assert named == {container["name"] for container in spec["template"]["spec"]["containers"]}
+    assert spec["maxFailedIndexes"] == 6  # with one more, fewer than two could be left
+    assert spec["template"]["spec"]["restartPolicy"] == "Never" and spec["backoffLimitPerIndex"] >= 1  # the policy needs both
+
+
+@pytest.mark.parametrize("kind", ELASTIC)
+def test_the_grace_of_each_machine_reaches_hf_spot_through_the_downward_api(recipe: Print, kind: str, tmp_path: Path) -> None:
+    from hf_spot.arguments import SpotArguments
+
+    job = inner_job(kind, recipe(kind, "--nodes", "2:8", "--grace-s", "45"))
+    environ = environ_of(job)
+    assert job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 45
+    assert grace_s(SpotArguments(), environ) == 45
+    path = tmp_path / "notice"
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    hook = container["lifecycle"]["preStop"]["exec"]["command"]
+    subprocess.run(hook, env={**os.environ, **environ, FILE_VARIABLE: str(path)}, check=True)
+    notice = FileSource(path).poll()
+    assert notice is not None and notice.deadline is not None
+    assert notice.deadline.timestamp() - path.stat().st_mtime == pytest.approx(45, abs=0.01)
+
+
+QUEUED = ("--queue", "team", "--priority-class", "high")
+
+
+@pytest.mark.parametrize("kind", ELASTIC)
+@pytest.mark.parametrize("nodes", ["2:8", "2"])
+def test_kueue_finds_its_labels_on_what_it_queues(recipe: Print, kind: str, nodes: str) -> None:
+    queued = {"JobSet", "TrainJob", "Job"}
+    labelled = [one for one in documents_of(recipe(kind, "--nodes", nodes, *QUEUED)) if "labels" in one["metadata"]]
+    assert [one["kind"] in queued for one in labelled] == [True]
+    expected = {"kueue.x-k8s.io/queue-name": "team", "kueue.x-k8s.io/priority-class": "high"}
+    assert labelled[0]["metadata"]["labels"] == expected
+    for one in documents_of(recipe(kind, "--nodes", nodes)):
+        assert set(one["metadata"]) == {"name"}
+
+
+@pytest.mark.parametrize(("nodes", "fewest"), [("2:8", "2"), ("3:3", None), ("4", None)])
+def test_kueue_may_admit_a_job_with_fewer_machines_if_they_may_come_and_go(
+    recipe: Print, nodes: str, fewest: str | None
+) -> None:
+    annotations = job_of(recipe("kubernetes", "--nodes", nodes, *QUEUED))["metadata"].get("annotations", {})
+    assert annotations.get("kueue.x-k8s.io/job-min-parallelism") == fewest  # which must be smaller than parallelism
+    assert ("kueue.x-k8s.io/job-completions-equal-parallelism" in annotations) is (fewest is not None)
+
+
+def test_a_structural_schema_refuses_a_key_that_kubernetes_would_drop() -> None:
+    from tests.recipes.crds import strict
+
+    text_or_number = {"x-kubernetes-int-or-string": True, "anyOf": [{"type": "integer"}, {"type": "string"}]}
+    free = {"type": "object", "additionalProperties": {"type": "string"}}
+    schema = {"type": "object", "properties": {"port": text_or_number, "labels": free, "in": {"type": "object"}}}
+    validator = importlib.import_module("jsonschema").Draft202012Validator(strict(schema))
+    assert validator.is_valid({"port": "http", "labels": {"a": "b"}, "in": {"any": 1}})
+    assert not validator.is_valid({"ports": 1}) and not validator.is_valid({"port": True})
+
+
 # -- Slurm -------------------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +479,9 @@ exit "$worst"
 SCONTROL = """\
 if [[ "$*" == "show hostnames node-[a-b]" ]]; then printf '%s\\n' node-a node-b; else echo "scontrol $*" >> asked; fi
 """
+SCANCEL = """\
+echo "scancel $*" >> asked
+"""
 HF_SPOT = """\
 echo "hf-spot $*" >> asked
 printf '%s\\0' "$@" > argv-"$SLURM_NODEID"
@@ -332,7 +498,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "bin").mkdir()
-        for name, body in {"srun": SRUN, "scontrol": SCONTROL, "hf-spot": HF_SPOT}.items():
+        for name, body in {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL, "hf-spot": HF_SPOT}.items():
             (folder / "bin" / name).write_text(f"#!/bin/bash\n{body}")
             (folder / "bin" / name).chmod(0o755)
 
@@ -340,6 +506,7 @@ class Cluster:
         (self.folder / "job.sh").write_text(script)
         environ = {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "CODE": str(code), "SLURM_JOB_ID": "7"}
         environ |= {"SLURM_RESTART_COUNT": "2", "SLURM_NNODES": str(nodes), "SLURM_JOB_NODELIST": "node-[a-b]"}
+        environ |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
         return subprocess.Popen(
             ["bash", "job.sh"], env=environ, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -363,14 +530,18 @@ def cluster(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
 
 
-@pytest.mark.parametrize("nodes", ["1", "2"])
+@pytest.mark.parametrize("nodes", ["1", "2", "2:8"])
 def test_shellcheck_has_nothing_to_say(recipe: Print, tmp_path: Path, nodes: str) -> None:
     script = tmp_path / "job.sh"
     script.write_text(recipe("slurm", "--store", STORE, "--script", "train.py --text 'two words'", "--nodes", nodes))
     shellcheck = Path(sys.executable).parent / "shellcheck"
     done = subprocess.run([shellcheck, "--format=json", script], capture_output=True, text=True, check=False)
     assert json.loads(done.stdout) == []
-    script.write_text(script.read_text().replace('"$SLURM_JOB_ID"', "$SLURM_JOB_ID"))
+    quoted = ('"$SLURM_JOB_ID"', '"$SLURM_ARRAY_JOB_ID"')
+    text = script.read_text()
+    for word in quoted:
+        text = text.replace(word, word.strip('"'))
+    script.write_text(text)
     assert subprocess.run([shellcheck, script], capture_output=True, check=False).returncode == 1
 
 
@@ -420,6 +591,35 @@ def test_the_signal_of_slurm_reaches_the_launch_on_every_node_and_the_job_goes_b
 def test_no_node_is_killed_because_another_one_is_done(recipe: Print, cluster: Cluster) -> None:
     _, asked, _ = cluster(recipe("slurm", "--nodes", "2"), 75, nodes=2)
     assert {"--kill-on-bad-exit=0", "--wait=0"} <= set(asked[0].split())  # a cluster may have other defaults
+
+
+def test_each_element_of_an_array_is_a_machine_that_meets_the_others_in_the_run(
+    recipe: Print, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_spot.launch import options
+
+    script = recipe("slurm", "--nodes", "2:8", "--gpus", "4", "--store", STORE, "--script", NASTY)
+    told = {line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")}
+    assert {"--array=1-8", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=4", "--requeue"} <= told
+    cluster(script, 0)
+    words = cluster.argv(0)
+    assert words[-len(NASTY_WORDS) :] == NASTY_WORDS and words[words.index("--store") + 1] == STORE
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").touch()
+    machines = options.parse(words[1:], {}).machines
+    assert (machines.least, machines.count, machines.processes) == (2, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("code", "done"),
+    [(75, ["scontrol requeue 7_3"]), (0, ["scancel --state=PENDING 7"]), (1, []), (2, []), (76, []), (79, [])],
+)
+def test_a_preempted_element_comes_again_alone_and_the_finished_run_needs_no_more_of_them(
+    recipe: Print, cluster: Cluster, code: int, done: list[str]
+) -> None:
+    ended, asked, _ = cluster(recipe("slurm", "--nodes", "2:8"), code)
+    assert ended == code
+    assert [line for line in asked if not line.startswith(("srun ", "hf-spot "))] == done
 
 
 def test_slurm_is_told_the_limit_and_when_to_send_the_signal_before_anything_is_run(recipe: Print) -> None:

@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 from hf_spot.cli import main
 from hf_spot.errors import AccessDenied, ConfigError, CorruptCheckpoint, NoCheckpoint, StoreError
 from hf_spot.run.checkpoint import CommitRequest
-from hf_spot.run.publish import choose, publish
+from hf_spot.run.manifest import files_of_model
+from hf_spot.run.publish import publish
 from hf_spot.run.run import Run
 from hf_spot.storage.hub import HubRepoStore
 from tests.storage.fake_hub import READER, FakeHub
@@ -83,7 +84,7 @@ def test_a_model_takes_along_what_it_is_loaded_from_and_nothing_of_the_training(
         *TRAINING_FILES,
     ]
 
-    assert choose([*model, *training]) == model
+    assert files_of_model([*model, *training]) == model
 
 
 def test_the_best_checkpoint_is_published_with_a_card_in_one_commit(run: Run, logged_in: FakeHub) -> None:

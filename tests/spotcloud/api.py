@@ -28,9 +28,11 @@ from moto.core.parse import PROTOCOL_PARSERS
 from moto.core.serialize import SERIALIZERS
 from moto.core.utils import get_service_model
 from moto.ec2.models.instance_types import INSTANCE_TYPE_OFFERINGS, INSTANCE_TYPES
+from moto.iam.access_control import IAMPolicy, PermissionResult
 
 from tests.proxy import Answer, Exchange, Proxy
-from tests.spotcloud.market import DOLLARS_PER_HOUR, ON_DEMAND, RECLAIMED, SPOT, Market, Pool
+from tests.spotcloud.market import DISK_DOLLARS_PER_GB_AND_MONTH, DOLLARS_PER_HOUR, ON_DEMAND, RECLAIMED, SPOT, Market, Pool
+from tests.spotcloud.placement import PlacementGroups
 
 ACCOUNT = "123456789012"
 IMAGE = "resolve:ssm:/aws/service/deeplearning/ami/x86_64/base/latest/ami-id"  # one that every region has
@@ -123,9 +125,13 @@ class Api(Proxy):
         self._requests: dict[str, SpotRequest] = {}
         self._fleets: dict[str, SpotFleet] = {}
         self.quotas: dict[tuple[str, str], float] = {}
+        self.regions = list(_LONG_NAMES)
+        self.policy: Mapping[str, Any] | None = None
+        self.permitted: set[str] = set()
         self.calls: Counter[str] = Counter()
         self.broken: list[Exception] = []
         self._hold: Held | None = None
+        self.placements = PlacementGroups(Refusal, self._is_alive)
 
     # -- what goes wrong, and how much one may have -------------------------------------------------------------------
 
@@ -149,6 +155,13 @@ class Api(Proxy):
         """vCPUs."""
         return self.quotas.get((code, region), 1000.0)
 
+    def _is_permitted(self, service: str, action: str) -> bool:
+        """As moto's own enforcement decides, which knows no calls that are answered here. It takes no notice of conditions."""
+        name = f"{service}:{action}"
+        found = IAMPolicy({"policy_document": json.dumps(self.policy)}).is_action_permitted(name)
+        self.permitted |= {name} if found is PermissionResult.PERMITTED else set()
+        return found is PermissionResult.PERMITTED
+
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def carry(self, exchange: Exchange) -> None:
@@ -162,6 +175,11 @@ class Api(Proxy):
         form = dict(parse_qsl(exchange.body.decode(), keep_blank_values=True)) if not target and service != "s3" else {}
         action = target.rpartition(".")[2] or form.get("Action", "")
         self.calls[action] += 1
+        if self.policy is not None and not self._is_permitted(service, action):
+            exchange.answer(
+                _error(service, Refusal("UnauthorizedOperation", f"You are not authorized: {service}:{action}", 403))
+            )
+            return
         with self._lock:
             at = next((place for place, (failing, _) in enumerate(self._faults) if failing == action), None)
             fault = None if at is None else self._faults.pop(at)
@@ -234,8 +252,14 @@ class Api(Proxy):
                     candidates.append((pool, specification, override, {**data, **override}))
         by_priority = options.get("AllocationStrategy", "").endswith("prioritized")
         candidates.sort(key=lambda one: (by_priority and one[2].get("Priority", 0), self._market.price(one[0], self._now())))
-        errors, instances = [], []
-        for place, (pool, specification, override, data) in enumerate(candidates):
+        total, least = int(wanted["TotalTargetCapacity"]), int(options.get("MinTargetCapacity") or 1)
+        one_zone = bool(options.get("SingleAvailabilityZone"))
+        if options.get("MinTargetCapacity") and not (one_zone or options.get("SingleInstanceType")):
+            raise Refusal("InvalidParameterCombination", "MinTargetCapacity needs SingleAvailabilityZone or SingleInstanceType")
+        if least > total:
+            raise Refusal("InvalidParameterValue", "MinTargetCapacity is larger than TotalTargetCapacity")
+        errors, rooms = [], []
+        for place, (pool, specification, override, _) in enumerate(candidates):
             cap = min(float(price) for price in (override.get("MaxPrice"), options.get("MaxTotalPrice"), "inf") if price)
             refusal = self._obstacle(pool, cap, "InvalidFleetConfiguration")
             if place >= _TRIED_BY_A_FLEET:
@@ -250,11 +274,34 @@ class Api(Proxy):
             if refusal is not None:
                 errors.append({**shown, "ErrorCode": refusal.code, "ErrorMessage": refusal.message})
                 continue
-            ids = [self._launch(data, pool, tags, fleet_id) for _ in range(int(wanted["TotalTargetCapacity"]))]
-            instances.append({**shown, "InstanceIds": ids, "InstanceType": pool.instance_type})
-            errors = []
-            break
-        return {"FleetId": fleet_id, "Instances": instances, "Errors": errors}
+            rooms.append((place, shown, self._room(pool, total)))
+        zones = dict.fromkeys(candidates[place][0].zone for place, _, _ in rooms)
+        groups = [[one for one in rooms if candidates[one[0]][0].zone == zone] for zone in zones] if one_zone else [rooms]
+        chosen = next((one for one in groups if sum(room for *_, room in one) >= least), [])
+        if not chosen:
+            for _, shown, room in rooms:
+                message = f"There is capacity for {room} machines, and MinTargetCapacity is {least}."
+                errors.append({**shown, "ErrorCode": "InsufficientInstanceCapacity", "ErrorMessage": message})
+        instances: list[dict[str, Any]] = []
+        missing = total
+        for place, shown, room in chosen:
+            pool, _, _, data = candidates[place]
+            ids = [self._launch(data, pool, tags, fleet_id) for _ in range(min(room, missing))]
+            missing -= len(ids)
+            if ids:
+                instances.append({**shown, "InstanceIds": ids, "InstanceType": pool.instance_type})
+        return {"FleetId": fleet_id, "Instances": instances, "Errors": errors if missing else []}
+
+    def _room(self, pool: Pool, wanted: int) -> int:
+        """How many machines of this pool can be launched now, of so many."""
+        mine = sum(
+            one.instance_type == pool.instance_type
+            and one.placement.zone == pool.zone
+            and (SPOT if one.lifecycle == SPOT else ON_DEMAND) == pool.market
+            for one in self.running(pool.region)
+        )
+        allowed = self.quota(_quota_of(pool), pool.region) - self._held(pool)
+        return int(min(wanted, self._market.capacity(pool) - mine, allowed // _vcpus(pool.instance_type)))
 
     def ec2_run_instances(self, region: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         """In the first zone that has a machine, where none is named."""
@@ -440,11 +487,11 @@ class Api(Proxy):
 
     def ec2_describe_regions(self, region: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         """Four: moto takes a second to make each."""
-        wanted = asked.get("RegionNames") or _LONG_NAMES
+        wanted = asked.get("RegionNames") or self.regions
         return {
             "Regions": [
                 {"RegionName": name, "Endpoint": f"ec2.{name}.amazonaws.com", "OptInStatus": "opt-in-not-required"}
-                for name in _LONG_NAMES
+                for name in self.regions
                 if name in wanted
             ]
         }
@@ -462,6 +509,8 @@ class Api(Proxy):
     def servicequotas_list_service_quotas(self, region: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"Quotas": [self._quota(code, region) for code in QUOTAS] if asked["ServiceCode"] == "ec2" else []}
 
+    servicequotas_list_aws_default_service_quotas = servicequotas_list_service_quotas
+
     def servicequotas_get_service_quota(self, region: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         if asked["QuotaCode"] not in QUOTAS:
             raise Refusal("NoSuchResourceException", "The specified quota does not exist.")
@@ -473,7 +522,9 @@ class Api(Proxy):
         """On-demand prices, in the shape of AWS's price list."""
         wanted = [(one["Field"], one["Value"]) for one in asked.get("Filters") or ()]
         found = []
-        for kind, price in DOLLARS_PER_HOUR.items():
+        of_disk = dict(wanted).get("productFamily") == "Storage"
+        offers = {"gp3": DISK_DOLLARS_PER_GB_AND_MONTH} if of_disk else DOLLARS_PER_HOUR
+        for kind, price in offers.items():
             for code, name in _LONG_NAMES.items():
                 attributes = {
                     "instanceType": kind,
@@ -488,8 +539,14 @@ class Api(Proxy):
                     "operation": "RunInstances",
                     "servicecode": "AmazonEC2",
                 }
+                if of_disk:
+                    attributes |= {"productFamily": "Storage", "volumeApiName": kind}
                 if all(attributes.get(key) == value or key == "ServiceCode" for key, value in wanted):
-                    dimension = {"unit": "Hrs", "pricePerUnit": {"USD": f"{price:.10f}"}, "description": f"${price} per {kind}"}
+                    dimension = {
+                        "unit": "GB-Mo" if of_disk else "Hrs",
+                        "pricePerUnit": {"USD": f"{price:.10f}"},
+                        "description": f"${price} per {kind}",
+                    }
                     term = {"priceDimensions": {"A.B.C": dimension}, "effectiveDate": "2025-06-01T00:00:00Z"}
                     product = {"product": {"sku": "A", "attributes": attributes}, "terms": {"OnDemand": {"A.B": term}}}
                     found.append(json.dumps({**product, "serviceCode": "AmazonEC2", "publicationDate": "2025-06-01T00:00:00Z"}))
@@ -521,6 +578,8 @@ class Api(Proxy):
         if image not in self._backend(pool.region).amis:
             raise Refusal("InvalidAMIID.NotFound", f"The image id '[{image}]' does not exist")
         subnet = self._subnet(pool, data)
+        placed = (data.get("Placement") or {}).get("GroupName")
+        group = self.placements.named(pool.region, placed) if placed else None
         if wanted.get("NetworkInterfaces"):
             wanted["NetworkInterfaces"] = [{**wanted["NetworkInterfaces"][0], "SubnetId": subnet}]
             wanted.pop("SubnetId", None)
@@ -538,6 +597,8 @@ class Api(Proxy):
         [made] = client.run_instances(**{**wanted, **fixed})["Instances"]
         instance = self._backend(pool.region).get_instance(made["InstanceId"])
         instance.launch_time = self._now().replace(tzinfo=None)
+        if group is not None:
+            group.instances.append(str(instance.id))
         if fleet_id:
             instance.add_tags({"aws:ec2:fleet-id": fleet_id})
         self._launched(instance.id, pool)
@@ -556,7 +617,7 @@ class Api(Proxy):
         if pool.market == SPOT and (price := self._market.price(pool, self._now())) > cap:
             message = f"Your Spot request price of {cap} is lower than the minimum required fulfillment price of {price}."
             return Refusal("SpotMaxPriceTooLow", message)
-        if not self._market.has_capacity(pool):
+        if self._room(pool, 1) < 1:
             message = f"We currently do not have sufficient {kind} capacity in the Availability Zone you requested ({zone})."
             if pool.market == SPOT:
                 message = "There is no Spot capacity available that matches your request."
@@ -564,13 +625,7 @@ class Api(Proxy):
         return None
 
     def _over_quota(self, pool: Pool) -> Refusal | None:
-        code = _quota_of(pool)
-        held = 0
-        for instance in self.running(pool.region):
-            of_spot = SPOT if instance.lifecycle == SPOT else ON_DEMAND
-            other = Pool(instance.instance_type, instance.placement.zone, of_spot)
-            held += _vcpus(other.instance_type) if _quota_of(other) == code else 0
-        limit = self.quota(code, pool.region)
+        limit, held = self.quota(_quota_of(pool), pool.region), self._held(pool)
         if held + _vcpus(pool.instance_type) <= limit:
             return None
         if pool.market == SPOT:
@@ -580,6 +635,46 @@ class Api(Proxy):
             "that the specified instance type belongs to."
         )
         return Refusal("VcpuLimitExceeded", message)
+
+    def _held(self, pool: Pool) -> int:
+        """vCPUs that run on the quota of a pool."""
+        held = 0
+        for instance in self.running(pool.region):
+            of_spot = SPOT if instance.lifecycle == SPOT else ON_DEMAND
+            other = Pool(instance.instance_type, instance.placement.zone, of_spot)
+            held += _vcpus(other.instance_type) if _quota_of(other) == _quota_of(pool) else 0
+        return held
+
+    def ec2_terminate_instances(self, region: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+        """By the cloud's clock."""
+        ids = asked["InstanceIds"]
+        done = self._client(region).terminate_instances(InstanceIds=ids)["TerminatingInstances"]
+        for name in ids:
+            self._backend(region).get_instance(name)._reason = f"User initiated ({self._now():%Y-%m-%d %H:%M:%S} GMT)"
+        return {"TerminatingInstances": done}
+
+    # -- placement groups, and security groups that are in use --------------------------------------------------------
+
+    def ec2_create_placement_group(self, region: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.placements.create(region, asked)
+
+    def ec2_describe_placement_groups(self, region: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.placements.describe(region, asked)
+
+    def ec2_delete_placement_group(self, region: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.placements.delete(region, asked)
+
+    def ec2_delete_security_group(self, region: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Not while a machine has it."""
+        for instance in self._backend(region).all_instances():
+            groups = {group.id for nic in instance.nics.values() for group in nic.group_set}
+            if asked["GroupId"] in groups and instance.state != "terminated":
+                raise Refusal("DependencyViolation", f"resource {asked['GroupId']} has a dependent object")
+        self._client(region).delete_security_group(GroupId=asked["GroupId"])
+        return {"Return": True, "GroupId": asked["GroupId"]}
+
+    def _is_alive(self, region: str, instance_id: str) -> bool:
+        return any(one.id == instance_id for one in self.running(region))
 
     def running(self, region: str) -> list[Any]:
         """moto's instances that run in a region."""
@@ -610,7 +705,8 @@ class Api(Proxy):
         yield from (Pool(kind, one, market) for one in zones)
 
     def _subnet(self, pool: Pool, data: Mapping[str, Any]) -> str:
-        named = [one.strip() for one in (data.get("SubnetId") or "").split(",") if one]
+        inner = next((one.get("SubnetId") for one in data.get("NetworkInterfaces") or ()), None)
+        named = [one.strip() for one in (data.get("SubnetId") or inner or "").split(",") if one]
         for subnet in self._backend(pool.region).describe_subnets():
             if subnet.availability_zone == pool.zone and (subnet.id in named or (not named and subnet.default_for_az)):
                 return str(subnet.id)

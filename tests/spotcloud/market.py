@@ -5,6 +5,7 @@ Nothing here reads a clock, and all randomness comes from a seed.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ DOLLARS_PER_HOUR = {  # on demand; this cloud's own list, near that of AWS
     "g5.xlarge": 1.006,
     "c5.large": 0.085,
 }
+DISK_DOLLARS_PER_GB_AND_MONTH = 0.08
 _LEAST_BILLED_S = 60
 _FREE_IF_RECLAIMED_WITHIN_S = 3600
 RECLAIMED = "Server.SpotInstanceTermination"
@@ -59,22 +61,30 @@ class Market:
 
     def __init__(self, began: datetime, seed: int = 0) -> None:
         self.began, self._seed = began, seed
-        self._rules: list[tuple[str, str, str, bool]] = []
+        self._rules: list[tuple[str, str, str, float]] = []
         self._prices: dict[Pool, list[tuple[datetime, float]]] = {}
 
     def open(self, instance_type: str = "*", zone: str = "*", market: str = "*") -> None:
         """These pools have capacity from now on; names may hold ``*``."""
-        self._rules.append((instance_type, zone, market, True))
+        self._rules.append((instance_type, zone, market, math.inf))
+
+    def limit(self, count: int, instance_type: str = "*", zone: str = "*", market: str = "*") -> None:
+        """In each of these pools so many machines can run at the same time from now on; those that run go on running."""
+        self._rules.append((instance_type, zone, market, count))
 
     def close(self, instance_type: str = "*", zone: str = "*", market: str = "*") -> None:
         """These pools have none left; machines that run there go on running."""
-        self._rules.append((instance_type, zone, market, False))
+        self._rules.append((instance_type, zone, market, 0))
 
     def has_capacity(self, pool: Pool) -> bool:
         """What the last word on this pool was; without any there is capacity."""
+        return self.capacity(pool) > 0
+
+    def capacity(self, pool: Pool) -> float:
+        """How many machines of a pool can run at the same time, by the last word on it."""
         names = (pool.instance_type, pool.zone, pool.market)
-        said = (is_open for *patterns, is_open in reversed(self._rules) if all(map(fnmatchcase, names, patterns)))
-        return next(said, True)
+        said = (count for *patterns, count in reversed(self._rules) if all(map(fnmatchcase, names, patterns)))
+        return next(said, math.inf)
 
     def set_price(self, pool: Pool, price: float, at: datetime) -> None:
         """From ``at`` on, in dollars per hour."""
@@ -114,6 +124,7 @@ class Stay:
     began: datetime
     ended: datetime | None = None
     reason: str = ""
+    disk_gb: int = 0
 
     def metered(self, market: Market, now: datetime) -> float:
         """Dollars by the meter."""
@@ -133,8 +144,8 @@ class Bill:
     market: Market
     stays: dict[str, Stay] = field(default_factory=dict)
 
-    def began(self, instance_id: str, pool: Pool, at: datetime) -> None:
-        self.stays[instance_id] = Stay(instance_id, pool, at)
+    def began(self, instance_id: str, pool: Pool, at: datetime, disk_gb: int = 0) -> None:
+        self.stays[instance_id] = Stay(instance_id, pool, at, disk_gb=disk_gb)
 
     def ended(self, instance_id: str, at: datetime, reason: str) -> None:
         stay = self.stays[instance_id]
@@ -143,6 +154,14 @@ class Bill:
 
     def charged(self, now: datetime) -> float:
         return sum(stay.charged(self.market, now) for stay in self.stays.values())
+
+    def disks(self, now: datetime) -> dict[str, float]:
+        """What each machine's disk cost: also of one that was taken back in its first hour."""
+        found = {}
+        for name, stay in self.stays.items():
+            seconds = max(_LEAST_BILLED_S, ((stay.ended or now) - stay.began).total_seconds())
+            found[name] = stay.disk_gb * DISK_DOLLARS_PER_GB_AND_MONTH / 730 * seconds / 3600
+        return found
 
     def lines(self, now: datetime) -> Iterator[str]:
         """For people."""

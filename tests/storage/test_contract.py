@@ -19,7 +19,7 @@ from hf_spot.errors import ConfigError, ObjectNotFound
 from hf_spot.run.digest import Passing, digest_of
 from hf_spot.storage.open import open_store
 from hf_spot.storage.probe import probe
-from hf_spot.storage.store import ObjectStore, fences
+from hf_spot.storage.store import ObjectStore, fences, ranges_of
 
 BIG_BYTES = 70 * 1024 * 1024 + 1  # two parts on S3
 
@@ -260,6 +260,21 @@ def test_a_big_file_comes_back_and_progress_sums_to_its_size(store: ObjectStore,
     assert (sum(sent), sum(received)) == (BIG_BYTES, BIG_BYTES)
     assert len(sent) > 10
     (tmp_path / "back").unlink()
+
+
+def test_a_part_of_an_object_is_read_alone(store: ObjectStore) -> None:
+    get_range = ranges_of(store)
+    if get_range is None:
+        assert store.url.startswith("hf:"), "only the Hub can't"
+        return
+    data = os.urandom(300_000)
+    store.put("e0001/shard", data)
+
+    assert get_range("e0001/shard", 0, 10) == data[:10]
+    assert get_range("e0001/shard", 100_001, 100_000) == data[100_001:200_001]
+    assert get_range("e0001/shard", 299_990, 100) == data[-10:]
+    with pytest.raises(ObjectNotFound):
+        get_range("e0001/absent", 0, 10)
 
 
 def test_a_copy_is_an_object_of_its_own(store: ObjectStore, tmp_path: Path, big_file: Path) -> None:

@@ -161,7 +161,7 @@ class TrackedIteration:
         self._stream: StreamPosition | None = None
         self._holds_state = False
         self._first = 0  # number of batches before the first one that a resumed stream reads
-        self._may_fetch_ahead = False
+        self._may_fetch_ahead = self._reads_for_all = False
         self._fetched = 0  # batches of a stream, in this process
         self._before_fetch: dict[str, Any] | None = None
         self._drawn: deque[Any] = deque(maxlen=_MOST_AHEAD)
@@ -211,7 +211,8 @@ class TrackedIteration:
             self._skip_inside *= self._loaders.ranks
         self._draws_its_own = not dispatches
         # Where one rank fetches for all, one fetch is not one batch.
-        self._may_fetch_ahead = not dispatches or self._loaders.ranks == 1
+        self._reads_for_all = dispatches and self._loaders.ranks > 1
+        self._may_fetch_ahead = not self._reads_for_all
         self._batches = plain(self.loader)
         if isinstance(self.loader.dataset, IterableDataset):
             self._read_over()
@@ -268,15 +269,17 @@ class TrackedIteration:
         """Return the iterator of a loader of a stream, which begins at its saved position where that is exact."""
         resumed: Resumed | None = None
         saved = None if self._position is None else self._position.get("stream")
-        knows = self._loaders.ranks == 1 and why_not(loader) is None
+        # Where one rank reads for all, the others don't know what it passes over.
+        knows = not self._reads_for_all and why_not(loader) is None
+        position = StreamPosition()
         if knows and saved is not None:
-            resumed = StreamPosition.go_to(loader, saved)
+            resumed = position.go_to(loader, saved)
         if self._position is not None and self._skipped and resumed is None:
             self._tell_of_reading()
         if not knows:
             return self._fetch(plain(loader)) if self._may_fetch_ahead else plain(loader)
-        self._first = 0 if resumed is None else resumed.first
-        self._stream = StreamPosition()
+        self._first = 0 if resumed is None else resumed.passed_over
+        self._stream = position
         batches = self._stream.read(loader, plain, resumed)
         return self._fetch(batches) if self._may_fetch_ahead else batches
 

@@ -136,6 +136,8 @@ class LoopTraining:
             changed = self._known.changed_in_words
             self._teller = StepTeller(session, self._rank, launch, circumstances, resumed_step=resumed_step, changed=changed)
             session.closing.callback(self._teller.close)
+            if self._teller.lost is not None:
+                session.record_lost(self._teller.lost)
         self._steps = LoopSteps(optimizer, loaders, self._teller, stepped)
         session.closing.callback(self._steps.close)
 

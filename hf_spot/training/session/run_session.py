@@ -17,19 +17,22 @@ from typing import Any, TypeVar, cast, overload
 import torch.distributed as dist
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import EXIT_FENCED, EXIT_PREEMPTED, ConfigError, Fenced
+from hf_spot.errors import EXIT_FENCED, EXIT_PREEMPTED, ConfigError, Fenced, SpotError
 from hf_spot.log import log_always
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
 from hf_spot.policy.hangs import Phase
 from hf_spot.policy.preemption import Decision, Measured, decide, gives_way
+from hf_spot.run import history, last_words, local_copies
 from hf_spot.run.checkpoint import Checkpoint, CommitRequest
 from hf_spot.run.journal import TRAINING_KEY, CheckpointRef, Entry
 from hf_spot.run.journal_writer import JournalWriter
+from hf_spot.run.last_words import LastWords
 from hf_spot.run.machine_info import about_this_machine
 from hf_spot.run.manifest import files_in
 from hf_spot.run.progress import Bar
 from hf_spot.run.restore import restore_checkpoint, restore_newest
 from hf_spot.run.run import Run
+from hf_spot.run.selection import Readers
 from hf_spot.run.start_from import start_or_resume
 from hf_spot.run.upload import Uploader, standing_prefixes
 from hf_spot.run.webhook import Hook, hook_url
@@ -38,6 +41,8 @@ from hf_spot.storage.store import ObjectStore, Progress
 from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.ranks.disks import Disk, check_writable, find_disk
+from hf_spot.training.saving.shard_loads import ShardLoader, can_load_parts
+from hf_spot.training.session.local_tier import LocalTier, Taken
 from hf_spot.training.session.notice_listener import NoticeListener
 from hf_spot.training.session.phases import Phases
 from hf_spot.training.session.timing import Timing
@@ -95,9 +100,14 @@ class RunSession:
         self._size_bytes: int | None = None
         self._preempted: Decision | None = None
         self._machine_ends_at: float | None = None  # by this process's clock
+        self._local: LocalTier | None = None
+        self._uncommitted: Taken | None = None
+        self._attempt = ""
         self.closing = contextlib.ExitStack()
         self.hook = Hook(None if runtime else hook_url(arguments, os.environ), self.run.url)  # a launcher calls it itself
         self.closing.callback(self.hook.close)
+        self._shards = ShardLoader(self.run)
+        self.closing.callback(self._shards.close)
         self._journal_writer = JournalWriter(self.run, self.hook)
         self.closing.callback(self._journal_writer.close)
 
@@ -122,6 +132,8 @@ class RunSession:
         self.agreement = Agreement(world_size)
         self.agreement.together(partial(check_writable, output_dir, setting=setting))
         self.disk = find_disk(self.agreement, rank, local_rank, output_dir)
+        self._local = LocalTier(self.run, self.agreement, self.disk, output_dir, self.now)
+        self.closing.callback(self._local.close)
 
     def listen(self, on_notice: Callable[[PreemptionNotice], None] = lambda notice: None, *, keyboard: bool = False) -> None:
         """Start a `NoticeListener`."""
@@ -213,6 +225,9 @@ class RunSession:
     def restore_newest(self, look: Callable[[], None] = lambda: None) -> tuple[Checkpoint, Path] | None:
         """Restore the newest intact commit of this training to each disk; return None if there are no commits.
 
+        A newer checkpoint that stands whole on this disk, and was not committed before its launch died, is taken instead, and
+        committed once the uploader runs.
+
         Args:
             look: called repeatedly during the restore; an exception from it ends the restore.
 
@@ -221,6 +236,16 @@ class RunSession:
             StoreError: the store could not be read.
         """
         refs = self.agreement.from_main(lambda: [ref for ref in self.run.state().checkpoints if ref.training == self.training])
+        with self.phases.within(Phase.RESTORING):
+            taken = None if self._local is None else self._local.find(self.training, refs[-1] if refs else None)
+            if taken is not None and self.disk.count == 1 and not taken.checkpoint.ref.complete:
+                log.info("step %d was not committed: it is whole on this disk, and committed next", taken.checkpoint.step)
+                self._uncommitted = taken
+                return self._on_this_machine((taken.checkpoint, self.output_dir / taken.checkpoint.name))
+            if taken is not None and self._commit_now(taken, look):
+                refs = self.agreement.from_main(
+                    lambda: [ref for ref in self.run.state().checkpoints if ref.training == self.training]
+                )
         if not refs:
             return None
         runtime = self.runtime if self.disk.leads else None
@@ -233,11 +258,45 @@ class RunSession:
                     self.output_dir,
                     everywhere=self.on_each_disk,
                     prefetched=prefetched,
-                    ranks=self._ranks_here,
-                    world_size=self.world_size,
+                    readers=self._readers_here,
                     progress=partial(_watched_bar, "restore", look, self.phases.sign),
                 )
             )
+
+    def _commit_now(self, taken: Taken, look: Callable[[], None]) -> bool:
+        """Upload and commit the parts of a checkpoint on all disks; return whether that was possible. All ranks must call it.
+
+        If there are several, each machine needs files of the others to resume; a training that is complete uploads nothing.
+
+        Args:
+            taken: the checkpoint.
+            look: called repeatedly; an exception from it ends the upload.
+        """
+        name, uploaded = taken.checkpoint.name, False
+        self.claim()
+        end = self.start_uploader(keeps_house=False)
+        elsewhere = self.files_of_earlier_disks(self.output_dir / name, self.agreement)
+
+        def is_over() -> bool:
+            look()
+            self.phases.sign()
+            return False
+
+        def upload() -> bool:
+            if self.uploader is None or taken.request is None:
+                return True
+            part = replace(taken.request, part=self.disk.index, parts=self.disk.count)
+            self.uploader.submit(self.output_dir / name, part, elsewhere)
+            return self.uploader.drain(self.arguments.drain_timeout_s, is_over)
+
+        try:
+            uploaded = all(self.agreement.gather(self.agreement.together(upload)))
+        finally:
+            end()
+        if self.agreement.is_main:
+            how = "committed now" if uploaded else "not committed in time: an older commit is resumed"
+            log.log(logging.INFO if uploaded else logging.ERROR, "%s was not committed: it is whole here, and %s", name, how)
+        return uploaded
 
     def restore(self, ref: CheckpointRef, label: str, look: Callable[[], None] = lambda: None) -> tuple[Checkpoint, Path]:
         """Restore one commit to each disk.
@@ -257,8 +316,7 @@ class RunSession:
                 self.run,
                 ref,
                 self.output_dir,
-                ranks=self._ranks_here,
-                world_size=self.world_size,
+                readers=self._readers_here,
                 progress=partial(_watched_bar, label, look, self.phases.sign),
             )
 
@@ -266,8 +324,8 @@ class RunSession:
             return self._on_this_machine(self.on_each_disk(on_this_disk))
 
     @property
-    def _ranks_here(self) -> tuple[int, ...] | None:
-        return None if self.disk.count == 1 else self.disk.ranks
+    def _readers_here(self) -> Readers | None:
+        return None if self.disk.count == 1 or not can_load_parts() else Readers(self.disk.ranks, self.world_size)
 
     @overload
     def _on_this_machine(self, restored: tuple[Checkpoint, Path]) -> tuple[Checkpoint, Path]: ...
@@ -277,28 +335,56 @@ class RunSession:
 
     def _on_this_machine(self, restored: tuple[Checkpoint, Path] | None) -> tuple[Checkpoint, Path] | None:
         """Return what rank 0 restored, with the folder on this machine: ``output_dir`` may differ between machines."""
-        return None if restored is None else (restored[0], self.output_dir / restored[0].name)
+        if restored is None:
+            return None
+        checkpoint, folder = restored[0], self.output_dir / restored[0].name
+        if self.disk.count > 1:
+            self._shards.know(folder, checkpoint)
+        return checkpoint, folder
 
-    def start_uploader(self, on_commit: Callable[[Entry], None] = lambda entry: None) -> None:
+    def start_uploader(
+        self, on_commit: Callable[[Entry], None] = lambda entry: None, *, keeps_house: bool = True
+    ) -> Callable[[], None]:
         """Start the uploader that `submit` hands checkpoints to, on the leader of each disk. All ranks must call it.
 
         Args:
             on_commit: called after each commit, from the uploader's thread.
+            keeps_house: delete what earlier launches left in the store.
+
+        Returns:
+            What ends it before the session does.
         """
+
+        def committed(entry: Entry) -> None:
+            local_copies.forget(self.output_dir, entry.data[TRAINING_KEY], entry.data["step"])
+            on_commit(entry)
+
         # All disks must choose the same place for a checkpoint, whenever their machines have read the journal.
         standing, attempt = self.agreement.from_main(lambda: (standing_prefixes(self.run), secrets.token_hex(4)))
         if not self.disk.leads:
-            return
+            return lambda: None
         self.uploader = Uploader(
             self.run,
             self.output_dir / ".hf_spot" / f"pins-{self.run.launch}-{self.training}",
             save_total_limit=self.arguments.keep_checkpoints,
-            on_commit=on_commit,
-            keeps_house=self.agreement.is_main,
+            keep_every=self.arguments.keep_every,
+            keep_weights=self.arguments.keep_weights,
+            on_commit=committed,
+            keeps_house=self.agreement.is_main and keeps_house,
             standing=standing,
             attempt=attempt if self.disk.count > 1 else "",
         )
+        self._attempt = attempt
         self.closing.callback(self.uploader.close)
+        if self._uncommitted is not None and self._uncommitted.request is not None:
+            self.uploader.submit(self.output_dir / self._uncommitted.checkpoint.name, self._uncommitted.request)
+            self._uncommitted = None
+        return self._end_uploader
+
+    def _end_uploader(self) -> None:
+        if self.uploader is not None:
+            self.uploader.close()
+            self.uploader = None
 
     # -- notices ------------------------------------------------------------------------------------------------------
 
@@ -392,21 +478,26 @@ class RunSession:
             request: describes the whole checkpoint.
             ranks: the agreement to use if there are several disks.
         """
-        elsewhere = self._on_earlier_disks(folder, ranks)
+        elsewhere = self.files_of_earlier_disks(folder, ranks)
         if self.uploader is None:
             return False
         try:
             details = {**(request.details or {}), "versions": versions()}
             part = replace(request, details=details, part=self.disk.index, parts=self.disk.count)
             self.uploader.submit(folder, part, elsewhere)
+            if self._local is not None:
+                self._local.saved(folder, replace(part, attempt=self._attempt), lambda: self.committed_step)
             self._size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         except OSError as error:
             log_always(logging.ERROR, "%s can't be queued for upload; training goes on: %s", folder, error)
             return False
         return True
 
-    def _on_earlier_disks(self, folder: Path, ranks: Agreement) -> set[str]:
-        """Return the files that another disk uploads: with ``save_on_each_node`` each disk also has what rank 0 writes."""
+    def files_of_earlier_disks(self, folder: Path, ranks: Agreement) -> set[str]:
+        """Return the files that another disk uploads: with ``save_on_each_node`` each disk also has what rank 0 writes.
+
+        All ranks must call it if there are several disks.
+        """
         if self.disk.count == 1:
             return set()
         told = ranks.gather((self.disk.index, files_in(folder) if self.disk.leads else []))
@@ -451,6 +542,19 @@ class RunSession:
         """Append an entry to the journal on rank 0; the arguments are those of `JournalWriter.record`."""
         if self.agreement.is_main:
             self._journal_writer.record(kind, data, patience_s=patience_s)
+
+    def record_lost(self, lost: LastWords) -> None:
+        """Record on rank 0, in the background, how far the previous launch had come, if the journal has no end of it."""
+
+        def record() -> None:
+            try:
+                if history.read_past(self.run.journal).steps_lost is None:
+                    self.run.record(last_words.KIND, lost.to_data())
+            except SpotError as error:
+                log.info("the steps that launch %d has lost could not be recorded: %s", lost.launch, error)
+
+        if self.agreement.is_main:
+            self._journal_writer.ask(record, patience_s=0.0)
 
     @property
     def forked(self) -> bool:

@@ -2,8 +2,9 @@
 
 The training thread only appends to a queue. A thread of its own writes what is in it to a file of this rank
 (`hf_spot.run.told_steps`) a few times a second, so that a kill without notice loses a fraction of a second. On rank 0 it also
-sends rank 0's steps since the newest commit to the store, twice a minute, for a launch on another machine, and compares: the
-steps of all ranks that share rank 0's disk if the earlier launch trained there, too, otherwise those of rank 0.
+sends rank 0's steps since the newest commit and a heartbeat to the store, once a minute, for a launch on another machine and
+for ``hf-spot report``, and compares: the steps of all ranks that share rank 0's disk if the earlier launch trained there, too,
+otherwise those of rank 0.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from hf_spot.policy import redone
 from hf_spot.policy.redone import Redone, Step
 from hf_spot.policy.spikes import Spike, Spikes
 from hf_spot.run.journal import TRAINING_KEY
+from hf_spot.run.last_words import LastWords, is_repository, of_an_earlier_launch
 from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.run import Run
-from hf_spot.run.told_steps import StepFile, Told, path_of, read
+from hf_spot.run.told_steps import Heartbeat, StepFile, Told, path_of, read
 from hf_spot.storage.threads import Workers, stand_back
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.state.proof import digest_of
@@ -38,7 +40,8 @@ log = logging.getLogger("hf_spot")
 
 COMPOSITION, DEVICE = "composition", "device"  # circumstances: samples of a step on each rank, and where it is done
 FLUSH_S = 0.2
-SEND_S = 30.0
+SEND_S = 60.0
+_BEAT_S = 5.0  # between two heartbeats in the file
 _MOST_STEPS = 5000  # kept: a training that commits more rarely has only its newest steps compared
 _STRAGGLER_S = 10.0  # for other ranks, after the last step that is compared
 _MOST_SPIKES = 20  # told by one launch
@@ -82,8 +85,11 @@ class StepTeller:
         self._file = StepFile(self._paths[rank])
         self._rank = rank
         earlier = {each: read(path) for each, path in self._paths.items() if self._is_main or each == rank}
-        if self._is_main and not any(one.launch == self._launch - 1 for one in earlier[rank].steps):
+        is_from_here = any(one.launch == self._launch - 1 for one in earlier[rank].steps)
+        if self._is_main and not is_from_here:
             earlier = {**earlier, rank: _both(earlier[rank], self._told_elsewhere())}
+        file = self._paths[rank] if is_from_here else None
+        self._lost = of_an_earlier_launch(earlier[rank], self._launch, self._training, resumed_step, file)
         self._steps: deque[Step] = deque(
             redone.newest(earlier[rank].steps, after=resumed_step, before_launch=self._launch).values(), _MOST_STEPS
         )
@@ -103,10 +109,10 @@ class StepTeller:
         self._is_troubled = False
         self._sender = Workers(1, "hf_spot-steps-sender")
         self._sending: Future[None] | None = None
-        self._sent: tuple[int, float] = (0, self._clock())  # newest step, when
+        self._sent: tuple[int, float] = (0, -math.inf)  # newest step, when
+        self._beat_at = -math.inf
         self._carries = bool(self._steps)  # what the store must learn again, because its copy is deleted
-        url = session.run.url
-        self._sends = not url.startswith("hf://") or url.startswith("hf://buckets/")  # each write to a repository is a commit
+        self._sends = not is_repository(session.run.url)
         self._reader: Run | None = None
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -142,6 +148,11 @@ class StepTeller:
                 if name == COMPOSITION:
                     return {0: redone.only_learning_rates(found[0])} if 0 in found else {}
         return found
+
+    @property
+    def lost(self) -> LastWords | None:
+        """Return what the previous launch had done beyond the step from which this one resumes; None if nothing is known."""
+        return self._lost
 
     # -- called by the training thread --------------------------------------------------------------------------------
 
@@ -236,8 +247,11 @@ class StepTeller:
         try:
             self._written += len(fresh)
             is_long = self._written > 2 * _MOST_STEPS
-            if not self._is_written or is_long or (fresh and not self._file.append(fresh)):
-                self._file.rewrite(Told(tuple(self._steps), self._circumstances))
+            beat = None
+            if fresh and self._is_main and self._clock() - self._beat_at >= _BEAT_S:
+                beat, self._beat_at = self._heartbeat(), self._clock()
+            if not self._is_written or is_long or (fresh and not self._file.append(fresh, beat)):
+                self._file.rewrite(Told(tuple(self._steps), self._circumstances, beat or self._heartbeat()))
                 self._written = 0
             self._is_written = True
             if self._is_troubled:
@@ -252,6 +266,14 @@ class StepTeller:
                     error.strerror or error,
                 )
             self._is_troubled = True
+
+    def _heartbeat(self) -> Heartbeat | None:
+        """Return how far this launch has come; None before its first step."""
+        newest = self._steps[-1] if self._steps else None
+        if newest is None or newest.launch != self._launch:
+            return None
+        timing = self._session.timing.to_details(newest.step)["timing"]
+        return Heartbeat(self._launch, newest.step, self._session.now(), timing, str(self._session.output_dir.absolute()))
 
     def _compare(self) -> Redone | None:
         """Return the comparison so far, with what the other ranks have written."""
@@ -291,7 +313,8 @@ class StepTeller:
         if not self._sends or is_busy or not (is_due or self._carries) or self._session.preempted or self._session.fenced:
             return
         committed = self._session.committed_step
-        told = Told(tuple(one for one in self._steps if one.step > committed), dict(self._circumstances))
+        steps = tuple(one for one in self._steps if one.step > committed)
+        told = Told(steps, dict(self._circumstances), self._heartbeat())
         self._sent, self._carries = (newest, self._clock()), False
         if not self._closing.is_set():
             self._sending = self._sender.submit(self._send_now, told)
@@ -308,7 +331,9 @@ class StepTeller:
 
 
 def _both(one: Told, other: Told) -> Told:
-    return Told((*one.steps, *other.steps), {**one.circumstances, **other.circumstances})
+    beats = [told.heartbeat for told in (one, other) if told.heartbeat is not None]
+    newest = max(beats, key=lambda beat: beat.launch, default=None)
+    return Told((*one.steps, *other.steps), {**one.circumstances, **other.circumstances}, newest)
 
 
 def kind_of(device: torch.device) -> str:

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from hf_spot.errors import SpotError
 from hf_spot.log import log_always
-from hf_spot.run import history
+from hf_spot.policy.requests import writes_of_commit
+from hf_spot.run import history, last_words
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.journal import Entry
+from hf_spot.run.last_words import LastWords
 from hf_spot.storage.threads import Workers
 from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
@@ -29,6 +31,13 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 log = logging.getLogger("hf_spot")
+
+
+@dataclass
+class _Stall:
+    """Seconds for which training stood still for a save; None if unknown. They may grow until the next step."""
+
+    seconds: float | None
 
 
 class Commits:
@@ -46,6 +55,7 @@ class Commits:
     ) -> None:
         self._session = session
         self._save_began: float | None = None
+        self._stall: _Stall | None = None
         self._past: history.Past | None = None
         memory_gb = session.arguments.save_memory_gb
         writers = Agreement(trainer.args.world_size)  # of its own: the ranks agree on something else meanwhile
@@ -63,8 +73,13 @@ class Commits:
         """Return the history of the run; None until rank 0 has read it."""
         return self._past
 
-    def begin(self, *, resumed: bool) -> None:
-        """Start the uploader, and read the history of the run on rank 0, in a thread: the training does not wait for it."""
+    def begin(self, *, resumed_step: int, lost: LastWords | None = None) -> None:
+        """Start the uploader, and read the history of the run on rank 0, in a thread: the training does not wait for it.
+
+        Args:
+            resumed_step: the step from which this launch resumes; 0 for the start.
+            lost: how far the previous launch had come, if further. It is recorded if the journal has no end of that launch.
+        """
         self._session.start_uploader(self._committed)
         if not self._session.agreement.is_main:
             return
@@ -78,9 +93,13 @@ class Commits:
             except Exception:
                 log.exception("the history of %s could not be read", self._session.run.url)
                 return
+            steps_lost = self._past.steps_lost
+            if steps_lost is None and lost is not None:
+                steps_lost = lost.step - resumed_step
+                self._session.record(last_words.KIND, lost.to_data(), patience_s=0.0)
             self._cadence.remember(self._past)
-            if resumed:
-                self._metrics.put("steps_lost", self._past.steps_lost)
+            if resumed_step:
+                self._metrics.put("steps_lost", steps_lost)
 
         historian = Workers(1, "hf_spot-historian")
         historian.submit(read)
@@ -134,33 +153,50 @@ class Commits:
         self._session.timing.stalled(stall_s)
         self._cadence.saved(stall_s)
         self._first_save.saved()
-        self._metrics.put("stall_s", stall_s)
+        stall = _Stall(stall_s)
+        if self.behind.gate.is_shut:
+            self._stall = stall
+        else:
+            self._metrics.put("stall_s", stall_s)
         details = {**(request.details or {}), **self._session.timing.to_details(request.step), **self._carried()}
         request = replace(request, details=details)
-        submit = partial(self._submit, folder, request, began, stall_s)
+        submit = partial(self._submit, folder, request, began, stall)
         if self._session.disk.count > 1:
             self.behind.then_together(submit)
         elif self._session.uploader is not None:
             self.behind.then(partial(submit, self._session.agreement))
         self._session.order_uploads()
 
-    def _submit(
-        self, folder: Path, request: CommitRequest, began: float | None, stall_s: float | None, ranks: Agreement
-    ) -> None:
+    def opened(self, waited_s: float) -> None:
+        """Record that the newest save has its copies.
+
+        Args:
+            waited_s: seconds for which training stood still for them, after the save itself.
+        """
+        stall, self._stall = self._stall, None
+        if stall is None or stall.seconds is None:  # within the save, which is measured as a whole
+            return
+        stall.seconds += waited_s
+        self._session.timing.stalled(waited_s)
+        self._cadence.stalled(stall.seconds)
+        self._metrics.put("stall_s", stall.seconds)
+
+    def _submit(self, folder: Path, request: CommitRequest, began: float | None, stall: _Stall, ranks: Agreement) -> None:
         """Submit a checkpoint. Called when all its files are written, from the thread that wrote them."""
         session = self._session
         if began is not None:
             session.note_save(session.clock() - began)
             self._metrics.put("checkpoint_s", session.save_s)
-        seconds = {"save_s": session.save_s, "stall_s": stall_s}
+        seconds = {"save_s": session.save_s, "stall_s": stall.seconds}
         details = {**(request.details or {}), **{name: took and round(took, 3) for name, took in seconds.items()}}
         self._session.submit(folder, replace(request, details=details), ranks)
 
     def _committed(self, entry: Entry) -> None:
         """Record the measurements of a commit. Called from the uploader's thread."""
-        upload_s, size_bytes = entry.data["upload_s"], sum(file["size"] for file in entry.data["files"])
+        upload_s, sizes_bytes = entry.data["upload_s"], [file["size"] for file in entry.data["files"]]
+        size_bytes = sum(sizes_bytes)
         if entry.data["save_s"] is not None:
-            self._cadence.committed(entry.data["save_s"], upload_s)
+            self._cadence.committed(entry.data["save_s"], upload_s, writes_of_commit(sizes_bytes))
         self._metrics.put("upload_s", upload_s)
         self._metrics.put("upload_gb_per_s", size_bytes / 1e9 / upload_s if upload_s else None)
 

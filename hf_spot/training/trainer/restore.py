@@ -96,6 +96,8 @@ class Resumption:
             restored: the checkpoint that the training resumes from, which may be the best one.
         """
         session = self._session
+        if restored.ref.best:
+            return self._output_dir / restored.name
         bests = [ref for ref in self._run.journal.state.checkpoints if ref.training == session.training and ref.best]
         best = session.agreement.from_main(lambda: bests[0] if bests else None)
         if best is None:

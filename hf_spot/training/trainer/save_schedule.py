@@ -12,6 +12,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.policy.cadence import History, Interruptions, SaveCost, best_interval_s, learn, next_save_s
+from hf_spot.policy.requests import shortest_interval_s
 from hf_spot.run.history import Past
 
 log = logging.getLogger("hf_spot")
@@ -73,14 +74,19 @@ class Cadence:
         if self._arguments.cadence == "auto":
             self._due_at = self._look_at = self._since
 
-    def committed(self, save_s: float, upload_s: float) -> None:
+    def stalled(self, stall_s: float) -> None:
+        """Record for how many seconds training stood still for the newest save, with what it waited after it."""
+        self._stall_s = stall_s
+
+    def committed(self, save_s: float, upload_s: float, writes: int = 0) -> None:
         """Record that a checkpoint was committed. Called from the uploader's thread.
 
         Args:
             save_s: seconds from the start of the save until its files were written.
             upload_s: seconds from then until its last file was uploaded.
+            writes: number of writes to the store that it made.
         """
-        self._commit_s = save_s + upload_s
+        self._commit_s = max(save_s + upload_s, shortest_interval_s(writes, self._arguments.max_writes_per_hour))
 
     def remember(self, past: Past) -> None:
         """Record what the journal says about earlier launches. Called from another thread, some time after the start."""

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers.trainer
+from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy, has_length
@@ -25,18 +27,17 @@ from hf_spot.policy.resize import Batches
 from hf_spot.training.data.rng import capture, pack
 from hf_spot.training.data.stream_position import Resumed, StreamPosition, tell_of_reading, why_not
 from hf_spot.training.state.data_side import DataSide, parts_of
-from hf_spot.training.upstream import GET_BATCH_SAMPLES, INIT_TRAINING_STATE, INSIDE, SKIP_FIRST_BATCHES
+from hf_spot.training.upstream import GET_BATCH_SAMPLES, INIT_TRAINING_STATE, INSIDE, SKIP_FIRST_BATCHES, SPLIT_BATCHES
 from hf_spot.training.upstream.versions import how_to_install
 
 _LOOKS = 4
-_FOLDER, _NAME = "random_states", "stream.json"  # inside a checkpoint
+_FOLDER = "random_states"  # inside a checkpoint
 
 
 class StreamReader:
     """Saves where a training is in its stream, and resumes there without reading the stream again, if that is exact.
 
-    With several ranks, or with DataLoader workers, the stream is read again: ranks complete batches with samples from the start
-    of the pass, and workers don't say where they are.
+    Ranks that divide a stream complete its last batches with samples from the start of the pass: these are read again first.
 
     Args:
         trainer: the Trainer.
@@ -46,7 +47,7 @@ class StreamReader:
     def __init__(self, trainer: Trainer, begin_behind: Callable[[int], None]) -> None:
         self._trainer = trainer
         self._begin_behind = begin_behind
-        self._position = StreamPosition(trainer.args.gradient_accumulation_steps)
+        self._position: StreamPosition | None = None
         self._watched: list[Any] = []
 
     def begin_epoch(self, dataloader: Any) -> None:
@@ -60,28 +61,45 @@ class StreamReader:
         return isinstance(data, IterableDataset) and not has_length(data)
 
     def _why_not(self, dataloader: Any) -> str | None:
-        if self._trainer.args.world_size > 1:
-            return "several ranks share it"
+        if self._reads_for_all(dataloader) and dataloader.submesh_tp is not None:
+            return "several ranks are given the same batches"
         return why_not(dataloader)
+
+    def _reads_for_all(self, dataloader: Any) -> bool:
+        """Return whether one rank reads the batches of all."""
+        return self._trainer.args.world_size > 1 and isinstance(dataloader, DataLoaderDispatcher)
+
+    def _position_in(self, dataloader: Any) -> StreamPosition:
+        if self._position is None:
+            divided: int | None = None
+            if self._reads_for_all(dataloader):
+                divided = 1 if SPLIT_BATCHES.of(dataloader) else self._trainer.args.world_size
+            self._position = StreamPosition(self._trainer.args.gradient_accumulation_steps, divided)
+        return self._position
 
     def _watch(self, dataloader: Any, resumed: Resumed | None = None) -> None:
         """Wrap the iterator of the loader of torch inside one of accelerate's, which calls it by this name."""
-        loader = INSIDE.of(dataloader) if INSIDE.is_on(dataloader) else dataloader
+        loader, position = INSIDE.of(dataloader) if INSIDE.is_on(dataloader) else dataloader, self._position_in(dataloader)
         plain = type(loader).__iter__
-        vars(loader)["__iter__"] = lambda: self._position.read(loader, plain, resumed, lambda: self._begin_behind(0))
+        vars(loader)["__iter__"] = lambda: position.read(loader, plain, resumed, lambda: self._begin_behind(0))
         self._watched.append(loader)
+
+    @property
+    def _name(self) -> str:
+        rank = self._trainer.args.process_index
+        return f"stream_{rank}.json" if rank else "stream.json"
 
     def save(self, checkpoint: Path) -> None:
         """Add the position to a checkpoint."""
         state, args = self._trainer.state, self._trainer.args
-        if not self._watched or not state.epoch:
+        if self._position is None or not state.epoch:
             return
         trained = round((state.epoch % 1) * state.max_steps * args.gradient_accumulation_steps)
-        position = self._position.to_save(trained)
+        position = self._position.to_save(trained * self._position.group)
         if position is not None:
-            text = json.dumps({**position, "batch_size": args.per_device_train_batch_size * max(1, args.n_gpu)})
+            text = json.dumps({**position, "batch_size": self._watched[-1].batch_size, "ranks": args.world_size})
             (checkpoint / _FOLDER).mkdir(exist_ok=True)
-            (checkpoint / _FOLDER / _NAME).write_text(text)
+            (checkpoint / _FOLDER / self._name).write_text(text)
 
     @contextmanager
     def resumed(self, checkpoint: Path | None) -> Iterator[None]:
@@ -93,21 +111,31 @@ class StreamReader:
         if checkpoint is None or not self._is_stream:
             yield
             return
-        path = checkpoint / _FOLDER / _NAME
+        path = checkpoint / _FOLDER / self._name
 
         def make(plain_skip: Any) -> Any:
             def skip(dataloader: Any, num_batches: int = 0) -> Any:
+                position = self._position_in(dataloader)
+                group, resumed = position.group, None
                 why = self._why_not(dataloader)
-                saved: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-                size = getattr(dataloader, "batch_size", None)
-                if why is None and (saved.get("trained"), saved.get("batch_size")) != (num_batches, size):
-                    why = "the checkpoint has no position in it"
-                resumed = None if why else self._position.go_to(dataloader, saved)
-                if resumed is None:
+                if why is None:
+                    saved: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+                    found = (saved.get("trained"), saved.get("batch_size"), saved.get("ranks"))
+                    if found != (num_batches * group, dataloader.batch_size, self._trainer.args.world_size):
+                        why = "the checkpoint has no position in it"
+                    else:
+                        resumed = position.go_to(dataloader, saved)
+                        why = saved.get("why")
+                passed_over = 0 if resumed is None else resumed.passed_over
+                if self._reads_for_all(dataloader):
+                    # The others skip what it does not read; their disks may have no position.
+                    sent = broadcast_object_list([passed_over, why])
+                    passed_over, why = sent
+                if not passed_over:
                     tell_of_reading(dataloader, num_batches, why or "it consists of other parts than at the save")
                     return plain_skip(dataloader, num_batches)
-                rest = plain_skip(dataloader, num_batches - resumed.first)
-                self._begin_behind(resumed.first)
+                rest = plain_skip(dataloader, num_batches - passed_over // group)
+                self._begin_behind(passed_over)
                 self._watch(rest, resumed)
                 return rest
 

@@ -33,6 +33,7 @@ from hf_spot.runtime import Plan, Runtime, held_folder, make_private
 from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.session.final_drain import FinalDrain
+from hf_spot.training.session.local_tier import SAVED_BY
 from hf_spot.training.session.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
 from hf_spot.training.session.recognition import KnownTraining, finished
 from hf_spot.training.session.run_session import RunSession
@@ -208,7 +209,8 @@ class TrainerSession:
                 self._best_folder = resumption.restore_best(self._restored)
             self._session.timing.restored(self._session.clock() - began)
             self._session.phases.tell(Phase.STARTING, self._restored.step)
-            log.info("resuming from step %d, committed by launch %d", self._restored.step, self._restored.ref.launch)
+            how = "saved" if SAVED_BY in self._restored.details else "committed"
+            log.info("resuming from step %d, %s by launch %d", self._restored.step, how, self._restored.ref.launch)
             if not self._nothing_left and self.exact is None:
                 keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
         if not self._nothing_left:
@@ -216,7 +218,8 @@ class TrainerSession:
             if self._passed_over:
                 log.warning("after NaN, these steps are passed over: %s", rollback.in_words(self._passed_over))
             self._start_teller()  # before the uploader deletes what earlier launches told
-            self.commits.begin(resumed=self._restored is not None)
+            lost = None if self._teller is None else self._teller.lost
+            self.commits.begin(resumed_step=self._restored.step if self._restored else 0, lost=lost)
         if self.machine_is_going():
             raise MachineGoing
         if found is not None:
@@ -271,6 +274,8 @@ class TrainerSession:
             SpotError: it is impossible, or was done too often.
         """
         session = self._session
+        if self._teller is not None:
+            self._teller.conclude()  # the launcher ends the other ranks as soon as the first one has ended
         session.agreement.together(lambda: session.finish_uploads(session.arguments.drain_timeout_s))
         known = [one for one in session.agreement.gather(first_wrong) if one is not None]
 
@@ -535,11 +540,14 @@ class TrainerSession:
 
     def failed(self, error: BaseException) -> None:
         """Commit pending uploads after an exception, and record it in the journal if there is no launcher to do it."""
-        if self._session.forked or self._session.uploader is None or self._session.uploader.fenced is not None:
+        uploader = self._session.uploader
+        if self._session.forked or (uploader is not None and uploader.fenced is not None):
             return
         self._session.phases.tell(Phase.FINISHING)
         if self._teller is not None:
             self._teller.conclude()
+        if uploader is None:
+            return
         # A user who presses Ctrl-C a second time has seen what the training waits for.
         impatient = isinstance(error, KeyboardInterrupt) and self._is_interrupt
         if not impatient:

@@ -20,6 +20,7 @@ _LIBRARIES = frozenset(
     (
         "accelerate",
         "botocore",
+        "datasets",
         "deepspeed",
         "google",
         "hf_xet",

@@ -1,4 +1,4 @@
-"""Every part of a stream that is said to resume exactly does, at every position; a shuffle buffer does not, and is found."""
+"""Every part of a stream that is said to resume exactly does, at every position, in this process and in DataLoader workers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 
 import datasets
 import huggingface_hub.constants
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset, IterableDataset, load_dataset
+from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
 from hf_spot.training.data import stream_position
@@ -24,6 +27,7 @@ def _offline() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # seconds at the end of each interleaved pass
         yield
 
 
@@ -77,6 +81,24 @@ KINDS: dict[str, Callable[[Make], IterableDataset]] = {
     "side by side": lambda make: datasets.concatenate_datasets(
         [make(), make().select_columns(["number"]).rename_column("number", "more")], axis=1
     ),
+    "shuffled": lambda make: make().shuffle(seed=1, buffer_size=10),
+    "mapped and shuffled": lambda make: make().map(lambda one: one).shuffle(seed=1, buffer_size=30).take(60),
+    "shuffled, filtered and mapped in batches": lambda make: (
+        make().shuffle(seed=2, buffer_size=5).filter(lambda one: one["number"] % 3 > 0).map(add, batched=True, batch_size=4)
+    ),
+    "shuffled twice, repeated": lambda make: make().shuffle(seed=1, buffer_size=9).shuffle(seed=3, buffer_size=7).repeat(2),
+    "interleaved": lambda make: datasets.interleave_datasets([make(), make().skip(30)]),
+    "drawn from two, one shuffled": lambda make: datasets.interleave_datasets(
+        [make().shuffle(seed=1, buffer_size=10), make().skip(30)],
+        probabilities=[0.6, 0.4],
+        seed=1,
+        stopping_strategy="all_exhausted",
+    ),
+    "drawn from two, shuffled": lambda make: datasets.interleave_datasets(
+        [make(), make().skip(30)], probabilities=[0.6, 0.4], seed=1
+    ).shuffle(seed=3, buffer_size=7),
+    "every second one": lambda make: split_dataset_by_node(make().shuffle(seed=1, buffer_size=9), rank=1, world_size=2),
+    "every third shard": lambda make: split_dataset_by_node(make(), rank=1, world_size=3),
 }
 
 
@@ -118,29 +140,97 @@ def count_up() -> Iterator[dict[str, int]]:
         yield {"number": number}
 
 
-def test_a_shuffle_buffer_is_found_by_its_kind_and_by_its_samples(told: Callable[[], int]) -> None:
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    [("shuffled", 2), ("shuffled", 4), ("drawn from two, one shuffled", 2)],  # there are three shards
+)
+def test_workers_begin_at_every_position(files: dict[str, Make], kind: str, workers: int, told: Callable[[], int]) -> None:
     def make() -> DataLoader[Any]:
-        return loader_of(IterableDataset.from_generator(count_up).shuffle(seed=1, buffer_size=10).map(lambda one: one))
+        stream: Any = KINDS[kind](files["json"])
+        return DataLoader(stream, batch_size=3, collate_fn=jittered, num_workers=workers)
 
-    why = why_not(make())
-    assert why is not None and "shuffle buffer" in why
+    def random() -> None:
+        torch.manual_seed(5)
+
+    random()
     position, saved, whole = StreamPosition(), {}, []
     for count, batch in enumerate(position.read(make(), DataLoader.__iter__), 1):
         whole.append(str(batch))
-        saved[count] = position.to_save(count)
-    for trained in range(2, len(saved), 5):
-        assert read(make(), StreamPosition(), saved[trained]) == whole[trained - 1 :]  # it is read again from its start
-    assert told() == len(range(2, len(saved), 5))
+        saved[count] = json.loads(json.dumps(position.to_save(count)))
+    begun = 0
+    for trained in range(workers + 2, len(whole), 5):
+        random()
+        resumed = StreamPosition().go_to(make(), saved[trained])
+        assert resumed is not None
+        assert trained - workers <= resumed.first < trained
+        assert read(make(), StreamPosition(), saved[trained]) == whole[resumed.first :]
+        begun += 1
+    assert begun >= 3
+    assert told() == 0
 
 
-def test_an_interleaved_stream_is_named(files: dict[str, Make]) -> None:
-    make = files["json"]
-    for stream in (
-        datasets.interleave_datasets([make(), make()]),
-        datasets.interleave_datasets([make(), make()], probabilities=[0.6, 0.4], seed=1).take(9),
-    ):
-        why = why_not(loader_of(stream))
-        assert why is not None and why.startswith("it is interleaved")
+def jittered(samples: list[Any]) -> Any:
+    """Draw in the collator, as one that masks words does."""
+    return samples, float(torch.rand(()))
+
+
+def test_a_stream_that_draws_in_its_workers_is_read_again(files: dict[str, Make]) -> None:
+    stream: Any = files["json"]().map(lambda one: {"number": one["number"] + float(torch.rand(()))})
+    loader, position = DataLoader(stream, batch_size=3, collate_fn=list, num_workers=2), StreamPosition()
+    for count, _ in enumerate(position.read(loader, DataLoader.__iter__), 1):
+        saved = position.to_save(count)
+        assert saved is not None and "draws random numbers" in saved["why"]
+        assert position.go_to(loader, saved) is None
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"buffer_size": 20}])
+def test_another_shuffle_buffer_is_read_again(change: dict[str, int], told: Callable[[], int]) -> None:
+    def make(**more: int) -> DataLoader[Any]:
+        settings = {"seed": 1, "buffer_size": 10, **more}
+        return loader_of(IterableDataset.from_generator(count_up).shuffle(**settings).map(lambda one: one))
+
+    position = StreamPosition()
+    saved = {count: position.to_save(count) for count, _ in enumerate(position.read(make(), DataLoader.__iter__), 1)}
+    whole = read(make(**change), StreamPosition())
+    for trained in (5, 12):
+        assert read(make(**change), StreamPosition(), saved[trained]) == whole[trained - 1 :]
+    assert told() == 2
+
+
+def test_workers_read_a_stream_of_other_parts_again(files: dict[str, Make], told: Callable[[], int]) -> None:
+    def make(stream: Any) -> DataLoader[Any]:
+        return DataLoader(stream, batch_size=3, collate_fn=list, num_workers=2)
+
+    position = StreamPosition()
+    plain, other = files["json"](), datasets.concatenate_datasets([files["json"](), files["json"]()])
+    saved = {count: position.to_save(count) for count, _ in enumerate(position.read(make(plain), DataLoader.__iter__), 1)}
+    whole = read(make(other), StreamPosition())
+    found = read(make(other), StreamPosition(), saved[8])
+    assert found == whole[len(whole) - len(found) :]
+    assert len(found) >= len(whole) - 8
+    assert told() == 1
+
+
+def test_what_is_compared_does_not_depend_on_how_it_is_shown() -> None:
+    digest = stream_position._digest
+    pixels = np.arange(5000.0)
+    other = pixels.copy()
+    other[2500] = -1
+    assert digest([{"one": pixels}]) == digest([{"one": pixels.copy()}]) != digest([{"one": other}])
+    tensors = [torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bfloat16)]
+    assert digest([tensors[0]]) == digest([tensors[1]]) != digest([torch.zeros(2, 3, dtype=torch.bfloat16)])
+    assert digest([b"one"]) != digest([b"two"])
+    assert digest([torch.ones(())]) == digest([torch.ones(())])
+    image = pytest.importorskip("PIL.Image")
+    images = [image.new("RGB", (4, 4), color) for color in ("red", "red", "blue")]
+    assert digest([images[0]]) == digest([images[1]]) != digest([images[2]])
+
+
+def test_an_unknown_shuffle_buffer_is_named(files: dict[str, Make], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_position, "is_installed", lambda: False)
+    why = why_not(loader_of(files["json"]().shuffle(seed=1, buffer_size=10)))
+    assert why is not None and "shuffle buffer" in why
 
 
 def test_an_unknown_part_is_named(files: dict[str, Make], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from tests.zygote import Zygote
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "sharded.py"
 STEPS = [3, 6, 9, 12]
+RANGES = ("all", "wanted", "fetched", "share", "unforeseen")  # columns of megabytes
 
 
 def launch(zygote: Zygote, folder: Path, *scenes: str, count: int = 2) -> tuple[list[int], list[str]]:
@@ -46,6 +47,17 @@ def launch(zygote: Zygote, folder: Path, *scenes: str, count: int = 2) -> tuple[
 
 def facts(folder: Path, scene: str) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{scene}-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_a_replicated_model_is_copied_beside_the_training_of_all_ranks(tmp_path: Path, zygote: Zygote) -> None:
+    codes, said = launch(zygote, tmp_path, "replicated")
+    assert codes == [0, 0], "\n".join(said)
+    main, other = facts(tmp_path, "replicated")
+    for seen in (main, other):
+        assert seen["distributed"].endswith("MULTI_CPU")
+        assert len(seen["plain"]) == 6 * 3 and seen["spot"] == seen["plain"]
+        assert seen["step of the end"] == 6 and seen["commits"][-1] == 4  # others may give way to it
+    assert other["left for later"] == [] and min(main["left for later"]) > 0
 
 
 def test_training_goes_on_while_its_shards_are_written_and_they_are_those_of_trainer(tmp_path: Path, zygote: Zygote) -> None:
@@ -139,3 +151,17 @@ def test_a_rank_that_is_killed_in_the_middle_of_its_shards_leaves_no_commit_and_
         assert survivor not in (0, -9), words
         assert "because a rank has ended" in words
     assert [entry.data["step"] for entry in Run(tmp_path / "killed/run").events() if entry.kind == "commit"] == [3]
+
+
+def test_each_machine_fetches_what_its_ranks_read_and_has_what_was_saved(tmp_path: Path, zygote: Zygote) -> None:
+    command = [sys.executable, "-Wignore", "-m", "tests.ranges", "2", "--blind", "2", "--width", "256"]
+    with zygote.forking():
+        played = subprocess.run(
+            [*command, "--keep", str(tmp_path / "played")], capture_output=True, text=True, timeout=PATIENCE_S
+        )
+    assert played.returncode == 0, played.stdout + played.stderr
+    foreseen, blind = (dict(zip(RANGES, map(float, line.split()[1:]), strict=True)) for line in played.stdout.splitlines()[1:])
+    assert foreseen["unforeseen"] == 0
+    assert foreseen["fetched"] < 0.6 * foreseen["all"], "one of two shards, and a little of the other"
+    assert blind["unforeseen"] > 0.9 * blind["wanted"]
+    assert blind["fetched"] < 0.6 * blind["all"]

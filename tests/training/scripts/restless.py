@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import plain
 NOISY_FROM = int(os.environ.get("NOISY_FROM", "0"))  # step
 OTHER_ORDER_FROM = int(os.environ.get("OTHER_ORDER_FROM", "0"))  # sample of an epoch
 SEND_S = os.environ.get("SEND_S")
+UPLOADS_UP_TO = int(os.environ.get("UPLOADS_UP_TO", "0"))  # step
 
 
 class Restless(Sampler[int]):
@@ -49,5 +51,16 @@ if SEND_S:
     from hf_spot.training.session import step_teller
 
     step_teller.SEND_S = float(SEND_S)
+if UPLOADS_UP_TO:
+    from hf_spot import Run
+
+    plain_upload = Run.upload
+
+    def upload(run, folder, request, **more):  # type: ignore[no-untyped-def]
+        while request.step > UPLOADS_UP_TO:  # a network that carries nothing any more
+            time.sleep(0.1)
+        return plain_upload(run, folder, request, **more)
+
+    Run.upload = upload  # type: ignore[method-assign]
 plain.Trainer = Noisy  # type: ignore[misc]
 plain.main()

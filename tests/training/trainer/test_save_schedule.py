@@ -370,3 +370,18 @@ def test_settings_that_can_not_be_used_are_refused(settings: dict[str, Any], wor
     with pytest.raises(ConfigError, match=words.replace(".", r"\.")) as caught:
         SpotArguments(**settings)
     assert caught.value.hint
+
+
+def test_added_saves_make_no_more_requests_than_they_may(tmp_path: Path) -> None:
+    found = []
+    for most in (20_000, 360):
+        watch = Watch(tmp_path, auto(max_writes_per_hour=most), save_strategy="no")
+        watch.cadence.began()
+        watch.steps_to_save()
+        watch.seconds += 0.01
+        watch.cadence.saved(0.01)
+        watch.cadence.committed(0.01, 0.1, writes=12)
+        found.append(watch.steps_to_save() or 0)
+    often, bounded = found
+    assert often < 60
+    assert bounded >= 120  # 12 writes of 360 in an hour

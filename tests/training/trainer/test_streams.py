@@ -50,20 +50,28 @@ SEEKS: dict[str, Callable[[], IterableDataset]] = {
     "filtered": lambda: plain().filter(lambda one: one["number"] % 3),
     "looked at before": lambda: looked_at(plain()),
     "repeated": lambda: plain().repeat(2),
+    "shuffled": lambda: plain().shuffle(seed=3, buffer_size=20),
+    "interleaved": lambda: datasets.interleave_datasets([plain(), plain().skip(7)], probabilities=[0.7, 0.3], seed=5),
 }
 READS_AGAIN: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
-    "a shuffle buffer": (
-        lambda: plain().shuffle(seed=3, buffer_size=20),
-        {},
-        "shuffle buffer",
+    "no stream of datasets": (lambda: Own(), {}, "Own can't say where it is"),
+    "workers that draw": (
+        lambda: plain().map(drawn),
+        {"dataloader_num_workers": 2},
+        "it draws random numbers while its DataLoader workers read it",
     ),
-    "interleaved": (
-        lambda: datasets.interleave_datasets([plain(), plain().skip(7)], probabilities=[0.7, 0.3], seed=5),
-        {},
-        "it is interleaved",
-    ),
-    "workers": (plain, {"dataloader_num_workers": 2}, "set dataloader_num_workers=0"),
 }
+
+
+class Own(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return read(list(range(SHARDS)))
+
+
+def drawn(sample: dict[str, Any]) -> dict[str, Any]:
+    return {"input_ids": [*sample["input_ids"][1:], int(torch.randint(64, ()))]}
+
+
 PASS = SHARDS * SAMPLES // 4  # steps of a pass of the plain stream
 
 
@@ -127,3 +135,24 @@ def test_a_stream_that_can_not_say_where_it_is_is_read_again(
     (message,) = [one.getMessage() for one in caplog.records if "read again from its start" in one.getMessage()]
     assert "to batch 16 (64 samples)" in message
     assert why in message
+
+
+@pytest.mark.parametrize("at_step", [9, PASS + 7], ids=["first pass", "second pass"])
+def test_workers_are_resumed_without_reading_again(
+    store: str, tmp_path: Path, in_peace: InPeace, caplog: pytest.LogCaptureFixture, at_step: int
+) -> None:
+    """Three passes over a shuffled stream, with a collator that draws."""
+    caplog.set_level(logging.INFO, "hf_spot")
+    settings = settings_of(
+        lambda: plain().shuffle(seed=3, buffer_size=20),
+        max_steps=2 * PASS + 6,
+        dataloader_num_workers=2,
+        data_collator=jittered,
+    )
+    assert_resumes_as_undisturbed(store, tmp_path, in_peace, "workers", at_step, settings)
+    assert any("the stream begins at batch" in message for message in caplog.messages), caplog.messages
+
+
+def jittered(samples: list[Any]) -> dict[str, torch.Tensor]:
+    ids = torch.tensor([one["input_ids"] for one in samples])
+    return {"input_ids": torch.where(torch.rand(ids.shape) < 0.1, 0, ids), "labels": ids}

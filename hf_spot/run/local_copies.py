@@ -1,0 +1,152 @@
+"""Records of checkpoints that stand whole on this disk, until they are committed.
+
+A training may be killed after it has written a checkpoint and before the checkpoint is committed. The next launch on this
+machine resumes from such a checkpoint if its record is there: it is written after all files are on the disk, with their
+digests, and names the run (by the id of its journal's first entry, which no other run has) and the launch. Whoever takes the
+checkpoint compares every file with its digest, so neither a record nor a folder that was cut short, or changed, can be taken.
+With ``$HF_SPOT_JOURNAL_KEY`` records are signed as the journal is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_spot.errors import SpotError
+from hf_spot.policy.local_copies import Copy
+from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.digest import digest_of
+from hf_spot.run.manifest import FileEntry, difference, files_in
+from hf_spot.run.run import Run
+from hf_spot.run.seal import seal, unseal
+from hf_spot.run.transfer import sync
+
+log = logging.getLogger("hf_spot")
+
+_NAME = re.compile(r"whole-(\d{1,9})-(\d{1,9})\.json")
+_KEPT = 2  # of each training: rotation keeps no more for long
+_LARGEST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class LocalCopy:
+    """One record.
+
+    Args:
+        run: id of the first entry of the run's journal.
+        launch: the launch that wrote the checkpoint.
+        request: as it was submitted for upload.
+        files: of this disk.
+    """
+
+    run: str
+    launch: int
+    request: CommitRequest
+    files: tuple[FileEntry, ...]
+
+    @property
+    def copy(self) -> Copy:
+        """Return what decisions need."""
+        request = self.request
+        return Copy(self.launch, request.step, request.attempt, request.part, request.parts)
+
+
+def record(run: Run, output_dir: Path, folder: Path, request: CommitRequest) -> None:
+    """Record that a folder has all files of a checkpoint, or of this disk's part of it.
+
+    Args:
+        run: which this process has claimed or adopted.
+        output_dir: the Trainer's.
+        folder: with the files.
+        request: for the commit.
+
+    Raises:
+        OSError: the folder has gone meanwhile, or the disk has lost bytes.
+        SpotError: the journal could not be read.
+    """
+    names = files_in(folder)
+    for name in names:
+        sync(folder / name)
+    for inner in {(folder / name).parent for name in names}:
+        sync(inner)
+    path = output_dir / ".hf_spot" / f"whole-{request.training}-{request.step}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for parent in {folder.parent, output_dir}:
+        sync(parent)
+    files = [FileEntry(name, (folder / name).stat().st_size, digest_of(folder / name)) for name in names]
+    told = {
+        "run": run.journal.read(1).id,
+        "launch": run.launch,
+        "request": asdict(request),
+        "files": [asdict(file) for file in files],
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(seal(told, run.journal.key))
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+    for _, older in _paths(output_dir, request.training)[:-_KEPT]:
+        older.unlink(missing_ok=True)
+
+
+def copies(run: Run, output_dir: Path, training: int, after_step: int) -> list[LocalCopy]:
+    """Return the records of a training's checkpoints beyond a step; delete the others, and what can't be read.
+
+    Args:
+        run: of the training.
+        output_dir: the Trainer's.
+        training: its number.
+        after_step: the newest committed step.
+    """
+    forget(output_dir, training, after_step)
+    found = []
+    for step, path in _paths(output_dir, training):
+        try:
+            if path.stat().st_size > _LARGEST_BYTES:
+                raise ValueError("too large")
+            copy = _read(unseal(path.read_bytes(), run.journal.key))
+            if (copy.request.training, copy.request.step) != (training, step):
+                raise ValueError("of another checkpoint")
+            found.append(copy)
+        except (OSError, SpotError, ValueError, TypeError, KeyError) as error:
+            log.warning("%s is ignored, and deleted: %s", path, error)
+            path.unlink(missing_ok=True)
+    return found
+
+
+def forget(output_dir: Path, training: int, up_to_step: int) -> None:
+    """Delete the records of a training's checkpoints up to a step: they are committed, or of no use."""
+    for step, path in _paths(output_dir, training):
+        if step <= up_to_step:
+            path.unlink(missing_ok=True)
+
+
+def problems(copy: LocalCopy, folder: Path) -> list[str]:
+    """Return how a folder differs from its record; an empty list if its files are the same to the byte, and no others."""
+    others = set(files_in(folder)) - {file.path for file in copy.files}
+    found = [f"{name} is not in its record" for name in sorted(others)]
+    return found or [problem for file in copy.files if (problem := difference(folder, file))]
+
+
+def _paths(output_dir: Path, training: int) -> list[tuple[int, Path]]:
+    """Return the records of a training, by their steps, oldest first."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in (output_dir / ".hf_spot").iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match is not None and int(match[1]) == training:
+                found.append((int(match[2]), path))
+    return sorted(found)
+
+
+def _read(told: Any) -> LocalCopy:
+    request = CommitRequest(**told["request"])
+    numbers = (told["launch"], request.step, request.training, request.part, request.parts, request.world_size)
+    if not all(type(one) is int and one >= 0 for one in numbers) or not isinstance(request.details, dict | None):
+        raise TypeError("a field has another type")
+    return LocalCopy(str(told["run"]), told["launch"], request, tuple(map(FileEntry.of, told["files"])))
