@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, TypeVar
 
@@ -29,7 +29,11 @@ RUN_TAG, RUNG_TAG, WALK_TAG, STOP_TAG = "hf-spot:run", "hf-spot:rung", "hf-spot:
 LIVE = ("pending", "running", "stopping", "shutting-down")
 SPOT_SOURCE = "EC2 DescribeSpotPriceHistory"
 ON_DEMAND_SOURCE = "AWS Price List GetProducts"
-_PRICING_REGION = "us-east-1"  # the API exists in three regions only, and covers all
+HOURS_OF_A_MONTH = 730.0  # as AWS's own calculator has it
+_PRICE_LISTS = ("us-east-1", "eu-central-1", "ap-south-1")  # where the API exists; each covers all regions
+_PRICE_LISTS_OF_CHINA = ("cn-northwest-1",)
+# An organisation may forbid a region, and a network may not reach it: then another one has the same prices.
+_ELSEWHERE = frozenset({"AccessDeniedException", "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError"})
 _EVERYBODY = ("0.0.0.0/0", "::/0")
 _MOST_THREADS = 8
 _PREFIXES = {"service-quotas": "servicequotas"}  # services whose name in IAM differs from boto3's
@@ -114,7 +118,7 @@ class Cloud:
         with _explained("", "AWS", ""):
             self._session: Any = session or boto3.Session(region_name=region_of(os.environ))
         self._clients: dict[tuple[str, str | None], Any] = {}
-        self._on_demand: dict[tuple[str, str], Price | None] = {}
+        self._listed_prices: dict[tuple[object, ...], Price | None] = {}
 
     def client(self, service: str, region: str | None = None) -> Any:
         """Return a boto3 client, by default for the configured region."""
@@ -152,8 +156,9 @@ class Cloud:
             services: the services that ``ask`` uses.
         """
         for service in services:  # creating a client is not thread-safe; using one is
-            for region in (_PRICING_REGION,) if service == "pricing" else regions:
-                self.client(service, region)
+            for region in regions:
+                for place in price_list_regions(region) if service == "pricing" else (region,):
+                    self.client(service, place)
         with ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="hf_spot-ec2") as pool:
             return list(pool.map(ask, regions))
 
@@ -266,30 +271,50 @@ class Cloud:
         return {one["Region"]: one["Score"] for one in found}
 
     def on_demand_price(self, instance_type: str, region: str) -> Price | None:
-        """Return the on-demand price of Linux on shared hardware; None if the price list has none."""
-        key = instance_type, region
-        if key not in self._on_demand:
-            self._on_demand[key] = self._look_up(instance_type, region)
-        return self._on_demand[key]
+        """Return the on-demand price of Linux on shared hardware; None if the price list has none in dollars."""
+        return self._listed(
+            "Hrs",
+            instanceType=instance_type,
+            regionCode=region,
+            operatingSystem="Linux",
+            tenancy="Shared",
+            preInstalledSw="NA",
+            capacitystatus="Used",
+        )
 
-    def _look_up(self, instance_type: str, region: str) -> Price | None:
-        wanted = {
-            "instanceType": instance_type,
-            "regionCode": region,
-            "operatingSystem": "Linux",
-            "tenancy": "Shared",
-            "preInstalledSw": "NA",
-            "capacitystatus": "Used",
-        }
+    def disk_price(self, region: str) -> Price | None:
+        """Return the price of a gigabyte of a gp3 disk in dollars per hour; None if the price list has none in dollars."""
+        found = self._listed("GB-Mo", productFamily="Storage", volumeApiName="gp3", regionCode=region)
+        return None if found is None else replace(found, usd_per_hour=found.usd_per_hour / HOURS_OF_A_MONTH)
+
+    def _listed(self, unit: str, **wanted: str) -> Price | None:
+        key = unit, *sorted(wanted.items())
+        if key not in self._listed_prices:
+            self._listed_prices[key] = self._look_up(unit, wanted)
+        return self._listed_prices[key]
+
+    def _look_up(self, unit: str, wanted: Mapping[str, str]) -> Price | None:
         filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in wanted.items()]
-        found = self.pages("pricing", _PRICING_REGION, "get_products", "PriceList", ServiceCode="AmazonEC2", Filters=filters)
-        for product in map(json.loads, found):
+        asked: dict[str, Any] = {"ServiceCode": "AmazonEC2", "Filters": filters}
+        for product in map(json.loads, self._products(wanted["regionCode"], asked)):
             for term in product.get("terms", {}).get("OnDemand", {}).values():
                 for dimension in term["priceDimensions"].values():
-                    usd = float(dimension["pricePerUnit"].get("USD", 0))
-                    if dimension["unit"] == "Hrs" and usd > 0:
+                    prices = dimension["pricePerUnit"]  # in China in yuan, as spot prices are there
+                    usd = float(prices.get("USD") or (prices.get("CNY", 0) if wanted["regionCode"].startswith("cn-") else 0))
+                    if dimension["unit"] == unit and usd > 0:
                         return Price(usd, _moment(term["effectiveDate"]), ON_DEMAND_SOURCE)
         return None
+
+    def _products(self, region: str, asked: Mapping[str, Any]) -> list[Any]:
+        """Return what the price list has, from the first of its places that answers: each has the prices of all regions."""
+        places = price_list_regions(region)
+        for place in places:
+            try:
+                return [*self.pages("pricing", place, "get_products", "PriceList", **asked)]
+            except CloudError as error:
+                if place == places[-1] or not (is_temporary(error) or error.code in _ELSEWHERE):
+                    raise
+        return []
 
     # -- instances ----------------------------------------------------------------------------------------------------
 
@@ -333,6 +358,14 @@ class Cloud:
     def account(self) -> str:
         """Return the id of the account."""
         return str(self.call("sts", None, "get_caller_identity")["Account"])
+
+
+def price_list_regions(region: str) -> tuple[str, ...]:
+    """Return the regions whose price list has the prices of a region: us-east-1 first, then the nearest. Pure."""
+    if region.startswith("cn-"):
+        return _PRICE_LISTS_OF_CHINA
+    near = {"eu": "eu-central-1", "ap": "ap-south-1"}.get(region.partition("-")[0], _PRICE_LISTS[0])
+    return (_PRICE_LISTS[0], *sorted(_PRICE_LISTS[1:], key=lambda place: place != near))
 
 
 def token_for(*parts: object) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_spot import yaml_file
+from hf_spot.cloud.fleet_size import FleetSize
 from hf_spot.cloud.job import HUB_SECTION, Job
 from hf_spot.cloud.wheel import Wheel, install
 from hf_spot.errors import ConfigError
@@ -31,7 +32,7 @@ _WHEELS = "/hf-spot-wheels"  # where the container sees those of a run on the Hu
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _SESSION = "AWS_SESSION_TOKEN"
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "HF_ENDPOINT")
-_USED = ("name", "store", "run", "setup", "requirements", "max_spend", "region")
+_USED = ("name", "store", "run", "setup", "requirements", "max_spend", "region", "machines")
 _EXAMPLE = f"{HUB_SECTION}: {{flavor: a10g-small, timeout: 24h}}"
 _NAME = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 _HUB_STORE = re.compile(r"hf://(?:(?P<type>models|datasets|buckets)/)?(?P<id>[\w.-]+/[\w.-]+)/(?P<path>.+)")
@@ -45,8 +46,7 @@ _MOUNT = re.compile(
     r"hf://(?:(?P<type>models|datasets|spaces|buckets)/)?(?P<id>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?(?:/(?P<path>[^:]+))?"
     r":(?P<mount>/[^:]+)(?::(?P<mode>ro|rw))?"
 )
-_RANKED = re.compile(r"--(machine[-_]rank|main[-_]process[-_]ip)\b")
-_COUNT = re.compile(r"--num[-_]machines[ =](?:(\d+):)?(\d+)")
+_COUNTED = re.compile(r"--(num[-_]machines|machine[-_]rank|main[-_]process[-_]ip)\b")
 
 _SCRIPT = """\
 set -euo pipefail
@@ -160,11 +160,12 @@ class HubJob:
         name: name of the job, and a label of it.
         store: URL of the run, on the Hub or in S3.
         run: shell commands that start the training with ``hf-spot launch``; ``$HF_SPOT_STORE`` is set for them.
-        machines: the section ``hf_jobs``.
+        section: that of ``hf_jobs``.
         setup: shell commands that run first.
         requirements: packages that pip installs before that; empty if the image has hf_spot.
         max_spend: dollars for the whole run, or None.
         region: of the bucket in S3, or None.
+        machines: how many train together: a number, or a range such as ``2:8``.
         unused: keys of the file that this service has nothing for.
 
     Raises:
@@ -174,26 +175,28 @@ class HubJob:
     name: str
     store: str
     run: str
-    machines: HubMachines
+    section: HubMachines
     setup: str = ""
     requirements: tuple[str, ...] = ("hf_spot",)
     max_spend: float | None = None
     region: str | None = None
+    machines: int | str | FleetSize = 1
     unused: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(_text(self.name, ("name",), "name: my-run")) or len(self.name) > 60:
             raise Invalid(("name",), f"{self.name!r} is not a valid name", hint="up to 60 letters, digits, '-', '_' and '.'")
         self._check_store()
+        object.__setattr__(self, "machines", FleetSize.of(self.machines))
         if "hf-spot launch" not in " ".join(_text(self.run, ("run",), "run: hf-spot launch train.py").split()):
             raise Invalid(("run",), "does not start the training with `hf-spot launch`", hint="run: hf-spot launch train.py")
         if re.search(r"--store\b", self.run):
             raise Invalid(("run",), "names the store again", hint=f"remove --store: the job file's store {self.store} is used")
-        if found := _RANKED.search(self.run):
+        if found := _COUNTED.search(self.run):
             raise Invalid(
                 ("run",),
-                f"{found[0]}: every machine of a job runs the same command, and they find each other in the run",
-                hint=f"remove {found[0]}; --num_machines 2:8 is enough",
+                f"{found[0]}: the job file says how many machines train, and they find each other in the run",
+                hint=f"remove {found[0]}, and for several machines: machines: 2:8",
             )
         if self.store.startswith("hf://buckets/") and "--allow-unfenced-store" not in self.run:
             raise Invalid(
@@ -214,9 +217,14 @@ class HubJob:
 
     @property
     def count(self) -> int:
-        """Return how many jobs to start: the largest number of machines that ``hf-spot launch`` is told, or 1."""
-        found = _COUNT.search(self.run)
-        return int(found[2]) if found else 1
+        """Return how many jobs to start: one for each machine."""
+        return self.size.most
+
+    @property
+    def size(self) -> FleetSize:
+        """Return how many machines train together."""
+        assert isinstance(self.machines, FleetSize)
+        return self.machines
 
     @property
     def labels(self) -> dict[str, str]:
@@ -263,9 +271,9 @@ def _job(value: Any) -> HubJob:
     if not isinstance(section, dict):
         problem = "is missing" if HUB_SECTION not in value else "is not a mapping"
         raise Invalid((HUB_SECTION,) if HUB_SECTION in value else (), f"{HUB_SECTION} {problem}", hint=_EXAMPLE)
-    machines = _machines(section)
+    made = _machines(section)
     unused = tuple(name for name in value if name not in (*_USED, HUB_SECTION))
-    return HubJob(machines=machines, unused=unused, **{name: value[name] for name in _USED if name in value})
+    return HubJob(section=made, unused=unused, **{name: value[name] for name in _USED if name in value})
 
 
 def _machines(section: dict[str, Any]) -> HubMachines:
@@ -294,7 +302,7 @@ def notes(job: HubJob) -> list[str]:
     found = []
     if job.unused:
         found.append(f"Hugging Face Jobs has nothing for {', '.join(job.unused)}")
-    if job.machines.attempts == 1:
+    if job.section.attempts == 1:
         found.append(f"attempts is 1: after a preemption or the timeout, `hf-spot jobs run` starts the next job of {job.name}")
     return found
 
@@ -305,7 +313,7 @@ def secret_names(job: HubJob, environ: Mapping[str, str]) -> list[str]:
     needed = [TOKEN] if job.store.startswith("hf://") else [*_KEYS, *([_SESSION] if environ.get(_SESSION) else [])]
     if environ.get(seal.VARIABLE):
         needed.append(seal.VARIABLE)
-    return list(dict.fromkeys([*needed, *job.machines.secrets]))
+    return list(dict.fromkeys([*needed, *job.section.secrets]))
 
 
 def secrets(job: HubJob, environ: Mapping[str, str]) -> dict[str, str]:
@@ -326,7 +334,7 @@ def secrets(job: HubJob, environ: Mapping[str, str]) -> dict[str, str]:
             hint=f"hf auth login, or export {TOKEN}=…",
         )
     if missing:
-        why = f"{HUB_SECTION}.secrets" if missing[0] in job.machines.secrets else f"the store {job.store}"
+        why = f"{HUB_SECTION}.secrets" if missing[0] in job.section.secrets else f"the store {job.store}"
         raise ConfigError(
             f"{', '.join(missing)} is not set here, and {why} needs it in the job",
             hint=" ".join(["export", *(f"{name}=…" for name in missing)]),
@@ -336,21 +344,23 @@ def secrets(job: HubJob, environ: Mapping[str, str]) -> dict[str, str]:
 
 def environment(job: HubJob, environ: Mapping[str, str], price_usd_per_hour: float | None) -> dict[str, str]:
     """Return the variables of the job that are no secrets."""
-    machine = {"cloud": "huggingface", "instance_type": job.machines.flavor, "market": "on-demand"}
+    machine = {"cloud": "huggingface", "instance_type": job.section.flavor, "market": "on-demand"}
     if price_usd_per_hour is not None:
         machine |= {"price_usd_per_hour": price_usd_per_hour, "price_source": "Hugging Face's prices of Jobs"}  # type: ignore[dict-item]
     made = {STORE_VARIABLE: job.store, "HF_SPOT_MACHINE": json.dumps(machine)}
+    if job.size.is_fleet:
+        made["HF_SPOT_NUM_MACHINES"] = job.size.option
     if job.region and job.store.startswith("s3://"):
         made["AWS_REGION"] = job.region
     passed = (KMS_KEY_VARIABLE, OWNER_VARIABLE, *_ENDPOINTS)
     made |= {name: re.sub(r"//[^/]*@", "//", environ[name]) for name in passed if environ.get(name)}
-    return {**made, **job.machines.env}
+    return {**made, **job.section.env}
 
 
 def volumes(job: HubJob, wheel: Wheel | None) -> list[dict[str, Any]]:
     """Return the mounts of the job, as arguments of ``huggingface_hub.Volume``."""
     found = []
-    for text in job.machines.volumes:
+    for text in job.section.volumes:
         mount = _MOUNT.fullmatch(text)
         assert mount is not None
         found.append(_volume(mount["type"], mount["id"], mount["mount"], mount["path"], mount["mode"], mount["revision"]))
@@ -377,7 +387,7 @@ def command(job: HubJob, wheel: Wheel | None) -> list[str]:
         install=_install(job, wheel),
         setup=_file("setup", job.setup) + '\nbash -euo pipefail "$folder/setup"' if job.setup.strip() else "",
         run=_file("run", job.run),
-        timeout_s=job.machines.timeout_s,
+        timeout_s=job.section.timeout_s,
     )
     return ["bash", "-c", re.sub(r"\n{2,}", "\n", script)]
 
@@ -405,4 +415,4 @@ def _file(name: str, text: str) -> str:
 
 def most_usd(job: HubJob, price_usd_per_hour: float, machines: int) -> float:
     """Return the dollars that jobs cost at most: every attempt of each runs until the timeout."""
-    return price_usd_per_hour * job.machines.timeout_s / 3600 * job.machines.attempts * machines
+    return price_usd_per_hour * job.section.timeout_s / 3600 * job.section.attempts * machines

@@ -94,7 +94,7 @@ class HubService:
         self._environ = {**environ, TOKEN: token}
         self._sleep = sleep
         self._api = HfApi(endpoint=environ.get("HF_ENDPOINT") or constants.ENDPOINT, token=token, library_name="hf_spot")
-        self._namespace = job.machines.namespace
+        self._namespace = job.section.namespace
 
     @property
     def namespace(self) -> str:
@@ -117,7 +117,7 @@ class HubService:
             Hardware(one.name, f"{one.pretty_name}, {one.cpu}, {one.ram}", one.unit_cost_usd * _per_hour(one.unit_label))
             for one in found
         ]
-        wanted = self.job.machines.flavor
+        wanted = self.job.section.flavor
         for one in known:
             if one.name == wanted:
                 return one
@@ -143,7 +143,7 @@ class HubService:
             used = summarise(run.events()).cost_usd or 0.0
             if used + most > job.max_spend:
                 raise ConfigError(
-                    f"max_spend: {machines} x {job.machines.attempts} attempts of {job.machines.timeout} on {hardware.name} "
+                    f"max_spend: {machines} x {job.section.attempts} attempts of {job.section.timeout} on {hardware.name} "
                     f"cost ${most:.2f} at most, and ${max(0.0, job.max_spend - used):.2f} of ${job.max_spend:.2f} are left",
                     hint=f"a shorter {HUB_SECTION}.timeout, fewer attempts, or max_spend: {used + most:.0f}",
                 )
@@ -153,12 +153,12 @@ class HubService:
         """Return the arguments of ``huggingface_hub.run_job`` for one machine, without the values of secrets."""
         job = self.job
         made = {
-            "image": job.machines.image,
+            "image": job.section.image,
             "command": hub_job.command(job, self.wheel()),
             "env": hub_job.environment(job, self._environ, hardware.usd_per_hour),
             "flavor": hardware.name,
-            "timeout": job.machines.timeout_s,
-            "attempts": job.machines.attempts,
+            "timeout": job.section.timeout_s,
+            "attempts": job.section.attempts,
             "name": job.name,
             "labels": job.labels,
             "volumes": hub_job.volumes(job, self.wheel()),
@@ -271,11 +271,6 @@ class HubService:
 
 
 _LOST = "lost"  # whether the service has done it is not known
-
-
-def finished(run: Run) -> bool:
-    """Return whether the run is finished."""
-    return run.state().ended == "finished"
 
 
 def _started(info: JobInfo) -> Started:

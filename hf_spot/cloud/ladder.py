@@ -177,9 +177,9 @@ def hours_to_cover(pool: Pool, hours_left: float | None) -> float:
     return hours if pool.market == ON_DEMAND else min(hours, _WORTH_STARTING_H)
 
 
-def minutes_affordable(pools: Iterable[Pool], left_usd: float) -> int:
-    """Return how long the most expensive of these machines may run, in whole minutes, at least one."""
-    return max(1, int(left_usd / max(_usd(pool) for pool in pools) * 60))
+def minutes_affordable(pools: Iterable[Pool], left_usd: float, disk_usd_per_hour: float = 0.0) -> int:
+    """Return how long the most expensive of these machines may run with its disk, in whole minutes, at least one."""
+    return max(1, int(left_usd / (max(_usd(pool) for pool in pools) + disk_usd_per_hour) * 60))
 
 
 def cost_usd(began: datetime, until: datetime, price: float, history: Iterable[tuple[datetime, float]] = ()) -> float:

@@ -43,7 +43,10 @@ class Machine:
         on_demand_usd_per_hour: on-demand price of the same machine; None if unknown.
         ended: when it was gone.
         reason: EC2's code for why it ended.
-        cost_usd: total cost of a machine that has ended.
+        cost_usd: total cost of a machine that has ended, without its disk.
+        disk_usd_per_hour: price of its disk; None if unknown.
+        disk_usd: total cost of its disk, once it has ended.
+        wheel: of hf_spot that it installs, with its digest; empty if the image has hf_spot, or unknown.
     """
 
     instance_id: str
@@ -60,6 +63,9 @@ class Machine:
     ended: datetime | None = None
     reason: str = ""
     cost_usd: float | None = None
+    disk_usd_per_hour: float | None = None
+    disk_usd: float | None = None
+    wheel: str = ""
 
     def to_data(self) -> dict[str, Any]:
         """Return JSON values."""

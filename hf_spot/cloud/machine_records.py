@@ -34,9 +34,11 @@ class MachineRecords:
         run: the run, with the journal.
         cloud: the account's EC2, with the instances.
         now: the wall clock.
+        disk_gb: size of the disk of a new machine; 0 if unknown.
     """
 
-    def __init__(self, run: Run, cloud: Cloud, *, now: Callable[[], datetime]) -> None:
+    def __init__(self, run: Run, cloud: Cloud, *, now: Callable[[], datetime], disk_gb: int = 0) -> None:
+        self._disk_gb = disk_gb
         self.run = run
         self.ledger = Ledger()
         self.state = RunState()
@@ -128,7 +130,7 @@ class MachineRecords:
                     self.ended(machine, instance)
         return [one for one in found if one.state in LIVE]
 
-    def started(self, instance_id: str, pool: Pool, rung: int, *, more: bool = False) -> Machine:
+    def started(self, instance_id: str, pool: Pool, rung: int, *, more: bool = False, wheel: str = "") -> Machine:
         """Record a new machine; with ``more`` the walk goes on."""
         price = pool.price
         machine = Machine(
@@ -143,6 +145,8 @@ class MachineRecords:
             price_source=price.source if price else "",
             price_time=price.time if price else None,
             on_demand_usd_per_hour=self.on_demand_usd(pool.instance_type, pool.region),
+            disk_usd_per_hour=self.disk_usd_per_hour(pool.region),
+            wheel=wheel,
         )
         self.record("started", machine=machine.to_data(), **({"more": True} if more else {}))
         return machine
@@ -159,13 +163,23 @@ class MachineRecords:
         cost = 0.0 if free else self._cost(machine, ended)
         stop = stop or (instance is not None and STOP_TAG in instance.tags)
         done = replace(machine, ended=ended, reason=reason, cost_usd=round(cost, 6))
+        if machine.disk_usd_per_hour is not None:
+            done = replace(done, disk_usd=round(_disk_usd(machine, ended), 6))
         self.record("ended", machine=done.to_data(), stop=stop)
 
     def spent_usd(self) -> float:
-        """Return what all machines of the run have cost so far, in dollars."""
+        """Return what all machines of the run and their disks have cost so far, in dollars."""
         now = self._now()
-        ended = sum(machine.cost_usd or 0.0 for machine in self.ledger.machines)
-        return ended + sum(self._cost(machine, now) for machine in self.ledger.live())
+        ended = sum((machine.cost_usd or 0.0) + (machine.disk_usd or 0.0) for machine in self.ledger.machines)
+        return ended + sum(self._cost(machine, now) + _disk_usd(machine, now) for machine in self.ledger.live())
+
+    def disk_usd_per_hour(self, region: str) -> float | None:
+        """Return the price of a new machine's disk in dollars per hour; None if unknown."""
+        try:
+            price = self._cloud.disk_price(region) if self._disk_gb else None
+        except CloudError:
+            return None
+        return None if price is None else round(price.usd_per_hour * self._disk_gb, 6)
 
     def usd_per_hour_now(self, machine: Machine) -> float:
         """Return the current price of a machine in dollars per hour: that at its beginning, unless a later one is known."""
@@ -227,4 +241,11 @@ class MachineRecords:
             price_source=price.source if price else "",
             price_time=price.time if price else None,
             on_demand_usd_per_hour=full,
+            disk_usd_per_hour=self.disk_usd_per_hour(one.region),
         )
+
+
+def _disk_usd(machine: Machine, until: datetime) -> float:
+    """Return the cost of a machine's disk; EC2 gives none away, and bills at least a minute."""
+    hours = (billed_until(machine.began, until) - machine.began).total_seconds() / 3600
+    return (machine.disk_usd_per_hour or 0.0) * hours

@@ -63,7 +63,7 @@ class Provisioner:
         self._now = now
         self._sleep = sleep
         self._say = say
-        self.records = MachineRecords(run, cloud, now=now)
+        self.records = MachineRecords(run, cloud, now=now, disk_gb=job.disk_gb)
         self.planner = Planner(job, cloud, self.records, now=now)
         self._walker = Walker(job, cloud, self.records, self.planner, api=api, sleep=sleep, say=say, tell=self._say_machine)
         self.fleet = Fleet(job, cloud, self.records, self.planner, self._walker, now=now, say=say)
@@ -309,7 +309,7 @@ class Provisioner:
         """Raise CloudError when budget or deadline is exhausted, after terminating all machines."""
         job, now, ledger = self._job, self._now(), self.records.ledger
         spent = self.records.spent_usd()
-        per_hour = sum(machine.usd_per_hour or 0.0 for machine in ledger.live())
+        per_hour = sum((machine.usd_per_hour or 0.0) + (machine.disk_usd_per_hour or 0.0) for machine in ledger.live())
         if spent + per_hour * _LAST_MINUTES_S / 3600 >= job.max_spend:
             self._end_all()
             raise CloudError(
@@ -379,7 +379,8 @@ class Provisioner:
         price = f"{usd} ({machine.price_source}{since})" if machine.price_source else usd
         text = f"{machine.instance_id}: {machine.instance_type} {machine.market} in {machine.zone}"
         if event == "ended":
-            text = f"{text} ended: {machine.reason or 'no reason given'}, ${machine.cost_usd or 0.0:.2f}"
+            disk = f" and ${machine.disk_usd:.2f} for its disk" if machine.disk_usd else ""
+            text = f"{text} ended: {machine.reason or 'no reason given'}, ${machine.cost_usd or 0.0:.2f}{disk}"
         else:
             text = f"{text}, {price}, rung {machine.rung}{', already running' if event == 'found' else ''}"
         self._say(text, {"event": event, "machine": machine.to_data()})

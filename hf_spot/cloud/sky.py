@@ -41,10 +41,6 @@ def task(job: Job, environ: Mapping[str, str]) -> dict[str, Any]:
         job: the job with its ladder.
         environ: settings of the store to pass on: KMS key and owner of the bucket, another S3 server, a signing key.
     """
-    if job.size.is_fleet:
-        raise ConfigError(
-            f"machines: {job.size}: hf-spot sky starts one machine", hint="hf-spot provision --watch starts several"
-        )
     machines = [
         {
             "infra": infra,
@@ -59,11 +55,14 @@ def task(job: Job, environ: Mapping[str, str]) -> dict[str, Any]:
     ]
     envs = {STORE_VARIABLE: job.store, "AWS_REGION": job.region}
     envs |= {name: environ[name] for name in (KMS_KEY_VARIABLE, OWNER_VARIABLE) if environ.get(name)}
+    if job.size.is_fleet:
+        envs["HF_SPOT_NUM_MACHINES"] = job.size.option
     if endpoint := _endpoint(environ):
         envs[_ENDPOINT] = _USERINFO.sub("//", endpoint)
     secrets = secret_names(environ)
     return {
         "name": job.name,
+        **({"num_nodes": job.size.most} if job.size.is_fleet else {}),
         "resources": {
             "job_recovery": {"strategy": STRATEGY, "recover_on_exit_codes": [EXIT_PREEMPTED]},
             "disk_size": job.disk_gb,
@@ -91,6 +90,8 @@ def notes(job: Job) -> list[str]:
         found.append(
             f"instance_profile: SkyPilot takes it from ~/.sky/config.yaml: `aws: {{remote_identity: {job.instance_profile}}}`"
         )
+    if job.size.is_fleet:
+        found.append(f"machines: SkyPilot starts {job.size.most} nodes together, and all of them again when it replaces one")
     if job.deadline is not None:
         found.append("deadline: SkyPilot has no deadline")
     if job.key_name or job.security_groups != "default" or job.subnets != "default":

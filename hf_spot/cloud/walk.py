@@ -141,7 +141,7 @@ class Walker:
             parts = plan.index, fitting[0].region, fitting[0].zone, whole, left.count
             found, fitting = self._try(plan, fitting, token, refused, parts, left)
             for one in found:
-                machine = self._records.started(*one, plan.index, more=True)
+                machine = self._records.started(*one, plan.index, more=True, wheel=str(self._wheel_in_store() or ""))
                 self._tell("started", machine)
                 machines.append(machine)
         return machines
@@ -223,7 +223,8 @@ class Walker:
             if pool.price is not None
         ]
         # Each of several machines may use its share, so that all together keep to the budget even if nobody watches.
-        minutes = minutes_affordable(pools, self._planner.left_usd() / job.size.most)
+        disk = self._records.disk_usd_per_hour(region) or 0.0
+        minutes = minutes_affordable(pools, self._planner.left_usd() / job.size.most, disk)
         return Order(
             token=token,
             pools=pools,
@@ -264,8 +265,15 @@ class Walker:
         return self._networks.remove(regions) if self._job.size.is_fleet else []
 
     def _wheel_in_store(self) -> Wheel | None:
-        """Return what this process runs, where the machine will look for it. Raises StoreError."""
+        """Return what this process runs, where the machine will look for it. Raises StoreError.
+
+        Machines that train together install the same: while some run, theirs counts, even if this process is a newer hf_spot.
+        """
         wheel = wheel_for(self._job.store, os.environ)
+        theirs = [one.wheel for one in self._records.ledger.live() if one.wheel] if self._job.size.is_fleet else []
+        if wheel is not None and theirs and theirs[0] != str(wheel):
+            self._say(f"the other machines run {theirs[0]}: new ones get the same", {"event": "note", "wheel": theirs[0]})
+            return Wheel.of(theirs[0])
         if wheel is not None and not self._is_in_store:
             put(self._records.run.store, wheel)
             self._is_in_store = True

@@ -50,6 +50,15 @@ class Wheel:
         """Where it stands in a run's store."""
         return f"wheels/{self.digest}/{self.name}"
 
+    def __str__(self) -> str:
+        return f"{self.url}#sha256={self.digest}"
+
+    @classmethod
+    def of(cls, text: str) -> Wheel:
+        """Return the wheel that ``str`` has written."""
+        url, _, digest = text.partition("#sha256=")
+        return cls(url.rpartition("/")[2], digest, url)
+
 
 @lru_cache(maxsize=1)
 def build() -> tuple[str, bytes]:
@@ -109,8 +118,7 @@ def wheel_for(store: str, environ: Mapping[str, str]) -> Wheel | None:
     if named := environ.get(VARIABLE):
         if not _URL.fullmatch(named):
             raise ConfigError(f"${VARIABLE} is not the https:// URL of a wheel with #sha256= and its digest", hint=_LIKE_THIS)
-        url, _, digest = named.partition("#sha256=")
-        return Wheel(url.rpartition("/")[2], digest, url)
+        return Wheel.of(named)
     if not store.startswith("s3://"):
         return None
     name, data = build()

@@ -88,7 +88,9 @@ def add_to(commands: Any) -> None:
     takes_json(doctor)
     checks = doctor.add_subparsers(title="checks", metavar="CHECK")
     iam = add_command(checks, "iam", _doctor_iam, "print the minimal IAM policy for a role (JSON)")
-    iam.add_argument("--store", metavar="URL", required=True, help="URL of the run: s3://bucket/prefix")
+    whose = iam.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--store", metavar="URL", help="of the machines that train the run at this URL: s3://bucket/prefix")
+    whose.add_argument("--job", metavar="FILE", type=Path, help="of whoever provisions machines for this job file")
 
 
 def _now() -> datetime:
@@ -180,7 +182,7 @@ def _terminate(args: argparse.Namespace) -> int:
     cloud = _cloud()
     records = MachineRecords(open_run(args.run), cloud, now=_now)
     try:
-        gone = terminate(records, cloud)
+        gone = terminate(records, cloud, lambda text: args.quiet or print(f"hf-spot: {text}", file=sys.stderr))
     except CloudError as error:
         if had_machines(records):
             raise
@@ -275,6 +277,12 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _doctor_iam(args: argparse.Namespace) -> int:
+    if args.job is not None:
+        from hf_spot.cloud import permissions
+        from hf_spot.cloud.job import load
+
+        print_json(permissions.policy(load(args.job)))
+        return 0
     from hf_spot.storage.iam import policy
 
     print_json(policy(args.store))

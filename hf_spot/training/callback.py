@@ -159,6 +159,8 @@ class SpotCallback(TrainerCallback):
                 self._is_proven = True
                 self._session.proven(self._proof.conclude(self._session.run_session.agreement.gather))
             self._session.step_begins()
+        if self._saves is not None:
+            self._saves.step_begins()
         if self._losses is not None:
             self._losses.step_begins()
         if self._accumulation is not None and args.gradient_accumulation_steps > 1:
@@ -187,14 +189,17 @@ class SpotCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Cast this rank's ballot: the ranks agree while the optimizer works."""
+        """Cast this rank's ballot: the ranks agree while the optimizer works. Wait until the newest save has its copies."""
         if self._session is not None and not self._session.run_session.agreement.alone:
             self._session.ask()
+        if self._saves is not None:
+            self._saves.step_changes_weights()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Act on notices, and save if a save is due."""
-        if self._session is None:
+        if self._session is None or self._saves is None:
             return
+        self._saves.step_ended()
         self._added = None
         if self._gradients is not None:
             self._gradients.step_ended()
@@ -265,6 +270,8 @@ class SpotCallback(TrainerCallback):
             return
         ends = is_complete(self._loop_state(args, state, control)) or control.should_training_stop
         self._session.run_session.phases.tell(Phase.FINISHING if ends else Phase.DATA)
+        if self._saves is not None:
+            self._saves.step_ended()
         if control.should_training_stop and self._saves is not None:
             self._saves.settle()  # the best model may be loaded from a file
         self._set(Moment.EPOCH_END, None, args, state, control)
@@ -358,7 +365,7 @@ class SpotCallback(TrainerCallback):
             )
             self._gradients = WaitingGradients(trainer)
             stream = self._stream = StreamReader(trainer, session.random_states.begin_behind)
-            held = HeldErrors(trainer, self, lambda: self._stopping, session.commits.behind)
+            held = HeldErrors(trainer, self, lambda: self._stopping, session.commits.behind, self._event_comes)
             self._saves = Saves(
                 trainer,
                 output_dir,
@@ -367,7 +374,8 @@ class SpotCallback(TrainerCallback):
                 session.commits.behind,
                 functools.partial(_finish_save, session, self._log_window, carried, proof, stream, self._gradients),
                 functools.partial(self._save_failed, trainer),
-                functools.partial(self._save_refused, trainer),
+                self._save_refused,
+                session.commits.opened,
                 held.hold,
                 session.run_session.phases,
             )
@@ -398,6 +406,8 @@ class SpotCallback(TrainerCallback):
                     result = train(trainer, folder, trial, *args, **kwargs)
                 if losses is not None:
                     losses.settle()
+                self._saves.settle()
+                self._saves.answer()
                 session.end(trainer.state.global_step)
             except TrainingPreempted as preempted:
                 if not shows_errors():
@@ -476,17 +486,21 @@ class SpotCallback(TrainerCallback):
             trainer.state.best_model_checkpoint = None  # as in `on_save`, which is not called
         self._session.commits.save_failed(why, stops=not self._stopping and self.args.on_save_error == "stop")
 
-    def _save_refused(self, trainer: Trainer, wrong: list[str]) -> None:
+    def _event_comes(self, event: str) -> None:
+        if self._saves is not None:
+            self._saves.event_comes(event)
+
+    def _save_refused(self, wrong: list[str], step: int) -> None:
         assert self._session is not None
         if self._stopping:
-            trainer.state.best_model_checkpoint = None
+            self._session.trainer.state.best_model_checkpoint = None
         decided = answer(wrong, on_nan=self.args.on_nan, stopping=self._stopping)
-        why = in_words(wrong, trainer.state.global_step)
+        why = in_words(wrong, step)
         if decided is Answer.ROLL_BACK:
             if self._losses is not None:
                 self._losses.settle()
             first_wrong = None if self._losses is None else self._losses.first_not_finite
-            self._session.roll_back(why, trainer.state.global_step, first_wrong)
+            self._session.roll_back(why, step, first_wrong)
         self._session.commits.save_failed(SpotError(why, hint=HOW_TO_GET_FINITE), stops=decided is Answer.STOP)
 
     def _evaluation_was_cut(self, trainer: Trainer) -> None:

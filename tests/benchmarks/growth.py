@@ -1,7 +1,9 @@
 """How cost grows: ``python tests/benchmarks/growth.py [--json FILE]``.
 
 Uploads and restores of 10 MB to 5 GB in five files, and of 100 MB in 1 to 10 000 files, to an S3 server that only moves bytes
-(`sink.py`); and what it costs to open a run whose journal has 10 to 100 000 entries, in requests, and in time beside them.
+(`sink.py`), with the processor seconds of this process; beside them a plain copy of the same files within memory: what grows
+there is the kernel's. And what it costs to open a run whose journal has 10 to 100 000 entries, in requests, and in time beside
+them.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ from hf_spot.run.run import Run
 from hf_spot.storage.faulty import FaultyStore
 from hf_spot.storage.memory import MemoryStore
 
+_TOLD = (
+    "commit {up_s:6.2f} s ({up_cpu_s:.2f} of a processor), restore {down_s:6.2f} s ({down_cpu_s:.2f}),"
+    " plain copy {copy_s:6.2f} s ({copy_cpu_s:.2f})"
+)
 SIZES_MB, COUNTS, ENTRIES = (10, 100, 1000, 5000), (1, 100, 10_000), (10, 1000, 100_000)
 
 
@@ -39,7 +45,7 @@ def main() -> None:
             folder = make_checkpoint(Path(scratch) / "checkpoint-1", size_mb * 1_000_000)
             with sink(folder):
                 found["bytes"].append({"mb": size_mb, **there_and_back(folder)})
-        tell("{mb:6} MB in 5 files: commit {up_s:6.2f} s, restore {down_s:6.2f} s", found["bytes"][-1])
+        tell(f"{{mb:6}} MB in 5 files: {_TOLD}", found["bytes"][-1])
     for count in COUNTS:
         with tempfile.TemporaryDirectory(prefix="hf_spot-growth-", dir="/dev/shm") as scratch:
             folder = make_checkpoint(Path(scratch) / "checkpoint-1", 3)
@@ -47,7 +53,7 @@ def main() -> None:
                 (folder / f"{number}.distcp").write_bytes(os.urandom(100_000_000 // count))
             with sink(folder):
                 found["files"].append({"files": count, **there_and_back(folder)})
-        tell("100 MB in {files:6} files: commit {up_s:6.2f} s, restore {down_s:6.2f} s", found["files"][-1])
+        tell(f"100 MB in {{files:6}} files: {_TOLD}", found["files"][-1])
     for count in ENTRIES:
         found["journal"].append({"entries": count, **open_journal(count)})
         tell("a journal of {entries:6} entries: {requests} requests and {ms:.1f} ms to open", found["journal"][-1])
@@ -60,15 +66,21 @@ def tell(line: str, values: dict[str, Any]) -> None:
 
 
 def there_and_back(folder: Path) -> dict[str, float]:
-    """Seconds to commit a folder, and to have it back."""
+    """Seconds to commit a folder, to have it back, and to copy it."""
     run = Run("s3://sink/run")
     run.claim()
-    request = CommitRequest(step=1)
-    up_s = seconds(lambda: run.commit(request, run.upload(folder, request)))
-    back = folder.parent / "back"
-    down_s = seconds(lambda: run.pull(back))
-    shutil.rmtree(back)
-    return {"up_s": up_s, "down_s": down_s}
+    request, back = CommitRequest(step=1), folder.parent / "back"
+    found: dict[str, float] = {}
+    for name, act in (
+        ("up", lambda: run.commit(request, run.upload(folder, request))),
+        ("down", lambda: run.pull(back)),
+        ("copy", lambda: shutil.copytree(folder, back)),
+    ):
+        cpu_s = time.process_time()
+        found[f"{name}_s"] = seconds(act)
+        found[f"{name}_cpu_s"] = time.process_time() - cpu_s
+        shutil.rmtree(back, ignore_errors=True)
+    return found
 
 
 def open_journal(count: int) -> dict[str, float]:

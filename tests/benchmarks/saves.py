@@ -7,6 +7,10 @@ copy of the state into memory that is there already (weights, and AdamW's two mo
 ``--ranks 2`` trains under DDP, ``--ranks 2 --fsdp`` with the model sharded by FSDP2; the figures are those of rank 0, and a
 copy is one of what this rank holds. Trainer's own sharded save also waits until the disk has its files (fsync).
 
+A save has two parts: what Trainer waits for at once, and what the next optimizer step then waits for, because copies are made
+beside the forward and backward. Both count (``stall_s`` of the journal). Beside the seconds the processor time of the training
+thread is shown, which other programs on the machine disturb less.
+
 On a GPU all that is queued counts, too: the watch is stopped when the GPU has done it, and the copy goes to pinned memory.
 """
 
@@ -39,6 +43,7 @@ class Stopwatch:
 
     def __init__(self, trainer: Any, settle: Callable[[], None]) -> None:
         self.saves_s: list[float] = []
+        self.saves_cpu_s: list[float] = []
         self.steps_s: list[float] = []
         self.saved_at: list[float] = []
         self.step_ended_at: list[float] = []
@@ -47,7 +52,7 @@ class Stopwatch:
 
         def after(*args: Any, **kwargs: Any) -> None:
             settle()
-            began = time.perf_counter()
+            began, began_cpu = time.perf_counter(), time.thread_time()
             if self._step_began is not None:
                 self.steps_s.append(began - self._step_began)
                 self.step_ended_at.append(time.time())
@@ -57,6 +62,7 @@ class Stopwatch:
             if saves:
                 settle()
                 self.saves_s.append(time.perf_counter() - began)
+                self.saves_cpu_s.append(time.thread_time() - began_cpu)
                 self.saved_at.append(time.time())
 
         def step(*args: Any, **kwargs: Any) -> Any:
@@ -112,18 +118,23 @@ def train(kind: str, layers: int, threads: int, folder: Path, sharded: bool, gpu
     state += [one for kept in trainer.optimizer.state.values() for one in kept.values() if one.numel() > 1]
     state = [one.to_local() if hasattr(one, "to_local") else one for one in state]
     targets = [torch.empty_like(one, device="cpu", pin_memory=gpu) for one in state]
-    copies_s = []
+    copies_s, copies_cpu_s = [], []
     for _ in range(4):
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.thread_time()
         for target, one in zip(targets, state, strict=True):
             target.copy_(one, non_blocking=gpu)
         settle()
         copies_s.append(time.perf_counter() - began)
-    commits = [one.time.timestamp() for one in Run(str(folder / "run")).events() if one.kind == "commit"] if callbacks else []
+        copies_cpu_s.append(time.thread_time() - began_cpu)
+    entries = [one for one in Run(str(folder / "run")).events() if one.kind == "commit"] if callbacks else []
+    commits = [one.time.timestamp() for one in entries]
     return {
         "busy_s": _during(watch, commits),
         "state_bytes": sum(one.nbytes for one in state),
         "saves_s": watch.saves_s,
+        "saves_cpu_s": watch.saves_cpu_s,
+        "stalls_s": [one.data["stall_s"] for one in entries if one.data["stall_s"] is not None],
+        "copy_cpu_s": min(copies_cpu_s),
         "steps_s": watch.steps_s,
         "copy_s": min(copies_s),
         "peak_mb": psutil.Process().memory_info().rss / 1e6,
@@ -165,6 +176,9 @@ def main() -> None:
     copy_s = min(one["copy_s"] for one in each.values())
     # The first save meets fresh memory; the last one ends the training, and nothing goes on meanwhile.
     first, later = ({kind: pick(each[kind]["saves_s"]) for kind in ("trainer", "spot")} for pick in (_first, _middle))
+    cpu = {kind: _middle(each[kind]["saves_cpu_s"]) for kind in ("trainer", "spot")}
+    copy_cpu_s = min(one["copy_cpu_s"] for one in each.values())
+    stall_s = _middle(each["spot"]["stalls_s"])
     steps_s, busy_s = statistics.mean(each["none"]["steps_s"][SAVE_STEPS:]), statistics.mean(each["spot"]["busy_s"])
     found = {
         "state_gb": each["spot"]["state_bytes"] / 1e9,
@@ -173,7 +187,10 @@ def main() -> None:
         "sharded": options.fsdp,
         "gpu": options.gpu,
         "copy_s": copy_s,
+        "copy_cpu_s": copy_cpu_s,
         "save_s": later,
+        "save_cpu_s": cpu,
+        "stall_s": stall_s,
         "first_save_s": first,
         "step_s": steps_s,
         "busy_step_s": busy_s,
@@ -186,6 +203,9 @@ def main() -> None:
     for kind, name in (("trainer", "Trainer's own save"), ("spot", "with SpotCallback")):
         against = f"{later[kind] / later['trainer']:.2f} of Trainer's, {later[kind] / copy_s:.2f} copies"
         print(f"{name:29} {later[kind]:6.3f} s ({against}); the first {first[kind]:.3f} s")
+    print(f"... with the wait at the step {stall_s:6.3f} s ({stall_s / copy_s:.2f} copies)")
+    ours = f"{cpu['spot'] / copy_cpu_s:.2f} of a copy's; Trainer's {cpu['trainer']:.3f} s"
+    print(f"... processor time of it      {cpu['spot']:6.3f} s ({ours})")
     print(f"a step without saves          {steps_s:6.3f} s")
     print(f"... while one is under way    {busy_s:6.3f} s ({busy_s / steps_s:.2f} of it)")
     if options.json:

@@ -199,7 +199,7 @@ class Aws:
 
     def _products(self, asked: dict[str, Any]) -> list[str]:
         wanted = {one["Field"]: one["Value"] for one in asked["Filters"]}
-        usd = self.full.get(wanted["instanceType"])
+        usd = self.full.get(wanted.get("instanceType", ""))
         dimension = {"unit": "Hrs", "pricePerUnit": {"USD": f"{usd}"}}
         term = {"effectiveDate": "2025-06-01T00:00:00Z", "priceDimensions": {"x": dimension}}
         return [] if usd is None else [json.dumps({"terms": {"OnDemand": {"x": term}}})]

@@ -260,8 +260,9 @@ def test_the_request_is_what_the_file_says(service: FakeHubWithJobs, store: str,
 
 
 def test_machines_that_come_and_go_are_so_many_jobs_in_one_network(service: FakeHubWithJobs, write: Write, said: Said) -> None:
-    path = write("hf-spot launch --num_machines 2:3 train.py")
+    path = write(text=FILE + "machines: '2:3'\n")
     assert said("run", path)[0] == 0
+    assert {job.asked["environment"]["HF_SPOT_NUM_MACHINES"] for job in service.jobs.values()} == {"2:3"}
     groups = {job.asked["network"]["group"] for job in service.jobs.values()}
     assert len(service.jobs) == 3 and len(groups) == 1 and re.fullmatch(r"[a-z0-9-]{1,46}", groups.pop())
     [*service.jobs.values()][1].stage = JobStage.ERROR
@@ -392,7 +393,7 @@ def test_a_job_that_was_not_started_is_said(service: FakeHubWithJobs, write: Wri
 
 
 def test_of_several_jobs_those_that_have_started_are_named(service: FakeHubWithJobs, write: Write, said: Said) -> None:
-    path = write("hf-spot launch --num_machines 1:2 train.py")
+    path = write(text=FILE + "machines: 2\n")
     service.failures.append(("POST /api/jobs/me", Answer(429, b"{}")))
     assert said("run", path)[0] == 2  # the first one
     started = FakeHubWithJobs._create
@@ -441,6 +442,29 @@ def test_a_namespace_that_is_not_ones_own_and_a_service_that_is_away_are_said(
     assert code == 2 and "can this machine reach http://127.0.0.1:9?" in err
 
 
+def test_a_client_that_is_too_old_is_said(
+    service: FakeHubWithJobs, write: Write, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+
+    def run_job(self: HfApi, *, image: str, command: list[str], secrets: dict[str, str]) -> None:
+        """Has the arguments of its first version."""
+
+    monkeypatch.setattr(HfApi, "run_job", run_job)
+    code, _, err = said("run", write())
+    assert code == 2 and "does not know attempts, network_group" in err and "pip install --upgrade huggingface_hub" in err
+    monkeypatch.setitem(sys.modules, "hf_spot.cloud.hub_service", None)
+    code, _, err = said("run", write())
+    assert code == 2 and "pip install --upgrade huggingface_hub" in err
+
+
+def test_the_example_of_a_job_file_names_the_section() -> None:
+    from hf_spot.cloud.example import example
+
+    (line,) = [line for line in example().splitlines() if line.startswith("# hf_jobs:")]
+    assert parse(GOOD.partition("hf_jobs:")[0] + line.removeprefix("# ")).section.flavor == "a10g-small"
+
+
 GOOD = FILE.format(store="hf://me/x/run", run=LAUNCH)
 
 
@@ -464,7 +488,8 @@ GOOD = FILE.format(store="hf://me/x/run", run=LAUNCH)
         ("hf://me/x/run", "hf://buckets/me/x/run", "can't keep two launches", "--allow-unfenced-store"),
         (LAUNCH, "python train.py", "run: does not start", "hf-spot launch train.py"),
         (LAUNCH, "hf-spot launch --store s3://a/b train.py", "names the store again", "remove --store"),
-        (LAUNCH, "hf-spot launch --num_machines 2 --machine_rank 0 train.py", "run: --machine_rank", "remove --machine_rank"),
+        (LAUNCH, "hf-spot launch --num_machines 2 train.py", "run: --num_machines", "machines: 2:8"),
+        ("name: llama", "name: llama\nmachines: 8:2", "job.yaml:2: machines: '8:2'", "machines: 2:8"),
         ("name: llama", "name: two words", "job.yaml:1: name: 'two words'", "letters"),
         ("name: llama", "name: llama\nmax_spend: free", "max_spend: 'free'", "150"),
     ],

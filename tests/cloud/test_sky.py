@@ -132,9 +132,14 @@ def test_the_scripts_do_what_they_should(job: Job, tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (code, b""), done.stderr
 
 
-def test_several_machines_are_refused_and_not_made_one(job: Job) -> None:
-    with pytest.raises(ConfigError, match="machines: 2:8: hf-spot sky starts one machine"):
-        sky.task(dataclasses.replace(job, machines="2:8"), {})
+@pytest.mark.parametrize(("machines", "nodes", "option"), [("2:8", 8, "2:8"), (3, 3, "3:3"), (1, None, None)])
+def test_several_machines_are_so_many_nodes_that_meet_in_the_run(
+    job: Job, machines: int | str, nodes: int | None, option: str | None
+) -> None:
+    fleet = dataclasses.replace(job, machines=machines)
+    task = sky.task(fleet, {})
+    assert (task.get("num_nodes"), task["envs"].get("HF_SPOT_NUM_MACHINES")) == (nodes, option)
+    assert valid(task, SCHEMA) and any("nodes together" in note for note in sky.notes(fleet)) is (nodes is not None)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
@@ -218,6 +223,7 @@ SCHEMA: dict[str, Any] = {
     "required": ["resources", "run"],
     "properties": {
         "name": TEXT,
+        "num_nodes": {"type": "integer", "minimum": 1},
         "resources": {**OBJECT, "properties": RESOURCES, "required": ["job_recovery"]},
         "envs": {**VARIABLES, "additionalProperties": {"type": "string"}},
         "secrets": {**VARIABLES, "additionalProperties": {"type": "null"}},  # SkyPilot would take values, and shows them
@@ -345,6 +351,25 @@ def test_skypilots_own_schema_knows_every_key_of_ours_and_refuses_the_same_mista
         task = yaml.safe_load(sky.render(job, {}))
         mistake(task)
         assert valid(task, theirs) == (name == MISSPELT), name
+
+
+POOL = """
+import json, sys, yaml, sky
+print(json.dumps([
+    [task.num_nodes, task.service.pool if task.service else None, task.service.min_replicas if task.service else None]
+    for task in map(sky.Task.from_yaml_config, yaml.safe_load_all(sys.stdin))
+]))
+"""
+
+
+@needs_skypilot
+def test_skypilots_own_task_takes_several_nodes_and_the_pool_of_the_page(job: Job, home: dict[str, str]) -> None:
+    page = (ROOT / ".github" / "docs" / "skypilot.md").read_text()
+    files = [re.findall(rf"```yaml\n(# {name}\n.*?)```", page, re.DOTALL)[0] for name in ("sky-pool.yaml", "sky-machine.yaml")]
+    text = "---\n".join([sky.render(dataclasses.replace(job, machines="2:8"), {}), *files])
+    done = subprocess.run([sys.executable, "-c", POOL], input=text, env=home, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [[8, None, None], [1, True, 8], [1, None, None]]
 
 
 @needs_skypilot

@@ -87,6 +87,8 @@ def test_a_machine_needs_what_its_ranks_read_and_what_all_do() -> None:
         "random_states/rng_state_{}.pth",
         "random_states/workers_{}.json",
         "global_step5/bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt",
+        "pytorch_model_fsdp_rank{}.bin",
+        "optimizer_0_rank{}.bin",
     ]
     of_all = ["model.safetensors", "optimizer.pt", "pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__1_0.distcp"]
     names = [*of_all, *(name.format(rank) for name in of_one for rank in (0, 1, 12))]

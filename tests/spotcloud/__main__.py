@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tests.servers import SeaweedFS
 from tests.spotcloud.machine import why_not
+from tests.spotcloud.machines_story import MachinesStory
 from tests.spotcloud.market import Change, Pool, weather
 from tests.spotcloud.story import DEMO, LARGE, PLAIN, SHORT, SMALL, Outcome, Story, long_story
 
@@ -26,6 +27,9 @@ def main() -> int:
     parser.add_argument("--weather", action="store_true", help="machines come and go by the clock, and not by steps")
     parser.add_argument("--speed", type=float, default=10.0, help="so many times shorter are the waits of --watch (10)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="an empty folder that keeps every log")
+    parser.add_argument(
+        "--machines", type=int, metavar="N", help="three machines of one job, really training, and N interruptions"
+    )
     options = parser.parse_args()
     if reason := why_not():
         print(reason, file=sys.stderr)
@@ -36,6 +40,13 @@ def main() -> int:
         print(f"{time.monotonic() - began:7.1f} s  {line}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="hf_spot-spotcloud-") as folder, SeaweedFS() as s3:
+        if options.machines:
+            with MachinesStory(options.keep or Path(folder), s3, options.machines, options.seed, say) as several:
+                found = several.play_machines()
+                print("\n".join(["", *several.cloud.bill.lines(several.cloud.now()), ""]))
+            print("\n".join(f"{name:<26}{value}" for name, value in found.items()))
+            clean = not (found["left running"] or found["not in the journal"] or found["security groups left"])
+            return 0 if clean and found["rates are equal"] and found["losses differ by"] < 1e-3 else 1
         script, acts = (PLAIN, SHORT) if options.short else (DEMO, long_story(options.seed))
         with Story(options.keep or Path(folder), s3, script, acts, speed=options.speed, say=say) as story:
             outcome = story.play_weather(storms(options.seed)) if options.weather else story.play()

@@ -28,9 +28,10 @@ from moto.core.parse import PROTOCOL_PARSERS
 from moto.core.serialize import SERIALIZERS
 from moto.core.utils import get_service_model
 from moto.ec2.models.instance_types import INSTANCE_TYPE_OFFERINGS, INSTANCE_TYPES
+from moto.iam.access_control import IAMPolicy, PermissionResult
 
 from tests.proxy import Answer, Exchange, Proxy
-from tests.spotcloud.market import DOLLARS_PER_HOUR, ON_DEMAND, RECLAIMED, SPOT, Market, Pool
+from tests.spotcloud.market import DISK_DOLLARS_PER_GB_AND_MONTH, DOLLARS_PER_HOUR, ON_DEMAND, RECLAIMED, SPOT, Market, Pool
 from tests.spotcloud.placement import PlacementGroups
 
 ACCOUNT = "123456789012"
@@ -125,6 +126,8 @@ class Api(Proxy):
         self._fleets: dict[str, SpotFleet] = {}
         self.quotas: dict[tuple[str, str], float] = {}
         self.regions = list(_LONG_NAMES)
+        self.policy: Mapping[str, Any] | None = None
+        self.permitted: set[str] = set()
         self.calls: Counter[str] = Counter()
         self.broken: list[Exception] = []
         self._hold: Held | None = None
@@ -152,6 +155,13 @@ class Api(Proxy):
         """vCPUs."""
         return self.quotas.get((code, region), 1000.0)
 
+    def _is_permitted(self, service: str, action: str) -> bool:
+        """As moto's own enforcement decides, which knows no calls that are answered here. It takes no notice of conditions."""
+        name = f"{service}:{action}"
+        found = IAMPolicy({"policy_document": json.dumps(self.policy)}).is_action_permitted(name)
+        self.permitted |= {name} if found is PermissionResult.PERMITTED else set()
+        return found is PermissionResult.PERMITTED
+
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def carry(self, exchange: Exchange) -> None:
@@ -165,6 +175,11 @@ class Api(Proxy):
         form = dict(parse_qsl(exchange.body.decode(), keep_blank_values=True)) if not target and service != "s3" else {}
         action = target.rpartition(".")[2] or form.get("Action", "")
         self.calls[action] += 1
+        if self.policy is not None and not self._is_permitted(service, action):
+            exchange.answer(
+                _error(service, Refusal("UnauthorizedOperation", f"You are not authorized: {service}:{action}", 403))
+            )
+            return
         with self._lock:
             at = next((place for place, (failing, _) in enumerate(self._faults) if failing == action), None)
             fault = None if at is None else self._faults.pop(at)
@@ -507,7 +522,9 @@ class Api(Proxy):
         """On-demand prices, in the shape of AWS's price list."""
         wanted = [(one["Field"], one["Value"]) for one in asked.get("Filters") or ()]
         found = []
-        for kind, price in DOLLARS_PER_HOUR.items():
+        of_disk = dict(wanted).get("productFamily") == "Storage"
+        offers = {"gp3": DISK_DOLLARS_PER_GB_AND_MONTH} if of_disk else DOLLARS_PER_HOUR
+        for kind, price in offers.items():
             for code, name in _LONG_NAMES.items():
                 attributes = {
                     "instanceType": kind,
@@ -522,8 +539,14 @@ class Api(Proxy):
                     "operation": "RunInstances",
                     "servicecode": "AmazonEC2",
                 }
+                if of_disk:
+                    attributes |= {"productFamily": "Storage", "volumeApiName": kind}
                 if all(attributes.get(key) == value or key == "ServiceCode" for key, value in wanted):
-                    dimension = {"unit": "Hrs", "pricePerUnit": {"USD": f"{price:.10f}"}, "description": f"${price} per {kind}"}
+                    dimension = {
+                        "unit": "GB-Mo" if of_disk else "Hrs",
+                        "pricePerUnit": {"USD": f"{price:.10f}"},
+                        "description": f"${price} per {kind}",
+                    }
                     term = {"priceDimensions": {"A.B.C": dimension}, "effectiveDate": "2025-06-01T00:00:00Z"}
                     product = {"product": {"sku": "A", "attributes": attributes}, "terms": {"OnDemand": {"A.B": term}}}
                     found.append(json.dumps({**product, "serviceCode": "AmazonEC2", "publicationDate": "2025-06-01T00:00:00Z"}))

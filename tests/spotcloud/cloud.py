@@ -175,7 +175,8 @@ class SpotCloud:
     # -- the thread that keeps the machines ---------------------------------------------------------------------------
 
     def _on_launch(self, instance_id: str, pool: Pool) -> None:
-        self.bill.began(instance_id, pool, self.now())
+        mapped = self._backend(pool.region).get_instance(instance_id).block_device_mapping.values()
+        self.bill.began(instance_id, pool, self.now(), sum(int(one.size or 0) for one in mapped))
         self._launches.put((instance_id, pool))
 
     def _have_done(self, order: Callable[[], None]) -> None:

@@ -234,6 +234,8 @@ class Stage:
             left=left,
             spent_usd={name: one.cost_usd or 0.0 for name, one in written.items()},
             charged_usd={name: stay.charged(self.market, self.clock.time) for name, stay in stays.items()},
+            disk_usd={name: one.disk_usd or 0.0 for name, one in written.items()},
+            disks_charged_usd=self.cloud.bill.disks(self.clock.time),
             most_at_once=_most_at_once(self.cloud.bill.stays.values(), self.clock.time),
         )
 
@@ -249,6 +251,8 @@ class Balance:
         left: groups and templates.
         spent_usd: by the journal, by machine.
         charged_usd: by the cloud, by machine.
+        disk_usd: of the disks, by the journal.
+        disks_charged_usd: of the disks, by the cloud.
         most_at_once: machines that were billed at the same time.
     """
 
@@ -258,6 +262,8 @@ class Balance:
     left: list[Any]
     spent_usd: dict[str, float]
     charged_usd: dict[str, float]
+    disk_usd: dict[str, float]
+    disks_charged_usd: dict[str, float]
     most_at_once: int
 
     @property
@@ -268,7 +274,8 @@ class Balance:
     def is_right_to_the_cent(self) -> bool:
         """Each machine's cost, and so their sum."""
         both = {name: round(usd, 2) for name, usd in self.spent_usd.items()}
-        return both == {name: round(usd, 2) for name, usd in self.charged_usd.items()}
+        disks = all(abs(usd - self.disk_usd[name]) < 0.005 for name, usd in self.disks_charged_usd.items())
+        return disks and both == {name: round(usd, 2) for name, usd in self.charged_usd.items()}
 
 
 def long_story(stage: Stage, seed: int, interruptions: int) -> Balance:

@@ -29,6 +29,7 @@ DOLLARS_PER_HOUR = {  # on demand; this cloud's own list, near that of AWS
     "g5.xlarge": 1.006,
     "c5.large": 0.085,
 }
+DISK_DOLLARS_PER_GB_AND_MONTH = 0.08
 _LEAST_BILLED_S = 60
 _FREE_IF_RECLAIMED_WITHIN_S = 3600
 RECLAIMED = "Server.SpotInstanceTermination"
@@ -123,6 +124,7 @@ class Stay:
     began: datetime
     ended: datetime | None = None
     reason: str = ""
+    disk_gb: int = 0
 
     def metered(self, market: Market, now: datetime) -> float:
         """Dollars by the meter."""
@@ -142,8 +144,8 @@ class Bill:
     market: Market
     stays: dict[str, Stay] = field(default_factory=dict)
 
-    def began(self, instance_id: str, pool: Pool, at: datetime) -> None:
-        self.stays[instance_id] = Stay(instance_id, pool, at)
+    def began(self, instance_id: str, pool: Pool, at: datetime, disk_gb: int = 0) -> None:
+        self.stays[instance_id] = Stay(instance_id, pool, at, disk_gb=disk_gb)
 
     def ended(self, instance_id: str, at: datetime, reason: str) -> None:
         stay = self.stays[instance_id]
@@ -152,6 +154,14 @@ class Bill:
 
     def charged(self, now: datetime) -> float:
         return sum(stay.charged(self.market, now) for stay in self.stays.values())
+
+    def disks(self, now: datetime) -> dict[str, float]:
+        """What each machine's disk cost: also of one that was taken back in its first hour."""
+        found = {}
+        for name, stay in self.stays.items():
+            seconds = max(_LEAST_BILLED_S, ((stay.ended or now) - stay.began).total_seconds())
+            found[name] = stay.disk_gb * DISK_DOLLARS_PER_GB_AND_MONTH / 730 * seconds / 3600
+        return found
 
     def lines(self, now: datetime) -> Iterator[str]:
         """For people."""

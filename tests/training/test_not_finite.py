@@ -12,15 +12,20 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_spot import Run, SpotArguments, SpotCallback, SpotCheckpointManager, SpotError, TrainingPreempted
 from hf_spot.errors import RolledBack
 from hf_spot.policy.numbers import Answer, answer, in_words
 from hf_spot.training.saving.finite import not_finite, optimized_weights, optimizer_states, trained_weights
+from hf_spot.training.saving.later_copies import LaterCopies
 from tests.training.conftest import STEPS, Patient, Recorder, SaveRecorder, make_trainer, same, weights
 from tests.training.test_callback import kinds, preempt, steps
 
 STOP, GO_ON = (SpotArguments(notice="none", on_nan=on_nan, keep_checkpoints=1) for on_nan in ("stop", "go-on"))
+
+
+ROLLBACK = SpotArguments(notice="none", on_nan="rollback", keep_checkpoints=1)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +209,97 @@ def test_a_weight_that_never_was_finite_is_named_and_not_checked(
     assert "weight extra is not finite before the first step: 1 weights are not checked" in caplog.text
 
 
+# -- copies that are made beside the training: the answer comes within the next step -----------------------------------------
+
+
+def large() -> Any:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=48, n_layer=1, n_head=2))
+
+
+def poisoned_beside(out: Path, callback: SpotCallback, at_step: int, where: str, *callbacks: Any, size: Any = large) -> Any:
+    harm = Poison(at_step, where)
+    trainer = make_trainer(out, callback, harm, *callbacks, model=size)
+    harm.trainer = trainer
+    return trainer
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The saves whose copies were checked in the writer thread: how many tensors each has left for later."""
+    checked, plain = [], LaterCopies.run
+
+    def run(self: LaterCopies) -> None:
+        checked.append(len(self))
+        plain(self)
+
+    monkeypatch.setattr(LaterCopies, "run", run)
+    return checked
+
+
+@pytest.mark.parametrize(
+    ("where", "word"),
+    [("weight", "weight lm_head.weight|weight transformer.wte.weight"), ("optimizer", "optimizer state exp_avg_sq")],
+)
+def test_copies_with_wrong_numbers_end_a_training_in_the_next_step(
+    where: str, word: str, store: str, tmp_path: Path, beside: list[int]
+) -> None:
+    trainer = poisoned_beside(tmp_path / "out", SpotCallback(store, STOP), 6, where)
+    with pytest.raises(SpotError, match=f"step 6 is not saved: not finite .*({word})") as caught:
+        trainer.train()
+    assert caught.value.exit_code == 2 and trainer.state.global_step in range(6, 10)
+    assert len(beside) == 2 and min(beside) > 0
+    assert steps(store) == [3] and kinds(store)[-1] == "failed"
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_copies_with_wrong_numbers_are_left_out_until_all_are_finite(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, beside: list[int]
+) -> None:
+    trainer: Any = None
+    kept: dict[str, Any] = {}
+
+    def keep() -> None:
+        kept.update(weights(trainer))
+        kept["optimizer"] = copy.deepcopy(trainer.optimizer.state_dict())
+
+    def heal() -> None:
+        optimizer = kept.pop("optimizer")
+        trainer.model.load_state_dict(kept)
+        trainer.optimizer.load_state_dict(optimizer)
+
+    more = Recorder(5, keep), Recorder(9, heal)
+    trainer = poisoned_beside(tmp_path / "out", SpotCallback(store, GO_ON), 5, "weight", *more)
+    with caplog.at_level(logging.ERROR, "hf_spot"):
+        trainer.train()
+    assert [entry.data["step"] for entry in Run(store).events() if entry.kind == "commit"] == [3, 9, STEPS]
+    assert caplog.text.count("step 6 is not saved: not finite (NaN or infinity): weight") == 1
+    assert "training goes on" in caplog.text and len(beside) == 3
+
+
+def test_copies_with_wrong_numbers_roll_a_training_back(store: str, tmp_path: Path, beside: list[int]) -> None:
+    trainer = poisoned_beside(tmp_path / "out", SpotCallback(store, ROLLBACK), 6, "weight")
+    with pytest.raises(RolledBack, match=r"step 6 is not saved: .* passes over steps 5 to 6"):
+        trainer.train()
+    assert len(beside) == 2 and steps(store) == [3] and kinds(store).count("rollback") == 1
+
+
+def test_a_best_model_that_could_not_be_saved_is_forgotten(store: str, tmp_path: Path, beside: list[int]) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "metric_for_best_model": "made_up"}
+    harm = Poison(6, "optimizer")
+    trainer = make_trainer(tmp_path / "out", SpotCallback(store, GO_ON), harm, model=large, **settings)
+    harm.trainer = trainer
+    plain = trainer.evaluate
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        found = plain(*args, **kwargs)
+        return found | {"eval_made_up": {3: 2.0, 6: 1.0}.get(trainer.state.global_step, 3.0)}
+
+    trainer.evaluate = evaluate
+    with pytest.raises(SpotError, match="only step 3 is in"):
+        trainer.train()
+    assert trainer.state.best_global_step == 3 and beside
+
+
 # -- loops ------------------------------------------------------------------------------------------------------------
 
 
@@ -276,9 +372,6 @@ def passing_over(out: Path, *steps: int) -> Any:
     trainer.training_step = training_step
     trainer.train()
     return trainer
-
-
-ROLLBACK = SpotArguments(notice="none", on_nan="rollback", keep_checkpoints=1)
 
 
 def test_a_rollback_ends_as_a_training_that_passes_over_the_steps(store: str, tmp_path: Path) -> None:

@@ -54,15 +54,19 @@ class Arena:
         count = source.numel()
         if count == 0:
             return source.cpu().clone()
+        target = self.reserve(count)
+        if target is not None and in_order(source.device):
+            self._arrivals.expect(source, target, self._used - count)
+            return target
+        return None if target is None else target.copy_(source)
+
+    def reserve(self, count: int) -> torch.Tensor | None:
+        """Return memory for a copy of ``count`` bytes, at least 1; None if there is no room for it."""
         begin = -(-self._used // _ALIGNMENT) * _ALIGNMENT
         if begin + count > self.limit_bytes or not self._reserved():
             return None
         self._used = begin + count
-        target = torch.frombuffer(self._memory, dtype=torch.uint8, offset=begin, count=count)
-        if in_order(source.device):
-            self._arrivals.expect(source, target, begin)
-            return target
-        return target.copy_(source)
+        return torch.frombuffer(self._memory, dtype=torch.uint8, offset=begin, count=count)
 
     def holds(self, address: int) -> bool:
         """Return whether an address lies in the copies."""

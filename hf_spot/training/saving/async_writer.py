@@ -5,6 +5,9 @@ A Trainer's save spends its time on checksums and files; copying the state takes
 ``torch.save`` or safetensors is copied at the last moment, when the bytes of a tensor would be written to the file. The same
 code of torch and safetensors then writes the same bytes from the copies in a thread; both release the GIL meanwhile.
 
+Tensors that only a step of an optimizer changes are not even copied within the block: the same thread copies them first, while
+the training computes its next gradients, and `StateGate` holds the step back until they are copied.
+
 The same holds for the collective ``torch.distributed.checkpoint.save`` (FSDP's shards; see `shards`). Either all ranks write a
 save asynchronously or none does, and it is complete when the last of them has written.
 
@@ -20,7 +23,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,11 @@ from hf_spot.storage.threads import stand_back
 from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.saving.arena import Arena, free_bytes
 from hf_spot.training.saving.device import taken_over
+from hf_spot.training.saving.finite import Named
+from hf_spot.training.saving.later_copies import LaterCopies
+from hf_spot.training.saving.live_tensors import LiveTensors
 from hf_spot.training.saving.shards import StagedPlanner, Unknown, stage
+from hf_spot.training.saving.state_gate import StateGate
 from hf_spot.training.saving.unwritten import Unwritten, caller
 from hf_spot.training.upstream import (
     FILE_LIKE,
@@ -51,11 +58,20 @@ from hf_spot.training.upstream import (
 log = logging.getLogger("hf_spot")
 
 _SHARE = 0.5  # share of the memory that is free at the first save
+_CONFIRM_S = 30.0  # no write to a tensor takes so long
 _DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in (TYPES.find() or {}).items()}
 # None if torch or safetensors has changed: files are then written at once, and `hf_spot.training.upstream.check` warns.
 _plain_open = OPEN_ZIPFILE.find()
 _plain_serialize = SERIALIZE_FILE.find()
 _plain_save_together = SAVE_TOGETHER.find()
+
+
+class Refused(Exception):
+    """A save could be written, and must not be committed. The argument says why, for people."""
+
+
+class Refusal(str):
+    """Why a save must not be committed, as an error that `AsyncCheckpointWriter.take_error` returns."""
 
 
 class AsyncCheckpointWriter:
@@ -77,6 +93,10 @@ class AsyncCheckpointWriter:
         self._share = share
         self._arena: Arena | None = None
         self._owner = 0
+        self.gate = StateGate()
+        self._live: LiveTensors | None = None
+        self._later = LaterCopies()
+        self._made: dict[int, torch.Tensor] = {}  # copies of this save by the addresses of the tensors
         self._pending: list[Callable[[], None]] = []
         self._forgotten = False
         self._jobs: queue.Queue[tuple[Callable[[], Any], bool] | None] = queue.Queue()
@@ -108,6 +128,9 @@ class AsyncCheckpointWriter:
         in_words: Callable[[BaseException], str] = str,
         on_error: Callable[[str], None] = lambda why: None,
         on_touch: Callable[[str, str, float], None] | None = None,
+        live: LiveTensors | None = None,
+        on_opened: Callable[[float], None] = lambda waited_s: None,
+        judge: Callable[[], str | None] = lambda: None,
     ) -> Iterator[None]:
         """Copy what this thread saves within the block, and write it after the block.
 
@@ -120,6 +143,10 @@ class AsyncCheckpointWriter:
             on_touch: makes other code that touches one of the files wait until it is written: within the block it is then
                 written at once, unless all ranks write it together. Called with the code and what it does, for people, and
                 the seconds that it waited.
+            live: tensors that may be copied after the block, while `gate` is shut.
+            on_opened: called with the seconds for which the training then waited at the gate.
+            judge: called from the writer thread when such tensors are copied and it is known whether they were written to
+                meanwhile; returns why the save must not be committed, or None.
         """
         self.wait()
         self._in_words = in_words
@@ -127,6 +154,7 @@ class AsyncCheckpointWriter:
         self._make_arena().clear()
         self._owner = threading.get_ident()
         self._pending, self._forgotten = [], False
+        self._live, self._later, self._made = live, LaterCopies(), {}
         try:
             with (
                 SAVE_TOGETHER.replaced(torch.distributed.checkpoint, self._capture_together),
@@ -140,19 +168,44 @@ class AsyncCheckpointWriter:
             self._owner = 0
             self._end_waits()
             raise
+        finally:
+            self._live, self._made = None, {}
         with self._writing:
             self._owner = 0
             if self._forgotten:
                 self._end_waits()
                 return
-            pins = bool(self._pending)
+            pins, later = bool(self._pending), self._later
+            if live is not None:
+                self.gate.shut(later, on_opened)
+                self._submit(later.run, always=True)
             while self._pending:
                 write = self._pending.pop(0)
                 # The other ranks wait for this one in the collective write.
                 self._submit(write, always=isinstance(write, _CollectiveWrite))
             if pins:
                 self._submit(self._make_arena().pin)  # so that the next save copies faster
+            if live is not None:
+                self._submit(lambda: self._judge(later, judge))
             self._submit(lambda: self._conclude(on_error), always=True)
+
+    def examine(self, tensors: Iterable[Named]) -> tuple[LaterCopies, list[Named]]:
+        """Have the writer thread check the copies of tensors for NaN; return who knows, and the tensors that it can't check.
+
+        Call it within `capturing`, after everything was saved.
+        """
+        left = []
+        for name, tensor in tensors:
+            plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and not tensor.is_sparse
+            address = tensor.data_ptr() if plain else 0
+            if address and self._later.holds(address):
+                continue
+            copy = self._made.get(address)
+            if copy is not None and tensor.is_contiguous() and copy.numel() == tensor.nbytes:
+                self._later.add_made(address, copy, tensor.dtype)
+            else:
+                left.append((name, tensor))
+        return self._later, left
 
     def write_text(self, path: Path, text: str) -> None:
         """Write a small file: behind the training within `capturing`, else at once. Its folder must be there."""
@@ -212,6 +265,8 @@ class AsyncCheckpointWriter:
         """
         if os.getpid() != self._process:
             return True
+        if timeout_s != 0:
+            self.gate.pass_through()  # what is written waits for it
         with self._jobs.all_tasks_done:
             return self._jobs.all_tasks_done.wait_for(lambda: not self._jobs.unfinished_tasks, timeout_s)
 
@@ -233,6 +288,7 @@ class AsyncCheckpointWriter:
             self._thread.join()
             self._end_waits()
             self._thread, self._jobs = None, queue.Queue()
+        self.gate.close()
         if self._arena is not None:
             self._arena.close()
             self._arena = None
@@ -300,6 +356,7 @@ class AsyncCheckpointWriter:
             if within and not self._pending:
                 self._end_waits()
         if not within:
+            self.gate.pass_through()
             with self._is_concluded:
                 self._is_concluded.wait_for(lambda: not self._unwritten)
         if self._on_touch is not None:
@@ -327,9 +384,7 @@ class AsyncCheckpointWriter:
         for name, spec in tensors.items():
             if described is None or not isinstance(spec, described) or spec.dtype not in _DTYPES:
                 return None
-            memory = (ctypes.c_char * spec.data_len).from_address(spec.data_ptr) if spec.data_len else b""
-            source = torch.frombuffer(memory, dtype=torch.uint8) if spec.data_len else torch.empty(0, dtype=torch.uint8)
-            copy = self.keep(source)
+            copy = self.keep(_bytes_at(spec.data_ptr, spec.data_len))
             if copy is None:
                 return None
             copies.append(copy)
@@ -344,16 +399,29 @@ class AsyncCheckpointWriter:
     def _arrive(self) -> None:
         if self._arena is not None:
             self._arena.wait()
+        self._later.finish()
 
     def keep(self, source: torch.Tensor) -> torch.Tensor | None:
         """Return a copy of these bytes; None if there is no room, which is logged once."""
         assert self._arena is not None
         if source.device.type == "cpu" and self._arena.holds(source.data_ptr()):
             return source  # just copied from a device
-        copy = self._arena.copy(source)
+        copy = self._keep_later(source.data_ptr(), source.numel())
+        if copy is None:
+            copy = self._arena.copy(source)
+            if copy is not None and self._live is not None:
+                self._made[source.data_ptr()] = copy
         if copy is None:
             self._warn_once(self._too_large())
         return copy
+
+    def _keep_later(self, address: int, count: int) -> torch.Tensor | None:
+        """Return memory in which these bytes will be; None if they must be copied now, or if there is no room."""
+        live = None if self._live is None else self._live.at(address, count)
+        if live is None or self._arena is None or (target := self._arena.reserve(count)) is None:
+            return None
+        self._later.add(live, target)
+        return target
 
     def _too_large(self) -> str:
         assert self._arena is not None
@@ -382,10 +450,18 @@ class AsyncCheckpointWriter:
             if self._error is None or (always and not self.disconnected):
                 try:
                     act()
+                except Refused as refused:
+                    self._error = self._error or Refusal(refused)
                 except BaseException as error:  # reported to the training thread: see `take_error`
                     self._error = self._error or self._in_words(error) or repr(error)
             del act, job  # releases the copies
             self._jobs.task_done()
+
+    def _judge(self, later: LaterCopies, judge: Callable[[], str | None]) -> None:
+        if not later.is_confirmed(_CONFIRM_S):
+            self.gate.confirm_without_training(later)
+        if (why := judge()) is not None:
+            raise Refused(why)
 
     def _conclude(self, on_error: Callable[[str], None]) -> None:
         """End a save: wait until no rank writes any more, and find out on all of them whether one failed."""
@@ -501,3 +577,9 @@ class _Captured:
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _bytes_at(address: int, count: int) -> torch.Tensor:
+    if not count:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer((ctypes.c_char * count).from_address(address), dtype=torch.uint8)

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("hf_spot")
 
 
+@dataclass
+class _Stall:
+    """Seconds for which training stood still for a save; None if unknown. They may grow until the next step."""
+
+    seconds: float | None
+
+
 class Commits:
     """Submits checkpoints once all their files are written, and measures saves and commits for the next decisions.
 
@@ -48,6 +55,7 @@ class Commits:
     ) -> None:
         self._session = session
         self._save_began: float | None = None
+        self._stall: _Stall | None = None
         self._past: history.Past | None = None
         memory_gb = session.arguments.save_memory_gb
         writers = Agreement(trainer.args.world_size)  # of its own: the ranks agree on something else meanwhile
@@ -145,25 +153,41 @@ class Commits:
         self._session.timing.stalled(stall_s)
         self._cadence.saved(stall_s)
         self._first_save.saved()
-        self._metrics.put("stall_s", stall_s)
+        stall = _Stall(stall_s)
+        if self.behind.gate.is_shut:
+            self._stall = stall
+        else:
+            self._metrics.put("stall_s", stall_s)
         details = {**(request.details or {}), **self._session.timing.to_details(request.step), **self._carried()}
         request = replace(request, details=details)
-        submit = partial(self._submit, folder, request, began, stall_s)
+        submit = partial(self._submit, folder, request, began, stall)
         if self._session.disk.count > 1:
             self.behind.then_together(submit)
         elif self._session.uploader is not None:
             self.behind.then(partial(submit, self._session.agreement))
         self._session.order_uploads()
 
-    def _submit(
-        self, folder: Path, request: CommitRequest, began: float | None, stall_s: float | None, ranks: Agreement
-    ) -> None:
+    def opened(self, waited_s: float) -> None:
+        """Record that the newest save has its copies.
+
+        Args:
+            waited_s: seconds for which training stood still for them, after the save itself.
+        """
+        stall, self._stall = self._stall, None
+        if stall is None or stall.seconds is None:  # within the save, which is measured as a whole
+            return
+        stall.seconds += waited_s
+        self._session.timing.stalled(waited_s)
+        self._cadence.stalled(stall.seconds)
+        self._metrics.put("stall_s", stall.seconds)
+
+    def _submit(self, folder: Path, request: CommitRequest, began: float | None, stall: _Stall, ranks: Agreement) -> None:
         """Submit a checkpoint. Called when all its files are written, from the thread that wrote them."""
         session = self._session
         if began is not None:
             session.note_save(session.clock() - began)
             self._metrics.put("checkpoint_s", session.save_s)
-        seconds = {"save_s": session.save_s, "stall_s": stall_s}
+        seconds = {"save_s": session.save_s, "stall_s": stall.seconds}
         details = {**(request.details or {}), **{name: took and round(took, 3) for name, took in seconds.items()}}
         self._session.submit(folder, replace(request, details=details), ranks)
 

@@ -58,15 +58,22 @@ class HeldErrors:
         own: hf_spot's callback, whose exceptions are not held.
         stopping: returns whether the training ends after the save.
         behind: writes the files of saves: callbacks that touch them in ``on_save`` wait for it.
+        comes: called with the name of each event, before the callbacks.
     """
 
     def __init__(
-        self, trainer: Trainer, own: TrainerCallback, stopping: Callable[[], bool], behind: AsyncCheckpointWriter
+        self,
+        trainer: Trainer,
+        own: TrainerCallback,
+        stopping: Callable[[], bool],
+        behind: AsyncCheckpointWriter,
+        comes: Callable[[str], None],
     ) -> None:
         self._handler: Any = CALLBACK_HANDLER.of(trainer)
         self._own = own
         self._stopping = stopping
         self._behind = behind
+        self._comes = comes
         self._held: Exception | None = None
 
     @contextlib.contextmanager
@@ -77,6 +84,7 @@ class HeldErrors:
 
     def _in_place_of(self, call_event: Callable[..., TrainerControl]) -> Callable[..., TrainerControl]:
         def call(event: str, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+            self._comes(event)
             due = control.should_save or event == "on_step_end"
             if event != "on_save" and not (event in _BEFORE_A_SAVE and due):
                 if event in _BEHIND_A_SAVE:  # there was no save

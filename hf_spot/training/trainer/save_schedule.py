@@ -74,6 +74,10 @@ class Cadence:
         if self._arguments.cadence == "auto":
             self._due_at = self._look_at = self._since
 
+    def stalled(self, stall_s: float) -> None:
+        """Record for how many seconds training stood still for the newest save, with what it waited after it."""
+        self._stall_s = stall_s
+
     def committed(self, save_s: float, upload_s: float, writes: int = 0) -> None:
         """Record that a checkpoint was committed. Called from the uploader's thread.
 

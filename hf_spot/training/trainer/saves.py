@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -22,12 +23,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 
 from hf_spot.errors import SpotError
 from hf_spot.log import log_always
+from hf_spot.policy import numbers
 from hf_spot.policy.hangs import Phase
 from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.disks import Disk
-from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
+from hf_spot.training.saving.async_writer import AsyncCheckpointWriter, Refusal
 from hf_spot.training.saving.disk_errors import free_gb, in_words, is_of_a_disk
 from hf_spot.training.saving.finite import not_finite, optimizer_states, trained_weights
+from hf_spot.training.saving.later_copies import LaterCopies
+from hf_spot.training.saving.live_tensors import LiveTensors, versions_of, weights_written_since
 from hf_spot.training.session.phases import Phases
 from hf_spot.training.trainer.engines import why_written_at_once
 from hf_spot.training.trainer.own_state import SavedTensors
@@ -55,6 +59,31 @@ _ONLY_WRITE = ("transformers", "trl", "sentence_transformers", "peft")
 _WORTH_A_LINE_S = 0.0005
 
 
+class _Unanswered:
+    """A save whose copies are checked for NaN beside the training.
+
+    Args:
+        step: the step that is saved.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.later: LaterCopies | None = None
+        self.names: dict[int, str] = {}  # by the addresses of the tensors
+        self.found: list[str] = []  # what was checked at once
+
+    def wrong(self) -> list[str]:
+        """Return the names of what is not finite, as far as it is known."""
+        return [*self.found, *self._named([] if self.later is None else self.later.not_finite)]
+
+    def unknown(self) -> list[str]:
+        """Return the names of what can't be checked."""
+        return self._named([] if self.later is None else self.later.unknown)
+
+    def _named(self, addresses: list[int]) -> list[str]:
+        return [self.names[one] for one in addresses if one in self.names]
+
+
 class Saves:
     """Replaces ``trainer._save_checkpoint`` from `watch` to `close`.
 
@@ -70,8 +99,9 @@ class Saves:
         behind: writes the files while training continues.
         finish: writes what Trainer does not save, on every rank; called with the folder and the tensors written so far.
         failed: called on every rank after a failed save. An exception from it ends the training.
-        refused: called on every rank instead of a save, with the names of what is not finite on any of them. An exception from
-            it ends the training.
+        refused: called on every rank instead of a save, or within the step after it, with the names of what is not finite on
+            any of them, and the step that would have been saved. An exception from it ends the training.
+        opened: called with the seconds that the training waited, after a save, for copies that are made beside it.
         hold: called with an exception from what follows a save (a push to the Hub, the rotation of older checkpoints), perhaps
             by the writer thread. The checkpoint is complete, and is committed before the training learns of it.
         phases: told of saves.
@@ -86,7 +116,8 @@ class Saves:
         behind: AsyncCheckpointWriter,
         finish: Callable[[Path, SavedTensors], None],
         failed: Callable[[SpotError], None],
-        refused: Callable[[list[str]], None],
+        refused: Callable[[list[str], int], None],
+        opened: Callable[[float], None],
         hold: Callable[[str, Exception], None],
         phases: Phases,
     ) -> None:
@@ -98,6 +129,11 @@ class Saves:
         self._saved = SavedTensors(trainer)
         self._failed = failed
         self._refused = refused
+        self._opened = opened
+        self._unanswered: _Unanswered | None = None
+        self._why_not_beside: str | None = None
+        self._versions: dict[str, int] | None = None
+        self._is_first_step = True
         self._never_finite: frozenset[str] = frozenset()
         self._hold = hold
         self._phases = phases
@@ -107,6 +143,7 @@ class Saves:
         self._saving: int | None = None  # the thread
         self._at_the_end: list[Callable[[], None]] = []
         self._best: tuple[Any, Any, Any] = (None, None, None)
+        self._best_before = self._best
         self._told: set[str] = set()
 
     def watch(self) -> None:
@@ -120,27 +157,43 @@ class Saves:
             here = writes_on_each_rank(self._trainer)
             self._behind.expect(_size_bytes(self._trainer.model, here=here))
         plain_save = SAVE_CHECKPOINT.of(self._trainer)
+        self._behind.gate.watch_steps()
 
         def save_now(*args: Any, **kwargs: Any) -> None:
             began = time.monotonic()
             whole = self.settle()
-            if wrong := self._wrong_numbers():
-                self._forget_best()
-                self._suppress_on_save()
-                self._refused(wrong)
-                return
+            self.answer()
             # After a failed save, write at once, so that an error is found where it happens.
-            reasons = self._agreement.gather(self._why_at_once() if whole else "")
-            why = next((one for one in reasons if one is not None), None)
-            goes_on = why is None
+            reasons = self._agreement.gather((self._why_at_once() if whole else "", self._why_copied_at_once()))
+            why = next((one for one, _ in reasons if one is not None), None)
+            goes_on, why_at_once = why is None, next((one for _, one in reasons if one is not None), None)
+            if goes_on and why_at_once and why_at_once not in self._told:
+                self._told.add(why_at_once)
+                log.info("training waits while a save copies its state, because %s; said once", why_at_once)
+            live = self._live_tensors() if goes_on and why_at_once is None else None
+            beside = any(self._agreement.gather(live is not None))
+            if wrong := self._wrong_numbers(of_loss_only=beside):
+                self._forget_best(self._trainer.state.global_step)
+                self._suppress_on_save()
+                self._refused(wrong, self._trainer.state.global_step)
+                return
             self._folder = self._output_dir / f"checkpoint-{self._trainer.state.global_step}"
             self._trouble = None
             self._at_the_end = []
             touched = self._tell_touch if self._is_watched() else None
-            behind = self._behind.capturing(self._in_words, self._give_up, touched) if goes_on else contextlib.nullcontext()
+            asked = _Unanswered(self._trainer.state.global_step)
+            behind = (
+                self._behind.capturing(
+                    self._in_words, self._give_up, touched, live, self._opened, functools.partial(self._judge, asked)
+                )
+                if goes_on
+                else contextlib.nullcontext()
+            )
             with self._forgiving(), behind, self._saved.recording():
                 self._save(plain_save, *args, **kwargs)
                 self._attempt(self._finish)(self._folder, self._saved)
+                if live is not None:
+                    self._examine(asked)
                 # Trainer has no barrier at the end of a save; this is one.
                 failure = next((one for one in self._agreement.gather(self._trouble) if one is not None), None)
                 if failure is not None and goes_on:
@@ -148,6 +201,8 @@ class Saves:
             if why and failure is None:
                 took_s = time.monotonic() - began
                 self._tell(why, f"training waited {took_s:.2g} s until {self._folder.name} was written, because {why}")
+            if beside and failure is None:
+                self._unanswered = asked
             self._conclude(failure)
 
         def save(*args: Any, **kwargs: Any) -> None:
@@ -159,14 +214,69 @@ class Saves:
     def settle(self) -> bool:
         """Wait for the files of the newest save; return False if they could not be written and were removed."""
         self._behind.wait()
-        return self._behind.take_error() is None
+        error = self._behind.take_error()
+        if error is not None and self._unanswered is not None:
+            self._forget_best(self._unanswered.step)
+        return error is None or isinstance(error, Refusal)
+
+    def step_begins(self) -> None:
+        """Record that a step begins. The first one shows whether something else than an optimizer changes weights."""
+        self._behind.gate.step_begins()
+        if self._is_first_step and self._trainer.model is not None:
+            self._versions = versions_of(self._trainer.model)
+
+    def step_changes_weights(self) -> None:
+        """Return when the weights may change, because the optimizer's step comes next."""
+        self._behind.gate.pass_through()
+        if self._is_first_step:
+            self._is_first_step, before = False, self._versions or {}
+            model: Any = self._trainer.model
+            if written := weights_written_since(model, before):
+                self._why_not_beside = f"{written[0]} is written to before the optimizer's step"
+            self._versions = None
+
+    def step_ended(self) -> None:
+        """Look whether the newest save was good. Every rank must call it after each step."""
+        self._behind.gate.pass_through()
+        self.answer(waits=False)
+
+    def event_comes(self, event: str) -> None:
+        """Return when callbacks that hf_spot doesn't know may change weights in an event."""
+        if self._behind.gate.is_shut:
+            callbacks = self._trainer.callback_handler.callbacks
+            if any(_overrides(one, event) and not _is_of_library(one) for one in callbacks):
+                self._behind.gate.pass_through()
+
+    def answer(self, *, waits: bool = True) -> None:
+        """Refuse the newest save, if its copies turn out to have numbers that are not finite. Every rank must call it.
+
+        Args:
+            waits: for the answer; else a training of one rank may get it later.
+        """
+        asked = self._unanswered
+        if asked is None or not (waits or not self._agreement.alone or self._is_known(asked)):
+            return
+        while not self._is_known(asked, 0.05) and not self._behind.wait(0.0):
+            pass
+        self._unanswered = None
+        wrong = [name for found in self._agreement.gather(asked.wrong()) for name in found]
+        if asked.unknown():
+            self._tell_unknown(asked.unknown())
+        if wrong:
+            self._forget_best(asked.step)
+            self._refused(wrong, asked.step)
+
+    @staticmethod
+    def _is_known(asked: _Unanswered, timeout_s: float = 0.0) -> bool:
+        return asked.later is None or asked.later.is_checked(timeout_s)
 
     def _in_words(self, error: BaseException) -> str:
         return str(self._explain(error).args[0])
 
     def _give_up(self, why: str) -> None:
         """Remove a failed save. Called from the writer thread, when no rank is writing any more."""
-        if self._agreement.is_main:
+        asked = self._unanswered
+        if self._agreement.is_main and not (asked is not None and asked.wrong()):  # else `answer` says so
             log_always(logging.ERROR, "%s; training goes on, and the next save will try again", why)
         if self._disk.leads:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -240,26 +350,78 @@ class Saves:
         if failure is None:
             for act in self._at_the_end:
                 self._behind.then(act)  # delete an older checkpoint only after the new one is complete
-            self._best = self._best_now()
+            self._best_before, self._best = self._best, self._best_now()
             return
         self._agreement.together(lambda: shutil.rmtree(self._folder, ignore_errors=True) if self._disk.leads else None)
-        self._forget_best()
+        self._forget_best(self._trainer.state.global_step)
         self._suppress_on_save()
         self._failed(failure)
 
-    def _forget_best(self) -> None:
+    def _forget_best(self, step: int) -> None:
+        """Forget that a step is the best one: a checkpoint that does not exist can't be loaded at the end of the training."""
         state = self._trainer.state
-        if state.best_global_step == state.global_step:
-            # A checkpoint that does not exist can't be loaded at the end of the training.
-            state.best_metric, state.best_global_step, state.best_model_checkpoint = self._best
+        if state.best_global_step == step:
+            before = self._best_before if self._best[1] == step else self._best
+            state.best_metric, state.best_global_step, state.best_model_checkpoint = self._best = before
 
-    def _wrong_numbers(self) -> list[str]:
-        """Return the names of what is not finite on any rank. All ranks must call it."""
+    def _live_tensors(self) -> LiveTensors | None:
+        """Return what may be copied beside the training; None if nothing may, or if this rank writes nothing."""
+        if not (self._agreement.is_main or writes_on_each_rank(self._trainer)) or self._trainer.model is None:
+            return None
+        return LiveTensors(self._trainer.model, self._behind.gate.stepped()) or None
+
+    def _why_copied_at_once(self) -> str | None:
+        """Return why training must wait while the state is copied; None if it needn't. An empty reason is not worth a line."""
         trainer = self._trainer
-        named = itertools.chain(trained_weights(trainer.model), optimizer_states(trainer.optimizer))
+        if trainer.args.device.type != "cpu":
+            return ""  # copies from a device are queued in its order, and nobody waits for them
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            return "its parts are spread over the ranks"
+        if (own := self._own_method()) is not None:
+            return f"{own} may change weights"
+        told = next(filter(_is_told_by_others, trainer.callback_handler.callbacks), None)
+        if told is not None:
+            return f"{type(told).__name__}.on_save may change weights, and is told of a save once that is known to be good"
+        return self._why_not_beside
+
+    def _examine(self, asked: _Unanswered) -> None:
+        """Have all that can go wrong checked for NaN: the copies, in the writer thread, and what has none, at once."""
+        named = [(name, value) for name, value in self._named_tensors() if name not in self._never_finite]
+        asked.later, left = self._behind.examine(named)
+        asked.found, unknown = not_finite(left)
+        if unknown:
+            self._tell_unknown(unknown)
+        asked.names = {value.data_ptr(): name for name, value in named if value.layout is torch.strided}
+
+    def _judge(self, asked: _Unanswered) -> str | None:
+        """Return why a save must not be committed; None if it may. Called from the writer thread."""
+        assert asked.later is not None
+        if asked.later.written_to:
+            names = [asked.names.get(one, "a weight that is not trained") for one in asked.later.written_to]
+            self._why_not_beside = f"{names[0]} was written to between two steps"
+            return (
+                f"checkpoint-{asked.step} is not saved: {names[0]} was written to while it was copied, and not by a step of an "
+                "optimizer; from now on training waits while its state is copied"
+            )
+        return numbers.in_words(wrong, asked.step) if (wrong := asked.wrong()) else None
+
+    def _named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return itertools.chain(trained_weights(self._trainer.model), optimizer_states(self._trainer.optimizer))
+
+    def _tell_unknown(self, unknown: list[str]) -> None:
+        self._tell("unknown", f"{unknown[0]} and {len(unknown) - 1} others can't be checked for NaN")
+
+    def _wrong_numbers(self, *, of_loss_only: bool) -> list[str]:
+        """Return the names of what is not finite on any rank. All ranks must call it.
+
+        Args:
+            of_loss_only: the rest is checked on its copies.
+        """
+        trainer = self._trainer
+        named = () if of_loss_only else self._named_tensors()
         wrong, unknown = not_finite((name, value) for name, value in named if name not in self._never_finite)
         if unknown:
-            self._tell("unknown", f"{unknown[0]} and {len(unknown) - 1} others can't be checked for NaN")
+            self._tell_unknown(unknown)
         newest = trainer.state.log_history[-1] if trainer.state.log_history else {}
         loss = newest.get("loss")
         if newest.get("step") == trainer.state.global_step and isinstance(loss, float) and not math.isfinite(loss):
@@ -381,5 +543,20 @@ def _is_known(owner: Any, name: str) -> bool:
 
 def _is_told(callback: TrainerCallback) -> bool:
     """Return whether a callback that hf_spot doesn't know is told of saves."""
-    overrides = getattr(callback.on_save, "__func__", None) is not TrainerCallback.on_save
-    return overrides and not type(callback).__module__.startswith(("hf_spot.", "transformers.trainer_callback"))
+    is_known = type(callback).__module__.startswith(("hf_spot.", "transformers.trainer_callback"))
+    return not is_known and _overrides(callback, "on_save")
+
+
+def _is_told_by_others(callback: TrainerCallback) -> bool:
+    return _is_told(callback) and not _is_of_library(callback)
+
+
+def _is_of_library(callback: TrainerCallback) -> bool:
+    """Return whether a callback is hf_spot's or transformers', whose callbacks report, and change no weights."""
+    return type(callback).__module__.partition(".")[0] in ("hf_spot", "transformers")
+
+
+def _overrides(callback: TrainerCallback, event: str) -> bool:
+    """Return whether a callback does something in an event; also if it is no `TrainerCallback`."""
+    own, plain = getattr(callback, event, None), getattr(TrainerCallback, event, None)
+    return own is not None and (plain is None or getattr(own, "__func__", None) is not plain)

@@ -441,6 +441,37 @@ PEFT_CONFIG = _attribute(  # other models have none
     optional=True,
 )
 
+# Copies that are made while training continues
+_HIDDEN = "a write through it while a save copies the weights is only found by a sample of their values"
+_memory = partial(
+    _name, "value", "torch:Tensor", takes="", users="training.saving.hidden_writes", without=_HIDDEN, told=True, scope=_BOTH
+)
+TENSOR_DATA = _memory("data")
+TENSOR_NUMPY = _memory("numpy")
+TENSOR_ARRAY = _memory("__array__")
+TENSOR_STORAGE = _memory("untyped_storage")
+TENSOR_OLD_STORAGE = _memory("storage")
+TENSOR_TYPED_STORAGE = _memory("_typed_storage")
+TENSOR_ADDRESS = _memory("data_ptr")
+TENSOR_DLPACK = _memory("__dlpack__")
+STORAGE_HANDLE = _value(
+    "torch:UntypedStorage",
+    "_cdata",
+    "training.saving.live_tensors",
+    "saves copy weights and optimizer states while training waits",
+    told=True,
+    scope=_BOTH,
+)
+USE_COUNT = _function(
+    "torch._C",
+    "_storage_Use_Count",
+    "…",
+    "training.saving.live_tensors",
+    "saves copy weights and optimizer states while training waits",
+    told=True,
+    scope=_BOTH,
+)
+
 # Files that are written while training continues
 _WAITS = "training waits until a checkpoint is written"
 _SHARDS_WAIT = "training waits until a sharded checkpoint is written"
@@ -567,7 +598,7 @@ _PLACE = "a resumed loop gets other batches than an uninterrupted one"
 _ACCELERATE: Any = {"scope": Scope.LOOP, "optional": True}
 _WORKERS = "a signal to the whole job kills DataLoader workers, and so the training before it can save"
 ITERATE = _method(_LOADER, "__iter__", "", "training.data.loaders", _PLACE, scope=Scope.LOOP)
-ITERATOR = _attribute(_LOADER, "_iterator", "training.data.iterations", _PLACE, scope=Scope.LOOP)
+ITERATOR = _attribute(_LOADER, "_iterator", "training.data.iterations training.data.stream_position", _PLACE, scope=Scope.LOOP)
 INDEX_SAMPLER = _attribute(
     "torch.utils.data.dataloader:_BaseDataLoaderIter", "_index_sampler", "training.data.iterations", _PLACE, scope=Scope.LOOP
 )
@@ -613,7 +644,12 @@ INSIDE = _attribute(
 )
 SHARD_GENERATOR = _attribute(_SHARD, "synchronized_generator", "training.data.iterations", _PLACE, **_ACCELERATE)
 SPLIT_BATCHES = _attribute(
-    _DISPATCHER, "split_batches", "training.data.iterations training.trainer.resume_fixes", _PLACE, scope=_BOTH, optional=True
+    _DISPATCHER,
+    "split_batches",
+    "training.data.iterations training.trainer.random_states training.trainer.resume_fixes training.trainer.streams",
+    _PLACE,
+    scope=_BOTH,
+    optional=True,
 )
 STATEFUL = _attribute(_ADAPTER, "use_stateful_dataloader", "training.data.loaders", _PLACE, **_ACCELERATE)
 SKIPS_INSIDE = _attribute(
@@ -717,6 +753,15 @@ PREPARE_STREAM = _method(
     "training.data.stream_position",
     "a stream is read again from its start",
     **_STREAM,
+)
+PIN_MEMORY = _function(
+    "torch.utils.data._utils.pin_memory",
+    "pin_memory",
+    "data, device",
+    "training.data.stream_position",
+    "a stream's workers can't give batches in pinned memory",
+    told=True,
+    scope=_BOTH,
 )
 STREAM_SHARD = _name(
     "class",

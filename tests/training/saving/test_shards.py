@@ -49,6 +49,17 @@ def facts(folder: Path, scene: str) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{scene}-{rank}.json").read_text()) for rank in range(2)]
 
 
+def test_a_replicated_model_is_copied_beside_the_training_of_all_ranks(tmp_path: Path, zygote: Zygote) -> None:
+    codes, said = launch(zygote, tmp_path, "replicated")
+    assert codes == [0, 0], "\n".join(said)
+    main, other = facts(tmp_path, "replicated")
+    for seen in (main, other):
+        assert seen["distributed"].endswith("MULTI_CPU")
+        assert len(seen["plain"]) == 6 * 3 and seen["spot"] == seen["plain"]
+        assert seen["step of the end"] == 6 and seen["commits"][-1] == 4  # others may give way to it
+    assert other["left for later"] == [] and min(main["left for later"]) > 0
+
+
 def test_training_goes_on_while_its_shards_are_written_and_they_are_those_of_trainer(tmp_path: Path, zygote: Zygote) -> None:
     codes, said = launch(zygote, tmp_path, "fsdp2", "fsdp1")
     assert codes == [0, 0], "\n".join(said)

@@ -6,6 +6,7 @@ All scenes of a launch are one after the other in the same processes, because im
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -27,10 +28,11 @@ from transformers.distributed import DistributedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from hf_spot import Run, SpotArguments, SpotCallback
-from hf_spot.errors import ConfigError
+from hf_spot.errors import ConfigError, SpotError
 from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.saving import async_writer
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
+from hf_spot.training.saving.later_copies import LaterCopies
 from tests.waiting import PATIENCE_S, wait_for
 
 RANK = int(os.environ["RANK"])
@@ -367,6 +369,56 @@ def how_it_ends(trainer: Trainer) -> str:
     except ConfigError as error:
         return f"{error} ({error.hint})"
     return "trained"
+
+
+@scene
+def replicated(folder: Path) -> dict[str, Any]:
+    """Both ranks hold the whole model (DDP), and rank 0 copies it as late as it can; then a weight becomes NaN on both."""
+    plain_run, left = LaterCopies.run, []
+
+    def run(self: LaterCopies) -> None:
+        left.append(len(self))
+        assert wait_for(lambda: self._is_hurried or self.is_confirmed())
+        plain_run(self)
+
+    LaterCopies.run = run  # type: ignore[method-assign]
+
+    def train(out: Path, *callbacks: TrainerCallback) -> Trainer:
+        AcceleratorState._reset_state()
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        )
+        data = [{"input_ids": row, "labels": row} for row in torch.randint(0, 64, (96, 16))]
+        args = TrainingArguments(
+            str(out), max_steps=6, save_steps=1, learning_rate=1e-2, report_to="none", use_cpu=True, disable_tqdm=True
+        )
+        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=list(callbacks))
+        for one in callbacks:
+            if isinstance(one, Before):
+                one._acts[5] = lambda: trainer.optimizer.state[next(trainer.model.parameters())]["exp_avg"].fill_(torch.nan)
+        with contextlib.suppress(SpotError):
+            trainer.train()
+        return trainer
+
+    def files(out: Path) -> dict[str, str]:
+        names = ("model.safetensors", "optimizer.pt", f"rng_state_{RANK}.pth")
+        found = [path for path in out.glob("checkpoint-*/*") if path.name in names]
+        return {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+    train(folder / "plain")
+    train(folder / "out", spot(folder / "run"))
+    distributed = str(AcceleratorState().distributed_type)
+    wrong = train(folder / "wrong", spot(folder / "wrong-run"), Before({}))
+    LaterCopies.run = plain_run  # type: ignore[method-assign]
+    return {
+        "distributed": distributed,
+        "plain": files(folder / "plain"),
+        "spot": files(folder / "out"),
+        "left for later": left,
+        "step of the end": wrong.state.global_step,
+        "commits": commits(folder / "wrong-run"),
+    }
 
 
 @scene

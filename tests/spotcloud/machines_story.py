@@ -1,0 +1,150 @@
+"""Three machines of the local spot cloud that really train together, kept in number by ``hf-spot provision --watch``."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.elastic.story import TRAIN, Told, told, undisturbed
+from tests.servers import SeaweedFS
+from tests.spotcloud import guest
+from tests.spotcloud.market import ON_DEMAND, SPOT, Pool
+from tests.spotcloud.story import LARGE, Script, Story
+
+A, B = "us-east-1a", "us-east-1b"
+_SLOW = ("--step_s", "0.5")
+_THREADS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+class MachinesStory(Story):
+    """Plays interruptions; ``with`` ends whatever is left.
+
+    Args:
+        folder: an empty one.
+        s3: a running server.
+        interruptions: how many.
+        seed: of who is taken, and how.
+        say: is told what happens, line by line.
+    """
+
+    def __init__(self, folder: Path, s3: SeaweedFS, interruptions: int, seed: int, say: Callable[[str], None]) -> None:
+        self.epochs = math.ceil((interruptions * 6 + 8) / 10)  # of ten steps
+        words = ("--epochs", str(self.epochs), "--save_steps", "4", "--save_on_each_node")
+        paths = (str(TRAIN), "--output_dir", "{folder}/out", "--diary", "{folder}/losses.jsonl")
+        super().__init__(folder, s3, Script((*paths, *words), slower=_SLOW), (), speed=20, say=say, twin=folder / "nowhere")
+        self.interruptions, self.dice = interruptions, random.Random(seed)
+
+    def play_machines(self) -> dict[str, Any]:
+        """From the job file to the bill: what came of it, by name."""
+        market = self.cloud.market
+        market.close()
+        market.limit(3, LARGE, A, SPOT)
+        self._start_watcher()
+        for place in range(self.interruptions):
+            self._wait_for(lambda: len(self._trains()) >= 2, "a launch of several machines")
+            at = max(self._steps(), default=0)
+            self._wait_for(lambda at=at: max(self._steps(), default=0) >= at + 2, f"step {at + 2}")  # type: ignore[misc]
+            self._act(place)
+        assert self._watcher is not None and self._watcher.wait(1200) == 0, self.text()
+        return self._balance()
+
+    def _act(self, place: int) -> None:
+        spot = [name for name in self.cloud.running() if self.cloud.bill.stays[name].pool.market == SPOT]
+        name = self.dice.choice(spot or self.cloud.running())
+        market = self.cloud.market
+        if place == 1:  # two at once, and only the full price is to be had
+            market.close()
+            market.limit(1, LARGE, A, ON_DEMAND)
+            self.cloud.take(next(one for one in spot if one != name))
+        if place == 2:
+            market.limit(3, LARGE, A, SPOT)
+        if place == 3:  # all at once, and only another zone has machines
+            market.close()
+            market.limit(3, LARGE, B, SPOT)
+            for one in self.cloud.running():
+                self.cloud.take(one)
+            self.say(f"story: all machines are taken at step {max(self._steps())}")
+        elif place % 2 == 0:
+            self.cloud.give_notice(name, 20)
+            self.say(f"story: {name} is given a notice at step {max(self._steps())}")
+            self._wait_for(lambda: name not in self.cloud.running(), "the end of a machine")
+        else:
+            self.cloud.take(name)
+            self.say(f"story: {name} is taken without a word at step {max(self._steps())}")
+        if place in (0, self.interruptions // 2):
+            self._kill_watcher()
+            self._start_watcher()
+
+    def _trains(self) -> list[str]:
+        """The machines that run and have made a step in the last seconds."""
+        now = time.time()
+        found = []
+        for name in self.cloud.running():
+            steps = [one for one in self._lines(name) if "step" in one]
+            found += [name] if steps and now - steps[-1]["at"] < 5 else []
+        return found
+
+    def _steps(self) -> list[int]:
+        return [one["step"] for name in list(self.cloud.machines) for one in self._lines(name) if "step" in one]
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        if name not in self.cloud.machines:
+            return []  # it boots
+        path = self.cloud.machines[name].folder / "losses.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def _job(self) -> str:
+        script = [*self.script.arguments(guest.HOST), *self.script.slower]
+        launch = ["hf-spot", "launch", "--num_processes", "1", "--peer-timeout-s", "10", *script]
+        rungs = [f"  - {{market: {market}, instance_types: [{LARGE}], regions: preferred}}" for market in (SPOT, ON_DEMAND)]
+        return "\n".join(
+            [
+                "name: several",
+                f"store: {self.run.url}",
+                f"run: {shlex.join(launch)}",
+                "region: us-east-1",
+                "max_spend: 100",
+                "machines: 2:3",
+                "instance_profile: trains",
+                "tags: {team: tests}",
+                "ladder:",
+                *rungs,
+            ]
+        )
+
+    def _balance(self) -> dict[str, Any]:
+        words = ("--epochs", str(self.epochs), "--save_steps", "4")
+        twin = undisturbed(self.folder, _THREADS, *words)
+        lines = sorted(
+            (line for name in self.cloud.machines for line in self._lines(name) if "logged" in line),
+            key=lambda line: int(line["logged"]),
+        )
+        found: Told = told(lines)
+        entries = [entry.data for entry in self.run.events() if entry.kind == "machine"]
+        spent = {one["machine"]["instance_id"]: one["machine"]["cost_usd"] for one in entries if one["event"] == "ended"}
+        stays = self.cloud.bill.stays
+        now = self.cloud.now()
+        claims = [entry.data["machines"] for entry in self.run.events() if entry.kind == "claim"]
+        client = self.cloud.client()
+        return {
+            "rates are equal": found.rates == twin.rates,
+            "losses differ by": max(abs(found.losses[step] - twin.losses[step]) for step in twin.losses),
+            "machines of each launch": claims,
+            "pools": sorted({str(stay.pool) for stay in stays.values()}),
+            "machines": len(stays),
+            "left running": self.cloud.running(),
+            "not in the journal": sorted(stays.keys() ^ spent.keys()),
+            "security groups left": len(client.describe_security_groups()["SecurityGroups"]) - 1,
+            "spent by the journal": round(sum(spent.values()), 4),
+            "charged by the cloud": round(sum(stay.charged(self.cloud.market, now) for stay in stays.values()), 4),
+            "taken for nothing": sum(
+                stay.pool == Pool(LARGE, A) and not stay.charged(self.cloud.market, now) for stay in stays.values()
+            ),
+        }
