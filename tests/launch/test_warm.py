@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -151,8 +152,12 @@ def test_a_spare_that_is_not_needed_leaves_nothing(spares: Spares) -> None:
 
 def ranks_of(launch: Launch, *, were_spares: bool) -> set[int]:
     """The processes of a launch that train or wait to: those that were started as spares, or the others."""
-    found = [one for one in launch.tree() if "hf_spot.training.bootstrap" in one.cmdline()[2:4]]
-    return {one.pid for one in found if (WAITS_ON in one.environ()) is were_spares}
+    found = set()
+    for one in launch.tree():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+            if "hf_spot.training.bootstrap" in one.cmdline()[2:4] and (WAITS_ON in one.environ()) is were_spares:
+                found.add(one.pid)
+    return found
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
