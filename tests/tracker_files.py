@@ -123,7 +123,7 @@ def read_trackio(project: str) -> dict[str, list[Row]]:
     for name in SQLiteStorage.get_runs(project):
         rows = []
         for number, said in enumerate(SQLiteStorage.get_logs(project, name)):
-            step = said.pop("train/global_step", -1)
+            step = said.pop("train/global_step", said.get("step", -1))  # a loop says no more than the step of each line
             rows.append(Row(number, step, {name: value for name, value in said.items() if name not in ("timestamp", "step")}))
         found[name] = rows
     return found

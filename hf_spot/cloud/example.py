@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, fields
 
-from hf_spot.cloud.job import DEFAULT_LADDER, Rung
+from hf_spot.cloud.job import DEFAULT_LADDER, HUB_SECTION, Rung
 
 _REQUIRED = {
     "name": ("my-run", "names and tags of all resources"),
@@ -51,6 +51,8 @@ def example() -> str:
     lines += [f"# - {_rung(rung)}" for rung in DEFAULT_LADDER]
     lines += ["", "# The keys of a rung:"]
     lines += [_line(f"#   {key}", means) for key, means in _RUNG.items()]
+    lines += ["", "# For hf-spot jobs (Hugging Face Jobs), which needs none of region, instance_profile and the ladder:"]
+    lines += [f"# {HUB_SECTION}: {{flavor: a10g-small, timeout: 24h, attempts: 3}}"]
     return "\n".join(lines) + "\n"
 
 

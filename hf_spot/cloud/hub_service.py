@@ -273,11 +273,6 @@ class HubService:
 _LOST = "lost"  # whether the service has done it is not known
 
 
-def finished(run: Run) -> bool:
-    """Return whether the run is finished."""
-    return run.state().ended == "finished"
-
-
 def _started(info: JobInfo) -> Started:
     stage = info.status.stage
     return Started(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,10 @@ from hf_spot.cloud.machine_records import MachineRecords
 from hf_spot.cloud.network import Networks
 
 
-def terminate(records: MachineRecords, cloud: Cloud) -> list[Machine]:
+def terminate(records: MachineRecords, cloud: Cloud, note: Callable[[str], object] = lambda text: None) -> list[Machine]:
     """End all machines of a run, tell a ``--watch`` to start no other, and remove their launch templates and groups.
 
-    A group that machines still use while they shut down is removed by the ``--watch``, or by the next call.
+    A group that machines still use while they shut down is noted; the ``--watch``, or the next call, removes it.
 
     Raises:
         CloudError: the cloud refused.
@@ -28,7 +29,9 @@ def terminate(records: MachineRecords, cloud: Cloud) -> list[Machine]:
     for region in sorted({one.region for one in alive} | {machine.region for machine in records.ledger.machines}):
         cloud.remove_templates(region, records.run.url)
     if records.ledger.wanted:
-        Networks(cloud, records.run.url, {}).remove(sorted({machine.region for machine in records.ledger.machines}))
+        regions = sorted({machine.region for machine in records.ledger.machines})
+        if left := Networks(cloud, records.run.url, {}).remove(regions):
+            note(f"still in use while machines shut down: {', '.join(left)}; later: hf-spot terminate {records.run.url}")
     ids = {one.id for one in alive}
     gone = {one.id: one for one in records.find_instances(sorted({one.region for one in alive}))} if alive else {}
     for machine in records.ledger.live():

@@ -52,13 +52,12 @@ def _service(args: argparse.Namespace) -> HubService:
 
 def _run(args: argparse.Namespace) -> int:
     from hf_spot.cloud.hub_job import notes
-    from hf_spot.cloud.hub_service import finished
 
     service = _service(args)
     job = service.job
     service.secrets()  # raises if one is missing
     run = open_run(job.store, allow_unfenced_store=True)  # the launch in the job checks that
-    if finished(run):
+    if run.state().ended == "finished":
         _tell(args, {"started": [], "finished": True}, f"{job.store} is finished: nothing to do")
         return 0
     hardware = service.hardware()

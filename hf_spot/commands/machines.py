@@ -182,7 +182,7 @@ def _terminate(args: argparse.Namespace) -> int:
     cloud = _cloud()
     records = MachineRecords(open_run(args.run), cloud, now=_now)
     try:
-        gone = terminate(records, cloud)
+        gone = terminate(records, cloud, lambda text: args.quiet or print(f"hf-spot: {text}", file=sys.stderr))
     except CloudError as error:
         if had_machines(records):
             raise

@@ -70,3 +70,14 @@ def repair(before: Batches, now: Batches) -> str:
     if before.total % ranks == 0:
         return f"--per_device_train_batch_size {before.total // ranks}"
     return ""
+
+
+def divided_otherwise(parallel: object) -> str | None:
+    """Return which parts of accelerate's ``ParallelismConfig`` divide a model or its samples among ranks; None if none does.
+
+    Args:
+        parallel: the configuration, or None.
+    """
+    sizes = {name: int(getattr(parallel, f"{name}_size", None) or 1) for name in ("tp", "cp", "sp")}
+    found = [f"{name}_size={size}" for name, size in sizes.items() if size > 1]
+    return f"ParallelismConfig({', '.join(found)})" if found else None

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from hf_spot.errors import CorruptCheckpoint
@@ -45,6 +45,10 @@ class FileEntry:
         if type(self.size) is not int or not 0 <= self.size <= LARGEST or not _DIGEST.fullmatch(str(self.digest)):
             raise CorruptCheckpoint(f"a manifest has no size or digest for {self.path!r}")
 
+    def told(self) -> dict[str, Any]:
+        """Return the entry as it is in a journal."""
+        return {"path": self.path, "size": self.size, "digest": self.digest}
+
     @classmethod
     def of(cls, told: dict[str, Any]) -> FileEntry:
         """Return the entry for a file in a journal; older runs have ``sha256``. Raises CorruptCheckpoint, KeyError."""
@@ -54,15 +58,15 @@ class FileEntry:
 
 def check_path(path: str) -> None:
     """Refuse a name that could lead outside the checkpoint's folder. Raises CorruptCheckpoint."""
-    parts = PurePosixPath(path).parts if isinstance(path, str) else ()
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path or str(PurePosixPath(path)) != path:
+    parts = path.split("/") if isinstance(path, str) else [""]
+    if not {"", ".", ".."}.isdisjoint(parts) or "\\" in path or "\0" in path:
         raise CorruptCheckpoint(f"a manifest names the file {path!r}, which could lie outside the checkpoint's folder")
 
 
 def check_names(files: Iterable[FileEntry]) -> None:
     """Refuse names that some filesystems can't tell apart, or that are both a file and a folder. Raises CorruptCheckpoint."""
     names = Counter(file.path.casefold() for file in files)
-    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    folders = {name[:at] for name in names for at, character in enumerate(name) if character == "/"}
     if twins := sorted(name for name, count in names.items() if count > 1 or name in folders):
         raise CorruptCheckpoint(f"a manifest names {twins[0]!r} twice")
 
@@ -73,9 +77,11 @@ def files_in(folder: Path) -> list[str]:
     Names that begin with ``.tmp`` are left out, because Trainer leaves such files behind when a save is cut short, and parts of
     files that were fetched to resume (`hf_spot.run.parts`).
     """
-    found = []
-    for root, _, names in os.walk(folder):
-        found += [(Path(root) / name).relative_to(folder).as_posix() for name in names if not name.startswith(_LEFT_OUT)]
+    found, top = [], os.fspath(folder)
+    for root, _, names in os.walk(top):
+        below = os.path.relpath(root, top)
+        within = "" if below == os.curdir else f"{below}{os.sep}"
+        found += [f"{within}{name}".replace(os.sep, "/") for name in names if not name.startswith(_LEFT_OUT)]
     return sorted(found)
 
 

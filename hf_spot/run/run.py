@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -370,7 +370,7 @@ class Run:
         if request.parts > 1:
             check_names(files)
             check_whole(request, [file.path for file in files], request.prefix(self.launch))
-        data = {**request.to_data(self.launch), "files": [asdict(file) for file in files]}
+        data = {**request.to_data(self.launch), "files": [file.told() for file in files]}
         return self.journal.append("commit", data, id=id)
 
     def push(self, folder: str | PathLike[str], step: int | None = None, *, progress: Progress | None = None) -> Checkpoint:
@@ -465,7 +465,7 @@ class Run:
         for file in files:
             self.store.copy(f"{ref.prefix}/{file.path}", f"{prefix}/{file.path}")
         details = {name: checkpoint.details[name] for name in ("step", TRAINING_KEY, "complete", "world_size")}
-        data = {**details, "reason": WEIGHTS_ONLY, "prefix": prefix, "files": [asdict(file) for file in files]}
+        data = {**details, "reason": WEIGHTS_ONLY, "prefix": prefix, "files": [file.told() for file in files]}
         self.record("weights", data)
         return True
 

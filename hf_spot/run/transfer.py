@@ -134,9 +134,11 @@ def download(
         work.mkdir()
         _check_room(work, sum(entry.size for entry in files) + sum(one.size_bytes for one in parts))
 
+        for within in {entry.path.rpartition("/")[0] for entry in (*files, *(one.file for one in parts))}:
+            (work / within).mkdir(parents=True, exist_ok=True)
+
         def fetch(entry: FileEntry) -> None:
             path = work / entry.path
-            path.parent.mkdir(parents=True, exist_ok=True)
             if have is not None and difference(have, entry) is None and _linked(have / entry.path, path):
                 return
             problem: str | None = None
@@ -165,8 +167,8 @@ def download(
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-        for directory in {path.parent for path in work.rglob("*")}:
-            sync(directory)
+        for directory, _, _ in os.walk(work):
+            sync(Path(directory))
         os.rename(work, folder)
         sync(folder.parent)
     except OSError as error:

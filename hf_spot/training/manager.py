@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError
+from hf_spot.policy.resize import divided_otherwise
 from hf_spot.storage.store import ObjectStore
 from hf_spot.training.loop.loop_manager import LoopManager
 from hf_spot.training.loop.loop_states import AcceleratorState, PlainState
@@ -90,7 +91,16 @@ class SpotCheckpointManager(LoopManager):
             save_every_n_steps: as in `SpotCheckpointManager`.
             args: as in `SpotCheckpointManager`.
             local_dir: as in `SpotCheckpointManager`.
+
+        Raises:
+            ConfigError: the accelerator divides a model in a way that can't be resumed exactly.
         """
+        if divided := divided_otherwise(getattr(accelerator, "parallelism_config", None)):
+            raise ConfigError(
+                f"{divided}: accelerate's save_state and load_state are not known to be exact for tensor, context and "
+                "sequence parallel loops",
+                hint="shard the model with FSDP or DeepSpeed instead, which hf_spot saves and resumes exactly",
+            )
         manager = AcceleratorCheckpointManager(checkpoint_dir, save_every_n_steps, args=args, local_dir=local_dir)
         manager.accelerator = accelerator
         return manager

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-NAMES = ("saves", "proof", "notice", "steps", "agreement", "any_gpus", "transfers", "commands", "resume", "growth")
+NAMES = ("saves", "proof", "notice", "steps", "agreement", "any_gpus", "transfers", "commands", "resume", "growth", "streams")
 
 
 def main() -> None:

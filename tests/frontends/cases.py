@@ -71,6 +71,15 @@ CASES = [
     Case("trl-sft-lora", f"trl sft --dataset_name ./sft --max_length 64 --use_peft --lora_r 4 {TRL}", ("trl", "peft")),
     Case("trl-dpo", f"trl dpo --dataset_name ./preferences {TRL}", ("trl",)),
     Case("trl-reward", f"trl reward --dataset_name ./preferences {TRL}", ("trl",)),
+    Case(
+        "trl-grpo",
+        "trl grpo --dataset_name ./preferences --reward_funcs rewards.various --num_generations 4 --max_completion_length 8 "
+        f"{TRL}",
+        ("trl",),
+    ),
+    Case(
+        "trl-sft-streaming", f"trl sft --dataset_name ./sft --dataset_streaming --max_steps 24 --max_length 64 {TRL}", ("trl",)
+    ),
     Case("setfit", "python setfit_train.py {out}", ("setfit",)),
     Case("sentence-transformers-fit", "python fit.py {out}", ("sentence-transformers",)),
     Case("llamafactory", "llamafactory-cli train llamafactory.yaml output_dir={out}", ("llamafactory",)),

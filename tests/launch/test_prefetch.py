@@ -108,12 +108,23 @@ def test_what_was_verified_as_it_came_is_not_read_again_and_a_folder_that_stands
     ahead.close()
 
 
-def test_what_was_saved_by_another_number_of_ranks_is_brought_whole(of_two: Run, runtime: Runtime, tmp_path: Path) -> None:
+def test_what_was_saved_by_another_number_of_ranks_is_restored_whole(of_two: Run, runtime: Runtime, tmp_path: Path) -> None:
     ahead, told = fetched(of_two, runtime, machines=Machines(count=2, rank=1))
     ref, out = of_two.find().ref, tmp_path / "elsewhere" / "out"
     checkpoint, folder = restore_checkpoint(of_two, ref, out, readers=Readers((1,), 4), prefetched=told)
     assert told.folder is not None and told.folder.exists(), "it holds what rank 1 of two needs, and no more"
     assert of_two.compare(checkpoint, folder) == []
+    assert (folder / "model.safetensors").samefile(told.folder / "model.safetensors"), "what both need is not fetched again"
+    ahead.close()
+
+
+def test_what_was_prefetched_where_others_can_write_is_not_used(of_two: Run, runtime: Runtime, tmp_path: Path) -> None:
+    ahead, told = fetched(of_two, runtime, machines=Machines(count=2, rank=1))
+    assert told.folder is not None
+    told.folder.parent.chmod(0o777)
+    ref, out = of_two.find().ref, tmp_path / "elsewhere" / "out"
+    _, folder = restore_checkpoint(of_two, ref, out, readers=Readers((1,), 4), prefetched=told)
+    assert not (folder / "model.safetensors").samefile(told.folder / "model.safetensors")
     ahead.close()
 
 

@@ -50,6 +50,8 @@ class Case:
         runs: number of runs in each tracker.
         stops: steps at which the launches are interrupted, counted through all trainings.
         ids: ids that the user sets, by their variables; ``{mlflow}`` is that of a run in MLflow's server.
+        draws_over: whether lines of steps that are done again may come twice, if they are equal. A loop writes its lines
+            itself, and offline W&B's folders are merged as its server merges them.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Case:
     runs: int = 1
     ids: dict[str, str] = field(default_factory=dict)
     stops: tuple[int, ...] = (8, 18, 28)
+    draws_over: bool = False
 
 
 ALL = ("wandb", "mlflow", "trackio", "tensorboard", "comet_ml", "dvclive")  # swanlab 0.10 fails in Trainer's callback
@@ -72,7 +75,7 @@ CASES = (
     Case("ids", "trainer", ("wandb", "mlflow", "comet_ml"), ids=IDS),
     Case("several", "several", ("wandb", "mlflow", "trackio", "tensorboard", "comet_ml"), runs=2, stops=(8, 48, 58)),
     Case("script", "script", OWN),
-    Case("loop", "loop", OWN),
+    Case("loop", "loop", OWN, draws_over=True),
 )
 
 
@@ -161,6 +164,8 @@ class Story:
             return f"{len(found)} runs instead of {self._case.runs}: {', '.join(found)}"
         # Undisturbed, W&B draws several trainings of a process as one run.
         one, other = (sorted(point for curve in runs.values() for point in curve) for runs in (expected, found))
+        if self._case.draws_over:
+            other = sorted(set(other))
         if one != other:
             return f"{len(other)} points, undisturbed {len(one)}; steps {[step for step, _ in other]}"
         if ids and not set(found) & set(ids):
@@ -260,8 +265,9 @@ class Story:
             text = self._python_says(first, [*words, str(first), self._project(first), "wandb"])
             curve = next(iter(json.loads(text.splitlines()[-1])["wandb"].values()))
             (folder / "first-loss").write_text(repr(curve[0][1]))
-        text = self._python_says(folder, [*words, str(folder), self._project(folder), *self._trackers])
-        found: dict[str, Runs] = json.loads(text.splitlines()[-1])
+        readers = {"wandb_rows" if name == "wandb" and self._case.draws_over else name: name for name in self._trackers}
+        text = self._python_says(folder, [*words, str(folder), self._project(folder), *readers])
+        found: dict[str, Runs] = {readers[name]: runs for name, runs in json.loads(text.splitlines()[-1]).items()}
         return {
             name: {id: [(step, value) for step, value in rows] for id, rows in runs.items()} for name, runs in found.items()
         }

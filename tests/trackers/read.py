@@ -99,7 +99,7 @@ def dvclive(folder: Path, project: str) -> Runs:
 
 
 READERS: dict[str, Callable[[Path, str], Runs]] = {
-    one.__name__: one for one in (wandb, mlflow, trackio, tensorboard, swanlab, comet_ml, dvclive)
+    one.__name__: one for one in (wandb, wandb_rows, mlflow, trackio, tensorboard, swanlab, comet_ml, dvclive)
 }
 
 

@@ -92,12 +92,13 @@ def loop(folder: Path, options: argparse.Namespace) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     loader = torch.utils.data.DataLoader(torch.arange(160.0).reshape(40, 4) / 160, shuffle=True)  # type: ignore[arg-type]
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    kwargs = {} if options.undisturbed else {"checkpoint_dir": None}
     manager = SpotCheckpointManager.for_accelerator(
-        accelerator, str(folder / "undisturbed") if options.undisturbed else kwargs.get("checkpoint_dir"), SAVE_STEPS
+        accelerator, str(folder / "undisturbed") if options.undisturbed else None, SAVE_STEPS
     )
-    accelerator.init_trackers(options.project)
     step, _ = manager.load_latest()
+    # As trackers.md says; the undisturbed loop has nothing to continue.
+    kwargs = {} if options.undisturbed else manager.tracker_kwargs(mlflow_experiment=options.project)
+    accelerator.init_trackers(options.project, init_kwargs={name: kwargs.get(name, {}) for name in used})
     for batch in loader:
         loss = model(batch).square().mean()
         accelerator.backward(loss)

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -421,3 +422,10 @@ def test_under_the_launcher_a_loop_needs_no_directory(tmp_path: Path, zygote: Zy
     assert [json.loads(line)["step"] for line in diary.read_text().splitlines()] == list(range(1, 19))
     again = subprocess.run([*command, *script, "--finish"], capture_output=True, text=True)
     assert again.returncode == 0 and "is finished at step 16: nothing to do" in again.stderr
+
+
+@pytest.mark.parametrize("size", ["tp_size", "cp_size", "sp_size"])
+def test_a_parallel_loop_that_is_not_known_to_be_exact_is_refused_before_it_begins(tmp_path: Path, size: str) -> None:
+    accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(dp_shard_size=2, **{size: 2}))
+    with pytest.raises(ConfigError, match=rf"ParallelismConfig\({size}=2\)"):
+        SpotCheckpointManager.for_accelerator(accelerator, tmp_path)

@@ -70,6 +70,7 @@ FOR_SOME = (
     "botocore.credentials",
     "botocore.endpoint",
     "botocore.response",
+    "datasets.iterable_dataset",
     "google.cloud.storage.client",
     "hf_xet",
     "peft.peft_model",
@@ -78,7 +79,7 @@ FOR_SOME = (
     "trl.trainer.sft_trainer",
     "urllib3.response",
 )
-LIBRARIES = {"accelerate", "botocore", "numpy", "safetensors", "torch", "transformers", "trl", "tqdm", "urllib3"}
+LIBRARIES = {"accelerate", "botocore", "datasets", "numpy", "safetensors", "torch", "transformers", "trl", "tqdm", "urllib3"}
 
 
 def name_of(one: Name) -> str:
@@ -483,6 +484,14 @@ OTHERWISE = {
     upstream.BARS: "test_bars_know_each_other",
     upstream.SAVE_ALONE: "what SAVE_TOGETHER is given",
     upstream.CHECKPOINT_ENGINE: "python -m tests.engines",
+    upstream.ITERATE_BUFFER: "tests/training/data/test_stream_position.py",
+    upstream.ARROW_OF_BUFFER: "tests/training/data/test_stream_position.py",
+    upstream.BEGIN_STATE_OF_BUFFER: "tests/training/data/test_stream_position.py",
+    upstream.LOAD_STATE_OF_BUFFER: "tests/training/data/test_stream_position.py",
+    upstream.STATE_OF_STREAM: "tests/training/data/test_stream_position.py",
+    upstream.PREPARE_STREAM: "tests/training/data/test_stream_position.py",
+    upstream.STREAM_SHARD: "tests/training/trainer/test_stream_ranks.py",
+    upstream.PIN_MEMORY: "test_torch_pins_what_says_how",
     **dict.fromkeys(hidden_writes._HIDDEN, "tests/training/saving/test_beside.py"),
     upstream.STORAGE_HANDLE: "tests/training/saving/test_beside.py",
     upstream.USE_COUNT: "tests/training/saving/test_beside.py",
@@ -651,6 +660,14 @@ def test_torch_starts_workers_as_it_did(tmp_path: Path) -> None:
         assert len(list(DataLoader([1, 2], num_workers=1, multiprocessing_context="fork"))) == 2
     assert started[upstream.START_WORKERS] == 1
     assert marked.read_text() == "14 0"
+
+
+def test_torch_pins_what_says_how() -> None:
+    class Held:
+        def pin_memory(self) -> str:
+            return "pinned"
+
+    assert upstream.PIN_MEMORY.find()([Held()], None) == ["pinned"]
 
 
 def test_accelerate_makes_its_loaders() -> None:

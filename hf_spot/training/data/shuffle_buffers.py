@@ -64,7 +64,7 @@ def install() -> None:
         return None if found is None else lambda: _iterate(self, lambda part: arrow.fget(part)(), tables=True)
 
     def begin_state(self: Any) -> dict[str, Any]:
-        self.ex_iterable._init_state_dict()
+        BEGIN_STATE_OF_BUFFER.of(self.ex_iterable)()
         self._state_dict = _state(given=0)
         return self._state_dict  # type: ignore[no-any-return]
 

@@ -20,12 +20,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from torch import Tensor, uint8
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hf_spot.log import warn_for_all
 from hf_spot.training.data.rng import capture, pack, restore, unpack
 from hf_spot.training.data.shuffle_buffers import StreamChangedError, install, is_installed
-from hf_spot.training.upstream import ITERATOR, PREPARE_STREAM, STREAM_SHARD
+from hf_spot.training.upstream import ITERATOR, PIN_MEMORY, PREPARE_STREAM, STREAM_SHARD
 
 log = logging.getLogger("hf_spot")
 
@@ -95,15 +96,15 @@ def _is_shard(dataset: Any) -> bool:
     return isinstance(dataset, STREAM_SHARD.find() or ())
 
 
-def batches_to_complete_with(loader: Any, group: int) -> int:
+def batches_to_complete_with(loader: Any, group: int | None) -> int:
     """Return how many batches each worker reads at the start of a pass, because accelerate completes the last ones with them.
 
     Args:
         loader: the loader.
-        group: number of its batches that are divided among the ranks at once.
+        group: number of its batches that are divided among the ranks at once; None if each rank reads its own.
     """
     workers = max(1, loader.num_workers)
-    if group > 1 and not loader.drop_last:
+    if group is not None and not loader.drop_last:
         return int(math.lcm(workers, group) // workers)
     return 1 if _is_shard(loader.dataset) and not loader.dataset.drop_last else 0
 
@@ -173,19 +174,19 @@ class StreamPosition:
 
     Args:
         ahead: number of batches that the training fetches at once.
-        group: number of batches that are divided among the ranks at once.
+        divided: number of batches that are divided among the ranks at once; None if each rank reads its own.
     """
 
-    def __init__(self, ahead: int = 1, group: int = 1) -> None:
-        self._ahead, self._group = ahead, group
-        self._places: deque[_Place] = deque(maxlen=ahead * group + _MORE)
+    def __init__(self, ahead: int = 1, divided: int | None = None) -> None:
+        self._ahead, self._divided, self._group = ahead, divided, divided or 1
+        self._places: deque[_Place] = deque()
         self._again: int | None = 0
         self._why: str | None = None
         self._left: Any = None
 
     @property
     def group(self) -> int:
-        """Return the number of batches that are divided among the ranks at once."""
+        """Return the number of batches that are divided among the ranks at once, or 1."""
         return self._group
 
     def read(
@@ -226,7 +227,7 @@ class StreamPosition:
         count = 0 if again or resumed is None else resumed.first
         to_prove = [] if resumed is None else list(resumed.batches)
         states: dict[str, Any] = {} if resumed is None else dict(resumed.starts)
-        each = batches_to_complete_with(loader, self._group)
+        each = batches_to_complete_with(loader, self._divided)
         turn, last = 0, -1
         while True:
             try:
@@ -336,7 +337,7 @@ class StreamPosition:
             PREPARE_STREAM.of(dataset)()  # its state was made before shuffle buffers said where they are
             if not _fits(states["0"]["state"], dataset.state_dict()):
                 return None
-        each = batches_to_complete_with(loader, self._group)
+        each = batches_to_complete_with(loader, self._divided)
         if bool(each) != bool(saved["again"]):
             return None
         return Resumed(count, saved["batches"], states, saved["again"], each)
@@ -456,6 +457,9 @@ def _begun_at(dataset: Any, start: dict[str, Any], *, in_worker: bool) -> Iterat
     samples = iter(dataset)
     try:
         first = list(islice(samples, 1))
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        # If it is an error of the data, it comes again when they are read from their start.
+        raise StreamChangedError(f"the stream can't take its saved state: {error!r}") from error
     finally:
         end_state(dataset)  # it would hold in the next pass, too, and if it is read again
         if in_worker:
@@ -479,9 +483,7 @@ class _Made:
 
     def pin_memory(self, device: str | None = None) -> _Made:
         """Pin the memory of the batch: torch calls this for what is no tensor."""
-        from torch.utils.data._utils.pin_memory import pin_memory
-
-        return _Made(pin_memory(self.batch, device), self.worker, self.state, self.samples)  # type: ignore[no-untyped-call]
+        return _Made(PIN_MEMORY.find()(self.batch, device), self.worker, self.state, self.samples)
 
 
 class _Collator:
@@ -523,8 +525,12 @@ def _digest(batch: list[Any]) -> str:
 
 def _plain(value: Any) -> Any:
     """Return what `json` can write, for a tensor, an array, an image, bytes or any other value."""
-    if hasattr(value, "tolist"):
-        return [str(value.dtype), value.tolist()]
-    if hasattr(value, "tobytes"):
-        return [type(value).__name__, hashlib.sha256(value.tobytes()).hexdigest()]
+    if isinstance(value, bytes | bytearray):
+        return hashlib.sha256(value).hexdigest()
+    names = ("dtype", "shape") if hasattr(value, "dtype") else ("mode", "size")
+    about = [str(getattr(value, name, "")) for name in names]
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous().flatten().view(uint8).numpy() if value.numel() else value.numpy()
+    if hasattr(value, "tobytes"):  # an image or an array; a list of its numbers would take a thousand times as long
+        return [*about, hashlib.sha256(value.tobytes()).hexdigest()]
     return repr(value)

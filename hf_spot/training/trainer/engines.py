@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
-from hf_spot.policy.resize import Batches
+from hf_spot.policy.resize import Batches, divided_otherwise
 from hf_spot.training.upstream import CHECKPOINT_ENGINE
 
 _INSTEAD = "shard it with TrainingArguments(fsdp='full_shard') or DeepSpeed instead, which hf_spot saves and resumes exactly"
@@ -25,11 +25,9 @@ def refuse_what_can_not_be_resumed(trainer: Trainer) -> None:
         ConfigError: the model is divided in such a way, or there is such a setting.
     """
     _refuse_settings(trainer.args)
-    parallel = trainer.accelerator.parallelism_config
-    sizes = {name: int(getattr(parallel, f"{name}_size", None) or 1) for name in ("tp", "cp", "sp")}
-    if divided := [f"{name}_size={size}" for name, size in sizes.items() if size > 1]:
+    if divided := divided_otherwise(trainer.accelerator.parallelism_config):
         raise ConfigError(
-            f"ParallelismConfig({', '.join(divided)}): Trainer can't save and resume tensor, context and sequence parallel "
+            f"{divided}: Trainer can't save and resume tensor, context and sequence parallel "
             "trainings exactly (https://github.com/huggingface/transformers/issues/48569)",
             hint=_INSTEAD,
         )

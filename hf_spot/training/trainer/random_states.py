@@ -26,7 +26,7 @@ from hf_spot.training.data.rng import capture, capture_gpus, forget, pack, resto
 from hf_spot.training.data.worker_states import WorkerStates
 from hf_spot.training.state.data_side import DataSide, from_json, parts_of, to_json
 from hf_spot.training.state.proof import digest_of
-from hf_spot.training.upstream import INSIDE, LOAD_RNG_STATE, SAVE_RNG_STATE
+from hf_spot.training.upstream import INSIDE, LOAD_RNG_STATE, SAVE_RNG_STATE, SPLIT_BATCHES
 
 log = logging.getLogger("hf_spot")
 
@@ -61,6 +61,8 @@ class RandomStates:
         self._remembered_files: dict[str, bytes] = {}
         self._remembered_data: list[tuple[DataSide, dict[str, Any]]] = []
         self._draws = 0
+        self._at_once, self._draws_for_all = 1, False
+        self._is_then_due = False
         self._before_draw: dict[str, Any] | None = None
         self._workers = WorkerStates(folder.with_name(f"{folder.name}-workers"), trainer.args.gradient_accumulation_steps)
         self._micro_batches = self._handed_out = 0
@@ -249,15 +251,17 @@ class RandomStates:
 
     def _watch(self, dataloader: Any) -> None:
         sampler = getattr(dataloader, "batch_sampler", None)
-        # A dispatcher draws on one rank only, and an evaluation there would wait for the other ranks forever.
+        dispatches = isinstance(dataloader, DataLoaderDispatcher)
         # Its workers read a stream again from its start, with the seeds of that time.
-        elsewhere = self._trainer.args.world_size > 1 or getattr(dataloader, "num_workers", 0) > 0
-        if sampler is None or (isinstance(dataloader, DataLoaderDispatcher) and elsewhere):
+        if sampler is None or (dispatches and getattr(dataloader, "num_workers", 0) > 0):
             self._before_draw = None
             return
         if isinstance(sampler, _Watched):
             return
-        watched = _Watched(sampler, self, self._workers if dataloader.num_workers else None)
+        # One rank draws the batches of all before it hands them out, and the others' part of them is not its own.
+        self._draws_for_all = dispatches and self._trainer.args.world_size > 1
+        self._at_once = self._trainer.args.world_size if self._draws_for_all and not SPLIT_BATCHES.of(dataloader) else 1
+        watched = _Watched(sampler, self, self._workers if dataloader.num_workers else None, self._at_once)
         self._watched.append(watched)
         # A DataLoader refuses to change its sampler, as it may be iterating already; accelerate's loaders wrap another one.
         object.__setattr__(INSIDE.of(dataloader) if INSIDE.is_on(dataloader) else dataloader, "batch_sampler", watched)
@@ -309,14 +313,16 @@ class RandomStates:
         return self._drawn_batch
 
     def note_indices(self, number: int, indices: Any) -> None:
-        """Record the indices of a batch that a sampler has drawn."""
+        """Record the indices of a batch that a sampler has drawn for this rank."""
+        if self._draws_for_all:
+            return
         self._newest_indices.append((number, indices))
         if number == self._expected_batch and not all(index is None for index in indices):  # streams have none
             self._expected_batch, self._drawn_batch = None, self._batch(number, indices)
 
     def begin_behind(self, count: int) -> None:
         """Count draws from here on as those behind the first ``count`` batches of the epoch, which are not drawn again."""
-        self._draws = count
+        self._draws = count // self._at_once
 
     def drawn(self) -> None:
         """Restore or record random states, after a batch's indices were drawn and before the batch is made in this process."""
@@ -327,7 +333,8 @@ class RandomStates:
                 restore(unpack(base64.b64decode(self._resumed_draw["state"])))
                 self._data_side.restore(self._resumed_data_side["draw"])
             elif self._draws > self._resumed_draw["draws"]:
-                self._return_to_checkpoint(str(self._resumed))
+                # What follows a restoration waits for all ranks, and the others wait here for this one's batches.
+                self._restore_checkpoint(str(self._resumed), then=not self._draws_for_all)
                 self._resumed_draw = None
             now = None
         self._before_draw = now or self._capture()
@@ -374,20 +381,27 @@ class RandomStates:
         return now
 
     def _return_to_checkpoint(self, checkpoint: str | None) -> None:
+        self._restore_checkpoint(checkpoint, then=True)
+
+    def _restore_checkpoint(self, checkpoint: str | None, *, then: bool) -> None:
+        """Restore the states of a checkpoint, once, and do what is to follow, or leave that to the next call."""
         if not self._restored:
-            self._restored = True
+            self._restored = self._is_then_due = True
             LOAD_RNG_STATE.plain(self._trainer)(self._with_own_states(checkpoint))
             forget()
             self._data_side.restore(self._resumed_data_side["saved"])
             self._restored_digests = self.digests()
+        if then and self._is_then_due:
+            self._is_then_due = False
             self._then()
 
 
 class _Watched(BatchSampler):
-    """Wraps a batch sampler and reports each draw to `RandomStates`."""
+    """Wraps a batch sampler and reports each draw to `RandomStates`, or the first of those that are made at once."""
 
-    def __init__(self, inner: Any, states: RandomStates, worker_states: WorkerStates | None) -> None:
+    def __init__(self, inner: Any, states: RandomStates, worker_states: WorkerStates | None, at_once: int = 1) -> None:
         self._inner = inner
+        self._at_once = at_once
         self._states: RandomStates | None = states
         self.worker_states = worker_states
 
@@ -399,7 +413,7 @@ class _Watched(BatchSampler):
         for number, batch in enumerate(self._inner, 1):
             if self._states is not None:
                 self._states.note_indices(number, batch)
-            if self._states is not None and self.worker_states is None:
+            if self._states is not None and self.worker_states is None and (number - 1) % self._at_once == 0:
                 self._states.drawn()
             yield batch
 

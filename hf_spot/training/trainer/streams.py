@@ -69,14 +69,12 @@ class StreamReader:
         """Return whether one rank reads the batches of all."""
         return self._trainer.args.world_size > 1 and isinstance(dataloader, DataLoaderDispatcher)
 
-    def _group(self, dataloader: Any) -> int:
-        """Return how many batches are divided among the ranks at once."""
-        divides = self._reads_for_all(dataloader) and not SPLIT_BATCHES.of(dataloader)
-        return int(self._trainer.args.world_size) if divides else 1
-
     def _position_in(self, dataloader: Any) -> StreamPosition:
         if self._position is None:
-            self._position = StreamPosition(self._trainer.args.gradient_accumulation_steps, self._group(dataloader))
+            divided: int | None = None
+            if self._reads_for_all(dataloader):
+                divided = 1 if SPLIT_BATCHES.of(dataloader) else self._trainer.args.world_size
+            self._position = StreamPosition(self._trainer.args.gradient_accumulation_steps, divided)
         return self._position
 
     def _watch(self, dataloader: Any, resumed: Resumed | None = None) -> None:
@@ -117,7 +115,8 @@ class StreamReader:
 
         def make(plain_skip: Any) -> Any:
             def skip(dataloader: Any, num_batches: int = 0) -> Any:
-                group, resumed = self._group(dataloader), None
+                position = self._position_in(dataloader)
+                group, resumed = position.group, None
                 why = self._why_not(dataloader)
                 if why is None:
                     saved: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -125,7 +124,7 @@ class StreamReader:
                     if found != (num_batches * group, dataloader.batch_size, self._trainer.args.world_size):
                         why = "the checkpoint has no position in it"
                     else:
-                        resumed = self._position_in(dataloader).go_to(dataloader, saved)
+                        resumed = position.go_to(dataloader, saved)
                         why = saved.get("why")
                 passed_over = 0 if resumed is None else resumed.passed_over
                 if self._reads_for_all(dataloader):

@@ -598,7 +598,7 @@ _PLACE = "a resumed loop gets other batches than an uninterrupted one"
 _ACCELERATE: Any = {"scope": Scope.LOOP, "optional": True}
 _WORKERS = "a signal to the whole job kills DataLoader workers, and so the training before it can save"
 ITERATE = _method(_LOADER, "__iter__", "", "training.data.loaders", _PLACE, scope=Scope.LOOP)
-ITERATOR = _attribute(_LOADER, "_iterator", "training.data.iterations", _PLACE, scope=Scope.LOOP)
+ITERATOR = _attribute(_LOADER, "_iterator", "training.data.iterations training.data.stream_position", _PLACE, scope=Scope.LOOP)
 INDEX_SAMPLER = _attribute(
     "torch.utils.data.dataloader:_BaseDataLoaderIter", "_index_sampler", "training.data.iterations", _PLACE, scope=Scope.LOOP
 )
@@ -644,7 +644,12 @@ INSIDE = _attribute(
 )
 SHARD_GENERATOR = _attribute(_SHARD, "synchronized_generator", "training.data.iterations", _PLACE, **_ACCELERATE)
 SPLIT_BATCHES = _attribute(
-    _DISPATCHER, "split_batches", "training.data.iterations training.trainer.resume_fixes", _PLACE, scope=_BOTH, optional=True
+    _DISPATCHER,
+    "split_batches",
+    "training.data.iterations training.trainer.random_states training.trainer.resume_fixes training.trainer.streams",
+    _PLACE,
+    scope=_BOTH,
+    optional=True,
 )
 STATEFUL = _attribute(_ADAPTER, "use_stateful_dataloader", "training.data.loaders", _PLACE, **_ACCELERATE)
 SKIPS_INSIDE = _attribute(
@@ -748,6 +753,15 @@ PREPARE_STREAM = _method(
     "training.data.stream_position",
     "a stream is read again from its start",
     **_STREAM,
+)
+PIN_MEMORY = _function(
+    "torch.utils.data._utils.pin_memory",
+    "pin_memory",
+    "data, device",
+    "training.data.stream_position",
+    "a stream's workers can't give batches in pinned memory",
+    told=True,
+    scope=_BOTH,
 )
 STREAM_SHARD = _name(
     "class",

@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
@@ -195,6 +196,35 @@ def test_another_shuffle_buffer_is_read_again(change: dict[str, int], told: Call
     for trained in (5, 12):
         assert read(make(**change), StreamPosition(), saved[trained]) == whole[trained - 1 :]
     assert told() == 2
+
+
+def test_workers_read_a_stream_of_other_parts_again(files: dict[str, Make], told: Callable[[], int]) -> None:
+    def make(stream: Any) -> DataLoader[Any]:
+        return DataLoader(stream, batch_size=3, collate_fn=list, num_workers=2)
+
+    position = StreamPosition()
+    plain, other = files["json"](), datasets.concatenate_datasets([files["json"](), files["json"]()])
+    saved = {count: position.to_save(count) for count, _ in enumerate(position.read(make(plain), DataLoader.__iter__), 1)}
+    whole = read(make(other), StreamPosition())
+    found = read(make(other), StreamPosition(), saved[8])
+    assert found == whole[len(whole) - len(found) :]
+    assert len(found) >= len(whole) - 8
+    assert told() == 1
+
+
+def test_what_is_compared_does_not_depend_on_how_it_is_shown() -> None:
+    digest = stream_position._digest
+    pixels = np.arange(5000.0)
+    other = pixels.copy()
+    other[2500] = -1
+    assert digest([{"one": pixels}]) == digest([{"one": pixels.copy()}]) != digest([{"one": other}])
+    tensors = [torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bfloat16)]
+    assert digest([tensors[0]]) == digest([tensors[1]]) != digest([torch.zeros(2, 3, dtype=torch.bfloat16)])
+    assert digest([b"one"]) != digest([b"two"])
+    assert digest([torch.ones(())]) == digest([torch.ones(())])
+    image = pytest.importorskip("PIL.Image")
+    images = [image.new("RGB", (4, 4), color) for color in ("red", "red", "blue")]
+    assert digest([images[0]]) == digest([images[1]]) != digest([images[2]])
 
 
 def test_an_unknown_shuffle_buffer_is_named(files: dict[str, Make], monkeypatch: pytest.MonkeyPatch) -> None:
