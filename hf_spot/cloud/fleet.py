@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timedelta
 
 from hf_spot.cloud.ec2 import Cloud, Instance
@@ -56,6 +56,7 @@ class Fleet:
         self._say = say
         self._fruitless_walks = 0
         self._next_walk = now()
+        self._given: set[str] = set()
 
     # -- when to look for machines ------------------------------------------------------------------------------------
 
@@ -63,9 +64,10 @@ class Fleet:
         """Return whether the pause after a walk that did not get all is over."""
         return self._now() >= self._next_walk
 
-    def hurry(self) -> None:
-        """Look for machines at once: one was lost."""
-        self._fruitless_walks, self._next_walk = 0, self._now()
+    def lost(self, ids: Collection[str]) -> None:
+        """Look for machines at once, unless all of those that have gone were given back."""
+        if not self._given.issuperset(ids):
+            self._fruitless_walks, self._next_walk = 0, self._now()
 
     def walked(self, *, got_all: bool) -> float:
         """Note how a walk has ended. Return the seconds until the next one."""
@@ -93,6 +95,7 @@ class Fleet:
             self._records.record("short", why=decision.why)
         if decision.end:
             self.end([one for one in machines if one.instance_id in decision.end], decision.why)
+            self.walked(got_all=False)  # what was given back for a reason is not asked for again at once
             return None
         if not decision.order or not (fresh or self._may_start()):
             return None
@@ -122,6 +125,7 @@ class Fleet:
                 f"{machine.instance_id} is given back: {why}",
                 {"event": "given-back", "machine": machine.instance_id, "why": why},
             )
+            self._given.add(machine.instance_id)
             self._cloud.terminate(machine.region, [machine.instance_id])
 
     def _may_start(self) -> bool:

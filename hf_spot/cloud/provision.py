@@ -238,12 +238,11 @@ class Provisioner:
             try:
                 pause = POLL_S
                 if self._job.size.is_fleet:
-                    before = len(self.records.ledger.live())
+                    before = {machine.instance_id for machine in self.records.ledger.live()}
                     alive = self._look()
                     if self._is_over(begun):
                         return
-                    if len(self.records.ledger.live()) < before:
-                        self.fleet.hurry()
+                    self.fleet.lost(before - {machine.instance_id for machine in self.records.ledger.live()})
                     fresh, begun = not begun, True
                     self._keep_several(alive, fresh=fresh)
                 elif self._update() is None:

@@ -118,6 +118,7 @@ class Launch:
         last_heard: time of its last entry.
         notice_to_commit_s: seconds from its first notice to the resulting commit; None without one.
         steps_lost: steps trained but not committed when it ended; None if unknown.
+        whole_step: the step of a checkpoint that it had not committed, and that the next launch took from its disk; 0 for none.
         known_by: how that is known of a launch without a recorded end: ``steps file`` of its machine, exact, or ``heartbeat``,
             at most a minute before; None if the journal has its end, or nothing is known.
         steps_redone: number of its steps that a previous launch had already done.
@@ -147,6 +148,7 @@ class Launch:
     notice_to_commit_s: float | None = None
     steps_lost: int | None = None
     known_by: str | None = None
+    whole_step: int = 0
     steps_redone: int = 0
     waited_s: float = 0.0
     wall_s: float = 0.0
@@ -321,6 +323,7 @@ def _add_last_words(launches: list[Launch], words: LastWords | None) -> None:
     launch.training = words.training
     launch.marks.append(Mark(launch.last_heard, words.training, words.step, Timing.of({"timing": words.timing})))
     launch.known_by = words.known_by
+    launch.whole_step = words.resumed_step if words.resumed_step > launch.committed.get(words.training, 0) else 0
     if words.is_over:
         launch.steps_lost = max(0, words.step - max(words.resumed_step, launch.committed.get(words.training, 0)))
     if after is not None:

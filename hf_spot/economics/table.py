@@ -193,7 +193,8 @@ def last_words_lines(report: Report) -> list[str]:
     for launch in told[-_MOST_LAST_WORDS:]:
         by = "the file of steps on its disk" if launch.known_by == BY_FILE else "its heartbeat, sent once a minute"
         committed = launch.committed.get(launch.training, 0)
-        at = f"step {launch.reached_step} at {launch.last_heard:%H:%M:%S}, by {by}; step {committed} is committed"
+        saved = f"step {launch.whole_step} was whole on its disk" if launch.whole_step else f"step {committed} is committed"
+        at = f"step {launch.reached_step} at {launch.last_heard:%H:%M:%S}, by {by}; {saved}"
         least = "" if launch.known_by == BY_FILE else "at least "
         if launch.steps_lost is None:
             lines.append(f"launch {launch.number} has done {at}")

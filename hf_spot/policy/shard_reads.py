@@ -48,7 +48,7 @@ def ranges_read(
 ) -> Mapping[str, list[Stretch]]:
     """Return the bytes that some ranks read, by file, in ascending order. Files that they don't read are left out.
 
-    FSDP divides the rows of each tensor among the ranks as `torch.chunk` does, or, if it replicates (HSDP), among as many
+    FSDP divides the rows of each tensor among the ranks as torch.chunk does, or, if it replicates (HSDP), among as many
     consecutive ranks as there were chunks. What is in one piece is read by every rank.
 
     Args:

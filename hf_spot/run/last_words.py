@@ -39,7 +39,7 @@ class LastWords:
         training: number of the training.
         step: the last step that it is known to have done.
         time: when that was told.
-        known_by: `BY_FILE`, exact, or `BY_HEARTBEAT`.
+        known_by: ``steps file``, exact, or ``heartbeat``.
         timing: what the training had measured until then or earlier; empty if unknown.
         is_over: whether the launch is known to be dead, or has been silent for three heartbeats.
         resumed_step: the step from which the next launch resumed; 0 if unknown. It may be newer than the newest commit.

@@ -90,7 +90,7 @@ def record(run: Run, output_dir: Path, folder: Path, request: CommitRequest) -> 
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
-    for _, older in _paths(output_dir, request.training)[:-_KEPT]:
+    for _, older in recorded(output_dir, request.training)[:-_KEPT]:
         older.unlink(missing_ok=True)
 
 
@@ -105,7 +105,7 @@ def copies(run: Run, output_dir: Path, training: int, after_step: int) -> list[L
     """
     forget(output_dir, training, after_step)
     found = []
-    for step, path in _paths(output_dir, training):
+    for step, path in recorded(output_dir, training):
         try:
             if path.stat().st_size > _LARGEST_BYTES:
                 raise ValueError("too large")
@@ -121,7 +121,7 @@ def copies(run: Run, output_dir: Path, training: int, after_step: int) -> list[L
 
 def forget(output_dir: Path, training: int, up_to_step: int) -> None:
     """Delete the records of a training's checkpoints up to a step: they are committed, or of no use."""
-    for step, path in _paths(output_dir, training):
+    for step, path in recorded(output_dir, training):
         if step <= up_to_step:
             path.unlink(missing_ok=True)
 
@@ -133,13 +133,13 @@ def problems(copy: LocalCopy, folder: Path) -> list[str]:
     return found or [problem for file in copy.files if (problem := difference(folder, file))]
 
 
-def _paths(output_dir: Path, training: int) -> list[tuple[int, Path]]:
-    """Return the records of a training, by their steps, oldest first."""
+def recorded(output_dir: Path, training: int | None = None) -> list[tuple[int, Path]]:
+    """Return the steps and paths of the records of a training, or of all, oldest first."""
     found = []
     with contextlib.suppress(FileNotFoundError):
         for path in (output_dir / ".hf_spot").iterdir():
             match = _NAME.fullmatch(path.name)
-            if match is not None and int(match[1]) == training:
+            if match is not None and training in (None, int(match[1])):
                 found.append((int(match[2]), path))
     return sorted(found)
 

@@ -420,6 +420,11 @@ def test_a_killed_launch_lasts_until_it_was_last_heard_of_and_says_what_it_lost(
     assert (first.steps_lost, first.known_by, first.reached_step, first.wall_s) == (40, "steps file", 90, 100)
     assert (first.parts["training"], first.parts["other"], second.waited_s, second.steps_redone) == (90, 0, 200, 40)
     assert_tiled(report)
+    taken = summarise(timed([*events[:3], (301, lost(1, 90, 100, resumed_step=60)), events[-1]]))
+    assert taken.steps_lost == 30
+    assert "30 steps lost (step 90 at 00:01:40, by the file of steps on its disk; step 60 was whole" in render_report(
+        taken, "url"
+    )
     text = render_report(report, "url")
     assert (
         "launch 1 ended without a word: 40 steps lost (step 90 at 00:01:40, by the file of steps on its disk; step 50 is"

@@ -200,12 +200,13 @@ class Stage:
         """Takes a spot machine; one at full price, which EC2 never takes, breaks down."""
         self.end(name, RECLAIMED if self.cloud.bill.stays[name].pool.market == SPOT else CRASHED)
 
-    def at_times(self, acts: Sequence[tuple[float, Callable[[], object]]]) -> None:
-        """Plays acts at seconds after the beginning, in order, while the training trains."""
+    def at_times(self, acts: Sequence[tuple[float, Callable[[], object]]], *, more_s: float = 0.0) -> None:
+        """Plays acts at seconds after the beginning, in order, while the training trains; each wait is so much longer."""
         left = sorted(acts, key=lambda one: one[0])
 
         def sleep(seconds: float) -> None:
-            self.training.tick(seconds)
+            self.clock.time += timedelta(seconds=more_s)
+            self.training.tick(seconds + more_s)
             while left and (self.clock.time - NOW).total_seconds() >= left[0][0]:
                 left.pop(0)[1]()
 

@@ -180,7 +180,9 @@ def test_full_price_machines_are_given_back_for_spot_ones_and_dear_ones_when_the
         def price(usd: float) -> None:
             b.set_price(Pool(KIND, A), usd, stage.clock.now())
 
-        stage.at_times([(300, lambda: b.open(KIND, A, SPOT)), (900, lambda: price(120.0)), (1500, lambda: price(9.0))])
+        stage.at_times(
+            [(300, lambda: b.open(KIND, A, SPOT)), (900, lambda: price(120.0)), (1500, lambda: price(9.0))], more_s=30
+        )
         stage.provisioner().watch()
         given = [(one["at"], one["why"]) for one in stage.events("given-back")]
         assert [why for _, why in given[:2]] == ["spot machines have taken the place of on-demand ones"] * 2
@@ -195,13 +197,7 @@ def test_full_price_machines_are_given_back_for_spot_ones_and_dear_ones_when_the
 def test_the_budget_counts_all_machines_and_ends_them(tmp_path: Path) -> None:
     with Stage(tmp_path, max_spend=30) as stage:
         stage.training.steps = 100_000
-        waits = stage.clock.on_sleep
-
-        def sleep(seconds: float) -> None:
-            stage.clock.time += timedelta(minutes=2)  # fewer looks in an hour
-            waits(seconds)
-
-        stage.clock.on_sleep = sleep
+        stage.at_times([], more_s=120)
         with pytest.raises(CloudError, match=r"the budget of \$30\.00 is spent"):
             stage.provisioner().watch()
         balance = stage.balance()
@@ -451,3 +447,19 @@ def test_groups_that_machines_still_use_stay_and_are_named(tmp_path: Path) -> No
         assert stage.provisioner().provision_several()
         terminate(stage.records(), Cloud(stage.session))
         assert networks.remove(["us-east-1"]) == []
+
+
+def test_machines_that_wait_in_vain_are_given_back_and_asked_for_again_after_a_pause(stage: Stage) -> None:
+    stage.market.close()
+    stage.market.limit(2, KIND, A, SPOT)
+    stage.training.steps = 60
+    stage.at_times([(3600, lambda: stage.market.open(KIND, A, SPOT))], more_s=150)
+    stage.provisioner().watch()
+    given = stage.events("given-back")
+    assert {one["why"] for one in given} == {"2 of at least 3 machines have waited for others in vain"}
+    starts = [one["at"] for one in stage.events("started")]
+    for one in given:
+        later = [at for at in starts if at > one["at"]]
+        assert later and min(later) - one["at"] >= timedelta(seconds=60)
+    assert given[0]["at"] - starts[0] >= timedelta(seconds=900)
+    assert stage.balance().is_clean and stage.events("finished")

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from functools import partial
 from multiprocessing.util import Finalize
@@ -28,7 +28,8 @@ from hf_spot.policy.preemption import Action
 from hf_spot.policy.restarts import patience_s
 from hf_spot.policy.trackers import init_kwargs
 from hf_spot.run.checkpoint import CommitRequest
-from hf_spot.run.journal import TRAINING_KEY
+from hf_spot.run.journal import TRAINING_KEY, Entry
+from hf_spot.run.local_copies import recorded
 from hf_spot.run.run import Run
 from hf_spot.run.told_steps import is_told_steps
 from hf_spot.runtime import STORE_VARIABLE, Runtime
@@ -40,6 +41,7 @@ from hf_spot.training.loop.loop_files import LoopFiles
 from hf_spot.training.loop.loop_states import LoopState
 from hf_spot.training.loop.loop_training import LoopTraining
 from hf_spot.training.saving.finite import not_finite
+from hf_spot.training.session.local_tier import SAVED_BY
 from hf_spot.training.session.mlflow_run import mlflow_run
 from hf_spot.training.session.run_session import RunSession
 from hf_spot.training.session.script_runs import ScriptRuns, of_launch
@@ -47,6 +49,8 @@ from hf_spot.training.upstream import check
 from hf_spot.training.upstream.name import Scope
 
 log = logging.getLogger("hf_spot")
+
+_KEPT_HERE = 2  # checkpoints that are not committed yet, on this disk
 
 T = TypeVar("T")
 
@@ -273,6 +277,8 @@ class LoopManager:
         session = self._session
         began = session.clock()
         found = session.restore_newest()
+        taken = None if found is None else found[1]
+        session.on_each_disk(lambda: _remove_all(folder for folder in self._saved_here() if folder != taken))
         if found is None:
             self._start_work(state, optimizer, 0)
             self._note_never_finite(state)
@@ -283,12 +289,14 @@ class LoopManager:
         try:
             told = session.agreement.together(lambda: self._files.read(folder, state))
         finally:
-            session.on_each_disk(lambda: shutil.rmtree(folder, ignore_errors=True))
+            if SAVED_BY not in checkpoint.details:  # otherwise it stays until it is committed
+                session.on_each_disk(lambda: shutil.rmtree(folder, ignore_errors=True))
         self._note_never_finite(state)
         self._saved_step = self._step = checkpoint.step
         session.phases.tell(Phase.LOOP, checkpoint.step)
         session.timing.restored(session.clock() - began)
-        log.info("resuming from step %d, committed by launch %d", checkpoint.step, checkpoint.ref.launch)
+        how = "saved" if SAVED_BY in checkpoint.details else "committed"
+        log.info("resuming from step %d, %s by launch %d", checkpoint.step, how, checkpoint.ref.launch)
         return checkpoint.step, int(told["epoch"])
 
     def _note_never_finite(self, state: LoopState) -> None:
@@ -303,7 +311,7 @@ class LoopManager:
             return
         self._is_working = True
         self._training.watch(state, optimizer, self._loaders, self._stepped, resumed_step)
-        self._session.start_uploader()
+        self._session.start_uploader(self._committed)
 
     def _stepped(self) -> int:
         self._step += 1
@@ -424,8 +432,22 @@ class LoopManager:
         return not isinstance(error, StoreError) or self._session.arguments.on_save_error == "stop"
 
     def _submit(self, folder: Path, request: CommitRequest) -> None:
-        if self._session.submit(folder, request, self._session.agreement):
+        stays = self._session.disk.count == 1
+        if self._session.submit(folder, request, self._session.agreement, stays=stays) and not stays:
             shutil.rmtree(folder, ignore_errors=True)  # the uploader's hard links keep the files until they are committed
+        for older in self._saved_here()[:-_KEPT_HERE]:  # those that a newer one has replaced would fill the disk
+            shutil.rmtree(older, ignore_errors=True)
+
+    def _committed(self, entry: Entry) -> None:
+        """Delete what is committed from this disk. Called from the uploader's thread."""
+        for folder in self._saved_here():
+            if int(folder.name.removeprefix("checkpoint-")) <= entry.data["step"]:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _saved_here(self) -> list[Path]:
+        """Return the checkpoints on this disk, oldest first."""
+        found = {int(step): path for path in self._local_dir.glob("checkpoint-*") if (step := path.name[11:]).isdigit()}
+        return [found[step] for step in sorted(found)]
 
     # -- interruptions ------------------------------------------------------------------------------------------------
 
@@ -546,15 +568,21 @@ def _number(loss: Any) -> float | None:
 
 
 def _remove_leftovers(local_dir: Path) -> None:
-    """Delete the files that a killed launch left behind, but for what it told about its steps."""
+    """Delete what a killed launch left behind, but for what it told about its steps, and checkpoints with a record."""
     local_dir.mkdir(parents=True, exist_ok=True)
+    whole = [path for step, path in recorded(local_dir) for path in (path, local_dir / f"checkpoint-{step}")]
     for path in [*local_dir.iterdir(), *(local_dir / ".hf_spot").glob("*")]:
-        if path.name == ".hf_spot" or is_told_steps(path):
+        if path.name == ".hf_spot" or is_told_steps(path) or path in whole:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _remove_all(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _empty(folder: Path) -> None:

@@ -78,10 +78,10 @@ class LocalTier:
             return
         try:
             local_copies.record(self._run, self._output_dir, folder, request)
-        except (SpotError, OSError) as error:
-            log.info("if the training is killed now, %s can't be taken from this disk: %s", folder, error)
-        except Exception as error:  # of a library that the store uses: the training continues
-            log.info("if the training is killed now, %s can't be taken from this disk: %r", folder, error)
+        except Exception as error:  # also of a library that the store uses: the training continues
+            if folder.is_dir() and committed_step() < request.step:
+                told = error if isinstance(error, (SpotError, OSError)) else repr(error)
+                log.info("if the training is killed now, %s can't be taken from this disk: %s", folder, told)
         if committed_step() >= request.step:
             local_copies.forget(self._output_dir, request.training, committed_step())
 

@@ -466,7 +466,7 @@ class RunSession:
 
     # -- uploads ------------------------------------------------------------------------------------------------------
 
-    def submit(self, folder: Path, request: CommitRequest, ranks: Agreement) -> bool:
+    def submit(self, folder: Path, request: CommitRequest, ranks: Agreement, *, stays: bool = True) -> bool:
         """Hand a checkpoint to the uploader, once all its files are written.
 
         Returns True on the leader of a disk if its part was queued.
@@ -477,6 +477,7 @@ class RunSession:
             folder: the part of the checkpoint on this disk.
             request: describes the whole checkpoint.
             ranks: the agreement to use if there are several disks.
+            stays: the folder stays on this disk, and may be taken from it by the next launch.
         """
         elsewhere = self.files_of_earlier_disks(folder, ranks)
         if self.uploader is None:
@@ -485,7 +486,7 @@ class RunSession:
             details = {**(request.details or {}), "versions": versions()}
             part = replace(request, details=details, part=self.disk.index, parts=self.disk.count)
             self.uploader.submit(folder, part, elsewhere)
-            if self._local is not None:
+            if self._local is not None and stays:
                 self._local.saved(folder, replace(part, attempt=self._attempt), lambda: self.committed_step)
             self._size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         except OSError as error:
