@@ -24,7 +24,7 @@ _awaited = 0  # how many blocks of `awaited` are open
 
 @contextlib.contextmanager
 def awaited() -> Iterator[None]:
-    """Let threads that are started within the block keep their priority: somebody waits for a command, and nothing is trained in
+    """Let threads that are started within the block keep their priority: somebody waits for a command, and no training runs in
     this process."""
     global _awaited
     _awaited += 1
