@@ -59,7 +59,10 @@ _PYTHONS_OWN = re.compile(
     r"pymp-\w+(/.*)?"
 )  # multiprocessing's, of processes that were killed: Python itself deletes none of them
 _OF_A_RUN = re.compile(r"tip\.json$|journal/")
-_LOCAL = re.compile(r"(torn-)?checkpoint-\d+|\.hf_spot|\.hf_spot/run|\.hf_spot/steps-[\w-]+\.jsonl|\.hf_spot/restored(/.*)?")
+_LOCAL = re.compile(
+    r"(torn-)?checkpoint-\d+|\.hf_spot|\.hf_spot/run|\.hf_spot/steps-[\w-]+\.jsonl|\.hf_spot/whole-[\d-]+\.json"
+    r"|\.hf_spot/restored(/.*)?"
+)
 
 
 class Accounts:

@@ -201,6 +201,10 @@ def _in_words(entry: Entry) -> str | None:
         return f"the loss of step {data.get('step', '?')} stands out: {data.get('loss')}, usually {data.get('usual')}"
     if entry.kind == "resumed":
         return f"launch {entry.launch} resumes from step {data.get('step', '?')}"
+    if entry.kind == "lost":
+        return f"launch {data.get('launch', '?')} had ended without a word after step {data.get('step', '?')}"
+    if entry.kind == "weights":
+        return f"of step {data['step']} the weights are kept"
     return None
 
 

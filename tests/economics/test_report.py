@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_spot.economics.follow import lines_of
 from hf_spot.economics.page import page
 from hf_spot.economics.report import _INNER, PARTS, Launch, Report, summarise
 from hf_spot.economics.table import duration, machine_rows, money_lines, render_report
@@ -422,6 +423,7 @@ def test_a_killed_launch_lasts_until_it_was_last_heard_of_and_says_what_it_lost(
     assert_tiled(report)
     taken = summarise(timed([*events[:3], (301, lost(1, 90, 100, resumed_step=60)), events[-1]]))
     assert taken.steps_lost == 30
+    assert "launch 1 had ended without a word after step 90" in " ".join(lines_of(timed(events)))
     assert "30 steps lost (step 90 at 00:01:40, by the file of steps on its disk; step 60 was whole" in render_report(
         taken, "url"
     )
