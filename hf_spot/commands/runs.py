@@ -27,6 +27,7 @@ from hf_spot.commands.common import (
 )
 from hf_spot.commands.whole_runs import FOLLOW_INTERVAL_S, follow_run
 from hf_spot.errors import ConfigError
+from hf_spot.storage.threads import awaited
 from hf_spot.terminal import Style, paint
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if any(found.values()) else 0
 
 
+@awaited()
 def _pull(args: argparse.Namespace) -> int:
     run = open_run(args.run)
     checkpoint = find_checkpoint(run, args.step)
@@ -176,6 +178,7 @@ def _pull(args: argparse.Namespace) -> int:
     return 0
 
 
+@awaited()
 def _push(args: argparse.Namespace) -> int:
     if args.what.startswith("hf://"):
         return _publish(args)

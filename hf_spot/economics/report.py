@@ -269,6 +269,12 @@ class Report:
         return {**vars(self), "launches": launches, "trackers": trackers}
 
 
+def _sizes_bytes(files: object) -> list[int]:
+    """Return the sizes of the files of a commit; of values that are none, nothing."""
+    sizes = [one.get("size") for one in files if isinstance(one, dict)] if isinstance(files, list) else []
+    return [size for size in sizes if isinstance(size, int) and size >= 0]
+
+
 def summarise(entries: Iterable[Entry], last_words: LastWords | None = None) -> Report:
     """Compute the report of a journal. Pure.
 
@@ -285,8 +291,7 @@ def summarise(entries: Iterable[Entry], last_words: LastWords | None = None) -> 
         if now is not None and entry.time < now:
             skew_s = max(skew_s, (now - entry.time).total_seconds())
         now = entry.time if now is None else max(now, entry.time)
-        files = entry.data["files"] if entry.kind in ("commit", "weights") else ()
-        writes += writes_of_entry(file["size"] for file in files)
+        writes += writes_of_entry(_sizes_bytes(entry.data.get("files")) if entry.kind in ("commit", "weights") else ())
         if entry.kind == "claim":
             if entry.data.get("by") != BY_HAND:
                 launches.append(_claimed(entry, now, step, launches[-1] if launches else None))

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -19,12 +19,25 @@ _Job = tuple["Future[Any]", Callable[[], Any]]
 
 
 _NICE = 5  # a quarter of a processor while training needs it, else all of it
+_awaited = 0  # how many blocks of `awaited` are open
+
+
+@contextlib.contextmanager
+def awaited() -> Iterator[None]:
+    """Let threads that are started within the block keep their priority: somebody waits for a command, and no training runs in
+    this process."""
+    global _awaited
+    _awaited += 1
+    try:
+        yield
+    finally:
+        _awaited -= 1
 
 
 def stand_back() -> None:
     """Give the calling thread a low priority, so that training and its DataLoader workers come first. Linux sets it for one
     thread."""
-    if hasattr(os, "setpriority"):
+    if hasattr(os, "setpriority") and not _awaited:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 

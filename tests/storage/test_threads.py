@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -9,7 +10,7 @@ from concurrent.futures import wait
 
 import pytest
 
-from hf_spot.storage.threads import Workers
+from hf_spot.storage.threads import Workers, awaited
 from tests.waiting import PATIENCE_S, wait_for
 
 
@@ -52,3 +53,15 @@ def test_threads_end_when_nobody_can_ask_them_any_more() -> None:
 def test_a_call_that_never_returns_keeps_no_process_alive() -> None:
     code = "import threading; from hf_spot.storage.threads import Workers; Workers(1).submit(threading.Event().wait)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)
+
+
+@pytest.mark.skipif(not hasattr(os, "setpriority"), reason="needs priorities of threads")
+def test_workers_stand_back_unless_somebody_waits_for_them() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    mine = priority()
+    assert Workers(1).submit(priority).result() == max(mine, 5)
+    with awaited():
+        assert Workers(1).submit(priority).result() == mine
+    assert Workers(1).submit(priority).result() == max(mine, 5)

@@ -29,6 +29,8 @@ def wandb_rows(folder: Path, project: str) -> Runs:
     """The rows of all folders of an id, by their numbers, as a server merges them."""
     found: dict[str, dict[int, float]] = defaultdict(dict)
     for file in read_wandb(folder):
+        if not file.id:  # a launch that was killed before W&B had written anything
+            continue
         found[file.id] |= {one.number: one.values["train/loss"] for one in file.rows if "train/loss" in one.values}
     return {id: sorted(rows.items()) for id, rows in found.items()}
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.servers import free_ports
 from tests.waiting import PATIENCE_S
 from tests.zygote import Zygote
@@ -15,14 +17,24 @@ from tests.zygote import Zygote
 SCRIPT = Path(__file__).parent.parent / "scripts" / "streamed.py"
 
 
-def test_two_ranks_resume_a_stream_where_it_was(zygote: Zygote, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ["dispatched, drawing", "divided by sample"],
+        pytest.param(
+            ["dispatched", "dispatched, by workers", "dispatched and split", "divided by shard"], marks=pytest.mark.proof
+        ),
+    ],
+    ids=["quick", "whole"],
+)
+def test_two_ranks_resume_a_stream_where_it_was(zygote: Zygote, tmp_path: Path, kinds: list[str]) -> None:
     (port,) = free_ports(1)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     shared |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1"}
     with zygote.forking():
         ranks = [
             subprocess.Popen(
-                [sys.executable, "-Wignore", str(SCRIPT), str(tmp_path)],
+                [sys.executable, "-Wignore", str(SCRIPT), str(tmp_path), *kinds],
                 env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -38,7 +50,7 @@ def test_two_ranks_resume_a_stream_where_it_was(zygote: Zygote, tmp_path: Path) 
             rank.wait()
     assert [rank.returncode for rank in ranks] == [0, 0], said
     first, second = [[json.loads(line) for line in out.splitlines() if line.startswith('{"kind')] for out, _ in said]
-    assert len(first) == len(second) == 6
+    assert len(first) == len(second) == len(kinds)
     assert [seen["kind"] for seen in (*first, *second) if not seen["equal"]] == []
     for seen in (*first, *(one for one in second if "divided" in one["kind"])):  # otherwise rank 0 reads for both
         assert any("the stream begins at batch" in line for line in seen["told"]), seen
