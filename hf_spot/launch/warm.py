@@ -28,6 +28,7 @@ log = logging.getLogger("hf_spot")
 
 _LOOK_S = 1.0
 _ANSWER_S = 5.0
+_MOST_ENDS = 3
 _LONGEST_LINE_BYTES = 2**16
 
 
@@ -52,6 +53,7 @@ class WarmSpares:
         self._looked_at = clock()
         self._next: tuple[list[str], dict[str, str], tuple[signal.Signals, ...]] | None = None
         self._said: set[str] = set()
+        self._ended = 0  # spares that have ended by themselves
 
     def processes(self) -> Collection[psutil.Process]:
         """Return the processes of the spares that wait."""
@@ -163,7 +165,12 @@ class WarmSpares:
                 self._say_once(f"no Python is kept warm for a restart: {answer['unfit']}")
                 self._give_up()
             elif not data:
-                self.close()
+                self._ended += 1
+                if self._ended < _MOST_ENDS:
+                    self.close()
+                else:
+                    self._say_once(f"no Python is kept warm for a restart any longer: {self._ended} of them have ended")
+                    self._give_up()
             if answer or not data:
                 break
         return answer

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -134,7 +135,12 @@ def how_ranks_start() -> list[Start]:
         found.append(Start(list(args), dict(more[_ENVIRON]), bool(more[_NEW_SESSION])))
         raise _Asked
 
-    before, level = dict(os.environ), logging.root.manager.disable
+    before, level, argv = dict(os.environ), logging.root.manager.disable, list(sys.argv)
+    # Accelerate refuses a port that is in use, which the launch under way uses. The last one that is given counts.
+    with socket.create_server(("", 0)) as probe:
+        port = probe.getsockname()[1]
+    at = next((place for place, word in enumerate(argv) if word in ("-m", "--module")), len(argv))
+    sys.argv[at:at] = ["--main_process_port", str(port)]
     logging.disable()  # accelerate says it all again when it starts them
     try:
         with (
@@ -147,6 +153,7 @@ def how_ranks_start() -> list[Start]:
             main()
     finally:
         logging.disable(level)
+        sys.argv[:] = argv
         os.environ.clear()
         os.environ.update(before)
     return found

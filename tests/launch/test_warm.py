@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -164,7 +165,10 @@ def ranks_of(launch: Launch, *, were_spares: bool) -> set[int]:
 def test_a_killed_training_goes_on_in_its_spare_and_ends_with_the_same_weights(
     launcher: Launcher, twin: Twin, tmp_path: Path, ranks: int
 ) -> None:
-    launch = launcher.plain(str(tmp_path / "run"), "--hold_at", "6", options=of_ranks(ranks), env=ON)
+    with socket.create_server(("", 0)) as probe:
+        port = str(probe.getsockname()[1])  # one that the training uses while the spares are started
+    options = [port if word == "0" else word for word in of_ranks(ranks)]
+    launch = launcher.plain(str(tmp_path / "run"), "--hold_at", "6", options=options, env=ON)
     launch.wait_for_step(6)
     wait_for(lambda: IS_WARM in launch.text(), "for the spare")
     waiting = ranks_of(launch, were_spares=True)
