@@ -32,6 +32,7 @@ _RESERVE_BYTES = 64 << 10
 _LOOK_S = 0.02
 STORE_VARIABLE = "HF_SPOT_STORE"
 SIGNALS_VARIABLE = "HF_SPOT_ANSWERED_SIGNALS"  # the numbers of the signals that mean a notice
+WAITS_ON = "HF_SPOT_WAITS_ON"  # in a warm spare: the socket by which it is told that it is needed, and its priority
 _LAUNCH_VARIABLE = "HF_SPOT_LAUNCH"
 _DIRECTORY_VARIABLE = "HF_SPOT_RUNTIME_DIR"
 _LAUNCHER_VARIABLE = "HF_SPOT_LAUNCHER_PID"

@@ -14,7 +14,8 @@ NEIGHBOUR_FAILED_S = 5.0  # for the ranks of this machine after those of another
 
 # -- between launches -------------------------------------------------------------------------------------------------
 
-FIRST_PAUSE_S = 1.0  # before a training that crashed is started again; twice as long after each fruitless launch
+SHORT_PAUSE_S = 0.1  # before a training that crashed is started again, if it has committed something
+FIRST_PAUSE_S = 1.0  # if it has not; twice as long after each further fruitless launch
 LONGEST_PAUSE_S = 60.0
 MEETING_S = 1800.0  # for the other machines: it may take long to get a replacement
 LAST_CALL_S = 3.0  # for more machines, once enough are there: those of one order seldom start in the same second

@@ -37,6 +37,8 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+# A launch that lasts a while would import torch once more beside its training: `tests/launch/test_warm.py` asks for that.
+os.environ["HF_SPOT_WARM_SPARES"] = "off"
 # Two workers and what they start share two cores: threads of torch would spin while they wait for each other. It is read
 # when torch is imported, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

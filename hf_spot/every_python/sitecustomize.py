@@ -334,11 +334,20 @@ def _wait_at_the_end() -> None:
         time.sleep(_TICK_S)
 
 
+def begin_launch() -> None:
+    """Do in a warm spare, whose launch begins, what every other Python of hf_spot's own has done at its start."""
+    global _RUNTIME
+    _RUNTIME = os.environ["HF_SPOT_RUNTIME_DIR"]
+    note_ends([int(one) for one in os.environ.get("HF_SPOT_ANSWERED_SIGNALS", "").split(",") if one])
+
+
 def _begin() -> None:
     """Install the hook, unless this Python belongs to no launch, or is one of hf_spot that has its own way."""
     started = getattr(sys, "orig_argv", ())[1:4]
     numbers = [int(one) for one in os.environ.get("HF_SPOT_ANSWERED_SIGNALS", "").split(",") if one]
-    if _RUNTIME:
+    if "HF_SPOT_WAITS_ON" in os.environ:  # a warm spare, whose launch is still to come
+        sys.modules["_hf_spot_sitecustomize"] = sys.modules[__name__]
+    elif _RUNTIME:
         note_ends(numbers)
     if not _RUNTIME or any(one in _OF_HF_SPOT for one in started):
         return

@@ -7,30 +7,41 @@ When a rank crashes, torchrun's agent ends the other ranks with SIGTERM. A rank 
 killed instead, which is how the SIGTERM would have ended them; their child processes still get the SIGTERM.
 Signals that mean a notice do nothing to the agent: they were blocked when it was started, and stay so. It passes them on to the
 launcher. Torchrun's folder in /tmp, which nobody deletes if the agent is killed, is in the folder of the launch instead.
+
+As a warm spare (`hf_spot.training.warm`), the agent first asks accelerate and torchrun how they would start its ranks, starts
+those in the same way as spares of its own, and later gives them to torchrun where it starts a Python.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
+import importlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-gc.disable()
-from accelerate.commands.launch import main  # noqa: E402
+from hf_spot.errors import EXIT_PREEMPTED
+from hf_spot.notices.signals import answered_signals, is_left_alone
+from hf_spot.runtime import Runtime
+from hf_spot.terminal import outlive_terminal
+from hf_spot.training.warm import WarmSpare, without_collection
 
-from hf_spot.errors import EXIT_PREEMPTED  # noqa: E402
-from hf_spot.notices.signals import answered_signals, is_left_alone  # noqa: E402
-from hf_spot.runtime import Runtime  # noqa: E402
-from hf_spot.terminal import outlive_terminal  # noqa: E402
-from hf_spot.training.ranks.agents import kill_ranks  # noqa: E402
+if TYPE_CHECKING:
+    from hf_spot.launch.warm_ranks import WarmRanks
 
-gc.freeze()
-gc.enable()
+
+def _import_all() -> None:
+    with without_collection():
+        importlib.import_module("accelerate.commands.launch")
+        importlib.import_module("torch.distributed.run")
+        importlib.import_module("hf_spot.launch.warm_ranks")
+        importlib.import_module("hf_spot.training.ranks.agents")
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -47,19 +58,31 @@ def _pass_on(runtime: Runtime) -> None:
 
 
 def _main() -> None:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    logging.getLogger(main.__module__).addFilter(_is_news)  # the launcher shows it, once for all restarts
-    outlive_terminal()
-    kill_ranks()
+    spare = WarmSpare.from_environ()
     runtime = Runtime.from_environ(os.environ)
     if runtime is not None:
-        runtime.meet()
         threading.Thread(target=_pass_on, args=(runtime,), name="hf_spot-signals", daemon=True).start()
+    outlive_terminal()
+    ranks: WarmRanks | None = None
+    if spare is None:
+        _import_all()
+    else:
+        ranks = _wait(spare)
+        runtime = Runtime.from_environ(os.environ)
+    from accelerate.commands.launch import main
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from hf_spot.training.ranks.agents import kill_ranks
+
+    logging.getLogger(main.__module__).addFilter(_is_news)  # the launcher shows it, once for all restarts
+    kill_ranks()
+    if runtime is not None:
+        runtime.meet()
         # First, so that a folder that the user names comes later and counts.
         sys.argv[1:1] = ["--log_dir", str(runtime.directory / "torchrun")]
     try:
-        main()
+        with contextlib.nullcontext() if ranks is None else ranks.given():
+            main()
     except ChildFailedError:
         # The exit code of a preempted rank is not an error.
         if runtime is None or runtime.read_exit_code() != EXIT_PREEMPTED:
@@ -67,6 +90,21 @@ def _main() -> None:
         sys.exit(EXIT_PREEMPTED)
     except subprocess.CalledProcessError as error:  # of one process alone, which accelerate starts without torchrun
         sys.exit(error.returncode if error.returncode > 0 else 1)
+
+
+def _wait(spare: WarmSpare) -> WarmRanks:
+    """Wait with the ranks, as spares, until this agent is needed, and take over its arguments."""
+    started: list[WarmRanks] = []
+
+    def start() -> dict[socket.socket, Callable[[], str | bool]]:
+        from hf_spot.launch.warm_ranks import WarmRanks
+
+        started.append(WarmRanks(spare.nice, spare.outputs))
+        return started[0].connections()
+
+    argv = spare.wait(_import_all, start, any_arguments=True)
+    sys.argv[1:] = argv[argv.index(__spec__.name) + 1 :]
+    return started[0]
 
 
 if __name__ == "__main__":

@@ -69,6 +69,8 @@ class Command:
         budget: of the run.
         hang_timeout_s: as in `hf_spot.policy.hangs.limit_s`.
         as_it_is: ``argv`` is a command that the user knows by its name, such as ``trl``, which starts the training.
+        warm_spares: the value of ``--warm-spares``.
+        ranks: of this machine, as far as the command line tells.
         among_at: where in ``argv`` the options of a launch among machines that come and go belong.
     """
 
@@ -85,6 +87,8 @@ class Command:
     budget: Budget = field(default_factory=Budget)
     among_at: int = 0
     hang_timeout_s: float | None = None
+    warm_spares: str = "auto"
+    ranks: int = 1
 
     def argv_among(self, machines: Machines, port: int) -> list[str]:
         """Return the command for a launch of machines that come and go.

@@ -39,6 +39,7 @@ from hf_spot.launch.command import Command, Machines, refusal
 from hf_spot.launch.early import has_flag
 from hf_spot.launch.settings import render, settings, unknown_variables
 from hf_spot.log import LEVEL_VARIABLE
+from hf_spot.policy import warm
 from hf_spot.policy.budget import Budget
 from hf_spot.policy.hangs import AUTO, parse_timeout
 from hf_spot.runtime import STORE_VARIABLE
@@ -68,6 +69,12 @@ _HANG_HELP = (
     "Seconds without a sign of the training (a step, a batch of an evaluation, bytes of a restore) after which it is ended and "
     "started again from the newest checkpoint; if it hangs after the same step again, the launch ends with exit code 79. "
     "'auto': half an hour to four hours, and more for what takes long in this run; 'off': never (default: auto)."
+)
+_WARM_HELP = (
+    "Whether Pythons for the next launch are kept ready while this one trains, with their imports done, so that a restart does "
+    "not wait for them; that takes 0.4 GB of memory for each rank. 'auto': from 15 s after the first step of a launch, with "
+    "processor time that nobody else wants, and not when memory is short; 'on': at once, whatever that costs; 'off': never "
+    "(default: auto)."
 )
 _ACCELERATES_LOG = logging.getLogger(VALIDATE_LAUNCH.owner)
 _OF_ONE_LAUNCH = ("num_machines", "machine_rank", "main_process_ip", "main_process_port", "num_processes")
@@ -239,6 +246,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         budget=_budget(args),
         among_at=among_at,
         hang_timeout_s=parse_timeout(args.hang_timeout),
+        warm_spares=warm.check(args.warm_spares),
+        ranks=machines.processes or max(1, int(args.num_processes or 1) // max(1, int(args.num_machines or 1))),
     )
 
 
@@ -558,6 +567,7 @@ def _add_options(group: Any) -> None:
     for name, kind, what in _BUDGET:
         group.add_argument(name, metavar="N", type=kind, help=what)
     group.add_argument("--hang_timeout", metavar="auto|SECONDS|off", default=AUTO, help=_HANG_HELP)
+    group.add_argument("--warm_spares", metavar="auto|on|off", default=warm.AUTO, help=_WARM_HELP)
     group.add_argument("-v", "--verbose", action="store_true", help="log details, too; -q logs warnings and errors only")
     types = typing.get_type_hints(SpotArguments)
     for setting in dataclasses.fields(SpotArguments):

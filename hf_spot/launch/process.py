@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import psutil
 
@@ -27,6 +27,9 @@ class ProcessTree:
         environ: its environment.
         signals: blocked until the command unblocks them, so that no process dies of them before it has a handler.
         as_it_is: the command knows nothing of that: they are not blocked, and one that ends it is a notice.
+        apart: it is started while another one runs, of which it is no part, and waits until `begin`.
+        pass_fds: descriptors that the command inherits.
+        others: returns processes that are not the command's, though started after it.
 
     Raises:
         OSError: it can't be started.
@@ -39,15 +42,22 @@ class ProcessTree:
         signals: Iterable[signal.Signals] = (),
         *,
         as_it_is: bool = False,
+        apart: bool = False,
+        pass_fds: Sequence[int] = (),
+        others: Callable[[], Collection[psutil.Process]] = tuple,
     ) -> None:
         process_guard.adopt_orphans()
-        self._strangers = set(psutil.Process().children(recursive=True))
+        self._is_apart = apart
+        self._others = others
+        self._strangers = set() if apart else set(psutil.Process().children(recursive=True))
         theirs, self._alive = os.pipe()
         guarded = [sys.executable, "-S", "-E", process_guard.__file__, str(theirs)]
         guarded += [*([process_guard.AS_IT_IS] if as_it_is else []), *command]
         try:
             with held_back(signals):
-                self._process = subprocess.Popen(guarded, env=dict(environ), start_new_session=True, pass_fds=[theirs])
+                self._process = subprocess.Popen(
+                    guarded, env=dict(environ), start_new_session=True, pass_fds=[theirs, *pass_fds]
+                )
         except BaseException:
             os.close(self._alive)
             raise
@@ -62,9 +72,26 @@ class ProcessTree:
             return None
         return code if code >= 0 else 128 - code
 
+    def begin(self, others: Callable[[], Collection[psutil.Process]]) -> None:
+        """Be the command that runs, from now on: it waited apart until now.
+
+        Args:
+            others: as at construction.
+        """
+        own = set(self.processes())
+        self._is_apart, self._others = False, others
+        self._strangers = set(psutil.Process().children(recursive=True)) - own
+
     def processes(self) -> list[psutil.Process]:
         """Return the guard, the command, and every descendant."""
-        return [one for one in psutil.Process().children(recursive=True) if one not in self._strangers]
+        if not self._is_apart:
+            others = set(self._others())
+            return [one for one in psutil.Process().children(recursive=True) if one not in self._strangers | others]
+        try:
+            guard = psutil.Process(self._process.pid)
+            return [guard, *guard.children(recursive=True)] if self._process.poll() is None else []
+        except psutil.NoSuchProcess:
+            return []
 
     def end(self) -> None:
         """Kill the command, if it still runs, and every descendant."""

@@ -40,6 +40,7 @@ OTHER_VARIABLES = frozenset(
         "HF_SPOT_LAUNCH",
         "HF_SPOT_LAUNCHER_PID",
         "HF_SPOT_RUNTIME_DIR",
+        "HF_SPOT_WAITS_ON",
         "HF_SPOT_LOG_LEVEL",
     }
 )

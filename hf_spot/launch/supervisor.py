@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from hf_spot.errors import (
@@ -41,6 +42,7 @@ from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.prefetch import Prefetch, newest_of
 from hf_spot.launch.process import ProcessTree
 from hf_spot.launch.unhooked import Unhooked
+from hf_spot.launch.warm import WarmSpares
 from hf_spot.log import alert, shown_level
 from hf_spot.notices.detect import grace_s, sources
 from hf_spot.notices.notice import CHANGE_OF_MACHINES, NoticeKind, PreemptionNotice
@@ -57,6 +59,7 @@ from hf_spot.policy.restarts import (
     pause_s,
     steps_in_words,
 )
+from hf_spot.policy.warm import OFF
 from hf_spot.run.journal import TRAINING_KEY, CheckpointRef, RunState
 from hf_spot.run.journal_writer import JournalWriter
 from hf_spot.run.machine_info import BY_LAUNCHER, about_this_machine
@@ -71,6 +74,7 @@ log = logging.getLogger("hf_spot")
 
 EXIT_INTERRUPTED = 130
 _TICK_S = 0.1
+_ANY_PORT = 29500
 _HOW_TO_TRAIN_LONGER = "to train longer, raise max_steps or num_train_epochs in the command or in a file that it names; "
 _HOW_TO_TRAIN_ON = "to train on from there in another run: --store ANOTHER-RUN --from"
 _FEW = 16  # entries
@@ -172,6 +176,7 @@ class Supervisor:
         self._journal_writer = JournalWriter(run)  # its order lets the last reads see all that was written
         self._hook = Hook(hook_url(command.arguments, command.environ), run.url)
         self._hangs = HangKeeper(command.hang_timeout_s, run, self._journal_writer, self._hook, clock=clock)
+        self._warm = WarmSpares(OFF if command.as_it_is else command.warm_spares, command.ranks, clock)
         self._machines = command.machines
         self._peers: Group | None = None
         self._elastic: Elastic | None = None
@@ -183,7 +188,7 @@ class Supervisor:
                 command.machines,
                 command.arguments,
                 about,
-                self._heard.wait,
+                self._wait_among,
                 clock,
                 command.word_digests(),
                 run.journal.state.launch if finished_by is not None else 0,
@@ -195,7 +200,7 @@ class Supervisor:
         Args:
             on_listening: called when the watcher runs, before the first launch.
         """
-        with self._watcher, contextlib.closing(self._hook), contextlib.ExitStack() as stack:
+        with self._watcher, contextlib.closing(self._hook), contextlib.closing(self._warm), contextlib.ExitStack() as stack:
             on_listening()
             code = 1
             if (elastic := self._elastic) is not None:
@@ -236,7 +241,7 @@ class Supervisor:
                 log.error("the training process ended with %d; not started again", code)
                 return code
             pause = pause_s(fruitless)
-            log.error("the training process ended with %d; starting again in %.0f s", code, pause)
+            log.error("the training process ended with %d; starting again in %.1f s", code, pause)
             if self._heard.wait(pause):
                 return EXIT_PREEMPTED
 
@@ -264,8 +269,25 @@ class Supervisor:
             if peers is not None:
                 peers.close()
 
+    def _wait_among(self, timeout_s: float) -> bool:
+        """Wait while no launch is under way here, and prepare for the next one. Return whether there is a notice."""
+        self._warm.look(lambda: True, is_idle=True)
+        return self._heard.wait(timeout_s)
+
+    def _expect_launch(self) -> None:
+        """Tell how the ranks would be started, on a machine that has not started any: in a launch of two machines or more."""
+        machines = replace(self._machines, count=max(2, self._machines.least), rank=1, main_ip="127.0.0.1")
+        arguments = replace(self._command.arguments, on_event=None)
+        full_ranks = self._command.machines.count * self._command.machines.processes
+        runtime = Runtime(self._run.url, 0, Path(tempfile.gettempdir()), arguments, full_ranks=full_ranks)
+        signals = answered_signals(arguments)
+        argv = self._command.argv_among(machines, _ANY_PORT)
+        self._warm.begin(argv, _environ(self._command.environ, runtime, signals), signals)
+
     def _launch_among(self, elastic: Elastic) -> tuple[Verdict, int]:
         """Make one launch of machines that come and go."""
+        if self._met is None:
+            self._expect_launch()
         self._met = None
         met = elastic.meet()
         if isinstance(met, Verdict):
@@ -345,13 +367,12 @@ class Supervisor:
                 if self._met is not None:
                     argv = self._command.argv_among(self._machines, self._met.port)
                     environ = {**self._met.environ(), **environ}
-                tree = ProcessTree(
-                    argv,
-                    _environ(environ, runtime, signals),
-                    signals,
-                    as_it_is=self._command.as_it_is,
-                )
+                environ = _environ(environ, runtime, signals)
+                tree = self._warm.take(argv, environ)
+                if tree is None:
+                    tree = ProcessTree(argv, environ, signals, as_it_is=self._command.as_it_is, others=self._warm.processes)
                 running.callback(tree.end)
+                self._warm.begin(argv, environ, signals)
                 code = self._wait(tree, runtime, folder)
                 self._read_report(runtime)
             told = None if code == EXIT_HUNG else runtime.read_exit_code()
@@ -373,6 +394,7 @@ class Supervisor:
         while (code := tree.wait(_TICK_S)) is None:
             self._keep(folder, runtime)
             unhooked.look(tree.processes)
+            self._warm.look(lambda: any(step for _, _, step, _, _ in runtime.read_phases().values()))
             if (stopped := runtime.read_stopped()) is not None:
                 return stopped  # and nothing that would come next in the command runs
             if self._impatient:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from enum import Enum
 
 from hf_spot.errors import EXIT_FENCED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE
-from hf_spot.timeouts import FIRST_PAUSE_S, IDLE_GRACE_S, LATE_S, LONGEST_PAUSE_S, NEIGHBOUR_FAILED_S
+from hf_spot.timeouts import FIRST_PAUSE_S, IDLE_GRACE_S, LATE_S, LONGEST_PAUSE_S, NEIGHBOUR_FAILED_S, SHORT_PAUSE_S
 
 
 class Verdict(str, Enum):
@@ -108,8 +108,9 @@ def steps_in_words(steps: Mapping[int, tuple[int, int]]) -> str:
 
 
 def pause_s(fruitless: int) -> float:
-    """Return the seconds to wait before the next launch; they double after each fruitless one."""
-    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** max(0, fruitless - 1))
+    """Return the seconds to wait before the next launch: hardly any after one that made progress; they double after each
+    fruitless one."""
+    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (fruitless - 1)) if fruitless else SHORT_PAUSE_S
 
 
 def patience_s(seconds_left: float | None, *, training: bool, drain_timeout_s: float, trained_s: float = 0.0) -> float:

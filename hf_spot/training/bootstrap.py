@@ -17,6 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType, ModuleType, TracebackType
 from typing import Any
 
@@ -26,6 +27,7 @@ from hf_spot.notices.signals import answered_signals, is_left_alone
 from hf_spot.runtime import Runtime, at_training
 from hf_spot.terminal import outlive_terminal
 from hf_spot.training.session.after_import import AfterImport
+from hf_spot.training.warm import WarmSpare
 
 _TRAINER = "transformers.trainer"
 _OPTIMIZERS = "torch.optim.optimizer"
@@ -153,14 +155,20 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: ``--module`` or nothing, the script or module, and its arguments.
     """
+    spare = WarmSpare.from_environ()
     runtime, process = Runtime.from_environ(os.environ), os.getpid()
     process_guard.tie(runtime.launcher if runtime else None)
     if runtime is not None:
         outlive_terminal()
         leave_signals_to_the_launcher(runtime)
-        runtime.meet()
     _continue_script_runs(runtime)
     sys.meta_path[:0] = [TrainerHook(), AfterImport(_OPTIMIZERS, _watch_steps)]
+    if spare is not None:
+        _enter(argv)
+        spare.wait(partial(spare.first_imports_of, argv))
+        runtime = Runtime.from_environ(os.environ)
+    if runtime is not None:
+        runtime.meet()
     try:
         _run(argv)
     except BaseException as error:
@@ -185,15 +193,22 @@ def _tell_end(runtime: Runtime | None, error: BaseException) -> None:
         sys.exit(code)
 
 
-def _run(argv: Sequence[str]) -> None:
+def _enter(argv: Sequence[str]) -> None:
+    """Set the arguments and the search path that the script will find."""
     if argv[0] == "--module":
         sys.argv = list(argv[1:])
-        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
         return
     sys.argv = list(argv)
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = os.path.dirname(os.path.realpath(argv[0]))
-    runpy.run_path(argv[0], run_name="__main__")
+
+
+def _run(argv: Sequence[str]) -> None:
+    _enter(argv)
+    if argv[0] == "--module":
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 def leave_signals_to_the_launcher(runtime: Runtime) -> None:

@@ -21,8 +21,7 @@ HOW_TO_PROTECT = (
 
 def watch_steps() -> None:
     """Warn about a training of this process that hf_spot takes no part in, once it has trained for some time."""
-    runtime = Runtime.from_environ(os.environ)
-    if runtime is None:
+    if Runtime.from_environ(os.environ) is None:
         return
     began_at: float | None = None
     has_looked = False
@@ -37,7 +36,8 @@ def watch_steps() -> None:
         if now - began_at < _SAY_AFTER_S:
             return
         has_looked = True
-        if not runtime.training_path.exists():
+        runtime = Runtime.from_environ(os.environ)  # not earlier: a warm spare has imported torch before its launch began
+        if runtime is not None and not runtime.training_path.exists():
             warn_for_all(
                 "this script trains without hf_spot: nothing of it is saved, and after an interruption it would begin from the "
                 "start. %s",

@@ -12,7 +12,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-NAMES = ("saves", "proof", "notice", "steps", "agreement", "any_gpus", "transfers", "commands", "resume", "growth", "streams")
+NAMES = (
+    "saves",
+    "proof",
+    "notice",
+    "steps",
+    "agreement",
+    "any_gpus",
+    "transfers",
+    "commands",
+    "resume",
+    "restart",
+    "growth",
+    "streams",
+)
 
 
 def main() -> None:

@@ -76,6 +76,7 @@ FOR_SOME = (
     "peft.peft_model",
     "torch._dynamo.eval_frame",
     "torch.distributed.elastic.multiprocessing.api",
+    "torch.distributed.run",
     "trl.trainer.sft_trainer",
     "urllib3.response",
 )
@@ -483,6 +484,8 @@ OTHERWISE = {
     upstream.GCS_HTTP: "tests/storage/test_contract.py",
     upstream.BARS: "test_bars_know_each_other",
     upstream.SAVE_ALONE: "what SAVE_TOGETHER is given",
+    upstream.RUN_RANKS: "tests/launch/test_warm.py",
+    upstream.START_CHILD: "tests/launch/test_warm.py",
     upstream.CHECKPOINT_ENGINE: "python -m tests.engines",
     upstream.ITERATE_BUFFER: "tests/training/data/test_stream_position.py",
     upstream.ARROW_OF_BUFFER: "tests/training/data/test_stream_position.py",

@@ -125,8 +125,10 @@ class LaterCopies:
         one, begin, end = piece
         try:
             one.copy(begin, end)
-        except BaseException as error:  # never of the training, which must only not wait for ever: `run` raises it
+        except BaseException as error:  # `run` raises it: the save fails, and not the training
             self._error = error
+            if not isinstance(error, Exception):  # Ctrl-C
+                raise
         finally:
             with self._changing:
                 self._under_way -= 1

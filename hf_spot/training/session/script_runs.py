@@ -45,8 +45,6 @@ class ScriptRuns:
 
     def watch(self) -> None:
         """Wrap the functions that begin tracker runs, in modules that are imported already and in those that will be."""
-        if os.environ.get("RANK", "0") != "0":
-            return
         for tracker, (module, function) in _BEGIN.items():
             wrap = functools.partial(self._wrap, tracker, module, function)
             if module in sys.modules and hasattr(sys.modules[module], function):  # it may be importing this very moment
@@ -75,6 +73,8 @@ class ScriptRuns:
 
         @functools.wraps(plain)
         def begin(*args: Any, **more: Any) -> Any:
+            if os.environ.get("RANK", "0") != "0":  # known late: a warm spare has imported the tracker before
+                return plain(*args, **more)
             try:
                 more = self._continuing(tracker, plain, args, more)
             except Exception as error:  # no tracker may end a training

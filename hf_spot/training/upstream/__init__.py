@@ -834,6 +834,18 @@ LAUNCH_ENVIRONMENT = _function(
     "accelerate.utils.launch", "prepare_simple_launcher_cmd_env", "args", "launch.options", _LAUNCHES, **_LAUNCH
 )
 OPTIONS_PARSER = _name("class", "accelerate.commands.utils", "CustomArgumentParser", "", "launch.options", _LAUNCHES, **_LAUNCH)
+_COLD = "after a crash of several ranks, each imports everything again"
+RUN_RANKS = _function("torch.distributed.run", "run", "args", "launch.warm_ranks", _COLD, told=True, optional=True, **_LAUNCH)
+START_CHILD = _method(
+    "subprocess:Popen",
+    "_execute_child",
+    "args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, p2cread, p2cwrite, "
+    "c2pread, c2pwrite, errread, errwrite, restore_signals, gid, gids, uid, umask, start_new_session, …",
+    "launch.warm_ranks",
+    _COLD,
+    told=True,
+    **_LAUNCH,
+)
 
 TABLE: tuple[Name, ...] = tuple(one for one in globals().values() if isinstance(one, Name))
 

@@ -27,6 +27,7 @@ _LIBRARIES = frozenset(
         "numpy",
         "peft",
         "safetensors",
+        "subprocess",
         "torch",
         "tqdm",
         "transformers",
