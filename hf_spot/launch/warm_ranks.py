@@ -126,7 +126,8 @@ def how_ranks_start() -> list[Start]:
             args.log_dir = folder
             config, program, words = torch.distributed.run.config_from_args(args)
         for number in range(config.nproc_per_node):
-            of_rank = {name: str(number) for name in ("LOCAL_RANK", "RANK")}
+            first = int(config.rdzv_configs.get("rank") or 0) * config.nproc_per_node  # a machine may keep its number
+            of_rank = {"LOCAL_RANK": str(number), "RANK": str(first + number)}
             of_machine = {"LOCAL_WORLD_SIZE": str(config.nproc_per_node)}
             found.append(Start([str(program), *map(str, words)], {**os.environ, **of_rank, **of_machine}, True))
         raise _Asked
