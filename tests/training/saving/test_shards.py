@@ -126,7 +126,8 @@ def test_a_sharded_save_never_mixes_two_steps_and_what_one_rank_can_not_write_is
         assert seen["step"] == 15
     assert len(main["said"]) == 2 and "checkpoint-6 can't be saved: File too large" in main["said"][0]
     assert "checkpoint-12 can't be saved" in main["said"][1]
-    assert other["said"] == []
+    # The file of its steps does not fit either, if it happens to be written just then.
+    assert [line for line in other["said"] if "/.hf_spot/steps-" not in line] == []
 
     for seen in facts(tmp_path, "refused"):
         check_refused(seen)
