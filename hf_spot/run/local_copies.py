@@ -19,7 +19,7 @@ from typing import Any
 
 from hf_spot.errors import SpotError
 from hf_spot.policy.local_copies import Copy
-from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.checkpoint import CommitRequest, check_whole
 from hf_spot.run.digest import digest_of
 from hf_spot.run.manifest import FileEntry, difference, files_in
 from hf_spot.run.run import Run
@@ -67,9 +67,12 @@ def record(run: Run, output_dir: Path, folder: Path, request: CommitRequest) -> 
 
     Raises:
         OSError: the folder has gone meanwhile, or the disk has lost bytes.
+        IncompleteCheckpoint: a file that a resume reads is missing: Trainer's rotation may have deleted the folder meanwhile.
         SpotError: the journal could not be read.
     """
     names = files_in(folder)
+    if request.parts == 1:  # what several disks have together is examined by whoever commits it
+        check_whole(request, names, folder)
     for name in names:
         sync(folder / name)
     for inner in {(folder / name).parent for name in names}:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from hf_spot import Run
+from hf_spot.errors import IncompleteCheckpoint
 from hf_spot.policy.local_copies import Copy, Happened, newest_on_all, why_not
 from hf_spot.run import local_copies
 from hf_spot.run.checkpoint import CommitRequest
@@ -50,6 +51,16 @@ def find(run: Run, out: Path) -> Taken | None:
         return tier.find(1, run.state().latest(1))
     finally:
         tier.close()
+
+
+def test_what_rotation_has_taken_apart_is_not_recorded(tmp_path: Path) -> None:
+    run, folder = claimed(), save(tmp_path / "out")
+    (folder / "trainer_state.json").unlink()
+    with pytest.raises(IncompleteCheckpoint, match=r"lacks trainer_state\.json"):
+        record(run, tmp_path / "out", folder, REQUEST)
+    assert copies(run, tmp_path / "out", 1, 0) == []
+    record(run, tmp_path / "out", folder, replace(REQUEST, parts=2))  # the other disk may have it
+    assert len(copies(run, tmp_path / "out", 1, 0)) == 1
 
 
 @pytest.mark.parametrize("power", [False, True])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import IntervalStrategy, TrainOutput
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput
 
 from hf_spot.errors import SpotError
 from hf_spot.run.checkpoint import Checkpoint
@@ -183,7 +183,9 @@ def load_finished(
         if pending and at_epoch_end:
             _evaluate(trainer, trial)
         output = window.summarize() if reported else None
-    if pending and state.best_global_step == restored.step:
+    # Trainer notes where the best model is when it saves: not at all, or before the evaluation at the end of an epoch.
+    is_noted = args.save_strategy != SaveStrategy.NO and not (at_epoch_end and args.save_strategy == SaveStrategy.STEPS)
+    if pending and is_noted and state.best_global_step == restored.step:
         best_folder = folder
         state.best_model_checkpoint = str(folder)
     if args.load_best_model_at_end and best_folder is not None:
