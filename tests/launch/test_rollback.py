@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from hf_spot.run.run import Run
 from tests.launch.conftest import PLAIN, Launch, Launcher, of_ranks
 
@@ -44,6 +46,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.proof  # on one rank: tests/training/test_not_finite.py
 def test_a_loss_that_is_not_finite_on_one_rank_rolls_all_back(launcher: Launcher) -> None:
     script = launcher.tmp_path / "exploding.py"
     script.write_text(EXPLODING)

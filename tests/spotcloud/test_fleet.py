@@ -171,6 +171,7 @@ def test_too_few_in_one_zone_are_no_machine(stage: Stage) -> None:
     wait_for(lambda: not stage.cloud.running(), "for the end of what was started")
 
 
+@pytest.mark.proof
 def test_full_price_machines_are_given_back_for_spot_ones_and_dear_ones_when_the_budget_is_short(tmp_path: Path) -> None:
     with Stage(tmp_path, machines="2:4", max_spend=150) as stage:
         stage.training.steps = 240
@@ -217,6 +218,7 @@ def test_a_setup_that_fails_on_all_is_not_tried_for_ever(stage: Stage) -> None:
     assert len(stage.cloud.bill.stays) == 3 and stage.balance().is_clean
 
 
+@pytest.mark.proof
 def test_newcomers_that_never_train_are_not_replaced_for_ever_while_the_others_train(tmp_path: Path) -> None:
     with Stage(tmp_path, machines="1:3") as stage:
         stage.market.limit(1, KIND, A, SPOT)
@@ -366,7 +368,11 @@ def test_quotas_of_several_rungs_add_up(stage: Stage) -> None:
 # -- permissions --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("job", [{"placement": "cluster"}, {"machines": 1}], ids=["several machines", "one machine"])
+@pytest.mark.parametrize(
+    "job",
+    [{"placement": "cluster"}, pytest.param({"machines": 1}, marks=pytest.mark.proof)],
+    ids=["several machines", "one machine"],
+)
 def test_the_policy_of_who_provisions_is_enough_and_no_more(
     tmp_path: Path, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -402,6 +408,7 @@ def test_a_policy_lets_end_only_what_has_the_runs_tag_and_names_bucket_and_role(
     assert by_name["Objects"]["Resource"] == "arn:aws:s3:::bucket/runs/x/*"
 
 
+@pytest.mark.proof
 def test_disks_are_in_the_bill_of_machines_that_ec2_took_back_for_nothing_too(tmp_path: Path) -> None:
     with Stage(tmp_path, disk_gb=16384) as stage:
         stage.training.steps = 120
@@ -449,6 +456,7 @@ def test_groups_that_machines_still_use_stay_and_are_named(tmp_path: Path) -> No
         assert networks.remove(["us-east-1"]) == []
 
 
+@pytest.mark.proof
 def test_machines_that_wait_in_vain_are_given_back_and_asked_for_again_after_a_pause(stage: Stage) -> None:
     stage.market.close()
     stage.market.limit(2, KIND, A, SPOT)
