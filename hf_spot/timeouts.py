@@ -5,6 +5,7 @@ from __future__ import annotations
 # -- the end of a launch ----------------------------------------------------------------------------------------------
 
 JOURNAL_LAST_WORD_S = 5.0  # for an entry of the journal when the machine is about to go
+LOCAL_RECORD_LAST_WORD_S = 1.0  # for the record of a checkpoint on this disk, which a commit makes needless
 PEER_LAST_WORD_S = 3.0  # a training that failed because of another machine may end before that machine's launcher says so
 WEBHOOK_LAST_WORD_S = 2.0  # for events that are still on their way when a launch ends
 FAILED_DRAIN_S = 60.0  # for the upload under way when the training raised an error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import tempfile
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from tests import leftovers
 
+_TRIES = 20
 _FILLER = "filler"
 
 
@@ -50,9 +52,15 @@ class SmallDisk:
         return found.f_bavail * found.f_frsize // 1024
 
     def fill(self, leave_kb: int = 0) -> None:
-        """Takes all the space but ``leave_kb``."""
+        """Takes all the space but ``leave_kb``, while others may write, too."""
         with (self.path / _FILLER).open("ab", buffering=0) as file:
-            os.posix_fallocate(file.fileno(), 0, file.tell() + (self.free_kb - leave_kb) * 1024)
+            for tries_left in reversed(range(_TRIES)):
+                try:
+                    os.posix_fallocate(file.fileno(), 0, file.tell() + max(0, self.free_kb - leave_kb) * 1024)
+                    return
+                except OSError as error:
+                    if error.errno != errno.ENOSPC or not tries_left:
+                        raise
 
     def empty(self) -> None:
         """Gives it back."""

@@ -66,7 +66,8 @@ _OF_LIBRARIES = ("CUDA_", "GOMP_", "KMP_", "LANG", "LC_", "LD_", "MALLOC_", "MKL
 # the Hub's files are, which none of these scripts opens; COLUMNS is the width of accelerate's menus, which nobody opens; the
 # others are seen by whoever copies all variables.
 _READ_LATER = ("AWS_", "HF_SPOT_", "PYTEST_", "TORCHELASTIC_", "TORCH_NCCL_")
-_NOT_READ = ("PYTHONPATH", "XDG_CACHE_HOME", "COLUMNS", "OLDPWD", "PATH", "PWD", "SHLVL", "_")
+# KMP_DUPLICATE_LIB_OK: scikit-learn sets it when it is imported, for OpenMP libraries that are loaded after that.
+_NOT_READ = ("PYTHONPATH", "XDG_CACHE_HOME", "COLUMNS", "OLDPWD", "PATH", "PWD", "SHLVL", "_", "KMP_DUPLICATE_LIB_OK")
 _STARTERS = ("accelerate.commands.launch", "hf_spot", "hf_spot.launch.agent")  # modules that start further Pythons
 SCRIPTS_FORK = "HF_SPOT_TESTS_SCRIPTS_FORK"  # a variable: scripts start further Pythons, too, and those are forked
 _READER = "hf_spot.launch.options"  # reads the options of a launch in a process of its own
@@ -210,6 +211,8 @@ def _fork_or_execute(self: Any, args: Any, executable: Any, preexec_fn: Any, clo
             self.pid = pid
             self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
             return
+        if _callers.space is not None:  # executed here it would be on the wrong host
+            raise RuntimeError(f"{args} can't be forked: {client.refusals[-1]}")
     _execute(self, args, executable, preexec_fn, close_fds, *more)
 
 

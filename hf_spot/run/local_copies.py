@@ -107,6 +107,8 @@ def copies(run: Run, output_dir: Path, training: int, after_step: int) -> list[L
         after_step: the newest committed step.
     """
     forget(output_dir, training, after_step)
+    for half in (output_dir / ".hf_spot").glob(f".whole-{training}-*.json.*"):  # of a process that was killed
+        half.unlink(missing_ok=True)
     found = []
     for step, path in recorded(output_dir, training):
         try:

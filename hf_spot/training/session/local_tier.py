@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from hf_spot.run.journal import CheckpointRef
 from hf_spot.run.local_copies import LocalCopy
 from hf_spot.run.run import Run
 from hf_spot.storage.threads import Workers
+from hf_spot.timeouts import LOCAL_RECORD_LAST_WORD_S
 from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.disks import Disk
 
@@ -58,6 +60,7 @@ class LocalTier:
         self._output_dir = output_dir
         self._now = now
         self._worker = Workers(1, "hf_spot-local-tier")
+        self._under_way: Future[None] | None = None
         self._newest_step = 0
 
     # -- saving -------------------------------------------------------------------------------------------------------
@@ -71,7 +74,7 @@ class LocalTier:
             committed_step: returns the newest committed step of the training that this process knows of.
         """
         self._newest_step = request.step
-        self._worker.submit(self._record, folder, request, committed_step)
+        self._under_way = self._worker.submit(self._record, folder, request, committed_step)
 
     def _record(self, folder: Path, request: CommitRequest, committed_step: Callable[[], int]) -> None:
         if request.step < self._newest_step or committed_step() >= request.step:
@@ -86,8 +89,10 @@ class LocalTier:
             local_copies.forget(self._output_dir, request.training, committed_step())
 
     def close(self) -> None:
-        """Record no more. Repeated calls do nothing."""
+        """Record no more; a record that is nearly there is waited for. Repeated calls do nothing."""
         self._worker.shutdown(wait=False, cancel_futures=True)
+        if self._under_way is not None:
+            wait([self._under_way], LOCAL_RECORD_LAST_WORD_S)
 
     # -- restoring ----------------------------------------------------------------------------------------------------
 
