@@ -21,6 +21,7 @@ from botocore.config import Config
 
 from hf_spot.aws_errors import code_of, message_of, region_of
 from hf_spot.cloud.ec2_errors import LATER, explain
+from hf_spot.cloud.ending import SpotStatus
 from hf_spot.cloud.job import ON_DEMAND, SPOT
 from hf_spot.cloud.ladder import Price
 from hf_spot.errors import CloudError, ConfigError
@@ -36,6 +37,7 @@ _PRICE_LISTS_OF_CHINA = ("cn-northwest-1",)
 _ELSEWHERE = frozenset({"AccessDeniedException", "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError"})
 _EVERYBODY = ("0.0.0.0/0", "::/0")
 _MOST_THREADS = 8
+_MOST_VALUES = 200  # of a filter
 _PREFIXES = {"service-quotas": "servicequotas"}  # services whose name in IAM differs from boto3's
 
 T = TypeVar("T")
@@ -88,7 +90,7 @@ class Instance:
         market: ``spot`` or ``on-demand``.
         state: ``pending``, ``running``, ``shutting-down``, ``terminated``, ``stopping`` or ``stopped``.
         began: when it was launched.
-        ended: when it ended, if EC2 says so.
+        ended: when it was told to end, if EC2 says so.
         reason: EC2's code for why it ended; empty while it is live.
         tags: all tags.
     """
@@ -324,6 +326,20 @@ class Cloud:
         found = self.pages("ec2", region, "describe_instances", "Reservations", Filters=filters)
         instances = [_instance(one, region) for reservation in found for one in reservation["Instances"]]
         return sorted(instances, key=lambda one: (one.began, one.id))
+
+    def spot_statuses(self, region: str, ids: Sequence[str]) -> dict[str, SpotStatus]:
+        """Return the status of the spot requests of instances, by their ids; EC2 keeps them longer than the instances.
+
+        Those of machines at full price, and those that it has forgotten, are missing.
+        """
+        found: dict[str, SpotStatus] = {}
+        for place in range(0, len(ids), _MOST_VALUES):
+            filters = [_filter("instance-id", *ids[place : place + _MOST_VALUES])]
+            for one in self.pages("ec2", region, "describe_spot_instance_requests", "SpotInstanceRequests", Filters=filters):
+                status = one.get("Status", {})
+                if status.get("Code") and status.get("UpdateTime") is not None:
+                    found[one["InstanceId"]] = SpotStatus(status["Code"], status["UpdateTime"].astimezone(timezone.utc))
+        return found
 
     def tag_requested(self, region: str, run: str) -> None:
         """Give instances of legacy spot requests the tags of their request, in case the requesting process died first."""

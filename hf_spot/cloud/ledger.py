@@ -8,7 +8,8 @@ Provisioning writes entries of the kind ``machine``; ``data["event"]`` is one of
 * ``refused``: no rung had capacity;
 * ``walked``: the walk for several machines has ended, and why it did not get all;
 * ``short``: why no more machines are wanted;
-* ``ended``: a machine is gone, why, what it cost, and whether to start another.
+* ``ended``: a machine is gone, why, what it cost, and whether to start another;
+* ``billed``: the same machine, whose end EC2 has told more exactly since.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class Machine:
         ended: when it was gone.
         reason: EC2's code for why it ended.
         cost_usd: total cost of a machine that has ended, without its disk.
+        cost_bound: ``at most`` or ``at least``, if EC2 has not told when it ended; empty if it has.
+        end_source: source of its end.
         disk_usd_per_hour: price of its disk; None if unknown.
         disk_usd: total cost of its disk, once it has ended.
         wheel: of hf_spot that it installs, with its digest; empty if the image has hf_spot, or unknown.
@@ -66,6 +69,8 @@ class Machine:
     disk_usd_per_hour: float | None = None
     disk_usd: float | None = None
     wheel: str = ""
+    cost_bound: str = ""
+    end_source: str = ""
 
     def to_data(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -211,6 +216,8 @@ def _machine(ledger: Ledger, entry: Entry) -> Ledger:
         machines = ledger.machines if known else (*ledger.machines, machine)
         begun = replace(ledger, machines=machines, _committed_before=ledger.committed)
         return begun if data.get("more") else replace(begun, walk=None, walk_since=None)
+    if event == "billed":
+        return replace(ledger, machines=_with(ledger, Machine.from_data(data["machine"])))
     if event == "ended":
         machine = Machine.from_data(data["machine"])
         in_vain = ledger.committed == ledger._committed_before or (
@@ -220,10 +227,15 @@ def _machine(ledger: Ledger, entry: Entry) -> Ledger:
         return replace(
             ledger,
             stopped=bool(data.get("stop")),
-            machines=tuple(machine if one.instance_id == machine.instance_id else one for one in ledger.machines),
+            machines=_with(ledger, machine),
             fruitless=ledger.fruitless + 1 if by_itself else 0,
         )
     return ledger
+
+
+def _with(ledger: Ledger, machine: Machine) -> tuple[Machine, ...]:
+    """Return the machines with a newer record of one of them."""
+    return tuple(machine if one.instance_id == machine.instance_id else one for one in ledger.machines)
 
 
 def _samples(data: Mapping[str, Any]) -> tuple[int | None, int]:

@@ -381,7 +381,10 @@ class Supervisor:
                 if tree is None:
                     tree = ProcessTree(argv, environ, signals, as_it_is=self._command.as_it_is, others=self._warm.processes)
                 running.callback(tree.end)
-                self._warm.begin(argv, environ, signals)
+                if self._met is not None and self._machines.count == 1:  # a spare for several machines serves one as well
+                    self._expect_launch()
+                else:
+                    self._warm.begin(argv, environ, signals)
                 code = self._wait(tree, runtime, folder)
                 self._read_report(runtime)
             told = None if code == EXIT_HUNG else runtime.read_exit_code()

@@ -471,3 +471,74 @@ def test_machines_that_wait_in_vain_are_given_back_and_asked_for_again_after_a_p
         assert later and min(later) - one["at"] >= timedelta(seconds=60)
     assert given[0]["at"] - starts[0] >= timedelta(seconds=900)
     assert stage.balance().is_clean and stage.events("finished")
+
+
+# -- the bill -------------------------------------------------------------------------------------------------------------
+
+
+def billed(stage: Stage) -> dict[str, tuple[str, float, float]]:
+    """By machine: how well its cost is known, its cost by the journal, and by the cloud."""
+    charged = {name: stay.charged(stage.market, stage.clock.time) for name, stay in stage.cloud.bill.stays.items()}
+    written = {one.instance_id: one for one in stage.machines() if one.ended is not None}
+    return {name: (one.cost_bound, one.cost_usd or 0.0, charged[name]) for name, one in written.items()}
+
+
+def look(stage: Stage) -> None:
+    records = stage.records()
+    records.refresh()
+    records.reconcile(records.find_instances(["us-east-1"]), ["us-east-1"])
+
+
+def test_a_machine_is_billed_until_its_end_however_late_somebody_looks(stage: Stage) -> None:
+    taken, asked, itself = (one.instance_id for one in stage.provisioner().provision_several())
+    stage.clock.time += timedelta(hours=2, seconds=7)
+    stage.cloud.take(taken)
+    stage.clock.time += timedelta(seconds=13)
+    stage.cloud.client().terminate_instances(InstanceIds=[asked])
+    stage._settle()
+    stage.clock.time += timedelta(seconds=11)
+    stage.end(itself, BY_ITSELF)
+    stage.clock.time += timedelta(minutes=19)
+    look(stage)
+    bill = billed(stage)
+    assert {name: bound for name, (bound, *_) in bill.items()} == {taken: "", asked: "", itself: "at most"}
+    assert all(round(ours, 4) == round(theirs, 4) for name, (_, ours, theirs) in bill.items() if name != itself)
+    _, ours, theirs = bill[itself]
+    assert ours - theirs == pytest.approx(8 / 60, abs=1e-5)  # the status of its request comes a minute later
+    known = status(stage.records(), Cloud(stage.session))
+    assert known["spent_bound"] == "at most" and ", at most $48." in render_status(known)
+
+
+def test_the_status_of_a_spot_request_that_comes_later_corrects_the_bill(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = stage.provisioner().provision_several()[0].instance_id
+    stage.clock.time += timedelta(hours=1, seconds=10)
+    stage.cloud.take(name)
+    stage.clock.time += timedelta(seconds=30)
+    with monkeypatch.context() as patch:
+        patch.setattr(Cloud, "spot_statuses", lambda *_: {})
+        look(stage)
+    [(bound, ours, theirs)] = billed(stage).values()
+    assert bound == "at most" and ours > theirs
+    look(stage)
+    [(bound, ours, theirs)] = billed(stage).values()
+    assert bound == "" and round(ours, 4) == round(theirs, 4)
+    number = stage.records().refresh().number
+    look(stage)
+    assert stage.records().refresh().number == number  # written once
+
+
+def test_a_machine_that_ec2_has_forgotten_is_billed_by_its_spot_request(stage: Stage) -> None:
+    taken, itself, _ = (one.instance_id for one in stage.provisioner().provision_several())
+    stage.clock.time += timedelta(minutes=50)
+    stage.cloud.take(taken)
+    stage.end(itself, BY_ITSELF)
+    stage.clock.time += timedelta(hours=9)
+    records = stage.records()
+    records.refresh()
+    records.reconcile([one for one in records.find_instances(["us-east-1"]) if one.state == "running"], ["us-east-1"])
+    bill = billed(stage)
+    assert bill[taken] == ("", 0.0, 0.0)  # taken back in its first hour, for nothing
+    bound, ours, theirs = bill[itself]
+    assert bound == "at most" and 0 <= ours - theirs < 8 / 50
