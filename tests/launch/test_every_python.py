@@ -147,10 +147,10 @@ def test_a_signal_becomes_a_notice_where_a_training_runs_and_nowhere_else(
             assert process.wait(PATIENCE_S) == code
             assert not received
     finally:
-        signal.signal(signal.SIGTERM, before)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        signal.signal(signal.SIGTERM, before)
         assert process.stdout is not None
         process.stdout.close()
 
@@ -214,9 +214,9 @@ def test_a_program_that_ends_its_training_child_gives_no_notice(
         told = f"process {parent} ({sys.executable} -c"
         assert (told in said and f"ends process {child}" in said) == ends, said
     finally:
-        signal.signal(signal.SIGTERM, before)
         process.kill()
-        process.communicate()
+        process.communicate()  # also ends when the last child has: none of them sends another signal afterwards
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(
@@ -256,9 +256,9 @@ def test_a_signal_soon_after_a_process_has_failed_is_its_launchers_way_to_end_th
         assert (process.returncode, bool(received)) == ((-signal.SIGTERM, False) if ends else (0, True))
         assert (f"process {dead.pid} has failed" in said.decode()) == ends
     finally:
-        signal.signal(signal.SIGTERM, before)
         process.kill()
-        process.communicate()
+        process.communicate()  # also ends when the last child has: none of them sends another signal afterwards
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_once_there_is_a_notice_nothing_is_an_end_from_inside(environ: dict[str, str]) -> None:
@@ -318,9 +318,9 @@ def test_a_forked_child_that_trains_passes_signals_on(environ: dict[str, str], i
         wait_for(lambda: bool(received), "for the notice")
         assert process.communicate("\n", PATIENCE_S)[0] == "7\n"
     finally:
-        signal.signal(signal.SIGTERM, before)
         process.kill()
-        process.communicate()
+        process.communicate()  # also ends when the last child has: none of them sends another signal afterwards
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_forked_child_has_the_programs_own_handlers(environ: dict[str, str]) -> None:
