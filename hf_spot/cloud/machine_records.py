@@ -17,9 +17,11 @@ from hf_spot.cloud.ending import AT_MOST, Ending, SpotStatus, bound_of, ending_o
 from hf_spot.cloud.job import SPOT
 from hf_spot.cloud.ladder import Pool, Price, billed_until, cost_usd, is_free
 from hf_spot.cloud.ledger import Ledger, Machine, fold, is_stale
+from hf_spot.cloud.rates import place_of, rates_for
 from hf_spot.errors import CloudError, Fenced
 from hf_spot.run.journal import Entry, RunState
 from hf_spot.run.run import Run
+from hf_spot.run.traffic import NOWHERE, Rate, charged_usd, pairs, traffic_data
 from hf_spot.storage.probe import probe
 
 _SETTLED_AFTER = timedelta(minutes=5)  # so much later the status of a spot request may follow
@@ -50,6 +52,8 @@ class MachineRecords:
         self._probed = False
         self._prices: dict[tuple[str, str], tuple[datetime, datetime, PriceHistory]] = {}
         self._launched: dict[str, datetime] = {}  # by EC2's clock
+        self._place: str | None = None
+        self._rates: dict[tuple[str, str], Rate] = {}
         self._going: dict[str, datetime] = {}  # when it was first seen to shut down
 
     def refresh(self) -> Ledger:
@@ -164,7 +168,7 @@ class MachineRecords:
         """Record that a machine is gone."""
         known = self._ending(machine, instance)
         stop = stop or (instance is not None and STOP_TAG in instance.tags)
-        self.record("ended", machine=self._billed(machine, known).to_data(), stop=stop)
+        self.record("ended", machine=self._billed(machine, known).to_data(), stop=stop, **self._traffic_data())
 
     def _ending(self, machine: Machine, instance: Instance | None) -> Ending:
         now = self._now()
@@ -212,10 +216,38 @@ class MachineRecords:
         """Return the word before the sum of what all machines have cost; empty if EC2 has told the end of each."""
         return bound_of(machine.cost_bound for machine in self.ledger.machines if machine.cost_usd or machine.disk_usd)
 
+    # -- traffic ------------------------------------------------------------------------------------------------------
+
+    def traffic_usd(self) -> float | None:
+        """Return what the traffic with the store has cost so far, in dollars; None if the store's place is unknown."""
+        store = self.store_place()
+        return None if store == NOWHERE else charged_usd(self.ledger.traffic, store, self._rates_now())
+
+    def store_place(self) -> str:
+        """Return the region of the run's store, or `INTERNET`; empty for a folder or an unknown place."""
+        if self._place is None:
+            self._place = place_of(self.run.store)
+        return self._place
+
+    def _rates_now(self) -> list[Rate]:
+        wanted = {(source, target) for source, target, _ in pairs(self.ledger.traffic, self.store_place()) if source}
+        if missing := wanted - self._rates.keys():
+            self._rates |= {(one.source_place, one.target_place): one for one in rates_for(self._cloud, missing)}
+        return [*self._rates.values()]
+
+    def _traffic_data(self) -> dict[str, Any]:
+        if self.store_place() == NOWHERE:
+            return {}
+        rates, traffic = self._rates_now(), self.ledger.traffic
+        return {"traffic": traffic_data(traffic, self.store_place(), rates)}
+
+    # -- what all have cost -------------------------------------------------------------------------------------------
+
     def spent_usd(self) -> float:
-        """Return what all machines of the run and their disks have cost so far, in dollars."""
+        """Return what all machines of the run, their disks and their traffic with the store have cost so far, in dollars."""
         now = self._now()
         ended = sum((machine.cost_usd or 0.0) + (machine.disk_usd or 0.0) for machine in self.ledger.machines)
+        ended += self.traffic_usd() or 0.0
         return ended + sum(self._cost(machine, now) + _disk_usd(machine, now) for machine in self.ledger.live())
 
     def disk_usd_per_hour(self, region: str) -> float | None:
