@@ -51,6 +51,7 @@ class Machine:
         end_source: source of its end.
         disk_usd_per_hour: price of its disk; None if unknown.
         disk_usd: total cost of its disk, once it has ended.
+        sent_bytes: what its network interfaces have sent, of machines in several zones; None if unknown.
         wheel: of hf_spot that it installs, with its digest; empty if the image has hf_spot, or unknown.
     """
 
@@ -73,6 +74,7 @@ class Machine:
     wheel: str = ""
     cost_bound: str = ""
     end_source: str = ""
+    sent_bytes: int | None = None
 
     def to_data(self) -> dict[str, Any]:
         """Return JSON values."""

@@ -21,7 +21,7 @@ from hf_spot.run.journal import BY_HAND, ENDINGS, TRAINING_KEY, Entry
 from hf_spot.run.last_words import KIND as LOST
 from hf_spot.run.last_words import LastWords
 from hf_spot.run.machine_info import BY_LAUNCHER
-from hf_spot.run.traffic import Rate, Traffic, rates_in, traffic_data
+from hf_spot.run.traffic import Rate, Traffic, rates_in, traffic_data, zones_in
 
 PARTS = ("training", "redoing", "saving", "restoring", "starting", "idle", "ending", "other")
 PART_MEANS = {
@@ -295,7 +295,7 @@ def summarise(entries: Iterable[Entry], last_words: LastWords | None = None) -> 
     launches: list[Launch] = []
     now: datetime | None = None
     step, skew_s, writes = 0, 0.0, 0
-    traffic, place, rates = Traffic(), "", tuple[Rate, ...]()
+    traffic, place, rates, zones = Traffic(), "", tuple[Rate, ...](), dict[str, int]()
     trackers: dict[tuple[int, str], TrackerPlace] = {}
     for entry in entries:
         if now is not None and entry.time < now:
@@ -304,7 +304,7 @@ def summarise(entries: Iterable[Entry], last_words: LastWords | None = None) -> 
         traffic = traffic.after(entry)
         if entry.kind == "machine" and isinstance(entry.data.get("traffic"), dict):
             place, known = rates_in(entry.data["traffic"])
-            rates = tuple(known)
+            rates, zones = tuple(known), zones_in(entry.data["traffic"])
         writes += writes_of_entry(_sizes_bytes(entry.data.get("files")) if entry.kind in ("commit", "weights") else ())
         if entry.kind == "claim":
             if entry.data.get("by") != BY_HAND:
@@ -323,6 +323,7 @@ def summarise(entries: Iterable[Entry], last_words: LastWords | None = None) -> 
     _add_last_words(launches, last_words)
     report = _add_up(launches, step, skew_s)
     writes += heartbeats_in(report.held_s)
+    traffic = replace(traffic, between_zones=zones)
     report = replace(report, traffic=traffic, store_place=place, traffic_rates=rates)
     return replace(report, writes=writes, trackers=tuple(trackers[key] for key in sorted(trackers)))
 

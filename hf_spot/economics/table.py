@@ -325,24 +325,27 @@ def request_lines(report: Report, url: str) -> list[str]:
 def traffic_lines(report: Report, url: str) -> list[str]:
     """Return what machines and store have exchanged, and what it costs where prices are known; nothing for a directory."""
     traffic, store = report.traffic, report.store_place
-    if "://" not in url or not (traffic.sent_bytes or traffic.fetched_bytes):
+    zones = sum(traffic.between_zones.values())
+    told = []
+    if "://" in url and (traffic.sent_bytes or traffic.fetched_bytes):
+        told.append(f"{_gb(traffic.sent_bytes)} sent to the store, at most {_gb(traffic.fetched_bytes)} fetched from it")
+    if zones:
+        told.append(f"at most {_gb(zones)} between zones")
+    if not told:
         return []
-    told = f"Traffic: {_gb(traffic.sent_bytes)} sent to the store, at most {_gb(traffic.fetched_bytes)} fetched from it"
-    if not store:
-        return [f"{told}; what it costs is unknown: AWS charges for what leaves a region."]
-    charged = [*pairs(traffic, store)]
-    if not charged:
-        return [f"{told}: $0.00, because machines and store are in {store}."]
+    line, charged = f"Traffic: {', '.join(told)}", [*pairs(traffic, store)]
     usd = charged_usd(traffic, store, report.traffic_rates)
+    unknown = " What the store's part costs is unknown: AWS charges for what leaves a region." if not store else ""
+    if not charged:
+        return [f"{line}.{unknown}" if unknown else f"{line}: $0.00, because machines and store are in {store}."]
     if usd is None:
-        return [f"{told}, of it {_gb(sum(count for *_, count in charged))} between regions, whose price is unknown."]
+        return [f"{line}, of it {_gb(sum(count for *_, count in charged))} that a cloud charges for, at an unknown price."]
     prices = "; ".join(
-        f"{source or '?'} to {target}: ${one.usd_per_gb:g} per GB ({one.source})"
-        for source, target in dict.fromkeys((source, target) for source, target, _ in charged)
+        f"{one.source_place} to {one.target_place}: ${one.usd_per_gb:g} per GB ({one.source})"
         for one in report.traffic_rates
-        if (one.source_place, one.target_place) == (source, target)
+        if (one.source_place, one.target_place) in {(source, target) for source, target, _ in charged}
     )
-    return [f"{told}: at most ${usd:,.2f}. {prices}."]
+    return [f"{line}: at most ${usd:,.2f}. {prices}.{unknown}"]
 
 
 def _gb(count: int) -> str:

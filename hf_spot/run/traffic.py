@@ -47,10 +47,12 @@ class Traffic:
     Args:
         sent: to the store.
         fetched: from the store, at most.
+        between_zones: sent from machines of one zone to those of others, at most.
     """
 
     sent: Mapping[str, int] = field(default_factory=dict)
     fetched: Mapping[str, int] = field(default_factory=dict)
+    between_zones: Mapping[str, int] = field(default_factory=dict)
     _region: str = ""
     _members: frozenset[str] = frozenset()
     _newest_bytes: int = 0
@@ -98,7 +100,7 @@ def _members(claim: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def charged_usd(traffic: Traffic, store: str, rates: Sequence[Rate]) -> float | None:
-    """Return what the clouds charge for the traffic with the store, in dollars, at most; None if a price is unknown.
+    """Return what the clouds charge for the traffic, in dollars, at most; None if a price is unknown.
 
     Args:
         traffic: between machines and store.
@@ -115,7 +117,15 @@ def charged_usd(traffic: Traffic, store: str, rates: Sequence[Rate]) -> float | 
 
 
 def pairs(traffic: Traffic, store: str) -> Iterator[tuple[str, str, int]]:
-    """Yield from where to where bytes went that a cloud charges for, and how many: AWS charges for what leaves a region."""
+    """Yield from where to where bytes went that a cloud charges for, and how many.
+
+    AWS charges for what leaves a region, and on both sides for what goes from one zone to another, which counts twice here.
+    """
+    for region, count in traffic.between_zones.items():
+        if count:
+            yield region, region, 2 * count
+    if store == NOWHERE:
+        return
     for region, count in traffic.sent.items():
         if count and region != store:
             yield region, store, count
@@ -130,6 +140,7 @@ def traffic_data(traffic: Traffic, store: str, rates: Sequence[Rate]) -> dict[st
         "store": store,
         "sent_bytes": traffic.sent_bytes,
         "fetched_bytes": traffic.fetched_bytes,
+        "between_zones": dict(traffic.between_zones),
         "usd": charged_usd(traffic, store, rates),
         "rates": [one.to_data() for one in rates],
     }
@@ -141,3 +152,9 @@ def rates_in(data: Mapping[str, Any]) -> tuple[str, list[Rate]]:
         return str(data["store"]), [Rate(**one) for one in data["rates"]]
     except (KeyError, TypeError):
         return NOWHERE, []
+
+
+def zones_in(data: Mapping[str, Any]) -> dict[str, int]:
+    """Return the bytes between zones from the values of `traffic_data`; nothing from invalid ones."""
+    found = data.get("between_zones")
+    return {str(name): count for name, count in found.items() if isinstance(count, int)} if isinstance(found, dict) else {}

@@ -53,7 +53,7 @@ class MachinesStory(Story):
         self.bill: list[str] = []
 
     def now(self) -> datetime:
-        """A clock that runs as much faster as the waits are shorter: minutes are hours, whose prices are not all of a free hour."""
+        """A clock that runs as much faster as the waits are shorter: a first hour may be free."""
         return faster(self.began_s, self.speed)
 
     def _start(self, command: Sequence[str], name: str) -> psutil.Popen:
