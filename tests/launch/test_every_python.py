@@ -403,7 +403,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_a_command_that_a_signal_ends_leaves_the_guard_waiting_for_what_it_has_started(tmp_path: Path) -> None:
     script = tmp_path / "train.sh"
-    child = f"trap '' TERM; touch {tmp_path}/on; sleep 1; touch {tmp_path}/saved"
+    child = f"trap '' TERM; touch {tmp_path}/on; until [ -e {tmp_path}/told ]; do sleep 0.05; done; touch {tmp_path}/saved"
     script.write_text(f'bash -c "{child}"\ntouch {tmp_path}/after\n')
     notices: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: notices.append(number))
@@ -413,6 +413,8 @@ def test_a_command_that_a_signal_ends_leaves_the_guard_waiting_for_what_it_has_s
             wait_for((tmp_path / "on").exists, "for the child")
             for one in tree.processes():
                 one.send_signal(signal.SIGTERM)
+            assert tree.wait(0.5) is None  # the child still works
+            (tmp_path / "told").touch()
             wait_for(lambda: tree.wait(0.05) is not None, "for the end")
             assert tree.wait(0) == 128 + signal.SIGTERM
         finally:
