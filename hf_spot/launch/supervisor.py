@@ -37,7 +37,7 @@ from hf_spot.launch.command import Command, Reading, likely_store
 from hf_spot.launch.dry_run import describe
 from hf_spot.launch.elastic import Elastic, Met
 from hf_spot.launch.folder import RuntimeFolder
-from hf_spot.launch.group import Group
+from hf_spot.launch.group import FINISHED, HUNG, Group
 from hf_spot.launch.hangs import HangKeeper
 from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.prefetch import Prefetch, newest_of
@@ -206,9 +206,14 @@ class Supervisor:
             on_listening()
             code = 1
             if (elastic := self._elastic) is not None:
-                stack.callback(lambda: elastic.close("finished" if code == EXIT_FINISHED else "leaving"))
+                stack.callback(lambda: elastic.close(self._why_it_leaves(code)))
             code = self._supervise()
             return code
+
+    def _why_it_leaves(self, code: int) -> str:
+        if code == EXIT_HUNG and self._hangs.is_final():
+            return HUNG
+        return FINISHED if code == EXIT_FINISHED else "leaving"
 
     def _supervise(self) -> int:
         fruitless = launches = 0
@@ -296,6 +301,10 @@ class Supervisor:
             self._expect_launch()
         self._met = None
         met = elastic.meet()
+        if met is Verdict.FAILED:
+            log.error("the training hangs after the same step each time: this machine ends as the others do")
+            self._hangs.accept_end()
+            return met, EXIT_HUNG
         if isinstance(met, Verdict):
             return met, EXIT_FINISHED if met is Verdict.FINISHED else EXIT_PREEMPTED
         self._met, self._machines, self._peers = met, met.machines, met.group
@@ -418,7 +427,7 @@ class Supervisor:
     def _wait(self, tree: ProcessTree, runtime: Runtime, folder: RuntimeFolder) -> int:
         alone_since: float | None = None
         unhooked = Unhooked(runtime, self._clock)
-        self._hangs.begin(runtime)
+        self._hangs.begin(runtime, self._machines.rank, self._machines.count, self._peers)
         while (code := tree.wait(_TICK_S)) is None:
             self._keep(folder, runtime)
             unhooked.look(tree.processes)
