@@ -5,6 +5,8 @@ A Trainer's save spends its time on checksums and files; copying the state takes
 ``torch.save`` or safetensors is copied at the last moment, when the bytes of a tensor would be written to the file. The same
 code of torch and safetensors then writes the same bytes from the copies in a thread; both release the GIL meanwhile.
 
+Serializing what ``torch.save`` gets takes longer than copying it, so the thread does that as well, where `Frozen` can keep it.
+
 Tensors that only a step of an optimizer changes are not even copied within the block: the same thread copies them first, while
 the training computes its next gradients, and `StateGate` holds the step back until they are copied.
 
