@@ -18,7 +18,7 @@ from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, Fenced, StoreError
 from hf_spot.launch.addresses import interface_of
 from hf_spot.launch.command import Machines
-from hf_spot.launch.group import Group, Hosting, Member, Unreached, Visiting, visit
+from hf_spot.launch.group import FINISHED, HUNG, Group, Hosting, Member, Unreached, Visiting, visit
 from hf_spot.launch.peers import BEAT_S, Refused
 from hf_spot.policy.membership import (
     Form,
@@ -131,7 +131,8 @@ class Elastic:
         """Find the others and wait for a launch to begin.
 
         Returns:
-            The launch; PREEMPTED if a notice came first, or too few machines within the time for it; FINISHED if the run is.
+            The launch; PREEMPTED if a notice came first, or too few machines within the time for it; FINISHED if the run is;
+            FAILED if it hangs for good.
 
         Raises:
             ConfigError: the others refuse this machine.
@@ -282,8 +283,10 @@ class Elastic:
                 self._leave("another launch has begun")
                 return None
             return self._met(go.launch, go.rank, go.members, go.main_ip, go.own_ip, go.port, visiting)
-        if visiting.bye == "finished":
+        if visiting.bye == FINISHED:
             return Verdict.FINISHED
+        if visiting.bye == HUNG:
+            return Verdict.FAILED
         if visiting.lost_s is not None:
             self._lose_host(visiting)
         return None
@@ -360,7 +363,7 @@ class Elastic:
         """Leave the group.
 
         Args:
-            why: ``finished`` if the run is.
+            why: as in `hf_spot.launch.group.Hosting.close`.
         """
         self._leave(why)
 

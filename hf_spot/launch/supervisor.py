@@ -36,7 +36,7 @@ from hf_spot.launch.command import Command, Reading, likely_store
 from hf_spot.launch.dry_run import describe
 from hf_spot.launch.elastic import Elastic, Met
 from hf_spot.launch.folder import RuntimeFolder
-from hf_spot.launch.group import Group
+from hf_spot.launch.group import FINISHED, HUNG, Group
 from hf_spot.launch.hangs import HangKeeper
 from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.prefetch import Prefetch, newest_of
@@ -204,9 +204,14 @@ class Supervisor:
             on_listening()
             code = 1
             if (elastic := self._elastic) is not None:
-                stack.callback(lambda: elastic.close("finished" if code == EXIT_FINISHED else "leaving"))
+                stack.callback(lambda: elastic.close(self._why_it_leaves(code)))
             code = self._supervise()
             return code
+
+    def _why_it_leaves(self, code: int) -> str:
+        if code == EXIT_HUNG and self._hangs.is_final():
+            return HUNG
+        return FINISHED if code == EXIT_FINISHED else "leaving"
 
     def _supervise(self) -> int:
         fruitless = launches = 0
@@ -290,6 +295,10 @@ class Supervisor:
             self._expect_launch()
         self._met = None
         met = elastic.meet()
+        if met is Verdict.FAILED:
+            log.error("the training hangs after the same step each time: this machine ends as the others do")
+            self._hangs.accept_end()
+            return met, EXIT_HUNG
         if isinstance(met, Verdict):
             return met, EXIT_FINISHED if met is Verdict.FINISHED else EXIT_PREEMPTED
         self._met, self._machines, self._peers = met, met.machines, met.group
@@ -372,7 +381,10 @@ class Supervisor:
                 if tree is None:
                     tree = ProcessTree(argv, environ, signals, as_it_is=self._command.as_it_is, others=self._warm.processes)
                 running.callback(tree.end)
-                self._warm.begin(argv, environ, signals)
+                if self._met is not None and self._machines.count == 1:  # a spare for several machines serves one as well
+                    self._expect_launch()
+                else:
+                    self._warm.begin(argv, environ, signals)
                 code = self._wait(tree, runtime, folder)
                 self._read_report(runtime)
             told = None if code == EXIT_HUNG else runtime.read_exit_code()
@@ -390,7 +402,7 @@ class Supervisor:
     def _wait(self, tree: ProcessTree, runtime: Runtime, folder: RuntimeFolder) -> int:
         alone_since: float | None = None
         unhooked = Unhooked(runtime, self._clock)
-        self._hangs.begin(runtime)
+        self._hangs.begin(runtime, self._machines.rank, self._machines.count, self._peers)
         while (code := tree.wait(_TICK_S)) is None:
             self._keep(folder, runtime)
             unhooked.look(tree.processes)

@@ -666,6 +666,9 @@ SPLIT_BATCHES = _attribute(
     scope=_BOTH,
     optional=True,
 )
+_COMPLETED = "the last batch of a resumed pass is completed with other samples, if one rank reads the batches of all"
+SLICE = _attribute(_DISPATCHER, "slice_fn", "training.data.first_batch", _COMPLETED, scope=_BOTH, optional=True)
+DROP_LAST = _attribute(_DISPATCHER, "_drop_last", "training.data.first_batch", _COMPLETED, scope=_BOTH, optional=True)
 STATEFUL = _attribute(_ADAPTER, "use_stateful_dataloader", "training.data.loaders", _PLACE, **_ACCELERATE)
 SKIPS_INSIDE = _attribute(
     "accelerate.data_loader:SkipBatchSampler",

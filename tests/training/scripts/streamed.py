@@ -1,4 +1,4 @@
-"""Trains on two ranks over streams, each undisturbed, interrupted and resumed; prints what each rank has seen, as JSON."""
+"""Trains on two ranks over streams and dispatched batches: undisturbed, interrupted, resumed. Prints what they saw, as JSON."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ def stream(shards: int, each: int) -> IterableDataset:
     return made.shuffle(seed=3, buffer_size=6)
 
 
+def rows(number: int) -> list[dict[str, Any]]:
+    return list(samples([0], number))
+
+
 class Drawing:
     """Masks at random."""
 
@@ -49,6 +53,21 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dispatched and split": (lambda: stream(5, 19), {"accelerator_config": {**DISPATCHED, "split_batches": True}}),
     "divided by sample": (lambda: stream(1, 95), {"accelerator_config": DIVIDED}),
     "divided by shard": (lambda: stream(8, 12), {"accelerator_config": DIVIDED}),
+    # 95 samples: the last batch is completed with one of the first
+    "of a length, drawing": (lambda: rows(95), {"accelerator_config": DISPATCHED, "data_collator": Drawing()}),
+    "of a length, split, drawing": (
+        lambda: rows(95),
+        {"accelerator_config": {**DISPATCHED, "split_batches": True}, "data_collator": Drawing()},
+    ),
+    "of a length, drawing in workers": (
+        lambda: rows(95),
+        {
+            "accelerator_config": DISPATCHED,
+            "data_collator": Drawing(),
+            "dataloader_num_workers": 2,
+            "gradient_accumulation_steps": 2,  # two passes
+        },
+    ),
     "dispatched, drawing": (lambda: stream(5, 19), {"accelerator_config": DISPATCHED, "data_collator": Drawing()}),
 }
 
