@@ -674,10 +674,12 @@ class Api(Proxy):
     def ec2_terminate_instances(self, region: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         """By the cloud's clock."""
         ids = asked["InstanceIds"]
+        asked_at = self._now()
+        self.asked_to_end |= {name: asked_at for name in ids if name not in self.asked_to_end}
         done = self._client(region).terminate_instances(InstanceIds=ids)["TerminatingInstances"]
         for name in ids:
-            self.asked_to_end.setdefault(name, self._now())
-            self._backend(region).get_instance(name)._reason = f"User initiated ({self._now():%Y-%m-%d %H:%M:%S} GMT)"
+            at = self.asked_to_end[name]
+            self._backend(region).get_instance(name)._reason = f"User initiated ({at:%Y-%m-%d %H:%M:%S} GMT)"
         return {"TerminatingInstances": done}
 
     # -- placement groups, and security groups that are in use --------------------------------------------------------
