@@ -21,6 +21,7 @@ from botocore.config import Config
 
 from hf_spot.aws_errors import code_of, message_of, region_of
 from hf_spot.cloud.ec2_errors import LATER, explain
+from hf_spot.cloud.ending import SpotStatus
 from hf_spot.cloud.job import ON_DEMAND, SPOT
 from hf_spot.cloud.ladder import Price
 from hf_spot.errors import CloudError, ConfigError
@@ -36,6 +37,7 @@ _PRICE_LISTS_OF_CHINA = ("cn-northwest-1",)
 _ELSEWHERE = frozenset({"AccessDeniedException", "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError"})
 _EVERYBODY = ("0.0.0.0/0", "::/0")
 _MOST_THREADS = 8
+_MOST_VALUES = 200  # of a filter
 _PREFIXES = {"service-quotas": "servicequotas"}  # services whose name in IAM differs from boto3's
 
 T = TypeVar("T")
@@ -88,7 +90,7 @@ class Instance:
         market: ``spot`` or ``on-demand``.
         state: ``pending``, ``running``, ``shutting-down``, ``terminated``, ``stopping`` or ``stopped``.
         began: when it was launched.
-        ended: when it ended, if EC2 says so.
+        ended: when it was told to end, if EC2 says so.
         reason: EC2's code for why it ended; empty while it is live.
         tags: all tags.
     """
@@ -287,23 +289,38 @@ class Cloud:
         found = self._listed("GB-Mo", productFamily="Storage", volumeApiName="gp3", regionCode=region)
         return None if found is None else replace(found, usd_per_hour=found.usd_per_hour / HOURS_OF_A_MONTH)
 
-    def _listed(self, unit: str, **wanted: str) -> Price | None:
-        key = unit, *sorted(wanted.items())
+    def traffic_price(self, source: str, target: str) -> Price | None:
+        """Return the price of a gigabyte in dollars that leaves a region, or None if the price list has none in dollars.
+
+        It is that of the first gigabytes of a month, which is the highest.
+
+        Args:
+            source: name of the region.
+            target: name of another region; the same for traffic between its zones; empty for the internet.
+        """
+        kind = "AWS Outbound" if not target else "IntraRegion" if target == source else "InterRegion Outbound"
+        where = {"fromRegionCode": source, "transferType": kind, **({"toRegionCode": target} if target else {})}
+        return self._listed("GB", service="AWSDataTransfer", region=source, **where)
+
+    def _listed(self, unit: str, *, service: str = "AmazonEC2", region: str = "", **wanted: str) -> Price | None:
+        key = unit, service, *sorted(wanted.items())
         if key not in self._listed_prices:
-            self._listed_prices[key] = self._look_up(unit, wanted)
+            filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in wanted.items()]
+            asked: dict[str, Any] = {"ServiceCode": service, "Filters": filters}
+            self._listed_prices[key] = self._look_up(unit, region or wanted["regionCode"], asked)
         return self._listed_prices[key]
 
-    def _look_up(self, unit: str, wanted: Mapping[str, str]) -> Price | None:
-        filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in wanted.items()]
-        asked: dict[str, Any] = {"ServiceCode": "AmazonEC2", "Filters": filters}
-        for product in map(json.loads, self._products(wanted["regionCode"], asked)):
+    def _look_up(self, unit: str, region: str, asked: Mapping[str, Any]) -> Price | None:
+        found = []
+        for product in map(json.loads, self._products(region, asked)):
             for term in product.get("terms", {}).get("OnDemand", {}).values():
                 for dimension in term["priceDimensions"].values():
                     prices = dimension["pricePerUnit"]  # in China in yuan, as spot prices are there
-                    usd = float(prices.get("USD") or (prices.get("CNY", 0) if wanted["regionCode"].startswith("cn-") else 0))
+                    usd = float(prices.get("USD") or (prices.get("CNY", 0) if region.startswith("cn-") else 0))
                     if dimension["unit"] == unit and usd > 0:
-                        return Price(usd, _moment(term["effectiveDate"]), ON_DEMAND_SOURCE)
-        return None
+                        begin = float(dimension.get("beginRange") or 0)  # of a price that falls with the amount
+                        found.append((begin, Price(usd, _moment(term["effectiveDate"]), ON_DEMAND_SOURCE)))
+        return min(found, key=lambda one: one[0])[1] if found else None
 
     def _products(self, region: str, asked: Mapping[str, Any]) -> list[Any]:
         """Return what the price list has, from the first of its places that answers: each has the prices of all regions."""
@@ -324,6 +341,20 @@ class Cloud:
         found = self.pages("ec2", region, "describe_instances", "Reservations", Filters=filters)
         instances = [_instance(one, region) for reservation in found for one in reservation["Instances"]]
         return sorted(instances, key=lambda one: (one.began, one.id))
+
+    def spot_statuses(self, region: str, ids: Sequence[str]) -> dict[str, SpotStatus]:
+        """Return the status of the spot requests of instances, by their ids; EC2 keeps them longer than the instances.
+
+        Those of machines at full price, and those that it has forgotten, are missing.
+        """
+        found: dict[str, SpotStatus] = {}
+        for place in range(0, len(ids), _MOST_VALUES):
+            filters = [_filter("instance-id", *ids[place : place + _MOST_VALUES])]
+            for one in self.pages("ec2", region, "describe_spot_instance_requests", "SpotInstanceRequests", Filters=filters):
+                status = one.get("Status", {})
+                if status.get("Code") and status.get("UpdateTime") is not None:
+                    found[one["InstanceId"]] = SpotStatus(status["Code"], status["UpdateTime"].astimezone(timezone.utc))
+        return found
 
     def tag_requested(self, region: str, run: str) -> None:
         """Give instances of legacy spot requests the tags of their request, in case the requesting process died first."""

@@ -14,6 +14,7 @@ from hf_spot.cloud.job import ON_DEMAND, Rung
 
 FREE_HOUR_S = 3600.0
 _LEAST_BILLED_S = 60.0
+_HOUR = timedelta(hours=1)
 RECLAIMED = "Server.SpotInstanceTermination"
 _WORTH_STARTING_H = 1.0
 _LIKELY, _UNKNOWN, _UNLIKELY = 0, 1, 2
@@ -183,7 +184,10 @@ def minutes_affordable(pools: Iterable[Pool], left_usd: float, disk_usd_per_hour
 
 
 def cost_usd(began: datetime, until: datetime, price: float, history: Iterable[tuple[datetime, float]] = ()) -> float:
-    """Return the cost of a machine in dollars: hours times the price as it changed, without disk and traffic.
+    """Return the cost of a machine in dollars, without disk and traffic.
+
+    Each hour of the machine has the price at its beginning, and is billed by the second: a spot price that changes counts from
+    the machine's next hour on. https://aws.amazon.com/ec2/faqs/ ("What price will I pay for a Spot Instance?")
 
     Args:
         began: when it was launched.
@@ -191,14 +195,13 @@ def cost_usd(began: datetime, until: datetime, price: float, history: Iterable[t
         price: dollars per hour at the beginning.
         history: later prices with the times from which they applied, in any order.
     """
-    total, since, usd = 0.0, began, price
-    for time, changed in sorted(history):
-        if began < time < until:
-            total += (time - since).total_seconds() / 3600 * usd
-            since = time
-        if time < until:
-            usd = changed
-    return total + max(0.0, (until - since).total_seconds()) / 3600 * usd
+    changes = sorted(history)
+    total, hour = 0.0, began
+    while hour < until:
+        usd = next((changed for time, changed in reversed(changes) if time <= hour), price)
+        total += usd * min(1.0, (until - hour) / _HOUR)
+        hour += _HOUR
+    return total
 
 
 def billed_until(began: datetime, until: datetime) -> datetime:

@@ -8,17 +8,20 @@ Provisioning writes entries of the kind ``machine``; ``data["event"]`` is one of
 * ``refused``: no rung had capacity;
 * ``walked``: the walk for several machines has ended, and why it did not get all;
 * ``short``: why no more machines are wanted;
-* ``ended``: a machine is gone, why, what it cost, and whether to start another.
+* ``ended``: a machine is gone, why, what it cost, and whether to start another; with ``traffic``, what all have exchanged
+  with the store until then, and what it costs;
+* ``billed``: the same machine, whose end EC2 has told more exactly since.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from hf_spot.run.journal import ENDINGS, Entry
+from hf_spot.run.traffic import Traffic
 
 LEASE_S = 300.0
 GUEST_SHUTDOWN = "Client.InstanceInitiatedShutdown"
@@ -44,8 +47,11 @@ class Machine:
         ended: when it was gone.
         reason: EC2's code for why it ended.
         cost_usd: total cost of a machine that has ended, without its disk.
+        cost_bound: ``at most`` or ``at least``, if EC2 has not told when it ended; empty if it has.
+        end_source: source of its end.
         disk_usd_per_hour: price of its disk; None if unknown.
         disk_usd: total cost of its disk, once it has ended.
+        sent_bytes: what its network interfaces have sent, of machines in several zones; None if unknown.
         wheel: of hf_spot that it installs, with its digest; empty if the image has hf_spot, or unknown.
     """
 
@@ -66,6 +72,9 @@ class Machine:
     disk_usd_per_hour: float | None = None
     disk_usd: float | None = None
     wheel: str = ""
+    cost_bound: str = ""
+    end_source: str = ""
+    sent_bytes: int | None = None
 
     def to_data(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -107,6 +116,7 @@ class Ledger:
         met: ids of the machines that have taken part in a launch of several.
         samples: of an optimizer step; None if no commit has told.
         ranks_each: of each machine, by the same commit.
+        traffic: between the machines and the store.
     """
 
     number: int = 0
@@ -130,6 +140,7 @@ class Ledger:
     met: frozenset[str] = frozenset()
     samples: int | None = None
     ranks_each: int = 1
+    traffic: Traffic = field(default_factory=Traffic)
     _machines: int = 1
     _mark: datetime | None = None
     _committed_before: int = 0
@@ -164,7 +175,7 @@ def fold(ledger: Ledger, entry: Entry) -> Ledger:
     after = replace(ledger, number=entry.number)
     if entry.kind == "machine":
         return _machine(after, entry)
-    after = replace(after, last_entry=entry.time)
+    after = replace(after, last_entry=entry.time, traffic=ledger.traffic.after(entry))
     if entry.kind == "claim":
         roster = [one.get("machine") or {} for one in entry.data.get("roster") or ()]
         met = after.met | {str(one["instance_id"]) for one in roster if one.get("instance_id")}
@@ -211,6 +222,8 @@ def _machine(ledger: Ledger, entry: Entry) -> Ledger:
         machines = ledger.machines if known else (*ledger.machines, machine)
         begun = replace(ledger, machines=machines, _committed_before=ledger.committed)
         return begun if data.get("more") else replace(begun, walk=None, walk_since=None)
+    if event == "billed":
+        return replace(ledger, machines=_with(ledger, Machine.from_data(data["machine"])))
     if event == "ended":
         machine = Machine.from_data(data["machine"])
         in_vain = ledger.committed == ledger._committed_before or (
@@ -220,10 +233,15 @@ def _machine(ledger: Ledger, entry: Entry) -> Ledger:
         return replace(
             ledger,
             stopped=bool(data.get("stop")),
-            machines=tuple(machine if one.instance_id == machine.instance_id else one for one in ledger.machines),
+            machines=_with(ledger, machine),
             fruitless=ledger.fruitless + 1 if by_itself else 0,
         )
     return ledger
+
+
+def _with(ledger: Ledger, machine: Machine) -> tuple[Machine, ...]:
+    """Return the machines with a newer record of one of them."""
+    return tuple(machine if one.instance_id == machine.instance_id else one for one in ledger.machines)
 
 
 def _samples(data: Mapping[str, Any]) -> tuple[int | None, int]:

@@ -12,7 +12,9 @@ from datetime import datetime, timedelta
 
 from hf_spot.cloud import ec2
 from hf_spot.cloud.ec2 import Cloud, Instance
+from hf_spot.cloud.ending import in_words
 from hf_spot.cloud.fleet import Fleet
+from hf_spot.cloud.fleet_size import REGION
 from hf_spot.cloud.job import SHUTDOWN, Job
 from hf_spot.cloud.ladder import pause_s
 from hf_spot.cloud.ledger import FRUITLESS_MACHINES, Machine
@@ -63,7 +65,8 @@ class Provisioner:
         self._now = now
         self._sleep = sleep
         self._say = say
-        self.records = MachineRecords(run, cloud, now=now, disk_gb=job.disk_gb)
+        in_zones = job.size.is_fleet and job.placement == REGION
+        self.records = MachineRecords(run, cloud, now=now, disk_gb=job.disk_gb, counts_network=in_zones)
         self.planner = Planner(job, cloud, self.records, now=now)
         self._walker = Walker(job, cloud, self.records, self.planner, api=api, sleep=sleep, say=say, tell=self._say_machine)
         self.fleet = Fleet(job, cloud, self.records, self.planner, self._walker, now=now, say=say)
@@ -354,8 +357,10 @@ class Provisioner:
             self._sleep(POLL_S)
         else:
             self._end_all()
-        spent = self.records.spent_usd()
-        self._say(f"total cost of all machines: ${spent:.2f}", {"event": "spent", "usd": round(spent, 6)})
+        spent, bound = self.records.spent_usd(), self.records.cost_bound()
+        self._say(
+            f"total cost of all machines: {in_words(spent, bound)}", {"event": "spent", "usd": round(spent, 6), "bound": bound}
+        )
 
     def _remove_networks(self) -> None:
         """Remove the groups of several machines, once the machines are gone."""
@@ -379,7 +384,8 @@ class Provisioner:
         text = f"{machine.instance_id}: {machine.instance_type} {machine.market} in {machine.zone}"
         if event == "ended":
             disk = f" and ${machine.disk_usd:.2f} for its disk" if machine.disk_usd else ""
-            text = f"{text} ended: {machine.reason or 'no reason given'}, ${machine.cost_usd or 0.0:.2f}{disk}"
+            cost = in_words(machine.cost_usd or 0.0, machine.cost_bound)
+            text = f"{text} ended: {machine.reason or 'no reason given'}, {cost}{disk}"
         else:
             text = f"{text}, {price}, rung {machine.rung}{', already running' if event == 'found' else ''}"
         self._say(text, {"event": event, "machine": machine.to_data()})

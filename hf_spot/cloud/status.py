@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from hf_spot.cloud.ec2 import Cloud
+from hf_spot.cloud.ending import in_words
 from hf_spot.cloud.ledger import Ledger, Machine
 from hf_spot.cloud.machine_records import MachineRecords
 from hf_spot.cloud.network import Networks
@@ -72,6 +73,8 @@ def status(records: MachineRecords, cloud: Cloud | None) -> dict[str, Any]:
         "max_steps": ledger.max_steps,
         "hours_left": ledger.hours_left(None),
         "spent_usd": round(records.spent_usd(), 6),
+        "spent_bound": records.cost_bound(),
+        "traffic_usd": records.traffic_usd() if cloud is not None else None,
         "machines": machines,
         "not_in_the_journal": unwritten,
     }
@@ -109,16 +112,19 @@ def render_status(known: dict[str, Any]) -> str:
     of = f" of {known['max_steps']}" if known["max_steps"] else ""
     hours = f", about {known['hours_left']:.1f} h left" if known["hours_left"] is not None else ""
     head = (
-        f"{known['run']}: {known['ended'] or 'not ended'}, step {known['step']}{of} committed{hours}, ${known['spent_usd']:.2f}"
+        f"{known['run']}: {known['ended'] or 'not ended'}, step {known['step']}{of} committed{hours}, "
+        f"{in_words(known['spent_usd'], known['spent_bound'])}"
     )
     lines = [head]
+    if known["traffic_usd"]:
+        lines.append(f"  ${known['traffic_usd']:.2f} of it at most for traffic with the store")
     if fleet := known.get("fleet"):
         lines.append(f"  {fleet['live']} of {fleet['wanted']} machines, ${fleet['usd_per_hour']:.4f}/h")
         if fleet["missing"]:
             lines.append(f"  {fleet['missing']} missing: {fleet['why_missing'] or 'not asked for yet'}")
     for one in known["machines"]:
         usd = "?" if one["usd_per_hour"] is None else f"${one['usd_per_hour']:.4f}/h"
-        cost = "" if one["cost_usd"] is None else f", ${one['cost_usd']:.2f}"
+        cost = "" if one["cost_usd"] is None else f", {in_words(one['cost_usd'], one['cost_bound'])}"
         cost += f" + ${one['disk_usd']:.2f} disk" if one["disk_usd"] else ""
         kind = f"{one['instance_type']} {one['market']} in {one['zone']}"
         why = f" ({one['reason']})" if one["reason"] else ""

@@ -1,9 +1,9 @@
 """What ``--exact-on-any-gpus`` costs a step: ``python tests/benchmarks/any_gpus.py [--ranks 1 2 4] [--json FILE]``.
 
 The peer is plain DistributedDataParallel with gradient accumulation, on the same model and batches, in the same processes:
-steps of both kinds take turns. A step is the micro-batches of a rank, the exchange of gradients, clipping and AdamW. On a
-loaded machine believe the processor time. Memory is the most that a process of its own held, beyond what it held before its
-first step.
+steps of both kinds take turns, and a ratio is the median of those of each turn. A step is the micro-batches of a rank, the
+exchange of gradients, clipping and AdamW. On a loaded machine believe the processor time. Memory is the most that a process
+of its own held, beyond what it held before its first step.
 """
 
 from __future__ import annotations
@@ -48,15 +48,16 @@ def _step_of(kind: str, ranks: int, each: int) -> tuple[Callable[[], None], int]
                 (model(input_ids=batch, labels=batch).loss / each).backward()
 
     def exact() -> None:
-        sums.begin()
+        sums.begin(each * ranks)
         losses = []
         for number, batch in enumerate(batches):
-            with quiet(), seeded(number):
+            sending = sums.sending() if number == each - 1 else contextlib.nullcontext()
+            with quiet(), seeded(number), sending:
                 loss = model(input_ids=batch, labels=batch).loss / (each * ranks)
                 loss.backward()
             sums.add()
             losses.append(float(loss.detach()))
-        sums.finish(each * ranks, losses)
+        sums.finish(losses)
 
     def step() -> None:
         plain() if kind == "plain" else exact()
@@ -78,7 +79,8 @@ def measure(rank: int, ranks: int, meeting: str, each: int, steps: int, out: str
     made = {kind: _step_of(kind, ranks, each)[0] for kind in KINDS}
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     for number in range(steps + 2):
-        for kind, step in made.items():
+        for kind in KINDS if number % 2 else KINDS[::-1]:
+            step = made[kind]
             dist.barrier()
             began = time.perf_counter(), time.process_time()
             step()
@@ -121,7 +123,11 @@ def main() -> None:
     for ranks in options.ranks:
         for each in options.each:
             times = _spawned(measure, ranks, each, options.steps)
-            wall, cpu = ({kind: statistics.median(one[at] for one in times[kind]) for kind in KINDS} for at in (0, 1))
+            wall = {kind: statistics.median(one[0] for one in times[kind]) for kind in KINDS}
+            ratio, processor_ratio = (
+                statistics.median(exact[at] / plain[at] for plain, exact in zip(*(times[kind] for kind in KINDS), strict=True))
+                for at in (0, 1)
+            )
             held = {kind: _spawned(hold, ranks, each, kind) for kind in KINDS}
             more = (held["exact"][0] - held["plain"][0]) / held["plain"][1]
             ms = {kind: wall[kind] * 1e3 for kind in KINDS}
@@ -129,8 +135,8 @@ def main() -> None:
                 "ranks": ranks,
                 "each": each,
                 "ms": ms,
-                "ratio": wall["exact"] / wall["plain"],
-                "processor_ratio": cpu["exact"] / cpu["plain"],
+                "ratio": ratio,
+                "processor_ratio": processor_ratio,
                 "bytes_per_parameter": {kind: held[kind][0] / held[kind][1] for kind in KINDS},
             }
             found.append(row)

@@ -88,6 +88,7 @@ class Aws:
         self.calls: list[tuple[str, str]] = []
         self.orders: list[dict[str, Any]] = []
         self.templates: list[dict[str, Any]] = []
+        self._launched: set[str] = set()
 
     def close(self) -> None:
         self.server.stop()
@@ -105,6 +106,8 @@ class Aws:
             core.register("before-parameter-build", self._note)
             core.register("before-call", self._answer)
             core.register("after-call.ec2.TerminateInstances", self._stamp)
+            for name in ("CreateFleet", "RequestSpotInstances", "RequestSpotFleet"):
+                core.register(f"after-call.ec2.{name}", self._stamp_new)
             self._sessions[credentials] = _Session(core, self.endpoint)
         return self._sessions[credentials]
 
@@ -182,6 +185,12 @@ class Aws:
         for one in self.instances("terminated"):
             if one.id in context["asked"]["InstanceIds"]:
                 one._reason = f"User initiated ({self.clock.time:%Y-%m-%d %H:%M:%S} UTC)"
+
+    def _stamp_new(self, **kwargs: Any) -> None:
+        for one in self.instances("pending", "running"):
+            if one.id not in self._launched:
+                self._launched.add(one.id)
+                one.launch_time = self.clock.time.replace(tzinfo=None)
 
     def _history(self, asked: dict[str, Any], region: str) -> list[dict[str, Any]]:
         offers = INSTANCE_TYPE_OFFERINGS["availability-zone"][region]

@@ -91,10 +91,16 @@ def test_a_price_that_changes_is_paid_as_it_changes() -> None:
     assert cost_usd(NOW, NOW, 5.0, history) == 0
 
 
-@given(st.lists(st.tuples(st.integers(-100, 400), st.floats(0.1, 50)), max_size=8), st.integers(0, 300), st.integers(0, 300))
-def test_two_halves_cost_what_the_whole_costs(changes: list[tuple[int, float]], first: int, second: int) -> None:
+def test_each_hour_of_a_machine_has_the_price_at_its_beginning() -> None:
+    history = [(NOW + timedelta(minutes=1), 8.0), (NOW + timedelta(minutes=59), 2.0), (NOW + timedelta(minutes=61), 50.0)]
+    assert cost_usd(NOW, NOW + timedelta(minutes=45), 4.0, history) == pytest.approx(3)
+    assert cost_usd(NOW, NOW + timedelta(minutes=90), 4.0, history) == pytest.approx(4 + 1)
+
+
+@given(st.lists(st.tuples(st.integers(-100, 400), st.floats(0.1, 50)), max_size=8), st.integers(0, 5), st.integers(0, 300))
+def test_two_parts_cost_what_the_whole_costs(changes: list[tuple[int, float]], first: int, second: int) -> None:
     history = [(NOW + timedelta(minutes=at), usd) for at, usd in changes]
-    middle, end = NOW + timedelta(minutes=first), NOW + timedelta(minutes=first + second)
+    middle, end = NOW + timedelta(hours=first), NOW + timedelta(hours=first, minutes=second)
     latest = max(((at, usd) for at, usd in sorted(history, key=lambda one: one[0]) if at < middle), default=(NOW, 3.0))[1]
     whole = cost_usd(NOW, end, 3.0, history)
     if len({at for at, _ in history}) == len(history):

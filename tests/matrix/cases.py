@@ -483,6 +483,13 @@ def _(output_dir: Path) -> Trainer:
     return plain(output_dir, data=data, collator=collator)
 
 
+@case("DDP, dispatched batches, masked tokens", ranks=2, stops=("term@3", "kill@8"))
+def _(output_dir: Path) -> Trainer:
+    collator, data = masked()
+    more = {"accelerator_config": {"dispatch_batches": True}, "dataloader_num_workers": 2}
+    return plain(output_dir, data=data[:-1], collator=collator, **more)
+
+
 @case("DDP, PEFT LoRA", needs=("peft",), **TWO)
 def _(output_dir: Path) -> Trainer:
     from peft import LoraConfig, get_peft_model

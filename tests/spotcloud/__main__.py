@@ -43,9 +43,10 @@ def main() -> int:
         if options.machines:
             with MachinesStory(options.keep or Path(folder), s3, options.machines, options.seed, say) as several:
                 found = several.play_machines()
-                print("\n".join(["", *several.cloud.bill.lines(several.cloud.now()), ""]))
+                print("\n".join(["", *several.bill, ""]))
             print("\n".join(f"{name:<26}{value}" for name, value in found.items()))
-            clean = not (found["left running"] or found["not in the journal"] or found["security groups left"])
+            bad = ("left running", "not in the journal", "without tags", "security groups left", "wrong by a cent")
+            clean = not any(found[name] for name in bad)
             return 0 if clean and found["rates are equal"] and found["losses differ by"] < 1e-3 else 1
         script, acts = (PLAIN, SHORT) if options.short else (DEMO, long_story(options.seed))
         with Story(options.keep or Path(folder), s3, script, acts, speed=options.speed, say=say) as story:

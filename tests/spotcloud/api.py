@@ -12,9 +12,9 @@ import secrets
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 from urllib.parse import parse_qsl
 from xml.sax.saxutils import escape
@@ -28,10 +28,18 @@ from moto.core.parse import PROTOCOL_PARSERS
 from moto.core.serialize import SERIALIZERS
 from moto.core.utils import get_service_model
 from moto.ec2.models.instance_types import INSTANCE_TYPE_OFFERINGS, INSTANCE_TYPES
-from moto.iam.access_control import IAMPolicy, PermissionResult
 
 from tests.proxy import Answer, Exchange, Proxy
-from tests.spotcloud.market import DISK_DOLLARS_PER_GB_AND_MONTH, DOLLARS_PER_HOUR, ON_DEMAND, RECLAIMED, SPOT, Market, Pool
+from tests.spotcloud import iam
+from tests.spotcloud.market import (
+    DISK_DOLLARS_PER_GB_AND_MONTH,
+    DOLLARS_PER_HOUR,
+    ON_DEMAND,
+    SPOT,
+    TRAFFIC_DOLLARS_PER_GB,
+    Market,
+    Pool,
+)
 from tests.spotcloud.placement import PlacementGroups
 
 ACCOUNT = "123456789012"
@@ -81,6 +89,7 @@ class SpotRequest:
     code: str = "pending-evaluation"
     state: str = "open"
     instance_id: str | None = None
+    updated: datetime | None = None  # from then on it has this code; before, the machine's request is fulfilled
 
 
 @dataclass
@@ -124,6 +133,7 @@ class Api(Proxy):
         self._clients: dict[str, Any] = {}
         self._requests: dict[str, SpotRequest] = {}
         self._fleets: dict[str, SpotFleet] = {}
+        self.asked_to_end: dict[str, datetime] = {}
         self.quotas: dict[tuple[str, str], float] = {}
         self.regions = list(_LONG_NAMES)
         self.policy: Mapping[str, Any] | None = None
@@ -155,12 +165,39 @@ class Api(Proxy):
         """vCPUs."""
         return self.quotas.get((code, region), 1000.0)
 
-    def _is_permitted(self, service: str, action: str) -> bool:
-        """As moto's own enforcement decides, which knows no calls that are answered here. It takes no notice of conditions."""
-        name = f"{service}:{action}"
-        found = IAMPolicy({"policy_document": json.dumps(self.policy)}).is_action_permitted(name)
-        self.permitted |= {name} if found is PermissionResult.PERMITTED else set()
-        return found is PermissionResult.PERMITTED
+    def _refused(self, service: str, region: str, action: str, form: Mapping[str, str]) -> str:
+        """Why the policy does not permit a call; empty if it does."""
+        assert self.policy is not None
+        wanted: Iterable[iam.Need] = [iam.Need(f"{service}:{action}")]
+        if service == "ec2":
+            asked = self._parsed(service, action, {"values": form, "body": b"", "headers": {}, "method": "POST"})
+            wanted = iam.needs(
+                action,
+                asked,
+                lambda named: self._template(region, named),
+                lambda name: self._tags_of(region, name),
+                ACCOUNT,
+            )
+        for need in wanted:
+            if not iam.is_permitted(self.policy, need):
+                return f"{need.action} on {need.resource} with {dict(need.context)}"
+            self.permitted.add(need.action)
+        return ""
+
+    def _tags_of(self, region: str, name: str) -> dict[str, str]:
+        """Tags of an instance, a launch template, a security group, or a placement group by its name."""
+        if (region, name) in self.placements.groups:
+            found: Sequence[Mapping[str, str]] = self.placements.groups[region, name].tags
+        else:
+            filters = [{"Name": "resource-id", "Values": [name]}]
+            found = self._client(region).describe_tags(Filters=filters)["Tags"]
+        return {tag["Key"]: tag["Value"] for tag in found}
+
+    def _parsed(self, service: str, action: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        operation = get_service_model(_MODELS.get(service, service)).operation_model(action)
+        parser = PROTOCOL_PARSERS[operation.service_model.protocol](operation, timestamp_parser=_moment)
+        parsed: Mapping[str, Any] = parser.parse(request)
+        return parsed
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -175,10 +212,8 @@ class Api(Proxy):
         form = dict(parse_qsl(exchange.body.decode(), keep_blank_values=True)) if not target and service != "s3" else {}
         action = target.rpartition(".")[2] or form.get("Action", "")
         self.calls[action] += 1
-        if self.policy is not None and not self._is_permitted(service, action):
-            exchange.answer(
-                _error(service, Refusal("UnauthorizedOperation", f"You are not authorized: {service}:{action}", 403))
-            )
+        if self.policy is not None and (why := self._refused(service, region, action, form)):
+            exchange.answer(_error(service, Refusal("UnauthorizedOperation", f"You are not authorized: {why}", 403)))
             return
         with self._lock:
             at = next((place for place, (failing, _) in enumerate(self._faults) if failing == action), None)
@@ -205,8 +240,8 @@ class Api(Proxy):
         if handler is None:
             return exchange.forward()
         operation = get_service_model(_MODELS.get(service, service)).operation_model(action)
-        parser = PROTOCOL_PARSERS[operation.service_model.protocol](operation, timestamp_parser=_moment)
-        asked = parser.parse({"values": form, "body": exchange.body, "headers": exchange.headers, "method": "POST"})
+        request = {"values": form, "body": exchange.body, "headers": exchange.headers, "method": "POST"}
+        asked = self._parsed(service, action, request)
         if asked.get("DryRun"):
             return exchange.forward()  # moto checks it as it checks the real thing, and launches nothing
         inner = asked.get("SpotFleetRequestConfig") or asked
@@ -334,14 +369,14 @@ class Api(Proxy):
             self._requests[request.id] = request
             made.append(request)
         self.evaluate()
-        return {"SpotInstanceRequests": [_shown(request) for request in made]}
+        return {"SpotInstanceRequests": [_shown(request, self._now()) for request in made]}
 
     def ec2_describe_spot_instance_requests(self, region: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         ids, filters = asked.get("SpotInstanceRequestIds") or [], asked.get("Filters") or []
         found = [one for one in self._requests.values() if one.region == region and (not ids or one.id in ids)]
         if len(found) < len(ids):
             raise Refusal("InvalidSpotInstanceRequestID.NotFound", f"The spot instance request IDs {ids} do not exist")
-        return {"SpotInstanceRequests": [shown for shown in map(_shown, found) if _passes(shown, filters)]}
+        return {"SpotInstanceRequests": [shown for one in found if _passes(shown := _shown(one, self._now()), filters)]}
 
     def ec2_cancel_spot_instance_requests(self, region: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         for name in asked["SpotInstanceRequestIds"]:
@@ -418,13 +453,16 @@ class Api(Proxy):
                 if fleet.state == "active" and len(fleet.instances) < int(fleet.config.get("TargetCapacity", 1)):
                     self._fulfil(fleet)
 
-    def ended(self, instance_id: str, reason: str) -> None:
-        """A machine is gone; its request says so."""
+    def ended(self, instance_id: str, reason: str, at: datetime) -> None:
+        """A machine is gone; its request says so, of one that shut itself down a minute later."""
         with self._lock:
             for request in self._requests.values():
                 if request.instance_id == instance_id:
                     request.state = "closed"
-                    request.code = "instance-terminated-no-capacity" if reason == RECLAIMED else "instance-terminated-by-user"
+                    by_user = reason.startswith("Client.")
+                    request.code = "instance-terminated-by-user" if by_user else "instance-terminated-no-capacity"
+                    late = timedelta(seconds=60 if reason == "Client.InstanceInitiatedShutdown" else 0)
+                    request.updated = at.replace(microsecond=0) + late
 
     def _evaluate(self, request: SpotRequest) -> None:
         if request.pool is None:
@@ -434,7 +472,7 @@ class Api(Proxy):
         if refusal is not None:
             request.code = "price-too-low" if refusal.code == "SpotMaxPriceTooLow" else "capacity-not-available"
             return
-        request.instance_id = self._launch(request.data, request.pool, ())
+        request.instance_id = self._launch(request.data, request.pool, (), asks=True)
         request.state, request.code = "active", "fulfilled"
 
     def _fulfil(self, fleet: SpotFleet) -> None:
@@ -521,6 +559,8 @@ class Api(Proxy):
     def pricing_get_products(self, region: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         """On-demand prices, in the shape of AWS's price list."""
         wanted = [(one["Field"], one["Value"]) for one in asked.get("Filters") or ()]
+        if asked["ServiceCode"] == "AWSDataTransfer":
+            return {"FormatVersion": "aws_v1", "PriceList": _traffic_products(dict(wanted))}
         found = []
         of_disk = dict(wanted).get("productFamily") == "Storage"
         offers = {"gp3": DISK_DOLLARS_PER_GB_AND_MONTH} if of_disk else DOLLARS_PER_HOUR
@@ -566,7 +606,14 @@ class Api(Proxy):
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _launch(self, data: Mapping[str, Any], pool: Pool, tags: Sequence[Mapping[str, str]], fleet_id: str = "") -> str:
+    def _launch(
+        self, data: Mapping[str, Any], pool: Pool, tags: Sequence[Mapping[str, str]], fleet_id: str = "", *, asks: bool = False
+    ) -> str:
+        """Starts a machine; every spot machine has a request, also one of a fleet.
+
+        Args:
+            asks: it is for a request that exists.
+        """
         client = self._client(pool.region)
         known = client.meta.service_model.operation_model("RunInstances").input_shape.members
         wanted = {name: value for name, value in data.items() if name in known and value not in (None, [], {})}
@@ -596,7 +643,11 @@ class Api(Proxy):
         fixed = {"ImageId": image, "InstanceType": pool.instance_type, "MinCount": 1, "MaxCount": 1}
         [made] = client.run_instances(**{**wanted, **fixed})["Instances"]
         instance = self._backend(pool.region).get_instance(made["InstanceId"])
-        instance.launch_time = self._now().replace(tzinfo=None)
+        instance.launch_time = self._now().replace(tzinfo=None, microsecond=0)
+        if pool.market == SPOT and not asks:
+            request = SpotRequest(f"sir-{secrets.token_hex(4)}", pool.region, data, pool, None, self._now(), ())
+            request.state, request.code, request.instance_id = "active", "fulfilled", str(instance.id)
+            self._requests[request.id] = request
         if group is not None:
             group.instances.append(str(instance.id))
         if fleet_id:
@@ -648,9 +699,12 @@ class Api(Proxy):
     def ec2_terminate_instances(self, region: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         """By the cloud's clock."""
         ids = asked["InstanceIds"]
+        asked_at = self._now()
+        self.asked_to_end |= {name: asked_at for name in ids if name not in self.asked_to_end}
         done = self._client(region).terminate_instances(InstanceIds=ids)["TerminatingInstances"]
         for name in ids:
-            self._backend(region).get_instance(name)._reason = f"User initiated ({self._now():%Y-%m-%d %H:%M:%S} GMT)"
+            at = self.asked_to_end[name]
+            self._backend(region).get_instance(name)._reason = f"User initiated ({at:%Y-%m-%d %H:%M:%S} GMT)"
         return {"TerminatingInstances": done}
 
     # -- placement groups, and security groups that are in use --------------------------------------------------------
@@ -744,6 +798,20 @@ class Api(Proxy):
         return self._clients[region]
 
 
+def _traffic_products(wanted: Mapping[str, str]) -> list[str]:
+    """In steps by amount, the dearest first or last, as AWS has them."""
+    usd = TRAFFIC_DOLLARS_PER_GB.get(wanted["transferType"])
+    if usd is None:
+        return []
+    steps = {"B": {"beginRange": "10240", "usd": usd / 2}, "A": {"beginRange": "0", "usd": usd}}
+    dimensions = {
+        name: {"unit": "GB", "beginRange": one["beginRange"], "pricePerUnit": {"USD": str(one["usd"])}}
+        for name, one in steps.items()
+    }
+    term = {"priceDimensions": dimensions, "effectiveDate": "2025-06-01T00:00:00Z"}
+    return [json.dumps({"product": {"attributes": dict(wanted)}, "terms": {"OnDemand": {"A.B": term}}})]
+
+
 _MODELS = {"servicequotas": "service-quotas"}
 
 
@@ -797,11 +865,14 @@ def _merged(specifications: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     ]
 
 
-def _shown(request: SpotRequest) -> dict[str, Any]:
+def _shown(request: SpotRequest, now: datetime) -> dict[str, Any]:
+    is_late = request.updated is not None and now < request.updated
+    state, code = ("active", "fulfilled") if is_late else (request.state, request.code)
+    updated = request.created if is_late or request.updated is None else request.updated
     return {
         "SpotInstanceRequestId": request.id,
-        "State": request.state,
-        "Status": {"Code": request.code, "Message": request.code, "UpdateTime": request.created},
+        "State": state,
+        "Status": {"Code": code, "Message": code, "UpdateTime": updated},
         "Type": "one-time",
         "CreateTime": request.created,
         "InstanceId": request.instance_id,

@@ -276,6 +276,7 @@ class SpotCloud:
             return
         self._deadlines.pop(instance_id, None)
         machine = self.machines.get(instance_id)
+        at = self.api.asked_to_end.get(instance_id, self.now()) if reason == BY_USER else self.now()
         if machine is not None:
             if reason == BY_USER:
                 machine.shut_down()  # EC2 presses the button first
@@ -287,8 +288,8 @@ class SpotCloud:
             (backend.stop_instances if stops else backend.terminate_instances)([instance_id])
             instance.state_reason.code, instance.state_reason.message = reason, f"{reason}: {_MESSAGES[reason]}"
             instance._reason = reason if reason == RECLAIMED else ""
-        self.api.ended(instance_id, reason)
-        self.bill.ended(instance_id, self.now(), reason)
+        self.api.ended(instance_id, reason, at)
+        self.bill.ended(instance_id, at, reason)
         self._tell(f"{instance_id}: is {instance.state}: {reason}")
 
     def _change(self, change: Change) -> None:

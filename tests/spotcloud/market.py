@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
-from itertools import pairwise
 
 SPOT, ON_DEMAND = "spot", "on-demand"
 
@@ -30,6 +29,7 @@ DOLLARS_PER_HOUR = {  # on demand; this cloud's own list, near that of AWS
     "c5.large": 0.085,
 }
 DISK_DOLLARS_PER_GB_AND_MONTH = 0.08
+TRAFFIC_DOLLARS_PER_GB = {"InterRegion Outbound": 0.025, "IntraRegion": 0.011}  # what leaves for the internet is not listed
 _LEAST_BILLED_S = 60
 _FREE_IF_RECLAIMED_WITHIN_S = 3600
 RECLAIMED = "Server.SpotInstanceTermination"
@@ -100,12 +100,10 @@ class Market:
         return tuple(self._history(pool))
 
     def cost(self, pool: Pool, began: datetime, ended: datetime) -> float:
-        """Dollars: each second at the price that it had, at least a minute of them."""
-        ended = max(ended, began + timedelta(seconds=_LEAST_BILLED_S))
-        changes = [since for since, _ in self._history(pool) if began < since < ended]
-        moments = [began, *changes, ended]
-        pairs = pairwise(moments)
-        return sum(self.price(pool, one) * (next_ - one).total_seconds() / 3600 for one, next_ in pairs)
+        """Dollars: the seconds of each instance-hour at the price at its beginning, at least a minute of them."""
+        seconds = max(_LEAST_BILLED_S, round((ended - began).total_seconds()))
+        hours = [(hour, min(3600, seconds - 3600 * hour)) for hour in range(math.ceil(seconds / 3600))]
+        return sum(self.price(pool, began + timedelta(hours=hour)) * billed_s / 3600 for hour, billed_s in hours)
 
     def _history(self, pool: Pool) -> list[tuple[datetime, float]]:
         if pool not in self._prices:
@@ -139,18 +137,18 @@ class Stay:
 
 @dataclass
 class Bill:
-    """What all machines cost."""
+    """What all machines cost, by whole seconds."""
 
     market: Market
     stays: dict[str, Stay] = field(default_factory=dict)
 
     def began(self, instance_id: str, pool: Pool, at: datetime, disk_gb: int = 0) -> None:
-        self.stays[instance_id] = Stay(instance_id, pool, at, disk_gb=disk_gb)
+        self.stays[instance_id] = Stay(instance_id, pool, at.replace(microsecond=0), disk_gb=disk_gb)
 
     def ended(self, instance_id: str, at: datetime, reason: str) -> None:
         stay = self.stays[instance_id]
         if stay.ended is None:
-            stay.ended, stay.reason = at, reason
+            stay.ended, stay.reason = at.replace(microsecond=0), reason
 
     def charged(self, now: datetime) -> float:
         return sum(stay.charged(self.market, now) for stay in self.stays.values())

@@ -40,10 +40,12 @@ def test_a_spot_price_that_nobody_set_is_a_part_of_the_full_price_and_the_same_e
     assert Market(NOON).price(FULL_PRICE, NOON) == pytest.approx(DOLLARS_PER_HOUR["p4d.24xlarge"], abs=1e-4)
 
 
-def test_each_second_costs_what_it_cost_then(market: Market) -> None:
+def test_each_second_costs_what_its_hour_cost_when_it_began(market: Market) -> None:
     market.set_price(POOL, 20.0, after(1))
     market.set_price(POOL, 40.0, after(3))
-    assert market.cost(POOL, after(0.5), after(3.25)) == pytest.approx(0.5 * 10 + 2 * 20 + 0.25 * 40)
+    assert market.cost(POOL, after(0.5), after(3.25)) == pytest.approx(1 * 10 + 1.75 * 20)
+    assert market.cost(POOL, after(0.5), after(3.75)) == pytest.approx(1 * 10 + 2 * 20 + 0.25 * 40)
+    assert market.cost(POOL, after(1), after(3.25)) == pytest.approx(2 * 20 + 0.25 * 40)
     assert market.price(POOL, after(0.9)) == 10.0
     assert market.price(POOL, after(1)) == 20.0
 

@@ -9,7 +9,8 @@ How it is kept: as an unevaluated sum of float64 *levels*. The gradients of floa
 float64 numbers, and an addition in float64 (53 bits) loses nothing as long as the numbers of one element differ by less than
 about 2^29. Whether it has lost anything is computed, not assumed: with Knuth's TwoSum, ``s + x = t + e`` holds exactly for
 ``t = fl(s + x)``, and ``e`` follows from six operations. If any ``e`` is not zero, it is added to the next level in the same
-way.
+way. That all are zero shows in two of the six: ``e = (s - (t - u)) + (x - u)`` for ``u = t - s``, each operation rounded, so
+that ``t - s = x`` and ``t - x = s`` leave nothing of it.
 
 How many levels there can be: all numbers are multiples of the smallest float32, 2^-149, and so are all errors. A level's
 partial sums are at most M times its largest number, and its errors at most 2^-53 of these. So each level is at least 2^(53 -
@@ -38,7 +39,7 @@ import torch
 Levels = list[torch.Tensor]
 """An exact sum: float64 tensors of equal shape, whose sum it is. The first one is the largest."""
 
-# Elements that are added at a time on a CPU: they stay in its cache during the seven passes of an addition.
+# Elements that are added at a time on a CPU: they stay in its cache during the passes of an addition.
 _CHUNK = 16384
 NOTHING = -0.0
 """Adds nothing to any number: also -0.0 stays what it is."""
@@ -60,19 +61,26 @@ def add(levels: Levels, numbers: torch.Tensor) -> None:
         levels: the sum.
         numbers: flat, as many as the sum has; as for `levels_of`.
     """
-    length, step = levels[0].numel(), _CHUNK if numbers.device.type == "cpu" else max(levels[0].numel(), 1)
-    total, error, scratch = (torch.empty(min(step, length), dtype=torch.float64, device=numbers.device) for _ in range(3))
-    summand = torch.empty_like(total)
-    for start in range(0, length, step):
-        size = min(step, length - start)
-        place = slice(start, start + size)
-        t, e, u, x = total[:size], error[:size], scratch[:size], summand[:size]
-        x.copy_(numbers[place])
-        if _two_sum(levels[0][place], x, t, e, u):
-            levels[0][place] = t
-        else:
-            levels[0][place] = t
+    on_cpu = numbers.device.type == "cpu"
+    length = levels[0].numel()
+    step = min(_CHUNK, length) if on_cpu else length
+    summand, before, scratch = (torch.empty(step, dtype=torch.float64, device=numbers.device) for _ in range(3))
+    for start in range(0, length, max(step, 1)):
+        place = slice(start, min(start + step, length))
+        s, size = levels[0][place], min(step, length - start)
+        x, old, u = summand[:size].copy_(numbers[place]), before[:size].copy_(s), scratch[:size]
+        if on_cpu and _is_exact(s.add_(x), old, x, u):
+            continue
+        t, e = torch.empty_like(x), torch.empty_like(x)
+        is_exact = _two_sum(old, x, t, e, u)
+        s.copy_(t)
+        if not is_exact:
             _add_below(levels, 1, place, _finite(e, t))
+
+
+def _is_exact(t: torch.Tensor, s: torch.Tensor, x: torch.Tensor, u: torch.Tensor) -> bool:
+    """Return whether ``t``, the rounded sum of ``s`` and ``x``, is finite and their exact sum. ``u`` is overwritten."""
+    return torch.equal(torch.sub(t, s, out=u), x) and torch.equal(torch.sub(t, x, out=u), s)
 
 
 def _two_sum(s: torch.Tensor, x: torch.Tensor, t: torch.Tensor, e: torch.Tensor, u: torch.Tensor) -> bool:

@@ -88,11 +88,6 @@ class Found:
     put: Callable[[Any], None] | None = None
 
 
-@functools.lru_cache(maxsize=4096)
-def _is_file_of_script(file: str) -> bool:
-    return not {"site-packages", "dist-packages"} & {*Path(file).parts} and not Path(file).is_relative_to(_STDLIB)
-
-
 def is_of_script(kind: Any) -> bool:
     """Return whether a class or a function is the user's: not of an installed package, nor of Python, nor of hf_spot."""
     module = kind.__module__
@@ -103,7 +98,12 @@ def is_of_script(kind: Any) -> bool:
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:  # created by exec, as in a notebook, or compiled into Python
         return module not in sys.stdlib_module_names
-    return _is_file_of_script(file)
+    return _is_of_user(file)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_of_user(file: str) -> bool:
+    return not {"site-packages", "dist-packages"} & {*Path(file).parts} and not Path(file).is_relative_to(_STDLIB)
 
 
 class Walk:

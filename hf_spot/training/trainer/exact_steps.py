@@ -107,7 +107,7 @@ class ExactSteps:
         self._rank = trainer.args.process_index
         self._seed = trainer.args.seed
         self._data_seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
-        self._gradients = ExactGradients(self._parameters, trainer.args.world_size)
+        self._gradients = ExactGradients(self._parameters, trainer.args.world_size, trainer.args.ddp_timeout_delta)
         self._sampler: MicroBatches | None = None
         self._iterator: Any = None
         self._step = self._done = self._counted = self._count = 0
@@ -228,7 +228,7 @@ class ExactSteps:
             self._step += 1
         self._count, self._done, self._losses = count_in(self._step, self._sampler.batches, self._shares.count), 0, []
         self._counted = 0
-        self._gradients.begin()
+        self._gradients.begin(self._count)
         found, _ = self._plain_batches(epoch_iterator, num_batches, device)
         return found, self._items(found, device)
 
@@ -255,7 +255,7 @@ class ExactSteps:
         buffers = self._note_buffers()
         ACCUMULATION.set(trainer, self._count)
         try:
-            with trainer.accelerator.no_sync(model), seeded(seed, gpus=trainer.args.device.type == "cuda"):
+            with trainer.accelerator.no_sync(model), seeded(seed, gpus=trainer.args.device.type == "cuda"), self._sending():
                 loss: torch.Tensor = self._plain_step(model, inputs, num_items_in_batch)
         finally:
             ACCUMULATION.set(trainer, each)
@@ -269,8 +269,17 @@ class ExactSteps:
         self._done += 1
         if self._done < self._shares.each:
             return torch.zeros_like(loss)
-        told = self._gradients.finish(self._count, self._losses)
+        told = self._gradients.finish(self._losses)
         return torch.full_like(loss, self._total(told))
+
+    def _sending(self) -> contextlib.AbstractContextManager[None]:
+        """Return a block that sends gradients as soon as they are computed, in a rank's last turn.
+
+        Not with a ``training_step`` of the user's own, which may change gradients after the backward pass.
+        """
+        known = getattr(self._plain_step, "__module__", "").partition(".")[0] in ("transformers", "trl")
+        is_last = self._done == self._shares.each - 1 and self._is_mine(self._done)
+        return self._gradients.sending() if known and is_last else contextlib.nullcontext()
 
     def _total(self, told: list[list[float]]) -> float:
         """Return the loss of the step: the correctly rounded sum of its micro-batches' losses."""

@@ -22,6 +22,7 @@ from torch.utils.data import BatchSampler, IterableDataset
 from transformers import Trainer
 
 from hf_spot.runtime import make_private
+from hf_spot.training.data.first_batch import FirstBatch, read_first_batch
 from hf_spot.training.data.rng import capture, capture_gpus, forget, pack, restore, unpack
 from hf_spot.training.data.worker_states import WorkerStates
 from hf_spot.training.state.data_side import DataSide, from_json, parts_of, to_json
@@ -64,7 +65,10 @@ class RandomStates:
         self._at_once, self._draws_for_all = 1, False
         self._is_then_due = False
         self._before_draw: dict[str, Any] | None = None
-        self._workers = WorkerStates(folder.with_name(f"{folder.name}-workers"), trainer.args.gradient_accumulation_steps)
+        settings: Any = trainer.args.accelerator_config
+        ahead = trainer.args.gradient_accumulation_steps * (trainer.args.world_size if settings.dispatch_batches else 1)
+        self._workers = WorkerStates(folder.with_name(f"{folder.name}-workers"), ahead)
+        self._first_batch = FirstBatch(trainer.args.world_size)
         self._micro_batches = self._handed_out = 0
         self._watched: list[_Watched] = []
         self._step_ended = False
@@ -127,7 +131,7 @@ class RandomStates:
         if getattr(dataloader, "persistent_workers", False):
             self._workers.note_seeded(number > 0)
             if resumed is None and self._resumed is not None:
-                self._workers.go_on(self._micro_batches)
+                self._workers.go_on(self._micro_batches * self._at_once)
             elif resumed is not None:
                 self._workers.resume(resumed / _FOLDER / self._workers_name, middle=middle)
         elif resumed is not None and middle:
@@ -153,10 +157,12 @@ class RandomStates:
         self._mark()
 
     def watch_skipping(self, dataloader: Any) -> None:
-        """Watch the loader with which Trainer reads a stream again, from its start to the batch that is left.
+        """Watch the loader with which Trainer skips the trained batches of a pass.
 
-        Batches are drawn there as in an uninterrupted training, and the next one is made in the state in which that made it.
+        Of a stream they are drawn as in an uninterrupted training, and the next one is made in the state in which that made it.
         """
+        if self._resumed is not None:
+            self._keep_first_batch(dataloader, read_first_batch(self._resumed / _FOLDER / self._first_batch_name))
         if isinstance(dataloader.dataset, IterableDataset) and not dataloader.num_workers:
             self._watch(dataloader)
 
@@ -198,7 +204,9 @@ class RandomStates:
             if any(moments.values()):
                 text = json.dumps({moment: to_json(states) for moment, states in moments.items()})
                 (checkpoint / _FOLDER / self._data_side_name).write_text(text)
-            self._workers.save(checkpoint / _FOLDER / self._workers_name, self._handed_out)
+            if not self._draws_for_all or self._trainer.args.process_index == 0:  # otherwise its workers' batches go to nobody
+                self._workers.save(checkpoint / _FOLDER / self._workers_name, self._handed_out * self._at_once)
+            self._first_batch.save(checkpoint / _FOLDER / self._first_batch_name)
 
     def _read_data_side(self, checkpoint: Path | None) -> None:
         path = None if checkpoint is None else checkpoint / _FOLDER / self._data_side_name
@@ -243,6 +251,10 @@ class RandomStates:
         return f"next_batch_{self._trainer.args.process_index}.json"
 
     @property
+    def _first_batch_name(self) -> str:
+        return f"first_batch_{self._trainer.args.process_index}.pt"
+
+    @property
     def _data_side_name(self) -> str:
         return f"data_side_{self._trainer.args.process_index}.json"
 
@@ -254,9 +266,11 @@ class RandomStates:
         sampler = getattr(dataloader, "batch_sampler", None)
         dispatches = isinstance(dataloader, DataLoaderDispatcher)
         # Its workers read a stream again from its start, with the seeds of that time.
-        if sampler is None or (dispatches and getattr(dataloader, "num_workers", 0) > 0):
+        is_read_again = dispatches and dataloader.num_workers > 0 and isinstance(dataloader.dataset, IterableDataset)
+        if sampler is None or is_read_again:
             self._before_draw = None
             return
+        self._keep_first_batch(dataloader, None)
         if isinstance(sampler, _Watched):
             return
         # One rank draws the batches of all before it hands them out, and the others' part of them is not its own.
@@ -266,6 +280,12 @@ class RandomStates:
         self._watched.append(watched)
         # A DataLoader refuses to change its sampler, as it may be iterating already; accelerate's loaders wrap another one.
         object.__setattr__(INSIDE.of(dataloader) if INSIDE.is_on(dataloader) else dataloader, "batch_sampler", watched)
+
+    def _keep_first_batch(self, dataloader: Any, resumed: list[torch.Tensor] | None) -> None:
+        """Keep the samples that complete the last batch of a pass; of a stream they are read again at a resume."""
+        of_all = isinstance(dataloader, DataLoaderDispatcher) and self._trainer.args.world_size > 1
+        if of_all and not isinstance(dataloader.dataset, IterableDataset):
+            self._first_batch.begin_pass(dataloader, resumed)
 
     # -- proof --------------------------------------------------------------------------------------------------------
 

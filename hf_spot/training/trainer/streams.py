@@ -209,14 +209,7 @@ def random_streams_named(trainer: Trainer) -> Iterator[None]:
     Args:
         trainer: the Trainer, about to train.
     """
-    is_stream = isinstance(trainer.train_dataset, IterableDataset)
-    if not is_stream or trainer.args.dataloader_num_workers:
-        settings: Any = trainer.args.accelerator_config
-        if not is_stream and trainer.args.world_size > 1 and settings.dispatch_batches:
-            warn_for_all(
-                "dispatch_batches=True on several ranks: if the collator or the data set draws random numbers, it draws "
-                "others after a resume in the middle of an epoch; then set dispatch_batches=False"
-            )
+    if not isinstance(trainer.train_dataset, IterableDataset) or trainer.args.dataloader_num_workers:
         yield
         return
     plain_get = GET_BATCH_SAMPLES.of(trainer)
