@@ -250,8 +250,9 @@ class Walk:
                 yield Found(path, "long", value)
             elif depth < _DEEPEST:
                 items = list(value.items() if isinstance(value, dict) else enumerate(value))
+                held: Any = _Tuple(value, put) if isinstance(value, tuple) else None
                 for place, (key, one) in enumerate(items):
-                    inner = None if isinstance(value, tuple) else _item_setter(value, key)
+                    inner = _item_setter(held if isinstance(value, tuple) else value, key)
                     # A key of the user's class may print an address, or raise an error.
                     known = is_value(key) and not isinstance(key, torch.Tensor)
                     named = repr(key) if known else f"{type(key).__name__} {place}"
@@ -385,6 +386,31 @@ def per_launch(kind: type) -> Collection[str]:
 def _slots(kind: type) -> Collection[str]:
     slots = vars(kind).get("__slots__", ())
     return [name for name in ((slots,) if isinstance(slots, str) else slots) if name not in ("__dict__", "__weakref__")]
+
+
+class _Tuple:
+    """Replaces items of a tuple, or of one with named items, by replacing the tuple.
+
+    Args:
+        now: the tuple.
+        put: puts another one in its place; None if that can't be done.
+    """
+
+    def __init__(self, now: tuple[Any, ...], put: Callable[[Any], None] | None) -> None:
+        self._now, self._put = now, put
+
+    def __setitem__(self, at: int, value: Any) -> None:
+        """Replace an item.
+
+        Raises:
+            TypeError: the tuple can't be replaced.
+        """
+        if self._put is None:
+            raise TypeError("this tuple can't be replaced")
+        items = [*self._now[:at], value, *self._now[at + 1 :]]
+        make = getattr(type(self._now), "_make", type(self._now))
+        self._now = make(items)
+        self._put(self._now)
 
 
 def _attribute_setter(owner: Any, name: str) -> Callable[[Any], None]:

@@ -336,7 +336,7 @@ LOAD_OPTIMIZER = _method(
     _TRAINER,
     "_load_optimizer_and_scheduler",
     "checkpoint",
-    "training.trainer.restore training.trainer.resumed_events",
+    "training.trainer.restore training.trainer.resumed_events training.trainer.weights",
     "a second train() of the same Trainer begins with a new optimizer if the first one was finished by an earlier launch",
 )
 SKIP_FIRST_BATCHES = _function(

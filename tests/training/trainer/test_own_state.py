@@ -309,6 +309,9 @@ class Phase(enum.Enum):
     MAIN = 3
 
 
+Pair = collections.namedtuple("Pair", "first second")
+
+
 class Gentle:
     def weight(self) -> float:
         return 1.0
@@ -337,6 +340,7 @@ class Everywhere(Trainer):
         loss = loss * (1 + self.by_row[row])
         self.by_row[row] += float(found[0].detach())
         self.newest.append(self.by_row[row])
+        self.pair = Pair(self.pair.first + 1, self.pair.second)
         self.share += decimal.Decimal("0.1")
         return (loss * float(self.share), found[1]) if return_outputs else loss * float(self.share)
 
@@ -411,7 +415,7 @@ def everywhere(out: Path, **settings: Any) -> Trainer:
     )
     trainer.phase, trainer.strategy, trainer.share = Phase.WARM, Gentle(), decimal.Decimal(1)
     trainer.by_row, trainer.newest = [0.0] * 2000, collections.deque([0.0] * 1500, maxlen=1500)
-    moves.trainer = trainer
+    moves.trainer, trainer.pair = trainer, Pair(0, "same")
     return trainer  # type: ignore[no-any-return]
 
 
@@ -468,6 +472,7 @@ CASES: dict[str, tuple[Callable[[Path], Trainer], Callable[[Trainer], Any]]] = {
             trainer.phase,
             type(trainer.strategy),
             trainer.share,
+            trainer.pair,
             list(trainer.newest),
             trainer.by_row,
             trainer.args.max_grad_norm,
