@@ -509,9 +509,7 @@ def test_a_machine_is_billed_until_its_end_however_late_somebody_looks(stage: St
     assert known["spent_bound"] == "at most" and ", at most $48." in render_status(known)
 
 
-def test_the_status_of_a_spot_request_that_comes_later_corrects_the_bill(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_status_of_a_spot_request_that_comes_later_corrects_the_bill(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     name = stage.provisioner().provision_several()[0].instance_id
     stage.clock.time += timedelta(hours=1, seconds=10)
     stage.cloud.take(name)
