@@ -18,7 +18,7 @@ from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, Fenced, StoreError
 from hf_spot.launch.addresses import interface_of
 from hf_spot.launch.command import Machines
-from hf_spot.launch.group import Group, Hosting, Member, Unreached, Visiting, visit
+from hf_spot.launch.group import FINISHED, HUNG, Group, Hosting, Member, Unreached, Visiting, visit
 from hf_spot.launch.peers import BEAT_S, Refused
 from hf_spot.policy.membership import (
     Form,
@@ -131,7 +131,8 @@ class Elastic:
         """Find the others and wait for a launch to begin.
 
         Returns:
-            The launch; PREEMPTED if a notice came first, or too few machines within the time for it; FINISHED if the run is.
+            The launch; PREEMPTED if a notice came first, or too few machines within the time for it; FINISHED if the run is;
+            FAILED if it hangs for good.
 
         Raises:
             ConfigError: the others refuse this machine.
@@ -180,6 +181,9 @@ class Elastic:
             except Unreached as unreached:
                 is_gone = unreached.is_gone
         before = self._unanswered.get(step.place)
+        if invitation is not None and not step.place.attempt and invitation.get("is_fixed"):
+            self._beside_fixed(sight, before)
+            is_gone = False  # its machine 0 listens only until all are there
         self._unanswered[step.place] = not_answered(before, sight, self._clock(), is_gone=is_gone)
         if is_gone or (before is not None and before.is_gone):
             return None
@@ -189,6 +193,15 @@ class Elastic:
             return Verdict.PREEMPTED
         self._wait(BEAT_S)
         return None
+
+    def _beside_fixed(self, sight: Sight, before: Unanswered | None) -> None:
+        """Say that this machine can't join a launch of fixed machines. Raises ConfigError once that launch has shown that it
+        lives."""
+        told = f"launch {sight.launch} has fixed machines (--machine_rank), and this machine was started without a rank"
+        if before is not None and before.number != sight.number:
+            raise ConfigError(f"{told}: it can't join them", hint="use the same command and version on all machines")
+        if before is None:
+            log.warning("%s: it begins another one if nothing is written to the run for %.0f s", told, self._quiet_s)
 
     @property
     def _quiet_s(self) -> float:
@@ -282,8 +295,10 @@ class Elastic:
                 self._leave("another launch has begun")
                 return None
             return self._met(go.launch, go.rank, go.members, go.main_ip, go.own_ip, go.port, visiting)
-        if visiting.bye == "finished":
+        if visiting.bye == FINISHED:
             return Verdict.FINISHED
+        if visiting.bye == HUNG:
+            return Verdict.FAILED
         if visiting.lost_s is not None:
             self._lose_host(visiting)
         return None
@@ -360,7 +375,7 @@ class Elastic:
         """Leave the group.
 
         Args:
-            why: ``finished`` if the run is.
+            why: as in `hf_spot.launch.group.Hosting.close`.
         """
         self._leave(why)
 

@@ -23,11 +23,11 @@ from typing import Any, Protocol
 import hf_spot
 from hf_spot.errors import EXIT_PREEMPTED
 from hf_spot.launch.addresses import own_addresses, plain
-from hf_spot.launch.peers import BEAT_S, GREETING_S, Door, Ended, Refused, decode, log, send
+from hf_spot.launch.peers import BEAT_S, GREETING_S, LONGEST_MESSAGE_BYTES, Door, Ended, Refused, decode, log, send
 from hf_spot.policy.restarts import Verdict
 
+FINISHED, HUNG = "finished", "hung"  # why a host closes
 _TICK_S = 0.2
-_LONGEST_LINE_BYTES = 65536  # "go" carries the names of all machines
 _CONNECT_S = 2.0
 
 
@@ -39,6 +39,12 @@ class Group(Protocol):
 
     def tell(self, machine: int, verdict: Verdict, code: int) -> None:
         """As `hf_spot.launch.peers.Peers.tell`."""
+
+    def say(self, about: dict[str, Any]) -> None:
+        """As `hf_spot.launch.peers.Peers.say`."""
+
+    def said(self) -> list[tuple[int, dict[str, Any]]]:
+        """As `hf_spot.launch.peers.Peers.said`."""
 
 
 @dataclass(frozen=True)
@@ -106,24 +112,25 @@ class Channel:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self._rest = b""
+        self._sending = threading.Lock()
         self.heard_s = time.monotonic()
         connection.settimeout(GREETING_S)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def read(self) -> list[dict[str, Any]]:
         """Return the messages that have arrived. Raises OSError if it is closed, ValueError for anything but messages."""
-        data = self.connection.recv(_LONGEST_LINE_BYTES)
+        data = self.connection.recv(LONGEST_MESSAGE_BYTES)
         if not data:
             raise ConnectionError("closed")
         self.heard_s = time.monotonic()
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > _LONGEST_LINE_BYTES:
+        if len(self._rest) > LONGEST_MESSAGE_BYTES:
             raise ValueError("too long a line")
         return [decode(line) for line in lines]
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message. A connection that is broken is found by reading."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self._sending:
             send(self.connection, message)
 
     def forgive(self, looked_s: float, now_s: float) -> None:
@@ -160,15 +167,26 @@ def _differing(own: Sequence[str], other: Sequence[str]) -> str:
 
 
 class _Endings:
-    """How the launch under way has ended on other machines, as far as they have said so."""
+    """What the other machines have said about the launch under way: how it has ended there, and whatever else."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self._ended: dict[int, Ended] = {}
+        self._said: list[tuple[int, dict[str, Any]]] = []
 
     def begin(self) -> None:
         with self.changed:
-            self._ended = {}
+            self._ended, self._said = {}, []
+
+    def keep(self, machine: int, about: Any) -> None:
+        if isinstance(about, dict):
+            with self.changed:
+                self._said.append((machine, about))
+
+    def said(self) -> list[tuple[int, dict[str, Any]]]:
+        with self.changed:
+            said, self._said = self._said, []
+            return said
 
     def note(self, ended: Ended) -> bool:
         """Return whether it is new."""
@@ -304,11 +322,21 @@ class Hosting:
         """As `Group.tell`."""
         self._tell_members(Ended(machine, verdict, code))
 
+    def say(self, about: dict[str, Any]) -> None:
+        """As `Group.say`."""
+        for guest in self._known():
+            if guest.rank is not None:
+                guest.channel.send({"say": about, "launch": self._launch})
+
+    def said(self) -> list[tuple[int, dict[str, Any]]]:
+        """As `Group.said`."""
+        return self._endings.said()
+
     def close(self, why: str) -> None:
         """Tell the guests that this machine goes, and close all connections.
 
         Args:
-            why: ``finished`` if the run is; anything else lets them meet again.
+            why: `FINISHED` if the run is, `HUNG` if it hangs for good; anything else lets them meet again.
         """
         self._closing = True
         self._thread.join()
@@ -417,6 +445,8 @@ class Hosting:
             ended = Ended(guest.rank, Verdict(message["verdict"]), int(message["code"]))
             if self._endings.note(ended):
                 self._tell_members(ended)
+        elif "say" in message and guest.rank is not None and message["launch"] == self._launch:
+            self._endings.keep(guest.rank, message["say"])
 
     def _gone(self, guest: _Guest, *, silently: bool = False) -> None:
         self._selector.unregister(guest.channel.connection)
@@ -577,6 +607,14 @@ class Visiting:
         """As `Group.tell`."""
         self._channel.send(_ended_message(Ended(machine, verdict, code), self._launch))
 
+    def say(self, about: dict[str, Any]) -> None:
+        """As `Group.say`."""
+        self._channel.send({"say": about, "launch": self._launch})
+
+    def said(self) -> list[tuple[int, dict[str, Any]]]:
+        """As `Group.said`."""
+        return self._endings.said()
+
     def close(self) -> None:
         """Close the connection."""
         self._closing = True
@@ -627,6 +665,8 @@ class Visiting:
                 self._endings.changed.notify_all()
         elif "ended" in message and message["launch"] == self._launch:
             self._endings.note(Ended(int(message["ended"]), Verdict(message["verdict"]), int(message["code"])))
+        elif "say" in message and message["launch"] == self._launch:
+            self._endings.keep(0, message["say"])
         elif "words" in message:
             told = _differing(self._words, list(map(str, message["words"])))
             log.warning("machine 0 was started with other arguments of the script than this machine: %s", told)

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from hf_spot.launch.addresses import own_addresses
 from hf_spot.policy.restarts import Verdict
 
 log = logging.getLogger("hf_spot")
@@ -35,6 +36,7 @@ GREETING_S = 5.0
 _SAY_EVERY_S = 30.0
 _TICK_S = 0.2
 _LONGEST_LINE_BYTES = 4096
+LONGEST_MESSAGE_BYTES = 65536  # between machines that know each other
 _MOST_STRANGERS = 128  # connections that have not identified themselves yet
 
 Wait = Callable[[float], bool]  # waits for a number of seconds; True if there is no point in waiting any longer
@@ -68,6 +70,8 @@ class Peers:
         self._buffers = dict.fromkeys(connections, b"")
         self._changed = threading.Condition()
         self._ended: dict[int, Ended] = {}
+        self._said: list[tuple[int, dict[str, Any]]] = []
+        self._sending = threading.Lock()
         self._closing = False
         self._selector = selectors.DefaultSelector()
         for machine, connection in connections.items():
@@ -90,6 +94,16 @@ class Peers:
     def tell(self, machine: int, verdict: Verdict, code: int) -> None:
         """Tell the other machines how the launch ended on this one."""
         self._send_to_all(_ended_message(Ended(machine, verdict, code)))
+
+    def say(self, about: dict[str, Any]) -> None:
+        """Send a message to machine 0, or from machine 0 to all others."""
+        self._send_to_all({"say": about})
+
+    def said(self) -> list[tuple[int, dict[str, Any]]]:
+        """Return what other machines have sent by `say` since the last call, each with the machine."""
+        with self._changed:
+            said, self._said = self._said, []
+            return said
 
     def close(self) -> None:
         """Close the connections. If `tell` was not called before, the others consider this machine lost."""
@@ -116,16 +130,21 @@ class Peers:
 
     def _read(self, machine: int) -> None:
         try:
-            data = self._connections[machine].recv(_LONGEST_LINE_BYTES)
+            data = self._connections[machine].recv(LONGEST_MESSAGE_BYTES)
         except OSError:
             data = b""
         if not data:
             self._gone(machine)
             return
         self._heard_at[machine] = self._clock()
-        *lines, self._buffers[machine] = (self._buffers[machine] + data)[-_LONGEST_LINE_BYTES:].split(b"\n")
+        *lines, self._buffers[machine] = (self._buffers[machine] + data).split(b"\n")
         try:
+            if len(self._buffers[machine]) > LONGEST_MESSAGE_BYTES:
+                raise ValueError("too long a line")
             for message in map(decode, lines):
+                if isinstance(about := message.get("say"), dict):
+                    with self._changed:
+                        self._said.append((machine, about))
                 if "ended" in message:
                     self._note(Ended(message["ended"], Verdict(message["verdict"]), message["code"]))
         except (ValueError, KeyError):
@@ -148,7 +167,8 @@ class Peers:
 
     def _send_to_all(self, message: dict[str, Any], besides: int | None = None) -> None:
         alive = {machine: self._connections[machine] for machine in list(self._heard_at) if machine != besides}
-        _tell_all(alive, message)
+        with self._sending:
+            _tell_all(alive, message)
 
 
 class Host:
@@ -167,8 +187,8 @@ class Host:
 
     @property
     def invitation(self) -> dict[str, Any]:
-        """Return what the other machines need in order to connect."""
-        return {"port": self._listener.getsockname()[1], "nonce": self._nonce}
+        """Return what the other machines need in order to connect; a machine that was started without a rank is refused."""
+        return {"port": self._listener.getsockname()[1], "nonce": self._nonce, "addresses": own_addresses(), "is_fixed": True}
 
     def meet(self, wait: Wait, timeout_s: float, patience_s: float) -> Peers | None:
         """Wait for the other machines. Return None if ``wait`` says that there is no point in waiting.
@@ -214,7 +234,9 @@ class Host:
             if hello.get("nonce") != self._nonce:
                 raise ValueError("it does not belong to this launch")
             why = None
-            if hello.get("machines") != self._machines:
+            if "member" in hello:  # as `hf_spot.launch.group.visit` greets
+                why = "it was started with --machine_rank, and this machine without it"
+            elif hello.get("machines") != self._machines:
                 why = f"machine 0 was started with --num_machines {self._machines}"
             elif hello.get("machine") not in range(1, self._machines):
                 why = f"there is no machine {hello.get('machine')} of {self._machines}"
@@ -222,7 +244,7 @@ class Host:
                 why = f"machine {hello['machine']} is already connected"
             if why is not None:
                 send(connection, {"refused": why})
-                raise ValueError(why)
+                raise ValueError(f"another machine was told: {why}" if "member" in hello else why)
             guests[hello["machine"]] = connection
         except (OSError, ValueError) as error:
             _send_away(connection, error)

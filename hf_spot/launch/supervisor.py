@@ -25,6 +25,7 @@ from hf_spot.errors import (
     EXIT_PREEMPTED,
     EXIT_USAGE,
     ConfigError,
+    Fenced,
     SpotError,
     StoreError,
 )
@@ -36,7 +37,7 @@ from hf_spot.launch.command import Command, Reading, likely_store
 from hf_spot.launch.dry_run import describe
 from hf_spot.launch.elastic import Elastic, Met
 from hf_spot.launch.folder import RuntimeFolder
-from hf_spot.launch.group import Group
+from hf_spot.launch.group import FINISHED, HUNG, Group
 from hf_spot.launch.hangs import HangKeeper
 from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.prefetch import Prefetch, newest_of
@@ -74,6 +75,7 @@ log = logging.getLogger("hf_spot")
 
 EXIT_INTERRUPTED = 130
 _TICK_S = 0.1
+_LOOK_EVERY_S = 10.0  # for another launch, while machines are missing
 _ANY_PORT = 29500
 _HOW_TO_TRAIN_LONGER = "to train longer, raise max_steps or num_train_epochs in the command or in a file that it names; "
 _HOW_TO_TRAIN_ON = "to train on from there in another run: --store ANOTHER-RUN --from"
@@ -204,9 +206,14 @@ class Supervisor:
             on_listening()
             code = 1
             if (elastic := self._elastic) is not None:
-                stack.callback(lambda: elastic.close("finished" if code == EXIT_FINISHED else "leaving"))
+                stack.callback(lambda: elastic.close(self._why_it_leaves(code)))
             code = self._supervise()
             return code
+
+    def _why_it_leaves(self, code: int) -> str:
+        if code == EXIT_HUNG and self._hangs.is_final():
+            return HUNG
+        return FINISHED if code == EXIT_FINISHED else "leaving"
 
     def _supervise(self) -> int:
         fruitless = launches = 0
@@ -255,7 +262,11 @@ class Supervisor:
     def _launch_once(self) -> tuple[Verdict, int]:
         if self._elastic is not None:
             return self._launch_among(self._elastic)
-        met = self._meet()
+        try:
+            met = self._meet()
+        except Fenced as error:
+            log.error("%s: this machine waits no longer", error.args[0])
+            return Verdict.FENCED, EXIT_FENCED
         if met is None:
             return Verdict.PREEMPTED, EXIT_PREEMPTED
         launch, peers = met
@@ -290,6 +301,10 @@ class Supervisor:
             self._expect_launch()
         self._met = None
         met = elastic.meet()
+        if met is Verdict.FAILED:
+            log.error("the training hangs after the same step each time: this machine ends as the others do")
+            self._hangs.accept_end()
+            return met, EXIT_HUNG
         if isinstance(met, Verdict):
             return met, EXIT_FINISHED if met is Verdict.FINISHED else EXIT_PREEMPTED
         self._met, self._machines, self._peers = met, met.machines, met.group
@@ -311,7 +326,7 @@ class Supervisor:
                 host = Host(machines.count)
                 launch = start_or_resume(self._run, {**about, "machines": machines.count}, arguments.start_from)
                 Mailbox(self._run).invite(host.invitation)
-                peers = host.meet(self._heard.wait, arguments.peer_timeout_s, MEETING_S)
+                peers = host.meet(self._wait_unfenced(launch), arguments.peer_timeout_s, MEETING_S)
                 return None if peers is None else (launch, peers)
             found = join(
                 machines.rank,
@@ -332,6 +347,25 @@ class Supervisor:
             raise ConfigError(
                 f"machine 0 refused this machine: {error}", hint="use the same --num_machines on all machines"
             ) from error
+
+    def _wait_unfenced(self, launch: int) -> Callable[[float], bool]:
+        """Return what waits for a notice, and raises Fenced once another launch has begun."""
+        looked_s = self._clock()
+
+        def wait(timeout_s: float) -> bool:
+            nonlocal looked_s
+            if self._clock() - looked_s >= _LOOK_EVERY_S:
+                looked_s = self._clock()
+                try:
+                    newest = self._run.state().launch
+                except StoreError as error:  # the machines don't need it to meet
+                    log.debug("whether another launch has begun is unknown: %s", error)
+                    newest = launch
+                if newest > launch:
+                    raise Fenced(f"launch {newest} has begun while launch {launch} waited for its machines")
+            return self._heard.wait(timeout_s)
+
+        return wait
 
     def _train(self, launch: int) -> tuple[Verdict, int]:
         log.info("launch %d of %s", launch, self._run.url)
@@ -372,7 +406,10 @@ class Supervisor:
                 if tree is None:
                     tree = ProcessTree(argv, environ, signals, as_it_is=self._command.as_it_is, others=self._warm.processes)
                 running.callback(tree.end)
-                self._warm.begin(argv, environ, signals)
+                if self._met is not None and self._machines.count == 1:  # a spare for several machines serves one as well
+                    self._expect_launch()
+                else:
+                    self._warm.begin(argv, environ, signals)
                 code = self._wait(tree, runtime, folder)
                 self._read_report(runtime)
             told = None if code == EXIT_HUNG else runtime.read_exit_code()
@@ -390,7 +427,7 @@ class Supervisor:
     def _wait(self, tree: ProcessTree, runtime: Runtime, folder: RuntimeFolder) -> int:
         alone_since: float | None = None
         unhooked = Unhooked(runtime, self._clock)
-        self._hangs.begin(runtime)
+        self._hangs.begin(runtime, self._machines.rank, self._machines.count, self._peers)
         while (code := tree.wait(_TICK_S)) is None:
             self._keep(folder, runtime)
             unhooked.look(tree.processes)

@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed.run
 from accelerate.commands.launch import main
 
+from hf_spot.policy.warm import same_command
 from hf_spot.runtime import WAITS_ON
 from hf_spot.training.upstream import RUN_RANKS, START_CHILD
 
@@ -100,11 +101,13 @@ class WarmRanks:
     def _give(self, popen: Any, args: Any, *more: Any) -> bool:
         """Make a spare the process of this object, and return True; False if a fresh Python must be."""
         environ = more[_ENVIRON] or {}
-        found = self._ranks.pop(environ.get("LOCAL_RANK", ""), None)
-        if found is None:
+        place = environ.get("LOCAL_RANK", "")
+        if not place and len(self._ranks) == 1:  # it is alone now, and the spare was started for one of several machines
+            place = next(iter(self._ranks))
+        if place not in self._ranks or not same_command(self._ranks[place][0].words, list(args)):  # another program
             return False
-        start, process, ours = found
-        is_alike = set(more[_PIPES]) == {-1} and more[_CWD] is None and bool(more[_NEW_SESSION]) is start.new_session
+        start, process, ours = self._ranks.pop(place)
+        is_alike = set(more[_PIPES]) == {-1} and more[_CWD] is None and start.new_session >= bool(more[_NEW_SESSION])
         why = _order(ours, list(args), environ) if is_alike else "torchrun starts it in another way"
         ours.close()
         if why is None:

@@ -1,14 +1,15 @@
 """When a training counts as hung. Pure.
 
 The ranks give a sign at each event of their training: a step, a batch, a part of an evaluation, bytes of a restore. What is
-judged is the time since the newest sign of any rank of a machine, because ranks that wait for another one are silent, too.
+judged is the time since the newest sign of any rank of a machine, because ranks that wait for another one are silent, too. On
+several machines each judges its own ranks, and the training hangs once none of the machines shows a sign of life any longer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
 
 from hf_spot.errors import ConfigError
 
@@ -173,6 +174,28 @@ def behind(ranks: Collection[Told]) -> list[Told]:
     fewest = min(one.step for one in ranks)
     found = [one for one in ranks if one.step == fewest]
     return [one for one in found if one.phase is not Phase.STEP] or found
+
+
+class Vote(str, Enum):
+    """What a machine tells the others about the ranks that run there."""
+
+    OUTSIDE = "outside"  # none of them is in a training
+    ALIVE = "alive"
+    SILENT = "silent"  # for longer than its limit
+
+
+def all_hang(votes: Collection[Vote]) -> bool:
+    """Return whether the training hangs on all machines: a machine that is silent may only wait for one that is not."""
+    return Vote.SILENT in votes and Vote.ALIVE not in votes
+
+
+def shares(lengths: Sequence[int], room: int) -> list[int]:
+    """Return how much of each text to keep, so that all of them have room: the short ones whole, the others equally long."""
+    kept = [0] * len(lengths)
+    for left, index in zip(range(len(lengths), 0, -1), sorted(range(len(lengths)), key=lengths.__getitem__), strict=True):
+        kept[index] = min(lengths[index], room // left)
+        room -= kept[index]
+    return kept
 
 
 @dataclass(frozen=True)

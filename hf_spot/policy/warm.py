@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from hf_spot.errors import ConfigError
 
@@ -16,6 +16,7 @@ _IDLE_S = 3.0  # machines that are there already meet sooner
 # Set anew for each launch, by hf-spot, accelerate or torchrun, and read when a process group begins: after the imports.
 _OF_A_LAUNCH = frozenset(
     {
+        "ACCELERATE_USE_CPU",  # accelerate says so to a process that is alone
         "GLOO_SOCKET_IFNAME",
         "GROUP_RANK",
         "GROUP_WORLD_SIZE",
@@ -30,6 +31,12 @@ _OF_A_LAUNCH = frozenset(
     }
 )
 _OF_TORCHRUN = "TORCHELASTIC_"
+_OF_ONE_OF_SEVERAL = frozenset({"LOCAL_RANK", "LOCAL_WORLD_SIZE"})  # as those above, but a process that is alone has none
+# Functions that imports call, by module, which go through all variables for others than those of a launch: for names that begin
+# with TQDM_ and FSSPEC, or end with _proxy.
+_LOOK_FOR_OTHERS = frozenset(
+    {("tqdm.utils", "envwrap"), ("fsspec.config", "set_conf_env"), ("urllib.request", "getproxies_environment")}
+)
 # Read by hf-spot alone, and by torchrun's agent when it begins.
 _OF_HF_SPOT = frozenset(
     {
@@ -88,5 +95,26 @@ def differing(before: Mapping[str, str], now: Mapping[str, str], read: Collectio
         read: names that its imports have read.
     """
     changed = {name for name in {*before, *now} if before.get(name) != now.get(name)}
-    of_launch = {name for name in changed if name in _OF_A_LAUNCH or name.startswith(_OF_TORCHRUN)}
-    return sorted(name for name in changed - _OF_HF_SPOT if name not in of_launch or name in read)
+    changed -= {name for name in _OF_ONE_OF_SEVERAL if name not in now and name not in read}
+    free = {name for name in changed if is_of_launch(name) and name not in _OF_ONE_OF_SEVERAL and name not in read}
+    return sorted(changed - _OF_HF_SPOT - free)
+
+
+def is_of_launch(name: str) -> bool:
+    """Return whether a variable is set anew for each launch, and only read when a process group begins."""
+    return name in _OF_A_LAUNCH or name in _OF_ONE_OF_SEVERAL or name.startswith(_OF_TORCHRUN)
+
+
+def looks_for_others(module: str, function: str) -> bool:
+    """Return whether a function that goes through all variables makes no use of those of a launch."""
+    return (module, function) in _LOOK_FOR_OTHERS
+
+
+def same_command(before: Sequence[str], now: Sequence[str]) -> bool:
+    """Return whether a Python with one command line does what it would do with the other: torchrun adds ``-u``, so that output
+    is not held back, and accelerate starts a process that is alone without it."""
+    return _without_u(before) == _without_u(now)
+
+
+def _without_u(argv: Sequence[str]) -> list[str]:
+    return [word for place, word in enumerate(argv) if (place, word) != (1, "-u")]

@@ -27,10 +27,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hf_spot.policy.first_imports import Statement, first_imports, imports_torch
-from hf_spot.policy.warm import differing
+from hf_spot.policy.warm import differing, is_of_launch, looks_for_others, same_command
 from hf_spot.runtime import WAITS_ON
 
 _FIRST_TO_GO = 1000  # for the kernel, when memory is short
@@ -38,6 +39,8 @@ _LONGEST_LINE_BYTES = 2**20
 _DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/davinci", "/dev/accel", "/dev/habanalabs")
 _OWN_PACKAGE = Path(__file__).resolve().parent.parent
 _RESTORE_S = 0.5
+_COMPREHENSIONS = ("<genexpr>", "<listcomp>", "<setcomp>", "<dictcomp>")
+_OF_MAPPINGS = ("os", "collections.abc", "_collections_abc")  # modules of os.environ's own methods
 _SUBNORMAL = 2.2250738585072014e-308
 
 
@@ -90,8 +93,9 @@ class WarmSpare:
         Returns:
             The command line to go on with. The process ends if it is no longer needed, or not fit for what it is needed for.
         """
-        with _held_output() as self.outputs, _first_to_go(), _low_autogroup(self.nice), self._observed():
-            failed = self._done_aside(work)
+        with _held_output() as self.outputs, _first_to_go(), _low_autogroup(self.nice):
+            with self._observed():
+                failed = self._done_aside(work)
             if failed is not None:
                 self._end({"unfit": failed})
             self._files = _files()
@@ -161,7 +165,8 @@ class WarmSpare:
         getitem = kind.__getitem__
 
         def observing(environ: Any, name: str) -> str:
-            self._read.add(name)
+            if not (is_of_launch(name) and _passes_by(sys._getframe(1))):
+                self._read.add(name)
             value: str = getitem(environ, name)
             return value
 
@@ -224,7 +229,7 @@ class WarmSpare:
 
     def _why_not(self, order: dict[str, Any], *, any_arguments: bool) -> str | None:
         """Return why a fresh Python would not be the same as this one; None if it would."""
-        if order["argv"] != sys.orig_argv and not any_arguments:
+        if not (any_arguments or same_command(sys.orig_argv, order["argv"])):
             return "the command line has changed"
         if names := differing(self._started_with, order["environ"], self._read):
             return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} changed"
@@ -246,6 +251,16 @@ class WarmSpare:
     def _end(self, message: dict[str, Any]) -> None:
         self._tell(message)
         os._exit(0)
+
+
+def _passes_by(frame: FrameType | None) -> bool:
+    """Return whether a variable is read by a function that goes through all of them in search of others."""
+    while frame is not None:
+        module, function = str(frame.f_globals.get("__name__")), frame.f_code.co_name
+        if module not in _OF_MAPPINGS and function not in _COMPREHENSIONS:
+            return looks_for_others(module, function)
+        frame = frame.f_back
+    return False
 
 
 # -- what a spare has imported ----------------------------------------------------------------------------------------

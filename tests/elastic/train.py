@@ -14,17 +14,21 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 SAMPLES = 240  # 10 steps of 24, which 1, 2 and 3 machines divide
+_DIGIT = 256  # a sample begins with its number, in two tokens
 
 
 class Numbered(Dataset):
     """Each sample begins with its own number."""
 
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
     def __len__(self) -> int:
-        return SAMPLES
+        return self.samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rest = torch.Generator().manual_seed(index)
-        ids = torch.cat([torch.tensor([index]), torch.randint(0, 256, (31,), generator=rest)])
+        ids = torch.cat([torch.tensor(divmod(index, _DIGIT)), torch.randint(0, 256, (30,), generator=rest)])
         return {"input_ids": ids, "labels": ids}
 
 
@@ -34,7 +38,8 @@ class Telling(Trainer):
     diary: Path
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        tell(self.diary, {"in": self.state.global_step + 1, "samples": inputs["input_ids"][:, 0].tolist()})
+        numbers = inputs["input_ids"][:, 0] * _DIGIT + inputs["input_ids"][:, 1]
+        tell(self.diary, {"in": self.state.global_step + 1, "samples": numbers.tolist()})
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
@@ -71,6 +76,7 @@ def main() -> None:
     parser.add_argument("--diary", type=Path, required=True)
     parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--step_s", type=float, default=0.0)
     parser.add_argument("--slow", type=Path, help="a step is only slow while this file exists")
     parser.add_argument("--save_steps", type=int, default=5)
@@ -114,7 +120,7 @@ def main() -> None:
     trainer = Telling(
         model=GPT2LMHeadModel(config),
         args=arguments,
-        train_dataset=Numbered(),
+        train_dataset=Numbered(options.samples),
         callbacks=[Diary(options.diary, options.step_s, options.slow)],
     )
     trainer.diary = options.diary

@@ -5,9 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,7 +20,9 @@ import pytest
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import EXIT_HUNG
 from hf_spot.launch import hangs
+from hf_spot.launch.group import Group, Hosting, Member, visit
 from hf_spot.launch.hangs import HangKeeper
+from hf_spot.launch.peers import Peers
 from hf_spot.launch.stacks import main_first, stacks_of, state_of
 from hf_spot.policy.hangs import Phase
 from hf_spot.run.journal_writer import JournalWriter
@@ -24,26 +31,40 @@ from hf_spot.run.webhook import Hook
 from hf_spot.runtime import PhaseTeller, Runtime
 from hf_spot.training.session.phases import Phases
 from tests.launch.conftest import SCRIPTS, Launcher
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
 
 class Watched:
     """A keeper with a clock of its own, and a rank that tells what the test says."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, timeout_s: float | None = None) -> None:
-        (folder / "runtime").mkdir(exist_ok=True)
+    def __init__(
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        timeout_s: float | None = None,
+        machine: int = 0,
+        group: Group | None = None,
+    ) -> None:
+        (folder / f"runtime-{machine}").mkdir(exist_ok=True)
         self.run = Run(folder / "run")
-        self.run.claim({"by": "test"})
-        self.runtime = Runtime(self.run.url, 1, folder / "runtime", SpotArguments())
-        self.now = 1000.0
-        self.keeper = HangKeeper(timeout_s, self.run, JournalWriter(self.run), Hook(None, ""), clock=lambda: self.now)
-        self.keeper.begin(self.runtime)
-        self.rank = PhaseTeller(self.runtime.phase_path, 0, 1)
+        if machine == 0:
+            self.run.claim({"by": "test"})
+        else:
+            self.run.adopt(self.run.state().launch)
+        self.runtime = Runtime(self.run.url, 1, folder / f"runtime-{machine}", SpotArguments())
+        self.now, self.began, self.group = 1000.0, time.monotonic(), group
+        self.keeper = HangKeeper(timeout_s, self.run, JournalWriter(self.run), Hook(None, ""), clock=self.clock)
+        self.keeper.begin(self.runtime, machine, 1 if group is None else 2, group)
+        self.rank = PhaseTeller(self.runtime.phase_path, machine, 1)
         self.state = "S"
         self.waited_s = 0.0
         monkeypatch.setattr(hangs, "stacks_of", lambda ranks, runtime: "File stuck.py")
         monkeypatch.setattr(hangs, "state_of", lambda process: self.state)
         monkeypatch.setattr(hangs, "waited_for_processor_s", lambda process: self.waited_s)
+
+    def clock(self) -> float:
+        """The time of the test; while a keeper waits for another one, real time passes, too."""
+        return self.now + (0.0 if self.group is None else time.monotonic() - self.began)
 
     def passes(self, seconds: float, *, every_s: float = 1.0, starved: float = 0.0) -> bool:
         """Look again and again while time passes; whether a hang was found."""
@@ -158,6 +179,80 @@ def test_ranks_tell_their_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     phases.close()
     assert runtime.read_phases()[os.getpid()][1] == Phase.OUTSIDE
     Phases().tell(Phase.STEP, 1)  # without a launch
+
+
+class Pair:
+    """Two machines with the same clock: what a launch of two is for their keepers."""
+
+    def __init__(self, *machines: Watched) -> None:
+        self.machines = machines
+
+    def pass_s(self, seconds: float) -> None:
+        for one in self.machines:
+            assert not one.passes(seconds)
+
+    def hang(self, group: Group) -> None:
+        """No sign any more: the keeper of machine 1 votes, and answers machine 0, which waits for it."""
+        main, other = self.machines
+        other.passes(60)
+        found: list[bool] = []
+        answers = threading.Thread(target=lambda: found.append(_until(other.keeper.look)))
+        answers.start()
+        assert main.passes(60) or _until(main.keeper.look)
+        answers.join(PATIENCE_S)
+        assert found == [True]
+
+
+def _until(look: Any) -> bool:
+    wait_for(look, "for the hang")
+    return True
+
+
+@pytest.fixture(params=["fixed", "elastic"])
+def groups(request: pytest.FixtureRequest) -> Iterator[tuple[Group, Group]]:
+    """The connections of machine 0 and of machine 1."""
+    if request.param == "fixed":
+        one, other = socket.socketpair()
+        main, guest = Peers({1: one}, PATIENCE_S), Peers({0: other}, PATIENCE_S)
+        yield main, guest
+        guest.close()
+        main.close()
+        return
+    hosting = Hosting(Member("h", "h", 1), None, PATIENCE_S)
+    visiting = visit(hosting.invitation, Member("g", "g", 1), None, PATIENCE_S)
+    wait_for(lambda: hosting.present().waiting, "for the guest")
+    hosting.start(1, ["g"], 1)
+    wait_for(lambda: visiting.wait_for_go(0.1), "for the launch")
+    yield hosting, visiting
+    visiting.close()
+    hosting.close("leaving")
+
+
+def test_a_hang_on_two_machines_is_one_entry_with_the_stacks_of_both_and_both_know_when_it_is_the_last(
+    tmp_path: Path, groups: tuple[Group, Group], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hangs, "_REPORT_S", 20.0)
+    for again in (False, True):
+        main, other = (Watched(tmp_path, monkeypatch, 30.0, machine, group) for machine, group in enumerate(groups))
+        monkeypatch.setattr(hangs, "stacks_of", lambda ranks, runtime: f"File {runtime.directory.name}.py " + "é" * 50_000)
+        pair = Pair(main, other)
+        main.rank.tell(Phase.STEP, 7)
+        other.rank.tell(Phase.EVALUATION, 7)
+        pair.pass_s(2)
+        # Machine 1 only waits for machine 0, which goes on.
+        assert not other.passes(60)
+        for _ in range(5):
+            main.rank.tell(Phase.STEP, 7)
+            assert not main.passes(20)
+        pair.hang(groups[0])
+        entries = [one for one in main.run.events() if one.kind == "hang"]
+        assert len(entries) == 1 + again
+        data = entries[-1].data
+        assert (data["machine"], data["rank"], data["step"], data["again"]) == (1, 1, 7, again)
+        assert data["ranks"] == ["rank 0 (machine 0): in a step, after step 7", "rank 1 (machine 1): evaluating, after step 7"]
+        assert "==== machine 0\nFile runtime-0.py" in data["stacks"] and "==== machine 1\nFile runtime-1.py" in data["stacks"]
+        assert main.keeper.is_final() is other.keeper.is_final() is again
+    assert "rank 1 (machine 1) is evaluating" in caplog.text
 
 
 STUCK = """

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
 import socket
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from fsspec.config import set_conf_env
+from tqdm.utils import envwrap
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.launch.process import ProcessTree
 from hf_spot.launch.warm import WarmSpares
 from hf_spot.runtime import WAITS_ON, Runtime
+from hf_spot.training.warm import WarmSpare
 from tests.launch.conftest import Launch, Launcher, Twin, of_ranks
 from tests.waiting import PATIENCE_S, wait_for
 from tests.zygote import Zygote
@@ -121,6 +126,45 @@ def test_the_rest_of_the_script_may_change(spares: Spares) -> None:
     spares.script.write_text(SCRIPT.replace("sys.exit(7)", "sys.exit(9)"))
     tree = spares.spares.take(spares.argv, spares.environ(2))
     assert tree is not None and ended(tree) == 9
+
+
+@pytest.mark.parametrize(
+    ("read", "is_bound"),
+    [
+        (lambda: envwrap("tqdm"), False),
+        (lambda: set_conf_env({}), False),
+        (urllib.request.getproxies_environment, False),
+        (lambda: os.environ.get("RANK"), True),
+        (lambda: os.environ.copy(), True),
+        (lambda: [value for name, value in os.environ.items() if name.startswith("R")], True),
+    ],
+    ids=["tqdm", "fsspec", "proxies", "by name", "a copy", "a search"],
+)
+def test_an_import_binds_a_spare_to_its_rank_only_if_it_reads_the_rank(
+    read: Callable[[], object], is_bound: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = socket.socketpair()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TQDM_NCOLS", "70")
+    monkeypatch.setenv(WAITS_ON, f"{theirs.detach()},0")
+    spare = WarmSpare.from_environ()
+    assert spare is not None
+    with ours, spare.connection:
+        ours.sendall(json.dumps({"argv": sys.orig_argv, "environ": {**os.environ, "RANK": "0"}}).encode() + b"\n")
+        ended = pytest.raises(_Ended) if is_bound else contextlib.nullcontext()
+        monkeypatch.setattr(os, "_exit", _end)
+        with ended:
+            spare.wait(lambda: read() and None)
+        told = [json.loads(line) for line in ours.recv(2**16).splitlines()]
+    assert told == [{"ready": True}, {"no": "RANK has changed"} if is_bound else {"yes": True}]
+
+
+class _Ended(Exception):
+    """Stands for the end of a process."""
+
+
+def _end(code: int) -> None:
+    raise _Ended(code)
 
 
 def test_a_spare_that_has_died_means_a_fresh_python(spares: Spares) -> None:

@@ -2,20 +2,26 @@
 
 ``--adversary 100`` plays random compositions instead, the same ones for the same ``--seed``; each that fails is printed as
 JSON, which ``--composition`` plays again; ``--regressions`` plays those that have failed before.
+
+None of the cases hangs: a launch that is taken for hung fails its case. The last line says how many launches were looked at,
+and for how long; ``--hang-timeout 60`` looks more sharply than ``auto``, whose shortest limit is half an hour.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from tests.matrix.adversary import Outcome, attack, play
 from tests.matrix.cases import CASES
 from tests.matrix.compose import LIBRARIES
-from tests.matrix.runner import HEADER, run, to_json
+from tests.matrix.runner import HEADER, alarms, run, to_json
 
 REGRESSIONS = Path(__file__).with_name("regressions.json")
 
@@ -32,7 +38,9 @@ def main() -> int:
     parser.add_argument("--families", nargs="+", choices=LIBRARIES, default=tuple(LIBRARIES), help="what it trains (all)")
     parser.add_argument("--composition", type=json.loads, metavar="JSON", help="play this composition of the adversary's again")
     parser.add_argument("--regressions", action="store_true", help="play the compositions that once differed without a word")
+    parser.add_argument("--hang-timeout", default="auto", metavar="auto|SECONDS", help="of the launches (auto)")
     options = parser.parse_args()
+    os.environ["HF_SPOT_HANG_TIMEOUT"] = options.hang_timeout
     if options.adversary or options.composition or options.regressions:
         return _attack(options)
     chosen = [name for name in CASES if not options.names or any(part in name for part in options.names)]
@@ -42,16 +50,30 @@ def main() -> int:
         return 0
     print(HEADER, flush=True)
     rows = []
+    launches = found = 0
+    warned: list[str] = []
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hf_spot-matrix-") as scratch:
         for number, name in enumerate(chosen):
-            rows.append(run(name, (options.keep or Path(scratch)) / str(number), quick=options.quick))
+            folder = (options.keep or Path(scratch)) / str(number)
+            rows.append(run(name, folder, quick=options.quick))
             print(rows[-1], flush=True)
+            looked_at, hangs, warnings = alarms(folder)
+            launches, found, warned = launches + looked_at, found + hangs, warned + warnings
+            print("".join(f"    {one}\n" for one in warnings), end="", flush=True)
+            if options.keep is None:
+                shutil.rmtree(folder, ignore_errors=True)
     if options.json:
         options.json.write_text(to_json(rows))
     identical = sum(row.identical is True for row in rows)
     unexpected = sum(not row.as_expected for row in rows)
     print(f"{len(rows)} rows: {identical} identical, {unexpected} not as they must be")
-    return int(unexpected > 0)
+    minutes = (time.monotonic() - began) / 60
+    print(
+        f"{launches} launches in {minutes:.0f} min, --hang-timeout {options.hang_timeout}: {found} taken for hung, "
+        f"{len(warned)} warnings of silence"
+    )
+    return int(unexpected > 0 or found > 0)
 
 
 def _attack(options: argparse.Namespace) -> int:

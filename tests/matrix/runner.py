@@ -26,6 +26,7 @@ from tests.matrix.ending import differences, left_by_a_command, tracker_lines
 SCRIPT = Path(__file__).parent / "train.py"
 TIMEOUT_S = 240.0
 ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt|Exit)\b")
+SILENCE = re.compile(r"no sign of the training for .*", re.M)
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,14 @@ def run(name: str, folder: Path, *, peace: Path | None = None, quick: bool = Fal
     differs = tuple(_compare_endings(case, folder, len(case.stops) + 1))
     identical = numbers[0] == 0 and numbers[1:3] == (0, 0) and numbers[3] and not differs
     return row(identical, identical != bool(case.impossible), case.impossible, *numbers, differs=differs)
+
+
+def alarms(folder: Path) -> tuple[int, int, list[str]]:
+    """How many launches of a case there were, how often one was taken for hung, and what they warned of. None of them hangs."""
+    events = list(Run(folder / "run").events()) if (folder / "run").exists() else []
+    logs = [log.read_text(errors="replace") for log in sorted(folder.glob("launch-*.log"))]
+    warned = [found for log in logs for found in SILENCE.findall(log)]
+    return sum(one.kind == "claim" for one in events), sum(one.kind == "hang" for one in events), warned
 
 
 def _python(case: Case, name: str, folder: Path) -> tuple[int, str]:

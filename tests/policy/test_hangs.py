@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hf_spot.errors import ConfigError
-from hf_spot.policy.hangs import Phase, Shown, Told, behind, counted_s, limit_s, parse_timeout
+from hf_spot.policy.hangs import Phase, Shown, Told, Vote, all_hang, behind, counted_s, limit_s, parse_timeout, shares
 
 MINUTE, HOUR = 60.0, 3600.0
 INSIDE = [phase for phase in Phase if phase is not Phase.OUTSIDE]
@@ -82,3 +82,34 @@ def test_a_timeout_is_read(text: str, seconds: float | None) -> None:
 def test_another_timeout_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="auto, off, or a number of seconds"):
         parse_timeout(text)
+
+
+@pytest.mark.parametrize(
+    ("votes", "hangs"),
+    [
+        ([Vote.SILENT], True),
+        ([Vote.SILENT, Vote.SILENT], True),
+        ([Vote.SILENT, Vote.OUTSIDE], True),  # nobody is left there whom it could wait for
+        ([Vote.SILENT, Vote.ALIVE], False),  # such as rank 0, which evaluates while the others wait in a step
+        ([Vote.OUTSIDE, Vote.OUTSIDE], False),
+        ([Vote.ALIVE], False),
+        ([], False),
+    ],
+)
+def test_a_training_hangs_once_no_machine_shows_a_sign(votes: list[Vote], hangs: bool) -> None:
+    assert all_hang(votes) is hangs
+
+
+@pytest.mark.parametrize(
+    ("lengths", "room", "kept"),
+    [
+        ([10], 100, [10]),
+        ([100], 10, [10]),
+        ([5, 100, 100], 65, [5, 30, 30]),
+        ([100, 5], 20, [15, 5]),
+        ([], 10, []),
+        ([3, 3], 0, [0, 0]),
+    ],
+)
+def test_the_stacks_of_all_machines_share_the_room(lengths: list[int], room: int, kept: list[int]) -> None:
+    assert shares(lengths, room) == kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_spot.errors import ConfigError
-from hf_spot.policy.warm import AUTO, ON, check, differing, has_room, wait_s
+from hf_spot.policy.warm import AUTO, ON, check, differing, has_room, same_command, wait_s
 
 BEFORE = {"HF_SPOT_LAUNCH": "1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "a", "OMP_NUM_THREADS": "1", "HF_HOME": "models"}
 
@@ -25,6 +25,18 @@ def test_only_what_each_launch_sets_may_change_and_no_import_may_have_read_it(
     changed: dict[str, str], read: tuple[str, ...], named: list[str]
 ) -> None:
     assert differing(BEFORE, {**BEFORE, **changed}, read) == named
+
+
+@pytest.mark.parametrize(("read", "named"), [((), []), (("LOCAL_RANK",), ["LOCAL_RANK"])])
+def test_a_process_of_several_may_be_alone_now(read: tuple[str, ...], named: list[str]) -> None:
+    of_several = {"RANK": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "eth0"}
+    assert differing({**BEFORE, **of_several}, {**BEFORE, "ACCELERATE_USE_CPU": "False"}, read) == named
+
+
+def test_torchruns_option_for_output_makes_no_other_command() -> None:
+    alone = ["python", "-m", "train", "-u"]
+    assert same_command(["python", "-u", "-m", "train", "-u"], alone) and same_command(alone, alone)
+    assert not same_command(alone, ["python", "-m", "train"]) and not same_command(alone, ["python", "-m", "train", "-u", "-u"])
 
 
 def test_a_variable_that_is_gone_has_changed() -> None:

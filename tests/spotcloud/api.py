@@ -31,7 +31,15 @@ from moto.ec2.models.instance_types import INSTANCE_TYPE_OFFERINGS, INSTANCE_TYP
 from moto.iam.access_control import IAMPolicy, PermissionResult
 
 from tests.proxy import Answer, Exchange, Proxy
-from tests.spotcloud.market import DISK_DOLLARS_PER_GB_AND_MONTH, DOLLARS_PER_HOUR, ON_DEMAND, SPOT, Market, Pool
+from tests.spotcloud.market import (
+    DISK_DOLLARS_PER_GB_AND_MONTH,
+    DOLLARS_PER_HOUR,
+    ON_DEMAND,
+    SPOT,
+    TRAFFIC_DOLLARS_PER_GB,
+    Market,
+    Pool,
+)
 from tests.spotcloud.placement import PlacementGroups
 
 ACCOUNT = "123456789012"
@@ -526,6 +534,8 @@ class Api(Proxy):
     def pricing_get_products(self, region: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         """On-demand prices, in the shape of AWS's price list."""
         wanted = [(one["Field"], one["Value"]) for one in asked.get("Filters") or ()]
+        if asked["ServiceCode"] == "AWSDataTransfer":
+            return {"FormatVersion": "aws_v1", "PriceList": _traffic_products(dict(wanted))}
         found = []
         of_disk = dict(wanted).get("productFamily") == "Storage"
         offers = {"gp3": DISK_DOLLARS_PER_GB_AND_MONTH} if of_disk else DOLLARS_PER_HOUR
@@ -759,6 +769,20 @@ class Api(Proxy):
             config = Config(retries={"total_max_attempts": 1})
             self._clients[region] = boto3.client("ec2", region_name=region, endpoint_url=self._moto, config=config, **keys)
         return self._clients[region]
+
+
+def _traffic_products(wanted: Mapping[str, str]) -> list[str]:
+    """In steps by amount, the dearest first or last, as AWS has them."""
+    usd = TRAFFIC_DOLLARS_PER_GB.get(wanted["transferType"])
+    if usd is None:
+        return []
+    steps = {"B": {"beginRange": "10240", "usd": usd / 2}, "A": {"beginRange": "0", "usd": usd}}
+    dimensions = {
+        name: {"unit": "GB", "beginRange": one["beginRange"], "pricePerUnit": {"USD": str(one["usd"])}}
+        for name, one in steps.items()
+    }
+    term = {"priceDimensions": dimensions, "effectiveDate": "2025-06-01T00:00:00Z"}
+    return [json.dumps({"product": {"attributes": dict(wanted)}, "terms": {"OnDemand": {"A.B": term}}})]
 
 
 _MODELS = {"servicequotas": "service-quotas"}

@@ -16,12 +16,19 @@ import pytest
 from hf_spot.cli import main
 from hf_spot.cloud.ec2 import Cloud
 from hf_spot.cloud.job import ON_DEMAND, SPOT, Rung, parse
+from hf_spot.cloud.machine import network_key
 from hf_spot.cloud.network import Networks
 from hf_spot.cloud.permissions import policy
 from hf_spot.cloud.provision import Provisioner
+from hf_spot.cloud.rates import place_of, rates_for
 from hf_spot.cloud.status import render_status, status, terminate
+from hf_spot.economics.report import summarise
+from hf_spot.economics.table import render_report
 from hf_spot.errors import CloudError, ConfigError, NoCapacity, SpotError
 from hf_spot.policy.membership import Size
+from hf_spot.run.traffic import INTERNET
+from hf_spot.storage.open import open_store
+from hf_spot.storage.s3 import Place, S3Store
 from tests.spotcloud.api import IMAGE
 from tests.spotcloud.cloud import BY_ITSELF
 from tests.spotcloud.fleet_story import KIND, LADDER, A, B, Stage, long_story
@@ -540,3 +547,86 @@ def test_a_machine_that_ec2_has_forgotten_is_billed_by_its_spot_request(stage: S
     assert bill[taken] == ("", 0.0, 0.0)  # taken back in its first hour, for nothing
     bound, ours, theirs = bill[itself]
     assert bound == "at most" and 0 <= ours - theirs < 8 / 50
+
+
+# -- traffic ----------------------------------------------------------------------------------------------------------------
+
+
+def test_traffic_with_a_store_in_another_region_is_in_the_bill_and_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_spot.cloud.machine_records.place_of", lambda store: "us-west-2")
+    with Stage(tmp_path) as stage:
+        machines = stage.provisioner().provision_several()
+        journal = stage.run().journal
+        roster = [{"name": one.zone, "machine": {"instance_id": one.instance_id, "region": one.region}} for one in machines]
+        journal.claim({"machines": 3, "roster": roster})
+        files = [{"path": "model.safetensors", "size": 10**12, "blake3": "0" * 64}]
+        commit = {"step": 1, "stage": 1, "reason": "schedule", "complete": False, "files": files, "prefix": "e/checkpoint-1"}
+        journal.append("commit", {**commit, "sent_bytes": 4 * 10**11})
+        known = status(stage.records(), Cloud(stage.session))
+        assert known["traffic_usd"] == pytest.approx(10.0) and known["spent_usd"] > 10
+        assert "$10.00 of it at most for traffic with the store" in render_status(known)
+        stage.job = dataclasses.replace(stage.job, max_spend=9)
+        with pytest.raises(CloudError, match=r"the budget of \$9\.00 is spent"):
+            stage.provisioner().watch()
+        told = [entry.data["traffic"] for entry in stage.run().events() if "traffic" in entry.data][-1]
+        assert (told["store"], told["sent_bytes"], told["usd"]) == ("us-west-2", 4 * 10**11, pytest.approx(10.0))
+        [rate] = told["rates"]
+        assert (rate["source_place"], rate["target_place"], rate["usd_per_gb"]) == ("us-east-1", "us-west-2", 0.025)
+        assert "Price List" in rate["source"] and rate["time"].startswith("2025-06-01")
+
+
+def test_traffic_between_zones_is_what_machines_have_sent_to_others_at_most(tmp_path: Path) -> None:
+    with Stage(tmp_path, placement="region") as stage:
+        stage.market.limit(1, KIND, A, SPOT)
+        stage.market.limit(2, KIND, B, SPOT)
+        provisioner = stage.provisioner()
+        machines = provisioner.provision_several()
+        assert {one.zone for one in machines} == {A, B}
+        for one in machines:
+            stage.run().store.put(network_key(one.instance_id), json.dumps({"sent_bytes": 10**11}).encode())
+        journal = stage.run().journal
+        journal.claim({"machines": 3})
+        commit = {"step": 1, "stage": 1, "reason": "schedule", "complete": False, "files": [], "prefix": "e/checkpoint-1"}
+        journal.append("commit", {**commit, "sent_bytes": 5 * 10**10})
+        stage.clock.time += timedelta(minutes=10)
+        for one in machines:
+            stage.cloud.take(one.instance_id)
+        provisioner._look()
+        told = [entry.data["traffic"] for entry in stage.run().events() if "traffic" in entry.data][-1]
+        assert told["between_zones"] == {"us-east-1": 3 * 10**11 - 5 * 10**10}
+        assert told["usd"] == pytest.approx(2 * 250 * 0.011)
+        assert "at most 250.00 GB between zones: at most $5.50" in render_report(summarise(stage.run().events()), "s3://b/run")
+
+
+def test_what_the_price_list_does_not_tell_has_aws_usual_price_and_its_source(stage: Stage) -> None:
+    found = rates_for(Cloud(stage.session), [("us-east-1", INTERNET), ("us-east-1", "us-west-2"), ("us-east-1", "us-east-1")])
+    assert [(one.target_place, one.usd_per_gb, "Price List" in one.source) for one in found] == [
+        (INTERNET, 0.09, False),
+        ("us-east-1", 0.011, True),
+        ("us-west-2", 0.025, True),
+    ]
+    assert found[0].source.startswith("AWS's usual price, https://")
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint", "region", "expected"),
+    [
+        ("s3://bucket/run", "https://s3.us-east-1.amazonaws.com", "eu-west-1", "eu-west-1"),
+        ("s3://bucket/run", "https://s3.cn-north-1.amazonaws.com.cn", "cn-north-1", "cn-north-1"),
+        ("s3://bucket/run", "https://s3.us-east-1.amazonaws.com", None, ""),
+        ("s3://bucket/run", "http://minio.local:9000", "us-east-1", ""),
+        ("s3://bucket/run", "https://amazonaws.com.evil.example", "us-east-1", ""),
+    ],
+)
+def test_only_aws_says_where_a_bucket_is(
+    url: str, endpoint: str, region: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(S3Store, "place", lambda self: Place(endpoint, "us-east-1", region, None))
+    assert place_of(S3Store(url)) == expected
+
+
+def test_a_folder_is_nowhere_and_other_clouds_are_the_internet(tmp_path: Path) -> None:
+    assert place_of(open_store(str(tmp_path))) == ""
+    assert [place_of(open_store(url)) for url in ("gs://bucket/run", "hf://buckets/me/run")] == [INTERNET] * 2

@@ -57,8 +57,9 @@ class Model(nn.Module):
         return {"loss": nn.functional.mse_loss(out, labels), "logits": out}
 
 
-def is_this_rank(kind: str) -> bool:
-    return int(os.environ.get("RANK", "0")) == (kind in ("leaves", "dies"))
+def is_this_rank(options: argparse.Namespace) -> bool:
+    wanted = options.hang in ("leaves", "dies") if options.rank is None else options.rank
+    return int(os.environ.get("RANK", "0")) == wanted
 
 
 def hang(kind: str) -> None:
@@ -97,7 +98,7 @@ def in_trainer(options: argparse.Namespace, marker: Path | None) -> None:
         def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
             time.sleep(options.step_s)
             due = state.global_step == options.at and options.hang not in ("none", "worker", "evaluation")
-            if due and is_this_rank(options.hang) and may_hang(marker):
+            if due and is_this_rank(options) and may_hang(marker):
                 hang(options.hang)
 
         def on_prediction_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
@@ -152,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--hang", choices=HANGS, default="none")
+    parser.add_argument("--rank", type=int, help="that hangs (0; 1 if it dies)")
     parser.add_argument("--at", type=int, default=6)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--step_s", type=float, default=0.0)
