@@ -240,6 +240,22 @@ def test_what_may_not_be_exact_is_named(name: str, tmp_path: Path, caplog: pytes
 
 
 @pytest.mark.parametrize(
+    ("attribute", "why"),
+    [
+        ("is_fsdp_enabled", "FSDP adds gradients up"),
+        ("is_deepspeed_enabled", "DeepSpeed adds gradients up"),
+        ("fp16", "loss scale"),
+    ],
+)
+def test_engines_that_add_gradients_up_themselves_are_refused(tmp_path: Path, attribute: str, why: str) -> None:
+    trainer = make_trainer(tmp_path)
+    setattr(trainer if hasattr(trainer, attribute) else trainer.args, attribute, True)
+    with pytest.raises(ConfigError, match=why) as refused:
+        refuse_what_is_not_exact(trainer)
+    assert "bf16=True" in str(refused.value.hint) or "--multi_gpu in its place" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
     ("kind", "settings", "why"),
     [
         ("KTOTrainer", {"calculate_KL": True}, "KTO"),
