@@ -57,7 +57,7 @@ def render_report(report: Report, url: str, width: int | None = None) -> str:
     machines = machine_rows(report)
     if len(machines) > 1:
         lines += ["", *(columns(machines) if width is None else _fitted(machines, width, _LEAST_NEEDED_OF_MACHINES))]
-    money = [*money_lines(report), *request_lines(report, url), *traffic_lines(report, url)]
+    money = [*money_lines(report), *report.bill.lines(), *request_lines(report, url), *traffic_lines(report, url)]
     lines += ["", *columns(time_rows(report), left=(0, 3)), "", *money, "", *WORDS_MEAN]
     return "\n".join(lines if width is None else [part for line in lines for part in _wrapped(line, width)])
 
