@@ -3,11 +3,15 @@ folder."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
 import os
 import random
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,21 @@ def why_not() -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """No other process of this user chooses a network meanwhile."""
+    with open(Path(tempfile.gettempdir(), f"hf_spot-tests-nets-{os.geteuid()}"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _free_net() -> str:
+    """The beginning of addresses that no bridge has: two networks of one name would answer for each other."""
+    listed = json.loads(subprocess.run(["ip", "-j", "-4", "addr"], check=True, capture_output=True, text=True).stdout)
+    taken = {address["local"].rpartition(".")[0] for link in listed for address in link.get("addr_info", ())}
+    return random.SystemRandom().choice([net for third in range(1, 255) if (net := f"10.213.{third}") not in taken])
+
+
 class Hosts:
     """``with Hosts(2, folder) as hosts:`` makes them; everything that runs on them is killed at the end.
 
@@ -45,14 +64,15 @@ class Hosts:
         self.count = count
         self._folder = folder
         self._name = f"hf{random.SystemRandom().randrange(16**5):05x}"
-        self._net = f"10.213.{random.SystemRandom().randrange(1, 255)}"
-        self.outside = f"{self._net}.254"  # this machine, as the hosts see it
+        self._net = ""
         self.processes: list[psutil.Popen] = []
 
     def __enter__(self) -> Hosts:
         try:
             self._ip("link", "add", self._name, "type", "bridge")
-            self._ip("addr", "add", f"{self.outside}/24", "dev", self._name)
+            with _alone():
+                self._net = _free_net()
+                self._ip("addr", "add", f"{self.outside}/24", "dev", self._name)
             self._ip("link", "set", self._name, "up")
             for host in range(self.count):
                 self._make(host)
@@ -67,6 +87,11 @@ class Hosts:
         for host in range(self.count):
             subprocess.run(["ip", "netns", "delete", self.space(host)], capture_output=True)
         subprocess.run(["ip", "link", "delete", self._name], capture_output=True)
+
+    @property
+    def outside(self) -> str:
+        """This machine's address, as the hosts see it."""
+        return f"{self._net}.254"
 
     def add(self) -> int:
         """One more; its number."""

@@ -289,23 +289,38 @@ class Cloud:
         found = self._listed("GB-Mo", productFamily="Storage", volumeApiName="gp3", regionCode=region)
         return None if found is None else replace(found, usd_per_hour=found.usd_per_hour / HOURS_OF_A_MONTH)
 
-    def _listed(self, unit: str, **wanted: str) -> Price | None:
-        key = unit, *sorted(wanted.items())
+    def traffic_price(self, source: str, target: str) -> Price | None:
+        """Return the price of a gigabyte in dollars that leaves a region, or None if the price list has none in dollars.
+
+        It is that of the first gigabytes of a month, which is the highest.
+
+        Args:
+            source: name of the region.
+            target: name of another region; the same for traffic between its zones; empty for the internet.
+        """
+        kind = "AWS Outbound" if not target else "IntraRegion" if target == source else "InterRegion Outbound"
+        where = {"fromRegionCode": source, "transferType": kind, **({"toRegionCode": target} if target else {})}
+        return self._listed("GB", service="AWSDataTransfer", region=source, **where)
+
+    def _listed(self, unit: str, *, service: str = "AmazonEC2", region: str = "", **wanted: str) -> Price | None:
+        key = unit, service, *sorted(wanted.items())
         if key not in self._listed_prices:
-            self._listed_prices[key] = self._look_up(unit, wanted)
+            filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in wanted.items()]
+            asked: dict[str, Any] = {"ServiceCode": service, "Filters": filters}
+            self._listed_prices[key] = self._look_up(unit, region or wanted["regionCode"], asked)
         return self._listed_prices[key]
 
-    def _look_up(self, unit: str, wanted: Mapping[str, str]) -> Price | None:
-        filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in wanted.items()]
-        asked: dict[str, Any] = {"ServiceCode": "AmazonEC2", "Filters": filters}
-        for product in map(json.loads, self._products(wanted["regionCode"], asked)):
+    def _look_up(self, unit: str, region: str, asked: Mapping[str, Any]) -> Price | None:
+        found = []
+        for product in map(json.loads, self._products(region, asked)):
             for term in product.get("terms", {}).get("OnDemand", {}).values():
                 for dimension in term["priceDimensions"].values():
                     prices = dimension["pricePerUnit"]  # in China in yuan, as spot prices are there
-                    usd = float(prices.get("USD") or (prices.get("CNY", 0) if wanted["regionCode"].startswith("cn-") else 0))
+                    usd = float(prices.get("USD") or (prices.get("CNY", 0) if region.startswith("cn-") else 0))
                     if dimension["unit"] == unit and usd > 0:
-                        return Price(usd, _moment(term["effectiveDate"]), ON_DEMAND_SOURCE)
-        return None
+                        begin = float(dimension.get("beginRange") or 0)  # of a price that falls with the amount
+                        found.append((begin, Price(usd, _moment(term["effectiveDate"]), ON_DEMAND_SOURCE)))
+        return min(found, key=lambda one: one[0])[1] if found else None
 
     def _products(self, region: str, asked: Mapping[str, Any]) -> list[Any]:
         """Return what the price list has, from the first of its places that answers: each has the prices of all regions."""

@@ -8,18 +8,20 @@ Provisioning writes entries of the kind ``machine``; ``data["event"]`` is one of
 * ``refused``: no rung had capacity;
 * ``walked``: the walk for several machines has ended, and why it did not get all;
 * ``short``: why no more machines are wanted;
-* ``ended``: a machine is gone, why, what it cost, and whether to start another;
+* ``ended``: a machine is gone, why, what it cost, and whether to start another; with ``traffic``, what all have exchanged
+  with the store until then, and what it costs;
 * ``billed``: the same machine, whose end EC2 has told more exactly since.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from hf_spot.run.journal import ENDINGS, Entry
+from hf_spot.run.traffic import Traffic
 
 LEASE_S = 300.0
 GUEST_SHUTDOWN = "Client.InstanceInitiatedShutdown"
@@ -49,6 +51,7 @@ class Machine:
         end_source: source of its end.
         disk_usd_per_hour: price of its disk; None if unknown.
         disk_usd: total cost of its disk, once it has ended.
+        sent_bytes: what its network interfaces have sent, of machines in several zones; None if unknown.
         wheel: of hf_spot that it installs, with its digest; empty if the image has hf_spot, or unknown.
     """
 
@@ -71,6 +74,7 @@ class Machine:
     wheel: str = ""
     cost_bound: str = ""
     end_source: str = ""
+    sent_bytes: int | None = None
 
     def to_data(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -112,6 +116,7 @@ class Ledger:
         met: ids of the machines that have taken part in a launch of several.
         samples: of an optimizer step; None if no commit has told.
         ranks_each: of each machine, by the same commit.
+        traffic: between the machines and the store.
     """
 
     number: int = 0
@@ -135,6 +140,7 @@ class Ledger:
     met: frozenset[str] = frozenset()
     samples: int | None = None
     ranks_each: int = 1
+    traffic: Traffic = field(default_factory=Traffic)
     _machines: int = 1
     _mark: datetime | None = None
     _committed_before: int = 0
@@ -169,7 +175,7 @@ def fold(ledger: Ledger, entry: Entry) -> Ledger:
     after = replace(ledger, number=entry.number)
     if entry.kind == "machine":
         return _machine(after, entry)
-    after = replace(after, last_entry=entry.time)
+    after = replace(after, last_entry=entry.time, traffic=ledger.traffic.after(entry))
     if entry.kind == "claim":
         roster = [one.get("machine") or {} for one in entry.data.get("roster") or ()]
         met = after.met | {str(one["instance_id"]) for one in roster if one.get("instance_id")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import uuid
@@ -17,9 +18,12 @@ from hf_spot.cloud.ending import AT_MOST, Ending, SpotStatus, bound_of, ending_o
 from hf_spot.cloud.job import SPOT
 from hf_spot.cloud.ladder import Pool, Price, billed_until, cost_usd, is_free
 from hf_spot.cloud.ledger import Ledger, Machine, fold, is_stale
-from hf_spot.errors import CloudError, Fenced
+from hf_spot.cloud.machine import network_key
+from hf_spot.cloud.rates import between_zones, place_of, rates_for
+from hf_spot.errors import CloudError, Fenced, SpotError
 from hf_spot.run.journal import Entry, RunState
 from hf_spot.run.run import Run
+from hf_spot.run.traffic import NOWHERE, Rate, Traffic, charged_usd, pairs, traffic_data
 from hf_spot.storage.probe import probe
 
 _SETTLED_AFTER = timedelta(minutes=5)  # so much later the status of a spot request may follow
@@ -37,9 +41,13 @@ class MachineRecords:
         cloud: the account's EC2, with the instances.
         now: the wall clock.
         disk_gb: size of the disk of a new machine; 0 if unknown.
+        counts_network: machines may be in several zones, and tell how much they have sent.
     """
 
-    def __init__(self, run: Run, cloud: Cloud, *, now: Callable[[], datetime], disk_gb: int = 0) -> None:
+    def __init__(
+        self, run: Run, cloud: Cloud, *, now: Callable[[], datetime], disk_gb: int = 0, counts_network: bool = False
+    ) -> None:
+        self._counts_network = counts_network
         self._disk_gb = disk_gb
         self.run = run
         self.ledger = Ledger()
@@ -50,6 +58,8 @@ class MachineRecords:
         self._probed = False
         self._prices: dict[tuple[str, str], tuple[datetime, datetime, PriceHistory]] = {}
         self._launched: dict[str, datetime] = {}  # by EC2's clock
+        self._place: str | None = None
+        self._rates: dict[tuple[str, str], Rate] = {}
         self._going: dict[str, datetime] = {}  # when it was first seen to shut down
 
     def refresh(self) -> Ledger:
@@ -164,7 +174,8 @@ class MachineRecords:
         """Record that a machine is gone."""
         known = self._ending(machine, instance)
         stop = stop or (instance is not None and STOP_TAG in instance.tags)
-        self.record("ended", machine=self._billed(machine, known).to_data(), stop=stop)
+        done = self._billed(machine, known)
+        self.record("ended", machine=done.to_data(), stop=stop, **self._traffic_data(done))
 
     def _ending(self, machine: Machine, instance: Instance | None) -> Ending:
         now = self._now()
@@ -183,9 +194,18 @@ class MachineRecords:
         cost = 0.0 if is_free(machine.market, began, known.time, known.reason) else self._cost(machine, known.time)
         done = replace(machine, ended=known.time, reason=known.reason, cost_usd=round(cost, 6))
         done = replace(done, end_source=known.source, cost_bound=known.bound)
+        if self._counts_network:
+            done = replace(done, sent_bytes=self._sent_bytes(machine))
         if machine.disk_usd_per_hour is not None:
             done = replace(done, disk_usd=round(_disk_usd(machine, known.time), 6))
         return done
+
+    def _sent_bytes(self, machine: Machine) -> int | None:
+        """Return what a machine has told last about what its network interfaces have sent; None if it has told nothing."""
+        try:
+            return int(json.loads(self.run.store.get(network_key(machine.instance_id)))["sent_bytes"])
+        except (SpotError, ValueError, KeyError, TypeError):
+            return machine.sent_bytes
 
     def _settle(self) -> None:
         """Correct the bill of machines that have just ended: the status of a spot request may come later than the end."""
@@ -212,10 +232,46 @@ class MachineRecords:
         """Return the word before the sum of what all machines have cost; empty if EC2 has told the end of each."""
         return bound_of(machine.cost_bound for machine in self.ledger.machines if machine.cost_usd or machine.disk_usd)
 
+    # -- traffic ------------------------------------------------------------------------------------------------------
+
+    def traffic_usd(self) -> float | None:
+        """Return what the traffic with the store has cost so far, in dollars; None if the store's place is unknown."""
+        traffic = self._traffic(self.ledger.machines)
+        if self.store_place() == NOWHERE and not traffic.between_zones:
+            return None
+        return charged_usd(traffic, self.store_place(), self._rates_for(traffic))
+
+    def _traffic(self, machines: Sequence[Machine]) -> Traffic:
+        """Return what machines and store have exchanged, and machines of several zones with each other."""
+        found = self.ledger.traffic
+        return replace(found, between_zones=between_zones(machines, found.sent_bytes))
+
+    def store_place(self) -> str:
+        """Return the region of the run's store, or `INTERNET`; empty for a folder or an unknown place."""
+        if self._place is None:
+            self._place = place_of(self.run.store)
+        return self._place
+
+    def _rates_for(self, traffic: Traffic) -> list[Rate]:
+        wanted = {(source, target) for source, target, _ in pairs(traffic, self.store_place()) if source}
+        if missing := wanted - self._rates.keys():
+            self._rates |= {(one.source_place, one.target_place): one for one in rates_for(self._cloud, missing)}
+        return [*self._rates.values()]
+
+    def _traffic_data(self, ended: Machine) -> dict[str, Any]:
+        others = [one for one in self.ledger.machines if one.instance_id != ended.instance_id]
+        traffic = self._traffic([*others, ended])
+        if self.store_place() == NOWHERE and not traffic.between_zones:
+            return {}
+        return {"traffic": traffic_data(traffic, self.store_place(), self._rates_for(traffic))}
+
+    # -- what all have cost -------------------------------------------------------------------------------------------
+
     def spent_usd(self) -> float:
-        """Return what all machines of the run and their disks have cost so far, in dollars."""
+        """Return what all machines of the run, their disks and their traffic with the store have cost so far, in dollars."""
         now = self._now()
         ended = sum((machine.cost_usd or 0.0) + (machine.disk_usd or 0.0) for machine in self.ledger.machines)
+        ended += self.traffic_usd() or 0.0
         return ended + sum(self._cost(machine, now) + _disk_usd(machine, now) for machine in self.ledger.live())
 
     def disk_usd_per_hour(self, region: str) -> float | None:

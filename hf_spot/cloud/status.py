@@ -74,6 +74,7 @@ def status(records: MachineRecords, cloud: Cloud | None) -> dict[str, Any]:
         "hours_left": ledger.hours_left(None),
         "spent_usd": round(records.spent_usd(), 6),
         "spent_bound": records.cost_bound(),
+        "traffic_usd": records.traffic_usd() if cloud is not None else None,
         "machines": machines,
         "not_in_the_journal": unwritten,
     }
@@ -115,6 +116,8 @@ def render_status(known: dict[str, Any]) -> str:
         f"{in_words(known['spent_usd'], known['spent_bound'])}"
     )
     lines = [head]
+    if known["traffic_usd"]:
+        lines.append(f"  ${known['traffic_usd']:.2f} of it at most for traffic with the store")
     if fleet := known.get("fleet"):
         lines.append(f"  {fleet['live']} of {fleet['wanted']} machines, ${fleet['usd_per_hour']:.4f}/h")
         if fleet["missing"]:

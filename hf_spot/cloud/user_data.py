@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_spot.cloud.fleet_size import REGION
 from hf_spot.cloud.job import SHUTDOWN, Job
 from hf_spot.cloud.wheel import Wheel, install
 from hf_spot.errors import EXIT_FENCED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError
@@ -60,7 +61,7 @@ systemctl start --no-block hf-spot.service
 _START = """\
 HF_SPOT_MACHINE=$(python3 -m hf_spot.cloud.machine describe {folder}/prices.json) || HF_SPOT_MACHINE={{}}
 export HF_SPOT_MACHINE
-python3 -m hf_spot.cloud.machine ship {log} --every {every_s} &
+python3 -m hf_spot.cloud.machine ship {log} --every {every_s}{network} &
 exec bash -euo pipefail {folder}/run
 """
 
@@ -88,7 +89,7 @@ wait $commands
 """
 
 _STOP = """\
-python3 -m hf_spot.cloud.machine ship {log}
+python3 -m hf_spot.cloud.machine ship {log}{network}
 # After a crash of the launcher itself, systemd restarts it.
 if [[ $EXIT_CODE != exited || $EXIT_STATUS == 137 ]]; then exit; fi
 {ending}
@@ -102,6 +103,8 @@ case $EXIT_STATUS in
 {fenced}) shutdown -h now ;; # a newer machine trains; this one is no longer needed
 *) {retire} ;;
 esac"""
+
+_STAYS = "echo 'hf-spot: the machine stays up (on_finish: stay)'"
 
 _UNIT = """\
 [Unit]
@@ -167,6 +170,7 @@ def render(
     if job.size.is_fleet:
         variables["HF_SPOT_NUM_MACHINES"] = job.size.option
     variables |= {name: environ[name] for name in (KMS_KEY_VARIABLE, OWNER_VARIABLE) if environ.get(name)}
+    network = " --network" if job.size.is_fleet and job.placement == REGION else ""
     ending = _LEAVE.format(preempted=EXIT_PREEMPTED, minutes=_RECLAIM_MINUTES, fenced=EXIT_FENCED, retire=retire)
     copy = f'aws s3 cp {LOG} {shlex.quote(job.store)}/logs/"$(hostname)".log || true'
     unit = _UNIT.format(
@@ -191,10 +195,8 @@ def render(
         prices=_file("prices.json", json.dumps([*prices])),
         setup_file=_file("setup", job.setup),
         run_file=_file("run", _RUN.format(run=job.run)),
-        start_file=_file("start", _START.format(folder=FOLDER, log=LOG, every_s=_SHIP_EVERY_S)),
-        stop_file=_file(
-            "stop", _STOP.format(log=LOG, ending=ending if leaves else "echo 'hf-spot: the machine stays up (on_finish: stay)'")
-        ),
+        start_file=_file("start", _START.format(folder=FOLDER, log=LOG, every_s=_SHIP_EVERY_S, network=network)),
+        stop_file=_file("stop", _STOP.format(log=LOG, network=network, ending=ending if leaves else _STAYS)),
         unit_file=_file(UNIT, unit),
     )
     if len(text.encode()) > LONGEST_BYTES:

@@ -21,6 +21,7 @@ from hf_spot.run.journal import BY_HAND, ENDINGS, TRAINING_KEY, Entry
 from hf_spot.run.last_words import KIND as LOST
 from hf_spot.run.last_words import LastWords
 from hf_spot.run.machine_info import BY_LAUNCHER
+from hf_spot.run.traffic import Rate, Traffic, rates_in, traffic_data, zones_in
 
 PARTS = ("training", "redoing", "saving", "restoring", "starting", "idle", "ending", "other")
 PART_MEANS = {
@@ -235,6 +236,9 @@ class Report:
         on_demand_usd: on-demand cost of that time, where the price is known.
         on_demand_unpriced_s: part of ``on_demand_s`` without a known price.
         saved_usd: the difference; None unless all prices are known.
+        traffic: what the machines have exchanged with the store.
+        store_place: region of the store, or ``internet``, as `hf-spot provision` has found it; empty if unknown.
+        traffic_rates: prices of that traffic.
         writes: about how many writes were made to the store: files of checkpoints, entries, heartbeats.
         clock_skew_s: the most by which one machine's clock was behind the previous machine's; such an entry is treated as
             simultaneous with the previous one.
@@ -260,13 +264,18 @@ class Report:
     on_demand_usd: float = 0.0
     on_demand_unpriced_s: float = 0.0
     saved_usd: float | None = None
+    traffic: Traffic = field(default_factory=Traffic)
+    store_place: str = ""
+    traffic_rates: tuple[Rate, ...] = ()
     writes: int = 0
     clock_skew_s: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; times as ISO 8601."""
         launches, trackers = [launch.to_dict() for launch in self.launches], [vars(one) for one in self.trackers]
-        return {**vars(self), "launches": launches, "trackers": trackers}
+        shown = {name: value for name, value in vars(self).items() if name not in ("store_place", "traffic_rates")}
+        traffic = traffic_data(self.traffic, self.store_place, self.traffic_rates)
+        return {**shown, "launches": launches, "trackers": trackers, "traffic": traffic}
 
 
 def _sizes_bytes(files: object) -> list[int]:
@@ -286,11 +295,16 @@ def summarise(entries: Iterable[Entry], last_words: LastWords | None = None) -> 
     launches: list[Launch] = []
     now: datetime | None = None
     step, skew_s, writes = 0, 0.0, 0
+    traffic, place, rates, zones = Traffic(), "", tuple[Rate, ...](), dict[str, int]()
     trackers: dict[tuple[int, str], TrackerPlace] = {}
     for entry in entries:
         if now is not None and entry.time < now:
             skew_s = max(skew_s, (now - entry.time).total_seconds())
         now = entry.time if now is None else max(now, entry.time)
+        traffic = traffic.after(entry)
+        if entry.kind == "machine" and isinstance(entry.data.get("traffic"), dict):
+            place, known = rates_in(entry.data["traffic"])
+            rates, zones = tuple(known), zones_in(entry.data["traffic"])
         writes += writes_of_entry(_sizes_bytes(entry.data.get("files")) if entry.kind in ("commit", "weights") else ())
         if entry.kind == "claim":
             if entry.data.get("by") != BY_HAND:
@@ -309,6 +323,8 @@ def summarise(entries: Iterable[Entry], last_words: LastWords | None = None) -> 
     _add_last_words(launches, last_words)
     report = _add_up(launches, step, skew_s)
     writes += heartbeats_in(report.held_s)
+    traffic = replace(traffic, between_zones=zones)
+    report = replace(report, traffic=traffic, store_place=place, traffic_rates=rates)
     return replace(report, writes=writes, trackers=tuple(trackers[key] for key in sorted(trackers)))
 
 

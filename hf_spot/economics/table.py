@@ -13,6 +13,7 @@ from hf_spot.policy.redone import VALUES, in_words
 from hf_spot.policy.requests import PRICE_SOURCE, WRITE_USD
 from hf_spot.policy.trackers import TRACKERS
 from hf_spot.run.last_words import BY_FILE, is_repository
+from hf_spot.run.traffic import GB, charged_usd, pairs
 
 # One explanation of each word, wherever reports and simulations use them.
 WORDS_MEAN = (
@@ -57,7 +58,7 @@ def render_report(report: Report, url: str, width: int | None = None) -> str:
     machines = machine_rows(report)
     if len(machines) > 1:
         lines += ["", *(columns(machines) if width is None else _fitted(machines, width, _LEAST_NEEDED_OF_MACHINES))]
-    money = [*money_lines(report), *request_lines(report, url)]
+    money = [*money_lines(report), *request_lines(report, url), *traffic_lines(report, url)]
     lines += ["", *columns(time_rows(report), left=(0, 3)), "", *money, "", *WORDS_MEAN]
     return "\n".join(lines if width is None else [part for line in lines for part in _wrapped(line, width)])
 
@@ -336,6 +337,36 @@ def request_lines(report: Report, url: str) -> list[str]:
     per_hour = report.writes / hours
     cost = f": ${per_hour * WRITE_USD:.4f} per hour at S3's ${WRITE_USD * 1000:g} for 1,000 ({PRICE_SOURCE})"
     return [f"Requests: about {report.writes:,} writes, {per_hour:,.0f} per hour{cost if url.startswith('s3://') else ''}."]
+
+
+def traffic_lines(report: Report, url: str) -> list[str]:
+    """Return what machines and store have exchanged, and what it costs where prices are known; nothing for a directory."""
+    traffic, store = report.traffic, report.store_place
+    zones = sum(traffic.between_zones.values())
+    told = []
+    if "://" in url and (traffic.sent_bytes or traffic.fetched_bytes):
+        told.append(f"{_gb(traffic.sent_bytes)} sent to the store, at most {_gb(traffic.fetched_bytes)} fetched from it")
+    if zones:
+        told.append(f"at most {_gb(zones)} between zones")
+    if not told:
+        return []
+    line, charged = f"Traffic: {', '.join(told)}", [*pairs(traffic, store)]
+    usd = charged_usd(traffic, store, report.traffic_rates)
+    unknown = " What the store's part costs is unknown: AWS charges for what leaves a region." if not store else ""
+    if not charged:
+        return [f"{line}.{unknown}" if unknown else f"{line}: $0.00, because machines and store are in {store}."]
+    if usd is None:
+        return [f"{line}, of it {_gb(sum(count for *_, count in charged))} that a cloud charges for, at an unknown price."]
+    prices = "; ".join(
+        f"{one.source_place} to {one.target_place}: ${one.usd_per_gb:g} per GB ({one.source})"
+        for one in report.traffic_rates
+        if (one.source_place, one.target_place) in {(source, target) for source, target, _ in charged}
+    )
+    return [f"{line}: at most ${usd:,.2f}. {prices}.{unknown}"]
+
+
+def _gb(count: int) -> str:
+    return f"{count / GB:,.2f} GB"
 
 
 def story(report: Report) -> str:

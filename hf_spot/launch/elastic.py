@@ -47,6 +47,8 @@ from hf_spot.timeouts import LAST_CALL_S, MEETING_S
 log = logging.getLogger("hf_spot")
 
 _TICK_S = 0.1
+_FIRST_TICK_S = 0.02  # machines that have trained together meet again in a moment
+_MOMENT_S = 5.0
 _SAY_EVERY_S = 30.0
 _LOOK_EVERY_S = 2.0  # while machines are missing
 _WEIGH_EVERY_S = 1.0
@@ -181,6 +183,9 @@ class Elastic:
             except Unreached as unreached:
                 is_gone = unreached.is_gone
         before = self._unanswered.get(step.place)
+        if invitation is not None and not step.place.attempt and invitation.get("is_fixed"):
+            self._beside_fixed(sight, before)
+            is_gone = False  # its machine 0 listens only until all are there
         self._unanswered[step.place] = not_answered(before, sight, self._clock(), is_gone=is_gone)
         if is_gone or (before is not None and before.is_gone):
             return None
@@ -190,6 +195,15 @@ class Elastic:
             return Verdict.PREEMPTED
         self._wait(BEAT_S)
         return None
+
+    def _beside_fixed(self, sight: Sight, before: Unanswered | None) -> None:
+        """Say that this machine can't join a launch of fixed machines. Raises ConfigError once that launch has shown that it
+        lives."""
+        told = f"launch {sight.launch} has fixed machines (--machine_rank), and this machine was started without a rank"
+        if before is not None and before.number != sight.number:
+            raise ConfigError(f"{told}: it can't join them", hint="use the same command and version on all machines")
+        if before is None:
+            log.warning("%s: it begins another one if nothing is written to the run for %.0f s", told, self._quiet_s)
 
     @property
     def _quiet_s(self) -> float:
@@ -240,7 +254,7 @@ class Elastic:
                 if is_void(self._at, sight, self._unanswered, self._clock(), self._quiet_s):
                     self._leave("machines meet elsewhere")
                     return None
-            self._wait(_TICK_S)
+            self._wait(_FIRST_TICK_S if self._clock() - began_s < _MOMENT_S else _TICK_S)
             return None
         return self._start(hosting, present.waiting, size.of(1 + len(present.waiting)))
 

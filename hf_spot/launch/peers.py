@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from hf_spot.launch.addresses import own_addresses
 from hf_spot.policy.restarts import Verdict
 
 log = logging.getLogger("hf_spot")
@@ -186,8 +187,8 @@ class Host:
 
     @property
     def invitation(self) -> dict[str, Any]:
-        """Return what the other machines need in order to connect."""
-        return {"port": self._listener.getsockname()[1], "nonce": self._nonce}
+        """Return what the other machines need in order to connect; a machine that was started without a rank is refused."""
+        return {"port": self._listener.getsockname()[1], "nonce": self._nonce, "addresses": own_addresses(), "is_fixed": True}
 
     def meet(self, wait: Wait, timeout_s: float, patience_s: float) -> Peers | None:
         """Wait for the other machines. Return None if ``wait`` says that there is no point in waiting.
@@ -233,7 +234,9 @@ class Host:
             if hello.get("nonce") != self._nonce:
                 raise ValueError("it does not belong to this launch")
             why = None
-            if hello.get("machines") != self._machines:
+            if "member" in hello:  # as `hf_spot.launch.group.visit` greets
+                why = "it was started with --machine_rank, and this machine without it"
+            elif hello.get("machines") != self._machines:
                 why = f"machine 0 was started with --num_machines {self._machines}"
             elif hello.get("machine") not in range(1, self._machines):
                 why = f"there is no machine {hello.get('machine')} of {self._machines}"
@@ -241,7 +244,7 @@ class Host:
                 why = f"machine {hello['machine']} is already connected"
             if why is not None:
                 send(connection, {"refused": why})
-                raise ValueError(why)
+                raise ValueError(f"another machine was told: {why}" if "member" in hello else why)
             guests[hello["machine"]] = connection
         except (OSError, ValueError) as error:
             _send_away(connection, error)

@@ -25,6 +25,7 @@ from hf_spot.errors import (
     EXIT_PREEMPTED,
     EXIT_USAGE,
     ConfigError,
+    Fenced,
     SpotError,
     StoreError,
 )
@@ -74,6 +75,7 @@ log = logging.getLogger("hf_spot")
 
 EXIT_INTERRUPTED = 130
 _TICK_S = 0.1
+_LOOK_EVERY_S = 10.0  # for another launch, while machines are missing
 _ANY_PORT = 29500
 _HOW_TO_TRAIN_LONGER = "to train longer, raise max_steps or num_train_epochs in the command or in a file that it names; "
 _HOW_TO_TRAIN_ON = "to train on from there in another run: --store ANOTHER-RUN --from"
@@ -260,7 +262,11 @@ class Supervisor:
     def _launch_once(self) -> tuple[Verdict, int]:
         if self._elastic is not None:
             return self._launch_among(self._elastic)
-        met = self._meet()
+        try:
+            met = self._meet()
+        except Fenced as error:
+            log.error("%s: this machine waits no longer", error.args[0])
+            return Verdict.FENCED, EXIT_FENCED
         if met is None:
             return Verdict.PREEMPTED, EXIT_PREEMPTED
         launch, peers = met
@@ -320,7 +326,7 @@ class Supervisor:
                 host = Host(machines.count)
                 launch = start_or_resume(self._run, {**about, "machines": machines.count}, arguments.start_from)
                 Mailbox(self._run).invite(host.invitation)
-                peers = host.meet(self._heard.wait, arguments.peer_timeout_s, MEETING_S)
+                peers = host.meet(self._wait_unfenced(launch), arguments.peer_timeout_s, MEETING_S)
                 return None if peers is None else (launch, peers)
             found = join(
                 machines.rank,
@@ -341,6 +347,25 @@ class Supervisor:
             raise ConfigError(
                 f"machine 0 refused this machine: {error}", hint="use the same --num_machines on all machines"
             ) from error
+
+    def _wait_unfenced(self, launch: int) -> Callable[[float], bool]:
+        """Return what waits for a notice, and raises Fenced once another launch has begun."""
+        looked_s = self._clock()
+
+        def wait(timeout_s: float) -> bool:
+            nonlocal looked_s
+            if self._clock() - looked_s >= _LOOK_EVERY_S:
+                looked_s = self._clock()
+                try:
+                    newest = self._run.state().launch
+                except StoreError as error:  # the machines don't need it to meet
+                    log.debug("whether another launch has begun is unknown: %s", error)
+                    newest = launch
+                if newest > launch:
+                    raise Fenced(f"launch {newest} has begun while launch {launch} waited for its machines")
+            return self._heard.wait(timeout_s)
+
+        return wait
 
     def _train(self, launch: int) -> tuple[Verdict, int]:
         log.info("launch %d of %s", launch, self._run.url)
@@ -401,6 +426,7 @@ class Supervisor:
 
     def _wait(self, tree: ProcessTree, runtime: Runtime, folder: RuntimeFolder) -> int:
         alone_since: float | None = None
+        told = ""
         unhooked = Unhooked(runtime, self._clock)
         self._hangs.begin(runtime, self._machines.rank, self._machines.count, self._peers)
         while (code := tree.wait(_TICK_S)) is None:
@@ -416,7 +442,9 @@ class Supervisor:
                 self._give_up()
                 return EXIT_PREEMPTED
             if self._elastic is not None and not self._heard.is_set() and (change := self._elastic.look(runtime)) is not None:
-                log.warning("the machines change, %s: the training saves, and goes on with them", change)
+                if change != told:
+                    log.warning("the machines change, %s: the training saves, and goes on with them", change)
+                told = change
                 runtime.write_notice(PreemptionNotice(NoticeKind.TERMINATE, CHANGE_OF_MACHINES, change))
             if not self._heard.is_set() and self._hangs.look():
                 return EXIT_HUNG

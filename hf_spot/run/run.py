@@ -76,6 +76,7 @@ class Run:
         self._allow_unfenced_store = allow_unfenced_store
         self._workers = workers
         self._unchanged = Unchanged()
+        self.sent = transfer.Meter()
         self._selections: dict[tuple[int, Readers | None], Selection] = {}
         self._is_probed = False
 
@@ -355,7 +356,8 @@ class Run:
         if request.parts == 1:
             check_whole(request, files_in(folder), folder)
         prefix = request.prefix(self.launch)
-        files = transfer.upload(self.store, folder, prefix, unchanged=self._unchanged, workers=self._workers, progress=progress)
+        how: dict[str, Any] = {"unchanged": self._unchanged, "workers": self._workers, "progress": progress}
+        files = transfer.upload(self.store, folder, prefix, **how, sent=self.sent)
         self._unchanged.note(prefix, files)
         return files
 

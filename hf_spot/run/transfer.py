@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -30,6 +31,19 @@ _TIMES_AS_MANY = 4  # as workers, if most files are small
 _SMALL_BYTES = 1 << 20  # up to this size one plain read is cheaper than a transfer, which first requests the size
 
 
+class Meter:
+    """Counts bytes, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.total = 0
+
+    def __call__(self, count: int) -> None:
+        """Add a number of bytes."""
+        with self._lock:
+            self.total += count
+
+
 def upload(
     store: ObjectStore,
     folder: Path,
@@ -38,6 +52,7 @@ def upload(
     unchanged: Unchanged | None = None,
     workers: int = 4,
     progress: Progress | None = None,
+    sent: Progress = lambda count: None,
 ) -> list[FileEntry]:
     """Upload every file of ``folder`` under ``prefix`` and return the manifest that a commit needs.
 
@@ -45,6 +60,15 @@ def upload(
     client does not show the bytes. Memory does not grow with the files: at most ``workers`` x 4 MB (blocks of each file that
     is copied), four times as much if most of many files are small, and for S3 1 MB for each connection, because parts are read
     from the file as they are sent.
+
+    Args:
+        store: where to.
+        folder: the checkpoint.
+        prefix: of its keys.
+        unchanged: what the store already has.
+        workers: how many files at the same time.
+        progress: called with the number of bytes that have moved, from several threads.
+        sent: called with the number of bytes that have left this machine, from several threads: what is copied has not.
 
     Raises:
         StoreError: from the store, for the first file that failed.
@@ -54,7 +78,13 @@ def upload(
 
     def put(name: str, path: Path, size_bytes: int) -> str:
         hash = name_for(name, size_bytes)
-        passing = Passing(size_bytes, progress, name=hash)
+
+        def moved(count: int) -> None:
+            sent(count)
+            if progress is not None:
+                progress(count)
+
+        passing = Passing(size_bytes, moved, name=hash)
         store.put_file(f"{prefix}/{name}", path, passing)
         if hash != FINE:
             return passing.digest() or digest_of(path, hash)

@@ -114,6 +114,7 @@ class Uploader:
         self._current: _Job | None = None
         self._began = 0.0
         self._moved_bytes = 0
+        self._told_bytes = run.sent.total  # of those sent, what commits have told
         self._hurried = False
         self._give_way = False
         self._closing = False
@@ -364,8 +365,13 @@ class Uploader:
             self._moved(0)  # may end the wait
             with self._changed:
                 self._changed.wait(_PART_POLL_S)
+        # Also what was sent for checkpoints that were never committed; of other machines, what their files say.
+        sent_bytes = self._run.sent.total - self._told_bytes
         details = {**(job.request.details or {}), "upload_s": round(self._clock() - job.queued, 3)}
-        return self._run.commit(replace(job.request, details=details), files + others, id=job.id)
+        details["sent_bytes"] = sent_bytes + sum(file.size for file in others)
+        entry = self._run.commit(replace(job.request, details=details), files + others, id=job.id)
+        self._told_bytes += sent_bytes
+        return entry
 
     def _after_commit(self, entry: Entry) -> None:
         try:

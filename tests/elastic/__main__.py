@@ -21,9 +21,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.elastic.story import Cluster, compare, undisturbed
+from tests.elastic.story import Cluster, compare, order_digest, undisturbed
+from tests.elastic.train import SAMPLES
 from tests.hosts import Hosts, why_not
 from tests.waiting import wait_for
 
@@ -41,35 +43,43 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="a new folder for everything")
     parser.add_argument("--exact", action="store_true", help="compare the weights instead, with --exact-on-any-gpus")
     parser.add_argument("--fsdp", action="store_true", help="divide the model and the optimizer among the machines")
+    parser.add_argument(
+        "--warm-spares", default="auto", help="as of hf-spot launch: with 'on' they are soon ready on a busy host"
+    )
     parser.add_argument("--plot", type=Path, help="draw the run's timeline")
     options = parser.parse_args()
     if (why := why_not()) is not None:
         print(why)
         return 1
-    with _folder(options.keep) as folder:
+    with _folder(options.keep) as folder, contextlib.ExitStack() as stack:
         if options.exact:
             return _exact(folder, options.events, options.seed)
-        epochs = 2 + 6 * options.events  # of ten steps
         slow = folder / "slow"
         slow.touch()
-        script = ["--epochs", str(epochs), "--step_s", "1", "--slow", str(slow), "--width", str(options.width)]
-        twin = undisturbed(folder, _ENV, "--epochs", str(epochs), "--width", str(options.width))
+        # Two epochs, with thirty steps for each event, and all of them slow until the last event has happened.
+        training = ["--epochs", "2", "--samples", str(SAMPLES * (1 + 3 * options.events)), "--width", str(options.width)]
+        script = [*training, "--step_s", "1", "--slow", str(slow)]
+        twin_to_come = stack.enter_context(ThreadPoolExecutor(1)).submit(undisturbed, folder, _ENV, *training)
         if options.before:
             print(f"fixed machines, by hand: {_before(folder, options.width):.1f} s from kill -9 to the next step", flush=True)
         with Hosts(3, folder) as hosts:
             # A machine alone would have nobody to share with.
             least, script, kinds = (2, [*script, "--fsdp"], _KEEP_TWO) if options.fsdp else (1, script, KINDS)
-            cluster = Cluster(hosts, str(folder / "run"), _environ(), ["--num_machines", f"{least}:3"], script=script)
+            words = ["--num_machines", f"{least}:3", "--warm-spares", options.warm_spares]
+            cluster = Cluster(hosts, str(folder / "run"), _environ(), words, script=script)
             took = _disturb(cluster, random.Random(options.seed), options.events, kinds)
             slow.unlink()
             codes = cluster.wait()
             assert set(codes.values()) == {0}, f"{codes}\n{cluster.text()}"
+            twin = twin_to_come.result()
             difference, again = compare(cluster, twin)
             claims = [entry.data["machines"] for entry in cluster.run().events() if entry.kind == "claim"]
             if options.plot:
                 subprocess.run([sys.executable, "-m", "hf_spot", "report", cluster.url, "--plot", options.plot], check=True)
     print(f"{len(took)} events, {len(claims)} launches of {claims} machines, {len(twin.losses)} steps, of which {again} again")
-    print("each step has the samples and the learning rate of the undisturbed training")
+    print(
+        f"each step has the samples and the learning rate of the undisturbed training: order of the data {order_digest(twin)}"
+    )
     print(f"the losses differ by at most {difference:.1e}")
     for kind in KINDS:
         if found := sorted(seconds for name, seconds in took if name == kind):
@@ -140,7 +150,7 @@ def _come(cluster: Cluster) -> bool:
     """Whether every machine that has been started again is connected to machine 0: it is the last one that it has seen."""
     for host, process in cluster.running.items():
         assert process.poll() is None, f"{host}: {cluster.text()}"
-    logs = [sorted(cluster.hosts.folder(host).glob("log-*"))[-1].read_text() for host in cluster.running]
+    logs = [cluster.newest_log(host).read_text() for host in cluster.running]
     return all("hf-spot: launch " in log or "as a spare" in log or "is here" in log for log in logs)
 
 

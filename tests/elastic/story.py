@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ TRAIN = Path(__file__).with_name("train.py")
 PEER_TIMEOUT_S = 5
 _HOSTED = re.compile(r"launch (\d+): ")
 PATIENCE_S = 300.0
+END_S = 1800.0  # of a long training, once nothing slows it down
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Cluster:
         return self.running.pop(host)
 
     def wait(self) -> dict[int, int]:
-        return {host: process.wait(PATIENCE_S) for host, process in self.running.items()}
+        return {host: process.wait(END_S) for host, process in self.running.items()}
 
     def lines(self, host: int | None = None) -> list[dict[str, Any]]:
         folders = [self.hosts.folder(one) for one in (range(self.hosts.count) if host is None else [host])]
@@ -94,16 +96,20 @@ class Cluster:
         return min(found())
 
     def training(self) -> list[int]:
-        """The hosts whose ranks run: a spare has no process but its launcher."""
-        return [host for host, process in self.running.items() if process.is_running() and process.children()]
+        """The hosts that train in the newest launch: a spare that waits has processes as well, which are kept warm."""
+        newest = f"launch {self.run().state().launch} of "
+        return [host for host in self.running if newest in self.newest_log(host).read_text(errors="replace")]
 
     def main(self) -> int:
         """The host that is machine 0 of the newest launch."""
         return max(self.running, key=self._newest_hosted)
 
     def _newest_hosted(self, host: int) -> int:
-        logs = sorted(self.hosts.folder(host).glob("log-*"), key=lambda path: int(path.name.removeprefix("log-")))
-        return max((int(number) for number in _HOSTED.findall(logs[-1].read_text(errors="replace"))), default=0)
+        log = self.newest_log(host).read_text(errors="replace")
+        return max((int(number) for number in _HOSTED.findall(log)), default=0)
+
+    def newest_log(self, host: int) -> Path:
+        return max(self.hosts.folder(host).glob("log-*"), key=lambda path: int(path.name.removeprefix("log-")))
 
     def text(self) -> str:
         return "\n".join(
@@ -179,17 +185,30 @@ def undisturbed(folder: Path, env: Mapping[str, str], *script: str) -> Told:
     """The same training in one process, which nobody disturbs: six micro-batches of four samples make a step."""
     diary = folder / "twin"
     words = [str(TRAIN), "--output_dir", str(folder / "twin-out"), "--diary", str(diary), "--accumulation", "6", *script]
-    done = subprocess.run(
-        [sys.executable, *words], env={**os.environ, **env}, capture_output=True, text=True, timeout=PATIENCE_S
-    )
+    done = subprocess.run([sys.executable, *words], env={**os.environ, **env}, capture_output=True, text=True, timeout=END_S)
     assert done.returncode == 0, done.stderr
     return told([json.loads(line) for line in diary.read_text().splitlines()])
+
+
+def _other_samples(found: Told, twin: Told) -> str:
+    steps = sorted(set(found.samples) | set(twin.samples))
+    return "\n".join(
+        f"step {step}: {found.samples.get(step)} instead of {twin.samples.get(step)}"
+        for step in steps
+        if found.samples.get(step) != twin.samples.get(step)
+    )
+
+
+def order_digest(training: Told) -> str:
+    """A digest of the samples of each step."""
+    return hashlib.sha256(json.dumps(sorted(training.samples.items())).encode()).hexdigest()[:16]
 
 
 def compare(cluster: Cluster, twin: Told) -> tuple[float, int]:
     """Assert that each step saw the samples of the twin's, at its learning rate. Return the largest difference between two
     losses of a step, and how many steps were made again."""
     found, again = merged(cluster)
+    assert order_digest(found) == order_digest(twin), _other_samples(found, twin)
     assert found.samples == twin.samples
     assert found.rates == twin.rates
     return max(abs(found.losses[step] - loss) for step, loss in twin.losses.items()), again

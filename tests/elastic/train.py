@@ -14,17 +14,21 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 SAMPLES = 240  # 10 steps of 24, which 1, 2 and 3 machines divide
+_DIGIT = 256  # a sample begins with its number, in two tokens
 
 
 class Numbered(Dataset):
     """Each sample begins with its own number."""
 
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
     def __len__(self) -> int:
-        return SAMPLES
+        return self.samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rest = torch.Generator().manual_seed(index)
-        ids = torch.cat([torch.tensor([index]), torch.randint(0, 256, (31,), generator=rest)])
+        ids = torch.cat([torch.tensor(divmod(index, _DIGIT)), torch.randint(0, 256, (30,), generator=rest)])
         return {"input_ids": ids, "labels": ids}
 
 
@@ -34,20 +38,23 @@ class Telling(Trainer):
     diary: Path
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        tell(self.diary, {"in": self.state.global_step + 1, "samples": inputs["input_ids"][:, 0].tolist()})
+        numbers = inputs["input_ids"][:, 0] * _DIGIT + inputs["input_ids"][:, 1]
+        tell(self.diary, {"in": self.state.global_step + 1, "samples": numbers.tolist()})
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 class Diary(TrainerCallback):
     """Tells each step, and slows it down."""
 
-    def __init__(self, diary: Path, step_s: float, slow: Path | None) -> None:
-        self.diary, self.step_s, self.slow = diary, step_s, slow
+    def __init__(self, diary: Path, step_s: float, slow: Path | None, hold: Path | None) -> None:
+        self.diary, self.step_s, self.slow, self.hold = diary, step_s, slow, hold
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         tell(self.diary, {"step": state.global_step, "at": time.time(), "ranks": args.world_size})
         if self.slow is None or self.slow.exists():
             time.sleep(self.step_s)
+        while self.hold is not None and self.hold.exists() and state.global_step > args.save_steps:
+            time.sleep(0.02)
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
         if "loss" in logs and state.is_world_process_zero:
@@ -71,8 +78,10 @@ def main() -> None:
     parser.add_argument("--diary", type=Path, required=True)
     parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--step_s", type=float, default=0.0)
     parser.add_argument("--slow", type=Path, help="a step is only slow while this file exists")
+    parser.add_argument("--hold", type=Path, help="after the first step behind the first save, wait while this file exists")
     parser.add_argument("--save_steps", type=int, default=5)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--save_on_each_node", action="store_true")
@@ -114,8 +123,8 @@ def main() -> None:
     trainer = Telling(
         model=GPT2LMHeadModel(config),
         args=arguments,
-        train_dataset=Numbered(),
-        callbacks=[Diary(options.diary, options.step_s, options.slow)],
+        train_dataset=Numbered(options.samples),
+        callbacks=[Diary(options.diary, options.step_s, options.slow, options.hold)],
     )
     trainer.diary = options.diary
     trainer.train()

@@ -22,7 +22,7 @@ from hf_spot.launch.addresses import own_addresses
 from hf_spot.launch.command import Machines
 from hf_spot.launch.elastic import Elastic, Met
 from hf_spot.launch.group import Hosting, Member, Unreached, visit
-from hf_spot.launch.peers import Ended
+from hf_spot.launch.peers import Ended, Host
 from hf_spot.policy.restarts import Verdict
 from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.run import Run
@@ -281,6 +281,56 @@ def test_a_machine_with_a_rank_is_told_that_the_others_have_none(world: World) -
     wait_for(lambda: Mailbox(Run(world.url)).newest_attempt(1) == 1, "for the meeting")
     told = {"machine": 1, "machines": 2, "member": None}
     assert "without --machine_rank" in stranger(world, **told)["refused"]
+
+
+@contextlib.contextmanager
+def fixed_machine_0(world: World) -> Iterator[Run]:
+    """Machine 0 of two with ranks, which has claimed the run and waits for the other."""
+    run, host, over = Run(world.url), Host(2), threading.Event()
+    run.claim({"machines": 2})
+    Mailbox(run).invite(host.invitation)
+    waiting = world.pool.submit(host.meet, over.wait, PATIENCE_S, PATIENCE_S)
+    try:
+        yield run
+        assert not waiting.done()
+    finally:
+        over.set()
+        waiting.result(PATIENCE_S)
+
+
+def test_a_machine_without_a_rank_is_refused_by_fixed_machines_that_wait(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        fixed_machine_0(world),
+        pytest.raises(ConfigError, match="it was started with --machine_rank, and this machine without"),
+    ):
+        world.add(least=1).elastic.meet()
+    assert "another machine was told: it was started with --machine_rank" in caplog.text
+    assert len(world.claims()) == 1
+
+
+def test_fixed_machines_that_train_lose_the_run_to_no_machine_without_a_rank(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    with fixed_machine_0(world) as run:
+        pass  # once all are there, nobody listens any more
+    newcomer = world.add(least=1)
+    coming = world.meet(newcomer)
+    wait_for(lambda: "it begins another one if nothing is written to the run for 10 s" in caplog.text, "for the warning")
+    run.record("notice", {"kind": "ADVISORY"})
+    with pytest.raises(ConfigError, match="launch 1 has fixed machines"):
+        coming.result(PATIENCE_S)
+    assert len(world.claims()) == 1
+
+
+def test_fixed_machines_that_are_gone_give_way_to_one_without_a_rank(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fixed_machine_0(world):
+        pass
+    monkeypatch.setattr(Elastic, "_quiet_s", 0.5)
+    newcomer = world.add(least=1, most=1)
+    world.meet(newcomer).result(PATIENCE_S)
+    assert isinstance(newcomer.met, Met) and newcomer.met.launch == 2
 
 
 def test_a_command_that_has_changed_trains_on_where_another_one_has_finished_the_run(world: World) -> None:

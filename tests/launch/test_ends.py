@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -15,10 +16,11 @@ import pytest
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError
-from hf_spot.launch.command import Command
+from hf_spot.launch.command import Command, Machines
 from hf_spot.launch.options import parse
 from hf_spot.launch.supervisor import Supervisor
 from hf_spot.run.checkpoint import CommitRequest
+from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.run import Run
 from tests.launch.conftest import Launcher
 from tests.waiting import wait_for
@@ -142,6 +144,23 @@ def test_a_command_that_trains_nothing_leaves_a_finished_run_to_the_command_that
     assert (last.kind, last.launch) == ("finished", 2)
     assert last.data["command"] == (command.fingerprint() if trains else "before")
     assert ("stays finished at step 5" in caplog.text) != trains
+
+
+def test_machine_0_that_waits_for_others_ends_once_another_launch_has_begun(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_spot.launch.supervisor._LOOK_EVERY_S", 0.1)
+    command = Command(str(tmp_path / "run"), SpotArguments(notice="none"), 0, ["none"], dict(os.environ), Machines(2))
+
+    def begin_another() -> None:
+        wait_for(lambda: Mailbox(Run(command.store)).invitation(), "for machine 0")
+        Run(command.store).claim()
+
+    with ThreadPoolExecutor(1) as pool:
+        begun = pool.submit(begin_another)
+        assert Supervisor(Run(command.store), command).supervise() == 76
+        begun.result()
+    assert "launch 2 has begun while launch 1 waited for its machines" in caplog.text
 
 
 LOOP = """

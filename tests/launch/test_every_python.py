@@ -50,6 +50,14 @@ def test_a_python_that_does_not_train_imports_nothing_of_hf_spot(environ: dict[s
     assert path == bare[2]
 
 
+def test_torchruns_agent_is_known_before_it_imports_torch_which_takes_long_on_a_busy_machine(environ: dict[str, str]) -> None:
+    look = "lambda: sys.exit(4 if Runtime.from_environ(os.environ).has_met(os.getpid()) else 3)"
+    code = (
+        f"import os, sys\nfrom hf_spot.launch import agent\nfrom hf_spot.runtime import Runtime\nagent._import_all = {look}\n"
+    )
+    assert python(environ, "-c", f"{code}agent._main()").returncode == 4
+
+
 @pytest.mark.parametrize("options", [["-I"], ["-S"], ["-E"]])
 def test_a_python_that_reads_no_environment_or_no_site_is_left_alone(environ: dict[str, str], options: list[str]) -> None:
     done = python(environ, *options, "-c", SHOWS)
@@ -147,10 +155,10 @@ def test_a_signal_becomes_a_notice_where_a_training_runs_and_nowhere_else(
             assert process.wait(PATIENCE_S) == code
             assert not received
     finally:
-        signal.signal(signal.SIGTERM, before)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        signal.signal(signal.SIGTERM, before)
         assert process.stdout is not None
         process.stdout.close()
 
@@ -214,9 +222,9 @@ def test_a_program_that_ends_its_training_child_gives_no_notice(
         told = f"process {parent} ({sys.executable} -c"
         assert (told in said and f"ends process {child}" in said) == ends, said
     finally:
-        signal.signal(signal.SIGTERM, before)
         process.kill()
-        process.communicate()
+        process.communicate()  # also ends when the last child has: none of them sends another signal afterwards
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(
@@ -256,9 +264,9 @@ def test_a_signal_soon_after_a_process_has_failed_is_its_launchers_way_to_end_th
         assert (process.returncode, bool(received)) == ((-signal.SIGTERM, False) if ends else (0, True))
         assert (f"process {dead.pid} has failed" in said.decode()) == ends
     finally:
-        signal.signal(signal.SIGTERM, before)
         process.kill()
-        process.communicate()
+        process.communicate()  # also ends when the last child has: none of them sends another signal afterwards
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_once_there_is_a_notice_nothing_is_an_end_from_inside(environ: dict[str, str]) -> None:
@@ -318,9 +326,9 @@ def test_a_forked_child_that_trains_passes_signals_on(environ: dict[str, str], i
         wait_for(lambda: bool(received), "for the notice")
         assert process.communicate("\n", PATIENCE_S)[0] == "7\n"
     finally:
-        signal.signal(signal.SIGTERM, before)
         process.kill()
-        process.communicate()
+        process.communicate()  # also ends when the last child has: none of them sends another signal afterwards
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_forked_child_has_the_programs_own_handlers(environ: dict[str, str]) -> None:
@@ -403,7 +411,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_a_command_that_a_signal_ends_leaves_the_guard_waiting_for_what_it_has_started(tmp_path: Path) -> None:
     script = tmp_path / "train.sh"
-    child = f"trap '' TERM; touch {tmp_path}/on; sleep 1; touch {tmp_path}/saved"
+    child = f"trap '' TERM; touch {tmp_path}/on; until [ -e {tmp_path}/told ]; do sleep 0.05; done; touch {tmp_path}/saved"
     script.write_text(f'bash -c "{child}"\ntouch {tmp_path}/after\n')
     notices: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: notices.append(number))
@@ -413,6 +421,8 @@ def test_a_command_that_a_signal_ends_leaves_the_guard_waiting_for_what_it_has_s
             wait_for((tmp_path / "on").exists, "for the child")
             for one in tree.processes():
                 one.send_signal(signal.SIGTERM)
+            assert tree.wait(0.5) is None  # the child still works
+            (tmp_path / "told").touch()
             wait_for(lambda: tree.wait(0.05) is not None, "for the end")
             assert tree.wait(0) == 128 + signal.SIGTERM
         finally:

@@ -29,6 +29,7 @@ DOLLARS_PER_HOUR = {  # on demand; this cloud's own list, near that of AWS
     "c5.large": 0.085,
 }
 DISK_DOLLARS_PER_GB_AND_MONTH = 0.08
+TRAFFIC_DOLLARS_PER_GB = {"InterRegion Outbound": 0.025, "IntraRegion": 0.011}  # what leaves for the internet is not listed
 _LEAST_BILLED_S = 60
 _FREE_IF_RECLAIMED_WITHIN_S = 3600
 RECLAIMED = "Server.SpotInstanceTermination"

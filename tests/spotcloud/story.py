@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -201,8 +201,8 @@ class Story:
         with ExitStack() as stack:
             machines = self.folder / "machines"
             machines.mkdir()
-            market = Market(utc_now() - timedelta(days=2))
-            self.cloud = SpotCloud(machines, s3=self.s3, market=market, environment=_THREADS, say=self.say)
+            market = Market(self.now() - timedelta(days=2))
+            self.cloud = SpotCloud(machines, s3=self.s3, market=market, now=self.now, environment=_THREADS, say=self.say)
             stack.enter_context(self.cloud)
             self.cloud.make_instance_profile("trains")
             bucket = self.s3.make_bucket(f"spotcloud-{os.getpid()}-{time.monotonic_ns()}")
@@ -214,6 +214,10 @@ class Story:
 
     def __exit__(self, *error: object) -> None:
         self.stack.close()
+
+    def now(self) -> datetime:
+        """The cloud's clock."""
+        return utc_now()
 
     def play(self) -> Outcome:
         """From the job file to the bill."""

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import BatchSampler, IterableDataset
 
 from hf_spot.log import warn_for_all
+from hf_spot.training.data.first_batch import FirstBatch
 from hf_spot.training.data.rng import capture, capture_gpus, restore, set_states, states_of
 from hf_spot.training.data.stream_position import Resumed, StreamPosition, end_state, why_not
 from hf_spot.training.data.worker_states import WorkerStates
@@ -52,6 +53,9 @@ class IterationOwner(Protocol):
     def take_now(self) -> dict[str, Any] | None:
         """Return the random states to resume with, once, to the first iteration that reaches its saved position."""
 
+    def from_main(self, value: Any) -> Any:
+        """Return what rank 0 has given. Every rank must call it."""
+
     def drive(self, iteration: TrackedIteration | None) -> TrackedIteration | None:
         """Set the active iteration, to which accelerate's inner loader belongs; return the previous one."""
 
@@ -63,11 +67,14 @@ class TrackedLoader:
         loader: a loader of torch or accelerate.
         order: number of its first iteration among the first iterations of all loaders.
         workers: the random states of its workers.
+        at_once: number of batches of torch's loader that one rank fetches at once, for all ranks; 1 if each fetches its own.
     """
 
-    def __init__(self, loader: Any, order: int, workers: WorkerStates) -> None:
+    def __init__(self, loader: Any, order: int, workers: WorkerStates, at_once: int = 1) -> None:
         self._loader = weakref.ref(loader)
         self.order = order
+        self.at_once = at_once
+        self.is_read_for_all = isinstance(loader, DISPATCHER.find() or ())
         self.kind = _kind(loader)
         self.workers = workers
         self.begun = 0
@@ -112,8 +119,8 @@ class TrackedLoader:
         return None if newest is None or newest.ended else newest
 
     def made(self) -> int:
-        """Return the number of batches that the newest iteration has returned in this process."""
-        return self.newest_made[0]
+        """Return the number of batches of torch's loader that the newest iteration has returned in this process."""
+        return self.newest_made[0] * self.at_once
 
     @property
     def iteration_of_accelerate(self) -> int | None:
@@ -161,7 +168,9 @@ class TrackedIteration:
         self._stream: StreamPosition | None = None
         self._holds_state = False
         self._first = 0  # number of batches before the first one that a resumed stream reads
-        self._may_fetch_ahead = self._reads_for_all = False
+        self._reads_for_all = False
+        self._at_once = 1
+        self._first_batch = FirstBatch(loaders.ranks)
         self._fetched = 0  # batches of a stream, in this process
         self._before_fetch: dict[str, Any] | None = None
         self._drawn: deque[Any] = deque(maxlen=_MOST_AHEAD)
@@ -206,15 +215,16 @@ class TrackedIteration:
         """Iterate a loader of accelerate, which fetches a batch before it returns the previous one."""
         dispatches = isinstance(self.loader, DISPATCHER.find() or ())
         # accelerate fetches a batch before it returns the previous one, or did so when the position was saved.
-        self._ahead = not dispatches and (self._position is None or bool(self._position.get("ahead", True)))
-        if dispatches and not SPLIT_BATCHES.of(self.loader):
-            self._skip_inside *= self._loaders.ranks
+        self._ahead = self._position is None or bool(self._position.get("ahead", True))
+        self._at_once = self._known.at_once
+        self._skip_inside *= self._at_once
         self._draws_its_own = not dispatches
-        # Where one rank fetches for all, one fetch is not one batch.
         self._reads_for_all = dispatches and self._loaders.ranks > 1
-        self._may_fetch_ahead = not self._reads_for_all
+        is_stream = isinstance(self.loader.dataset, IterableDataset)
+        if self._reads_for_all and not is_stream:  # of a stream they are read again
+            self._first_batch.begin_pass(self.loader, None if self._position is None else self._position.get("first_batch"))
         self._batches = plain(self.loader)
-        if isinstance(self.loader.dataset, IterableDataset):
+        if is_stream:
             self._read_over()
         return self
 
@@ -269,19 +279,22 @@ class TrackedIteration:
         """Return the iterator of a loader of a stream, which begins at its saved position where that is exact."""
         resumed: Resumed | None = None
         saved = None if self._position is None else self._position.get("stream")
-        # Where one rank reads for all, the others don't know what it passes over.
-        knows = not self._reads_for_all and why_not(loader) is None
-        position = StreamPosition()
+        knows = why_not(loader) is None
+        position = StreamPosition(divided=self._at_once if self._reads_for_all else None)
         if knows and saved is not None:
             resumed = position.go_to(loader, saved)
-        if self._position is not None and self._skipped and resumed is None:
+        passed_over = 0 if resumed is None else resumed.passed_over
+        if self._position is not None and self._reads_for_all:
+            # The other ranks skip what rank 0 does not read; they have no position.
+            passed_over = self._loaders.from_main(passed_over)
+        if self._position is not None and self._skipped and not passed_over:
+            resumed = None
             self._tell_of_reading()
+        self._first = passed_over // self._at_once
         if not knows:
-            return self._fetch(plain(loader)) if self._may_fetch_ahead else plain(loader)
-        self._first = 0 if resumed is None else resumed.passed_over
+            return self._fetch(plain(loader))
         self._stream = position
-        batches = self._stream.read(loader, plain, resumed)
-        return self._fetch(batches) if self._may_fetch_ahead else batches
+        return self._fetch(self._stream.read(loader, plain, resumed))
 
     def _fetch(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Return the batches of a stream; the first one that is not trained is made with the random states of its first draw.
@@ -289,10 +302,11 @@ class TrackedIteration:
         accelerate fetches a batch before it returns the previous one. Its collator may draw random numbers, to mask words.
         """
         while True:
-            is_first = self._position is not None and self._fetched == self._skipped - self._first
-            if is_first and self._position is not None and self._position.get("before_fetch") is not None:
-                restore(self._position["before_fetch"])
-            self._before_fetch = capture()
+            if self._fetched % self._at_once == 0:
+                is_first = self._position is not None and self._fetched == (self._skipped - self._first) * self._at_once
+                if is_first and self._position is not None and self._position.get("before_fetch") is not None:
+                    restore(self._position["before_fetch"])
+                self._before_fetch = capture()
             self._fetched += 1
             try:
                 batch = next(batches)
@@ -315,15 +329,15 @@ class TrackedIteration:
             self._end_resumption()
 
     def draws(self) -> None:
-        """Finish resuming before the second index is drawn, if there are no workers."""
+        """Finish resuming before an index of the second batch is drawn, if there are no workers."""
         self._attempts += 1
-        if self._position is not None and self._attempts > 1 and not self._known.workers_count:
+        if self._position is not None and self._attempts > self._at_once and not self._known.workers_count:
             self._end_resumption()
 
     def drawn(self, index: Any) -> None:
         """Restore or record random states, after an index was drawn and before its batch is made."""
         self._drawn.append(index)
-        if self._ahead and not self._known.workers_count:
+        if self._ahead and not self._known.workers_count and (self._attempts - 1) % self._at_once == 0:
             if self._position is not None and self._attempts == 1 and self._position["before_draw"] is not None:
                 restore(self._position["before_draw"])
             self._before_draw = capture()
@@ -390,7 +404,8 @@ class TrackedIteration:
 
     def position(self) -> dict[str, Any]:
         """Return the position, for a checkpoint."""
-        ahead = self._ahead and self._attempts > self.made[0]
+        fetched = self._fetched > (self._skipped - self._first + self.made[0]) * self._at_once
+        ahead = self._ahead and self._attempts > self.made[0] * self._at_once
         return {
             "handed_out": self._skipped + self.made[0],
             "start": self._start,
@@ -398,9 +413,10 @@ class TrackedIteration:
             "iteration": self._iteration_of_accelerate,
             "order": self._order,
             "before_draw": self._before_draw if ahead else None,
-            "before_fetch": self._before_fetch if self._fetched > self._skipped - self._first + self.made[0] else None,
+            "before_fetch": self._before_fetch if fetched else None,
             "ahead": ahead,
-            "stream": None if self._stream is None else self._stream.to_save(self._skipped + self.made[0]),
+            "stream": None if self._stream is None else self._stream.to_save((self._skipped + self.made[0]) * self._at_once),
+            "first_batch": self._first_batch.kept,
             "stateful": self.loader.state_dict() if self._known.is_stateful else None,
         }
 
@@ -442,6 +458,16 @@ class _Order(BatchSampler):
 
 def _capture() -> dict[str, Any]:
     return capture() | capture_gpus()
+
+
+def batches_at_once(loader: Any, ranks: int) -> int:
+    """Return how many batches of torch's loader accelerate fetches at once, because one rank reads for all; otherwise 1.
+
+    Args:
+        loader: a loader of torch or accelerate.
+        ranks: number of ranks.
+    """
+    return ranks if isinstance(loader, DISPATCHER.find() or ()) and not SPLIT_BATCHES.of(loader) else 1
 
 
 def _kind(loader: Any) -> str:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
-from hf_spot.training.data.iterations import TrackedIteration, TrackedLoader, stateful_loader
+from hf_spot.training.data.iterations import TrackedIteration, TrackedLoader, batches_at_once, stateful_loader
 from hf_spot.training.data.rng import set_states, states_of
 from hf_spot.training.data.worker_processes import shield
 from hf_spot.training.data.worker_states import WorkerStates
@@ -46,6 +46,7 @@ class Loaders:
         begins: called before each iteration; an exception from it ends the training there.
         ranks: number of ranks.
         hands_out: called with each batch that a loader returns.
+        from_main: returns rank 0's value to all ranks, which all call it.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class Loaders:
         begins: Callable[[], None] = lambda: None,
         ranks: int = 1,
         hands_out: Callable[[], None] = lambda: None,
+        from_main: Callable[[Any], Any] = lambda value: value,
     ) -> None:
         self._scratch = scratch
         self._begins = begins
         self._ranks = ranks
         self._on_batch = hands_out
+        self._from_main = from_main
         self._process = os.getpid()
         self._known: weakref.WeakKeyDictionary[Any, TrackedLoader] = weakref.WeakKeyDictionary()
         self._waiting: list[dict[str, Any]] = []
@@ -123,10 +126,13 @@ class Loaders:
                 "under_way": None,
             }
             entry |= {"generators": states_of(known.generators), "iteration": known.iteration_of_accelerate}
+            entry["at_once"] = known.at_once
             current = known.current()
             if current is not None and current in under_way:
                 entry |= {"under_way": current.position(), "main": current is main}
-            if known.workers_count and (entry["under_way"] or known.persistent):
+            # Where rank 0 reads for all, nobody takes what the workers of another rank make.
+            is_idle = rank > 0 and known.is_read_for_all
+            if known.workers_count and not is_idle and (entry["under_way"] or known.persistent):
                 entry["workers"] = f"random_states/loader-{len(entries)}_{rank}.json"
                 (folder / "random_states").mkdir(exist_ok=True)
                 known.workers.save(folder / entry["workers"], known.made())
@@ -144,11 +150,12 @@ class Loaders:
         """
         self._now = now
         for entry in entries:
-            states = WorkerStates(self._scratch, _AHEAD)
+            states = WorkerStates(self._scratch, _AHEAD * entry.get("at_once", 1))
             if "workers" in entry:
                 states.resume(folder / entry["workers"], middle=entry["under_way"] is not None)
             if entry["under_way"] and ranks_before != self._ranks:
                 entry["under_way"]["handed_out"] = entry["under_way"]["handed_out"] * ranks_before // self._ranks
+                entry["under_way"] |= {"stream": None, "first_batch": None}
             entry["states"] = states
         self._waiting = entries
 
@@ -176,7 +183,9 @@ class Loaders:
         self._begins()
         known = self._known.get(loader)
         if known is None:
-            known = self._known[loader] = TrackedLoader(loader, next(self._orders), WorkerStates(self._scratch, _AHEAD))
+            at_once = batches_at_once(loader, self._ranks)
+            states = WorkerStates(self._scratch, _AHEAD * at_once)
+            known = self._known[loader] = TrackedLoader(loader, next(self._orders), states, at_once)
             entry = self._entry_for(known)
             if entry is not None:
                 known.restore(entry["begun"], entry["states"])
@@ -237,6 +246,10 @@ class Loaders:
     def ranks(self) -> int:
         """Return the number of ranks."""
         return self._ranks
+
+    def from_main(self, value: Any) -> Any:
+        """Return what rank 0 has given. Every rank must call it."""
+        return self._from_main(value)
 
     def drive(self, iteration: TrackedIteration | None) -> TrackedIteration | None:
         """Set accelerate's active iteration, to which its inner loader belongs; return the previous one."""

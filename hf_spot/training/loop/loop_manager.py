@@ -234,7 +234,13 @@ class LoopManager:
         self._training.record()
         session.on_each_disk(lambda: _remove_leftovers(self._local_dir))
         scratch = self._local_dir / ".hf_spot" / f"workers-{rank}"
-        loaders = Loaders(scratch, self._iteration_begins, ranks, lambda: session.phases.sign())
+        loaders = Loaders(
+            scratch,
+            self._iteration_begins,
+            ranks,
+            lambda: session.phases.sign(),
+            lambda value: session.agreement.from_main(lambda: value),
+        )
         loaders.watch(session.arguments)
         session.closing.callback(shutil.rmtree, scratch, ignore_errors=True)
         session.closing.callback(loaders.close)

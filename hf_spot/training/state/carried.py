@@ -147,7 +147,8 @@ class CarriedState:
 
     def marks(self) -> dict[str, str]:
         """Return a mark for each saved path, which changes when the value changes."""
-        compared = self._carried - self._homeless
+        if not (compared := self._carried - self._homeless):
+            return {}
         here = {found.path: found for found in self._all(self._walk()) if found.path in compared}
         marks = {path: _mark(here[path]) for path in sorted(self._carried) if path in here}
         return {path: repr(mark) for path, mark in marks.items() if mark is not _UNREADABLE}

@@ -6,6 +6,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def is_of_script(kind: type) -> bool:
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:  # created by exec, as in a notebook, or compiled into Python
         return module not in sys.stdlib_module_names
+    return _is_of_user(file)
+
+
+@lru_cache(maxsize=4096)
+def _is_of_user(file: str) -> bool:
     return not {"site-packages", "dist-packages"} & {*Path(file).parts} and not Path(file).is_relative_to(_STDLIB)
 
 

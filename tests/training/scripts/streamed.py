@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DataLoaderConfiguration
 from datasets import IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-from hf_spot import SpotArguments, SpotCallback
+from hf_spot import SpotArguments, SpotCallback, SpotCheckpointManager
 
 RANK = int(os.environ["RANK"])
-SAVED, INTERRUPTED, STEPS = 10, 12, 24  # one pass has 16 steps, of 3 samples on each rank
+SAVED, INTERRUPTED, STEPS, IN_THE_SECOND_PASS = 10, 12, 24, 18  # one pass has 16 steps, of 3 samples on each rank
 read: list[tuple[int, int]] = []
 
 
@@ -118,6 +120,51 @@ def train(kind: str, folder: Path, *, interrupt: bool = False) -> dict[str, Any]
     return {"losses": watching.losses, "weights": weights, "read": len(read)}
 
 
+def plain(batch: list[Any]) -> dict[str, torch.Tensor]:
+    ids = torch.tensor([one["input_ids"] for one in batch])
+    return {"input_ids": ids, "labels": ids}
+
+
+def loop(kind: str, folder: Path, *, interrupt: bool = False) -> dict[str, Any]:
+    """The same in a loop of one's own with accelerate."""
+    make, more = KINDS[kind]
+    torch.manual_seed(0)
+    shape = GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=64, n_positions=16, bos_token_id=0, eos_token_id=0)
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**more["accelerator_config"]))
+    model = GPT2LMHeadModel(shape)
+    loader = torch.utils.data.DataLoader(
+        make(),
+        batch_size=6 if "split" in kind else 3,
+        collate_fn=more.get("data_collator", plain),
+        num_workers=more.get("dataloader_num_workers", 0),
+    )
+    model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(model.parameters()), loader)
+    arguments = SpotArguments(notice="none")
+    losses: dict[int, float] = {}
+    read.clear()
+    managed = SpotCheckpointManager.for_accelerator(accelerator, str(folder / "run"), args=arguments)
+    with contextlib.suppress(Interrupted), managed as manager:
+        step, first_pass = manager.load_latest()
+        for number in range(first_pass, 2):
+            for batch in loader:
+                if interrupt and step == INTERRUPTED:
+                    manager.wait()
+                    raise Interrupted
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                losses[step] = loss.item()
+                if step == SAVED:
+                    manager.save(step, number)
+                if step == IN_THE_SECOND_PASS:
+                    break
+        assert not interrupt
+    weights = sum(float(one.double().sum()) for one in model.parameters())
+    return {"losses": losses, "weights": weights, "read": len(read)}
+
+
 class Told(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
@@ -133,17 +180,19 @@ def main() -> None:
     log.setLevel(logging.INFO)
     log.addHandler(told)
     folder = Path(sys.argv[1])
-    for kind in sys.argv[2:] or KINDS:
-        place = folder / kind.replace(", ", "-").replace(" ", "-")
-        whole = train(kind, place / "whole")
-        first = train(kind, place / "interrupted", interrupt=True)
+    for name in sys.argv[2:]:
+        kind = name.removeprefix("loop, ")
+        how = train if kind == name else loop
+        place = folder / name.replace(", ", "-").replace(" ", "-")
+        whole = how(kind, place / "whole")
+        first = how(kind, place / "interrupted", interrupt=True)
         told.lines.clear()
-        rest = train(kind, place / "interrupted")
+        rest = how(kind, place / "interrupted")
         seen = {
-            "kind": kind,
+            "kind": name,
             "equal": {**first["losses"], **rest["losses"]} == whole["losses"] and rest["weights"] == whole["weights"],
             "read": [whole["read"], rest["read"]],
-            "told": [line for line in told.lines if "stream" in line or "dispatch" in line],
+            "told": [line for line in told.lines if "stream" in line or "again" in line or "unknown" in line],
         }
         print(json.dumps(seen), flush=True)
     torch.distributed.destroy_process_group()

@@ -20,7 +20,13 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "streamed.py"
 @pytest.mark.parametrize(
     "kinds",
     [
-        ["dispatched, drawing", "divided by sample", "of a length, drawing in workers"],
+        [
+            "dispatched, drawing",
+            "divided by sample",
+            "of a length, drawing in workers",
+            "loop, dispatched, drawing",
+            "loop, of a length, drawing in workers",
+        ],
         pytest.param(
             [
                 "dispatched",
@@ -29,6 +35,12 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "streamed.py"
                 "divided by shard",
                 "of a length, drawing",
                 "of a length, split, drawing",
+                "loop, dispatched, by workers",
+                "loop, dispatched and split",
+                "loop, divided by sample",
+                "loop, divided by shard",
+                "loop, of a length, drawing",
+                "loop, of a length, split, drawing",
             ],
             marks=pytest.mark.proof,
         ),
