@@ -136,7 +136,8 @@ def of_three_machines(scratch: Path, lost: str) -> dict[str, object]:
     the ranks of the others change, or the two others, so that machine 0 goes on alone."""
     found: dict[str, float] = {}
     for way in ("fresh", "warm"):
-        launches = _three_machines(scratch, f"{way}-{lost.replace(' ', '-')}", way == "warm")
+        least = 2 if lost == "machine 0" else 1
+        launches = _three_machines(scratch, f"{way}-{lost.replace(' ', '-')}", way == "warm", least)
         try:
             main = next(launch for launch in launches if re.search(r"launch 1: ", launch.text()))
             gone = [launch for launch in launches if (launch is main) == (lost == "machine 0")]
@@ -161,9 +162,9 @@ def of_three_machines(scratch: Path, lost: str) -> dict[str, object]:
     return {**found, "ratio": found["fresh_s"] / found["warm_s"]}
 
 
-def _three_machines(scratch: Path, name: str, warm: bool) -> list[Launch]:
+def _three_machines(scratch: Path, name: str, warm: bool, least: int) -> list[Launch]:
     """Three machines in their seventh step, with spares that are ready; all of them were there when the first launch began."""
-    more = ["--num_machines", "1:3", "--num_processes", "1"]
+    more = ["--num_machines", f"{least}:3", "--num_processes", "1"]
     for number in range(_TRIES):
         store = scratch / f"run-{name}-{number}"
         launches = [Launch(scratch / f"{name}-{number}-{machine}", store, 1, warm, more) for machine in range(3)]
