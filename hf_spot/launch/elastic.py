@@ -47,6 +47,8 @@ from hf_spot.timeouts import LAST_CALL_S, MEETING_S
 log = logging.getLogger("hf_spot")
 
 _TICK_S = 0.1
+_FIRST_TICK_S = 0.02  # machines that have trained together meet again in a moment
+_MOMENT_S = 5.0
 _SAY_EVERY_S = 30.0
 _LOOK_EVERY_S = 2.0  # while machines are missing
 _WEIGH_EVERY_S = 1.0
@@ -252,7 +254,7 @@ class Elastic:
                 if is_void(self._at, sight, self._unanswered, self._clock(), self._quiet_s):
                     self._leave("machines meet elsewhere")
                     return None
-            self._wait(_TICK_S)
+            self._wait(_FIRST_TICK_S if self._clock() - began_s < _MOMENT_S else _TICK_S)
             return None
         return self._start(hosting, present.waiting, size.of(1 + len(present.waiting)))
 
