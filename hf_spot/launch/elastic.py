@@ -318,7 +318,7 @@ class Elastic:
         log.warning("machine 0 of launch %d is gone%s", self._at.launch, "" if visiting.was_closed else ": no sign of life")
         number = self._run.state().number  # what it has written before counts no longer
         self._unanswered = {self._at: Unanswered(visiting.lost_s, number)}
-        self._visiting, self._expected = None, self._expected - {self._host}
+        self._visiting, self._expected = None, (visiting.here or self._expected) - {self._host, self._me.id}
         visiting.close()
 
     def _say(self, began_s: float, what: str) -> None:
