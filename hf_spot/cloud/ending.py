@@ -46,7 +46,7 @@ class Ending:
 
     Args:
         time: when its billing ended.
-        bound: `EXACT`, `AT_MOST` if it may have ended earlier, or `AT_LEAST`.
+        bound: empty if exact, ``at most`` if it may have ended earlier, ``at least`` if later.
         source: who told it.
         reason: EC2's code.
     """

@@ -1,4 +1,4 @@
-"""The minimal IAM policy of whoever provisions a job: looks, starts, and ends what has the run's tag. Pure.
+"""The minimal IAM policy of whoever provisions a job: looks, starts what gets the run's tag, and ends what has it. Pure.
 
 The role of the machines themselves needs only the run's objects (`hf_spot.storage.iam`).
 """
@@ -6,7 +6,7 @@ The role of the machines themselves needs only the run's objects (`hf_spot.stora
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hf_spot.cloud.ec2 import RUN_TAG, tag_value
@@ -29,6 +29,18 @@ LOOK = (
     "pricing:GetProducts",
     "servicequotas:ListAWSDefaultServiceQuotas",
     "servicequotas:ListServiceQuotas",
+)
+# What EC2 creates by these actions, always with tags, and what they only use. An image has no account in its name.
+MADE = ("fleet", "instance", "launch-template", "volume")
+USED = (
+    "image",
+    "key-pair",
+    "launch-template",
+    "network-interface",
+    "placement-group",
+    "security-group",
+    "snapshot",
+    "subnet",
 )
 START = ("ec2:CreateFleet", "ec2:CreateLaunchTemplate", "ec2:RunInstances")
 END = ("ec2:TerminateInstances", "ec2:DeleteLaunchTemplate")
@@ -59,10 +71,19 @@ def policy(job: Job, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     ]
     start = [*START, *(GROUPS if is_fleet else ()), *(["ec2:CreatePlacementGroup"] if is_placed else [])]
     end = [*END, *(OWN_GROUPS if is_fleet else ()), *(["ec2:DeletePlacementGroup"] if is_fleet else [])]
+    made = [*MADE, *(["security-group"] if is_fleet else []), *(["placement-group"] if is_placed else [])]
+    tagged = {"StringEquals": {f"aws:RequestTag/{RUN_TAG}": run}}
+
+    def each(kinds: Iterable[str]) -> list[str]:
+        return [f"arn:{partition}:ec2:*:*:{kind}/*" for kind in sorted(kinds)]
+
     creating = [name.partition(":")[2] for name in start]
     statements: list[dict[str, Any]] = [
         {"Sid": "Look", "Effect": "Allow", "Action": sorted(look), "Resource": "*"},
-        {"Sid": "Start", "Effect": "Allow", "Action": sorted(start), "Resource": "*"},
+        {"Sid": "Start", "Effect": "Allow", "Action": sorted(start), "Resource": each(made), "Condition": tagged},
+        {"Sid": "StartFrom", "Effect": "Allow", "Action": ["ec2:CreateFleet", "ec2:RunInstances"], "Resource": each(USED)},
+        # EC2 asks this of the fleet; the machines themselves are started by RunInstances, which must tag them.
+        {"Sid": "FleetOf", "Effect": "Allow", "Action": ["ec2:CreateFleet"], "Resource": each(("instance", "volume"))},
         {
             "Sid": "TagWhatIsStarted",
             "Effect": "Allow",
@@ -73,6 +94,8 @@ def policy(job: Job, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         {"Sid": "TagOwn", "Effect": "Allow", "Action": ["ec2:CreateTags"], "Resource": "*", "Condition": own},
         {"Sid": "EndOwn", "Effect": "Allow", "Action": sorted(end), "Resource": "*", "Condition": own},
     ]
+    if is_fleet:
+        statements.append({"Sid": "GroupsIn", "Effect": "Allow", "Action": [*GROUPS], "Resource": each(("vpc",))})
     if job.instance_profile:
         name = job.instance_profile.rpartition("/")[2]
         statements.append(

@@ -12,7 +12,7 @@ import secrets
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -28,9 +28,9 @@ from moto.core.parse import PROTOCOL_PARSERS
 from moto.core.serialize import SERIALIZERS
 from moto.core.utils import get_service_model
 from moto.ec2.models.instance_types import INSTANCE_TYPE_OFFERINGS, INSTANCE_TYPES
-from moto.iam.access_control import IAMPolicy, PermissionResult
 
 from tests.proxy import Answer, Exchange, Proxy
+from tests.spotcloud import iam
 from tests.spotcloud.market import (
     DISK_DOLLARS_PER_GB_AND_MONTH,
     DOLLARS_PER_HOUR,
@@ -165,12 +165,39 @@ class Api(Proxy):
         """vCPUs."""
         return self.quotas.get((code, region), 1000.0)
 
-    def _is_permitted(self, service: str, action: str) -> bool:
-        """As moto's own enforcement decides, which knows no calls that are answered here. It takes no notice of conditions."""
-        name = f"{service}:{action}"
-        found = IAMPolicy({"policy_document": json.dumps(self.policy)}).is_action_permitted(name)
-        self.permitted |= {name} if found is PermissionResult.PERMITTED else set()
-        return found is PermissionResult.PERMITTED
+    def _refused(self, service: str, region: str, action: str, form: Mapping[str, str]) -> str:
+        """Why the policy does not permit a call; empty if it does."""
+        assert self.policy is not None
+        wanted: Iterable[iam.Need] = [iam.Need(f"{service}:{action}")]
+        if service == "ec2":
+            asked = self._parsed(service, action, {"values": form, "body": b"", "headers": {}, "method": "POST"})
+            wanted = iam.needs(
+                action,
+                asked,
+                lambda named: self._template(region, named),
+                lambda name: self._tags_of(region, name),
+                ACCOUNT,
+            )
+        for need in wanted:
+            if not iam.is_permitted(self.policy, need):
+                return f"{need.action} on {need.resource} with {dict(need.context)}"
+            self.permitted.add(need.action)
+        return ""
+
+    def _tags_of(self, region: str, name: str) -> dict[str, str]:
+        """Tags of an instance, a launch template, a security group, or a placement group by its name."""
+        if (region, name) in self.placements.groups:
+            found: Sequence[Mapping[str, str]] = self.placements.groups[region, name].tags
+        else:
+            filters = [{"Name": "resource-id", "Values": [name]}]
+            found = self._client(region).describe_tags(Filters=filters)["Tags"]
+        return {tag["Key"]: tag["Value"] for tag in found}
+
+    def _parsed(self, service: str, action: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        operation = get_service_model(_MODELS.get(service, service)).operation_model(action)
+        parser = PROTOCOL_PARSERS[operation.service_model.protocol](operation, timestamp_parser=_moment)
+        parsed: Mapping[str, Any] = parser.parse(request)
+        return parsed
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -185,10 +212,8 @@ class Api(Proxy):
         form = dict(parse_qsl(exchange.body.decode(), keep_blank_values=True)) if not target and service != "s3" else {}
         action = target.rpartition(".")[2] or form.get("Action", "")
         self.calls[action] += 1
-        if self.policy is not None and not self._is_permitted(service, action):
-            exchange.answer(
-                _error(service, Refusal("UnauthorizedOperation", f"You are not authorized: {service}:{action}", 403))
-            )
+        if self.policy is not None and (why := self._refused(service, region, action, form)):
+            exchange.answer(_error(service, Refusal("UnauthorizedOperation", f"You are not authorized: {why}", 403)))
             return
         with self._lock:
             at = next((place for place, (failing, _) in enumerate(self._faults) if failing == action), None)
@@ -215,8 +240,8 @@ class Api(Proxy):
         if handler is None:
             return exchange.forward()
         operation = get_service_model(_MODELS.get(service, service)).operation_model(action)
-        parser = PROTOCOL_PARSERS[operation.service_model.protocol](operation, timestamp_parser=_moment)
-        asked = parser.parse({"values": form, "body": exchange.body, "headers": exchange.headers, "method": "POST"})
+        request = {"values": form, "body": exchange.body, "headers": exchange.headers, "method": "POST"}
+        asked = self._parsed(service, action, request)
         if asked.get("DryRun"):
             return exchange.forward()  # moto checks it as it checks the real thing, and launches nothing
         inner = asked.get("SpotFleetRequestConfig") or asked
@@ -674,10 +699,12 @@ class Api(Proxy):
     def ec2_terminate_instances(self, region: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         """By the cloud's clock."""
         ids = asked["InstanceIds"]
+        asked_at = self._now()
+        self.asked_to_end |= {name: asked_at for name in ids if name not in self.asked_to_end}
         done = self._client(region).terminate_instances(InstanceIds=ids)["TerminatingInstances"]
         for name in ids:
-            self.asked_to_end.setdefault(name, self._now())
-            self._backend(region).get_instance(name)._reason = f"User initiated ({self._now():%Y-%m-%d %H:%M:%S} GMT)"
+            at = self.asked_to_end[name]
+            self._backend(region).get_instance(name)._reason = f"User initiated ({at:%Y-%m-%d %H:%M:%S} GMT)"
         return {"TerminatingInstances": done}
 
     # -- placement groups, and security groups that are in use --------------------------------------------------------

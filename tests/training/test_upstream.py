@@ -463,6 +463,7 @@ OTHERWISE = {
     upstream.AIM_HASH: "tests/training/trainer/test_trackers.py",
     upstream.AIM_RUN: "tests/training/trainer/test_trackers.py",
     upstream.WRITE_RECORD: "test_torch_writes_records",
+    upstream.SERIALIZATION_SETTINGS: "tests/training/saving/test_async_writer.py",
     upstream.FAILURES: "test_torch_tells_what_a_rank_could_not_write",
     upstream.START_WORKERS: "test_torch_starts_workers_as_it_did",
     upstream.WORKER_LOOP: "test_torch_starts_workers_as_it_did",

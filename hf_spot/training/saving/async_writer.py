@@ -5,6 +5,8 @@ A Trainer's save spends its time on checksums and files; copying the state takes
 ``torch.save`` or safetensors is copied at the last moment, when the bytes of a tensor would be written to the file. The same
 code of torch and safetensors then writes the same bytes from the copies in a thread; both release the GIL meanwhile.
 
+Serializing what ``torch.save`` gets takes longer than copying it, so the thread does that as well, where `Frozen` can keep it.
+
 Tensors that only a step of an optimizer changes are not even copied within the block: the same thread copies them first, while
 the training computes its next gradients, and `StateGate` holds the step back until they are copied.
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import pickle
 import queue
 import threading
 import time
@@ -39,6 +42,7 @@ from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.saving.arena import Arena, free_bytes
 from hf_spot.training.saving.device import taken_over
 from hf_spot.training.saving.finite import Named
+from hf_spot.training.saving.frozen import Changeable, Frozen
 from hf_spot.training.saving.later_copies import LaterCopies
 from hf_spot.training.saving.live_tensors import LiveTensors
 from hf_spot.training.saving.shards import StagedPlanner, Unknown, stage
@@ -48,8 +52,11 @@ from hf_spot.training.upstream import (
     FILE_LIKE,
     OPEN_ZIPFILE,
     SAVE_ALONE,
+    SAVE_INTO_ZIPFILE,
     SAVE_TOGETHER,
+    SERIALIZATION_SETTINGS,
     SERIALIZE_FILE,
+    STORAGE_HANDLE,
     TENSOR_SPEC,
     TYPES,
     WRITE_RECORD,
@@ -62,6 +69,7 @@ _CONFIRM_S = 30.0  # no write to a tensor takes so long
 _DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in (TYPES.find() or {}).items()}
 # None if torch or safetensors has changed: files are then written at once, and `hf_spot.training.upstream.check` warns.
 _plain_open = OPEN_ZIPFILE.find()
+_plain_save = SAVE_INTO_ZIPFILE.find()
 _plain_serialize = SERIALIZE_FILE.find()
 _plain_save_together = SAVE_TOGETHER.find()
 
@@ -159,6 +167,7 @@ class AsyncCheckpointWriter:
             with (
                 SAVE_TOGETHER.replaced(torch.distributed.checkpoint, self._capture_together),
                 OPEN_ZIPFILE.replaced(torch.serialization, lambda plain: self._open),
+                SAVE_INTO_ZIPFILE.replaced(torch.serialization, lambda plain: self._save),
                 SERIALIZE_FILE.replaced(safetensors.torch, lambda plain: self._serialize),
                 taken_over(self._take),
                 self._unwritten.strict() if on_touch else nullcontext(),
@@ -301,6 +310,29 @@ class AsyncCheckpointWriter:
         if threading.get_ident() != self._owner or not isinstance(file, str) or not known:
             return _plain_open(file)
         return _Captured(self, os.path.abspath(file))
+
+    def _save(self, obj: Any, zip_file: Any, pickle_module: Any, protocol: int, without_byteorder: bool) -> None:
+        settings = SERIALIZATION_SETTINGS.find()
+        usual = pickle_module is pickle and settings is not None and not settings.skip_data
+        if usual and isinstance(zip_file, _Captured) and STORAGE_HANDLE.trouble() is None:
+            with suppress(Changeable):
+                frozen = Frozen(obj)
+                if (copies := self._keep_storages(frozen.storages)) is not None:
+                    zip_file.serialize_later(frozen.value, copies, protocol, without_byteorder)
+                    return
+        assert _plain_save is not None
+        _plain_save(obj, zip_file, pickle_module, protocol, without_byteorder)
+
+    def _keep_storages(self, storages: dict[int, torch.UntypedStorage]) -> dict[int, torch.Tensor] | None:
+        """Return copies of the memory of tensors by its handle; None if there is no room."""
+        copies = {}
+        for handle, storage in storages.items():
+            later = self._keep_later(storage.data_ptr(), storage.nbytes())
+            kept = self.keep(_bytes_of(storage)) if later is None else later
+            if kept is None:
+                return None
+            copies[handle] = kept
+        return copies
 
     def _serialize(self, tensors: Any, filename: Any, metadata: Any = None) -> None:
         kept = self._keep_all(tensors) if threading.get_ident() == self._owner else None
@@ -521,6 +553,7 @@ class _Captured:
         self._behind = behind
         self._path = path
         self._records: list[tuple[str, Any, int]] = []
+        self._unserialized: tuple[Any, dict[int, torch.Tensor], int, bool] | None = None
         self._at_once: Any = None
 
     def __enter__(self) -> _Captured:
@@ -531,6 +564,17 @@ class _Captured:
             self._at_once.__exit__(kind, error, trace)
         elif kind is None:
             self._behind._keep_for_later(self._path, self._write)
+
+    def serialize_later(self, value: Any, copies: dict[int, torch.Tensor], protocol: int, without_byteorder: bool) -> None:
+        """Have the whole content serialized when the file is written.
+
+        Args:
+            value: as `Frozen` returns it.
+            copies: of its tensors' memory, by the handle of that; complete once they have arrived.
+            protocol: of pickle.
+            without_byteorder: as in ``torch.save``.
+        """
+        self._unserialized = value, copies, protocol, without_byteorder
 
     def write_record(self, name: str, data: Any, size: int) -> None:
         """Store a record, or write it at once if it can't be copied. The parameters are those of torch's method."""
@@ -564,15 +608,39 @@ class _Captured:
         try:
             for record in self._records:
                 FILE_LIKE.of(opened).write_record(*record)
+            if self._unserialized is not None:
+                value, copies, protocol, without_byteorder = self._unserialized
+                assert _plain_save is not None
+                _plain_save(value, _FromCopies(FILE_LIKE.of(opened), copies), pickle, protocol, without_byteorder)
         except BaseException as error:
             with suppress(Exception):  # ends the file: torch's destructor would try to, and abort the process if it can't
                 opened.__exit__(type(error), error, error.__traceback__)
             raise
         self._records.clear()
+        self._unserialized = None
         return opened
 
     def _write(self) -> None:
         self._open_and_replay().__exit__(None, None, None)
+
+
+class _FromCopies:
+    """Writes the copies of tensors instead of their memory into a file that ``torch.save`` writes.
+
+    Args:
+        file: a ``torch._C.PyTorchFileWriter``.
+        copies: by the handles of the memory.
+    """
+
+    def __init__(self, file: Any, copies: dict[int, torch.Tensor]) -> None:
+        self._file = file
+        self._copies = copies
+
+    def write_record(self, name: str, data: Any, size: int) -> None:
+        """Write a record. The parameters are those of torch's method."""
+        if isinstance(data, torch.UntypedStorage):
+            data = self._copies[STORAGE_HANDLE.of(data)].untyped_storage() if size else b""
+        self._file.write_record(name, data, size)
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

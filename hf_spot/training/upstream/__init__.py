@@ -336,7 +336,7 @@ LOAD_OPTIMIZER = _method(
     _TRAINER,
     "_load_optimizer_and_scheduler",
     "checkpoint",
-    "training.trainer.restore training.trainer.resumed_events",
+    "training.trainer.restore training.trainer.resumed_events training.trainer.weights",
     "a second train() of the same Trainer begins with a new optimizer if the first one was finished by an earlier launch",
 )
 SKIP_FIRST_BATCHES = _function(
@@ -457,7 +457,7 @@ TENSOR_DLPACK = _memory("__dlpack__")
 STORAGE_HANDLE = _value(
     "torch:UntypedStorage",
     "_cdata",
-    "training.saving.live_tensors",
+    "training.saving.live_tensors training.saving.frozen training.saving.async_writer",
     "saves copy weights and optimizer states while training waits",
     told=True,
     scope=_BOTH,
@@ -481,6 +481,21 @@ _FSDP: Any = {"told": True, "only": "FSDP"}
 TORCH_SAVE = _function("torch", "save", "obj, f, …", "training.trainer.saves training.trainer.own_state", _FULL_DISK)
 OPEN_ZIPFILE = _function(
     "torch.serialization", "_open_zipfile_writer", "name_or_buffer", "training.saving.async_writer", _WAITS, told=True
+)
+SAVE_INTO_ZIPFILE = _function(
+    "torch.serialization",
+    "_save",
+    "obj, zip_file, pickle_module, pickle_protocol, _disable_byteorder_record",
+    "training.saving.async_writer",
+    "training waits while the states of its optimizer are serialized",
+    told=True,
+)
+SERIALIZATION_SETTINGS = _value(
+    "torch.serialization",
+    "_serialization_tls",
+    "training.saving.async_writer",
+    "training waits while the states of its optimizer are serialized",
+    told=True,
 )
 FILE_LIKE = _attribute("torch.serialization:_opener", "file_like", "training.saving.async_writer", _WAITS, told=True)
 WRITE_RECORD = _method("torch._C:PyTorchFileWriter", "write_record", "…", "training.saving.async_writer", _WAITS, told=True)

@@ -6,16 +6,20 @@ import ctypes
 import logging
 import shutil
 import threading
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import safetensors.torch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_spot import Run, SpotArguments, SpotCallback, SpotError
+from hf_spot.training.saving import async_writer
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter, free_bytes
+from hf_spot.training.saving.frozen import Changeable, Frozen
 from tests.small_disk import SmallDisk, why_not
 from tests.training.conftest import STEPS, Patient, Recorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, kinds, steps
@@ -85,6 +89,75 @@ def test_odd_values_are_written_as_torch_writes_them(behind: AsyncCheckpointWrit
         assert not (tmp_path / "odd.pt").exists()
     assert behind.wait(PATIENCE_S)
     assert (tmp_path / "odd.pt").read_bytes() == plain
+
+
+@pytest.mark.parametrize("is_later", [True, False])
+def test_what_changes_right_after_a_save_is_written_as_it_was(
+    is_later: bool, behind: AsyncCheckpointWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, number, serialized = {"lr": 0.1, "steps": [1, [2]]}, torch.arange(4), []
+    pair = (number, 3) if not is_later else [number, 3]  # a tuple of tensors is serialized at once
+    held = {"state": {0: {"step": number, "half": number[2:]}}, "groups": [inner, inner], "pair": pair, "again": number}
+    plain_save = async_writer._plain_save
+
+    def noting(*args: Any) -> None:
+        serialized.append(threading.current_thread() is not threading.main_thread())
+        plain_save(*args)
+
+    monkeypatch.setattr(async_writer, "_plain_save", noting)
+    torch.save(held, tmp_path / "odd.pt")
+    plain = (tmp_path / "odd.pt").read_bytes()
+    with behind.capturing():
+        torch.save(held, tmp_path / "odd.pt")
+        inner["lr"], inner["more"] = 0.2, 1
+        inner["steps"][1].append(3)
+        held["state"][0]["step"] = torch.zeros(9)
+        number.zero_()
+        number.data = torch.ones(7)
+    assert behind.wait(PATIENCE_S)
+    assert behind.take_error() is None
+    assert (tmp_path / "odd.pt").read_bytes() == plain
+    assert serialized == [is_later]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.nn.Parameter(torch.ones(2)),
+        torch.ones(2, requires_grad=True),
+        OrderedDict(a=torch.ones(2)),
+        {"of": (torch.ones(2),)},
+        {"bits": torch.ones(2, dtype=torch.complex64).conj()},
+        {"set": {1, 2}},
+        {(1, 2): numpy.float64(3)},
+    ],
+    ids=["parameter", "grad", "ordered", "tuple", "conjugated", "set", "numpy"],
+)
+def test_what_can_not_be_kept_is_serialized_at_once(value: Any, behind: AsyncCheckpointWriter, tmp_path: Path) -> None:
+    with pytest.raises(Changeable):
+        Frozen(value)
+    torch.save(value, tmp_path / "odd.pt")
+    plain = (tmp_path / "odd.pt").read_bytes()
+    with behind.capturing():
+        torch.save(value, tmp_path / "odd.pt")
+    assert behind.wait(PATIENCE_S)
+    assert (tmp_path / "odd.pt").read_bytes() == plain
+
+
+def test_memory_of_two_types_is_refused_in_the_save(behind: AsyncCheckpointWriter, tmp_path: Path) -> None:
+    one = torch.arange(4)
+    with behind.capturing(), pytest.raises(RuntimeError, match="different types"):
+        torch.save({"one": one, "other": one.view(torch.float64)}, tmp_path / "odd.pt")
+
+
+def test_what_is_to_be_saved_without_data_is(behind: AsyncCheckpointWriter, tmp_path: Path) -> None:
+    with torch.serialization.skip_data():
+        torch.save({"one": torch.ones(4)}, tmp_path / "odd.pt")
+        plain = (tmp_path / "odd.pt").stat().st_size
+        with behind.capturing():
+            torch.save({"one": torch.ones(4)}, tmp_path / "odd.pt")
+    assert (tmp_path / "odd.pt").stat().st_size == plain
+    assert torch.load(tmp_path / "odd.pt")["one"].tolist() != [1, 1, 1, 1]
 
 
 def test_a_record_that_may_change_after_the_save_is_written_at_once(behind: AsyncCheckpointWriter, tmp_path: Path) -> None:
