@@ -763,6 +763,12 @@ ARROW_OF_BUFFER = _value(_BUFFER, "iter_arrow", _BUFFERS, _READ_AGAIN, **_STREAM
 BEGIN_STATE_OF_BUFFER = _method(_BUFFER, "_init_state_dict", "", _BUFFERS, _READ_AGAIN, **_STREAM)
 LOAD_STATE_OF_BUFFER = _method(_BUFFER, "load_state_dict", "state_dict", _BUFFERS, _READ_AGAIN, **_STREAM)
 STATE_OF_STREAM = _method("datasets.iterable_dataset:IterableDataset", "state_dict", "", _BUFFERS, _READ_AGAIN, **_STREAM)
+LOAD_STATE_OF_STREAM = _method(
+    "datasets.iterable_dataset:IterableDataset", "load_state_dict", "state_dict", _BUFFERS, _READ_AGAIN, **_STREAM
+)
+START_OF_STREAM = _attribute(
+    "datasets.iterable_dataset:IterableDataset", "_starting_state_dict", _BUFFERS, _READ_AGAIN, **_STREAM
+)
 
 PREPARE_STREAM = _method(
     "datasets.iterable_dataset:IterableDataset",
