@@ -328,6 +328,9 @@ class Walk:
                 yield from self.attributes(at, inner, lambda key: key not in _OF_MODULES, _DEEPEST - 1)
             elif self._libraries:
                 yield from self.plain_attributes(at, inner, lambda key: key not in _OF_MODULES)
+            for name, value in list(vars(inner).items()):
+                if isinstance(value, types.FunctionType):  # as a script that replaces `forward` does
+                    yield from self.function(f"{at}.{name}", value, 1)
             for hooks in _HOOKS:
                 for place, hook in enumerate(list((getattr(inner, hooks, None) or {}).values())):
                     yield from self.function(f"{at}.{hooks}[{place}]", hook, 1)

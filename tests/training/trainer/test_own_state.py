@@ -386,7 +386,7 @@ class Counts(Rows):
 def everywhere(out: Path, **settings: Any) -> Trainer:
     global CALLS
     CALLS, Everywhere.calls = 0, 0
-    dice, drawn, scale = random.Random(4), [0], 1.0
+    dice, drawn, scale, passes = random.Random(4), [0], 1.0, [0]
 
     def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         drawn[0] += dice.randrange(3)
@@ -402,6 +402,13 @@ def everywhere(out: Path, **settings: Any) -> Trainer:
     model = GPT2LMHeadModel(SHAPE)
     model.config.note = None
     model.transformer.ln_f.register_forward_hook(hook)
+    forward = model.lm_head.forward
+
+    def scaled(hidden: torch.Tensor) -> torch.Tensor:
+        passes[0] += 1
+        return forward(hidden) / passes[0]
+
+    model.lm_head.forward = scaled
     moves = Moves()
     trainer: Any = make(
         out,
