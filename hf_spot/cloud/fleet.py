@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timedelta
 
-from hf_spot.cloud.ec2 import Cloud, Instance
+from hf_spot.cloud.ec2 import Instance
 from hf_spot.cloud.fleet_size import REGION
-from hf_spot.cloud.job import SPOT, Job
+from hf_spot.cloud.job import SPOT
 from hf_spot.cloud.ladder import Wanted, pause_s
 from hf_spot.cloud.ledger import FRUITLESS_MACHINES, Machine
-from hf_spot.cloud.machine_records import MachineRecords
-from hf_spot.cloud.plans import Planner
-from hf_spot.cloud.walk import Say, Walker, Yield
+from hf_spot.cloud.walk import Setting, Walker, Yield
 from hf_spot.policy.fleet import Goal, Means, Member, decide
 from hf_spot.policy.membership import Size
 
@@ -27,33 +25,15 @@ class Fleet:
     """Keeps the number of machines of a run at what ladder, prices and budget give.
 
     Args:
-        job: the job.
-        cloud: the account's EC2.
-        records: of the run's machines.
-        planner: knows the budget.
+        setting: the job, and what it needs.
         walker: orders machines.
         now: the wall clock.
-        say: reports progress.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        cloud: Cloud,
-        records: MachineRecords,
-        planner: Planner,
-        walker: Walker,
-        *,
-        now: Callable[[], datetime],
-        say: Say,
-    ) -> None:
-        self._job = job
-        self._cloud = cloud
-        self._records = records
-        self._planner = planner
+    def __init__(self, setting: Setting, walker: Walker, *, now: Callable[[], datetime]) -> None:
+        self._at = setting
         self._walker = walker
         self._now = now
-        self._say = say
         self._fruitless_walks = 0
         self._next_walk = now()
         self._given: set[str] = set()
@@ -85,14 +65,14 @@ class Fleet:
             alive: the run's instances, as EC2 says.
             fresh: a person requested it, so earlier failures do not count.
         """
-        job, ledger = self._job, self._records.ledger
+        job, ledger = self._at.job, self._at.records.ledger
         standing = {one.id for one in alive if one.state in _STANDING}
         machines = [one for one in ledger.live() if one.instance_id in standing]
-        prices = {one.instance_id: self._records.usd_per_hour_now(one) for one in machines}
+        prices = {one.instance_id: self._at.records.usd_per_hour_now(one) for one in machines}
         members = [Member(one.instance_id, prices[one.instance_id], one.market != SPOT) for one in machines]
         decision = decide(self._goal(), members, self._means(), self._settled_s())
         if decision.why and decision.why != ledger.why_missing:
-            self._records.record("short", why=decision.why)
+            self._at.records.record("short", why=decision.why)
         if decision.end:
             self.end([one for one in machines if one.instance_id in decision.end], decision.why)
             self.walked(got_all=False)  # what was given back for a reason is not asked for again at once
@@ -115,36 +95,36 @@ class Fleet:
     def fill(self, token: str, wanted: Wanted) -> Yield:
         """Start machines, and record how the walk has ended. Raises as `Walker.several`."""
         found = self._walker.several(token, wanted)
-        self._records.record("walked", why=found.why)
+        self._at.records.record("walked", why=found.why)
         return found
 
     def end(self, machines: Sequence[Machine], why: str) -> None:
         """Terminate some machines; the training saves first, and goes on with the others."""
         for machine in machines:
-            self._say(
+            self._at.say(
                 f"{machine.instance_id} is given back: {why}",
                 {"event": "given-back", "machine": machine.instance_id, "why": why},
             )
             self._given.add(machine.instance_id)
-            self._cloud.terminate(machine.region, [machine.instance_id])
+            self._at.cloud.terminate(machine.region, [machine.instance_id])
 
     def _may_start(self) -> bool:
-        ledger = self._records.ledger
+        ledger = self._at.records.ledger
         return not (ledger.stopped or ledger.failed or ledger.fruitless >= FRUITLESS_MACHINES)
 
     def _goal(self) -> Goal:
-        job, ledger = self._job, self._records.ledger
+        job, ledger = self._at.job, self._at.records.ledger
         is_free = "--allow_batch_change" in job.run.replace("--allow-batch-change", "--allow_batch_change")
         size = Size(job.size.least, job.size.most, ledger.ranks_each if ledger.samples else 1, ledger.samples, is_free)
         return Goal(job.size.least, job.size.most, size.of)
 
     def _means(self) -> Means:
-        job = self._job
+        job = self._at.job
         whole = None if job.hours is None else job.hours * job.size.most
         deadline_h = None if job.deadline is None else (job.deadline - self._now()) / _HOUR
-        return Means(self._planner.left_usd(), self._records.ledger.machine_hours_left(whole), deadline_h)
+        return Means(self._at.planner.left_usd(), self._at.records.ledger.machine_hours_left(whole), deadline_h)
 
     def _settled_s(self) -> float:
-        machines = self._records.ledger.machines
+        machines = self._at.records.ledger.machines
         changes = [moment for one in machines for moment in (one.began, one.ended) if moment is not None]
         return (self._now() - max(changes)).total_seconds() if changes else 0.0

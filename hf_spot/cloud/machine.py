@@ -22,18 +22,12 @@ import psutil
 
 from hf_spot.errors import SpotError
 from hf_spot.notices.aws import IMDSSource
+from hf_spot.run.machine_info import IMDS_PATHS
+from hf_spot.run.machine_info import VARIABLE as MACHINE_VARIABLE
 from hf_spot.runtime import STORE_VARIABLE
 from hf_spot.storage.open import open_store
 
-MACHINE_VARIABLE = "HF_SPOT_MACHINE"
 LOGS = "logs/"
-_PATHS = {
-    "instance_id": "instance-id",
-    "instance_type": "instance-type",
-    "zone": "placement/availability-zone",
-    "region": "placement/region",
-    "market": "instance-life-cycle",
-}
 
 
 def describe(read: Callable[[str], bytes | None], prices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -44,7 +38,7 @@ def describe(read: Callable[[str], bytes | None], prices: Sequence[Mapping[str, 
         prices: prices of the pools that it may be from.
     """
     found: dict[str, Any] = {"cloud": "aws"}
-    for name, path in _PATHS.items():
+    for name, path in IMDS_PATHS.items():
         try:
             if value := read(path):
                 found[name] = value.decode().strip()
@@ -113,7 +107,7 @@ def _name(environ: Mapping[str, str]) -> str:
     if known:
         return str(known)
     try:
-        value = IMDSSource.from_environ(environ).read(_PATHS["instance_id"])
+        value = IMDSSource.from_environ(environ).read(IMDS_PATHS["instance_id"])
     except SpotError:
         value = None
     return value.decode().strip() if value else platform.node()

@@ -22,7 +22,7 @@ from hf_spot.cloud.machine import LOGS
 from hf_spot.cloud.machine_records import MachineRecords
 from hf_spot.cloud.plans import Planner
 from hf_spot.cloud.user_data import render
-from hf_spot.cloud.walk import FLEET, OVER_BUDGET, SPOT_FLEET, SPOT_REQUEST, Say, Walker
+from hf_spot.cloud.walk import FLEET, OVER_BUDGET, SPOT_FLEET, SPOT_REQUEST, Say, Setting, Walker
 from hf_spot.cloud.wheel import wheel_for
 from hf_spot.errors import CloudError, ConfigError, NoCapacity, StoreUnavailable
 from hf_spot.run.run import Run
@@ -68,8 +68,9 @@ class Provisioner:
         in_zones = job.size.is_fleet and job.placement == REGION
         self.records = MachineRecords(run, cloud, now=now, disk_gb=job.disk_gb, counts_network=in_zones)
         self.planner = Planner(job, cloud, self.records, now=now)
-        self._walker = Walker(job, cloud, self.records, self.planner, api=api, sleep=sleep, say=say, tell=self._say_machine)
-        self.fleet = Fleet(job, cloud, self.records, self.planner, self._walker, now=now, say=say)
+        setting = Setting(job, cloud, self.records, self.planner, say)
+        self._walker = Walker(setting, api=api, sleep=sleep, tell=self._say_machine)
+        self.fleet = Fleet(setting, self._walker, now=now)
 
     # -- before anything costs money ----------------------------------------------------------------------------------
 

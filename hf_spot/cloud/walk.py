@@ -42,42 +42,44 @@ class Yield:
     why: str = ""
 
 
-class Walker:
-    """Walks the ladder of a job.
+@dataclass(frozen=True)
+class Setting:
+    """What whoever gets machines for a job works with.
 
     Args:
         job: the job.
         cloud: the account's EC2.
         records: of the run's machines.
-        planner: says what each rung offers.
+        planner: says what each rung offers, and what is left of the budget.
+        say: reports progress.
+    """
+
+    job: Job
+    cloud: Cloud
+    records: MachineRecords
+    planner: Planner
+    say: Say
+
+
+class Walker:
+    """Walks the ladder of a job.
+
+    Args:
+        setting: the job, and what it needs.
         api: how spot machines are ordered.
         sleep: waits for some seconds.
-        say: reports progress.
         tell: reports a machine that was started.
     """
 
     def __init__(
-        self,
-        job: Job,
-        cloud: Cloud,
-        records: MachineRecords,
-        planner: Planner,
-        *,
-        api: str,
-        sleep: Callable[[float], object],
-        say: Say,
-        tell: Callable[[str, Machine], None],
+        self, setting: Setting, *, api: str, sleep: Callable[[float], object], tell: Callable[[str, Machine], None]
     ) -> None:
-        self._job = job
-        self._cloud = cloud
-        self._records = records
-        self._planner = planner
+        self._at = setting
         self._api = api
         self._sleep = sleep
-        self._say = say
         self._tell = tell
         self._is_in_store = False
-        self._networks = Networks(cloud, records.run.url, job.tags)
+        self._networks = Networks(setting.cloud, setting.records.run.url, setting.job.tags)
 
     def one(self, token: str) -> Machine:
         """Start one machine.
@@ -86,16 +88,16 @@ class Walker:
             NoCapacity: no rung has capacity at the moment.
             CloudError: the remaining budget is too small, or the cloud refused.
         """
-        self._planner.forget_sites()  # images and networks may have changed since
+        self._at.planner.forget_sites()  # images and networks may have changed since
         refused: list[str] = []
         expensive: list[str] = []
-        for plan in self._planner.plans():
+        for plan in self._at.planner.plans():
             expensive += plan.over_budget
             refused += [f"rung {plan.index}: {note}" for note in plan.notes]
             for pools in plan.regions:
                 parts = plan.index, pools[0].region
                 for found in self._try(plan, pools, token, refused, parts, Wanted())[0]:
-                    machine = self._records.started(*found, plan.index)
+                    machine = self._at.records.started(*found, plan.index)
                     self._tell("started", machine)
                     return machine
         raise _nothing(refused, expensive)
@@ -109,8 +111,8 @@ class Walker:
             NoCapacity: there is none at all at the moment.
             CloudError: the remaining budget is too small for any, or the cloud refused.
         """
-        self._planner.forget_sites()
-        plans = [*self._planner.plans(wanted)]
+        self._at.planner.forget_sites()
+        plans = [*self._at.planner.plans(wanted)]
         expensive = [line for plan in plans for line in plan.over_budget]
         refused = [f"rung {plan.index}: {note}" for plan in plans for note in plan.notes]
         at_once = wanted.one_zone and not wanted.zone and wanted.needed > 1
@@ -141,7 +143,7 @@ class Walker:
             parts = plan.index, fitting[0].region, fitting[0].zone, whole, left.count
             found, fitting = self._try(plan, fitting, token, refused, parts, left)
             for one in found:
-                machine = self._records.started(*one, plan.index, more=True, wheel=str(self._wheel_in_store() or ""))
+                machine = self._at.records.started(*one, plan.index, more=True, wheel=str(self._wheel_in_store() or ""))
                 self._tell("started", machine)
                 machines.append(machine)
         return machines
@@ -151,8 +153,8 @@ class Walker:
             return 0
         dearest = max(pools, key=lambda pool: pool.price.usd_per_hour if pool.price else 0.0)
         assert dearest.price is not None
-        hours = hours_to_cover(dearest, self._planner.hours_left())
-        return affordable_machines(dearest.price.usd_per_hour, wanted.running_usd, self._planner.left_usd(), hours)
+        hours = hours_to_cover(dearest, self._at.planner.hours_left())
+        return affordable_machines(dearest.price.usd_per_hour, wanted.running_usd, self._at.planner.left_usd(), hours)
 
     def _try(
         self,
@@ -169,10 +171,10 @@ class Walker:
         while pools:
             order = self._order(plan, pools, ec2.token_for(token, *parts, attempt), wanted)
             several = f"{wanted.count} machines of " if wanted.count > 1 else ""
-            self._say(
+            self._at.say(
                 f"rung {plan.index}: requesting {several}{', '.join(map(str, pools))}",
                 {"event": "asking", "rung": plan.index, "region": order.region, "pools": len(pools)}
-                | ({"machines": wanted.count} if self._job.size.is_fleet else {}),
+                | ({"machines": wanted.count} if self._at.job.size.is_fleet else {}),
             )
             try:
                 outcome = self._send(order)
@@ -196,7 +198,7 @@ class Walker:
             codes = {pool: code for pool, (code, _) in outcome.refusals.items()}
             for pool in pools:
                 code = codes.get((pool.instance_type, pool.subnet), "UnfulfillableCapacity")
-                self._say(f"{pool}: {code}", {"event": "refused", "rung": plan.index, "zone": pool.zone, "code": code})
+                self._at.say(f"{pool}: {code}", {"event": "refused", "rung": plan.index, "zone": pool.zone, "code": code})
                 if code != "UnfulfillableCapacity":
                     refused.append(f"rung {plan.index}: {explain(code, doing=str(pool)).args[0]}")
             left = untried(pools, codes)
@@ -207,7 +209,7 @@ class Walker:
         return (), []
 
     def _order(self, plan: Plan, pools: Sequence[Pool], token: str, wanted: Wanted) -> Order:
-        job, region = self._job, pools[0].region
+        job, region = self._at.job, pools[0].region
         prices = [
             {
                 "instance_type": pool.instance_type,
@@ -217,24 +219,24 @@ class Walker:
                 "price_usd_per_hour": pool.price.usd_per_hour,
                 "price_source": pool.price.source,
                 "price_time": pool.price.time.isoformat(),
-                "on_demand_usd_per_hour": self._records.on_demand_usd(pool.instance_type, region),
+                "on_demand_usd_per_hour": self._at.records.on_demand_usd(pool.instance_type, region),
             }
             for pool in pools
             if pool.price is not None
         ]
         # Each of several machines may use its share, so that all together keep to the budget even if nobody watches.
-        disk = self._records.disk_usd_per_hour(region) or 0.0
-        minutes = minutes_affordable(pools, self._planner.left_usd() / job.size.most, disk)
+        disk = self._at.records.disk_usd_per_hour(region) or 0.0
+        minutes = minutes_affordable(pools, self._at.planner.left_usd() / job.size.most, disk)
         return Order(
             token=token,
             pools=pools,
-            image=self._planner.site(region)[0],
+            image=self._at.planner.site(region)[0],
             site=job.site(region),
             user_data=render(job, prices, minutes, wheel=self._wheel_in_store()),
             tags={
                 **job.tags,
                 "Name": f"hf-spot {job.name}",
-                ec2.RUN_TAG: ec2.tag_value(self._records.run.url),
+                ec2.RUN_TAG: ec2.tag_value(self._at.records.run.url),
                 ec2.RUNG_TAG: str(plan.index),
             },
             instance_profile=job.instance_profile,
@@ -248,9 +250,9 @@ class Walker:
 
     def _network(self, pools: Sequence[Pool]) -> Network:
         region = pools[0].region
-        subnets = {subnet.id: subnet for subnet in self._planner.site(region)[1]}
-        kinds = self._planner.kinds(region)
-        placed = self._job.placement == CLUSTER
+        subnets = {subnet.id: subnet for subnet in self._at.planner.site(region)[1]}
+        kinds = self._at.planner.kinds(region)
+        placed = self._at.job.placement == CLUSTER
         return Network(
             self._networks.security_group(region, subnets[pools[0].subnet].vpc),
             self._networks.placement_group(region, pools[0].zone) if placed else None,
@@ -262,30 +264,30 @@ class Walker:
 
     def remove_networks(self, regions: Sequence[str]) -> list[str]:
         """Remove the groups of several machines. Return those that machines still use."""
-        return self._networks.remove(regions) if self._job.size.is_fleet else []
+        return self._networks.remove(regions) if self._at.job.size.is_fleet else []
 
     def _wheel_in_store(self) -> Wheel | None:
         """Return what this process runs, where the machine will look for it. Raises StoreError.
 
         Machines that train together install the same: while some run, theirs counts, even if this process is a newer hf_spot.
         """
-        wheel = wheel_for(self._job.store, os.environ)
-        theirs = [one.wheel for one in self._records.ledger.live() if one.wheel] if self._job.size.is_fleet else []
+        wheel = wheel_for(self._at.job.store, os.environ)
+        theirs = [one.wheel for one in self._at.records.ledger.live() if one.wheel] if self._at.job.size.is_fleet else []
         if wheel is not None and theirs and theirs[0] != str(wheel):
-            self._say(f"the other machines run {theirs[0]}: new ones get the same", {"event": "note", "wheel": theirs[0]})
+            self._at.say(f"the other machines run {theirs[0]}: new ones get the same", {"event": "note", "wheel": theirs[0]})
             return Wheel.of(theirs[0])
         if wheel is not None and not self._is_in_store:
-            put(self._records.run.store, wheel)
+            put(self._at.records.run.store, wheel)
             self._is_in_store = True
         return wheel
 
     def _send(self, order: Order) -> Outcome:
         if order.pools[0].market != SPOT or self._api == FLEET:
-            return orders.create_fleet(self._cloud, order)
+            return orders.create_fleet(self._at.cloud, order)
         if self._api == SPOT_REQUEST:
-            return orders.request_spot_instances(self._cloud, order, sleep=self._sleep)
+            return orders.request_spot_instances(self._at.cloud, order, sleep=self._sleep)
         # A spot fleet always uses capacity-optimized.
-        return orders.request_spot_fleet(self._cloud, replace(order, strategy="capacity-optimized"), sleep=self._sleep)
+        return orders.request_spot_fleet(self._at.cloud, replace(order, strategy="capacity-optimized"), sleep=self._sleep)
 
 
 def _rest(wanted: Wanted, found: Sequence[Machine], *, whole: bool) -> Wanted:

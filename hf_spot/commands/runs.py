@@ -263,11 +263,16 @@ def _report(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"run": args.run, **report.to_dict()})
     else:
-        print(render_report(report, args.run, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+        print(render_report(report, args.run, _width()))
         if not run.journal.state.number:
             words, hint = what_is_there(args.run)
             print(f"{words}\n  Try: {hint}")
     return 0
+
+
+def _width() -> int | None:
+    """Return the columns of the terminal; None for a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _draw(args: argparse.Namespace, run: Run, report: Report) -> None:
@@ -320,5 +325,5 @@ def _simulate(args: argparse.Namespace) -> int:
         print_json([result.to_dict() for result in results])
     else:
         capacity = ", ".join(str(path) for path in args.trace) if args.trace else MODEL_SOURCE
-        print(render_simulation(plan, results, f"{capacity}; {args.seeds} trainings a row"))
+        print(render_simulation(plan, results, f"{capacity}; {args.seeds} trainings a row", _width()))
     return 0

@@ -26,7 +26,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
 :root { color-scheme: light dark }
 body { color: #222; background: #fff }
 h1 { font-size: 1.3rem; overflow-wrap: anywhere } h2 { font-size: 1.05rem; margin-top: 2rem }
-svg { width: 100%; height: auto }
+figure { margin: 1rem 0; overflow-x: auto }
+svg { width: 100%; min-width: 38rem; height: auto }
 div { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #8885; white-space: nowrap }

@@ -37,6 +37,8 @@ _FEW_POINTS = 40  # are shown as points, too
 _MOST_LINES = 60  # interruptions
 _ROOM_FOR_LABELS = 0.22  # of the height of the losses, above them
 _LABEL_SHARE = 0.018  # of the width that a label takes
+_LABEL_HEIGHT = 0.42  # of the losses' height, at most
+_WIDTH_OF_TWO_LINES, _LEVEL = 0.1, 0.1  # shares of the width and of the height
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,13 @@ def plot_losses(
     for number, losses in enumerate(launches, start=1):
         axes.plot(list(losses), list(losses.values()), linewidth=1.2, label=f"launch {number}")
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + _ROOM_FOR_LABELS * (high - low))
-    for one in interruptions:
+    first, last = axes.get_xlim()
+    places = [(one.step - first) / (last - first) for one in interruptions]
+    at_the_edge = [place > 1 - _WIDTH_OF_TWO_LINES for place in places]
+    begins = [place - _WIDTH_OF_TWO_LINES * is_at_the_edge for place, is_at_the_edge in zip(places, at_the_edge, strict=True)]
+    levels = _levels([(begin, begin + _WIDTH_OF_TWO_LINES) for begin in begins])
+    axes.set_ylim(low, high + (_ROOM_FOR_LABELS + _LEVEL * max(levels, default=0)) * (high - low))
+    for one, level, is_at_the_edge in zip(interruptions, levels, at_the_edge, strict=True):
         lost = one.step - one.committed_step
         colour = "tab:red" if lost else "0.3"
         axes.axvline(one.step, color=colour, linestyle="--", linewidth=1)
@@ -96,10 +103,11 @@ def plot_losses(
             axes.axvspan(one.committed_step, one.step, color=colour, alpha=0.15, linewidth=0)
         axes.annotate(
             f"{one.label}\n{lost} steps lost",
-            (one.step, 0.96),
+            (one.step, 0.96 - _LEVEL * level),
             xycoords=axes.get_xaxis_transform(),
-            xytext=(4, 0),
+            xytext=(-4 if is_at_the_edge else 4, 0),
             textcoords="offset points",
+            horizontalalignment="right" if is_at_the_edge else "left",
             color=colour,
             fontsize=8,
             verticalalignment="top",
@@ -107,6 +115,22 @@ def plot_losses(
     axes.set(xlabel="optimizer step", ylabel="training loss", title=title)
     figure.legend(loc="outside lower center", ncols=min(1 + len(launches), 6), fontsize=8, frameon=False)
     _save(figure, path)
+
+
+def _levels(spans: Sequence[tuple[float, float]]) -> list[int]:
+    """Return for each label how many rows below the upper edge it stands, so that those close to each other don't overlap.
+
+    Args:
+        spans: where each label begins and ends, as shares of the width.
+    """
+    rows: list[list[tuple[float, float]]] = []
+    found = []
+    for begin, end in spans:
+        free = [at for at, row in enumerate(rows) if all(end <= other[0] or other[1] <= begin for other in row)]
+        level = free[0] if free else len(rows)
+        rows[level : level + 1] = [[*(rows[level] if free else []), (begin, end)]]
+        found.append(level)
+    return found
 
 
 def plot_timeline(path: Path, timeline: Timeline, title: str) -> None:
@@ -300,15 +324,23 @@ def _mark_interruptions(timeline: Timeline, top: Any, lanes: Any, unit_s: float,
         if at_s - labelled_at > _LABEL_SHARE * end_s:
             labelled_at = at_s
             inside = at_s < (1 - _LABEL_SHARE) * end_s
+            is_below = _is_only_above(timeline, top.get_ylim(), at_s, 1.5 * _LABEL_SHARE * end_s)
             top.annotate(
                 word,
-                (at_s / unit_s, 0.97),
+                (at_s / unit_s, 0.03 if is_below else 0.97),
                 xycoords=top.get_xaxis_transform(),
                 xytext=(3 if inside else -3, 0),
                 textcoords="offset points",
                 rotation=90,
                 ha="left" if inside else "right",
-                va="top",
+                va="bottom" if is_below else "top",
                 fontsize=7,
                 color=MUTED,
             )
+
+
+def _is_only_above(timeline: Timeline, limits: tuple[float, float], at_s: float, around_s: float) -> bool:
+    """Return whether the loss around a time would run through a label at the upper edge, but not through one at the lower."""
+    low, high = limits
+    near = [(loss - low) / (high - low) for curve in timeline.losses for t_s, loss in curve if abs(t_s - at_s) < around_s]
+    return any(share > 1 - _LABEL_HEIGHT for share in near) and all(share > _LABEL_HEIGHT for share in near)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
+from hf_spot.economics.bill import Bill
 from hf_spot.notices.notice import NoticeKind
 from hf_spot.policy.redone import Redone, in_words
 from hf_spot.policy.requests import heartbeats_in, writes_of_entry
@@ -236,6 +237,7 @@ class Report:
         on_demand_usd: on-demand cost of that time, where the price is known.
         on_demand_unpriced_s: part of ``on_demand_s`` without a known price.
         saved_usd: the difference; None unless all prices are known.
+        bill: of the machines of `hf-spot provision`.
         traffic: what the machines have exchanged with the store.
         store_place: region of the store, or ``internet``, as `hf-spot provision` has found it; empty if unknown.
         traffic_rates: prices of that traffic.
@@ -264,6 +266,7 @@ class Report:
     on_demand_usd: float = 0.0
     on_demand_unpriced_s: float = 0.0
     saved_usd: float | None = None
+    bill: Bill = field(default_factory=Bill)
     traffic: Traffic = field(default_factory=Traffic)
     store_place: str = ""
     traffic_rates: tuple[Rate, ...] = ()
@@ -275,7 +278,7 @@ class Report:
         launches, trackers = [launch.to_dict() for launch in self.launches], [vars(one) for one in self.trackers]
         shown = {name: value for name, value in vars(self).items() if name not in ("store_place", "traffic_rates")}
         traffic = traffic_data(self.traffic, self.store_place, self.traffic_rates)
-        return {**shown, "launches": launches, "trackers": trackers, "traffic": traffic}
+        return {**shown, "launches": launches, "trackers": trackers, "traffic": traffic, "bill": self.bill.to_data()}
 
 
 def _sizes_bytes(files: object) -> list[int]:
@@ -294,14 +297,14 @@ def summarise(entries: Iterable[Entry], last_words: LastWords | None = None) -> 
     """
     launches: list[Launch] = []
     now: datetime | None = None
-    step, skew_s, writes = 0, 0.0, 0
+    step, skew_s, writes, bill = 0, 0.0, 0, Bill()
     traffic, place, rates, zones = Traffic(), "", tuple[Rate, ...](), dict[str, int]()
     trackers: dict[tuple[int, str], TrackerPlace] = {}
     for entry in entries:
         if now is not None and entry.time < now:
             skew_s = max(skew_s, (now - entry.time).total_seconds())
         now = entry.time if now is None else max(now, entry.time)
-        traffic = traffic.after(entry)
+        traffic, bill = traffic.after(entry), bill.after(entry)
         if entry.kind == "machine" and isinstance(entry.data.get("traffic"), dict):
             place, known = rates_in(entry.data["traffic"])
             rates, zones = tuple(known), zones_in(entry.data["traffic"])
@@ -324,7 +327,7 @@ def summarise(entries: Iterable[Entry], last_words: LastWords | None = None) -> 
     report = _add_up(launches, step, skew_s)
     writes += heartbeats_in(report.held_s)
     traffic = replace(traffic, between_zones=zones)
-    report = replace(report, traffic=traffic, store_place=place, traffic_rates=rates)
+    report = replace(report, bill=bill, traffic=traffic, store_place=place, traffic_rates=rates)
     return replace(report, writes=writes, trackers=tuple(trackers[key] for key in sorted(trackers)))
 
 

@@ -23,6 +23,7 @@ WORDS_MEAN = (
 SIMULATION_WORDS_MEAN = ("late: the share of the simulated runs that end after their deadline.",)
 _LEAST_NEEDED = ("notice→commit", "waited", "commits", "redone", "lasted")  # columns, the first one first
 _LEAST_NEEDED_OF_MACHINES = ("prices from", "on demand $/h", "zone")
+_LEAST_NEEDED_OF_SIMULATIONS = ("without interruptions", "published", "extra", "on-demand", "10%..90%", "10%..90%")
 _NEWEST = 40  # launches in a terminal
 _MOST_LAST_WORDS = 5
 
@@ -57,26 +58,40 @@ def render_report(report: Report, url: str, width: int | None = None) -> str:
     machines = machine_rows(report)
     if len(machines) > 1:
         lines += ["", *(columns(machines) if width is None else _fitted(machines, width, _LEAST_NEEDED_OF_MACHINES))]
-    money = [*money_lines(report), *request_lines(report, url), *traffic_lines(report, url)]
+    money = [*money_lines(report), *report.bill.lines(), *request_lines(report, url), *traffic_lines(report, url)]
     lines += ["", *columns(time_rows(report), left=(0, 3)), "", *money, "", *WORDS_MEAN]
     return "\n".join(lines if width is None else [part for line in lines for part in _wrapped(line, width)])
 
 
-def _fitted(rows: list[list[str]], width: int, least_needed: Sequence[str]) -> list[str]:
-    """Return the rows as lines that fit: the newest ones, and without the columns that are needed least."""
+def _fitted(
+    rows: list[list[str]],
+    width: int,
+    least_needed: Sequence[str],
+    left: tuple[int, ...] = (),
+    where: str = "--html FILE, or --json",
+) -> list[str]:
+    """Return the rows as lines that fit: the newest ones, and without the columns that are needed least.
+
+    Args:
+        rows: the first one has the titles.
+        width: columns of the terminal.
+        least_needed: titles, in the order in which they are left out.
+        left: the columns that are aligned to the left.
+        where: the options that show everything.
+    """
     head, *body = rows
     older, shown = len(body) - _NEWEST, [head, *body[-_NEWEST:]]
     omitted = []
     for name in least_needed:
-        if max(map(len, columns(shown))) <= width:
+        if max(map(len, columns(shown, left))) <= width:
             break
         at = shown[0].index(name)
         shown = [row[:at] + row[at + 1 :] for row in shown]
         omitted.append(name)
-    lines = columns(shown)
+    lines = columns(shown, left)
     told = [f"{older} older rows" if older > 0 else "", f"columns {', '.join(omitted)}" if omitted else ""]
     if any(told):
-        lines.append(f"(without {' and '.join(filter(None, told))}: --html FILE, or --json)")
+        lines.append(f"(without {' and '.join(filter(None, told))}: {where})")
     return lines
 
 
@@ -91,13 +106,14 @@ def _wrapped(line: str, width: int) -> list[str]:
     )
 
 
-def render_simulation(plan: Plan, results: Sequence[Result], capacity: str) -> str:
+def render_simulation(plan: Plan, results: Sequence[Result], capacity: str, width: int | None = None) -> str:
     """Format the results of a simulation.
 
     Args:
         plan: the simulated plan.
         results: results of its rows.
         capacity: source of the capacity, as text.
+        width: as in `render_report`.
     """
     rows = [
         [
@@ -131,7 +147,8 @@ def render_simulation(plan: Plan, results: Sequence[Result], capacity: str) -> s
                 "" if one.row.deadline_hours is None else f"{100 * one.late_share:.1f}%",
             ]
         )
-    lines = columns(rows, left=(0,))
+    where = "a wider terminal, or --json"
+    lines = columns(rows, (0,)) if width is None else _fitted(rows, width, _LEAST_NEEDED_OF_SIMULATIONS, (0,), where)
     lines += ["", f"Capacity: {capacity}."]
     aborted = [f"{one.row.name} ({100 * one.unfinished_share:.0f}%)" for one in results if one.unfinished_share]
     if aborted:
@@ -144,7 +161,7 @@ def render_simulation(plan: Plan, results: Sequence[Result], capacity: str) -> s
         for rung in one.row.ladder
     )
     lines += ["Prices: " + "; ".join(sources) + ".", *plan.notes, *_words_of(rows[0])]
-    return "\n".join(lines)
+    return "\n".join(lines if width is None else [part for line in lines for part in _wrapped(line, width)])
 
 
 def _words_of(titles: Sequence[str]) -> list[str]:

@@ -65,6 +65,8 @@ def _main() -> None:
     outlive_terminal()
     ranks: WarmRanks | None = None
     if spare is None:
+        if runtime is not None:
+            runtime.meet()  # before the imports, which take long on a busy machine
         _import_all()
     else:
         ranks = _wait(spare)

@@ -47,6 +47,8 @@ from hf_spot.timeouts import LAST_CALL_S, MEETING_S
 log = logging.getLogger("hf_spot")
 
 _TICK_S = 0.1
+_FIRST_TICK_S = 0.02  # machines that have trained together meet again in a moment
+_MOMENT_S = 5.0
 _SAY_EVERY_S = 30.0
 _LOOK_EVERY_S = 2.0  # while machines are missing
 _WEIGH_EVERY_S = 1.0
@@ -252,7 +254,7 @@ class Elastic:
                 if is_void(self._at, sight, self._unanswered, self._clock(), self._quiet_s):
                     self._leave("machines meet elsewhere")
                     return None
-            self._wait(_TICK_S)
+            self._wait(_FIRST_TICK_S if self._clock() - began_s < _MOMENT_S else _TICK_S)
             return None
         return self._start(hosting, present.waiting, size.of(1 + len(present.waiting)))
 
@@ -316,7 +318,7 @@ class Elastic:
         log.warning("machine 0 of launch %d is gone%s", self._at.launch, "" if visiting.was_closed else ": no sign of life")
         number = self._run.state().number  # what it has written before counts no longer
         self._unanswered = {self._at: Unanswered(visiting.lost_s, number)}
-        self._visiting, self._expected = None, self._expected - {self._host}
+        self._visiting, self._expected = None, (visiting.here or self._expected) - {self._host, self._me.id}
         visiting.close()
 
     def _say(self, began_s: float, what: str) -> None:

@@ -267,8 +267,10 @@ class Hosting:
         self._lost_silently = 0
         self._gone_ids: set[str] = set()
         self._closing = False
+        self._waker, self._woken = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._door, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._work, name="hf_spot-host", daemon=True)
         self._thread.start()
 
@@ -339,7 +341,9 @@ class Hosting:
             why: `FINISHED` if the run is, `HUNG` if it hangs for good; anything else lets them meet again.
         """
         self._closing = True
+        self._waker.close()  # the thread need not wait any longer, and neither do machines that meet elsewhere
         self._thread.join()
+        self._woken.close()
         for guest in self._guests.values():
             guest.channel.send({"bye": why})
             guest.channel.connection.close()
@@ -431,6 +435,7 @@ class Hosting:
                 guest.is_proven, self._changed_s = True, time.monotonic()
                 self._gone_ids.discard(guest.member.id)
             log.info("machine %s is here", guest.member.name)
+            self._tell_who_is_here()
             if guest.member.words != self.me.words:
                 told = _differing(self.me.words, guest.member.words)
                 name = guest.member.name
@@ -459,9 +464,16 @@ class Hosting:
                 self._lost_silently += silently
         guest.channel.connection.close()
         if guest.is_proven:
+            self._tell_who_is_here()
             log.info("machine %s is gone%s", guest.member.name, ": no sign of life" if silently else "")
         if guest.rank is not None and self._endings.note(ended := Ended(guest.rank, Verdict.LOST, 1)):
             self._tell_members(ended)
+
+    def _tell_who_is_here(self) -> None:
+        """Tell all guests whom to expect when they meet without this machine."""
+        known = self._known()
+        for guest in known:
+            guest.channel.send({"here": [one.member.id for one in known]})
 
     def _tell_members(self, ended: Ended) -> None:
         for guest in self._known():
@@ -584,6 +596,7 @@ class Visiting:
         self.lost_s: float | None = None  # when the host was heard for the last time, once it is lost
         self.was_closed = False  # the connection was closed, by the host or by the kernel of a machine whose launcher died
         self.bye: str | None = None
+        self.here: frozenset[str] = frozenset()  # ids of the host's guests, spares included
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="hf_spot-guest", daemon=True)
         self._thread.start()
@@ -672,6 +685,8 @@ class Visiting:
             log.warning("machine 0 was started with other arguments of the script than this machine: %s", told)
         elif "spare" in message:
             log.info("launch %s has enough machines: this one waits as a spare", message["spare"])
+        elif "here" in message:
+            self.here = frozenset(map(str, message["here"]))
         elif "bye" in message:
             self.bye = str(message["bye"])
 

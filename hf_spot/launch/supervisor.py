@@ -426,6 +426,7 @@ class Supervisor:
 
     def _wait(self, tree: ProcessTree, runtime: Runtime, folder: RuntimeFolder) -> int:
         alone_since: float | None = None
+        told = ""
         unhooked = Unhooked(runtime, self._clock)
         self._hangs.begin(runtime, self._machines.rank, self._machines.count, self._peers)
         while (code := tree.wait(_TICK_S)) is None:
@@ -441,7 +442,9 @@ class Supervisor:
                 self._give_up()
                 return EXIT_PREEMPTED
             if self._elastic is not None and not self._heard.is_set() and (change := self._elastic.look(runtime)) is not None:
-                log.warning("the machines change, %s: the training saves, and goes on with them", change)
+                if change != told:
+                    log.warning("the machines change, %s: the training saves, and goes on with them", change)
+                told = change
                 runtime.write_notice(PreemptionNotice(NoticeKind.TERMINATE, CHANGE_OF_MACHINES, change))
             if not self._heard.is_set() and self._hangs.look():
                 return EXIT_HUNG

@@ -109,6 +109,7 @@ class SignalSource:
         # Appending to a deque is atomic and takes no lock: a handler may interrupt anything, another handler included.
         self._received: deque[tuple[str, datetime]] = deque()
         self._earlier: dict[signal.Signals, object] = {}
+        self._displaced: set[signal.Signals] = set()
         self._pid = 0
 
     @property
@@ -149,12 +150,27 @@ class SignalSource:
 
     def poll(self) -> PreemptionNotice | None:
         """Return TERMINATE after a signal was received; the first one sets its time."""
+        self._name_displaced()
         try:
             name, received_at = self._received[0]
         except IndexError:
             return None
         deadline = None if self._grace_s is None else received_at + timedelta(seconds=self._grace_s)
         return PreemptionNotice(NoticeKind.TERMINATE, self.name, f"{name} {received_at.isoformat()}", deadline)
+
+    def _name_displaced(self) -> None:
+        """Log once per signal that the program has installed a handler over this one."""
+        if self._pid != os.getpid():
+            return
+        for one in self._earlier:
+            if one not in self._displaced and signal.getsignal(one) != self._handle and self._pid:
+                self._displaced.add(one)
+                log.warning(
+                    "the program has installed its own handler for %s while it trains: unless that calls the one before it, "
+                    "%s is no notice any more. Install it before train()",
+                    one.name,
+                    one.name,
+                )
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:

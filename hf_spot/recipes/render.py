@@ -61,20 +61,9 @@ class Nodes:
         return f"{self.least or self.most}:{self.most}"
 
 
-def kubernetes(
-    *,
-    store: str,
-    script: str,
-    name: str,
-    gpus: int,
-    image: str,
-    grace_s: int,
-    nodes: str | int = 1,
-    queue: str | None = None,
-    priority_class: str | None = None,
-) -> str:
-    """Return a Kubernetes Job as YAML; for a fixed number of several machines an Indexed Job and the Service through which they
-    find each other, for machines that come and go an Indexed Job alone.
+@dataclass(frozen=True)
+class Pods:
+    """What the recipes of Kubernetes, JobSet and Kubeflow Trainer are filled with.
 
     Args:
         store: URL of the run.
@@ -83,24 +72,45 @@ def kubernetes(
         gpus: GPUs of each pod.
         image: container image.
         grace_s: seconds from the eviction to the kill.
-        nodes: number of pods that train together, or a range such as ``2:8``.
+        nodes: number of pods that train together, or a range such as ``2:8``; default: that of the recipe.
         queue: Kueue's local queue.
         priority_class: Kueue's priority class.
+    """
+
+    store: str
+    script: str
+    name: str
+    gpus: int
+    image: str
+    grace_s: int
+    nodes: str | int | None = None
+    queue: str | None = None
+    priority_class: str | None = None
+
+
+def kubernetes(**options: Any) -> str:
+    """Return a Kubernetes Job as YAML; for a fixed number of several machines an Indexed Job and the Service through which they
+    find each other, for machines that come and go an Indexed Job alone.
+
+    Args:
+        options: the fields of `Pods`; ``nodes`` is 1 by default.
 
     Raises:
         ConfigError: a value can't be used.
     """
-    count = Nodes.of(nodes)
-    labels = _kueue(queue, priority_class, count)
+    pods = Pods(**options)
+    count = Nodes.of(1 if pods.nodes is None else pods.nodes)
+    labels = _kueue(pods, count)
     if count.are_elastic:
-        machines, values = _machines(store, script, name, gpus, image, grace_s, count, "train", with_command=True)
+        machines, values = _machines(pods, count, "train", with_command=True)
         return _fill(
             "kubernetes-elastic.yaml", {**values, "queue": labels, "machines": textwrap.indent(machines, "  ").rstrip()}
         )
+    store, name, gpus = pods.store, pods.name, pods.gpus
     _check_pods_store(store)
     # Kubernetes replaces $(NAME) with a variable of the container, and $$(NAME) with $(NAME).
     machine = "$(JOB_COMPLETION_INDEX)", f"{_named(name)}-0.{name}", "29500"
-    words = _quoted_for_kubernetes(_launch(store, script, gpus, count.most))
+    words = _quoted_for_kubernetes(_launch(store, pods.script, gpus, count.most))
     if count.most > 1 and not _SERVICE.fullmatch(name):
         raise ConfigError(
             f"--name {name!r} is not a valid name for a Service: it must begin with a letter", hint=f"--name run-{name}"
@@ -110,53 +120,40 @@ def kubernetes(
         "nodes": count.most,
         "crashes": 3 * count.most,
         "gpus": gpus,
-        "image": image,
-        "grace_s": _at_least("--grace-s", grace_s, 1),
-        "grace_text": str(grace_s),  # an annotation is text
+        "image": pods.image,
+        "grace_s": _at_least("--grace-s", pods.grace_s, 1),
+        "grace_text": str(pods.grace_s),  # an annotation is text
         "arguments": ["launch", *(_meet(*machine) if count.most > 1 else ()), *words],
     }
     filling = _as_yaml(texts) | {"queue": labels}
     return _fill("kubernetes.yaml", filling) + (_fill("kubernetes-service.yaml", filling) if count.most > 1 else "")
 
 
-def jobset(
-    *,
-    store: str,
-    script: str,
-    name: str,
-    gpus: int,
-    image: str,
-    grace_s: int,
-    nodes: str | int = "1:2",
-    queue: str | None = None,
-    priority_class: str | None = None,
-) -> str:
-    """Return a JobSet as YAML, for machines that come and go. Arguments and errors are those of `kubernetes`."""
-    count = _meeting(nodes)
-    machines, values = _machines(store, script, name, gpus, image, grace_s, count, "train", with_command=True)
-    labels = _kueue(queue, priority_class, None)
-    return _fill("jobset.yaml", {**values, "queue": labels, "machines": textwrap.indent(machines, " " * 10).rstrip()})
+def jobset(**options: Any) -> str:
+    """Return a JobSet as YAML, for machines that come and go.
+
+    Args:
+        options: the fields of `Pods`; ``nodes`` is 1:2 by default.
+
+    Raises:
+        ConfigError: a value can't be used.
+    """
+    return _elastic("jobset.yaml", Pods(**options), "train", indent=10, with_command=True)
 
 
-def trainjob(
-    *,
-    store: str,
-    script: str,
-    name: str,
-    gpus: int,
-    image: str,
-    grace_s: int,
-    nodes: str | int = "1:2",
-    queue: str | None = None,
-    priority_class: str | None = None,
-) -> str:
+def trainjob(**options: Any) -> str:
     """Return a TrainingRuntime and a TrainJob of Kubeflow Trainer 2 as YAML, for machines that come and go. Arguments and
-    errors are those of `kubernetes`."""
-    count = _meeting(nodes)
+    errors are those of `jobset`."""
     # Kubeflow looks for a container of this name.
-    machines, values = _machines(store, script, name, gpus, image, grace_s, count, "node", with_command=False)
-    labels = _kueue(queue, priority_class, None)
-    return _fill("trainjob.yaml", {**values, "queue": labels, "machines": textwrap.indent(machines, " " * 14).rstrip()})
+    return _elastic("trainjob.yaml", Pods(**options), "node", indent=14, with_command=False)
+
+
+def _elastic(template: str, pods: Pods, container: str, *, indent: int, with_command: bool) -> str:
+    """Return a template that holds the specification of an Indexed Job, for machines that come and go."""
+    count = _meeting("1:2" if pods.nodes is None else pods.nodes)
+    machines, values = _machines(pods, count, container, with_command=with_command)
+    filling = {**values, "queue": _kueue(pods, None), "machines": textwrap.indent(machines, " " * indent).rstrip()}
+    return _fill(template, filling)
 
 
 def _meeting(nodes: str | int) -> Nodes:
@@ -165,29 +162,28 @@ def _meeting(nodes: str | int) -> Nodes:
     return count if count.are_elastic else Nodes(count.most, count.most)
 
 
-def _machines(
-    store: str, script: str, name: str, gpus: int, image: str, grace_s: int, count: Nodes, container: str, *, with_command: bool
-) -> tuple[str, dict[str, str]]:
+def _machines(pods: Pods, count: Nodes, container: str, *, with_command: bool) -> tuple[str, dict[str, str]]:
     """Return the specification of an Indexed Job of machines that come and go, and its values."""
-    _check_pods_store(store)
+    _check_pods_store(pods.store)
     values = {
-        "name": _named(name),
+        "name": _named(pods.name),
         "most": count.most,
         "spare": count.most - count.least,
         "container": container,
-        "gpus": _at_least("--gpus", gpus, 1),
-        "image": image,
-        "grace_s": _at_least("--grace-s", grace_s, 1),
-        "grace_text": str(grace_s),  # an annotation is text
-        "arguments": ["launch", *_quoted_for_kubernetes(_launch_elastic(store, script, gpus, count))],
+        "gpus": _at_least("--gpus", pods.gpus, 1),
+        "image": pods.image,
+        "grace_s": _at_least("--grace-s", pods.grace_s, 1),
+        "grace_text": str(pods.grace_s),  # an annotation is text
+        "arguments": ["launch", *_quoted_for_kubernetes(_launch_elastic(pods.store, pods.script, pods.gpus, count))],
     }
     filling = _as_yaml(values)
     command = f"        command: [hf-spot]\n        args: {filling['arguments']}\n" if with_command else ""
     return _fill("kubernetes-machines.yaml", {**filling, "command": command}), filling
 
 
-def _kueue(queue: str | None, priority_class: str | None, count: Nodes | None) -> str:
+def _kueue(pods: Pods, count: Nodes | None) -> str:
     """Return the metadata by which Kueue queues a workload; ``count`` is that of a Job, which may get fewer pods."""
+    queue, priority_class = pods.queue, pods.priority_class
     named = {"--queue": queue, "--priority-class": priority_class}
     for option, value in named.items():
         if value is not None and not _LABEL.fullmatch(value):

@@ -26,7 +26,7 @@ _WORDS = ("cloud", "instance_id", "instance_type", "zone", "region", "market", "
 KEYS = (*_WORDS, *_PRICES, *_TIMES)
 
 # https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-categories.html
-_PATHS = {
+IMDS_PATHS = {
     "instance_id": "instance-id",
     "instance_type": "instance-type",
     "zone": "placement/availability-zone",
@@ -80,7 +80,7 @@ def this_machine(environ: Mapping[str, str]) -> dict[str, Any]:
         ConfigError: ``$HF_SPOT_MACHINE`` can't be used.
     """
     told = _from_variable(environ.get(VARIABLE, ""))
-    found = _ask_ec2(environ) if is_ec2(environ) and not told.keys() >= _PATHS.keys() else {}
+    found = _ask_ec2(environ) if is_ec2(environ) and not told.keys() >= IMDS_PATHS.keys() else {}
     return {**dict.fromkeys(KEYS), **found, **told}
 
 
@@ -88,7 +88,7 @@ def _ask_ec2(environ: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {"cloud": "aws"}
     try:
         service = IMDSSource.from_environ(environ, timeout_s=_TIMEOUT_S)
-        for key, path in _PATHS.items():
+        for key, path in IMDS_PATHS.items():
             text = service.read(path)
             found[key] = None if text is None else text.decode("utf-8", "replace").strip()
     except SpotError:

@@ -199,6 +199,69 @@ def _dpo(output_dir: Path, each: int) -> Trainer:
     return trainer
 
 
+def _experts(output_dir: Path, each: int) -> Trainer:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    set_seed(5)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": True, "attention_dropout": 0.1}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=WORDS, max_position_embeddings=32, pad_token_id=0, **sizes, **more))
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    return Trainer(
+        model, _settings(TrainingArguments, output_dir, each, **checkpointing), train_dataset=Words(), data_collator=padded
+    )
+
+
+class OwnStep(Trainer):
+    """Computes gradients and draws samples itself, as scripts do."""
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return torch.utils.data.WeightedRandomSampler([1.0 + at % 3 for at in range(ROWS_OF_DATA)], ROWS_OF_DATA)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        model.train()
+        loss = model(**self._prepare_inputs(inputs)).loss / self.args.gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        for one in model.parameters():
+            one.grad.clamp_(-0.01, 0.01)
+        return loss.detach()
+
+
+class Noise(torch.optim.AdamW):
+    """Adds random numbers to what it trains."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Do a step."""
+        done = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for one in group["params"]:
+                    one.add_(torch.randn_like(one), alpha=1e-3)
+        return done
+
+
+def _own_step(output_dir: Path, each: int) -> Trainer:
+    args = _settings(TrainingArguments, output_dir, each, dataloader_drop_last=True, max_grad_norm=0.0)
+    model = _gpt2()
+    return OwnStep(
+        model, args, train_dataset=Words(), data_collator=padded, optimizers=(Noise(model.parameters(), lr=1e-2), None)
+    )
+
+
+def _rewarded(output_dir: Path, each: int) -> Trainer:
+    datasets, trl = importlib.import_module("datasets"), importlib.import_module("trl")
+    from transformers import GPT2ForSequenceClassification
+
+    set_seed(5)
+    sizes = {"n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 2}
+    model = GPT2ForSequenceClassification(GPT2Config(vocab_size=WORDS, pad_token_id=0, num_labels=1, **sizes))
+    args = _settings(trl.RewardConfig, output_dir, each, max_length=24, center_rewards_coefficient=0.01)
+    rows = Words().rows
+    data = datasets.Dataset.from_dict({"chosen": list(map(_sentence, rows)), "rejected": [_sentence(row[:4]) for row in rows]})
+    trainer: Trainer = trl.RewardTrainer(model, args=args, train_dataset=data, processing_class=_tokenizer())
+    return trainer
+
+
 ROWS: dict[str, Row] = {
     "GPT-2 with dropout": Row(_plain),
     "Llama, bf16, checkpointing, clipping": Row(_mixed),
@@ -207,4 +270,7 @@ ROWS: dict[str, Row] = {
     "LoRA, label smoothing": Row(_smoothed, needs="peft"),
     "SFT with NEFTune": Row(_sft, needs="trl"),
     "DPO": Row(_dpo, needs="trl"),
+    "experts, reentrant checkpointing": Row(_experts),
+    "own step, sampler and optimizer": Row(_own_step),
+    "reward model": Row(_rewarded, needs="trl"),
 }

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -51,6 +52,7 @@ trainer.save_model("weights")
 """
 IS_WARM = "a Python is kept warm for a restart"
 PATIENCE_S = 300.0
+_TRIES = 5
 
 
 class Launch:
@@ -129,31 +131,74 @@ def of_one_machine(scratch: Path, ranks: int, rounds: int) -> dict[str, object]:
     return {**found, "ratio": found["fresh_s"] / found["warm_s"], "sha256": digests["warm"]}
 
 
-def of_three_machines(scratch: Path) -> dict[str, object]:
-    """Three launchers, each a machine of one process, of which one is killed with all that it has started."""
+def of_three_machines(scratch: Path, lost: str) -> dict[str, object]:
+    """Three launchers, each a machine of one process, of which one is killed with all that it has started: machine 0, so that
+    the ranks of the others change, or the two others, so that machine 0 goes on alone."""
     found: dict[str, float] = {}
     for way in ("fresh", "warm"):
-        store = scratch / f"run-{way}-machines"
-        more = ["--num_machines", "2:3", "--num_processes", "1"]
-        launches = [Launch(scratch / f"{way}-machine-{number}", store, 1, way == "warm", more) for number in range(3)]
+        least = 2 if lost == "machine 0" else 1
+        launches = _three_machines(scratch, f"{way}-{lost.replace(' ', '-')}", way == "warm", least)
         try:
-            for launch in launches:
-                launch.wait_for(lambda one=launch: any(what == 7 for what, _, _ in one.diary()), "step 7")
-                if way == "warm":
-                    launch.wait_for(lambda one=launch: IS_WARM in one.text(), "the spare")
+            main = next(launch for launch in launches if re.search(r"launch 1: ", launch.text()))
+            gone = [launch for launch in launches if (launch is main) == (lost == "machine 0")]
+            left = [launch for launch in launches if launch not in gone]
             known = {pid for one in launches for _, _, pid in one.diary()}
-            began = time.time()
-            _end(launches[2])
+            used, began = _processor_s(left), time.time()
+            for launch in gone:
+                _end(launch)
             seen = []
-            for launch in launches[:2]:
+            for launch in left:
                 steps = functools.partial(_new_steps, launch, known)
                 launch.wait_for(steps, "the next step")
                 seen.append(min(steps()) - began)
             found[f"{way}_s"] = max(seen)
+            if way == "warm" and (cold := [one.text() for one in left if "a fresh Python starts" in one.text()]):
+                raise SystemExit(f"a spare was not taken:\n{cold[0][-3000:]}")
+            now = _processor_s(left)
+            found[f"{way}_processor_s"] = sum(now[pid] - used.get(pid, 0.0) for pid in now) / len(left)
         finally:
             for launch in launches:
                 _end(launch)
     return {**found, "ratio": found["fresh_s"] / found["warm_s"]}
+
+
+def _three_machines(scratch: Path, name: str, warm: bool, least: int) -> list[Launch]:
+    """Three machines in their seventh step, with spares that are ready; all of them were there when the first launch began."""
+    more = ["--num_machines", f"{least}:3", "--num_processes", "1"]
+    for number in range(_TRIES):
+        store = scratch / f"run-{name}-{number}"
+        launches = [Launch(scratch / f"{name}-{number}-{machine}", store, 1, warm, more) for machine in range(3)]
+        is_done = False
+        try:
+            launches[0].wait_for(lambda: any("launch 1: " in one.text() for one in launches), "the first launch")  # noqa: B023
+            line = next(line for one in launches for line in one.text().splitlines() if "launch 1: " in line)
+            if line.count(",") < 2:  # one was late, on a busy host
+                continue
+            for launch in launches:
+                launch.wait_for(lambda one=launch: any(what == 7 for what, _, _ in one.diary()), "step 7")
+                if warm:
+                    launch.wait_for(lambda one=launch: IS_WARM in one.text(), "the spare")
+            is_done = True
+            return launches
+        finally:
+            if not is_done:
+                for launch in launches:
+                    _end(launch)
+    raise SystemExit("three machines never began together: this host is too busy")
+
+
+def _processor_s(launches: list[Launch]) -> dict[int, float]:
+    """The processor time that each process of these launches has used."""
+    found = {}
+    for launch in launches:
+        root = psutil.Process(launch.process.pid)
+        for one in (root, *root.children(recursive=True)):
+            try:
+                times = one.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            found[one.pid] = times.user + times.system
+    return found
 
 
 def _end(launch: Launch) -> None:
@@ -169,7 +214,7 @@ def _end(launch: Launch) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--machines", action="store_true", help="three machines, too")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
@@ -184,11 +229,14 @@ def main() -> None:
                 flush=True,
             )
         if options.machines:
-            found["machines"] = one = of_three_machines(Path(scratch))
-            print(
-                f"one of three machines        {one['fresh_s']:17.2f} s {one['warm_s']:11.2f} s"
-                f"   {one['ratio']:.1f} times as fast"
-            )
+            for lost in ("machine 0", "two others"):
+                found[f"without {lost}"] = one = of_three_machines(Path(scratch), lost)
+                print(
+                    f"three machines, of which {lost:10} {one['fresh_s']:12.2f} s {one['warm_s']:11.2f} s"
+                    f"   {one['ratio']:.1f} times as fast\n"
+                    f"  processor time of each one left {one['fresh_processor_s']:7.2f} s {one['warm_processor_s']:11.2f} s",
+                    flush=True,
+                )
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 

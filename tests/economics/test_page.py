@@ -18,7 +18,8 @@ from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.run import Run
 from tests.economics.journals import claim, timing
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
+CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
 MARKUP = "a<b>&\"c'"  # a machine may be called anything
 
 
@@ -86,7 +87,7 @@ def test_the_page_is_whole_and_loads_nothing(run: Run, tmp_path: Path) -> None:
     assert "training loss" in "".join(drawn.itertext())
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium-headless-shell)")
 def test_a_browser_shows_the_page_and_asks_the_network_for_nothing(run: Run, tmp_path: Path) -> None:
     page, log, picture = written(run, tmp_path), tmp_path / "net.json", tmp_path / "page.png"
     assert CHROMIUM is not None

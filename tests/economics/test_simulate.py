@@ -16,6 +16,7 @@ from hf_spot.economics import simulate as simulator
 from hf_spot.economics.plan import ON_DEMAND, Rung, preset
 from hf_spot.economics.replay import replay
 from hf_spot.economics.simulate import Outcome, Training, run, simulate
+from hf_spot.economics.table import render_simulation
 from hf_spot.economics.traces import Trace
 from hf_spot.errors import ConfigError
 from hf_spot.policy import cadence, preemption
@@ -300,3 +301,13 @@ def test_the_command_replays_a_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert 0 < json.loads(capsys.readouterr().out)["predicted"] < 1
     assert main(["simulate", "--replay", str(tmp_path / "run")]) == 0
     assert "goodput" in capsys.readouterr().out
+
+
+def test_a_simulation_fits_a_terminal_and_says_what_it_leaves_out() -> None:
+    plan = preset("blog")
+    results = simulate(plan, None, jobs=2)
+    lines = render_simulation(plan, results, "a model", 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split()[:2] == ["row", "hours"] and "cost" in lines[0]
+    assert "without columns without interruptions, published" in " ".join(lines) and "--json" in " ".join(lines)
+    assert max(map(len, render_simulation(plan, results, "a model").splitlines())) > 80

@@ -150,7 +150,7 @@ def _come(cluster: Cluster) -> bool:
     """Whether every machine that has been started again is connected to machine 0: it is the last one that it has seen."""
     for host, process in cluster.running.items():
         assert process.poll() is None, f"{host}: {cluster.text()}"
-    logs = [sorted(cluster.hosts.folder(host).glob("log-*"))[-1].read_text() for host in cluster.running]
+    logs = [cluster.newest_log(host).read_text() for host in cluster.running]
     return all("hf-spot: launch " in log or "as a spare" in log or "is here" in log for log in logs)
 
 

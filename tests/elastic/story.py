@@ -96,16 +96,20 @@ class Cluster:
         return min(found())
 
     def training(self) -> list[int]:
-        """The hosts whose ranks run: a spare has no process but its launcher."""
-        return [host for host, process in self.running.items() if process.is_running() and process.children()]
+        """The hosts that train in the newest launch: a spare that waits has processes as well, which are kept warm."""
+        newest = f"launch {self.run().state().launch} of "
+        return [host for host in self.running if newest in self.newest_log(host).read_text(errors="replace")]
 
     def main(self) -> int:
         """The host that is machine 0 of the newest launch."""
         return max(self.running, key=self._newest_hosted)
 
     def _newest_hosted(self, host: int) -> int:
-        logs = sorted(self.hosts.folder(host).glob("log-*"), key=lambda path: int(path.name.removeprefix("log-")))
-        return max((int(number) for number in _HOSTED.findall(logs[-1].read_text(errors="replace"))), default=0)
+        log = self.newest_log(host).read_text(errors="replace")
+        return max((int(number) for number in _HOSTED.findall(log)), default=0)
+
+    def newest_log(self, host: int) -> Path:
+        return max(self.hosts.folder(host).glob("log-*"), key=lambda path: int(path.name.removeprefix("log-")))
 
     def text(self) -> str:
         return "\n".join(

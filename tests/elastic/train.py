@@ -46,13 +46,15 @@ class Telling(Trainer):
 class Diary(TrainerCallback):
     """Tells each step, and slows it down."""
 
-    def __init__(self, diary: Path, step_s: float, slow: Path | None) -> None:
-        self.diary, self.step_s, self.slow = diary, step_s, slow
+    def __init__(self, diary: Path, step_s: float, slow: Path | None, hold: Path | None) -> None:
+        self.diary, self.step_s, self.slow, self.hold = diary, step_s, slow, hold
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         tell(self.diary, {"step": state.global_step, "at": time.time(), "ranks": args.world_size})
         if self.slow is None or self.slow.exists():
             time.sleep(self.step_s)
+        while self.hold is not None and self.hold.exists() and state.global_step > args.save_steps:
+            time.sleep(0.02)
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
         if "loss" in logs and state.is_world_process_zero:
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--step_s", type=float, default=0.0)
     parser.add_argument("--slow", type=Path, help="a step is only slow while this file exists")
+    parser.add_argument("--hold", type=Path, help="after the first step behind the first save, wait while this file exists")
     parser.add_argument("--save_steps", type=int, default=5)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--save_on_each_node", action="store_true")
@@ -121,7 +124,7 @@ def main() -> None:
         model=GPT2LMHeadModel(config),
         args=arguments,
         train_dataset=Numbered(options.samples),
-        callbacks=[Diary(options.diary, options.step_s, options.slow)],
+        callbacks=[Diary(options.diary, options.step_s, options.slow, options.hold)],
     )
     trainer.diary = options.diary
     trainer.train()

@@ -455,6 +455,13 @@ def test_a_machine_that_connects_again_is_not_there_already(hosting: Hosting) ->
         one.close()
 
 
+def test_a_host_that_another_one_was_faster_than_closes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_spot.launch.group._TICK_S", 2 * PATIENCE_S)
+    began_s = time.monotonic()
+    Hosting(Member("a", "a", 1), None, 5.0).close("another machine was first")
+    assert time.monotonic() - began_s < PATIENCE_S
+
+
 def test_a_host_that_says_nothing_is_lost_and_a_guest_likewise(hosting: Hosting) -> None:
     guest = visit(hosting.invitation, Member("g", "g", 1), None, 0.3)  # the host says something once a second
     assert guest.ended(PATIENCE_S) == Ended(0, Verdict.LOST, 1)

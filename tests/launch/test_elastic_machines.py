@@ -22,19 +22,30 @@ def cluster(tmp_path: Path, zygote: Zygote) -> Iterator[Cluster]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     with Hosts(3, tmp_path) as hosts:
-        yield Cluster(hosts, str(tmp_path / "run"), env, ["--num_machines", "2:3"], zygote, ["--step_s", "0.3"])
+        yield Cluster(
+            hosts,
+            str(tmp_path / "run"),
+            env,
+            ["--num_machines", "2:3", "--warm-spares", "on", "-v"],
+            zygote,
+            ["--step_s", "0.3", "--hold", str(tmp_path / "hold")],
+        )
 
 
 def test_machine_0_is_killed_and_comes_again_then_another_one_gets_a_notice_and_the_training_is_the_undisturbed_one(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     twin = undisturbed(tmp_path, {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    (tmp_path / "hold").touch()
     cluster.start(0, 1, 2)
     cluster.wait_for_step(6, ranks=3)
     wait_for(cluster.run().latest, f"for the commit of step 5: {cluster.text()}")
+    wait_for(lambda: cluster.text().count("a Python is kept warm") >= 3, f"for spares: {cluster.text()}")
     killed = cluster.main()
     at = cluster.kill(killed)
+    (tmp_path / "hold").unlink()
     cluster.wait_for_step(6, ranks=2, after=at)
+    assert "a fresh Python starts" not in cluster.text()  # though the ranks of the spares have changed
     cluster.start(killed)  # and waits as a spare
     before = cluster.steps()[-1]
     going = next(host for host in cluster.running if host not in (cluster.main(), killed))

@@ -50,6 +50,14 @@ def test_a_python_that_does_not_train_imports_nothing_of_hf_spot(environ: dict[s
     assert path == bare[2]
 
 
+def test_torchruns_agent_is_known_before_it_imports_torch_which_takes_long_on_a_busy_machine(environ: dict[str, str]) -> None:
+    look = "lambda: sys.exit(4 if Runtime.from_environ(os.environ).has_met(os.getpid()) else 3)"
+    code = (
+        f"import os, sys\nfrom hf_spot.launch import agent\nfrom hf_spot.runtime import Runtime\nagent._import_all = {look}\n"
+    )
+    assert python(environ, "-c", f"{code}agent._main()").returncode == 4
+
+
 @pytest.mark.parametrize("options", [["-I"], ["-S"], ["-E"]])
 def test_a_python_that_reads_no_environment_or_no_site_is_left_alone(environ: dict[str, str], options: list[str]) -> None:
     done = python(environ, *options, "-c", SHOWS)

@@ -232,3 +232,15 @@ def test_no_signal_at_all_and_a_grace_of_nothing_are_refused() -> None:
         SignalSource([])
     with pytest.raises(ConfigError, match="grace_s=0"):
         SignalSource(["SIGTERM"], grace_s=0)
+
+
+def test_a_handler_that_the_program_installs_later_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    source = SignalSource(("SIGUSR1",))
+    with installed(source):
+        source.poll()
+        assert not caplog.records
+        before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        source.poll()
+        source.poll()
+        assert caplog.text.count("installed its own handler for SIGUSR1") == 1
+        signal.signal(signal.SIGUSR1, before)

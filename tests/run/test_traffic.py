@@ -99,6 +99,25 @@ def test_the_report_has_a_line_of_it_with_its_prices_and_their_source() -> None:
     assert "Traffic" not in render_report(summarise(journal_of(*events)), "/a/folder")
 
 
+def test_the_report_has_the_bill_of_machines_with_how_well_it_is_known() -> None:
+    def machine(name: str, **more: Any) -> dict[str, Any]:
+        return {"instance_id": name, "began": "2026-01-01T00:00:00+00:00", **more}
+
+    def ended(name: str, usd: float, bound: str = "", event: str = "ended") -> Event:
+        known = machine(name, ended="2026-01-01T02:00:00+00:00", cost_usd=usd, disk_usd=0.02, cost_bound=bound)
+        return "machine", {"event": event, "machine": known}
+
+    started = [("machine", {"event": "started", "machine": machine(name)}) for name in "abcd"]
+    events = [*started, claim(("a", WEST)), commit(1, GB), ended("a", 3.0), ended("b", 0.0), ended("c", 5.0, "at most")]
+    report = summarise(journal_of(*events))
+    expected = "Bill: at most $8.00 for 3 machines from launch to end, 1 of them free, and $0.06 for their disks."
+    assert f"{expected} 1 machines have not ended: hf-spot status." in render_report(report, "s3://bucket/run")
+    report = summarise(journal_of(*events, ended("c", 4.5, event="billed"), ended("d", float("nan"))))
+    assert "Bill: $7.50 for 4 machines" in render_report(report, "s3://bucket/run")
+    assert json.loads(json.dumps(report.to_dict()))["bill"]["machines_usd"] == 7.5
+    assert "Bill" not in render_report(summarise(journal_of(claim(("a", WEST)))), "s3://bucket/run")
+
+
 @pytest.mark.parametrize("data", [{}, {"store": "x", "rates": 1}, {"store": "x", "rates": [{"bad": 1}]}, {"between_zones": 3}])
 def test_entries_that_make_no_sense_tell_nothing(data: dict[str, Any]) -> None:
     assert rates_in(data) == (NOWHERE, []) and zones_in(data) == {}

@@ -1,9 +1,9 @@
 """Whether a policy permits what EC2 asks for: by action, resource and condition, for each resource of a call.
 
 moto's enforcement knows actions alone: of EC2's calls it asks with the resource ``*``, and without the tags that conditions are
-about; a condition whose key it is not given counts as met, and one that is not met denies, also where another statement allows. So
-its statements match actions and resources here, and conditions are met as IAM's documentation says: all of them, and not without a
-value.
+about; a condition whose key it is not given counts as met, and one that is not met denies, also where another statement allows.
+So its statements match actions and resources here, and conditions are met as IAM's documentation says: all of them, and not
+without a value.
 https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_policies_elements_condition_operators.html
 """
 

@@ -45,7 +45,7 @@ class MachinesStory(Story):
 
     def __init__(self, folder: Path, s3: SeaweedFS, interruptions: int, seed: int, say: Callable[[str], None]) -> None:
         self.began_s = time.time()
-        self.epochs = math.ceil((interruptions * 6 + 8) / 10)  # of ten steps
+        self.epochs = math.ceil((interruptions * 9 + 8) / 10)  # of ten steps
         words = ("--epochs", str(self.epochs), "--save_steps", "4", "--save_on_each_node")
         paths = (str(TRAIN), "--output_dir", "{folder}/out", "--diary", "{folder}/losses.jsonl")
         super().__init__(folder, s3, Script((*paths, *words), slower=_SLOW), (), speed=20, say=say, twin=folder / "nowhere")

@@ -493,6 +493,8 @@ OTHERWISE = {
     upstream.BEGIN_STATE_OF_BUFFER: "tests/training/data/test_stream_position.py",
     upstream.LOAD_STATE_OF_BUFFER: "tests/training/data/test_stream_position.py",
     upstream.STATE_OF_STREAM: "tests/training/data/test_stream_position.py",
+    upstream.LOAD_STATE_OF_STREAM: "tests/training/data/test_stream_position.py",
+    upstream.START_OF_STREAM: "tests/training/data/test_stream_position.py",
     upstream.PREPARE_STREAM: "tests/training/data/test_stream_position.py",
     upstream.STREAM_SHARD: "tests/training/trainer/test_stream_ranks.py",
     upstream.PIN_MEMORY: "test_torch_pins_what_says_how",

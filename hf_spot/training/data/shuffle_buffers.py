@@ -30,10 +30,14 @@ from hf_spot.training.upstream import (
     BEGIN_STATE_OF_BUFFER,
     ITERATE_BUFFER,
     LOAD_STATE_OF_BUFFER,
+    LOAD_STATE_OF_STREAM,
+    START_OF_STREAM,
     STATE_OF_STREAM,
 )
 
 _TYPE = "BufferShuffledExamplesIterable"
+_BUFFER = "buffer"  # number of a buffer, in its state in this process
+_OURS = "of_hf_spot"  # in a state of a stream, beside what `datasets` reads
 _ROWS = 64  # between two remembered positions of a source
 _POSITIONS = 128
 _PER_AGE = 8  # a remembered position is closer to the next one than an eighth of its age
@@ -41,6 +45,7 @@ _MOST_RUNS = 20_000
 _PASSED: Any = object()
 
 _readings: weakref.WeakValueDictionary[int, _Reading] = weakref.WeakValueDictionary()
+_buffers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
 _lock = threading.RLock()
 
@@ -53,7 +58,8 @@ def install() -> None:
     """Let all shuffle buffers of this process say where they are. Do nothing if ``datasets`` is not imported."""
     plain, begin = ITERATE_BUFFER.find(), BEGIN_STATE_OF_BUFFER.find()
     arrow, load, state_of = ARROW_OF_BUFFER.find(), LOAD_STATE_OF_BUFFER.find(), STATE_OF_STREAM.find()
-    if None in (plain, begin, arrow, load, state_of) or hasattr(plain, "of_hf_spot"):
+    load_stream = LOAD_STATE_OF_STREAM.find()
+    if None in (plain, begin, arrow, load, state_of, load_stream) or hasattr(plain, "of_hf_spot"):
         return
 
     def iterate(self: Any) -> Iterator[Any]:
@@ -65,7 +71,8 @@ def install() -> None:
 
     def begin_state(self: Any) -> dict[str, Any]:
         BEGIN_STATE_OF_BUFFER.of(self.ex_iterable)()
-        self._state_dict = _state(given=0)
+        self._state_dict = _state(given=0) | {_BUFFER: next(_numbers)}
+        _buffers[self._state_dict[_BUFFER]] = self
         return self._state_dict  # type: ignore[no-any-return]
 
     def load_state(self: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -74,14 +81,22 @@ def install() -> None:
         return self._state_dict  # type: ignore[no-any-return]
 
     def state_dict(self: Any) -> dict[str, Any]:
-        return _settled(state_of(self))  # type: ignore[no-any-return]
+        state = state_of(self)
+        # What `datasets` itself reads, for a process without hf_spot; it ignores the other key.
+        plain: dict[str, Any] = _as_of_datasets(state)
+        return plain | ({_OURS: _settled(state)["examples_iterable"]} if _has_buffers(state) else {})
+
+    def load_state_dict(self: Any, state: dict[str, Any]) -> None:
+        load_stream(self, {**state, "examples_iterable": state[_OURS]} if _OURS in state else state)
 
     vars(iterate)["of_hf_spot"] = True
+    vars(state_dict)["plain_of_hf_spot"] = state_of
     ITERATE_BUFFER.put(iterate)
     ARROW_OF_BUFFER.put(property(iter_arrow))
     BEGIN_STATE_OF_BUFFER.put(begin_state)
     LOAD_STATE_OF_BUFFER.put(load_state)
     STATE_OF_STREAM.put(state_dict)
+    LOAD_STATE_OF_STREAM.put(load_state_dict)
 
 
 def is_installed() -> bool:
@@ -89,8 +104,39 @@ def is_installed() -> bool:
     return hasattr(ITERATE_BUFFER.find(), "of_hf_spot")
 
 
+def take_over_state(dataset: Any) -> None:
+    """Let a stream begin where a state says that the script has loaded before `install`, if hf_spot has added to it."""
+    if START_OF_STREAM.is_on(dataset) and _OURS in (START_OF_STREAM.of(dataset) or {}):
+        dataset.load_state_dict(START_OF_STREAM.of(dataset))
+
+
+def state_of_stream(dataset: Any) -> dict[str, Any]:
+    """Return the state of a stream of ``datasets`` with those of its shuffle buffers, as `install` lets it be loaded."""
+    plain = getattr(type(dataset).state_dict, "plain_of_hf_spot", None)
+    state: dict[str, Any] = dataset.state_dict() if plain is None else _settled(plain(dataset))
+    return state
+
+
 def _state(given: int, *, reading: int | None = None, resume: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"type": _TYPE, "given": given, "reading": reading, "resume": resume}
+
+
+def _has_buffers(state: Any) -> bool:
+    if isinstance(state, dict | list):
+        return _is_of_a_buffer(state) or any(map(_has_buffers, state.values() if isinstance(state, dict) else state))
+    return False
+
+
+def _as_of_datasets(state: Any) -> Any:
+    """Return a state as ``datasets`` has it: that of a shuffle buffer is the state of its source."""
+    if isinstance(state, list):
+        return [_as_of_datasets(one) for one in state]
+    if not isinstance(state, dict):
+        return state
+    if _is_of_a_buffer(state):
+        loaded = state["resume"] or {}  # and not begun
+        return _as_of_datasets(loaded["source"] if "source" in loaded else _buffers[state[_BUFFER]].ex_iterable.state_dict())
+    return {name: _as_of_datasets(value) for name, value in state.items()}
 
 
 def _settled(state: Any) -> Any:
@@ -124,7 +170,7 @@ def _settle(state: Any, lowest: dict[int, int]) -> Any:
         return {name: _settle(value, lowest) for name, value in state.items()}
     reading = _readings.get(state["reading"] or 0)
     if reading is None or state["resume"] is not None:
-        return state | {"reading": None}
+        return {name: value for name, value in state.items() if name != _BUFFER} | {"reading": None}
     return _state(state["given"], resume=reading.resume_at(state["given"], lowest[state["reading"]]))
 
 

@@ -25,7 +25,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from hf_spot.log import warn_for_all
 from hf_spot.training.data.rng import capture, pack, restore, unpack
-from hf_spot.training.data.shuffle_buffers import StreamChangedError, install, is_installed
+from hf_spot.training.data.shuffle_buffers import (
+    StreamChangedError,
+    install,
+    is_installed,
+    state_of_stream,
+    take_over_state,
+)
 from hf_spot.training.upstream import ITERATOR, PIN_MEMORY, PREPARE_STREAM, STREAM_SHARD
 
 log = logging.getLogger("hf_spot")
@@ -81,6 +87,7 @@ def why_not(loader: Any) -> str | None:
     if loader.num_workers and not getattr(loader, "in_order", True):
         return "its DataLoader workers give batches in no fixed order (in_order=False)"
     install()
+    take_over_state(dataset)
     unknown = sorted({type(part).__name__ for part in _parts(dataset, {}) if not _is_exact(part)})
     if _SHUFFLES in unknown:
         return "the contents of its shuffle buffer are not known in this version of datasets"
@@ -247,7 +254,7 @@ class StreamPosition:
             else:
                 worker, batch = 0, given
                 given = _Made(None, 0, {}, samples.newest)
-                states = {"0": {"state": samples.state_dict()}}
+                states = {"0": {"state": samples.state()}}
             is_again = resumed is not None and count <= again and again > 0
             if worker <= last:
                 turn += 1
@@ -335,7 +342,7 @@ class StreamPosition:
         dataset.set_epoch(next(iter(states.values()))["state"]["epoch"])
         if not loader.num_workers:
             PREPARE_STREAM.of(dataset)()  # its state was made before shuffle buffers said where they are
-            if not _fits(states["0"]["state"], dataset.state_dict()):
+            if not _fits(states["0"]["state"], state_of_stream(dataset)):
                 return None
         each = batches_to_complete_with(loader, self._divided)
         if bool(each) != bool(saved["again"]):
@@ -424,6 +431,10 @@ class _Samples(IterableDataset[Any]):
             yield from self._kept(islice(self._left, self.again))
         yield from self._kept(_begun_at(self._dataset, start, in_worker=info is not None))
 
+    def state(self) -> dict[str, Any]:
+        """Return the state of the stream."""
+        return state_of_stream(self._dataset)
+
     def _kept(self, samples: Any) -> Iterator[Any]:
         for sample in samples:
             # A collator may take values out of a sample.
@@ -506,7 +517,7 @@ class _Collator:
         made = self._plain(batch)
         samples.random = pack(capture())
         random = base64.b64encode(samples.random).decode()
-        state = None if has_drawn else {"state": samples.state_dict(), "random": random}
+        state = None if has_drawn else {"state": samples.state(), "random": random}
         return _Made(made, info.id, state, digest)
 
     def __getattr__(self, name: str) -> Any:

@@ -107,9 +107,11 @@ def shielded_loop(signals: Sequence[signal.Signals], *args: Any, **kwargs: Any) 
     parent = multiprocessing.parent_process()
     assert parent is not None  # with "forkserver" os.getppid() is another process
     threading.Thread(target=_answer, args=(parent, signals), name="hf_spot-shield", daemon=True).start()
-    # dataset_kind, dataset, index_queue, data_queue, …, init_fn (9), worker_id (10), … as torch 2.6 to 2.13 pass them
+    # dataset_kind, dataset, index_queue, data_queue, …, collate_fn (6), …, init_fn (9), worker_id (10), … as torch 2.6 to 2.13
+    # pass them
     worker = args[9] if len(args) > 10 else None
     if isinstance(worker, Worker):
+        worker.works_with(args[1], args[6])
         args = (*args[:2], Asked(args[2], worker, args[10]), Made(args[3], worker), *args[4:])
     _plain_loop(*args, **kwargs)
 

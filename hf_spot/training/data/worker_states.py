@@ -26,6 +26,7 @@ from typing import Any
 from hf_spot.log import warn_for_all
 from hf_spot.runtime import make_private
 from hf_spot.training.data.rng import capture, pack, restore, unpack
+from hf_spot.training.state.data_side import DataSide, from_json, parts_of, to_json
 
 log = logging.getLogger("hf_spot")
 
@@ -33,7 +34,12 @@ _NUMBER = struct.Struct("<q")
 _STATE_BYTES = len(pack(capture()))
 _START_S = 5.0
 _LOOK_S = 0.01
-_SLOT_BYTES = _NUMBER.size + _STATE_BYTES
+_ROOM_BYTES = 1 << 14  # at least, for the state of the script's dataset and collator, if they have any
+
+
+def side_of(dataset: Any, collate: Any) -> DataSide:
+    """Return the state that a worker's dataset and collator keep."""
+    return DataSide([*parts_of(dataset), *parts_of(collate)])
 
 
 class Ring:
@@ -43,30 +49,51 @@ class Ring:
         path: the file; created if it does not exist.
         workers: number of workers.
         depth: number of states kept per worker.
+        room_bytes: room for the state of the dataset and the collator in each of them.
     """
 
-    def __init__(self, path: Path, workers: int, depth: int) -> None:
-        self._workers, self._depth = workers, depth
-        size_bytes = workers * depth * _SLOT_BYTES
+    def __init__(self, path: Path, workers: int, depth: int, room_bytes: int = 0) -> None:
+        self._workers, self._depth, self._room_bytes = workers, depth, room_bytes
+        self._slot_bytes = _NUMBER.size + _STATE_BYTES + _NUMBER.size + room_bytes
+        size_bytes = workers * depth * self._slot_bytes
         with path.open("a+b") as file:
             os.posix_fallocate(file.fileno(), 0, size_bytes)  # otherwise writing to it on a full disk would be a bus error
             self._memory = mmap.mmap(file.fileno(), size_bytes)
 
-    def write(self, batch: int) -> None:
-        """Write the states of this process's generators after a batch; the state before the first one has a negative number."""
+    def write(self, batch: int, own: bytes = b"") -> None:
+        """Write the states of this process's generators after a batch; the state before the first one has a negative number.
+
+        Args:
+            batch: number of the batch.
+            own: state of the dataset and the collator.
+        """
         at = self._slot(batch)
-        self._memory[at + _NUMBER.size : at + _SLOT_BYTES] = pack(capture())
+        end = at + _NUMBER.size + _STATE_BYTES
+        self._memory[at + _NUMBER.size : end] = pack(capture())
+        fits = len(own) <= self._room_bytes
+        _NUMBER.pack_into(self._memory, end, len(own) if fits else -1)
+        if fits:
+            self._memory[end + _NUMBER.size : end + _NUMBER.size + len(own)] = own
         _NUMBER.pack_into(self._memory, at, batch)
 
     def read(self, batch: int) -> bytes | None:
-        """Return the state after a batch; None if it was not written, or was overwritten."""
+        """Return the state after a batch: of the generators, and of dataset and collator; None if it was not written, or was
+        overwritten."""
         at = self._slot(batch)
         if _NUMBER.unpack_from(self._memory, at)[0] != batch:
             return None
-        return bytes(self._memory[at + _NUMBER.size : at + _SLOT_BYTES])
+        end = at + _NUMBER.size + _STATE_BYTES
+        own_bytes = _NUMBER.unpack_from(self._memory, end)[0]
+        if own_bytes < 0:
+            warn_for_all(
+                "what the dataset or the collator keeps in DataLoader workers is too large to be saved: it is reset in a "
+                "resumed run; with dataloader_num_workers=0 it is saved"
+            )
+        own = self._memory[end + _NUMBER.size : end + _NUMBER.size + max(0, own_bytes)]
+        return bytes(self._memory[at + _NUMBER.size : end]) + bytes(own)
 
     def _slot(self, batch: int) -> int:
-        return (batch % self._workers * self._depth + batch // self._workers % self._depth) * _SLOT_BYTES
+        return (batch % self._workers * self._depth + batch // self._workers % self._depth) * self._slot_bytes
 
 
 class Worker:
@@ -78,29 +105,53 @@ class Worker:
         workers: number of workers.
         depth: depth of the ring.
         first: initial states by worker; None keeps those from the seed.
+        room_bytes: as in `Ring`.
     """
 
     def __init__(
-        self, init: Callable[[int], None] | None, path: Path, workers: int, depth: int, first: list[bytes] | None
+        self,
+        init: Callable[[int], None] | None,
+        path: Path,
+        workers: int,
+        depth: int,
+        first: list[bytes] | None,
+        room_bytes: int = 0,
     ) -> None:
         self._init, self._path, self._workers, self._depth, self._first = init, path, workers, depth, first
+        self._room_bytes = room_bytes
+        self._side = DataSide()
+        self._side_began: dict[str, Any] = {}
+
+    def works_with(self, dataset: Any, collate: Any) -> None:
+        """Record the dataset and the collator of this worker's process, whose state is saved, too."""
+        if self._room_bytes:
+            self._side = side_of(dataset, collate)
+            self._side_began = self._side.capture()
 
     def __call__(self, worker_id: int) -> None:
         """Initialize the worker: torch calls this in the worker, before the first batch."""
         if self._init is not None:
             self._init(worker_id)
         if self._first is not None:
-            restore(unpack(self._first[worker_id]))
-        self._ring = Ring(self._path, self._workers, self._depth)
+            state = self._first[worker_id]
+            restore(unpack(state[:_STATE_BYTES]))
+            if own := state[_STATE_BYTES:]:
+                self._side.restore(from_json(json.loads(own)))
+        self._ring = Ring(self._path, self._workers, self._depth, self._room_bytes)
         self.begins(worker_id)
 
     def begins(self, worker_id: int) -> None:
         """Write the state at the start of an iteration."""
-        self._ring.write(worker_id - self._workers)
+        self._ring.write(worker_id - self._workers, self._own())
 
     def made(self, batch: int) -> None:
         """Write the state after a batch."""
-        self._ring.write(batch)
+        self._ring.write(batch, self._own())
+
+    def _own(self) -> bytes:
+        if self._side.is_empty or (now := self._side.capture()) == self._side_began:
+            return b""
+        return json.dumps(to_json(now)).encode()
 
 
 class Asked:
@@ -170,7 +221,9 @@ class WorkerStates:
         make_private(self._folder)
         self._forget_file()
         self._path = self._folder / f"workers-{uuid.uuid4().hex}"
-        self._ring = Ring(self._path, self._workers, depth)
+        side = side_of(loader.dataset, loader.collate_fn)
+        room_bytes = 0 if side.is_empty else max(_ROOM_BYTES, 4 * len(json.dumps(to_json(side.capture()))))
+        self._ring = Ring(self._path, self._workers, depth, room_bytes)
         first, self._first = self._first or None, None
         self._shift = self._shift_ahead
         if first is not None and len(first) != self._workers:
@@ -182,7 +235,7 @@ class WorkerStates:
                 len(first),
             )
             first = None
-        return Worker(loader.worker_init_fn, self._path, self._workers, depth, first)
+        return Worker(loader.worker_init_fn, self._path, self._workers, depth, first, room_bytes)
 
     def save(self, path: Path, handed_out: int) -> None:
         """Write the states of all workers to a file of the checkpoint.

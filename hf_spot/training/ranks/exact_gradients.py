@@ -33,8 +33,10 @@ bucket to learn whether it was exact), and R-1 for a part of 1/R. A micro-batch 
 each parameter (Kaplan et al., "Scaling Laws for Neural Language Models", 2020): the addition is a small share as soon as T
 is some hundreds.
 
-Memory, for each parameter: 8 bytes for the sum and 8 for what arrives with several micro-batches, beside the gradient; with
-one, as much as DistributedDataParallel takes.
+Memory, for each parameter in float32, at the end of the backward pass: DistributedDataParallel holds the gradient and a copy
+in its buckets, 8 bytes; its buckets stay here, unused. With one micro-batch on each rank there are the gradients that were
+sent and those that have arrived, 4 bytes more. With several there are the sum, what has arrived, and the last gradients, to
+which a layer that is computed twice may add: 16 bytes more at most.
 """
 
 from __future__ import annotations
@@ -98,6 +100,14 @@ class _Bucket:
     def clear(self) -> None:
         self.raw = self.levels = self.sent = None
         self.gradients, self.grown, self.result = {}, {}, torch.empty(0)
+
+    def views(self, flat: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Return each parameter's place in one tensor of all parts, by number."""
+        found, at = {}, 0
+        for number, one in self.parameters:
+            found[number] = flat[at : at + one.numel()].view_as(one)
+            at += one.numel()
+        return found
 
     def flat(self, gradients: dict[int, torch.Tensor]) -> torch.Tensor:
         """Return gradients, by number, as one tensor of all parts; `NOTHING` stands for those that are missing."""
@@ -176,7 +186,8 @@ class ExactGradients:
         self._buckets[at].awaited.discard(number)
         while self._next < len(self._buckets) and not self._buckets[self._next].awaited:
             bucket = self._buckets[self._next]
-            bucket.gradients = self._add(bucket)
+            gradients = self._add(bucket)
+            bucket.gradients = gradients if bucket.raw is None else bucket.views(bucket.raw)
             self._send(bucket)
 
     def add(self) -> None:
@@ -379,11 +390,10 @@ def _sum_of_levels(rows: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor
 
 
 def _give(bucket: _Bucket, used: list[bool]) -> None:
-    at = 0
+    views = bucket.views(bucket.result)
     for number, one in bucket.parameters:
         if used[number]:
-            one.grad = bucket.result[at : at + one.numel()].view_as(one)
-        at += one.numel()
+            one.grad = views[number]
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

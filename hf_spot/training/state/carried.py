@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from hf_spot.errors import CorruptCheckpoint
+from hf_spot.training.state.iterators import position_of
 from hf_spot.training.state.values import copy_of, decode, encode, mark_of, new_generator, put_into, set_state, state_of
 from hf_spot.training.state.walk import Found, Walk
 
@@ -63,6 +64,8 @@ class CarriedState:
         self._named: set[str] = set()
         self._written_to: set[str] = set()
         self._kept: dict[str, Any] = {}
+        self._shapes: dict[str, torch.Size] | None = None
+        self._is_restructured = False
 
     def look(self, only: str = "") -> None:
         """Record the current state of everything that was not recorded before.
@@ -70,9 +73,12 @@ class CarriedState:
         Args:
             only: prefix of the paths to record.
         """
-        for found in self._all(self._walk()):
+        every = list(self._all(self._walk()))
+        for found in every:
             if found.path.startswith(only) and found.path not in self._began:
                 self._began[found.path] = _mark(found)
+        if self._shapes is None:
+            self._shapes = _shapes(every)
 
     def keep(self, only: str = "") -> None:
         """Keep a copy of all current values, for `restore`: what a checkpoint does not contain was the same at the save.
@@ -116,7 +122,9 @@ class CarriedState:
         values: dict[str, Any] = {}
         tensors: dict[str, torch.Tensor] = {}
         lost = []
-        for found in self._all(self._walk()):
+        every = list(self._all(self._walk()))
+        self._name_structure(every)
+        for found in every:
             if found.kind == "tensor" and (self._rank or saved.holds(found.path, found.value)):
                 continue
             is_trained = found.kind == "tensor" and id(found.value) in trained
@@ -127,7 +135,7 @@ class CarriedState:
             known = self._carried | self._written_to
             if not is_trained and found.path not in known and mark == self._began.get(found.path):
                 continue
-            if found.kind == "long":
+            if found.kind in ("long", "iterator"):
                 lost.append(found.path)
                 continue
             try:
@@ -169,6 +177,20 @@ class CarriedState:
                     path,
                     owner or path,
                 )
+
+    def _name_structure(self, every: list[Found]) -> None:
+        """Log once that the model has other parameters than it had when the training began."""
+        if self._shapes is None or self._is_restructured or self._rank:
+            return
+        now = _shapes(every)
+        other = [path for path in {**self._shapes, **now} if self._shapes.get(path) != now.get(path)]
+        if other:
+            self._is_restructured = True
+            log.warning(
+                "this training changes which parameters its model has (%s): a resumed run builds it without that and can't "
+                "load this checkpoint. Change the model before train(), as it is in the checkpoint",
+                _in_words(other),
+            )
 
     def _name_unreadable(self, path: str) -> None:
         """Log once that nobody can tell whether an object changes."""
@@ -240,6 +262,10 @@ def _current(found: Found) -> Any:
 
 
 def _mark(found: Found) -> Any:
+    if found.kind == "long":
+        return len(found.value)
+    if found.kind == "iterator":
+        return position_of(found.value)
     if found.kind != "state":
         return mark_of(found.value)
     try:
@@ -247,6 +273,12 @@ def _mark(found: Found) -> Any:
     except Exception as error:  # foreign code
         log.debug("%s: %r", found.path, error)
         return _UNREADABLE
+
+
+def _shapes(every: list[Found]) -> dict[str, torch.Size]:
+    """Return the shapes of the model's parameters by path."""
+    parameters = (one for one in every if isinstance(one.value, torch.nn.Parameter) and one.path.startswith("model."))
+    return {one.path: one.value.shape for one in parameters if one.kind == "tensor"}
 
 
 def _version(found: Found) -> int:

@@ -6,15 +6,34 @@ at a save: it is recorded at each draw, and restored together with Python's, num
 
 from __future__ import annotations
 
+import functools
+import types
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
+import numpy
 import torch
 
-from hf_spot.training.state.values import Generator, decode, encode, is_plain, set_state, state_of
-from hf_spot.training.state.walk import is_of_script, per_launch
+from hf_spot.training.state.places import Place, places_of
+from hf_spot.training.state.values import (
+    CONTAINERS,
+    Generator,
+    bytes_of,
+    decode,
+    encode,
+    is_plain,
+    is_tensor,
+    marshalled,
+    put_into,
+    set_state,
+    state_of,
+    unmarshalled,
+)
+from hf_spot.training.state.walk import is_of_script, may_keep_state, per_launch, unwrapped
 
+_MOST_ITEMS = 10_000  # of a container that is copied at each draw
+_MOST_BYTES = 1 << 18
 _NAMES = ("generator", "synchronized_generator")
 # Attributes of the loaders of accelerate and torch, of Trainer's collator, and of hf_spot's wrappers.
 _INSIDE = ("base_dataloader", "batch_sampler", "sampler", "_inner", "collate_fn", "data_collator", "dataset", "datasets")
@@ -42,7 +61,7 @@ def parts_of(loader: Any) -> Iterator[tuple[str, Any]]:
 
 
 class DataSide:
-    """Captures and restores the generators and plain attributes of the data pipeline.
+    """Captures and restores the generators of the data pipeline, and the values that its classes and functions keep.
 
     Args:
         parts: paths and objects: loaders, samplers, the collator, the dataset.
@@ -51,10 +70,15 @@ class DataSide:
     def __init__(self, parts: Iterable[tuple[str, Any]] = ()) -> None:
         self._generators: dict[str, Generator] = {}
         self._attributes: list[tuple[str, dict[str, Any], Collection[str]]] = []
+        self._places: dict[str, Place] = {}
+        self._too_large: set[str] = set()
+        self._samplers: set[str] = set()
         known: set[int] = set()
         for path, part in parts:
+            if isinstance(part, torch.utils.data.Sampler):
+                self._samplers.add(path)
             attributes = getattr(part, "__dict__", {})
-            own = is_of_script(type(part))
+            own = may_keep_state(type(part))
             for name, value in attributes.items():
                 of_torch = name in _NAMES and isinstance(value, torch.Generator)
                 if id(value) not in known and (of_torch or (own and isinstance(value, Generator))):
@@ -62,19 +86,56 @@ class DataSide:
                     self._generators[f"{path}.{name}"] = value
             if own:
                 self._attributes.append((path, attributes, per_launch(type(part))))
+            function = getattr(part, "func", part) if isinstance(part, functools.partial) else part
+            function = getattr(function, "__func__", function)
+            if isinstance(function, types.FunctionType) and is_of_script(function):
+                function = unwrapped(function)
+                for place in places_of(function):
+                    self._add_place(f"{place.module or path}.{place.name}", place, known)
+
+    def _add_place(self, path: str, place: Place, known: set[int]) -> None:
+        value = place.get()
+        if isinstance(value, Generator):
+            if id(value) not in known:
+                known.add(id(value))
+                self._generators[path] = value
+        elif not isinstance(value, (types.FunctionType, types.ModuleType, type)):
+            self._places[path] = place
 
     @property
     def names(self) -> list[str]:
         """Return the paths of the generators."""
         return list(self._generators)
 
+    @property
+    def is_empty(self) -> bool:
+        """Return whether there is nothing to capture."""
+        return not (self._generators or self._attributes or self._places)
+
     def capture(self) -> dict[str, Any]:
         """Return the current state. Takes microseconds if the script has no classes of its own here."""
         states: dict[str, Any] = {path: state_of(generator) for path, generator in self._generators.items()}
         for path, attributes, left_out in self._attributes:
-            own = ((name, value) for name, value in attributes.items() if is_plain(value) and name not in left_out)
-            states |= {f"{path}.{name}": value for name, value in own}
+            for name, value in list(attributes.items()):
+                if name not in left_out:
+                    self._capture(f"{path}.{name}", value, states)
+        for path, place in self._places.items():
+            self._capture(path, place.get(), states)
         return states
+
+    def of_samplers(self, states: dict[str, Any]) -> dict[str, Any]:
+        """Return what in a state belongs to samplers, which draw all batches of a resumed epoch again."""
+        return {path: value for path, value in states.items() if path.rpartition(".")[0] in self._samplers}
+
+    def _capture(self, path: str, value: Any, states: dict[str, Any]) -> None:
+        if is_plain(value):
+            states[path] = value
+        elif path not in self._too_large:
+            held = _held(value)
+            if held is None:
+                self._too_large.add(path)
+            else:
+                states[path] = held
 
     def restore(self, states: dict[str, Any]) -> None:
         """Restore the state that `capture` returned."""
@@ -82,9 +143,41 @@ class DataSide:
             if path in states:
                 set_state(generator, states[path])
         for path, attributes, _ in self._attributes:
-            for name, value in attributes.items():
-                if is_plain(value) and f"{path}.{name}" in states:
-                    attributes[name] = states[f"{path}.{name}"]
+            for name, value in list(attributes.items()):
+                if f"{path}.{name}" in states and not isinstance(value, Generator):
+                    attributes[name] = _restored(value, states[f"{path}.{name}"])
+        for path, place in self._places.items():
+            if path in states and path not in self._generators:
+                place.put(_restored(place.get(), states[path]))
+
+
+def _held(value: Any) -> Any:
+    """Return a copy of a small container, array or tensor, as plain values in a tuple; None of anything else."""
+    if isinstance(value, numpy.ndarray):
+        fits = type(value) is numpy.ndarray and not value.dtype.hasobject and value.nbytes <= _MOST_BYTES
+        return ("array", value.dtype.str, value.shape, value.tobytes()) if fits else None
+    if isinstance(value, torch.Tensor):
+        fits = is_tensor(value) and value.device.type == "cpu" and value.numel() * value.element_size() <= _MOST_BYTES
+        return ("tensor", str(value.dtype).removeprefix("torch."), tuple(value.shape), bytes_of(value)) if fits else None
+    if type(value) in CONTAINERS and len(value) <= _MOST_ITEMS:
+        try:
+            return ("container", type(value).__name__, marshalled(value))
+        except ValueError:  # it holds other objects: then it is no state, or none that can be copied in microseconds
+            return None
+    return None
+
+
+def _restored(now: Any, held: Any) -> Any:
+    if not isinstance(held, tuple):
+        return held
+    kind, name, *rest = held
+    if kind == "container":
+        return put_into(now, unmarshalled(name, rest[0], now))
+    shape, data = rest
+    if kind == "array":
+        return put_into(now, numpy.frombuffer(bytearray(data), dtype=numpy.dtype(name)).reshape(shape))
+    empty = torch.empty(tuple(shape), dtype=getattr(torch, name))
+    return put_into(now, torch.frombuffer(bytearray(data), dtype=empty.dtype).reshape(empty.shape) if data else empty)
 
 
 def to_json(states: dict[str, Any]) -> dict[str, Any]:

@@ -4,23 +4,54 @@ from __future__ import annotations
 
 import base64
 import copy
+import ctypes
+import datetime
+import decimal
+import enum
+import fractions
 import hashlib
 import itertools
+import marshal
 import math
 import random
+import sys
+import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
 import torch
 
 MOST_ELEMENTS = 1000  # most elements of a container that counts as state; a longer one is data
+_LONGEST_OF_NUMBERS = 1_000_000  # of a flat container of numbers, which is state up to that
 _SAMPLED = 256  # values of a large tensor that are compared to detect a change
 _SMALL = 4096  # size of a tensor up to which all values are compared
 _PLAIN = (bool, int, float, str, bytes, type(None))
 _SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
 _MAPPINGS: dict[str, type] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter, "defaultdict": defaultdict}
+CONTAINERS = frozenset((*_SEQUENCES.values(), *_MAPPINGS.values()))
+_NUMBERS = frozenset((bool, int, float, type(None)))
+_BY_TEXT: dict[str, Callable[[str], Any]] = {
+    "complex": complex,
+    "Decimal": decimal.Decimal,
+    "Fraction": fractions.Fraction,
+    "datetime": datetime.datetime.fromisoformat,
+    "date": datetime.date.fromisoformat,
+    "time": datetime.time.fromisoformat,
+    "timedelta": lambda text: datetime.timedelta(microseconds=int(text)),
+    "device": torch.device,
+}
+_KINDS_BY_TEXT = (
+    complex,
+    decimal.Decimal,
+    fractions.Fraction,
+    datetime.datetime,
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    torch.device,
+)
 
 Generator = torch.Generator | numpy.random.Generator | numpy.random.RandomState | random.Random
 
@@ -36,16 +67,39 @@ def is_plain(value: Any) -> bool:
     return type(value) in _PLAIN or isinstance(value, (torch.dtype, numpy.generic))
 
 
+def is_constant(value: Any) -> bool:
+    """Return whether a value is immutable and no container: a plain one, a member of an enumeration, a date, a fraction."""
+    return is_plain(value) or isinstance(value, enum.Enum) or type(value) in _KINDS_BY_TEXT
+
+
+def is_named(value: Any) -> bool:
+    """Return whether a value is a function or a class, which is saved as its name."""
+    return isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type))
+
+
 def is_value(value: Any) -> bool:
-    """Return whether a value consists of numbers, strings, tensors, arrays, and containers of them that are not too long."""
+    """Return whether a value consists of numbers, strings, tensors, arrays, and containers of them that are not too long.
+
+    A list, a set, or a dictionary with nothing but numbers may be longer.
+    """
     left = itertools.count(-MOST_ELEMENTS)
-    return _is_value(value, left)
+    return _is_value(value, left) or _is_of_numbers(value)
+
+
+def _is_of_numbers(value: Any) -> bool:
+    if type(value) in _SEQUENCES.values():
+        return len(value) <= _LONGEST_OF_NUMBERS and _NUMBERS.issuperset(map(type, value))
+    if type(value) in _MAPPINGS.values():
+        if len(value) > _LONGEST_OF_NUMBERS:
+            return False
+        return _NUMBERS.issuperset(map(type, value)) and _NUMBERS.issuperset(map(type, value.values()))
+    return False
 
 
 def _is_value(value: Any, left: Iterator[int]) -> bool:
     if next(left) >= 0:
         return False
-    if is_plain(value):
+    if is_constant(value) or type(value) is bytearray:
         return True
     if isinstance(value, torch.Tensor):
         return is_tensor(value)
@@ -71,6 +125,10 @@ def mark_of(value: Any) -> Any:
         return str(value.dtype), tuple(value.shape), _sample(value)
     if isinstance(value, numpy.ndarray):
         return str(value.dtype), value.shape, _sample(torch.from_numpy(numpy.ascontiguousarray(value).view(numpy.uint8)))
+    if _is_long(value):
+        return type(value).__name__, len(value), hashlib.sha256(marshalled(value)).digest()
+    if is_named(value):
+        return type(value).__name__, *_name_of(value)
     if type(value) in _SEQUENCES.values():
         marks = [mark_of(one) for one in value]
         return type(value).__name__, tuple(sorted(marks, key=repr) if isinstance(value, (set, frozenset)) else marks)
@@ -79,6 +137,58 @@ def mark_of(value: Any) -> Any:
     if isinstance(value, Generator):
         return hashlib.sha256(repr(state_of(value)).encode()).digest()
     return type(value).__name__, repr(value)
+
+
+def _is_long(value: Any) -> bool:
+    return type(value) in CONTAINERS and len(value) > MOST_ELEMENTS and _is_of_numbers(value)
+
+
+def marshalled(value: Any) -> bytes:
+    """Return the bytes of a container of builtin values, the same in each process.
+
+    Raises:
+        ValueError: it contains something else.
+    """
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=repr)
+    elif isinstance(value, deque):
+        value = list(value)
+    elif isinstance(value, dict):
+        value = dict(value)
+    return marshal.dumps(value, 0)  # later versions write the same string in several ways
+
+
+def unmarshalled(kind: str, data: bytes, now: Any = None) -> Any:
+    """Return the container that `marshalled` was given. A ``defaultdict`` is returned as a ``dict``.
+
+    Args:
+        kind: name of its class.
+        data: its bytes.
+        now: the container in its place, whose length may be limited.
+    """
+    held = marshal.loads(data)
+    if kind == "deque":
+        return deque(held, getattr(now, "maxlen", None))
+    made = (_SEQUENCES | _MAPPINGS)[kind]
+    return held if made is defaultdict else made(held)
+
+
+def _name_of(value: Any) -> tuple[str, str]:
+    return str(getattr(value, "__module__", None)), str(getattr(value, "__qualname__", None))
+
+
+def _by_name(module: str, name: str) -> Any:
+    """Return the function, class or member with a name.
+
+    Raises:
+        ValueError: the module, which must be imported already, has none.
+    """
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        raise ValueError(f"{module} has no {name}")
+    return found
 
 
 def _sample(tensor: torch.Tensor) -> bytes:
@@ -92,7 +202,10 @@ def _sample(tensor: torch.Tensor) -> bytes:
 def bytes_of(tensor: torch.Tensor) -> bytes:
     """Return the bytes of a tensor on any device."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    if not flat.numel():
+        return b""
+    # `numpy()` would keep the training from resizing the tensor later, as observers of quantization do.
+    return bytes((ctypes.c_char * (flat.numel() * flat.element_size())).from_address(flat.data_ptr()).raw)
 
 
 # -- generators -------------------------------------------------------------------------------------------------------
@@ -173,8 +286,20 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
         return {"bytes": base64.b64encode(value).decode()}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, enum.Enum):
+        return {"named": _importable(type(value)), "member": value.name}
+    if is_named(value):
+        return {"named": _importable(value)}
+    if type(value) in _KINDS_BY_TEXT:
+        return {"kind": type(value).__name__, "text": _text_of(value)}
+    if type(value) is bytearray:
+        return {"bytearray": base64.b64encode(value).decode()}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(value)}
+    if _is_long(value):
+        return {"long": type(value).__name__, "marshal": encode(marshalled(value), tensors, name)} | (
+            {"maxlen": value.maxlen} if isinstance(value, deque) else {}
+        )
     for names, kind in ((_SEQUENCES, "sequence"), (_MAPPINGS, "mapping")):
         if type(value) in names.values():
             items = value.items() if kind == "mapping" else value
@@ -182,6 +307,23 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
             found = {kind: type(value).__name__, "items": inner}
             return found | ({"maxlen": value.maxlen} if isinstance(value, deque) else {})
     return value
+
+
+def _importable(value: Any) -> list[str]:
+    module, name = _name_of(value)
+    try:
+        found = _by_name(module, name)
+    except ValueError as error:
+        raise TypeError(str(error)) from error
+    if found is not value:
+        raise TypeError(f"{module}.{name} is something else")
+    return [module, name]
+
+
+def _text_of(value: Any) -> str:
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    return str(value // datetime.timedelta(microseconds=1) if isinstance(value, datetime.timedelta) else value)
 
 
 def decode(written: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -209,6 +351,16 @@ def decode(written: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return found
     if "float" in written:
         return float(written["float"])
+    if "named" in written:
+        found = _by_name(*written["named"])
+        return found[written["member"]] if "member" in written else found
+    if "kind" in written:
+        return _BY_TEXT[written["kind"]](written["text"])
+    if "bytearray" in written:
+        return bytearray(base64.b64decode(written["bytearray"]))
+    if "long" in written:
+        held = unmarshalled(written["long"], decode(written["marshal"], tensors))
+        return deque(held, written["maxlen"]) if "maxlen" in written else held
     items = [decode(one, tensors) for one in written["items"]]
     if "mapping" in written:
         kind = _MAPPINGS[written["mapping"]]
@@ -232,6 +384,8 @@ def copy_of(value: Any) -> Any:
     if type(value) in _SEQUENCES.values():
         items = [copy_of(one) for one in value]
         return deque(items, value.maxlen) if isinstance(value, deque) else type(value)(items)
+    if type(value) is bytearray:
+        return bytearray(value)
     if type(value) in _MAPPINGS.values():
         found = copy.copy(value)  # with the factory of a defaultdict
         found.update({key: copy_of(one) for key, one in value.items()})

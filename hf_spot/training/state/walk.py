@@ -2,22 +2,71 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import sys
 import sysconfig
+import types
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
-from hf_spot.training.state.values import MOST_ELEMENTS, Generator, is_plain, is_tensor, is_value
+from hf_spot.training.state.places import Place, places_of
+from hf_spot.training.state.values import MOST_ELEMENTS, Generator, is_constant, is_plain, is_tensor, is_value
 
 _DEEPEST = 6
 _OF_MODULES = frozenset(vars(torch.nn.Module()))  # a module's own attributes: parameters, hooks, …
 # Their state is how far they have been read, and a resume reads them again up to there.
 _POSITIONED = (torch.utils.data.DataLoader, torch.utils.data.IterableDataset)
+# Libraries whose objects belong to a process: tensors and models are found where they are used, the rest is no state.
+_OF_PROCESSES = frozenset(
+    (
+        "torch",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "tokenizers",
+        "numpy",
+        "pandas",
+        "pyarrow",
+        "PIL",
+        "safetensors",
+        "huggingface_hub",
+        "wandb",
+        "mlflow",
+        "tensorboard",
+        "tensorboardX",
+        "swanlab",
+        "comet_ml",
+        "trackio",
+        "clearml",
+        "neptune",
+        "aim",
+        "dvclive",
+        "codecarbon",
+        "vllm",
+        "ray",
+        "optuna",
+        "boto3",
+        "botocore",
+        "hf_spot",
+        "torchdata",
+        "tqdm",
+        "deepspeed",
+        "requests",
+        "httpx",
+    )
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS_OF_TENSORS = ("_post_accumulate_grad_hooks", "_backward_hooks")
+_IN_STATE_DICT = frozenset(
+    ("state", "param_groups", "defaults", "base_lrs", "last_epoch", "_step_count", "_last_lr", "optimizer")
+)
 _STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -27,8 +76,8 @@ class Found:
 
     Args:
         path: its path, as in code: ``callbacks.Average.of``.
-        kind: ``value``, ``tensor`` (of a module), ``generator``, ``state`` (an object with a ``state_dict``), or ``long`` (a
-            container with so many elements that it counts as data).
+        kind: ``value``, ``tensor`` (of a module), ``generator``, ``state`` (an object with a ``state_dict``), ``long`` (a
+            container with so many elements that it counts as data), or ``iterator`` (whose position can't be saved).
         value: the current value.
         put: replaces the value; None if it can only be changed in place.
     """
@@ -39,12 +88,12 @@ class Found:
     put: Callable[[Any], None] | None = None
 
 
-def is_of_script(kind: type) -> bool:
-    """Return whether a class is the user's: neither from an installed package, nor from Python, nor from hf_spot."""
+def is_of_script(kind: Any) -> bool:
+    """Return whether a class or a function is the user's: not of an installed package, nor of Python, nor of hf_spot."""
     module = kind.__module__
     if module == "__main__":
         return True
-    if module == "builtins" or module.partition(".")[0] == "hf_spot":
+    if module is None or module == "builtins" or module.partition(".")[0] == "hf_spot":
         return False
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:  # created by exec, as in a notebook, or compiled into Python
@@ -52,7 +101,7 @@ def is_of_script(kind: type) -> bool:
     return _is_of_user(file)
 
 
-@lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)
 def _is_of_user(file: str) -> bool:
     return not {"site-packages", "dist-packages"} & {*Path(file).parts} and not Path(file).is_relative_to(_STDLIB)
 
@@ -62,11 +111,15 @@ class Walk:
 
     Args:
         skip: objects to skip.
+        kinds: classes whose objects are skipped.
+        libraries: whether plain attributes of modules of installed packages are visited, such as the rate of a dropout.
     """
 
-    def __init__(self, skip: Collection[Any] = ()) -> None:
+    def __init__(self, skip: Collection[Any] = (), kinds: tuple[type, ...] = (), *, libraries: bool = True) -> None:
         self._seen = {id(one) for one in skip}
         self._skipped = list(skip)  # keeps them alive: the id of a deleted object is reused
+        self._kinds = kinds
+        self._libraries = libraries
         self.owners: dict[str, Any] = {}  # visited objects, by path
 
     def attributes(
@@ -89,6 +142,74 @@ class Walk:
         for name, value in attributes.items():
             if only(name) and name not in left_out and not name.startswith("__"):
                 yield from self.value(f"{path}.{name}", value, _attribute_setter(owner, name), depth)
+        for kind in type(owner).__mro__:
+            if is_of_script(kind):
+                yield from self.of_class(kind, left_out, depth)
+
+    def of_class(self, kind: type, left_out: Collection[str], depth: int) -> Iterator[Found]:
+        """Yield the state in the attributes of a class, and in what its methods use from outside.
+
+        Args:
+            kind: a class of the user's.
+            left_out: attributes to leave out.
+            depth: number of objects on the way here.
+        """
+        if id(kind) in self._seen:
+            return
+        self._seen.add(id(kind))
+        path = f"{kind.__module__}.{kind.__qualname__}"
+        self.owners[path] = kind
+        for name, value in list(vars(kind).items()):
+            method = getattr(value, "__func__", getattr(value, "fget", value))
+            if isinstance(method, types.FunctionType):
+                yield from self.function(f"{path}.{name}", method, depth)
+            elif not name.startswith("__") and name not in left_out and name != "per_launch":
+                yield from self.value(f"{path}.{name}", value, _attribute_setter(kind, name), depth)
+
+    def function(self, path: str, function: Any, depth: int) -> Iterator[Found]:
+        """Yield the state that a function reaches: its closure, defaults, attributes, and the global variables that it names.
+
+        Args:
+            path: path of the function.
+            function: a function, a bound method, or a `functools.partial`.
+            depth: number of objects on the way here.
+        """
+        if isinstance(function, functools.partial):
+            if not _is_of_script_function(function.func):
+                return
+            yield from self.value(path, function.func, None, depth + 1)
+            for key, one in (*enumerate(function.args), *function.keywords.items()):
+                yield from self.value(f"{path}.{key}", one, None, depth + 1)
+            return
+        if isinstance(function, types.MethodType):
+            yield from self.value(f"{path}.__self__", function.__self__, None, depth + 1)
+            return
+        if depth >= _DEEPEST or not _is_of_script_function(function):
+            return
+        function = unwrapped(function)
+        if id(function) in self._seen or function.__globals__.get("__name__") != function.__module__:
+            return
+        self._seen.add(id(function))
+        self.owners[path] = function
+        for place in places_of(function):
+            yield from self._place(path, place, depth)
+
+    def _place(self, path: str, place: Place, depth: int) -> Iterator[Found]:
+        value, at = place.get(), f"{path}.{place.name}"
+        if place.module:
+            at = f"{place.module}.{place.name}"
+            if id(value) in self._seen and not is_constant(value):
+                return
+            if at in self.owners:  # of another function
+                return
+            self.owners[at] = None
+        if isinstance(value, type):
+            if is_of_script(value) and not issubclass(value, BaseException):
+                yield from self.of_class(value, per_launch(value), depth + 1)
+        elif isinstance(value, types.FunctionType):
+            yield from self.function(at, value, depth + 1)
+        elif not isinstance(value, types.ModuleType):
+            yield from self.value(at, value, place.put, depth + 1)
 
     def value(self, path: str, value: Any, put: Callable[[Any], None] | None = None, depth: int = 0) -> Iterator[Found]:
         """Yield the state in a value.
@@ -99,10 +220,15 @@ class Walk:
             put: as in `Found`.
             depth: number of objects on the way here.
         """
-        if is_plain(value):
+        if is_constant(value):
             yield Found(path, "value", value, put)
             return
-        if id(value) in self._seen:
+        if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+            if put is not None and not isinstance(value, functools.partial):
+                yield Found(path, "value", value, put)
+            yield from self.function(path, value, depth)
+            return
+        if id(value) in self._seen or isinstance(value, self._kinds):
             return
         if isinstance(value, torch.nn.Module):
             yield from self.module(path, value)
@@ -117,20 +243,67 @@ class Walk:
             if isinstance(value, torch.nn.Parameter) and value.grad is not None:
                 # Trainer's `model.zero_grad()` does not reach it: its gradients add up from step to step.
                 yield Found(f"{path}.grad", "value", value.grad, _attribute_setter(value, "grad"))
+        elif isinstance(value, (set, frozenset, deque)):
+            yield Found(path, "long", value)
         elif isinstance(value, (list, tuple, dict)):
             if len(value) > MOST_ELEMENTS:
-                yield Found(path, "long", len(value))
+                yield Found(path, "long", value)
             elif depth < _DEEPEST:
                 items = list(value.items() if isinstance(value, dict) else enumerate(value))
+                held: Any = _Tuple(value, put) if isinstance(value, tuple) else None
                 for place, (key, one) in enumerate(items):
-                    inner = None if isinstance(value, tuple) else _item_setter(value, key)
+                    inner = _item_setter(held if isinstance(value, tuple) else value, key)
                     # A key of the user's class may print an address, or raise an error.
-                    named = repr(key) if is_value(key) else f"{type(key).__name__} {place}"
+                    known = is_value(key) and not isinstance(key, torch.Tensor)
+                    named = repr(key) if known else f"{type(key).__name__} {place}"
                     yield from self.value(f"{path}[{named}]", one, inner, depth + 1)
+        elif isinstance(value, (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)):
+            yield Found(path, "state", value)
+            if is_of_script(type(value)):
+                yield from self.attributes(path, value, lambda name: name not in _IN_STATE_DICT, depth + 1)
+        elif _is_iterator(value):
+            yield Found(path, "iterator", value)
         elif is_of_script(type(value)) and not isinstance(value, type) and depth < _DEEPEST:
+            if put is not None:  # another object may take its place
+                yield Found(f"{path}.__class__", "value", type(value), _attribute_setter(value, "__class__"))
             yield from self.attributes(path, value, depth=depth + 1)
         elif _has_state_dict(value) and not isinstance(value, _POSITIONED):
             yield Found(path, "state", value)
+        elif _is_of_library(type(value)) and depth < _DEEPEST:
+            yield from self.numbers(path, value, depth=depth + 1)
+
+    def numbers(
+        self, path: str, owner: Any, only: Callable[[str], bool] = lambda name: True, depth: int = 0
+    ) -> Iterator[Found]:
+        """Yield numbers, tensors and generators in the attributes of an object of an installed package.
+
+        Args:
+            path: path of the object.
+            owner: the object.
+            only: returns whether to visit an attribute of this name.
+            depth: number of objects on the way here.
+        """
+        self.owners[path] = owner
+        for name, value in list((getattr(owner, "__dict__", None) or {}).items()):
+            if name.startswith("__") or not only(name) or isinstance(value, (bool, str, bytes, type(None))):
+                continue
+            put = _attribute_setter(owner, name)
+            if isinstance(value, (int, float, torch.Tensor, numpy.ndarray, Generator, torch.nn.Module, dict, list, deque)):
+                yield from self.value(f"{path}.{name}", value, put, depth)
+            elif _is_of_library(type(value)) and depth < _DEEPEST and id(value) not in self._seen:
+                self._seen.add(id(value))
+                yield from self.numbers(f"{path}.{name}", value, depth=depth + 1)
+
+    def plain_attributes(self, path: str, owner: Any, only: Callable[[str], bool] = lambda name: True) -> Iterator[Found]:
+        """Yield the attributes of an object that are values; other objects in them are not visited."""
+        for name, value in list(vars(owner).items()):
+            if name.startswith("__") or not only(name):
+                continue
+            small = type(value) in (list, tuple, dict, set) and is_value(value)
+            if is_plain(value) or (small and id(value) not in self._seen):
+                if small:
+                    self._seen.add(id(value))
+                yield Found(f"{path}.{name}", "value", value, _attribute_setter(owner, name))
 
     def module(self, path: str, module: torch.nn.Module) -> Iterator[Found]:
         """Yield the parameters and buffers of a model, and other attributes of modules of the user's classes."""
@@ -150,14 +323,62 @@ class Walk:
                             tensor.requires_grad,
                             _attribute_setter(tensor, "requires_grad"),
                         )
+                        yield from self._of_parameter(f"{at}.{key}", tensor)
             if is_of_script(type(inner)):
                 yield from self.attributes(at, inner, lambda key: key not in _OF_MODULES, _DEEPEST - 1)
+            elif self._libraries:
+                yield from self.plain_attributes(at, inner, lambda key: key not in _OF_MODULES)
+            for name, value in list(vars(inner).items()):
+                if isinstance(value, types.FunctionType):  # as a script that replaces `forward` does
+                    yield from self.function(f"{at}.{name}", value, 1)
+            for hooks in _HOOKS:
+                for place, hook in enumerate(list((getattr(inner, hooks, None) or {}).values())):
+                    yield from self.function(f"{at}.{hooks}[{place}]", hook, 1)
+
+    def _of_parameter(self, path: str, parameter: torch.nn.Parameter) -> Iterator[Found]:
+        """Yield what scripts attach to a parameter: values, and what its hooks keep."""
+        self.owners[path] = parameter
+        for name, value in list(vars(parameter).items()):
+            if not name.startswith(("_", "ds_")) and (isinstance(value, torch.Tensor) or is_value(value)):
+                yield from self.value(f"{path}.{name}", value, _attribute_setter(parameter, name), 1)
+        for hooks in _HOOKS_OF_TENSORS:
+            for place, hook in enumerate(list((getattr(parameter, hooks, None) or {}).values())):
+                yield from self.function(f"{path}.{hooks}[{place}]", hook, 1)
 
     def tensor(self, path: str, tensor: torch.Tensor) -> Iterator[Found]:
         """Yield a tensor that was not found otherwise."""
         if id(tensor) not in self._seen and is_tensor(tensor):
             self._seen.add(id(tensor))
             yield Found(path, "tensor", tensor)
+
+
+def _is_of_script_function(function: Any) -> bool:
+    return isinstance(function, types.FunctionType) and is_of_script(function)
+
+
+def unwrapped(function: types.FunctionType) -> types.FunctionType:
+    """Return a function of the script without what libraries have wrapped around it, as torch does with ``Optimizer.step``."""
+    while function.__globals__.get("__name__") != function.__module__:
+        inner = getattr(function, "__wrapped__", None)
+        if not isinstance(inner, types.FunctionType):
+            break
+        function = inner
+    return function
+
+
+def _is_of_library(kind: type) -> bool:
+    """Return whether a class comes from an installed package that may keep state of a training in its objects."""
+    package = str(kind.__module__).partition(".")[0]
+    return package not in _OF_PROCESSES and package not in sys.stdlib_module_names and not issubclass(kind, type)
+
+
+def may_keep_state(kind: type) -> bool:
+    """Return whether a class is the user's, or of an installed package that may keep state of a training in its objects."""
+    return is_of_script(kind) or _is_of_library(kind)
+
+
+def _is_iterator(value: Any) -> bool:
+    return callable(getattr(type(value), "__next__", None)) and not isinstance(value, io.IOBase)
 
 
 def per_launch(kind: type) -> Collection[str]:
@@ -168,6 +389,31 @@ def per_launch(kind: type) -> Collection[str]:
 def _slots(kind: type) -> Collection[str]:
     slots = vars(kind).get("__slots__", ())
     return [name for name in ((slots,) if isinstance(slots, str) else slots) if name not in ("__dict__", "__weakref__")]
+
+
+class _Tuple:
+    """Replaces items of a tuple, or of one with named items, by replacing the tuple.
+
+    Args:
+        now: the tuple.
+        put: puts another one in its place; None if that can't be done.
+    """
+
+    def __init__(self, now: tuple[Any, ...], put: Callable[[Any], None] | None) -> None:
+        self._now, self._put = now, put
+
+    def __setitem__(self, at: int, value: Any) -> None:
+        """Replace an item.
+
+        Raises:
+            TypeError: the tuple can't be replaced.
+        """
+        if self._put is None:
+            raise TypeError("this tuple can't be replaced")
+        items = [*self._now[:at], value, *self._now[at + 1 :]]
+        make = getattr(type(self._now), "_make", type(self._now))
+        self._now = make(items)
+        self._put(self._now)
 
 
 def _attribute_setter(owner: Any, name: str) -> Callable[[Any], None]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
-from torch.utils.data import BatchSampler, IterableDataset
+from torch.utils.data import BatchSampler
 from transformers import Trainer
 
 from hf_spot.errors import ConfigError
@@ -31,8 +31,8 @@ from hf_spot.policy.micro_batches import MODEL, Shares, count_in, seed_of, steps
 from hf_spot.run.checkpoint import Checkpoint
 from hf_spot.training.data.micro_batches import MicroBatches, seed_fetches, seeded
 from hf_spot.training.ranks.exact_gradients import ExactGradients
-from hf_spot.training.state.data_side import DataSide, parts_of
 from hf_spot.training.trainer.batch_size import batches, from_details
+from hf_spot.training.trainer.exact_limits import OPTION, WITHOUT, looking_for_collective_calls
 from hf_spot.training.upstream import (
     ACCUMULATION,
     ALL_BATCHES,
@@ -51,8 +51,6 @@ from hf_spot.training.upstream import (
 log = logging.getLogger("hf_spot")
 
 COUNT = "micro_batches"  # the key in commits and descriptions
-OPTION = "--exact-on-any-gpus"
-_WITHOUT = f"omit {OPTION}"
 _METHODS = (TRAINING_STEP, GET_BATCH_SAMPLES, COUNT_FLOS, COUNT_TOKENS, TRAIN_LOADER)
 
 
@@ -112,7 +110,7 @@ class ExactSteps:
         self._iterator: Any = None
         self._step = self._done = self._counted = self._count = 0
         self._losses: list[float] = []
-        self._buffers_compared = False
+        self._state_compared = False
         self._closing = contextlib.ExitStack()
 
     @property
@@ -206,7 +204,7 @@ class ExactSteps:
         if not isinstance(sampler, BatchSampler) or not isinstance(loader, DataLoaderShard):
             raise ConfigError(
                 f"{OPTION} can't divide the batches of {type(loader).__name__}",
-                hint=f"use a dataset with a length, or {_WITHOUT}",
+                hint=f"use a dataset with a length, or {WITHOUT}",
             )
         self._sampler = MicroBatches(sampler, self._shares, self._rank, self._data_seed, self._epoch)
         # A DataLoader refuses to change its sampler; nothing has been drawn from it yet.
@@ -251,15 +249,22 @@ class ExactSteps:
         trainer, turn = self._trainer, self._done
         number = self._shares.number(self._rank, turn)
         seed = seed_of(self._seed, MODEL, (trainer.state.global_step, number if self._is_mine(turn) else 0))
-        each = ACCUMULATION.of(trainer)
-        buffers = self._note_buffers()
+        each, before, first = ACCUMULATION.of(trainer), self._note_state(), not self._state_compared
+        self._state_compared = True
         ACCUMULATION.set(trainer, self._count)
+        trainer.args.gradient_accumulation_steps = self._shares.count  # what a training_step of one's own may divide by
         try:
-            with trainer.accelerator.no_sync(model), seeded(seed, gpus=trainer.args.device.type == "cuda"), self._sending():
+            with contextlib.ExitStack() as inside:
+                inside.enter_context(trainer.accelerator.no_sync(model))
+                inside.enter_context(seeded(seed, gpus=trainer.args.device.type == "cuda"))
+                inside.enter_context(self._sending())
+                if first:
+                    inside.enter_context(looking_for_collective_calls())
                 loss: torch.Tensor = self._plain_step(model, inputs, num_items_in_batch)
         finally:
             ACCUMULATION.set(trainer, each)
-        self._check_buffers(buffers)
+            trainer.args.gradient_accumulation_steps = self._shares.each
+        self._check_state(before)
         if self._is_mine(turn):
             self._gradients.add()
             self._losses.append(float(loss))
@@ -296,35 +301,38 @@ class ExactSteps:
                 seen.add(id(one))
                 yield one
 
-    def _buffers(self) -> dict[str, torch.Tensor]:
+    def _state(self) -> dict[str, torch.Tensor]:
         model: Any = self._trainer.model
-        return dict(model.named_buffers())
+        every = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+        return {name: one for name, one in every.items() if not one.is_inference()}
 
-    def _note_buffers(self) -> dict[str, torch.Tensor | int]:
-        """Return copies of the model's buffers the first time, and then the numbers of their changes.
+    def _note_state(self) -> dict[str, tuple[int, str]]:
+        """Return what shows that a micro-batch has changed buffers or parameters: numbers of their changes, and sums.
 
-        torch's batch_norm changes some buffers without counting it.
+        Sums only the first time, since they take a pass over all of them; torch's batch_norm changes some buffers without
+        counting it, and so does whoever changes ``parameter.data``.
         """
-        first, self._buffers_compared = not self._buffers_compared, True
-        return {name: one.detach().clone() if first else one._version for name, one in self._buffers().items()}
+        first = not self._state_compared
+        return {name: (one._version, _sum_of(one) if first else "") for name, one in self._state().items()}
 
-    def _check_buffers(self, before: dict[str, torch.Tensor | int]) -> None:
-        """Refuse a model that changes its buffers while it trains: each rank would do so with its own micro-batches.
+    def _check_state(self, before: dict[str, tuple[int, str]]) -> None:
+        """Refuse a model that changes itself while it computes gradients: each rank would do so with its own micro-batches.
 
         Raises:
-            ConfigError: the model has changed buffers since `_note_buffers`.
+            ConfigError: buffers or parameters have changed since `_note_state`.
         """
-        now = self._buffers()
+        now = self._state()
         changed = [
             name
-            for name, value in before.items()
-            if name not in now or (now[name]._version != value if isinstance(value, int) else not torch.equal(now[name], value))
+            for name, (version, sum_before) in before.items()
+            if name not in now or now[name]._version != version or (sum_before and _sum_of(now[name]) != sum_before)
         ]
         if changed:
             raise ConfigError(
-                f"{OPTION}: the model changes {', '.join(changed[:3])}{' and others' if changed[3:] else ''} with each "
+                f"{OPTION}: {', '.join(changed[:3])}{' and others' if changed[3:] else ''} change with each "
                 "micro-batch that a rank sees, which can't be exact on any number of GPUs",
-                hint=f"freeze what changes it (model.eval() for BatchNorm, or GroupNorm in its place), or {_WITHOUT}",
+                hint="change them once a step, in a callback or an optimizer that steps after the backward pass (for "
+                f"BatchNorm: model.eval(), or GroupNorm in its place), or {WITHOUT}",
             )
 
     # -- what is counted ----------------------------------------------------------------------------------------------
@@ -347,71 +355,8 @@ class ExactSteps:
         return gather
 
 
-def refuse_what_is_not_exact(trainer: Trainer) -> None:
-    """Refuse what can't be exact, before anything is trained, and name what may not be.
-
-    Raises:
-        ConfigError: something can't be exact.
-    """
-    args = trainer.args
-    config: Any = args.accelerator_config
-    own_loader = type(trainer).get_train_dataloader is not Trainer.get_train_dataloader
-    stream = isinstance(trainer.train_dataset, IterableDataset)
-    refused = {
-        "FSDP adds gradients up in an order that depends on the ranks": trainer.is_fsdp_enabled,
-        "DeepSpeed adds gradients up in an order that depends on the ranks": trainer.is_deepspeed_enabled,
-        "DataParallel (several GPUs in one process) divides the batch by the number of GPUs": args.n_gpu > 1,
-        "fp16's loss scale depends on overflows of single ranks": bool(args.fp16),
-        "split_batches=True divides a batch by the number of ranks": bool(config.split_batches),
-        "dispatch_batches=True divides batches by the number of ranks": bool(config.dispatch_batches),
-        "auto_find_batch_size changes the micro-batches": bool(args.auto_find_batch_size),
-        "train_sampling_strategy='batch_rebalance' divides samples by the number of ranks": (
-            str(getattr(args, "train_sampling_strategy", "")) == "batch_rebalance"
-        ),
-        "dataloader_in_order=False makes the order of batches depend on timing": not getattr(args, "dataloader_in_order", True),
-        "a dataset without a length is divided by the number of ranks at its end": stream,
-        f"{type(trainer).__name__} makes batches of its own": own_loader,
-    }
-    instead = {
-        "FSDP": f"--multi_gpu in its place, or {_WITHOUT}",
-        "DeepSpeed": f"--multi_gpu in its place, or {_WITHOUT}",
-        "DataParallel": "start one process for each GPU: hf-spot launch --multi_gpu",
-        "fp16": "train with bf16=True",
-        "auto_find": f"per_device_train_batch_size=… that fits all machines, or {_WITHOUT}",
-    }
-    for why, is_so in refused.items():
-        if is_so:
-            hint = next((hint for start, hint in instead.items() if why.startswith(start)), f"change that, or {_WITHOUT}")
-            raise ConfigError(f"{OPTION}: {why}", hint=hint)
-    for name, module in trainer.model.named_modules():  # type: ignore[union-attr]
-        if isinstance(module, torch.nn.SyncBatchNorm):
-            raise ConfigError(
-                f"{OPTION}: {name} is a SyncBatchNorm, whose sums depend on the ranks", hint=f"GroupNorm, or {_WITHOUT}"
-            )
-    _name(trainer)
-
-
-def _name(trainer: Trainer) -> None:
-    args = trainer.args
-    told = []
-    if own := DataSide([*parts_of(trainer.train_dataset), *parts_of(trainer.data_collator)]).names:
-        told.append(
-            f"the data draw from generators of their own ({', '.join(own[:3])}), which each rank uses for its batches only"
-        )
-    if trainer.args.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
-        told.append("some GPU kernels add in another order each time: set full_determinism=True")
-    rows = _length(trainer.eval_dataset)
-    if args.eval_strategy != "no" and rows is not None and rows % args.per_device_eval_batch_size:
-        told.append(
-            f"the last of {rows} evaluation samples are padded by the number of ranks, so eval metrics may differ in their "
-            f"last digits: let per_device_eval_batch_size ({args.per_device_eval_batch_size}) divide {rows}"
-        )
-    for one in told:
-        warn_for_all("%s: %s", OPTION, one)
-
-
-def _length(data: Any) -> int | None:
-    try:
-        return len(data)
-    except TypeError:
-        return None
+def _sum_of(tensor: torch.Tensor) -> str:
+    """Return the sum of a tensor's elements, of which all NaN are equal; nothing for kinds that have none."""
+    if tensor.is_complex() or tensor.is_quantized or tensor.is_meta or tensor.layout is not torch.strided:
+        return ""
+    return str(float(tensor.detach().sum(dtype=torch.float64)))

@@ -7,18 +7,20 @@ import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import safetensors.torch
 import torch
 import transformers.trainer
-from transformers import Trainer
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from hf_spot.training.state.carried import CarriedState
 from hf_spot.training.state.data_side import parts_of
 from hf_spot.training.state.values import is_tensor
-from hf_spot.training.state.walk import Found, Walk, is_of_script
+from hf_spot.training.state.walk import Found, Walk, is_of_script, may_keep_state
 from hf_spot.training.upstream import FLATTEN, TORCH_SAVE
+from hf_spot.training.upstream.name import replaced_on
 
 # Attributes that belong to a process and not to the training, such as which weights an inference engine has loaded.
 _OF_THIS_PROCESS = re.compile(r"trainer\.(_last_loaded_step|_hf_spot\w*)$")
@@ -104,14 +106,23 @@ def _new_walk(trainer: Trainer) -> Walk:
     handler = trainer.callback_handler
     ours = [one for one in handler.callbacks if type(one).__module__.partition(".")[0] in ("hf_spot", "transformers")]
     skip = [trainer.args, trainer.state, trainer.control, handler, trainer.accelerator, trainer.optimizer]
-    return Walk([*skip, trainer.lr_scheduler, trainer.processing_class, *ours])
+    divided = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # whose modules count and note what belongs to a process
+    kinds = (Trainer, TrainingArguments, TrainerState, TrainerControl)
+    return Walk([*skip, trainer.lr_scheduler, trainer.processing_class, *ours], kinds, libraries=not divided)
 
 
 def _find(trainer: Trainer, walk: Walk) -> Iterator[Found]:
+    yield from walk.plain_attributes("args", trainer.args, lambda name: name not in _NOT_OF_ARGS)
     if trainer.model is not None:
         yield from walk.module("model", trainer.model)
+        for name in ("config", "generation_config"):
+            if (config := getattr(trainer.model, name, None)) is not None and hasattr(config, "__dict__"):
+                yield from walk.plain_attributes(f"model.{name}", config, lambda key: key not in _SET_BY_SAVES)
     own = names_of_trainer()
     yield from walk.attributes("trainer", trainer, lambda name: name not in own)
+    for name, function in (vars(trainer) | replaced_on(trainer)).items():  # methods that a script has put on the object
+        if name in own and isinstance(function, FunctionType):
+            yield from walk.function(f"trainer.{name}", function, 0)
     counted: dict[str, int] = {}
     for callback in trainer.callback_handler.callbacks:
         name = type(callback).__name__
@@ -130,6 +141,8 @@ def _find(trainer: Trainer, walk: Walk) -> Iterator[Found]:
     ):
         yield from _handed(walk, name, handed)
     for path, part in parts_of(trainer.callback_handler.train_dataloader):
+        if callable(part) and not is_of_script(type(part)):
+            yield from walk.value(path, part)
         if is_of_script(type(part)):
             yield from walk.attributes(path, part, lambda name: name not in ("data_source", "dataset"))
     for at, group in enumerate(getattr(trainer.optimizer, "param_groups", ())):
@@ -137,6 +150,28 @@ def _find(trainer: Trainer, walk: Walk) -> Iterator[Found]:
             yield from walk.tensor(f"optimizer.param_groups[{at}].params[{place}]", tensor)
 
 
+# What names a place, or belongs to a process; the batch, of which `batch_size` keeps the samples; what hf_spot itself sets.
+_NOT_OF_ARGS = frozenset(
+    (
+        "output_dir",
+        "logging_dir",
+        "run_name",
+        "resume_from_checkpoint",
+        "local_rank",
+        "_n_gpu",
+        "hub_token",
+        "push_to_hub_token",
+        "hub_model_id",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "deepspeed",
+        "fsdp",
+        "fsdp_config",
+        "report_to",
+        "distributed_state",
+    )
+)
+_SET_BY_SAVES = frozenset(("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"))  # of a config
 _IN_STATE_DICT = {"state", "param_groups", "defaults", "base_lrs", "last_epoch", "_step_count", "_last_lr", "optimizer"}
 
 
@@ -145,6 +180,10 @@ def _handed(walk: Walk, name: str, handed: Any) -> Iterator[Found]:
         inner = getattr(handed, name.removeprefix("lr_"), handed)  # accelerate wraps it
         if inner is not None and is_of_script(type(inner)):
             yield from walk.attributes(name, inner, lambda key: key not in _IN_STATE_DICT)
+        elif inner is not None and may_keep_state(type(inner)):
+            yield from walk.numbers(name, inner, lambda key: key not in _IN_STATE_DICT)
+        for at, function in enumerate(getattr(inner, "lr_lambdas", ())):
+            yield from walk.value(f"{name}.lr_lambdas[{at}]", function)
     elif isinstance(handed, dict) and name == "eval_dataset":
         for key, one in handed.items():
             yield from walk.value(f"{name}[{key!r}]", one)

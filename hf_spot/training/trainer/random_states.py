@@ -85,6 +85,7 @@ class RandomStates:
         self._passed_over = self._passes_over = 0  # batches of the epoch under way, or of the one that is resumed
         self._data_side = DataSide()
         self._data_side_began: dict[str, Any] = {}
+        self._of_samplers: dict[str, Any] = {}  # of the save, where samplers have arrived at it by drawing again
         self._read_data_side(None)
 
     def resume(self, then: Callable[[], None]) -> None:
@@ -352,6 +353,9 @@ class RandomStates:
             if self._draws == self._resumed_draw["draws"]:
                 restore(unpack(base64.b64decode(self._resumed_draw["state"])))
                 self._data_side.restore(self._resumed_data_side["draw"])
+                saved = self._data_side.of_samplers(self._resumed_data_side["saved"])
+                if self._data_side.of_samplers(self._data_side.capture()) == saved:
+                    self._of_samplers = saved
             elif self._draws > self._resumed_draw["draws"]:
                 # What follows a restoration waits for all ranks, and the others wait here for this one's batches.
                 self._restore_checkpoint(str(self._resumed), then=not self._draws_for_all)
@@ -409,8 +413,10 @@ class RandomStates:
             self._restored = self._is_then_due = True
             LOAD_RNG_STATE.plain(self._trainer)(self._with_own_states(checkpoint))
             forget()
-            self._data_side.restore(self._resumed_data_side["saved"])
-            self._restored_digests = self.digests()
+            saved = self._resumed_data_side["saved"]
+            # One that draws each batch when it is asked for it has drawn the next one since, as in an uninterrupted training.
+            self._data_side.restore({path: value for path, value in saved.items() if path not in self._of_samplers})
+            self._restored_digests = self.digests() | {path: digest_of(value) for path, value in self._of_samplers.items()}
         if then and self._is_then_due:
             self._is_then_due = False
             self._then()

@@ -95,6 +95,12 @@ def batches_skipped(watch: Callable[[Any], None] = lambda dataloader: None) -> I
             return skipping
 
         def skip_on_all_ranks(dataloader: Any, num_batches: int) -> Any:
+            if not hasattr(dataloader, "dataset"):
+                raise ConfigError(
+                    f"the first {num_batches} batches of the epoch have been trained, and a loader without a dataset, such as "
+                    f"{type(dataloader).__name__}, can't skip them",
+                    hint="return a torch DataLoader from get_train_dataloader()",
+                )
             skipping = plain_skip(dataloader, num_batches)
             dispatched = isinstance(dataloader, DataLoaderDispatcher) and not SPLIT_BATCHES.of(dataloader)
             if not dispatched or isinstance(dataloader.dataset, IterableDataset):

@@ -42,7 +42,8 @@ from hf_spot.training.trainer.batch_size import batches, keep_full_samples, keep
 from hf_spot.training.trainer.commits import Commits
 from hf_spot.training.trainer.description import describe
 from hf_spot.training.trainer.engines import refuse_what_can_not_be_resumed
-from hf_spot.training.trainer.exact_steps import COUNT, ExactSteps, exact_steps, refuse_what_is_not_exact, tell_no_longer_exact
+from hf_spot.training.trainer.exact_limits import refuse_what_is_not_exact
+from hf_spot.training.trainer.exact_steps import COUNT, ExactSteps, exact_steps, tell_no_longer_exact
 from hf_spot.training.trainer.passed_over import why_impossible
 from hf_spot.training.trainer.random_states import RandomStates
 from hf_spot.training.trainer.restore import MachineGoing, Resumption

@@ -11,14 +11,15 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer
 
-from hf_spot.errors import CorruptCheckpoint
+from hf_spot.errors import ConfigError, CorruptCheckpoint, SpotError
 from hf_spot.training.data.rng import capture, capture_gpus, restore
-from hf_spot.training.upstream import LOAD_FROM_CHECKPOINT, WARN_AFTER_LOAD
+from hf_spot.training.upstream import LOAD_FROM_CHECKPOINT, LOAD_OPTIMIZER, WARN_AFTER_LOAD
 
 log = logging.getLogger("hf_spot")
 
@@ -32,7 +33,8 @@ def all_weights_loaded(trainer: Trainer) -> Iterator[None]:
         results: list[Any] = []
         WARN_AFTER_LOAD.set(trainer, results.append)
         try:
-            plain_load(resume_from_checkpoint, *model)
+            with _fitting("model", resume_from_checkpoint):
+                plain_load(resume_from_checkpoint, *model)
         finally:
             WARN_AFTER_LOAD.restore(trainer)
         target = model[0] if model else trainer.model
@@ -42,11 +44,34 @@ def all_weights_loaded(trainer: Trainer) -> Iterator[None]:
             else:
                 WARN_AFTER_LOAD.of(trainer)(result)
 
+    plain_load_optimizer = LOAD_OPTIMIZER.of(trainer)
+
+    def load_optimizer(checkpoint: str | None) -> None:
+        with _fitting("optimizer", str(checkpoint)):
+            plain_load_optimizer(checkpoint)
+
     LOAD_FROM_CHECKPOINT.set(trainer, load)
+    LOAD_OPTIMIZER.set(trainer, load_optimizer)
     try:
         yield
     finally:
         LOAD_FROM_CHECKPOINT.restore(trainer)
+        LOAD_OPTIMIZER.restore(trainer)
+
+
+@contextmanager
+def _fitting(what: str, checkpoint: str) -> Iterator[None]:
+    """Name what torch and PEFT raise within the block if this launch has built something else than was saved."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, SpotError):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(
+            f"the {what} of this launch does not fit {Path(checkpoint).name}: {' '.join(lines[:3])}",
+            hint="before train(), give the model the parameters and adapters of the checkpoint, with the same ones trained",
+        ) from error
 
 
 def _load_translated(model: PreTrainedModel, checkpoint: str) -> None:

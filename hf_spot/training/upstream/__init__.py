@@ -336,7 +336,7 @@ LOAD_OPTIMIZER = _method(
     _TRAINER,
     "_load_optimizer_and_scheduler",
     "checkpoint",
-    "training.trainer.restore training.trainer.resumed_events",
+    "training.trainer.restore training.trainer.resumed_events training.trainer.weights",
     "a second train() of the same Trainer begins with a new optimizer if the first one was finished by an earlier launch",
 )
 SKIP_FIRST_BATCHES = _function(
@@ -763,6 +763,12 @@ ARROW_OF_BUFFER = _value(_BUFFER, "iter_arrow", _BUFFERS, _READ_AGAIN, **_STREAM
 BEGIN_STATE_OF_BUFFER = _method(_BUFFER, "_init_state_dict", "", _BUFFERS, _READ_AGAIN, **_STREAM)
 LOAD_STATE_OF_BUFFER = _method(_BUFFER, "load_state_dict", "state_dict", _BUFFERS, _READ_AGAIN, **_STREAM)
 STATE_OF_STREAM = _method("datasets.iterable_dataset:IterableDataset", "state_dict", "", _BUFFERS, _READ_AGAIN, **_STREAM)
+LOAD_STATE_OF_STREAM = _method(
+    "datasets.iterable_dataset:IterableDataset", "load_state_dict", "state_dict", _BUFFERS, _READ_AGAIN, **_STREAM
+)
+START_OF_STREAM = _attribute(
+    "datasets.iterable_dataset:IterableDataset", "_starting_state_dict", _BUFFERS, _READ_AGAIN, **_STREAM
+)
 
 PREPARE_STREAM = _method(
     "datasets.iterable_dataset:IterableDataset",

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from enum import Flag, auto
 from functools import partial
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import finalize
 
 _MISSING: Any = object()
 # What the attributes of objects were before `Name.set` replaced a method there: a script may have put one of its own on them.
-_replaced: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+_replaced: dict[int, dict[str, Any]] = {}  # by identity: some classes of trainers compare equal or have no hash
 # If other code has replaced a library's function, the names of its parameters are not checked.
 _LIBRARIES = frozenset(
     (
@@ -134,18 +134,21 @@ class Name:
 
     def plain(self, owner: Any) -> Callable[..., Any]:
         """Return an object's method as it was before `set`: the class's, or one that the script has put on the object."""
-        before: Any = _replaced.get(owner, {}).get(self.name, _MISSING)
+        before: Any = _replaced.get(id(owner), {}).get(self.name, _MISSING)
         return partial(getattr(type(owner), self.name), owner) if before is _MISSING else before
 
     def set(self, owner: Any, value: Any) -> None:
         """Set this name on an object or class."""
         if self.kind == "method" and not isinstance(owner, type):
-            _replaced.setdefault(owner, {}).setdefault(self.name, vars(owner).get(self.name, _MISSING))
+            if id(owner) not in _replaced:
+                _replaced[id(owner)] = {}
+                finalize(owner, _replaced.pop, id(owner), None).atexit = False
+            _replaced[id(owner)].setdefault(self.name, vars(owner).get(self.name, _MISSING))
         setattr(owner, self.name, value)
 
     def restore(self, owner: Any) -> None:
         """Undo what `set` has set on an object."""
-        before = _replaced.get(owner, {}).pop(self.name, _MISSING)
+        before = _replaced.get(id(owner), {}).pop(self.name, _MISSING)
         if before is _MISSING:
             vars(owner).pop(self.name, None)
         else:
@@ -171,6 +174,11 @@ class Name:
                 delattr(owner, self.name)
             else:
                 setattr(owner, self.name, before)
+
+
+def replaced_on(owner: Any) -> dict[str, Any]:
+    """Return what a script had put on an object in place of its methods, by name, where `Name.set` has replaced it."""
+    return {name: value for name, value in _replaced.get(id(owner), {}).items() if value is not _MISSING}
 
 
 def _is_on(kind: type, name: str) -> bool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,6 +19,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
 from hf_spot.training.data import stream_position
+from hf_spot.training.data.shuffle_buffers import install
 from hf_spot.training.data.stream_position import StreamPosition, why_not
 
 Make = Callable[[], IterableDataset]
@@ -240,6 +244,60 @@ def test_what_is_compared_does_not_depend_on_how_it_is_shown() -> None:
     image = pytest.importorskip("PIL.Image")
     images = [image.new("RGB", (4, 4), color) for color in ("red", "red", "blue")]
     assert digest([images[0]]) == digest([images[1]]) != digest([images[2]])
+
+
+WITHOUT_HF_SPOT = """
+import json, sys
+from datasets import IterableDataset
+def rows(shards):
+    for shard in shards:
+        for number in range(20):
+            yield {"number": shard * 100 + number}
+made = IterableDataset.from_generator(rows, gen_kwargs={"shards": list(range(6))}).shuffle(seed=1, buffer_size=7)
+stream = made.map(lambda one: one)
+stream.load_state_dict(json.load(open(sys.argv[1])))
+assert "hf_spot" not in sys.modules
+print(json.dumps([one["number"] for one in stream]))
+"""
+
+
+def test_a_state_can_be_loaded_without_hf_spot(tmp_path: Path) -> None:
+    def rows(shards: list[int]) -> Iterator[dict[str, int]]:
+        for shard in shards:
+            yield from ({"number": shard * 100 + number} for number in range(20))
+
+    def make() -> Any:
+        made = IterableDataset.from_generator(rows, gen_kwargs={"shards": list(range(6))})
+        return made.shuffle(seed=1, buffer_size=7).map(lambda one: one)
+
+    whole = [one["number"] for one in make()]
+    install()
+    stream, path = make(), tmp_path / "state.json"
+    seen = []
+    for one in stream:
+        seen.append(one["number"])
+        if len(seen) == 50:
+            path.write_text(json.dumps(stream.state_dict()))
+            break
+    assert seen == whole[:50]
+    done = subprocess.run(
+        [sys.executable, "-Wignore", "-c", WITHOUT_HF_SPOT, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    rest = json.loads(done.stdout.splitlines()[-1])
+    # datasets gives no sample again, and leaves those out that were in the buffer.
+    assert not {*rest} & {*seen} and 120 - 50 - 7 <= len(rest) < 70
+    resumed = make()  # with hf_spot none is left out, also if the state was loaded before it was there
+    resumed.load_state_dict(json.loads(path.read_text()))
+    assert [one["number"] for one in resumed] == whole[50:]
+    early = make()
+    vars(early)["_starting_state_dict"] = json.loads(path.read_text())
+    assert why_not(loader_of(early)) is None
+    assert [one["number"] for one in early] == whole[50:]
 
 
 def test_an_unknown_shuffle_buffer_is_named(files: dict[str, Make], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,15 @@ import pytest
 import torch
 import transformers.trainer as trainer_module
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback, default_data_collator
+from transformers.trainer_pt_utils import distributed_concat
 
 from hf_spot import Run, SpotArguments, SpotCallback
 from hf_spot.errors import ConfigError
 from hf_spot.policy.micro_batches import Shares
 from hf_spot.training.data.micro_batches import MicroBatch, MicroBatches, _plain_fetch, seed_fetches, seeded
 from hf_spot.training.data.rng import capture, pack
+from hf_spot.training.trainer.exact_limits import looking_for_collective_calls, refuse_what_is_not_exact
 from hf_spot.training.trainer.random_states import RandomStates
 from hf_spot.training.upstream import COUNT_FLOS, FETCH, GET_BATCH_SAMPLES, TRAIN_LOADER, TRAINING_STEP
 from tests.training.conftest import Recorder, make_trainer, same, weights
@@ -180,6 +183,94 @@ def test_running_statistics_are_refused_before_the_first_step(store: str, tmp_pa
     assert "GroupNorm" in str(refused.value.hint) and trainer.state.global_step == 0
 
 
+def _with_teacher() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    class Taught(GPT2LMHeadModel):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.teacher = torch.nn.Parameter(torch.zeros(16), requires_grad=False)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            self.teacher.data.mul_(0.9).add_(self.transformer.wte.weight.detach().mean(0))  # torch does not count this change
+            return super().forward(*args, **kwargs)
+
+    return Taught(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+
+
+def test_parameters_that_change_with_each_micro_batch_are_refused_before_the_first_step(store: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, SpotCallback(store, EXACT), model=_with_teacher, remove_unused_columns=False)
+    with pytest.raises(ConfigError, match="teacher change with each micro-batch") as refused:
+        trainer.train()
+    assert "in a callback" in str(refused.value.hint) and trainer.state.global_step == 0
+
+
+class _Substeps(TrainerCallback):
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class _SeededCollator:
+    seed, generator = 7, None
+
+    def __call__(self, samples: Any) -> Any:
+        return default_data_collator(samples)
+
+
+NAMED: dict[str, tuple[dict[str, Any], str]] = {
+    "substeps": ({"callbacks": [_Substeps()]}, "on_substep_end of _Substeps"),
+    "a seeded collator": ({"data_collator": _SeededCollator()}, "omit its seed"),
+    "reference rewards made ahead": ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs"),
+    "a compiled model": ({"torch_compile": True}, "pad all batches to one length"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_what_may_not_be_exact_is_named(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings, told = NAMED[name]
+    trainer = make_trainer(tmp_path)
+    refuse_what_is_not_exact(trainer)
+    assert told not in caplog.text
+    for one in settings.pop("callbacks", []):
+        trainer.add_callback(one)
+    for key, value in settings.items():
+        setattr(trainer if hasattr(trainer, key) else trainer.args, key, value)
+    refuse_what_is_not_exact(trainer)
+    assert told in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("attribute", "why"),
+    [
+        ("is_fsdp_enabled", "FSDP adds gradients up"),
+        ("is_deepspeed_enabled", "DeepSpeed adds gradients up"),
+        ("fp16", "loss scale"),
+    ],
+)
+def test_engines_that_add_gradients_up_themselves_are_refused(tmp_path: Path, attribute: str, why: str) -> None:
+    trainer = make_trainer(tmp_path)
+    setattr(trainer if hasattr(trainer, attribute) else trainer.args, attribute, True)
+    with pytest.raises(ConfigError, match=why) as refused:
+        refuse_what_is_not_exact(trainer)
+    assert "bf16=True" in str(refused.value.hint) or "--multi_gpu in its place" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "why"),
+    [
+        ("KTOTrainer", {"calculate_KL": True}, "KTO"),
+        ("DPOTrainer", {"loss_type": ["sigmoid", "bco_pair"]}, "bco_pair"),
+    ],
+)
+def test_losses_that_use_means_over_ranks_are_refused(tmp_path: Path, kind: str, settings: dict[str, Any], why: str) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.__class__ = type(kind, (Trainer,), {})
+    for key, value in settings.items():
+        setattr(trainer if key == "calculate_KL" else trainer.args, key, value)
+    with pytest.raises(ConfigError, match=why):
+        refuse_what_is_not_exact(trainer)
+
+
 def _make(sample: Any) -> tuple[Any, ...]:
     return sample, random.random(), float(numpy.random.rand()), float(torch.rand(()))
 
@@ -234,3 +325,15 @@ def test_the_option_that_is_missing_later_is_told(store: str, tmp_path: Path, ca
         make_trainer(tmp_path, SpotCallback(store, EXACT), Recorder(6, _interrupt), **SETTINGS).train()
     make_trainer(tmp_path, SpotCallback(store, SpotArguments(notice="none")), **SETTINGS).train()
     assert "up to step 3 this training was exact on any number of GPUs" in caplog.text
+
+
+def test_code_that_asks_other_ranks_is_named_with_its_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        with looking_for_collective_calls():
+            torch.distributed.all_reduce(torch.ones(1))
+            distributed_concat(torch.ones(1))  # Trainer's own
+    finally:
+        torch.distributed.destroy_process_group()
+    told = [one for one in caplog.messages if "asks other ranks" in one]
+    assert len(told) == 1 and "test_code_that_asks_other_ranks" in told[0] and f"{__file__}:" in told[0]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import collections
+import datetime
+import decimal
+import enum
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import torch.nn.utils.prune
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
@@ -239,6 +243,22 @@ class WrittenSampler(Trainer):
         return Shuffled(len(self.train_dataset))  # type: ignore[arg-type]
 
 
+class Unhurried(Shuffled):
+    """Draws each row when it is asked for it, by weights that it lowers."""
+
+    def __iter__(self) -> Any:
+        self.weights = numpy.ones(self.length)
+        for _ in range(self.length):
+            row = int(self.dice.choice(self.length, p=self.weights / self.weights.sum()))
+            self.weights[row] *= 0.5
+            yield row
+
+
+class UnhurriedSampler(Trainer):
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return Unhurried(len(self.train_dataset))  # type: ignore[arg-type]
+
+
 class Thaws(TrainerCallback):
     """Trains the head alone for an epoch."""
 
@@ -279,6 +299,131 @@ def unfrozen_beside_lora(out: Path) -> Trainer:
 def with_levels(out: Path) -> Trainer:
     data = Levels()
     return make(out, data=data, callbacks=[Raises(data, 3)])
+
+
+# -- state outside of the objects' own attributes ---------------------------------------------------------------------
+
+
+class Phase(enum.Enum):
+    WARM = 1
+    MAIN = 3
+
+
+Pair = collections.namedtuple("Pair", "first second")
+
+
+class Gentle:
+    def weight(self) -> float:
+        return 1.0
+
+
+class Hard:
+    def weight(self) -> float:
+        return 2.0
+
+
+CALLS = 0
+
+
+class Everywhere(Trainer):
+    """Keeps state in its class, in a global variable, in an enumeration, in the class of an object, and in long containers."""
+
+    calls = 0
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        global CALLS
+        CALLS += 1
+        Everywhere.calls += 1
+        found = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss = found[0] * self.phase.value * self.strategy.weight() / CALLS + self.newest[-1] / Everywhere.calls
+        row = int(inputs["input_ids"][0, 0])
+        loss = loss * (1 + self.by_row[row])
+        self.by_row[row] += float(found[0].detach())
+        self.newest.append(self.by_row[row])
+        self.pair = Pair(self.pair.first + 1, self.pair.second)
+        self.share += decimal.Decimal("0.1")
+        return (loss * float(self.share), found[1]) if return_outputs else loss * float(self.share)
+
+
+class Moves(TrainerCallback):
+    """Changes settings, a dropout, the model's configuration, and objects of the Trainer."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        if state.global_step == 2:
+            args.max_grad_norm = 0.1
+            model.transformer.drop.p = 0.4
+            self.trainer.phase, self.trainer.strategy = Phase.MAIN, Hard()
+        model.config.note = (model.config.note or 0) + 1
+
+
+class Attached(torch.optim.SGD):
+    """Attaches its momentum to the parameters."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                held = getattr(parameter, "speed", None)
+                parameter.speed = parameter.grad.clone() if held is None else held.mul_(0.9).add_(parameter.grad)
+                parameter.grad.copy_(parameter.speed)
+        return super().step(closure)
+
+
+class Counts(Rows):
+    """Counts in a list and in an array while batches are made, ahead of the training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+        self.times = numpy.zeros(24, dtype=numpy.int64)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        self.seen.append(index)
+        self.times[index] += 1
+        row = (self.row(index) + len(self.seen) + int(self.times.sum())) % 64
+        return {"input_ids": row, "labels": row}
+
+
+def everywhere(out: Path, **settings: Any) -> Trainer:
+    global CALLS
+    CALLS, Everywhere.calls = 0, 0
+    dice, drawn, scale, passes = random.Random(4), [0], 1.0, [0]
+
+    def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        drawn[0] += dice.randrange(3)
+        batch = (torch.stack([row["input_ids"] for row in rows]) + drawn[0]) % 64
+        return {"input_ids": batch, "labels": batch}
+
+    def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        nonlocal scale
+        scale *= 0.98
+        return output * scale
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(SHAPE)
+    model.config.note = None
+    model.transformer.ln_f.register_forward_hook(hook)
+    forward = model.lm_head.forward
+
+    def scaled(hidden: torch.Tensor) -> torch.Tensor:
+        passes[0] += 1
+        return forward(hidden) / passes[0]
+
+    model.lm_head.forward = scaled
+    moves = Moves()
+    trainer: Any = make(
+        out,
+        Everywhere,
+        callbacks=[moves],
+        data=Counts(),
+        data_collator=collate,
+        model=model,
+        optimizers=lambda model: Attached(model.parameters(), lr=1e-3),
+        **settings,
+    )
+    trainer.phase, trainer.strategy, trainer.share = Phase.WARM, Gentle(), decimal.Decimal(1)
+    trainer.by_row, trainer.newest = [0.0] * 2000, collections.deque([0.0] * 1500, maxlen=1500)
+    moves.trainer, trainer.pair = trainer, Pair(0, "same")
+    return trainer  # type: ignore[no-any-return]
 
 
 CASES: dict[str, tuple[Callable[[Path], Trainer], Callable[[Trainer], Any]]] = {
@@ -325,6 +470,29 @@ CASES: dict[str, tuple[Callable[[Path], Trainer], Callable[[Trainer], Any]]] = {
     ),
     "a sampler with a generator of its own": (lambda out: make(out, OwnSampler), lambda trainer: None),
     "a sampler that the script has written": (lambda out: make(out, WrittenSampler), lambda trainer: None),
+    "state outside of objects' attributes": (
+        everywhere,
+        lambda trainer: (
+            CALLS,
+            Everywhere.calls,
+            [one.value for one in Phase],
+            trainer.phase,
+            type(trainer.strategy),
+            trainer.share,
+            trainer.pair,
+            list(trainer.newest),
+            trainer.by_row,
+            trainer.args.max_grad_norm,
+            trainer.model.config.note,
+            trainer.train_dataset.seen,
+            trainer.train_dataset.times.tolist(),
+        ),
+    ),
+    "a sampler that draws when it is asked": (lambda out: make(out, UnhurriedSampler), lambda trainer: None),
+    "a collator that draws and counts, in workers": (
+        lambda out: make(out, data_collator=NoisyCollator(), dataloader_num_workers=2),
+        lambda trainer: None,
+    ),
     "layers that thaw": (lambda out: make(out, callbacks=[Thaws()]), lambda trainer: None),
     "a buffer that is not persistent": (
         lambda out: make(out, model=seeded(Buffered), remove_unused_columns=False),
@@ -354,6 +522,7 @@ def test_it_comes_back(store: str, tmp_path: Path, case: str, at_step: int) -> N
     alone, losses = make_one(tmp_path / "alone"), Recorder()
     alone.add_callback(losses)
     alone.train()
+    wanted_state = found(alone)
 
     callback = SpotCallback(store, SpotArguments(notice="signal"))
     first = make_one(tmp_path / "one")
@@ -370,7 +539,7 @@ def test_it_comes_back(store: str, tmp_path: Path, case: str, at_step: int) -> N
     assert {step: losses.losses[step] for step in recorder.losses} == recorder.losses
     ended, wanted = weights(second), weights(alone)
     assert [name for name in wanted if not torch.equal(wanted[name], ended[name])] == []
-    assert found(second) == found(alone)
+    assert found(second) == wanted_state
 
 
 def test_a_training_without_state_of_its_own_gets_no_more_than_its_proof(store: str, tmp_path: Path) -> None:
@@ -416,7 +585,7 @@ def test_a_class_may_say_what_is_each_launchs_own(store: str, tmp_path: Path) ->
 class Opaque(TrainerCallback):
     def __init__(self) -> None:
         self.lines = {number: object() for number in range(2)}
-        self.rows = [0] * 2000
+        self.rows = [object()] * 2000
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         self.rows.append(state.global_step)
@@ -442,6 +611,17 @@ def test_what_can_not_be_saved_is_named_once(store: str, tmp_path: Path, caplog:
         collections.OrderedDict([("z", 1), ("a", 2)]),
         numpy.int8(-3),
         torch.float16,
+        Phase.MAIN,
+        Hard,
+        everywhere,
+        1 - 2j,
+        decimal.Decimal("0.10"),
+        datetime.timedelta(days=-1, microseconds=3),
+        datetime.datetime(2026, 1, 2, 3, 4, 5, 6, datetime.timezone.utc),
+        bytearray(b"\xff"),
+        [0.1] * 1001,
+        dict.fromkeys(range(1001)),
+        collections.deque(range(2000), maxlen=2000),
     ],
     ids=lambda value: type(value).__name__,  # of sets each worker would read another order
 )
@@ -460,3 +640,42 @@ def test_who_else_holds_a_value_sees_it_restored() -> None:
     held = {"tensor": tensor, "numbers": numbers, "gone": 1}
     assert put_into(held, {"tensor": torch.ones(2), "numbers": [4], "new": 2}) is held
     assert (tensor.tolist(), numbers, set(held)) == ([1.0, 1.0], [4], {"tensor", "numbers", "new"})
+
+
+class Reads(Trainer):
+    """Reads other data in its loss."""
+
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        next(self.others)
+        next(self.batches)
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+class Prunes(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        if state.global_step == 3:
+            torch.nn.utils.prune.l1_unstructured(model.transformer.h[0].mlp.c_fc, "weight", 0.3)
+
+
+def test_iterators_and_another_structure_of_the_model_are_named(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = SpotCallback(store, SpotArguments(notice="none"))
+    trainer: Any = make(tmp_path / "out", Reads, callbacks=[callback, Patient(callback), Prunes()], max_steps=8)
+    trainer.others, trainer.unread = iter(range(100)), iter(range(100))
+    trainer.batches = iter(torch.utils.data.DataLoader(range(100)))
+    trainer.train()
+    for name in ("others", "batches"):
+        assert caplog.text.count(f"trainer.{name} changes in this training and can't be saved") == 1
+    assert "unread" not in caplog.text
+    assert caplog.text.count("changes which parameters its model has (model.transformer.h.0.mlp.c_fc.weight") == 1
+
+
+def test_a_trainer_without_a_hash_is_trained(store: str, tmp_path: Path) -> None:
+    class Equal(Trainer):
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    callback = SpotCallback(store, SpotArguments(notice="none"))
+    trainer = make(tmp_path / "out", Equal, callbacks=[callback, Patient(callback)], max_steps=2)
+    assert trainer.train().global_step == 2
