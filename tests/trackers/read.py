@@ -70,14 +70,22 @@ def tensorboard(folder: Path, project: str) -> Runs:
 
 
 def swanlab(folder: Path, project: str) -> Runs:
-    """The newest folder of each id; its columns have numbers, so the loss is the one that begins with the first loss."""
-    first, found = float((folder / "first-loss").read_text()), {}
+    """The folders of each id over each other: Trainer's newest one has the whole curve, a loop's has the lines of its launch.
+
+    Columns have numbers, so the loss is the one that begins with the first loss, and in a loop the same one later.
+    """
+    first, found, columns = float((folder / "first-loss").read_text()), {}, {}
     for place in sorted((folder / "swanlog").glob("run-*"), key=lambda one: one.name.split("-")[1]):
-        for column in (place / "logs").glob("*"):
-            rows = [json.loads(line) for file in sorted(column.glob("*.log")) for line in file.read_text().splitlines()]
-            if rows and rows[0]["data"] == first:
-                found[place.name.split("-")[2]] = [(one["index"], one["data"]) for one in rows]
-    return found
+        id = place.name.split("-")[2]
+        read = {
+            column.name: [json.loads(line) for file in sorted(column.glob("*.log")) for line in file.read_text().splitlines()]
+            for column in (place / "logs").glob("*")
+        }
+        begun = next((name for name, rows in read.items() if rows and rows[0]["data"] == first), None)
+        columns[id] = begun or columns.get(id)
+        curve = {} if begun else found.get(id, {})
+        found[id] = curve | {one["index"]: one["data"] for one in read.get(columns[id], [])}
+    return {id: sorted(curve.items()) for id, curve in found.items()}
 
 
 def comet_ml(folder: Path, project: str) -> Runs:
