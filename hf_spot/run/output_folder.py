@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from hf_spot.run.local_copies import recorded
 from hf_spot.run.run import Run
 from hf_spot.run.transfer import sync
 
@@ -15,6 +17,7 @@ log = logging.getLogger("hf_spot")
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _MARKER = ".hf_spot/run"  # names the run that uses the folder
+_OWN_SAVES = ".hf_spot/saves"
 _FOREIGN = ".hf_spot/foreign"  # names of checkpoints, one a line, that are not its own and stay where they are
 
 
@@ -30,6 +33,7 @@ def enter(run: Run, output_dir: Path, *, keep: bool) -> None:
         keep: leave them in place, because the script resumes from one of them.
     """
     sweep(output_dir)
+    _show_own_saves(run, output_dir)
     marker = output_dir / _MARKER
     if marker.exists() and marker.read_bytes() == _on_disk(run):
         return
@@ -53,6 +57,39 @@ def foreign_checkpoints(output_dir: Path) -> Collection[str]:
     listed = output_dir / _FOREIGN
     names = listed.read_text(encoding="utf-8").split() if listed.exists() else []
     return {name for name in names if (output_dir / name).is_dir()}
+
+
+def own_save(output_dir: Path, step: int) -> Path:
+    """Return the folder of a save that Trainer has not asked for: rotation, ``get_last_checkpoint`` and people don't see it.
+
+    Args:
+        output_dir: the Trainer's.
+        step: its number.
+    """
+    return output_dir / _OWN_SAVES / str(step) / f"checkpoint-{step}"
+
+
+def discard_own_saves(output_dir: Path, before_step: int) -> None:
+    """Delete the folders of `own_save` that are older than a step."""
+    for folder in _own_saves(output_dir):
+        if _step(folder) < before_step:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+    with contextlib.suppress(OSError):  # there are others, or none was made
+        (output_dir / _OWN_SAVES).rmdir()
+
+
+def _show_own_saves(run: Run, output_dir: Path) -> None:
+    """Move the saves of `own_save` to where a resume looks for them, if they can be of use; delete the others."""
+    whole = {step for step, _ in recorded(output_dir)}
+    newest = max((ref.step for ref in run.journal.state.checkpoints), default=0)
+    for folder in _own_saves(output_dir):
+        if (_step(folder) in whole or _step(folder) == newest) and not (output_dir / folder.name).exists():
+            folder.rename(output_dir / folder.name)
+    shutil.rmtree(output_dir / _OWN_SAVES, ignore_errors=True)
+
+
+def _own_saves(output_dir: Path) -> list[Path]:
+    return [path for place in (output_dir / _OWN_SAVES).glob("*") for path in _checkpoints(place)]
 
 
 def set_aside_uncommitted(run: Run, output_dir: Path, resume_step: int, training: int = 1) -> None:

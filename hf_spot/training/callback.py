@@ -47,7 +47,7 @@ from hf_spot.training.trainer.resume_fixes import (
     set_epoch,
 )
 from hf_spot.training.trainer.resumed_events import ResumedEvents
-from hf_spot.training.trainer.saves import Saves
+from hf_spot.training.trainer.saves import Saves, may_ask_for_save
 from hf_spot.training.trainer.step_losses import StepLosses
 from hf_spot.training.trainer.streams import StreamReader, random_streams_named, resumed_in_its_pass
 from hf_spot.training.trainer.trackers import Trackers
@@ -101,6 +101,7 @@ class SpotCallback(TrainerCallback):
         self._losses: StepLosses | None = None
         self._save_is_extra = False
         self._save_is_owed = False
+        self._newest_is_ours = False
         self._resumed_epoch_is_ahead = False
         self._events: ResumedEvents | None = None
         self._proof: Proof | None = None
@@ -235,9 +236,9 @@ class SpotCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Hand the checkpoint over for upload."""
-        if self._session is None or state.global_step == self._saved_step:
+        if self._session is None or self._saves is None or state.global_step == self._saved_step:
             return
-        self._saved_step = state.global_step
+        self._saved_step, self._newest_is_ours = state.global_step, self._saves.is_ours
         loop, exact = self._loop_state(args, state, control), self._session.exact
         request = CommitRequest(
             step=state.global_step,
@@ -260,7 +261,8 @@ class SpotCallback(TrainerCallback):
                 **(to_details(batches(self._session.trainer)) if exact is None else exact.to_details()),
             },
         )
-        self._session.commits.saved(self._session.run_session.output_dir / f"checkpoint-{state.global_step}", request)
+        self._session.commits.saved(self._saves.folder, request)
+        self._added = None
         if self._stopping:
             state.best_model_checkpoint = None  # as in `on_epoch_end`, which may have been called already
 
@@ -374,6 +376,8 @@ class SpotCallback(TrainerCallback):
                 session.commits.behind,
                 functools.partial(_finish_save, session, self._log_window, carried, proof, stream, self._gradients),
                 functools.partial(self._save_failed, trainer),
+                functools.partial(self._save_is_only_ours, trainer),
+                self.on_save,
                 self._save_refused,
                 session.commits.opened,
                 held.hold,
@@ -454,13 +458,14 @@ class SpotCallback(TrainerCallback):
         return LoopState(
             step=state.global_step,
             max_steps=state.max_steps,
-            saved_step=self._saved_step,
+            # A save of this step that Trainer does not know of takes none away that somebody has asked for.
+            saved_step=-1 if self._newest_is_ours and control.should_save else self._saved_step,
             should_save=control.should_save,
             should_evaluate=control.should_evaluate,
             should_training_stop=control.should_training_stop,
             is_epoch_end=_is_epoch_end(state),
             saves_each_epoch=args.save_strategy == SaveStrategy.EPOCH,
-            loads_best_model=bool(args.load_best_model_at_end),
+            loads_best_model=bool(args.load_best_model_at_end or args.metric_for_best_model),
             stopping=self._stopping,
             save_is_owed=self._save_is_owed,
         )
@@ -489,6 +494,12 @@ class SpotCallback(TrainerCallback):
     def _event_comes(self, event: str) -> None:
         if self._saves is not None:
             self._saves.event_comes(event)
+
+    def _save_is_only_ours(self, trainer: Trainer) -> bool:
+        """Return whether nobody but the cadence has asked for the save that begins."""
+        callbacks = trainer.callback_handler.callbacks
+        later = callbacks[callbacks.index(self) + 1 :] if self in callbacks else callbacks
+        return self._added == "cadence" and not any(map(may_ask_for_save, later))
 
     def _save_refused(self, wrong: list[str], step: int) -> None:
         assert self._session is not None

@@ -29,6 +29,7 @@ from hf_spot.run.journal_writer import JournalWriter
 from hf_spot.run.last_words import LastWords
 from hf_spot.run.machine_info import about_this_machine
 from hf_spot.run.manifest import files_in
+from hf_spot.run.output_folder import discard_own_saves
 from hf_spot.run.progress import Bar
 from hf_spot.run.restore import restore_checkpoint, restore_newest
 from hf_spot.run.run import Run
@@ -357,6 +358,7 @@ class RunSession:
 
         def committed(entry: Entry) -> None:
             local_copies.forget(self.output_dir, entry.data[TRAINING_KEY], entry.data["step"])
+            discard_own_saves(self.output_dir, entry.data["step"])
             on_commit(entry)
 
         # All disks must choose the same place for a checkpoint, whenever their machines have read the journal.

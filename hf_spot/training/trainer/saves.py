@@ -25,6 +25,7 @@ from hf_spot.errors import SpotError
 from hf_spot.log import log_always
 from hf_spot.policy import numbers
 from hf_spot.policy.hangs import Phase
+from hf_spot.run.output_folder import discard_own_saves, own_save
 from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.disks import Disk
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter, Refusal
@@ -48,6 +49,7 @@ from hf_spot.training.upstream import (
     SAVE_STATE,
     SAVE_TOGETHER,
     TORCH_SAVE,
+    TRIAL_FOLDER,
 )
 
 log = logging.getLogger("hf_spot")
@@ -99,6 +101,9 @@ class Saves:
         behind: writes the files while training continues.
         finish: writes what Trainer does not save, on every rank; called with the folder and the tensors written so far.
         failed: called on every rank after a failed save. An exception from it ends the training.
+        only_ours: returns whether Trainer has not asked for the save that begins: then it is written to a place of its own, and
+            rotation, pushes to the Hub and other callbacks don't learn of it.
+        tell: called instead of the event ``on_save`` after such a save, with its parameters.
         refused: called on every rank instead of a save, or within the step after it, with the names of what is not finite on
             any of them, and the step that would have been saved. An exception from it ends the training.
         opened: called with the seconds that the training waited, after a save, for copies that are made beside it.
@@ -116,6 +121,8 @@ class Saves:
         behind: AsyncCheckpointWriter,
         finish: Callable[[Path, SavedTensors], None],
         failed: Callable[[SpotError], None],
+        only_ours: Callable[[], bool],
+        tell: Callable[[Any, Any, TrainerControl], None],
         refused: Callable[[list[str], int], None],
         opened: Callable[[float], None],
         hold: Callable[[str, Exception], None],
@@ -128,6 +135,10 @@ class Saves:
         self._finish = finish
         self._saved = SavedTensors(trainer)
         self._failed = failed
+        self._only_ours = only_ours
+        self._tell_callback = tell
+        self._is_ours = False
+        self._own_step_before = 0
         self._refused = refused
         self._opened = opened
         self._unanswered: _Unanswered | None = None
@@ -164,9 +175,11 @@ class Saves:
             whole = self.settle()
             self.answer()
             # After a failed save, write at once, so that an error is found where it happens.
-            reasons = self._agreement.gather((self._why_at_once() if whole else "", self._why_copied_at_once()))
-            why = next((one for one, _ in reasons if one is not None), None)
-            goes_on, why_at_once = why is None, next((one for _, one in reasons if one is not None), None)
+            known_here = self._why_at_once() if whole else "", self._why_copied_at_once(), self._may_hide()
+            reasons = self._agreement.gather(known_here)
+            why = next((one for one, _, _ in reasons if one is not None), None)
+            goes_on, why_at_once = why is None, next((one for _, one, _ in reasons if one is not None), None)
+            self._is_ours = all(hides for _, _, hides in reasons)
             if goes_on and why_at_once and why_at_once not in self._told:
                 self._told.add(why_at_once)
                 log.info("training waits while a save copies its state, because %s; said once", why_at_once)
@@ -177,7 +190,8 @@ class Saves:
                 self._suppress_on_save()
                 self._refused(wrong, self._trainer.state.global_step)
                 return
-            self._folder = self._output_dir / f"checkpoint-{self._trainer.state.global_step}"
+            step = self._trainer.state.global_step
+            self._folder = own_save(self._output_dir, step) if self._is_ours else self._output_dir / f"checkpoint-{step}"
             self._trouble = None
             self._at_the_end = []
             touched = self._tell_touch if self._is_watched() else None
@@ -189,7 +203,7 @@ class Saves:
                 if goes_on
                 else contextlib.nullcontext()
             )
-            with self._forgiving(), behind, self._saved.recording():
+            with self._forgiving(), self._placed(self._folder.parent), behind, self._saved.recording():
                 self._save(plain_save, *args, **kwargs)
                 self._attempt(self._finish)(self._folder, self._saved)
                 if live is not None:
@@ -210,6 +224,16 @@ class Saves:
                 save_now(*args, **kwargs)
 
         SAVE_CHECKPOINT.set(self._trainer, save)
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of the newest save."""
+        return self._folder
+
+    @property
+    def is_ours(self) -> bool:
+        """Return whether Trainer has not asked for the newest save."""
+        return self._is_ours
 
     def settle(self) -> bool:
         """Wait for the files of the newest save; return False if they could not be written and were removed."""
@@ -351,6 +375,11 @@ class Saves:
             for act in self._at_the_end:
                 self._behind.then(act)  # delete an older checkpoint only after the new one is complete
             self._best_before, self._best = self._best, self._best_now()
+            if self._is_ours:
+                self._suppress_on_save(self._tell_callback)
+                if self._disk.leads:  # a commit deletes them on its own disk alone
+                    self._behind.then(functools.partial(discard_own_saves, self._output_dir, self._own_step_before))
+                self._own_step_before = self._trainer.state.global_step
             return
         self._agreement.together(lambda: shutil.rmtree(self._folder, ignore_errors=True) if self._disk.leads else None)
         self._forget_best(self._trainer.state.global_step)
@@ -432,13 +461,32 @@ class Saves:
         state = self._trainer.state
         return state.best_metric, state.best_global_step, state.best_model_checkpoint
 
-    def _suppress_on_save(self) -> None:
-        """Suppress the ``on_save`` event that Trainer sends next: callbacks would look for the folder."""
+    def _may_hide(self) -> bool:
+        """Return whether the save that begins can be one of which only hf_spot learns."""
+        found = ON_SAVE.trouble() is None and TRIAL_FOLDER.trouble() is None
+        return found and self._only_ours() and _is_known(self._trainer, SAVE_CHECKPOINT.name)
+
+    @contextlib.contextmanager
+    def _placed(self, place: Path) -> Iterator[None]:
+        """Have Trainer save to a folder in ``place`` within the block."""
+        if place == self._output_dir:
+            yield
+            return
+        with TRIAL_FOLDER.replaced(self._trainer, lambda plain: lambda *args, **kwargs: str(place)):
+            yield
+
+    def _suppress_on_save(self, instead: Callable[[Any, Any, TrainerControl], None] = lambda *event: None) -> None:
+        """Suppress the ``on_save`` event that Trainer sends next: callbacks would look for the folder.
+
+        Args:
+            instead: called with the parameters of the event.
+        """
         handler = self._trainer.callback_handler
 
         def on_save(args: Any, state: Any, control: TrainerControl) -> TrainerControl:
             ON_SAVE.restore(handler)
             control.should_save = False
+            instead(args, state, control)
             return control
 
         if ON_SAVE.trouble() is None:
@@ -501,7 +549,11 @@ class Saves:
             except Exception as error:
                 self._hold(f"what follows the save ({getattr(act, '__name__', 'a function')})", error)
 
-        return lambda *args, **kwargs: self._at_the_end.append(lambda: follow(*args, **kwargs))
+        def postponed(*args: Any, **kwargs: Any) -> None:
+            if not self._is_ours:
+                self._at_the_end.append(lambda: follow(*args, **kwargs))
+
+        return postponed
 
     def _explain(self, error: BaseException) -> SpotError:
         return SpotError(
@@ -549,6 +601,11 @@ def _is_told(callback: TrainerCallback) -> bool:
 
 def _is_told_by_others(callback: TrainerCallback) -> bool:
     return _is_told(callback) and not _is_of_library(callback)
+
+
+def may_ask_for_save(callback: TrainerCallback) -> bool:
+    """Return whether a callback that hf_spot doesn't know acts between the end of a step and its save."""
+    return not _is_of_library(callback) and any(_overrides(callback, one) for one in ("on_step_end", "on_log", "on_evaluate"))
 
 
 def _is_of_library(callback: TrainerCallback) -> bool:

@@ -320,7 +320,7 @@ TRIAL_FOLDER = _method(
     _TRAINER,
     "_get_output_dir",
     "trial",
-    "training.trainer.trials",
+    "training.trainer.trials training.trainer.saves",
     "the checkpoints of a hyperparameter search are not found",
     only="hyperparameter_search()",
 )
