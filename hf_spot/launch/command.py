@@ -23,6 +23,7 @@ from hf_spot.runtime import STORE_VARIABLE
 
 _OPTIONS = "hf_spot.launch.options"
 _MOST_WORDS = 150  # of a command whose digests are sent: they are part of a short greeting
+_FINGERPRINT = "1:"  # its form; what begins otherwise is of an unreleased version
 _LARGEST_BYTES = 2**20  # of a file that an argument names: scripts and configurations are smaller, data are not
 
 
@@ -105,16 +106,43 @@ class Command:
         before = [one for one in self.argv[: self.among_at] if total > 1 or one.replace("-", "_") != "__multi_gpu"]
         return [*before, *words, *self.argv[self.among_at :]]
 
-    def fingerprint(self) -> str:
-        """Return a digest of the script, its arguments, and the contents of the files that they name."""
-        digest = hashlib.sha256()
-        for word in self.script:
-            digest.update(word.encode("utf-8", "surrogateescape") + b"\0")
+    def inputs(self) -> dict[int, str]:
+        """Return a digest of each file that a word of the command names, by the number of the word."""
+        found = {}
+        for number, word in enumerate(self.script):
             with contextlib.suppress(OSError, ValueError):  # a word that names no file that can be read
                 path = Path(word.partition("=")[2] if word.startswith("--") and "=" in word else word)
                 if path.is_file() and path.stat().st_size <= _LARGEST_BYTES:
-                    digest.update(path.read_bytes() + b"\0")
-        return digest.hexdigest()[:16]
+                    found[number] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return found
+
+    def fingerprint(self, before: dict[int, str]) -> str:
+        """Return what the end of a run says of its command: digests of the words, and of the files that they name.
+
+        Args:
+            before: the files when the command was started. Those that have changed since are what it writes, such as a log, and
+                are left out.
+        """
+        files = [f",{number}={digest}" for number, digest in self.inputs().items() if before.get(number) == digest]
+        return f"{_FINGERPRINT}{self._digest_of_words}{''.join(files)}"
+
+    def has_finished(self, fingerprint: str | None) -> bool:
+        """Return whether a fingerprint is of this command, or of nobody knows which one.
+
+        A file that is not on this machine has not changed: whatever the command needs, it asks for itself.
+        """
+        if fingerprint is None or not fingerprint.startswith(_FINGERPRINT):
+            return True
+        words, *files = fingerprint.removeprefix(_FINGERPRINT).split(",")
+        here = {str(number): digest for number, digest in self.inputs().items()}
+        return words == self._digest_of_words and all(
+            here.get(number, digest) == digest for number, _, digest in (one.partition("=") for one in files)
+        )
+
+    @property
+    def _digest_of_words(self) -> str:
+        words = "".join(f"{word}\0" for word in self.script)
+        return hashlib.sha256(words.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def word_digests(self) -> list[str]:
         """Return a short digest of the script and of each of its arguments, and one of all those that come late.

@@ -43,7 +43,7 @@ def _history(state: RunState) -> str:
 
 def _begin(run: Run, state: RunState, command: Command, finished_by: str | None) -> str:
     newest = state.latest()
-    if state.ended == "finished" and finished_by in (None, command.fingerprint()):
+    if state.ended == "finished" and command.has_finished(finished_by):
         return f"do nothing: the run is finished at step {newest.step if newest else 0}"
     number = f"as launch {state.launch + 1}"
     if newest is None and command.arguments.start_from is not None:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError, Fenced, StoreError
+from hf_spot.errors import ConfigError, Fenced, StoreError, StoreUnavailable
 from hf_spot.launch.addresses import interface_of
 from hf_spot.launch.command import Machines
-from hf_spot.launch.group import FINISHED, HUNG, Group, Hosting, Member, Unreached, Visiting, visit
+from hf_spot.launch.group import FINISHED, HUNG, Go, Group, Hosting, Member, Unreached, Visiting, visit
 from hf_spot.launch.peers import BEAT_S, Refused
 from hf_spot.policy.membership import (
     Form,
@@ -52,6 +52,7 @@ _MOMENT_S = 5.0
 _SAY_EVERY_S = 30.0
 _LOOK_EVERY_S = 2.0  # while machines are missing
 _WEIGH_EVERY_S = 1.0
+_STORE_PAUSE_S = 2.0
 _A_CHANGE_S = 30.0  # until one was measured
 
 
@@ -122,7 +123,9 @@ class Elastic:
         self._unanswered: dict[Place, Unanswered] = {}
         self._times_fenced = 0
         self._owes_invitation = False
-        self._said_s = self._looked_s = clock()
+        self._said_s = self._looked_s = self._answered_s = clock()
+        self._is_cut_off = False
+        self._go: Go | None = None  # of a launch that this machine has not adopted yet
         self._plan: Plan | None = None
         self._told: int | None = None  # the samples of a step in the last plan that was read
         self._change = _Change(clock)
@@ -138,23 +141,37 @@ class Elastic:
 
         Raises:
             ConfigError: the others refuse this machine.
-            StoreError: the store did not answer.
+            StoreError: the store refused a request, or did not answer for as long as other machines are awaited.
         """
         if self._me.about == {}:
             self._me = replace(self._me, about=self._about())
-        began_s = self._said_s = self._clock()
+        began_s = self._said_s = self._answered_s = self._clock()
         if self._visiting is not None:
             self._visiting.ready()
         while not self._wait(0.0):
-            if self._hosting is not None:
-                met = self._gather(self._hosting, began_s)
-            elif self._visiting is not None:
-                met, began_s = self._stay(self._visiting), self._clock()  # with a host that lives there is no hurry
-            else:
-                met = self._seek(began_s)
+            try:
+                if self._hosting is not None:
+                    met = self._gather(self._hosting, began_s)
+                elif self._visiting is not None:
+                    met, began_s = self._stay(self._visiting), self._clock()  # with a host that lives there is no hurry
+                else:
+                    met = self._seek(began_s)
+            except StoreUnavailable as error:
+                self._outlast(error)
+                continue
+            self._answered_s, self._is_cut_off = self._clock(), False
             if met is not None:
                 return met
         return Verdict.PREEMPTED
+
+    def _outlast(self, error: StoreUnavailable) -> None:
+        """Wait a little for a store that does not answer. Raises its error if that has lasted too long."""
+        if self._clock() - self._answered_s > MEETING_S:
+            raise error
+        if not self._is_cut_off:
+            log.warning("%s; trying again for up to %.0f minutes", error.args[0], MEETING_S / 60)
+        self._is_cut_off = True
+        self._wait(_STORE_PAUSE_S)
 
     def _seek(self, began_s: float) -> Met | Verdict | None:
         sight, invitation = self._look()
@@ -289,13 +306,14 @@ class Elastic:
             self._owes_invitation = True
 
     def _stay(self, visiting: Visiting) -> Met | Verdict | None:
-        go = visiting.wait_for_go(_TICK_S)
+        go = self._go = self._go or visiting.wait_for_go(_TICK_S)
         if go is not None:
             try:
                 self._run.adopt(go.launch)
             except Fenced:
                 self._leave("another launch has begun")
                 return None
+            self._go = None
             return self._met(go.launch, go.rank, go.members, go.main_ip, go.own_ip, go.port, visiting)
         if visiting.bye == FINISHED:
             return Verdict.FINISHED
@@ -382,6 +400,7 @@ class Elastic:
         self._leave(why)
 
     def _leave(self, why: str) -> None:
+        self._go = None
         hosting, visiting, self._hosting, self._visiting = self._hosting, self._visiting, None, None
         if hosting is not None:
             hosting.close(why)

@@ -118,7 +118,7 @@ def launch(reading: Reading) -> int:
         if state.ended == "finished":
             newest = state.latest()
             step = newest.step if newest else 0
-            if finished_by in (None, command.fingerprint()):
+            if command.has_finished(finished_by):
                 how = _HOW_TO_TRAIN_LONGER if finished_by else ""
                 log.info("%s is finished at step %d: nothing to do (%s%s %s)", run.url, step, how, _HOW_TO_TRAIN_ON, run.url)
                 return EXIT_FINISHED
@@ -160,6 +160,7 @@ class Supervisor:
         self._command = command
         self._early = early
         self._finished_by = finished_by
+        self._inputs = command.inputs()
         self._now = now
         self._clock = clock
         names = [one.name for one in answered_signals(command.arguments)]
@@ -626,7 +627,7 @@ class Supervisor:
                 data |= {**_of(newest), "command": self._finished_by}
                 log.warning("the command has trained nothing: %s stays finished at step %d", self._run.url, newest.step)
             else:
-                data |= {**_of(newest), "command": self._command.fingerprint()}
+                data |= {**_of(newest), "command": self._command.fingerprint(self._inputs)}
                 log.info("%s is finished at step %d", self._run.url, newest.step)
         elif state.ended is not None or verdict is Verdict.FENCED:
             return

@@ -79,8 +79,9 @@ class Traffic:
             region = next(iter(members.values()), "")
             return replace(self, fetched=fetched, _region=region, _members=frozenset(members))
         if entry.kind == "commit":
-            sizes = [one.get("size") for one in data.get("files") or () if isinstance(one, dict)]
-            whole = sum(size for size in sizes if isinstance(size, int))
+            files = data.get("files")
+            sizes = [one.get("size") for one in files if isinstance(one, dict)] if isinstance(files, list) else []
+            whole = sum(size for size in sizes if isinstance(size, int) and size > 0)
             sent = data.get("sent_bytes")
             sent = sent if isinstance(sent, int) and not isinstance(sent, bool) and sent >= 0 else whole
             if data.get("reason") == "push":  # from wherever somebody pushed

@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ import pytest
 
 import hf_spot
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError
+from hf_spot.errors import ConfigError, StoreUnavailable
 from hf_spot.launch.addresses import own_addresses
 from hf_spot.launch.command import Machines
 from hf_spot.launch.elastic import Elastic, Met
@@ -27,6 +27,8 @@ from hf_spot.policy.restarts import Verdict
 from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.run import Run
 from hf_spot.runtime import Plan, Runtime, StepCounter
+from hf_spot.storage.faulty import Fault, FaultyStore
+from hf_spot.storage.open import open_store
 from tests.waiting import wait_for
 
 PATIENCE_S = 60.0
@@ -59,10 +61,10 @@ class World:
     machines: list[Machine] = field(default_factory=list)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8))
 
-    def add(self, least: int = 2, most: int = 3, **more: Any) -> Machine:
+    def add(self, least: int = 2, most: int = 3, *, faults: Sequence[Fault] = (), **more: Any) -> Machine:
         noticed, name = threading.Event(), f"machine-{len(self.machines)}"
         elastic = Elastic(
-            Run(self.url),
+            Run(FaultyStore(open_store(self.url), faults)) if faults else Run(self.url),
             Machines(most, least=least, processes=more.pop("processes", 1)),
             SpotArguments(peer_timeout_s=5),
             lambda: {"hostname": name, "machine": {"price_usd_per_hour": 1.0}},
@@ -250,6 +252,26 @@ def test_a_notice_ends_every_wait(world: World) -> None:
     waiting.result(PATIENCE_S)
     assert alone.met is Verdict.PREEMPTED
     assert time.monotonic() - began < 1.0
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 5])
+@pytest.mark.parametrize("method", ["list", "create", "get"])
+def test_a_store_that_does_not_answer_for_a_moment_ends_no_wait(
+    world: World, method: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_spot.launch.elastic._STORE_PAUSE_S", 0.05)
+    cut_off = [Fault(method, occurrence=call + later) for later in range(3)]
+    first = world.all_meet(world.add(2, 2, faults=cut_off), world.add(2, 2, faults=cut_off))
+    assert [one.rank for one in first] == [0, 1]
+
+
+def test_a_store_that_no_longer_answers_ends_the_wait_after_the_time_for_a_meeting(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_spot.launch.elastic._STORE_PAUSE_S", 0.05)
+    monkeypatch.setattr("hf_spot.launch.elastic.MEETING_S", 0.5)
+    with pytest.raises(StoreUnavailable):
+        world.add(faults=[Fault("list", occurrence=0)]).elastic.meet()
 
 
 def test_another_number_of_processes_is_refused_in_words(world: World) -> None:

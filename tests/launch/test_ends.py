@@ -142,7 +142,7 @@ def test_a_command_that_trains_nothing_leaves_a_finished_run_to_the_command_that
     assert supervisor.supervise() == 0
     last = Run(command.store).journal.read(Run(command.store).state().number)
     assert (last.kind, last.launch) == ("finished", 2)
-    assert last.data["command"] == (command.fingerprint() if trains else "before")
+    assert last.data["command"] == (command.fingerprint({}) if trains else "before")
     assert ("stays finished at step 5" in caplog.text) != trains
 
 

@@ -96,9 +96,27 @@ def test_a_command_gets_its_own_words_and_no_environment_of_accelerate(folder: P
     assert command.as_it_is
     assert command.argv == [str(folder / "bin" / "known"), "sft", "--store", "x", "-m", "train.py"]
     assert (command.environ, command.store, command.arguments.notice) == (environ, "s3://b/r", "imds")
-    before = command.fingerprint()
-    (folder / "train.py").write_text("pass")
-    assert command.fingerprint() != before
+
+
+def test_a_finished_run_is_known_by_the_command_and_its_files_but_not_by_what_it_writes(folder: Path) -> None:
+    (folder / "data.json").write_text("1")
+    (folder / "old.log").write_text("an earlier launch\n")
+    words = ["known", "--data", "data.json", "--log=old.log", "--results", "new.json"]
+    command = parse([*STORE, *words], {"PATH": str(folder / "bin")})
+    before = command.inputs()
+    (folder / "old.log").write_text("an earlier launch\nthis one\n")
+    (folder / "new.json").write_text("2")
+    finished = command.fingerprint(before)
+    assert command.has_finished(finished)
+    for name in ("old.log", "new.json", "data.json"):  # another machine has none of them
+        (folder / name).unlink()
+        assert command.has_finished(finished), name
+    (folder / "data.json").write_text("3")
+    assert not command.has_finished(finished)
+    other = parse([*STORE, *words, "--more"], {"PATH": str(folder / "bin")})
+    (folder / "data.json").write_text("1")
+    assert command.has_finished(finished) and not other.has_finished(finished)
+    assert command.has_finished(None) and command.has_finished("0123456789abcdef")  # of before fingerprints had a form
 
 
 def test_options_of_accelerate_before_a_command_are_refused_with_a_hint(folder: Path) -> None:

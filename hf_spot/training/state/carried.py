@@ -43,6 +43,7 @@ class CarriedState:
         trained: returns the tensors that an optimizer currently changes.
         rank: number of this process. Tensors of models are the same on all ranks, and only rank 0 saves them.
         never: returns whether a path must not be saved, such as a cache of another process's state.
+        divided: whether ranks divide the parameters among them, whose shapes then change while they are gathered.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class CarriedState:
         trained: Callable[[], Collection[torch.Tensor]],
         rank: int,
         never: Callable[[str], bool] = lambda path: False,
+        *,
+        divided: bool = False,
     ) -> None:
         self._find = find
         self._walk = walk
@@ -66,6 +69,7 @@ class CarriedState:
         self._kept: dict[str, Any] = {}
         self._shapes: dict[str, torch.Size] | None = None
         self._is_restructured = False
+        self._divided = divided
 
     def look(self, only: str = "") -> None:
         """Record the current state of everything that was not recorded before.
@@ -180,7 +184,7 @@ class CarriedState:
 
     def _name_structure(self, every: list[Found]) -> None:
         """Log once that the model has other parameters than it had when the training began."""
-        if self._shapes is None or self._is_restructured or self._rank:
+        if self._shapes is None or self._is_restructured or self._rank or self._divided:
             return
         now = _shapes(every)
         other = [path for path in {**self._shapes, **now} if self._shapes.get(path) != now.get(path)]

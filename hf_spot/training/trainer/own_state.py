@@ -98,7 +98,12 @@ def own_state(trainer: Trainer) -> CarriedState:
         lambda: list(_trained(trainer)),
         trainer.args.process_index,
         lambda path: bool(_OF_THIS_PROCESS.match(path)),
+        divided=_is_divided(trainer),
     )
+
+
+def _is_divided(trainer: Trainer) -> bool:
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
 def _new_walk(trainer: Trainer) -> Walk:
@@ -106,9 +111,9 @@ def _new_walk(trainer: Trainer) -> Walk:
     handler = trainer.callback_handler
     ours = [one for one in handler.callbacks if type(one).__module__.partition(".")[0] in ("hf_spot", "transformers")]
     skip = [trainer.args, trainer.state, trainer.control, handler, trainer.accelerator, trainer.optimizer]
-    divided = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # whose modules count and note what belongs to a process
     kinds = (Trainer, TrainingArguments, TrainerState, TrainerControl)
-    return Walk([*skip, trainer.lr_scheduler, trainer.processing_class, *ours], kinds, libraries=not divided)
+    # Modules of FSDP and DeepSpeed count and note what belongs to a process.
+    return Walk([*skip, trainer.lr_scheduler, trainer.processing_class, *ours], kinds, libraries=not _is_divided(trainer))
 
 
 def _find(trainer: Trainer, walk: Walk) -> Iterator[Found]:
