@@ -434,7 +434,8 @@ for library, family in {
     composed(f"{library}: EMA, layers that thaw", short, family=family, callbacks=["average", "thaws"])
     composed(f"{library}: a loss that learns", short, family=family, loss="learnt")
     composed(f"{library}: best model, early stopping", short, family=family, best="stopping", eval=EVALUATED)
-    composed(f"{library}: two trainings", ("notice@4", "kill@15", "term@16"), family=family, second="other data")
+    in_both = ("notice@4", "kill@10", "term@12") if family == "grpo" else ("notice@4", "kill@15", "term@16")
+    composed(f"{library}: two trainings", in_both, family=family, second="other data")
 for library, family in {"Trainer": "plain", "PEFT": "lora", "TRL SFT": "sft", "TRL DPO": "dpo"}.items():
     composed(f"{library}: a sampler with its own generator", family=family, sampler="own generator")
     composed(f"{library}: a sampler of the script", family=family, sampler="own class", accumulation=2, stops=("notice@3",))
