@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_spot.aws_errors import nearest_region
 from hf_spot.commands.common import add_command, open_run, print_json, setting_help, takes_job, takes_json, takes_run
 from hf_spot.errors import CloudError, ConfigError
 from hf_spot.terminal import Style, paint
@@ -148,9 +149,12 @@ def _prices(args: argparse.Namespace) -> int:
 
     if not 0 < args.days <= LONGEST_DAYS:
         raise ConfigError(f"--days {args.days:g}: EC2 keeps at most {LONGEST_DAYS} days of prices", hint="--days 7")
+    for region in args.region or ():  # before a misspelt one is asked which regions there are
+        if (meant := nearest_region(region)) is not None:
+            raise ConfigError(f"--region {region}: not a region of EC2", hint=f"did you mean {meant}?")
     cloud, now = _cloud(), _now()
     since = now - timedelta(days=args.days)
-    known = cloud.regions()
+    known = cloud.regions(args.region[0] if args.region else None)
     cloud.check_regions(args.region or (), known)
     rows, notes = look_up(cloud, args.types, args.region or known, since, now)
     if args.json:

@@ -142,6 +142,15 @@ def test_prices_refuses_what_cannot_be(job: Path, capsys: pytest.CaptureFixture[
     assert code == 2 and word in said
 
 
+def test_a_misspelt_region_is_recognised_where_none_is_set(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    code, said = call(capsys, "prices", "p4d.24xlarge", "--region", "us-esat-1")
+    assert code == 2 and "did you mean us-east-1?" in said
+
+
 def test_prices_without_any_say_that_there_is_no_capacity(aws: Aws, job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     aws.spot = {}
     assert "no spot price and therefore no spot capacity" in call(capsys, "prices", "p4d.24xlarge")[1]
