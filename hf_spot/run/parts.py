@@ -22,7 +22,7 @@ from hf_spot.run.digest import FINE, FINE_PART_BYTES, PART_DIGEST_BYTES, combine
 from hf_spot.run.manifest import PARTS_PREFIX, FileEntry
 from hf_spot.run.patience import WAITS_S, again_if_missing
 from hf_spot.storage.store import ObjectStore, Progress, ranges_of
-from hf_spot.storage.threads import Workers
+from hf_spot.storage.threads import Workers, result_of
 
 _INDEX = f"{PARTS_PREFIX}.json"
 _DIGESTS = ".digests"  # folder in the store, beside the files of a checkpoint
@@ -232,7 +232,7 @@ def run_all(requests: Iterable[Callable[[], None]]) -> None:
         jobs = [pool.submit(request) for request in requests]
         try:
             for job in jobs:
-                job.result()
+                result_of(job)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

@@ -20,7 +20,7 @@ from hf_spot.run.manifest import FileEntry, check_names, difference, files_in
 from hf_spot.run.parts import PartFiles, Parts, digests_key, get_digests, parts_path, run_all
 from hf_spot.run.patience import WAITS_S, again_if_missing
 from hf_spot.storage.store import ObjectStore, Progress
-from hf_spot.storage.threads import Workers
+from hf_spot.storage.threads import Workers, result_of
 
 LOST_BYTES = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 """Error numbers by which `os.fsync` reports lost bytes. Others mean that the filesystem does not support it."""
@@ -193,7 +193,7 @@ def download(
             jobs = [pool.submit(fetch, entry) for entry in (*files, *without_digests)]
             try:
                 for job in jobs:
-                    job.result()
+                    result_of(job)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
@@ -18,8 +18,19 @@ T = TypeVar("T")
 _Job = tuple["Future[Any]", Callable[[], Any]]
 
 
+_SIGNAL_S = 0.5  # until a notice is seen that another thread was interrupted for
 _NICE = 5  # a quarter of a processor while training needs it, else all of it
 _awaited = 0  # how many blocks of `awaited` are open
+
+
+def result_of(future: Future[T]) -> T:
+    """Return the result of a future. Raises its exception.
+
+    The system may hand a signal to any thread, and Python's handler then runs once the main thread does: so that wakes up.
+    """
+    while not wait([future], _SIGNAL_S).done:
+        pass
+    return future.result()
 
 
 @contextlib.contextmanager

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import wait
 
 import pytest
 
-from hf_spot.storage.threads import Workers, awaited
+from hf_spot.storage.threads import Workers, awaited, result_of
 from tests.waiting import PATIENCE_S, wait_for
 
 
@@ -25,6 +27,25 @@ def test_so_many_work_at_the_same_time_and_no_more() -> None:
 def test_what_is_raised_reaches_who_asks() -> None:
     with Workers(1) as workers, pytest.raises(KeyError, match="why"):
         workers.submit({}.__getitem__, "why").result()
+
+
+def test_a_signal_that_another_thread_gets_is_handled_while_a_result_is_awaited() -> None:
+    handled = threading.Event()
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: handled.set())
+    try:
+
+        def signalled() -> bool:
+            main = threading.main_thread().ident
+            assert main is not None
+            wait_for(lambda: sys._current_frames()[main].f_code.co_name == "wait", longest_pause_s=0.005)  # in `threading`
+            time.sleep(0.05)  # now it waits for a lock
+            signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)
+            return handled.wait(PATIENCE_S / 10)
+
+        with Workers(1) as workers:
+            assert result_of(workers.submit(signalled))
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_what_has_not_begun_can_be_cancelled_and_nothing_more_is_taken() -> None:
