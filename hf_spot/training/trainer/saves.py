@@ -142,6 +142,7 @@ class Saves:
         self._refused = refused
         self._opened = opened
         self._unanswered: _Unanswered | None = None
+        self._asked: _Unanswered | None = None  # of the newest save, also once it is answered
         self._why_not_beside: str | None = None
         self._versions: dict[str, int] | None = None
         self._is_first_step = True
@@ -203,6 +204,7 @@ class Saves:
                 if goes_on
                 else contextlib.nullcontext()
             )
+            self._asked = asked if beside else None
             with self._forgiving(), self._placed(self._folder.parent), behind, self._saved.recording():
                 self._save(plain_save, *args, **kwargs)
                 self._attempt(self._finish)(self._folder, self._saved)
@@ -299,7 +301,7 @@ class Saves:
 
     def _give_up(self, why: str) -> None:
         """Remove a failed save. Called from the writer thread, when no rank is writing any more."""
-        asked = self._unanswered
+        asked = self._asked  # it may have been answered a moment ago
         if self._agreement.is_main and not (asked is not None and asked.wrong()):  # else `answer` says so
             log_always(logging.ERROR, "%s; training goes on, and the next save will try again", why)
         if self._disk.leads:
