@@ -237,6 +237,15 @@ class Saves:
         """Return whether Trainer has not asked for the newest save."""
         return self._is_ours
 
+    def remove_newest(self) -> None:
+        """Remove the files of the newest save, whose step is saved again. What is to be uploaded has links of its own.
+
+        Every rank must call it, and then save.
+        """
+        self.settle()
+        if self._disk.leads:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
     def settle(self) -> bool:
         """Wait for the files of the newest save; return False if they could not be written and were removed."""
         self._behind.wait()

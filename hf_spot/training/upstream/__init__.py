@@ -218,6 +218,13 @@ FETCH = _method(
 EVALUATE = _method(
     _TRAINER, "_evaluate", "trial, ignore_keys_for_eval", "training.trainer.evaluation training.trainer.restore", _EVALUATIONS
 )
+EVALUATION_LOOP = _method(
+    _TRAINER,
+    "evaluation_loop",
+    "…",
+    "training.data.evaluation_workers",
+    "evaluations of a resumed training begin with other random states in persistent workers",
+)
 BEST_METRIC = _method(
     _TRAINER,
     "_determine_best_metric",
