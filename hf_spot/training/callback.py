@@ -29,7 +29,15 @@ from hf_spot.training.data.worker_processes import seeded_before, shield
 from hf_spot.training.session.notebook import shows_errors
 from hf_spot.training.state.carried import CarriedState
 from hf_spot.training.trainer.accumulation import Accumulation
-from hf_spot.training.trainer.batch_size import batches, from_details, to_details
+from hf_spot.training.trainer.batch_size import (
+    CUT,
+    accumulation_changed,
+    batches,
+    from_details,
+    tell_of_accumulation,
+    tell_of_cut,
+    to_details,
+)
 from hf_spot.training.trainer.entry import Entry
 from hf_spot.training.trainer.evaluation import Evaluations, Stopped, workers_are_unknown
 from hf_spot.training.trainer.gradients import WaitingGradients
@@ -59,6 +67,8 @@ from hf_spot.training.upstream import check
 from hf_spot.training.upstream.name import Scope
 
 log = logging.getLogger("hf_spot")
+
+_PLANNED = "max_steps_planned"  # in details of a commit: what a callback has changed since
 
 
 class SpotCallback(TrainerCallback):
@@ -112,6 +122,10 @@ class SpotCallback(TrainerCallback):
         self._gradients: WaitingGradients | None = None
         self._wanted_end: WantedEnd | None = None
         self._newest_request: CommitRequest | None = None
+        self._accumulation_began = 1
+        self._accumulation_told = False
+        self._planned_steps = 0
+        self._epoch_was_cut = False
         self._abandons_step = False
         self.resume_from_checkpoint: str | None = None
         _entry.install(Trainer)
@@ -129,6 +143,11 @@ class SpotCallback(TrainerCallback):
         if self._session.best_folder is not None:
             state.best_model_checkpoint = str(self._session.best_folder)
         self._saves.watch()
+        self._planned_steps = state.max_steps
+        if self._session.restored is not None:
+            details = self._session.restored.details
+            if details.get(_PLANNED) == state.max_steps:  # a callback had changed it since
+                state.max_steps = details["max_steps"]
         self._session.tell_plan(state.max_steps)
         if self._session.restored is not None:
             carry_callback_states(self._session.trainer)
@@ -241,6 +260,11 @@ class SpotCallback(TrainerCallback):
         self._saved_step, self._newest_is_ours = state.global_step, self._saves.is_ours
         self._newest_request = None
         loop, exact = self._loop_state(args, state, control), self._session.exact
+        accumulation = (self._accumulation_began, args.gradient_accumulation_steps)
+        changed = {} if exact is not None else accumulation_changed(*accumulation)
+        if changed and not self._accumulation_told:
+            self._accumulation_told = True
+            tell_of_accumulation(*accumulation, self._session.run_session.run.url)
         request = CommitRequest(
             step=state.global_step,
             training=self._session.run_session.training,
@@ -251,6 +275,8 @@ class SpotCallback(TrainerCallback):
             details={
                 "evaluation_pending": self._evaluation_pending(args, state, loop),
                 "max_steps": state.max_steps,
+                **({} if self._planned_steps == state.max_steps else {_PLANNED: self._planned_steps}),
+                **({CUT: True} if self._epoch_was_cut else {}),
                 "described": self._session.known.described,
                 "output_dir": str(self._session.run_session.output_dir),
                 "epoch_of_data": state.epoch,
@@ -259,6 +285,7 @@ class SpotCallback(TrainerCallback):
                 "fingerprint": {} if self._proof is None else self._proof.newest,
                 "passed_over": to_data(self._session.passed_over),
                 "trackers": {} if self._trackers is None else self._trackers.places(),
+                **changed,
                 **(to_details(batches(self._session.trainer)) if exact is None else exact.to_details()),
             },
         )
@@ -287,6 +314,9 @@ class SpotCallback(TrainerCallback):
         if self._session is None or self._wanted_end is None or self._saves is None:
             return
         wanted, step = self._wanted_end.is_wanted, self._session.trainer.state.global_step
+        if control.should_epoch_stop and not self._epoch_was_cut:
+            self._epoch_was_cut = True
+            tell_of_cut(self._session.run_session.run.url)
         if event == "on_substep_end":
             self._end_within_step(step, wanted=wanted)
         elif event == "on_epoch_end" and wanted and not control.should_save:  # a later callback may have asked for it
@@ -341,10 +371,12 @@ class SpotCallback(TrainerCallback):
     ) -> Any:
         url = self._store or os.environ.get(STORE_VARIABLE) or str(trainer.args.output_dir)
         self._saved_step, self._stopping, self._evaluation_skipped, self._save_is_owed = -1, False, False, False
-        self._newest_request, self._abandons_step = None, False
+        self._newest_request, self._abandons_step, self._accumulation_told = None, False, False
+        self._epoch_was_cut = False
         session = TrainerSession(trainer, url, self.args, self._runtime, output_dir)
         with contextlib.closing(session):
             folder = session.begin(resume_from_checkpoint)
+            self._accumulation_began = trainer.args.gradient_accumulation_steps
             carried = own_state(trainer)
             carried.look()
             if session.restored is not None:
@@ -450,7 +482,7 @@ class SpotCallback(TrainerCallback):
                     losses.watch()
                 with (
                     all_weights_loaded(trainer),
-                    batches_skipped(session.random_states.watch_skipping),
+                    batches_skipped(session.random_states.watch_skipping, session.random_states.trained_batches_passed),
                     random_streams_named(trainer),
                     self._stream_resumed(trainer, session),
                     stream.resumed(restored_to),
@@ -654,6 +686,7 @@ def _restore_own_state(session: TrainerSession, carried: CarriedState, proof: Pr
         folder: the checkpoint, or None for a new training.
         last: whether nothing changes the state before the first step any more.
     """
+    carried.look("data.")  # the loader is made by then, too
     carried.look("model.")  # `model_init` creates the model after the training has begun
     if folder is None:
         return

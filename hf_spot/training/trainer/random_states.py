@@ -183,6 +183,11 @@ class RandomStates:
         if isinstance(dataloader.dataset, IterableDataset) and not dataloader.num_workers:
             self._watch(dataloader)
 
+    def trained_batches_passed(self) -> None:
+        """Return to the checkpoint where a loader of the script's own has made the trained batches of its pass again."""
+        if self._resumed is not None:
+            self._return_to_checkpoint(str(self._resumed))
+
     def micro_batch_ended(self) -> None:
         """Count a trained batch. Call it before `step_ended`."""
         self._micro_batches += 1
@@ -213,10 +218,11 @@ class RandomStates:
             if self._before_draw is not None:
                 state = base64.b64encode(pack(self._before_draw)).decode()
                 (checkpoint / _FOLDER / self._draw_name).write_text(json.dumps({"draws": self._draws, "state": state}))
+            saved = self._data_side.capture()
             moments = {
-                "began": self._data_side_began,
-                "draw": {} if self._before_draw is None else self._before_draw["data_side"],
-                "saved": self._data_side.capture(),
+                "began": _still_in(saved, self._data_side_began),
+                "draw": {} if self._before_draw is None else _still_in(saved, self._before_draw["data_side"]),
+                "saved": saved,
             }
             if any(moments.values()):
                 text = json.dumps({moment: to_json(states) for moment, states in moments.items()})
@@ -470,6 +476,11 @@ class _Watched(BatchSampler):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_inner"], name)
+
+
+def _still_in(saved: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of an earlier state can be told still: what has grown too large is restored as it was at the save."""
+    return {path: value for path, value in earlier.items() if path in saved}
 
 
 def _write(files: Mapping[str, bytes], folder: Path) -> None:

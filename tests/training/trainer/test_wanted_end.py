@@ -61,7 +61,10 @@ def undisturbed(folder: Path, *callbacks: TrainerCallback, **settings: Any) -> T
 
 @pytest.mark.parametrize(
     ("event", "notice"),
-    [*((event, "at this step") for event in EVENTS), *((event, "none") for event in ("on_substep_end", "on_save", "on_epoch_end"))],
+    [
+        *((event, "at this step") for event in EVENTS),
+        *((event, "none") for event in ("on_substep_end", "on_save", "on_epoch_end")),
+    ],
 )
 def test_the_next_launch_trains_no_further(store: str, tmp_path: Path, event: str, notice: str) -> None:
     alone = undisturbed(tmp_path / "alone", Ends(event))
