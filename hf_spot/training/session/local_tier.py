@@ -19,6 +19,7 @@ from pathlib import Path
 
 from hf_spot.errors import SpotError
 from hf_spot.free_memory import available_and_total_bytes
+from hf_spot.policy.cadence import ADDED
 from hf_spot.policy.local_copies import Copy, Happened, newest_on_all, why_not
 from hf_spot.policy.memory_tier import why_no_room
 from hf_spot.run import local_copies
@@ -304,6 +305,7 @@ class LocalTier:
                 prefix=request.prefix(mine.launch),
                 best=request.best_step == request.step,
                 complete=request.complete,
+                added=request.reason == ADDED,
             )
             return Checkpoint(ref, self._now(), request.reason, mine.files, request.to_data(mine.launch))
 

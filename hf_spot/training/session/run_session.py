@@ -482,6 +482,11 @@ class RunSession:
         self._save_s = save_s
 
     @property
+    def size_bytes(self) -> int | None:
+        """Return the size of the newest checkpoint on this disk; None before the first."""
+        return self._size_bytes
+
+    @property
     def save_s(self) -> float | None:
         """Return the seconds that the newest save took; None before the first."""
         return self._save_s
