@@ -97,11 +97,12 @@ def test_files_of_all_sizes_come_back_with_the_digest_of_files(size_bytes: int, 
 
 def test_killed_at_each_write_of_a_copy_the_one_before_is_whole(halves: list[Path], tmp_path: Path) -> None:
     run = claimed()
-    old, new = save(tmp_path, 10), save(tmp_path, 20)
+    older, old, new = (save(tmp_path, step) for step in (5, 10, 20))
     found: list[list[int]] = []
     while not found or found[-1] != [20, 10]:
         with closing(MemoryCopies(halves)) as memory:
             memory.clear()
+        keep(halves, run, older, 5)
         keep(halves, run, old, 10)
 
         def act(number: int = len(found)) -> None:
