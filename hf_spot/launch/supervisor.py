@@ -442,7 +442,10 @@ class Supervisor:
         if self._machines.count > 1:
             return False
         of_this = [one for one in self._in_memory() if one.request.training == newest.training]
-        return any((one.launch, one.request.step) >= (newest.launch, newest.step) for one in of_this)
+        return any(
+            one.request.step == newest.step or (one.request.step > newest.step and one.launch >= newest.launch)
+            for one in of_this
+        )
 
     def _in_memory(self) -> list[LocalCopy]:
         """Return the index of each copy of a checkpoint of this run in this machine's memory."""
