@@ -97,7 +97,7 @@ def test_the_settings_and_their_defaults_are_these() -> None:
         "notice": "auto",
         "signals": "SIGTERM,SIGUSR1,SIGHUP",
         "grace_s": None,
-        "cadence": "fixed",
+        "cadence": "auto",
         "max_interval_s": 1800.0,
         "time_between_interruptions_s": 14400.0,
         "share_without_notice": 0.1,

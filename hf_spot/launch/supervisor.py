@@ -62,11 +62,13 @@ from hf_spot.policy.restarts import (
     steps_in_words,
 )
 from hf_spot.policy.warm import OFF
+from hf_spot.run import memory_copies
 from hf_spot.run.first_contact import FirstContact, is_unavailable, patiently
 from hf_spot.run.journal import TRAINING_KEY, CheckpointRef, RunState
 from hf_spot.run.journal_writer import JournalWriter
 from hf_spot.run.machine_info import BY_LAUNCHER, about_this_machine
 from hf_spot.run.mailbox import Mailbox
+from hf_spot.run.memory_copies import MemoryCopies
 from hf_spot.run.run import Run
 from hf_spot.run.start_from import start_or_resume
 from hf_spot.run.webhook import Hook, hook_url
@@ -184,6 +186,7 @@ class Supervisor:
         self._cleaner = ThreadPoolExecutor(1, "hf_spot-cleaner")
         self._left_behind: list[Future[None]] = []
         self._machines = command.machines
+        self._memory = () if command.arguments.save_memory_gb == 0 else _memory_for_copies()
         self._peers: Group | None = None
         self._elastic: Elastic | None = None
         self._met: Met | None = None
@@ -207,6 +210,8 @@ class Supervisor:
             on_listening: called when the watcher runs, before the first launch.
         """
         with self._watcher, contextlib.closing(self._hook), contextlib.closing(self._warm), contextlib.ExitStack() as stack:
+            for one in self._memory:
+                stack.callback(os.close, one)
             stack.callback(self._cleaner.shutdown)
             stack.callback(self._wait_for_left_behind)
             on_listening()
@@ -302,7 +307,8 @@ class Supervisor:
         machines = replace(self._machines, count=max(2, self._machines.least), rank=1, main_ip="127.0.0.1")
         arguments = replace(self._command.arguments, on_event=None)
         full_ranks = self._command.machines.count * self._command.machines.processes
-        runtime = Runtime(self._run.url, 0, Path(tempfile.gettempdir()), arguments, full_ranks=full_ranks)
+        directory = Path(tempfile.gettempdir())
+        runtime = Runtime(self._run.url, 0, directory, arguments, full_ranks=full_ranks, memory=self._memory)
         signals = answered_signals(arguments)
         argv = self._command.argv_among(machines, _ANY_PORT)
         self._warm.begin(argv, _environ(self._command.environ, runtime, signals), signals)
@@ -398,6 +404,7 @@ class Supervisor:
                 arguments,
                 claimed_at=self._run.journal.claimed_at,
                 full_ranks=self._command.machines.count * self._command.machines.processes,
+                memory=self._memory,
             )
             try:
                 runtime.reserve()
@@ -450,11 +457,24 @@ class Supervisor:
     def _fetch_ahead(self, runtime: Runtime, stack: contextlib.ExitStack) -> None:
         newest = self._run.journal.state.latest()
         ahead, self._early = self._early, None
-        if newest is not None:
+        if newest is not None and not self._has_in_memory(newest):
             if ahead is None or not ahead.serves(newest):
                 ahead = Prefetch(lambda: (self._run, newest), self._machines)
             stack.callback(ahead.close)
             ahead.hand_to(runtime, needed=lambda: not self._heard.is_set())
+
+    def _has_in_memory(self, newest: CheckpointRef) -> bool:
+        """Return whether a checkpoint, or a newer one of its training, is in the memory of the only machine."""
+        if not self._memory or self._machines.count > 1:
+            return False
+        try:
+            with contextlib.closing(MemoryCopies([Path(f"/proc/self/fd/{one}") for one in self._memory])) as memory:
+                run, kept = self._run.journal.read(1).id, memory.copies(self._run.journal.key)
+        except (OSError, SpotError) as error:
+            log.debug("the copies of checkpoints in memory can't be read: %s", error)
+            return False
+        of_this = [one.copy for one in kept if (one.copy.run, one.copy.request.training) == (run, newest.training)]
+        return any((one.launch, one.request.step) >= (newest.launch, newest.step) for one in of_this)
 
     def _wait(self, tree: ProcessTree, runtime: Runtime, folder: RuntimeFolder) -> int:
         alone_since: float | None = None
@@ -691,6 +711,14 @@ class Supervisor:
         if runtime is not None:
             # The journal may be slow to answer, and neither the other sources nor the training may wait for it.
             self._journal_writer.record("notice", json.loads(notice.to_json()), patience_s=0.0)
+
+
+def _memory_for_copies() -> tuple[int, ...]:
+    try:
+        return memory_copies.create()
+    except OSError as error:
+        log.info("after a kill, checkpoints are taken from the disk and not from memory: %s", error)
+        return ()
 
 
 def _steps(runtime: Runtime, state: RunState) -> dict[int, tuple[int, int]]:
