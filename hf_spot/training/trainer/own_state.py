@@ -169,6 +169,7 @@ _NOT_OF_ARGS = frozenset(
         "hub_model_id",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
+        "average_tokens_across_devices",
         "deepspeed",
         "fsdp",
         "fsdp_config",
