@@ -31,6 +31,7 @@ _PHASE = struct.Struct("<5q")
 _RESERVE_BYTES = 64 << 10
 _LOOK_S = 0.02
 STORE_VARIABLE = "HF_SPOT_STORE"
+EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE of sysexits.h, of a process of a launch: the store did not answer it
 SIGNALS_VARIABLE = "HF_SPOT_ANSWERED_SIGNALS"  # the numbers of the signals that mean a notice
 WAITS_ON = "HF_SPOT_WAITS_ON"  # in a warm spare: the socket by which it is told that it is needed, and its priority
 _LAUNCH_VARIABLE = "HF_SPOT_LAUNCH"

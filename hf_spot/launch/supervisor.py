@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -62,6 +63,7 @@ from hf_spot.policy.restarts import (
 )
 from hf_spot.policy.warm import OFF
 from hf_spot.run import memory_copies
+from hf_spot.run.first_contact import FirstContact, is_unavailable, patiently
 from hf_spot.run.journal import TRAINING_KEY, CheckpointRef, RunState
 from hf_spot.run.journal_writer import JournalWriter
 from hf_spot.run.local_copies import LocalCopy
@@ -71,7 +73,7 @@ from hf_spot.run.memory_copies import MemoryCopies
 from hf_spot.run.run import Run
 from hf_spot.run.start_from import start_or_resume
 from hf_spot.run.webhook import Hook, hook_url
-from hf_spot.runtime import SIGNALS_VARIABLE, Runtime
+from hf_spot.runtime import EXIT_UNAVAILABLE, SIGNALS_VARIABLE, Runtime
 from hf_spot.timeouts import JOURNAL_LAST_WORD_S, MEETING_S, PEER_LAST_WORD_S
 
 log = logging.getLogger("hf_spot")
@@ -112,12 +114,11 @@ def launch(reading: Reading) -> int:
             allow_unfenced_store=command.arguments.allow_unfenced_store,
             workers=command.arguments.upload_workers,
         )
-        state = run.state()
+        state, finished_by = patiently(partial(_first_look, run), FirstContact())
         if command.dry_run:
             BudgetKeeper(command.budget, run, command.machines.count, command.environ).check()
-            print(describe(run, state, command, _finished_by(run, state) if state.ended == "finished" else None))
+            print(describe(run, state, command, finished_by))
             return EXIT_FINISHED
-        finished_by = _finished_by(run, state) if state.ended == "finished" else None
         if state.ended == "finished":
             newest = state.latest()
             step = newest.step if newest else 0
@@ -183,6 +184,8 @@ class Supervisor:
         self._hook = Hook(hook_url(command.arguments, command.environ), run.url)
         self._hangs = HangKeeper(command.hang_timeout_s, run, self._journal_writer, self._hook, clock=clock)
         self._warm = WarmSpares(OFF if command.as_it_is else command.warm_spares, command.ranks, clock)
+        self._cleaner = ThreadPoolExecutor(1, "hf_spot-cleaner")
+        self._left_behind: list[Future[None]] = []
         self._machines = command.machines
         self._memory = () if command.arguments.save_memory_gb == 0 else _memory_for_copies()
         self._peers: Group | None = None
@@ -210,6 +213,8 @@ class Supervisor:
         with self._watcher, contextlib.closing(self._hook), contextlib.closing(self._warm), contextlib.ExitStack() as stack:
             for one in self._memory:
                 stack.callback(os.close, one)
+            stack.callback(self._cleaner.shutdown)
+            stack.callback(self._wait_for_left_behind)
             on_listening()
             code = 1
             if (elastic := self._elastic) is not None:
@@ -224,13 +229,19 @@ class Supervisor:
 
     def _supervise(self) -> int:
         fruitless = launches = 0
+        contact = FirstContact(clock=self._clock)
         while True:
-            self._budget.check()
             before = self._saved()
             try:
+                self._budget.check()
                 verdict, code = self._launch_once()
                 launches += 1
+                contact = FirstContact(clock=self._clock)
             except StoreError as error:
+                if is_unavailable(error):
+                    if self._heard.wait(contact.pause_s(error)):
+                        return EXIT_PREEMPTED
+                    continue
                 if not launches:
                     raise
                 log.error("%s", error)
@@ -253,7 +264,7 @@ class Supervisor:
             fruitless = fruitless + 1 if self._saved() == before else 0
             if not may_restart(code, fruitless, self._command.max_restarts):
                 log.error("the training process ended with %d; not started again", code)
-                return code
+                return EXIT_PREEMPTED if code == EXIT_UNAVAILABLE else code
             pause = pause_s(fruitless)
             log.error("the training process ended with %d; starting again in %.1f s", code, pause)
             if self._heard.wait(pause):
@@ -377,12 +388,13 @@ class Supervisor:
 
     def _train(self, launch: int) -> tuple[Verdict, int]:
         log.info("launch %d of %s", launch, self._run.url)
+        self._wait_for_left_behind()  # what the launch before may still write on this machine
         with contextlib.ExitStack() as stack:
             try:
                 folder = RuntimeFolder(self._clock)
             except OSError as error:
                 raise _no_room(error) from error
-            stack.callback(folder.close)
+            stack.callback(self._leave_behind, folder.close)
             if self._machines.rank == 0:
                 self._hook.tell(f"launch {launch} has begun on {platform.node()}")
             arguments = replace(self._command.arguments, on_event=None)  # this process posts the events
@@ -414,7 +426,7 @@ class Supervisor:
                 tree = self._warm.take(argv, environ)
                 if tree is None:
                     tree = ProcessTree(argv, environ, signals, as_it_is=self._command.as_it_is, others=self._warm.processes)
-                running.callback(tree.end)
+                running.callback(self._end, tree)
                 if self._met is not None and self._machines.count == 1:  # a spare for several machines serves one as well
                     self._expect_launch()
                 else:
@@ -423,6 +435,25 @@ class Supervisor:
                 self._read_report(runtime)
             told = None if code == EXIT_HUNG else runtime.read_exit_code()
             return self._conclude(runtime, exit_code(code, told, as_it_is=self._command.as_it_is))
+
+    def _end(self, tree: ProcessTree) -> None:
+        """End the processes of a launch. If this machine goes on with others, they meet while the processes disappear."""
+        if self._goes_on_with_others:
+            tree.kill()
+        self._leave_behind(tree.end)
+
+    def _leave_behind(self, work: Callable[[], None]) -> None:
+        """Do what is left of a launch, or have it done before the next one begins on this machine, while it meets others."""
+        if self._goes_on_with_others:
+            self._left_behind.append(self._cleaner.submit(work))
+        else:
+            self._wait_for_left_behind()
+            work()
+
+    def _wait_for_left_behind(self) -> None:
+        left, self._left_behind = self._left_behind, []
+        for one in left:
+            one.result()
 
     def _fetch_ahead(self, runtime: Runtime, stack: contextlib.ExitStack) -> None:
         newest = self._run.journal.state.latest()
@@ -448,15 +479,13 @@ class Supervisor:
         )
 
     def _in_memory(self) -> list[LocalCopy]:
-        """Return the index of each copy of a checkpoint of this run in this machine's memory."""
+        """Return the index of each copy of a checkpoint in this machine's memory."""
         if not self._memory:
             return []
         try:
             with contextlib.closing(MemoryCopies([Path(f"/proc/self/fd/{one}") for one in self._memory])) as memory:
-                kept = [one.copy for one in memory.copies(self._run.journal.key)]
-            run = self._run.journal.read(1).id if kept else ""
-            return [one for one in kept if one.run == run]
-        except (OSError, SpotError) as error:
+                return [one.copy for one in memory.copies(self._run.journal.key)]
+        except OSError as error:
             log.debug("the copies of checkpoints in memory can't be read: %s", error)
             return []
 
@@ -728,6 +757,12 @@ def _environ(environ: Mapping[str, str], runtime: Runtime, signals: Iterable[sig
         SIGNALS_VARIABLE: ",".join(str(int(one)) for one in signals),
         "PYTHONPATH": python_path(environ),
     }
+
+
+def _first_look(run: Run) -> tuple[RunState, str | None]:
+    """Return a run's state, and what `_finished_by` returns if it is finished."""
+    state = run.state()
+    return state, _finished_by(run, state) if state.ended == "finished" else None
 
 
 def _finished_by(run: Run, state: RunState) -> str | None:
