@@ -18,7 +18,7 @@ from rich.text import Text
 
 from hf_spot.economics.report import Report, Timing, dollars, summarise
 from hf_spot.economics.timeline import losses_in
-from hf_spot.errors import SpotError
+from hf_spot.errors import ObjectNotFound, SpotError
 from hf_spot.notices.notice import PreemptionNotice
 from hf_spot.run.journal import ENDINGS, Entry
 from hf_spot.run.run import Run
@@ -104,6 +104,17 @@ class Follower:
     def new_entries(self, after: int) -> list[Entry]:
         """Return the entries that were read after the one of a number."""
         return [entry for entry in self._entries if entry.number > after]
+
+    def continues(self, run: Run) -> bool:
+        """Return whether a run is the one that was read until now, and not another one that was begun at its place.
+
+        Raises:
+            StoreError: the store could not be read.
+        """
+        try:
+            return not self._entries or run.journal.read(self.number).id == self._entries[-1].id
+        except ObjectNotFound:
+            return False
 
     def look(self, now: datetime) -> View:
         """Read what is new, and return the run as it is now. Raises StoreError."""
@@ -215,31 +226,37 @@ def _notice_in_words(data: dict[str, Any]) -> str:
         return str(data.get("kind"))
 
 
+def facts_of(view: View) -> Iterator[tuple[str, str]]:
+    """Yield what is known of a run now: a name, and words. Pure."""
+    yield "launch", f"{view.launch}: {view.ended or 'running, or died without a word'}"
+    of = f" of {view.max_steps}" if view.max_steps else ""
+    likely = f", about {view.likely_step} reached" if view.likely_step is not None else ""
+    yield "step", f"{view.step}{of} committed{likely}"
+    if view.losses:
+        last = max(view.losses)
+        yield "loss", f"{view.losses[last]:.4g} at step {last}"
+    if view.step_s:
+        left = f", {_span(view.left)} left" if view.left is not None else ""
+        yield "speed", f"{_speed(view.step_s)}{left}"
+    if view.committed is not None:
+        due = f"; the next save is due at step {view.next_save}" if view.next_save else ""
+        yield "last commit", f"{_span(view.now - view.committed)} ago{due}"
+    more = f" and {view.machines - 1} more" if view.machines > 1 else ""
+    yield "machine", f"{view.machine}{more}"
+    if view.cost_usd is not None:
+        yield "cost", f"${view.cost_usd:,.2f}"
+    if view.notices:
+        yield "notices", str(view.notices)
+
+
 def picture_of(view: View) -> RenderableType:
     """Return the run as a picture for a terminal. Pure."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim")
     facts.add_column()
-    state = Text(view.ended or "running, or died without a word", style=_STYLES.get(view.ended or "", "bold"))
-    facts.add_row("launch", Text.assemble(f"{view.launch}: ", state))
-    of = f" of {view.max_steps}" if view.max_steps else ""
-    likely = f", about {view.likely_step} reached" if view.likely_step is not None else ""
-    facts.add_row("step", f"{view.step}{of} committed{likely}")
-    if view.losses:
-        last = max(view.losses)
-        facts.add_row("loss", f"{view.losses[last]:.4g} at step {last}  {curve(view.losses)}")
-    if view.step_s:
-        left = f", {_span(view.left)} left" if view.left is not None else ""
-        facts.add_row("speed", f"{_speed(view.step_s)}{left}")
-    if view.committed is not None:
-        due = f"; the next save is due at step {view.next_save}" if view.next_save else ""
-        facts.add_row("last commit", f"{_span(view.now - view.committed)} ago{due}")
-    more = f" and {view.machines - 1} more" if view.machines > 1 else ""
-    facts.add_row("machine", f"{view.machine}{more}")
-    if view.cost_usd is not None:
-        facts.add_row("cost", f"${view.cost_usd:,.2f}")
-    if view.notices:
-        facts.add_row("notices", Text(str(view.notices), style="bold yellow"))
+    styles = {"launch": _STYLES.get(view.ended or "", "bold"), "notices": "bold yellow"}
+    for name, words in facts_of(view):
+        facts.add_row(name, Text(f"{words}  {curve(view.losses)}" if name == "loss" else words, style=styles.get(name, "")))
     parts: list[RenderableType] = [facts]
     if view.max_steps:
         parts.append(ProgressBar(total=view.max_steps, completed=view.likely_step or view.step))
