@@ -50,7 +50,7 @@ def _proven(commit: Entry, resumed: Sequence[Entry]) -> Iterable[str]:
     if missing_for_resume((str(one.get("path")) for one in files), ranks if type(ranks) is int and ranks > 0 else 1):
         yield "no training can resume from it"
     if data.get("finite") is True:
-        yield "all numbers finite"
+        yield "no NaN or infinity found"
     compared = _compared(resumed)
     if compared:
         numbers = [str(entry.launch) for entry in resumed]

@@ -32,7 +32,7 @@ _RUN = "/run/"
 _STYLE = """
 nav { margin-bottom: 1rem } a { color: inherit; text-decoration-color: #8888 } a:hover { text-decoration-color: currentColor }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem }
-dt { color: #767676 } dd { margin: 0; overflow-wrap: anywhere }
+dt { opacity: .7 } dd { margin: 0; overflow-wrap: anywhere }
 .problem { border-left: .25rem solid #D55E00; padding-left: .8rem } #told { color: #D55E00 }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0 }
 """
