@@ -55,13 +55,12 @@ class SpotArguments:
             "deadline, that deadline counts instead."
         },
     )
-    # After an upgrade, a run must still save exactly when its TrainingArguments say.
     cadence: str = field(
-        default="fixed",
+        default="auto",
         metadata={
-            "help": "When to save: 'fixed' follows Trainer's save_strategy; 'auto' adds saves between Trainer's, at the "
-            "interval that wastes the least time given what a save costs and how often this run is interrupted. It removes no "
-            "save: use save_strategy='no' to leave all saves to it."
+            "help": "When to save: 'auto' adds saves between Trainer's, at the interval that wastes the least time given what "
+            "a save costs and how often this run is interrupted. Only hf_spot learns of an added save. It removes no save: "
+            "use save_strategy='no' to leave all saves to it. 'fixed' follows Trainer's save_strategy alone."
         },
     )
     max_interval_s: float = field(

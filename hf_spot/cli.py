@@ -33,7 +33,8 @@ _EXIT_CODES = """exit codes:
   0    success; launch: the run is finished
   1    verify: damage found; doctor: a check failed; demo: the two models differ
   2    usage error, or the store or account can't be used; launch: also a budget that is used up, or numbers that are NaN
-  75   launch: preempted, run the same command again to resume; provision: no capacity available
+  75   launch: preempted, run the same command again to resume; provision: no capacity available; both: the store or the
+       account did not answer for five minutes, start the same command again later
   76   launch: a newer launch owns the run
   79   launch: the training has hung twice after the same step, and would hang there again
   130  interrupted twice

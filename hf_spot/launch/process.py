@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -93,17 +94,23 @@ class ProcessTree:
         except psutil.NoSuchProcess:
             return []
 
+    def kill(self) -> None:
+        """Kill the command, if it still runs, and every descendant, and wait for none of them: `end` does."""
+        _kill(self.processes())
+
     def end(self) -> None:
-        """Kill the command, if it still runs, and every descendant."""
+        """Kill the command, if it still runs, and every descendant, and wait until they are gone."""
         while left := self.processes():
-            for one in left:
-                try:
-                    one.send_signal(signal.SIGKILL)
-                except psutil.NoSuchProcess:
-                    continue
+            _kill(left)
             if psutil.wait_procs(left, timeout=_GONE_S)[1]:
                 break  # stuck in the kernel (a dead mount): it can't be killed
         self._process.poll()
         if self._alive >= 0:
             os.close(self._alive)
             self._alive = -1
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for one in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGKILL)

@@ -33,6 +33,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from hf_spot.errors import ConfigError, CorruptCheckpoint, Fenced, ObjectNotFound, StoreUnavailable, Untrusted
+from hf_spot.policy.cadence import ADDED
 from hf_spot.run.patience import again_if_missing
 from hf_spot.run.seal import seal, unseal
 from hf_spot.storage.store import ObjectStore
@@ -81,6 +82,7 @@ class CheckpointRef:
         prefix: where its files are, relative to the run.
         best: whether Trainer considers it the best checkpoint of its training.
         complete: whether its training had reached its end.
+        added: whether Trainer has not asked for it: see `hf_spot.policy.retention`.
     """
 
     entry: int
@@ -91,6 +93,7 @@ class CheckpointRef:
     prefix: str
     best: bool = False
     complete: bool = False
+    added: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,7 @@ def fold(state: RunState, number: int, kind: str, launch: int, data: dict[str, A
             size_bytes=sum(file["size"] for file in data["files"]),
             prefix=data["prefix"],
             complete=data["complete"],
+            added=data.get("reason") == ADDED,
         )
         if kind == "weights":
             return replace(after, weights=(*state.weights, new))
@@ -221,8 +225,9 @@ def _to_disk(fields: dict[str, Any]) -> dict[str, Any]:
     for name in ("checkpoints", "trainings", "weights"):
         if name in fields:
             fields[name] = [_to_disk(ref) for ref in fields[name]]
-    if fields.get("weights") == []:  # earlier versions of hf_spot don't know it
-        del fields["weights"]
+    for name, usual in (("weights", []), ("added", False)):  # earlier versions of hf_spot don't know them
+        if fields.get(name) == usual:
+            del fields[name]
     return {_KEYS.get(name, name): value for name, value in fields.items()}
 
 

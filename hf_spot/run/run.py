@@ -278,6 +278,11 @@ class Run:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
+    def check_store(self) -> None:
+        """Check that the store can be used, so that a claim with ``after`` need not. Raises StoreError."""
+        probe(self.store, allow_unfenced=self._allow_unfenced_store)
+        self._is_probed = True
+
     def claim(self, data: dict[str, Any] | None = None, *, after: int | None = None) -> int:
         """Check that the store can be used, then claim the run for a new launch, and return its number.
 
@@ -291,8 +296,7 @@ class Run:
             StoreError: the store can't be used; the message names the missing permission or the fix.
         """
         if after is None or not self._is_probed:
-            probe(self.store, allow_unfenced=self._allow_unfenced_store)
-            self._is_probed = True
+            self.check_store()
         return self.journal.claim(data or {}, after=after).launch
 
     def adopt(self, launch: int) -> None:

@@ -64,6 +64,7 @@ class LogWindow:
         is_extra: returns whether the save under way is one that an uninterrupted run would not make.
         step_ended: called with the number of each step that was done, and its learning rate, before anything is logged or
             saved; possibly more than once.
+        all_done: called with Trainer's model and trial after each step, when Trainer has logged, evaluated and saved.
     """
 
     def __init__(
@@ -72,9 +73,11 @@ class LogWindow:
         is_stopping: Callable[[], bool] = lambda: False,
         is_extra: Callable[[], bool] = lambda: False,
         step_ended: Callable[[int, float | None], None] = lambda step, learning_rate: None,
+        all_done: Callable[[Any, Any], None] = lambda model, trial: None,
     ) -> None:
         self._trainer = trainer
         self._step_ended = step_ended
+        self._all_done = all_done
         self._is_stopping = is_stopping
         self._is_extra = is_extra
         self._began_s = time.time()
@@ -182,6 +185,7 @@ class LogWindow:
         self._flos = None
         what = (tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time - self._earlier_s)
         LOG_SAVE_EVALUATE.plain(self._trainer)(*what, learning_rate=learning_rate)
+        self._all_done(model, trial)
 
     def _finalize(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         end = FINALIZE.plain(self._trainer)
