@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from hf_spot import __version__
 from hf_spot.arguments import SpotArguments
 from hf_spot.aws_errors import nearest_region
-from hf_spot.commands import hub_jobs, machines, runs, whole_runs
+from hf_spot.commands import hub_jobs, machines, runs, serve, whole_runs
 from hf_spot.commands.common import add_command, setting_help, takes_json, takes_verbosity
 from hf_spot.completion import SHELLS
 from hf_spot.errors import EXIT_USAGE, ConfigError, SpotError
@@ -157,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
 
     runs.add_to(commands)
     whole_runs.add_to(commands)
+    serve.add_to(commands)
 
     watch = add_command(commands, "watch", _watch, "print preemption notices as they arrive")
     watch.add_argument("--notice", default="auto", help=setting_help("notice"))

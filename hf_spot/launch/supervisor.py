@@ -66,6 +66,7 @@ from hf_spot.run import memory_copies
 from hf_spot.run.first_contact import FirstContact, is_unavailable, patiently
 from hf_spot.run.journal import TRAINING_KEY, CheckpointRef, RunState
 from hf_spot.run.journal_writer import JournalWriter
+from hf_spot.run.local_copies import LocalCopy
 from hf_spot.run.machine_info import BY_LAUNCHER, about_this_machine
 from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.memory_copies import MemoryCopies
@@ -230,7 +231,7 @@ class Supervisor:
         fruitless = launches = 0
         contact = FirstContact(clock=self._clock)
         while True:
-            before = self._run.journal.state.latest()
+            before = self._saved()
             try:
                 self._budget.check()
                 verdict, code = self._launch_once()
@@ -260,7 +261,7 @@ class Supervisor:
                 return EXIT_FENCED
             if code == EXIT_HUNG and self._hangs.is_final():
                 return code
-            fruitless = fruitless + 1 if self._run.journal.state.latest() == before else 0
+            fruitless = fruitless + 1 if self._saved() == before else 0
             if not may_restart(code, fruitless, self._command.max_restarts):
                 log.error("the training process ended with %d; not started again", code)
                 return EXIT_PREEMPTED if code == EXIT_UNAVAILABLE else code
@@ -463,18 +464,30 @@ class Supervisor:
             stack.callback(ahead.close)
             ahead.hand_to(runtime, needed=lambda: not self._heard.is_set())
 
+    def _saved(self) -> tuple[CheckpointRef | None, int | None]:
+        """Return the newest commit, and the newest step in memory: what another launch need not do again."""
+        return self._run.journal.state.latest(), max((one.request.step for one in self._in_memory()), default=None)
+
     def _has_in_memory(self, newest: CheckpointRef) -> bool:
         """Return whether a checkpoint, or a newer one of its training, is in the memory of the only machine."""
-        if not self._memory or self._machines.count > 1:
+        if self._machines.count > 1:
             return False
+        of_this = [one for one in self._in_memory() if one.request.training == newest.training]
+        return any(
+            one.request.step == newest.step or (one.request.step > newest.step and one.launch >= newest.launch)
+            for one in of_this
+        )
+
+    def _in_memory(self) -> list[LocalCopy]:
+        """Return the index of each copy of a checkpoint in this machine's memory."""
+        if not self._memory:
+            return []
         try:
             with contextlib.closing(MemoryCopies([Path(f"/proc/self/fd/{one}") for one in self._memory])) as memory:
-                run, kept = self._run.journal.read(1).id, memory.copies(self._run.journal.key)
-        except (OSError, SpotError) as error:
+                return [one.copy for one in memory.copies(self._run.journal.key)]
+        except OSError as error:
             log.debug("the copies of checkpoints in memory can't be read: %s", error)
-            return False
-        of_this = [one.copy for one in kept if (one.copy.run, one.copy.request.training) == (run, newest.training)]
-        return any((one.launch, one.request.step) >= (newest.launch, newest.step) for one in of_this)
+            return []
 
     def _wait(self, tree: ProcessTree, runtime: Runtime, folder: RuntimeFolder) -> int:
         alone_since: float | None = None

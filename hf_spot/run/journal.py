@@ -13,7 +13,8 @@ Protocol (the tests attack the invariants in capitals):
 
 ``tip.json`` holds a number near the newest one, so that finding the newest entry costs four requests however long the
 journal is: the hint, a listing from there, the last entry listed, and the one after it, because listings lag on some stores.
-The number is only a hint: it decides where the listing starts, and nothing else.
+The number is only a hint: it decides where the listing starts, and nothing else. The object is also written again before the
+first entry after the end of a launch: WHILE IT IS NOT WRITTEN, A RUN THAT HAS ENDED STAYS AS IT IS (`hf_spot.run.below`).
 """
 
 from __future__ import annotations
@@ -470,6 +471,8 @@ class Journal:
             number = self._state.number + 1
             told = data(self._state) if callable(data) else data
             draft = Entry(number, kind, launch, id, self._now(), told, fold(self._state, number, kind, launch, told))
+            if self._state.ended is not None:  # so that whoever remembers the end sees that it may not be the end any more
+                self._store.put(_HINT_KEY, _hint(self._state.number))
             try:
                 standing = self._create(draft)
             except StoreUnavailable:
@@ -521,9 +524,13 @@ class Journal:
 
     def _store_hint(self, number: int) -> None:
         try:
-            self._store.put(_HINT_KEY, json.dumps({"entry": number}).encode())
+            self._store.put(_HINT_KEY, _hint(number))
         except StoreUnavailable:
             return  # the entry is written; the next one writes a newer hint
+
+
+def _hint(number: int) -> bytes:
+    return json.dumps({"entry": number}).encode()
 
 
 def _name(number: int) -> str:

@@ -192,14 +192,8 @@ def _layout(sizes_bytes: Sequence[int]) -> list[int]:
 
 def _copy_in(path: Path, size_bytes: int, half: int, begin: int) -> str:
     """Copy a file, and return its digest."""
-
-    def copy(at: int, block: memoryview) -> None:
-        if at + len(block) > size_bytes:  # the next file's memory comes next
-            raise OSError(f"{path} grows while it is copied")
-        _write(half, block, begin + at)
-
-    digest = digest_of(path, seen=copy)
-    if path.stat().st_size != size_bytes:
+    digest = digest_of(path, seen=lambda at, block: _write(half, block, begin + at))
+    if path.stat().st_size != size_bytes:  # then it may have run into the next file's place
         raise OSError(f"{path} changes while it is copied")
     return digest
 

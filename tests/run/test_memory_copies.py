@@ -20,6 +20,7 @@ from hf_spot.run.digest import PART_BYTES, digest_of
 from hf_spot.run.local_copies import copies, problems, record
 from hf_spot.run.memory_copies import MemoryCopies
 from hf_spot.run.page_cache import is_cached
+from hf_spot.run.restore import restore_newest
 from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.disks import Disk
 from hf_spot.training.session import local_tier
@@ -97,11 +98,12 @@ def test_files_of_all_sizes_come_back_with_the_digest_of_files(size_bytes: int, 
 
 def test_killed_at_each_write_of_a_copy_the_one_before_is_whole(halves: list[Path], tmp_path: Path) -> None:
     run = claimed()
-    old, new = save(tmp_path, 10), save(tmp_path, 20)
+    older, old, new = (save(tmp_path, step) for step in (5, 10, 20))
     found: list[list[int]] = []
     while not found or found[-1] != [20, 10]:
         with closing(MemoryCopies(halves)) as memory:
             memory.clear()
+        keep(halves, run, older, 5)
         keep(halves, run, old, 10)
 
         def act(number: int = len(found)) -> None:
@@ -241,6 +243,34 @@ def test_the_journal_is_the_judge_of_memory_too(happens: str, halves: list[Path]
     else:
         run.record("rollback", {"step": 12})
     assert find(claimed(run.url), tmp_path, halves) is None
+
+
+@pytest.mark.parametrize("lacks", ["disk", "half of it", "nothing"])
+def test_what_is_committed_is_neither_read_from_the_store_nor_from_the_disk(
+    lacks: str, halves: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = claimed(), tmp_path / "out"
+    folder = save(out)
+    keep(halves, run, folder)
+    files = run.upload(folder, REQUEST)
+    run.commit(REQUEST, files)
+    before = contents(folder)
+    if lacks == "half of it":
+        flip(halves, DATA + 7)
+    if lacks != "nothing":
+        shutil.rmtree(folder)
+    else:
+        (folder / "own").touch()
+    again = claimed(run.url)
+    tier = tier_of(again, out, halves)
+    (newest,) = again.state().checkpoints
+    tier.put_back(newest)
+    tier.close()
+    assert folder.exists() == (lacks != "half of it")
+    if lacks == "disk":
+        monkeypatch.setattr(Run, "fetch", None)
+        restored = restore_newest(again, [newest], out)
+        assert restored is not None and contents(restored[1]) == before
 
 
 def test_memory_and_disk_have_one_digest_and_the_files_are_read_once(

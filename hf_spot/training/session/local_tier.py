@@ -207,6 +207,26 @@ class LocalTier:
                 log.warning("checkpoint-%d of launch %d was not committed, and is not taken: %s", step, launch, why)
         return None
 
+    def put_back(self, newest: CheckpointRef) -> None:
+        """Write a commit's folder anew from memory, if it is missing on the only disk of the training.
+
+        It must be compared with the commit. What can't be written is left to the restore, which fetches it.
+        """
+        folder = self._output_dir / f"checkpoint-{newest.step}"
+        if self._memory is None or self._disk.count > 1 or folder.exists():
+            return
+        run = self._run.journal.read(1).id
+        for kept in self._memory.copies(self._run.journal.key):
+            request = kept.copy.request
+            if (kept.copy.run, request.training, request.step, request.parts) == (run, newest.training, newest.step, 1):
+                try:
+                    if not (wrong := self._from_memory(kept)):
+                        log.info("%s is written anew from this machine's memory", folder)
+                        return
+                    log.warning("%s is fetched: %s", folder, wrong[0])
+                except OSError as error:
+                    log.warning("%s can't be written from this machine's memory: %s", folder, error)
+
     def _here(self, training: int, newest: CheckpointRef | None) -> list[_Here]:
         if not self._disk.leads:
             return []

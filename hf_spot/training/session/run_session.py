@@ -271,6 +271,8 @@ class RunSession:
             return None
         runtime = self.runtime if self.disk.leads else None
         with self.phases.within(Phase.RESTORING):
+            if (local := self._local) is not None:
+                self.agreement.together(lambda: local.put_back(refs[-1]))
             prefetched = self.agreement.together(lambda: runtime.wait_for_prefetched(look) if runtime is not None else None)
             return self._on_this_machine(
                 restore_newest(

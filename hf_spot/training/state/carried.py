@@ -223,13 +223,15 @@ class CarriedState:
             CorruptCheckpoint: the files are inconsistent.
         """
         written: dict[str, Any] = {}
+        own: set[str] = set()  # of which no other rank tells that there is no place for it
         tensors: dict[str, torch.Tensor] = {}
         for rank in dict.fromkeys((0, self._rank)):
             file = checkpoint / FOLDER / f"state_{rank}.json"
-            if file.exists():
-                written |= json.loads(file.read_text())["values"]
-                if file.with_suffix(".safetensors").exists():
-                    tensors |= safetensors.torch.load_file(file.with_suffix(".safetensors"))
+            values = json.loads(file.read_text())["values"] if file.exists() else {}
+            own = set(values) - set(written)
+            written |= values
+            if file.with_suffix(".safetensors").exists():
+                tensors |= safetensors.torch.load_file(file.with_suffix(".safetensors"))
         self._carried.update(written)
         walk = self._walk()
         here = {found.path: found for found in self._all(walk)}
@@ -248,8 +250,8 @@ class CarriedState:
                 homeless.append(path)
         self._homeless = set(homeless)
         self._put_back(written)
-        if homeless and last:
-            log.warning("not restored, because this launch does not have it: %s", _in_words(homeless))
+        if last and (told_here := [path for path in homeless if path in own]):
+            log.warning("not restored, because this launch does not have it: %s", _in_words(told_here))
         return [path for path in written if path not in homeless]
 
     def _put_back(self, written: Collection[str]) -> None:
