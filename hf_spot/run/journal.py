@@ -351,11 +351,22 @@ class Journal:
         self._doubtful: dict[str, int] = {}  # ids of drafts that may have been written: the first number that each may have
         self.launch = 0  # the launch that this writer belongs to; 0 when it only reads
         self.claimed_at: datetime | None = None  # set when this writer made the claim itself
+        self._run_id: str | None = None
 
     @property
     def state(self) -> RunState:
         """Return the state as last seen. `refresh` asks the store."""
         return self._state
+
+    @property
+    def run_id(self) -> str:
+        """Return what no other run has, not even a later one under the same URL: the id of the first entry.
+
+        It takes a request, once. Raises as `read`.
+        """
+        if self._run_id is None:
+            self._run_id = self.read(1).id
+        return self._run_id
 
     def refresh(self) -> RunState:
         """Find the newest entry and return the state after it: at most four requests while the hint is fresh."""

@@ -100,7 +100,7 @@ def record(run: Run, output_dir: Path, folder: Path, request: CommitRequest, kno
     digests = {(file.path, file.size): file.digest for file in known}
     sizes = {name: (folder / name).stat().st_size for name in names}
     files = [FileEntry(name, size, digests.get((name, size)) or digest_of(folder / name)) for name, size in sizes.items()]
-    told = LocalCopy(run.journal.read(1).id, run.launch, request, tuple(files))
+    told = LocalCopy(run.journal.run_id, run.launch, request, tuple(files))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(seal(told.to_data(), run.journal.key))
     sync(temporary)

@@ -336,7 +336,7 @@ class Run:
 
     def tracker_id(self, training: int) -> str:
         """Return the id that a training's runs in trackers have in all launches: one request."""
-        return tracker_id(self.journal.read(1).id, training)
+        return tracker_id(self.journal.run_id, training)
 
     def script_run_id(self, name: str, number: int) -> str:
         """Return the id that a tracker run which a script begins itself has in all launches: one request.
@@ -345,7 +345,7 @@ class Run:
             name: as for `hf_spot.policy.trackers.script_run_id`.
             number: as for `hf_spot.policy.trackers.script_run_id`.
         """
-        return script_run_id(self.journal.read(1).id, name, number)
+        return script_run_id(self.journal.run_id, name, number)
 
     def record(self, kind: str, data: dict[str, Any]) -> Entry:
         """Append an entry that is not a commit, and return it. Raises Fenced, StoreUnavailable."""

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from hf_spot import Run
+from hf_spot.errors import StoreUnavailable
 from hf_spot.run import memory_copies
 from hf_spot.run.digest import PART_BYTES, digest_of
 from hf_spot.run.local_copies import copies, problems, record
@@ -271,6 +272,26 @@ def test_what_is_committed_is_neither_read_from_the_store_nor_from_the_disk(
         monkeypatch.setattr(Run, "fetch", None)
         restored = restore_newest(again, [newest], out)
         assert restored is not None and contents(restored[1]) == before
+
+
+def test_copies_are_kept_while_the_store_does_not_answer(
+    halves: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = claimed()
+    tier = tier_of(run, tmp_path, halves)
+    tier.prepare()
+
+    def no_answer(key: str) -> bytes:
+        raise StoreUnavailable("no answer")
+
+    wait_for(lambda: run.journal._run_id is not None, "for the run's id")
+    monkeypatch.setattr(run.store, "get", no_answer)
+    tier.saved(save(tmp_path), REQUEST, lambda: 0)
+    wait_for(lambda: steps(halves) == [10], "for the copy")
+    tier.close()
+    monkeypatch.undo()
+    taken = find(claimed(run.url), tmp_path, halves)
+    assert taken is not None and taken.place == MEMORY
 
 
 def test_memory_and_disk_have_one_digest_and_the_files_are_read_once(

@@ -117,6 +117,11 @@ class LocalTier:
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        """Ask in the background what copies need to know of the claimed run, because a store may not answer later."""
+        if self._keeps:
+            self._keeper.submit(lambda: self._run.journal.run_id)
+
     def saved(self, folder: Path, request: CommitRequest, committed_step: Callable[[], int]) -> None:
         """Record, in the background, that all files of a checkpoint are written. Called on the leader of each disk.
 
@@ -137,9 +142,10 @@ class LocalTier:
         known: tuple[FileEntry, ...] = ()
         try:
             known = self._keep_in_memory(folder, request)
-        except (SpotError, OSError) as error:  # the training continues
+        except Exception as error:  # also of a library that the store uses: the training continues
             if folder.is_dir():
-                log.info("if the training is killed now, %s can't be taken from memory: %s", folder, error)
+                told = error if isinstance(error, (SpotError, OSError)) else repr(error)
+                log.info("if the training is killed now, %s can't be taken from memory: %s", folder, told)
         self._under_way.append(self._recorder.submit(self._record, folder, request, committed_step, known))
 
     def _keep_in_memory(self, folder: Path, request: CommitRequest) -> tuple[FileEntry, ...]:
@@ -154,7 +160,7 @@ class LocalTier:
             log.info("after a kill, checkpoints are taken from the disk and not from memory, because %s", why)
             return ()
         journal = self._run.journal
-        return memory.keep(journal.read(1).id, self._run.launch, request, folder, journal.key)
+        return memory.keep(journal.run_id, self._run.launch, request, folder, journal.key)
 
     def _record(
         self, folder: Path, request: CommitRequest, committed_step: Callable[[], int], known: Collection[FileEntry] = ()
@@ -215,7 +221,7 @@ class LocalTier:
         folder = self._output_dir / f"checkpoint-{newest.step}"
         if self._memory is None or self._disk.count > 1 or folder.exists():
             return
-        run = self._run.journal.read(1).id
+        run = self._run.journal.run_id
         for kept in self._memory.copies(self._run.journal.key):
             request = kept.copy.request
             if (kept.copy.run, request.training, request.step, request.parts) == (run, newest.training, newest.step, 1):
@@ -235,7 +241,7 @@ class LocalTier:
         in_memory = self._memory.copies(self._run.journal.key) if self._memory is not None else []
         if not on_disk and not in_memory:
             return []
-        run = self._run.journal.read(1).id if self._run.state().number else ""
+        run = self._run.journal.run_id if self._run.state().number else ""
 
         def counts(one: LocalCopy) -> bool:
             request = one.request

@@ -399,6 +399,8 @@ class RunSession:
             attempt=attempt if self.disk.count > 1 else "",
         )
         self._attempt = attempt
+        if self._local is not None:
+            self._local.prepare()
         self.closing.callback(self.uploader.close)
         if self._uncommitted is not None and self._uncommitted.request is not None:
             self.uploader.submit(self.output_dir / self._uncommitted.checkpoint.name, self._uncommitted.request)
