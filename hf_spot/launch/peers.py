@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_spot.launch.addresses import own_addresses
+from hf_spot.launch.bell import Bell
 from hf_spot.policy.restarts import Verdict
 
 log = logging.getLogger("hf_spot")
@@ -75,6 +76,7 @@ class Peers:
         self._heard_at = dict.fromkeys(connections, clock())
         self._buffers = dict.fromkeys(connections, b"")
         self._changed = threading.Condition()
+        self.bell = Bell()  # as `hf_spot.launch.group.Group.bell`
         self._ended: dict[int, Ended] = {}
         self._said: list[tuple[int, dict[str, Any]]] = []
         self._sending = threading.Lock()
@@ -124,6 +126,7 @@ class Peers:
         if self._reception is not None:
             self._reception.close()
         self._selector.close()
+        self.bell.close()
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -176,6 +179,7 @@ class Peers:
                 return
             self._ended[ended.machine] = ended
             self._changed.notify_all()
+            self.bell.ring()
         if len(self._connections) > 1:  # machine 0 of three or more: the others are connected only through it
             self._send_to_all(_ended_message(ended), besides=ended.machine)
 

@@ -494,7 +494,8 @@ class Supervisor:
         told = ""
         unhooked = Unhooked(runtime, self._clock)
         self._hangs.begin(runtime, self._machines.rank, self._machines.count, self._peers)
-        while (code := tree.wait(_TICK_S)) is None:
+        bell = None if self._peers is None else self._peers.bell
+        while (code := tree.wait(_TICK_S, bell)) is None:
             self._keep(folder, runtime)
             unhooked.look(tree.processes)
             self._warm.look(lambda: any(step for _, _, step, _, _ in runtime.read_phases().values()))

@@ -334,8 +334,10 @@ def test_the_processes_of_a_launch_disappear_while_the_machines_meet_and_before_
     assert not gone.is_set()
     with ThreadPoolExecutor(1) as pool:
         next_launch = pool.submit(supervisor._train, 2)
-        assert not gone.is_set() and not next_launch.done()
-        may_go.set()
+        try:
+            assert not gone.is_set() and not next_launch.done()
+        finally:
+            may_go.set()
         with pytest.raises(SpotError, match="far enough"):
             next_launch.result(PATIENCE_S)
 
