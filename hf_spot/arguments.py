@@ -55,13 +55,12 @@ class SpotArguments:
             "deadline, that deadline counts instead."
         },
     )
-    # After an upgrade, a run must still save exactly when its TrainingArguments say.
     cadence: str = field(
-        default="fixed",
+        default="auto",
         metadata={
-            "help": "When to save: 'fixed' follows Trainer's save_strategy; 'auto' adds saves between Trainer's, at the "
-            "interval that wastes the least time given what a save costs and how often this run is interrupted. It removes no "
-            "save: use save_strategy='no' to leave all saves to it."
+            "help": "When to save: 'auto' adds saves between Trainer's, at the interval that wastes the least time given what "
+            "a save costs and how often this run is interrupted. Only hf_spot learns of an added save. It removes no save: "
+            "use save_strategy='no' to leave all saves to it. 'fixed' follows Trainer's save_strategy alone."
         },
     )
     max_interval_s: float = field(
@@ -173,7 +172,8 @@ class SpotArguments:
         metadata={
             "help": "Host memory, in 10^9 bytes, for copies of a checkpoint, so that its files are written while training "
             "continues; what does not fit is written while training waits, and 0 saves as Trainer does (default: half of "
-            "the free memory)."
+            "the free memory). Under hf-spot launch two more copies stay there, from which a killed training resumes, if "
+            "three fit (default: if two take at most three tenths of the free memory)."
         },
     )
     upload_workers: int = field(default=4, metadata={"help": "Number of files uploaded or downloaded at the same time."})

@@ -34,7 +34,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-ASSUMED_STALL_S = 10.0  # until the first save is measured: 1 to 2 s per 10^9 bytes if Trainer itself writes them
+ADDED = "cadence"  # the reason of a save that is added to Trainer's own
+ASSUMED_STALL_S = 10.0  # until the first save is measured, if nobody knows how large it is
+# ... else: a tenth of a second per 10^9 bytes if they are copied, 1 to 2 s if Trainer itself writes them.
+_ASSUMED_S, _ASSUMED_BYTES_PER_S = 0.1, 2e9
+_ROOM = 2.5  # checkpoints that must fit on a disk
 _PRIOR_INTERRUPTIONS = 1.0  # the settings weigh as much as the first observed interruption…
 _PRIOR_ANSWERS = 2.0  # …and as the first two that show whether a notice was usable
 
@@ -112,6 +116,25 @@ def best_interval_s(stall_s: float, expected: Interruptions) -> float:
     if x >= 1:
         return apart_s
     return math.sqrt(2 * stall_s * apart_s) * (1 + math.sqrt(x) / 3 + x / 9) - stall_s
+
+
+def assumed_stall_s(size_bytes: int) -> float:
+    """Return the seconds for which the first save of a training may stop it.
+
+    Args:
+        size_bytes: of the checkpoint, as far as it is known.
+    """
+    return _ASSUMED_S + size_bytes / _ASSUMED_BYTES_PER_S
+
+
+def lacks_room(free_bytes: int, size_bytes: int) -> bool:
+    """Return whether a disk is too full for an added save: the next one of Trainer must still find its place beside it.
+
+    Args:
+        free_bytes: that the disk has.
+        size_bytes: of a checkpoint.
+    """
+    return free_bytes < _ROOM * size_bytes
 
 
 def next_save_s(cost: SaveCost, expected: Interruptions, max_interval_s: float, scheduled_s: float | None = None) -> float:

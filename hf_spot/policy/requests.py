@@ -12,6 +12,9 @@ WRITE_USD = 0.005 / 1000  # S3 Standard, us-east-1
 PRICE_SOURCE = "https://aws.amazon.com/s3/pricing/"
 _OF_AN_ENTRY = 2  # the entry of the journal, and the hint to it
 _HEARTBEATS_PER_HOUR = 60
+# A repository of the Hub takes 128 commits per hour, and each write is one, but for files, which go into one together. Half of
+# them are left for Trainer's own saves, and for people: https://huggingface.co/docs/hub/rate-limits
+_REPOSITORY_COMMITS_PER_HOUR = 64
 
 
 def writes_of_entry(sizes_bytes: Iterable[int] = ()) -> int:
@@ -37,11 +40,14 @@ def heartbeats_in(seconds: float) -> int:
     return int(seconds / 3600 * _HEARTBEATS_PER_HOUR)
 
 
-def shortest_interval_s(writes: int, most_per_hour: int) -> float:
+def shortest_interval_s(writes: int, most_per_hour: int, *, in_repository: bool = False) -> float:
     """Return the fewest seconds between two commits.
 
     Args:
         writes: number of writes that one makes.
         most_per_hour: number of writes that all of them may make in an hour.
+        in_repository: each write is a commit of a repository on the Hub.
     """
+    if in_repository:
+        writes, most_per_hour = writes_of_commit((0,)), min(most_per_hour, _REPOSITORY_COMMITS_PER_HOUR)
     return 3600 * writes / most_per_hour

@@ -21,25 +21,32 @@ class Kept(Protocol):
     def best(self) -> bool:
         """Return whether Trainer considers it the best of its training."""
 
+    @property
+    def added(self) -> bool:
+        """Return whether it was added to Trainer's own saves, so that less is lost if the training is interrupted."""
+
 
 T = TypeVar("T", bound=Kept)
+
+_MOST_ADDED = 2  # the newest, and one in case it is damaged
 
 
 def to_prune(checkpoints: Sequence[T], save_total_limit: int | None) -> list[T]:
     """Return the checkpoints to delete, oldest first.
 
-    The newest ``save_total_limit`` are kept, as with Trainer's argument of that name, and so are the best and the newest of
-    every training: without them a script with several trainings could not resume.
+    The newest ``save_total_limit`` of those that Trainer itself has saved are kept, as with its argument of that name, and so
+    are the best and the newest of every training: without them a script with several trainings could not resume. An added
+    checkpoint is kept while it is one of the two newest of all, or the newest if the limit is 1, and takes nobody's place.
 
     Args:
         checkpoints: all checkpoints, oldest commit first.
-        save_total_limit: number to keep; None or 0 keeps everything.
+        save_total_limit: number to keep; None or 0 keeps everything but added checkpoints.
     """
-    if not save_total_limit:
-        return []
     newest_of = {ref.training: index for index, ref in enumerate(checkpoints)}
-    old = list(enumerate(checkpoints))[:-save_total_limit]
-    return [ref for index, ref in old if not ref.best and newest_of[ref.training] != index]
+    scheduled = [index for index, ref in enumerate(checkpoints) if not ref.added]
+    kept = {*(scheduled[-save_total_limit:] if save_total_limit else scheduled), *newest_of.values()}
+    first_added = len(checkpoints) - min(save_total_limit or _MOST_ADDED, _MOST_ADDED)
+    return [ref for index, ref in enumerate(checkpoints) if index < first_added and index not in kept and not ref.best]
 
 
 def milestones(checkpoints: Sequence[T], every: int, kept: Sequence[Kept] = ()) -> list[T]:

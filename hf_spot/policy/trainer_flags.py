@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from hf_spot.policy.cadence import ADDED
 from hf_spot.policy.preemption import Action, Decision
 
 SAVE_IS_DUE = Decision(Action.SAVE_AND_GO_ON, "a save is due")
@@ -112,7 +113,7 @@ def _with_added_save(decision: Decision, state: LoopState) -> Flags:
     can_wait = state.should_save or (state.loads_best_model and state.should_evaluate) or state.step >= state.max_steps
     if due and can_wait:
         return Flags()
-    return Flags(should_save=True, added="cadence" if due else "advisory")
+    return Flags(should_save=True, added=ADDED if due else "advisory")
 
 
 def _at_epoch_end(state: LoopState) -> Flags:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError, SpotError, TrainingPreempted
 from hf_spot.log import warn_for_all
+from hf_spot.policy.cadence import ADDED
 from hf_spot.policy.hangs import Phase
 from hf_spot.policy.numbers import HOW_TO_GET_FINITE, Answer, answer, in_words
 from hf_spot.policy.preemption import Decision
@@ -55,7 +56,7 @@ from hf_spot.training.trainer.resume_fixes import (
     set_epoch,
 )
 from hf_spot.training.trainer.resumed_events import ResumedEvents
-from hf_spot.training.trainer.saves import Saves, may_ask_for_save
+from hf_spot.training.trainer.saves import Saves
 from hf_spot.training.trainer.step_losses import StepLosses
 from hf_spot.training.trainer.streams import StreamReader, random_streams_named, resumed_in_its_pass
 from hf_spot.training.trainer.trackers import Trackers
@@ -110,7 +111,7 @@ class SpotCallback(TrainerCallback):
         self._accumulation: Accumulation | None = None
         self._log_window: LogWindow | None = None
         self._losses: StepLosses | None = None
-        self._save_is_extra = False
+        self._save_is_extra = self._addition_is_due = self._epoch_has_ended = self._end_is_saved = False
         self._save_is_owed = False
         self._newest_is_ours = False
         self._resumed_epoch_is_ahead = False
@@ -148,6 +149,9 @@ class SpotCallback(TrainerCallback):
             details = self._session.restored.details
             if details.get(_PLANNED) == state.max_steps:  # a callback had changed it since
                 state.max_steps = details["max_steps"]
+        self._session.commits.expect(self._saves.size_bytes)
+        if not self._saves.can_add:
+            self._session.commits.add_none(f"{type(self._session.trainer).__name__}._save_checkpoint is the script's own")
         self._session.tell_plan(state.max_steps)
         if self._session.restored is not None:
             carry_callback_states(self._session.trainer)
@@ -220,7 +224,7 @@ class SpotCallback(TrainerCallback):
         if self._session is None or self._saves is None:
             return
         self._saves.step_ended()
-        self._added = None
+        self._added, self._addition_is_due, self._epoch_has_ended, self._end_is_saved = None, False, False, False
         if self._gradients is not None:
             self._gradients.step_ended()
         self._session.random_states.micro_batch_ended()
@@ -255,16 +259,20 @@ class SpotCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Hand the checkpoint over for upload."""
-        if self._session is None or self._saves is None or state.global_step == self._saved_step:
+        if self._session is None or self._saves is None:
+            return
+        loop, exact = self._loop_state(args, state, control), self._session.exact
+        # The end of a training is committed as such, also if its last step was saved before somebody ended it.
+        if state.global_step == self._saved_step and not (self._newest_is_ours and is_complete(loop)):
             return
         self._saved_step, self._newest_is_ours = state.global_step, self._saves.is_ours
         self._newest_request = None
-        loop, exact = self._loop_state(args, state, control), self._session.exact
         accumulation = (self._accumulation_began, args.gradient_accumulation_steps)
         changed = {} if exact is not None else accumulation_changed(*accumulation)
         if changed and not self._accumulation_told:
             self._accumulation_told = True
             tell_of_accumulation(*accumulation, self._session.run_session.run.url)
+        self._end_is_saved = is_complete(loop)
         request = CommitRequest(
             step=state.global_step,
             training=self._session.run_session.training,
@@ -277,6 +285,7 @@ class SpotCallback(TrainerCallback):
                 "max_steps": state.max_steps,
                 **({} if self._planned_steps == state.max_steps else {_PLANNED: self._planned_steps}),
                 **({CUT: True} if self._epoch_was_cut else {}),
+                "finite": self._saves.is_known_finite,
                 "described": self._session.known.described,
                 "output_dir": str(self._session.run_session.output_dir),
                 "epoch_of_data": state.epoch,
@@ -306,6 +315,7 @@ class SpotCallback(TrainerCallback):
         if (control.should_training_stop or self._stopping) and self._saves is not None:
             self._saves.settle()  # the best model may be loaded from a file
         self._set(Moment.EPOCH_END, None, args, state, control)
+        self._epoch_has_ended = True
         if control.should_save:
             self._session.commits.save_begins()
 
@@ -326,6 +336,7 @@ class SpotCallback(TrainerCallback):
         if event in ("on_save", "on_epoch_end") and wanted and self._saved_step == step:
             request, self._newest_request = self._newest_request, None
             if request is not None and not request.complete:
+                self._end_is_saved = True
                 self._session.commits.completed(self._saves.folder, request)
 
     def _end_within_step(self, step: int, *, wanted: bool) -> None:
@@ -432,10 +443,14 @@ class SpotCallback(TrainerCallback):
             passed_over = PassedOver(trainer, session.passed_over)
             passed_over.watch()
             losses = None if session.teller is None else StepLosses(trainer, session.teller)
-            learned = () if losses is None else (losses.learned,)
             wanted_end = self._wanted_end = WantedEnd(trainer, self._event_ended)
             self._log_window = LogWindow(
-                trainer, lambda: self._stopping, lambda: self._save_is_extra, lambda: wanted_end.is_wanted, *learned
+                trainer,
+                lambda: self._stopping,
+                lambda: self._save_is_extra,
+                lambda: wanted_end.is_wanted,
+                _learn_nothing if losses is None else losses.learned,
+                self._step_is_over,
             )
             self._accumulation = Accumulation(trainer, session.random_states, self._log_window)
             self._evaluations = Evaluations(
@@ -458,8 +473,6 @@ class SpotCallback(TrainerCallback):
                 session.commits.behind,
                 functools.partial(_finish_save, session, self._log_window, carried, proof, stream, self._gradients),
                 functools.partial(self._save_failed, trainer),
-                functools.partial(self._save_is_only_ours, trainer),
-                self.on_save,
                 self._save_refused,
                 session.commits.opened,
                 held.hold,
@@ -537,11 +550,12 @@ class SpotCallback(TrainerCallback):
         self._session.random_states.return_before_epoch(trainer.callback_handler.train_dataloader, checkpoint)
 
     def _loop_state(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> LoopState:
+        wanted = control.should_save or control.should_training_stop
         return LoopState(
             step=state.global_step,
             max_steps=state.max_steps,
             # A save of this step that Trainer does not know of takes none away that somebody has asked for.
-            saved_step=-1 if self._newest_is_ours and control.should_save else self._saved_step,
+            saved_step=-1 if self._newest_is_ours and wanted else self._saved_step,
             should_save=control.should_save,
             should_evaluate=control.should_evaluate,
             should_training_stop=control.should_training_stop,
@@ -558,6 +572,9 @@ class SpotCallback(TrainerCallback):
     ) -> None:
         """Set the flags that follow from a decision, and record what later events need to know about it."""
         flags = flags_for(moment, decision, self._loop_state(args, state, control))
+        if flags.added == ADDED:
+            self._addition_is_due = True
+            return
         self._save_is_extra = bool(flags.should_save) and not control.should_save
         for name in ("should_save", "should_evaluate", "should_log"):
             if (value := getattr(flags, name)) is not None:
@@ -574,17 +591,33 @@ class SpotCallback(TrainerCallback):
         assert self._session is not None
         if self._stopping:
             trainer.state.best_model_checkpoint = None  # as in `on_save`, which is not called
-        self._session.commits.save_failed(why, stops=not self._stopping and self.args.on_save_error == "stop")
+        is_ours = self._saves is not None and self._saves.is_ours  # nobody has asked for it, so nothing ends for it
+        self._session.commits.save_failed(why, stops=not self._stopping and not is_ours and self.args.on_save_error == "stop")
 
     def _event_comes(self, event: str) -> None:
         if self._saves is not None:
             self._saves.event_comes(event)
 
-    def _save_is_only_ours(self, trainer: Trainer) -> bool:
-        """Return whether nobody but the cadence has asked for the save that begins."""
-        callbacks = trainer.callback_handler.callbacks
-        later = callbacks[callbacks.index(self) + 1 :] if self in callbacks else callbacks
-        return self._added == "cadence" and not any(map(may_ask_for_save, later))
+    def _step_is_over(self, model: Any, trial: Any) -> None:
+        """Make the save that the cadence adds, unless somebody has asked for one of this step, or the training ends with it.
+
+        Make the one at the end of a training that somebody has ended after this callback was asked.
+        """
+        due, self._addition_is_due = self._addition_is_due, False
+        if self._session is None or self._saves is None or self._stopping or not self._saves.can_add:
+            return
+        trainer = self._session.trainer
+        state, control = trainer.state, trainer.control
+        if control.should_training_stop:
+            due = self._epoch_has_ended and not self._end_is_saved
+        elif self._saves.newest_step == state.global_step:
+            due = False
+        if not due:
+            return
+        self._session.commits.save_begins()
+        self._added, self._save_is_extra = None if control.should_training_stop else ADDED, True
+        if self._saves.add(model, trial):
+            self.on_save(trainer.args, state, control)
 
     def _save_refused(self, wrong: list[str], step: int) -> None:
         assert self._session is not None
@@ -701,6 +734,10 @@ def _restore_own_state(session: TrainerSession, carried: CarriedState, proof: Pr
         if not proof.is_expecting:
             proof.expect(folder, session.known.changed)
         proof.compare_loaded(folder)
+
+
+def _learn_nothing(step: int, learning_rate: float | None) -> None:
+    """Take the place of `StepLosses.learned`."""
 
 
 def _is_epoch_end(state: TrainerState) -> bool:

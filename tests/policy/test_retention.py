@@ -13,6 +13,7 @@ class Ref:
     step: int
     training: int = 1
     best: bool = False
+    added: bool = False
 
 
 def test_the_newest_three_and_the_best_stay() -> None:
@@ -23,6 +24,15 @@ def test_the_newest_three_and_the_best_stay() -> None:
 def test_the_last_checkpoint_of_an_earlier_stage_stays() -> None:
     refs = [Ref(10), Ref(20), Ref(5, training=2), Ref(6, training=2)]
     assert to_prune(refs, 1) == [Ref(10), Ref(5, training=2)]
+
+
+def test_added_checkpoints_take_nobodys_place() -> None:
+    old, new = [Ref(step) for step in (10, 20, 30)], [Ref(step, added=True) for step in (31, 32, 33)]
+    assert to_prune([*old, *new], 3) == new[:1]
+    assert to_prune([*old, *new], 1) == [*old[:2], *new[:2]]
+    assert to_prune([*old, *new], 0) == to_prune([*old, *new], None) == new[:1]
+    assert to_prune([*old, *new, Ref(40)], 3) == [old[0], *new[:2]]
+    assert to_prune([*new, Ref(5, training=2), Ref(6, training=2)], 2) == new[:2]
 
 
 def test_no_limit_and_zero_keep_everything() -> None:

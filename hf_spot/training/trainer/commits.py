@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_spot.errors import SpotError
 from hf_spot.log import log_always
+from hf_spot.policy.cadence import lacks_room
 from hf_spot.policy.requests import writes_of_commit
 from hf_spot.run import history, last_words
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.journal import Entry
-from hf_spot.run.last_words import LastWords
+from hf_spot.run.last_words import LastWords, is_repository
 from hf_spot.storage.threads import Workers
 from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.saving.async_writer import AsyncCheckpointWriter
@@ -58,6 +59,8 @@ class Commits:
         self._save_began: float | None = None
         self._stall: _Stall | None = None
         self._past: history.Past | None = None
+        self._expected_bytes = 0
+        self._is_room_told = False
         memory_gb = session.arguments.save_memory_gb
         writers = Agreement(trainer.args.world_size)  # of its own: the ranks agree on something else meanwhile
         session.closing.callback(writers.close)
@@ -84,6 +87,7 @@ class Commits:
             resumed_step: the step from which this launch resumes; 0 for the start.
             lost: how far the previous launch had come, if further. It is recorded if the journal has no end of that launch.
         """
+        beyond = max(0, resumed_step - self._session.committed_step)  # it may not be committed yet
         self._session.start_uploader(self._committed)
         if not self._session.agreement.is_main:
             return
@@ -98,7 +102,9 @@ class Commits:
                 log.exception("the history of %s could not be read", self._session.run.url)
                 return
             steps_lost = self._past.steps_lost
-            if steps_lost is None and lost is not None:
+            if steps_lost is not None:
+                steps_lost = max(0, steps_lost - beyond)
+            elif lost is not None:
                 steps_lost = lost.step - resumed_step
                 self._session.record(last_words.KIND, lost.to_data(), patience_s=0.0)
             self._cadence.remember(self._past)
@@ -124,6 +130,22 @@ class Commits:
         """Return whether it is time for a save that Trainer's own schedule does not have."""
         return self._cadence.is_due()
 
+    def expect(self, size_bytes: int) -> None:
+        """Record about how large a checkpoint is, before the first save."""
+        self._expected_bytes = size_bytes
+        self._cadence.expect(size_bytes, in_repository=is_repository(self._session.run.url))
+
+    def add_none(self, why: str) -> None:
+        """Add no saves to Trainer's own.
+
+        Args:
+            why: for people.
+        """
+        self._cadence.add_none()
+        self._first_save.is_fixed()
+        if self._session.agreement.is_main and self._session.arguments.cadence == "auto":
+            log.info("--cadence auto adds no saves to this training, because %s: it may do more than save", why)
+
     def count_notices(self, number: int) -> None:
         """Show in the metrics how many notices this launch has received."""
         self._metrics.put("notices", number)
@@ -141,6 +163,7 @@ class Commits:
             stops: raise it, after pending uploads are committed.
         """
         self._save_began = None
+        self._cadence.failed()
         if stops:
             self._session.agreement.together(lambda: self._session.finish_uploads(self._session.arguments.drain_timeout_s))
             raise why
@@ -224,10 +247,31 @@ class Commits:
         self._metrics.put("upload_gb_per_s", size_bytes / 1e9 / upload_s if upload_s else None)
 
     def _is_busy(self) -> bool:
-        """Return whether a new checkpoint would have to wait. It replaces one that the store does not accept."""
+        """Return whether a new checkpoint would have to wait or has no room; it replaces one that the store does not accept."""
+        if self._has_no_room():
+            return True
         if self._session.uploader is None or self._session.uploader.trouble is not None:
             return False
         return not (self._session.uploader.idle and self.behind.wait(0.0))
+
+    def _has_no_room(self) -> bool:
+        size_bytes, place = self._session.size_bytes or self._expected_bytes, self._session.output_dir
+        try:
+            free = shutil.disk_usage(place).free
+        except OSError:  # a save will say why
+            return False
+        if not lacks_room(free, size_bytes):
+            self._is_room_told = False
+            return False
+        if not self._is_room_told:
+            self._is_room_told = True
+            log.warning(
+                "--cadence auto adds no save for now: %s has %.1f GB free, and a checkpoint %.1f GB; Trainer's own saves go on",
+                place,
+                free / 1e9,
+                size_bytes / 1e9,
+            )
+        return True
 
     def _carried(self) -> dict[str, Any]:
         """Return details for later launches; empty until the history is known."""

@@ -65,6 +65,7 @@ class LogWindow:
         end_is_wanted: returns whether the script ends the training, whether a notice does so, too, or not.
         step_ended: called with the number of each step that was done, and its learning rate, before anything is logged or
             saved; possibly more than once.
+        all_done: called with Trainer's model and trial after each step, when Trainer has logged, evaluated and saved.
     """
 
     def __init__(
@@ -74,9 +75,11 @@ class LogWindow:
         is_extra: Callable[[], bool] = lambda: False,
         end_is_wanted: Callable[[], bool] = lambda: False,
         step_ended: Callable[[int, float | None], None] = lambda step, learning_rate: None,
+        all_done: Callable[[Any, Any], None] = lambda model, trial: None,
     ) -> None:
         self._trainer = trainer
         self._step_ended = step_ended
+        self._all_done = all_done
         self._is_stopping = is_stopping
         self._is_extra = is_extra
         self._end_is_wanted = end_is_wanted
@@ -185,6 +188,7 @@ class LogWindow:
         self._flos = None
         what = (tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time - self._earlier_s)
         LOG_SAVE_EVALUATE.plain(self._trainer)(*what, learning_rate=learning_rate)
+        self._all_done(model, trial)
 
     def _finalize(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         end = FINALIZE.plain(self._trainer)

@@ -101,9 +101,6 @@ class Saves:
         behind: writes the files while training continues.
         finish: writes what Trainer does not save, on every rank; called with the folder and the tensors written so far.
         failed: called on every rank after a failed save. An exception from it ends the training.
-        only_ours: returns whether Trainer has not asked for the save that begins: then it is written to a place of its own, and
-            rotation, pushes to the Hub and other callbacks don't learn of it.
-        tell: called instead of the event ``on_save`` after such a save, with its parameters.
         refused: called on every rank instead of a save, or within the step after it, with the names of what is not finite on
             any of them, and the step that would have been saved. An exception from it ends the training.
         opened: called with the seconds that the training waited, after a save, for copies that are made beside it.
@@ -121,8 +118,6 @@ class Saves:
         behind: AsyncCheckpointWriter,
         finish: Callable[[Path, SavedTensors], None],
         failed: Callable[[SpotError], None],
-        only_ours: Callable[[], bool],
-        tell: Callable[[Any, Any, TrainerControl], None],
         refused: Callable[[list[str], int], None],
         opened: Callable[[float], None],
         hold: Callable[[str, Exception], None],
@@ -135,9 +130,9 @@ class Saves:
         self._finish = finish
         self._saved = SavedTensors(trainer)
         self._failed = failed
-        self._only_ours = only_ours
-        self._tell_callback = tell
-        self._is_ours = False
+        self._is_ours = self._is_adding = self._can_add = self._is_good = False
+        self._newest_step = -1
+        self._size_bytes = 0
         self._own_step_before = 0
         self._refused = refused
         self._opened = opened
@@ -165,22 +160,24 @@ class Saves:
         if self._never_finite:
             first = min(self._never_finite)
             self._tell(first, f"{first} is not finite before the first step: {len(self._never_finite)} weights are not checked")
+        self._size_bytes = _size_bytes(self._trainer.model, here=writes_on_each_rank(self._trainer))
         if self._why_at_once() is None and (self._agreement.is_main or writes_on_each_rank(self._trainer)):
-            here = writes_on_each_rank(self._trainer)
-            self._behind.expect(_size_bytes(self._trainer.model, here=here))
+            self._behind.expect(self._size_bytes)
         plain_save = SAVE_CHECKPOINT.of(self._trainer)
         self._behind.gate.watch_steps()
+        can_add = TRIAL_FOLDER.trouble() is None and _is_known(self._trainer, SAVE_CHECKPOINT.name)
+        self._can_add = all(self._agreement.gather(can_add))
 
         def save_now(*args: Any, **kwargs: Any) -> None:
             began = time.monotonic()
+            self._is_ours = self._is_adding
             whole = self.settle()
             self.answer()
             # After a failed save, write at once, so that an error is found where it happens.
-            known_here = self._why_at_once() if whole else "", self._why_copied_at_once(), self._may_hide()
+            known_here = self._why_at_once() if whole else "", self._why_copied_at_once()
             reasons = self._agreement.gather(known_here)
-            why = next((one for one, _, _ in reasons if one is not None), None)
-            goes_on, why_at_once = why is None, next((one for _, one, _ in reasons if one is not None), None)
-            self._is_ours = all(hides for _, _, hides in reasons)
+            why = next((one for one, _ in reasons if one is not None), None)
+            goes_on, why_at_once = why is None, next((one for _, one in reasons if one is not None), None)
             if goes_on and why_at_once and why_at_once not in self._told:
                 self._told.add(why_at_once)
                 log.info("training waits while a save copies its state, because %s; said once", why_at_once)
@@ -191,7 +188,7 @@ class Saves:
                 self._suppress_on_save()
                 self._refused(wrong, self._trainer.state.global_step)
                 return
-            step = self._trainer.state.global_step
+            step = self._newest_step = self._trainer.state.global_step
             self._folder = own_save(self._output_dir, step) if self._is_ours else self._output_dir / f"checkpoint-{step}"
             self._trouble = None
             self._at_the_end = []
@@ -233,6 +230,11 @@ class Saves:
         return self._folder
 
     @property
+    def is_known_finite(self) -> bool:
+        """Return whether all numbers of the newest save are examined before it is committed, on this rank."""
+        return not self._never_finite and "unknown" not in self._told
+
+    @property
     def is_ours(self) -> bool:
         """Return whether Trainer has not asked for the newest save."""
         return self._is_ours
@@ -245,6 +247,38 @@ class Saves:
         self.settle()
         if self._disk.leads:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def newest_step(self) -> int:
+        """Return the step of the newest save in this launch, also of one that has failed; -1 for none."""
+        return self._newest_step
+
+    @property
+    def size_bytes(self) -> int:
+        """Return about how large a save of this rank is."""
+        return self._size_bytes
+
+    @property
+    def can_add(self) -> bool:
+        """Return whether `add` may be called: a script's own ``_save_checkpoint`` may do more than save."""
+        return self._can_add
+
+    def add(self, model: Any, trial: Any) -> bool:
+        """Save the state as it is, although Trainer has not asked for it; return whether that succeeded.
+
+        The save has a place of its own, and rotation, pushes to the Hub and other callbacks don't learn of it. Every rank must
+        call it after the same step, once Trainer has made its own saves of that step.
+
+        Args:
+            model: as Trainer passes it to ``_save_checkpoint``.
+            trial: likewise.
+        """
+        self._is_adding, self._is_good = True, False
+        try:
+            SAVE_CHECKPOINT.of(self._trainer)(model, trial)
+        finally:
+            self._is_adding = False
+        return self._is_good
 
     def settle(self) -> bool:
         """Wait for the files of the newest save; return False if they could not be written and were removed."""
@@ -313,8 +347,11 @@ class Saves:
         asked = self._asked  # it may have been answered a moment ago
         if self._agreement.is_main and not (asked is not None and asked.wrong()):  # else `answer` says so
             log_always(logging.ERROR, "%s; training goes on, and the next save will try again", why)
+        self._remove()
+
+    def _remove(self) -> None:
         if self._disk.leads:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self._folder.parent if self._is_ours else self._folder, ignore_errors=True)
 
     def _why_at_once(self) -> str | None:
         """Return why training must wait while this save is written; None if it needn't. All ranks must agree.
@@ -326,7 +363,7 @@ class Saves:
             return ""
         if self._behind.disconnected:
             return ""
-        if trainer.args.push_to_hub:
+        if trainer.args.push_to_hub and not self._is_ours:
             return "push_to_hub=True pushes each checkpoint right after its save"
         if (own := self._own_method()) is not None and is_sharded(trainer):
             return f"{own} may read shards, which the ranks can only write together"
@@ -345,7 +382,7 @@ class Saves:
         return (
             self._trainer.is_deepspeed_enabled
             or self._own_method() is not None
-            or any(map(_is_told, self._trainer.callback_handler.callbacks))
+            or (not self._is_ours and any(map(_is_told, self._trainer.callback_handler.callbacks)))
         )
 
     def _save(self, plain_save: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -386,13 +423,13 @@ class Saves:
             for act in self._at_the_end:
                 self._behind.then(act)  # delete an older checkpoint only after the new one is complete
             self._best_before, self._best = self._best, self._best_now()
+            self._is_good = True
             if self._is_ours:
-                self._suppress_on_save(self._tell_callback)
                 if self._disk.leads:  # a commit deletes them on its own disk alone
                     self._behind.then(functools.partial(discard_own_saves, self._output_dir, self._own_step_before))
                 self._own_step_before = self._trainer.state.global_step
             return
-        self._agreement.together(lambda: shutil.rmtree(self._folder, ignore_errors=True) if self._disk.leads else None)
+        self._agreement.together(self._remove)
         self._forget_best(self._trainer.state.global_step)
         self._suppress_on_save()
         self._failed(failure)
@@ -420,7 +457,7 @@ class Saves:
         if (own := self._own_method()) is not None:
             return f"{own} may change weights"
         told = next(filter(_is_told_by_others, trainer.callback_handler.callbacks), None)
-        if told is not None:
+        if told is not None and not self._is_ours:
             return f"{type(told).__name__}.on_save may change weights, and is told of a save once that is known to be good"
         return self._why_not_beside
 
@@ -472,11 +509,6 @@ class Saves:
         state = self._trainer.state
         return state.best_metric, state.best_global_step, state.best_model_checkpoint
 
-    def _may_hide(self) -> bool:
-        """Return whether the save that begins can be one of which only hf_spot learns."""
-        found = ON_SAVE.trouble() is None and TRIAL_FOLDER.trouble() is None
-        return found and self._only_ours() and _is_known(self._trainer, SAVE_CHECKPOINT.name)
-
     @contextlib.contextmanager
     def _placed(self, place: Path) -> Iterator[None]:
         """Have Trainer save to a folder in ``place`` within the block."""
@@ -486,21 +518,16 @@ class Saves:
         with TRIAL_FOLDER.replaced(self._trainer, lambda plain: lambda *args, **kwargs: str(place)):
             yield
 
-    def _suppress_on_save(self, instead: Callable[[Any, Any, TrainerControl], None] = lambda *event: None) -> None:
-        """Suppress the ``on_save`` event that Trainer sends next: callbacks would look for the folder.
-
-        Args:
-            instead: called with the parameters of the event.
-        """
+    def _suppress_on_save(self) -> None:
+        """Suppress the ``on_save`` event that Trainer sends next, if it does: callbacks would look for the folder."""
         handler = self._trainer.callback_handler
 
         def on_save(args: Any, state: Any, control: TrainerControl) -> TrainerControl:
             ON_SAVE.restore(handler)
             control.should_save = False
-            instead(args, state, control)
             return control
 
-        if ON_SAVE.trouble() is None:
+        if ON_SAVE.trouble() is None and not self._is_ours:
             ON_SAVE.set(handler, on_save)
 
     # -- during a save ------------------------------------------------------------------------------------------------
@@ -612,11 +639,6 @@ def _is_told(callback: TrainerCallback) -> bool:
 
 def _is_told_by_others(callback: TrainerCallback) -> bool:
     return _is_told(callback) and not _is_of_library(callback)
-
-
-def may_ask_for_save(callback: TrainerCallback) -> bool:
-    """Return whether a callback that hf_spot doesn't know acts between the end of a step and its save."""
-    return not _is_of_library(callback) and any(_overrides(callback, one) for one in ("on_step_end", "on_log", "on_evaluate"))
 
 
 def _is_of_library(callback: TrainerCallback) -> bool:

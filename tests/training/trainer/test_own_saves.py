@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_spot import Run, SpotArguments, SpotCallback
@@ -17,10 +18,12 @@ from hf_spot.run.local_copies import record
 from hf_spot.run.output_folder import enter, own_save
 from hf_spot.training.trainer.save_schedule import Cadence
 from tests.run.test_local_copies import REQUEST, claimed, save
-from tests.training.conftest import Patient, make_trainer, same, weights
+from tests.small_disk import SmallDisk, why_not
+from tests.training.conftest import Patient, Recorder, make_trainer, same, weights
 
 AUTO = SpotArguments(notice="none", keep_checkpoints=0, cadence="auto")
 OWN = Path(".hf_spot", "saves")
+needs_disks = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +109,7 @@ def test_a_script_sees_what_it_sees_without_hf_spot(name: str, store: str, tmp_p
     trackers, made = [Tracker(), Tracker()], []
     for folder, spot in (("plain", None), ("spot", SpotCallback(store, AUTO))):
         more = [] if spot is None else [spot, Patient(spot)]
-        made.append(make_trainer(tmp_path / folder, trackers[len(made)], *more, **SETTINGS[name]))
+        made.append(make_trainer(tmp_path / folder, *more, trackers[len(made)], **SETTINGS[name]))
         made[-1].train()
     plain, spot = ([(names, last and Path(last).name) for names, last in one.seen] for one in trackers)
     assert spot == plain
@@ -173,6 +176,112 @@ def test_an_end_that_comes_early_is_committed(store: str, tmp_path: Path) -> Non
     made.train()
     newest = Run(store).latest()
     assert newest is not None and newest.ref.complete and newest.step == made.state.global_step < 12
+
+
+@pytest.mark.parametrize("event", ["on_epoch_end", "on_evaluate"])
+def test_an_end_after_a_step_that_is_saved_already_is_committed_as_the_end(event: str, store: str, tmp_path: Path) -> None:
+    class Ending(TrainerCallback):
+        def __init__(self) -> None:
+            setattr(self, event, self.end)
+
+        def end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = True
+
+    callback = SpotCallback(store, AUTO)
+    settings = {"eval_strategy": "steps", "eval_steps": 12, "save_strategy": "no", "num_train_epochs": 2}
+    make_trainer(tmp_path, callback, Patient(callback), Ending(), **settings).train()
+    newest = Run(store).latest()
+    assert newest is not None and newest.step == 12 and newest.ref.complete and not newest.ref.added
+
+
+def test_a_trainer_that_does_more_than_save_gets_no_added_saves(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Copying(Trainer):
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            super()._save_checkpoint(model, trial)
+            (Path(self.args.output_dir) / f"copied-{self.state.global_step}").touch()
+
+    callback = SpotCallback(store, AUTO)
+    made = make_trainer(tmp_path, callback, Patient(callback), save_steps=6)
+    made.__class__ = Copying
+    with caplog.at_level(logging.INFO, "hf_spot"):
+        made.train()
+    assert reasons(store) == {6: "schedule", 12: "end"}
+    assert caplog.text.count("adds no saves to this training, because Copying._save_checkpoint is the script's own") == 1
+
+
+def test_a_push_of_each_checkpoint_is_none_of_an_added_save(store: str, tmp_path: Path) -> None:
+    pushed: list[str] = []
+
+    class Pushing(Trainer):
+        def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+            pushed.append(Path(checkpoint_folder).name)
+
+    callback = SpotCallback(store, AUTO)
+    made = make_trainer(tmp_path, callback, Patient(callback), save_steps=6)
+    made.__class__, made.args.push_to_hub = Pushing, True
+    made.train()
+    assert pushed == ["checkpoint-6", "checkpoint-12"]
+    assert reasons(store) == dict.fromkeys(range(1, 12), "cadence") | {6: "schedule", 12: "end"}
+
+
+def test_what_is_kept_in_the_store_is_what_trainer_has_saved_and_the_newest(
+    store: str, tmp_path: Path, due: Callable[..., None]
+) -> None:
+    due(1, 2, 4, 5, 7, 8, 10)
+    callback, kept = SpotCallback(store, replace(AUTO, keep_checkpoints=2)), {}
+
+    class Noting(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            kept[state.global_step] = [ref.step for ref in Run(store).state().checkpoints]
+
+    make_trainer(tmp_path, callback, Patient(callback), Noting(), save_steps=3).train()
+    assert kept[6] == [3, 4, 5] and kept[9] == [3, 6, 7, 8] and kept[12] == [6, 9, 10]
+    assert [ref.step for ref in Run(store).state().checkpoints] == [9, 10, 12]
+
+
+@needs_disks
+def test_an_added_save_that_fails_ends_no_training(
+    store: str, tmp_path: Path, due: Callable[..., None], caplog: pytest.LogCaptureFixture, peace: Any
+) -> None:
+    due(4, 5)
+    with SmallDisk(tmp_path / "disk", size_kb=16 << 10) as disk:
+        acts = [Recorder(4, lambda: disk.fill(48)), Recorder(6, disk.empty)]
+        callback = SpotCallback(store, AUTO)
+        made = make_trainer(disk.path / "out", callback, Patient(callback), *acts, save_steps=6)
+        made.train()
+        assert reasons(store) == {6: "schedule", 12: "end"}
+        assert not [*(disk.path / "out" / OWN).rglob("*")]
+    assert "checkpoint-4 can't be saved" in caplog.text and "training goes on" in caplog.text
+    assert same(weights(made), peace[0])
+
+
+@pytest.fixture
+def by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr("hf_spot.training.trainer.save_schedule.next_save_s", lambda *_: 0.0)
+
+
+@needs_disks
+def test_a_disk_without_room_for_trainers_next_save_gets_none_before_it(
+    store: str, tmp_path: Path, by_the_clock: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with SmallDisk(tmp_path / "disk", size_kb=16 << 10) as disk:
+        callback = SpotCallback(store, AUTO)
+        acts = [Recorder(7, lambda: disk.fill(disk_left_kb[0]))]
+        disk_left_kb = [0]
+
+        class Measuring(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.global_step == 5:
+                    disk_left_kb[0] = sum(file.size for file in Run(store).checkpoints()[-1].files) * 2 // 1024
+
+        made = make_trainer(disk.path / "out", callback, Patient(callback), Measuring(), *acts, save_steps=12)
+        made.train()
+    added = [step for step, reason in reasons(store).items() if reason == "cadence"]
+    assert added and max(added) <= 6
+    assert caplog.text.count("--cadence auto adds no save for now") == 1
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_saves_are_added_and_none_is_taken_away(store: str, tmp_path: Path, peac
 
 def test_without_being_asked_nothing_is_added(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_spot.training.trainer.save_schedule.next_save_s", lambda *_: 0.0)
-    callback = SpotCallback(store, SpotArguments(notice="none"))
+    callback = SpotCallback(store, SpotArguments(notice="none", cadence="fixed"))
     make_trainer(tmp_path, callback, Patient(callback)).train()
     assert set(reasons(store).values()) == {"schedule", "end"}
 
@@ -153,13 +153,13 @@ def history(trainer: Any) -> list[dict[str, Any]]:
     return [{name: one for name, one in line.items() if "runtime" not in name and "per_second" not in name} for line in lines]
 
 
-def test_what_was_added_counts_in_the_rotation(store: str, tmp_path: Path, due_after: Any) -> None:
+def test_what_was_added_takes_nobodys_place(store: str, tmp_path: Path, due_after: Any) -> None:
     due_after(4, 5, 7, 8)
     callback = SpotCallback(store, SpotArguments(notice="none", keep_checkpoints=2))
     recorder = Recorder(9, lambda: kept.extend(sorted(path.name for path in tmp_path.glob("checkpoint-*"))))
     kept: list[str] = []
     make_trainer(tmp_path, callback, Patient(callback), recorder, save_total_limit=2).train()
-    assert kept == ["checkpoint-7", "checkpoint-8"]
+    assert kept == ["checkpoint-3", "checkpoint-6"]
     assert steps(store) == [9, 12]
 
 
@@ -174,7 +174,7 @@ def test_while_a_checkpoint_is_on_its_way_none_is_added(store: str, tmp_path: Pa
     monkeypatch.setattr("hf_spot.training.trainer.save_schedule.next_save_s", lambda *_: 0.0)
     recorder = SaveRecorder()
     make_trainer(tmp_path, SpotCallback(store, AUTO), recorder, At("on_train_end", arrived.set), save_strategy="no").train()
-    assert recorder.saved == [1, STEPS]
+    assert recorder.saved == [STEPS]
     assert reasons(store) == {1: "cadence", STEPS: "end"}
 
 
@@ -288,7 +288,7 @@ def test_a_save_that_failed_is_not_tried_again_at_the_next_step(tmp_path: Path) 
 
 
 def test_with_a_fixed_cadence_no_clock_is_read(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, SpotArguments())
+    watch = Watch(tmp_path, SpotArguments(cadence="fixed"))
     watch.cadence.began()
     watch.cadence.saved(1.0)
     del watch.seconds  # reading it would raise
