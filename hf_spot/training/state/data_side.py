@@ -37,7 +37,7 @@ from hf_spot.training.state.walk import is_of_script, may_keep_state, per_launch
 
 _MOST_ITEMS = 10_000  # of a container that is copied at each draw
 _MOST_BYTES = 1 << 18
-_OF_LIBRARIES = ("data_source", "dataset", "datasets", "sampler", "tensors")  # attributes of their parts that are data
+_OF_TORCH = ("weights", "indices")  # attributes of its samplers and datasets that scripts change
 _NAMES = ("generator", "synchronized_generator")
 # Attributes of the loaders of accelerate and torch, of Trainer's collator, and of hf_spot's wrappers.
 _INSIDE = ("base_dataloader", "batch_sampler", "sampler", "_inner", "collate_fn", "data_collator", "dataset", "datasets")
@@ -100,7 +100,8 @@ class DataSide:
                     self._known.add(id(value))
                     self._generators[f"{path}.{name}"] = value
             if own:
-                left_out = per_launch(type(part)) if is_of_script(type(part)) else _OF_LIBRARIES
+                is_of_torch = str(type(part).__module__).startswith("torch.")  # whose sizes are settings, and no state
+                left_out = [name for name in attributes if name not in _OF_TORCH] if is_of_torch else per_launch(type(part))
                 self._attributes.append((path, attributes, left_out))
                 self._add_class(type(part))
             function = getattr(part, "func", part) if isinstance(part, functools.partial) else part
