@@ -172,7 +172,8 @@ class SpotArguments:
         metadata={
             "help": "Host memory, in 10^9 bytes, for copies of a checkpoint, so that its files are written while training "
             "continues; what does not fit is written while training waits, and 0 saves as Trainer does (default: half of "
-            "the free memory)."
+            "the free memory). Under hf-spot launch two more copies stay there, from which a killed training resumes, if "
+            "three fit (default: if two take at most three tenths of the free memory)."
         },
     )
     upload_workers: int = field(default=4, metadata={"help": "Number of files uploaded or downloaded at the same time."})

@@ -200,7 +200,7 @@ _LACKING = Meaning(
     f"aws configure; on EC2 attach an instance profile, and for a container raise the metadata hop limit: {HOP_LIMIT}",
 )
 _NOT_LOGGED_IN = Meaning(Kind.CREDENTIALS, "you are not logged in", "aws sso login")
-_SOURCE_FAILS = Meaning(Kind.BUSY, "the credential source failed", _WHO)
+SOURCE_FAILS = Meaning(Kind.BUSY, "the credential source failed", _WHO)
 _UNREACHED = Meaning(
     Kind.BUSY,
     "no answer",
@@ -306,8 +306,8 @@ TABLE: dict[str, Meaning] = {
     "PartialCredentialsError": _LACKING,
     "SSOError": _NOT_LOGGED_IN,
     "TokenRetrievalError": _NOT_LOGGED_IN,
-    "CredentialRetrievalError": _SOURCE_FAILS,
-    "MetadataRetrievalError": _SOURCE_FAILS,
+    "CredentialRetrievalError": SOURCE_FAILS,
+    "MetadataRetrievalError": SOURCE_FAILS,
     "ProfileNotFound": Meaning(Kind.SETTING, "this profile does not exist", "aws configure list-profiles"),
     # -- region and connection
     "NoRegionError": Meaning(

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from hf_spot import __version__
 from hf_spot.arguments import SpotArguments
 from hf_spot.aws_errors import nearest_region
-from hf_spot.commands import hub_jobs, machines, runs, whole_runs
+from hf_spot.commands import hub_jobs, machines, runs, serve, whole_runs
 from hf_spot.commands.common import add_command, setting_help, takes_json, takes_verbosity
 from hf_spot.completion import SHELLS
 from hf_spot.errors import EXIT_USAGE, ConfigError, SpotError
@@ -33,7 +33,8 @@ _EXIT_CODES = """exit codes:
   0    success; launch: the run is finished
   1    verify: damage found; doctor: a check failed; demo: the two models differ
   2    usage error, or the store or account can't be used; launch: also a budget that is used up, or numbers that are NaN
-  75   launch: preempted, run the same command again to resume; provision: no capacity available
+  75   launch: preempted, run the same command again to resume; provision: no capacity available; both: the store or the
+       account did not answer for five minutes, start the same command again later
   76   launch: a newer launch owns the run
   79   launch: the training has hung twice after the same step, and would hang there again
   130  interrupted twice
@@ -156,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
 
     runs.add_to(commands)
     whole_runs.add_to(commands)
+    serve.add_to(commands)
 
     watch = add_command(commands, "watch", _watch, "print preemption notices as they arrive")
     watch.add_argument("--notice", default="auto", help=setting_help("notice"))

@@ -12,6 +12,7 @@
     │   └── StoreNotFencing        the store ignores create-if-absent: two machines could both "win"
     ├── CloudError                 EC2 or another cloud service refused; ``code`` is its error code
     │   └── NoCapacity             no rung of the ladder has capacity: may work later (exit_code 75)
+    ├── NoAnswer                   a store or cloud service did not answer when a command started: may work later (exit_code 75)
     ├── NoCheckpoint               the run has no commit to restore
     ├── CorruptCheckpoint          files differ from what the journal says was committed
     ├── IncompleteCheckpoint       a file is missing, and resuming without it would silently reset something
@@ -130,6 +131,12 @@ class CloudError(SpotError):
 
 class NoCapacity(CloudError):
     """No rung of the ladder has capacity at the moment."""
+
+    exit_code = EXIT_PREEMPTED
+
+
+class NoAnswer(SpotError):
+    """A store or a cloud service has not answered for as long as the start of a command waits for it: it may work later."""
 
     exit_code = EXIT_PREEMPTED
 

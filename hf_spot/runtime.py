@@ -32,6 +32,7 @@ _PHASE = struct.Struct("<5q")
 _RESERVE_BYTES = 64 << 10
 _LOOK_S = 0.02
 STORE_VARIABLE = "HF_SPOT_STORE"
+EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE of sysexits.h, of a process of a launch: the store did not answer it
 SIGNALS_VARIABLE = "HF_SPOT_ANSWERED_SIGNALS"  # the numbers of the signals that mean a notice
 WAITS_ON = "HF_SPOT_WAITS_ON"  # in a warm spare: the socket by which it is told that it is needed, and its priority
 _LAUNCH_VARIABLE = "HF_SPOT_LAUNCH"
@@ -40,6 +41,7 @@ _LAUNCHER_VARIABLE = "HF_SPOT_LAUNCHER_PID"
 _CLAIMED_VARIABLE = "HF_SPOT_CLAIMED_AT"
 _ARGUMENTS_VARIABLE = "HF_SPOT_ARGUMENTS"
 _FULL_RANKS_VARIABLE = "HF_SPOT_FULL_RANKS"
+_MEMORY_VARIABLE = "HF_SPOT_MEMORY"
 
 
 def to_system(text: str) -> str:
@@ -199,6 +201,7 @@ class Runtime:
         launcher: process id of the launcher.
         claimed_at: when it made the claim; None on machines that joined the claim of another machine.
         full_ranks: ranks whose samples make an optimizer step, if machines come and go; 0 for those of this launch.
+        memory: descriptors of the launcher, of memory for copies of checkpoints; none without such copies.
     """
 
     store: str
@@ -208,6 +211,7 @@ class Runtime:
     launcher: int = field(default_factory=os.getpid)
     claimed_at: datetime | None = None
     full_ranks: int = 0
+    memory: tuple[int, ...] = ()
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Runtime | None:
@@ -222,6 +226,7 @@ class Runtime:
             launcher=int(environ[_LAUNCHER_VARIABLE]),
             claimed_at=datetime.fromisoformat(environ[_CLAIMED_VARIABLE]) if environ.get(_CLAIMED_VARIABLE) else None,
             full_ranks=int(environ.get(_FULL_RANKS_VARIABLE) or 0),
+            memory=tuple(map(int, filter(None, environ.get(_MEMORY_VARIABLE, "").split(",")))),
         )
 
     def to_environ(self) -> dict[str, str]:
@@ -234,7 +239,13 @@ class Runtime:
             _CLAIMED_VARIABLE: self.claimed_at.isoformat() if self.claimed_at else "",
             _ARGUMENTS_VARIABLE: json.dumps(dataclasses.asdict(self.arguments)),
             **({_FULL_RANKS_VARIABLE: str(self.full_ranks)} if self.full_ranks else {}),
+            **({_MEMORY_VARIABLE: ",".join(map(str, self.memory))} if self.memory else {}),
         }
+
+    @property
+    def memory_paths(self) -> list[Path]:
+        """Return the paths of the launcher's memory for copies of checkpoints: accelerate and torchrun close descriptors."""
+        return [Path(f"/proc/{self.launcher}/fd/{one}") for one in self.memory]
 
     @property
     def notice_path(self) -> Path:

@@ -14,6 +14,10 @@ LEFT_BEHIND_S = 60.0  # for processes that a command has left behind, to begin a
 LATE_S = 30.0  # past a deadline: machines sometimes live a little longer than announced
 NEIGHBOUR_FAILED_S = 5.0  # for the ranks of this machine after those of another machine have failed
 
+# -- before a launch --------------------------------------------------------------------------------------------------
+
+FIRST_CONTACT_S = 300.0  # for a store or cloud service to answer: a machine's network may come up after the command has begun
+
 # -- between launches -------------------------------------------------------------------------------------------------
 
 SHORT_PAUSE_S = 0.1  # before a training that crashed is started again, if it has committed something

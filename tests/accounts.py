@@ -172,7 +172,7 @@ class Accounts:
 
     def press_twice(self, launch: Launch) -> int:
         self.send(launch.process, signal.SIGINT)
-        time.sleep(1.5)
+        wait_for(lambda: "interrupted by Ctrl-C" in launch.text() or launch.process.poll() is not None, "for the first one")
         self.send(launch.process, signal.SIGINT)
         return launch.wait()
 

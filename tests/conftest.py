@@ -44,6 +44,10 @@ os.environ["HF_SPOT_WARM_SPARES"] = "off"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# The Hub of these tests is on this machine. huggingface_hub reads it when it is imported.
+os.environ.pop("HF_HUB_OFFLINE", None)
+
+
 # What is not compiled yet is compiled once, and not by each of hundreds of Pythons: a third of the processor time of a launch.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -169,7 +169,7 @@ def frozen(story: Story) -> None:
     tree = launch.tree()
     for one in tree:
         one.send_signal(signal.SIGSTOP)
-    time.sleep(3 * TIMEOUT_S)
+    time.sleep(3 * TIMEOUT_S)  # the length of the freeze is what is tried: nothing happens in it that could be awaited
     for one in tree:
         one.send_signal(signal.SIGCONT)
     code, text = launch.wait(), launch.text()

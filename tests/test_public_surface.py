@@ -35,6 +35,7 @@ ERROR_TREE = {
     "StoreNotFencing": "StoreError",
     "CloudError": "SpotError",
     "NoCapacity": "CloudError",
+    "NoAnswer": "SpotError",
     "NoCheckpoint": "SpotError",
     "CorruptCheckpoint": "SpotError",
     "IncompleteCheckpoint": "SpotError",

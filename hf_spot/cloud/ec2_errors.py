@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_spot import aws_errors
-from hf_spot.aws_errors import TABLE, Kind
+from hf_spot.aws_errors import SOURCE_FAILS, TABLE, Kind
 from hf_spot.errors import CloudError
 
 NEXT_RUNG = frozenset(code for code, meaning in TABLE.items() if meaning.kind in (Kind.CAPACITY, Kind.QUOTA))
@@ -11,6 +11,9 @@ NEXT_RUNG = frozenset(code for code, meaning in TABLE.items() if meaning.kind in
 
 LATER = frozenset(code for code, meaning in TABLE.items() if meaning.kind is Kind.BUSY)
 """Codes after which the same call may work later."""
+
+OF_CREDENTIALS = frozenset(code for code, meaning in TABLE.items() if meaning is SOURCE_FAILS)
+"""Codes for a program or service that should give credentials and does not: it may work later, after a login."""
 
 
 def explain(code: str, message: str = "", *, doing: str = "", **known: str) -> CloudError:

@@ -6,12 +6,14 @@ This process may die at any moment and be restarted elsewhere. All state is in t
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 
 from hf_spot.cloud import ec2
 from hf_spot.cloud.ec2 import Cloud, Instance
+from hf_spot.cloud.ec2_errors import OF_CREDENTIALS
 from hf_spot.cloud.ending import in_words
 from hf_spot.cloud.fleet import Fleet
 from hf_spot.cloud.fleet_size import REGION
@@ -24,7 +26,8 @@ from hf_spot.cloud.plans import Planner
 from hf_spot.cloud.user_data import render
 from hf_spot.cloud.walk import FLEET, OVER_BUDGET, SPOT_FLEET, SPOT_REQUEST, Say, Setting, Walker
 from hf_spot.cloud.wheel import wheel_for
-from hf_spot.errors import CloudError, ConfigError, NoCapacity, StoreUnavailable
+from hf_spot.errors import CloudError, ConfigError, NoAnswer, NoCapacity, SpotError, StoreUnavailable
+from hf_spot.run.first_contact import FirstContact, is_unavailable, patiently
 from hf_spot.run.run import Run
 from hf_spot.run.seal import VARIABLE as JOURNAL_KEY
 
@@ -33,6 +36,23 @@ POLL_S = 30.0
 _TURN_S = 5.0  # between checks whether another process has got a machine
 _LAST_MINUTES_S = 180.0  # reserved in the budget: a machine still costs this long after the order to terminate
 _SHUTDOWN_POLLS = 20
+
+
+def _may_work_later(error: SpotError) -> bool:
+    if isinstance(error, CloudError):
+        return ec2.is_temporary(error) and error.code not in OF_CREDENTIALS
+    return is_unavailable(error)
+
+
+@contextlib.contextmanager
+def _trouble_explained() -> Iterator[None]:
+    """Raise NoAnswer, whose exit code lets a scheduler start the command again, if the same request may work later."""
+    try:
+        yield
+    except SpotError as error:
+        if not _may_work_later(error):
+            raise
+        raise NoAnswer(error.args[0], hint=error.hint or "start the same command again later") from error
 
 
 class Provisioner:
@@ -105,6 +125,11 @@ class Provisioner:
             self._say(f"the quotas can't be read: {error.args[0]}", {"event": "note"})
         self.planner.check_quotas()
 
+    def _check_patiently(self) -> None:
+        """Check, again and again while the store or EC2 does not answer. Raises NoAnswer once that has lasted too long."""
+        contact = FirstContact(_may_work_later, clock=lambda: self._now().timestamp())
+        patiently(self.check, contact, self._sleep)
+
     # -- one machine --------------------------------------------------------------------------------------------------
 
     def provision(self) -> Machine | None:
@@ -112,10 +137,12 @@ class Provisioner:
 
         Raises:
             NoCapacity: no rung has capacity at the moment.
+            NoAnswer: the store or EC2 does not answer.
             CloudError: the remaining budget or time is too small, or the cloud refused.
         """
-        self.check()
-        return self._provision(fresh=True)
+        self._check_patiently()
+        with _trouble_explained():
+            return self._provision(fresh=True)
 
     def _provision(self, *, fresh: bool) -> Machine | None:
         while True:
@@ -153,7 +180,11 @@ class Provisioner:
             NoCapacity: fewer than the job needs are to be had at the moment; those that were started are ended.
             CloudError: the remaining budget or time is too small, or the cloud refused.
         """
-        self.check()
+        self._check_patiently()
+        with _trouble_explained():
+            return self._provision_several()
+
+    def _provision_several(self) -> list[Machine]:
         self.records.refresh()
         before = {machine.instance_id for machine in self.records.ledger.live()}
         self._fill(fresh=True)
@@ -228,7 +259,7 @@ class Provisioner:
         Raises:
             CloudError: the budget is spent, the deadline can't be met, or the training itself fails.
         """
-        self.check()
+        self._check_patiently()
         try:
             self._watch()
         except CloudError:

@@ -32,6 +32,7 @@ from hf_spot.terminal import Style, paint
 
 if TYPE_CHECKING:
     from hf_spot.economics.report import Report
+    from hf_spot.run.journal import Entry
     from hf_spot.run.run import Run
 
 
@@ -257,9 +258,10 @@ def _report(args: argparse.Namespace) -> int:
     from hf_spot.economics.table import render_report
 
     run = open_run(args.run)
-    report = report_of(run)
+    entries = list(run.events())
+    report = report_of(run, entries)
     if args.plot or args.html:
-        _draw(args, run, report)
+        _draw(args, run, report, entries)
     if args.json:
         print_json({"run": args.run, **report.to_dict()})
     else:
@@ -275,9 +277,10 @@ def _width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def _draw(args: argparse.Namespace, run: Run, report: Report) -> None:
+def _draw(args: argparse.Namespace, run: Run, report: Report, entries: list[Entry]) -> None:
     from hf_spot.economics.page import write_page
     from hf_spot.economics.plots import plot_timeline, timeline_svg
+    from hf_spot.economics.proofs import checkpoint_rows
     from hf_spot.economics.shown import timeline_of
 
     if not report.launches:
@@ -286,7 +289,7 @@ def _draw(args: argparse.Namespace, run: Run, report: Report) -> None:
     if args.plot:
         plot_timeline(args.plot, timeline, args.run)
     if args.html:
-        write_page(args.html, report, args.run, timeline_svg(timeline, ""))
+        write_page(args.html, report, args.run, timeline_svg(timeline, ""), checkpoint_rows(entries))
 
 
 def _simulate(args: argparse.Namespace) -> int:

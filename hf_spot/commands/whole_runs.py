@@ -22,6 +22,7 @@ from hf_spot.commands.common import (
     takes_unfenced,
 )
 from hf_spot.errors import ConfigError, SpotError
+from hf_spot.run.order import SORTS, age_in_words, sorted_runs
 
 if TYPE_CHECKING:
     from hf_spot.run.below import Summary
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from hf_spot.run.run import Run
 
 FOLLOW_INTERVAL_S = 5.0
-_SORTS = ("name", "age", "step", "size", "state")
 
 
 def add_to(commands: Any) -> None:
@@ -38,7 +38,7 @@ def add_to(commands: Any) -> None:
     actions = runs.add_subparsers(title="actions", metavar="ACTION", required=True)
     ls = add_command(actions, "ls", _ls, "list the runs at and below a URL")
     ls.add_argument("url", metavar="URL", help="s3://bucket/prefix, gs://…, az://…, hf://…, or a directory")
-    ls.add_argument("--sort", choices=_SORTS, default="name", help="order of the rows (default: name; age: the newest first)")
+    ls.add_argument("--sort", choices=SORTS, default="name", help="order of the rows (default: name; age: the newest first)")
     ls.add_argument("--cost", action="store_true", help="add the cost of each run; this reads their whole journals")
     takes_json(ls)
 
@@ -80,7 +80,7 @@ def add_to(commands: Any) -> None:
 def _ls(args: argparse.Namespace) -> int:
     from hf_spot.run.below import find_runs, what_is_there
 
-    found = _sorted(find_runs(args.url), args.sort)
+    found = sorted_runs(find_runs(args.url), args.sort)
     costs = {one.url: _cost(one) for one in found} if args.cost else {}
     if args.json:
         print_json([_told(one, costs.get(one.url), with_cost=args.cost) for one in found])
@@ -95,7 +95,7 @@ def _ls(args: argparse.Namespace) -> int:
         of = f" of {one.max_steps}" if one.max_steps else ""
         launches = str(one.state.launch) if one.state else "?"
         cost = costs.get(one.url)
-        committed = _age(now, one.committed) if one.committed else "never"
+        committed = age_in_words(now, one.committed) if one.committed else "never"
         row = [one.name or ".", one.in_words, f"{one.step}{of}", committed, launches, megabytes(one.size_bytes)]
         rows.append([*row, *(["?" if cost is None else f"${cost:,.2f}"] if args.cost else [])])
     print_table(rows, right=("step", "launches", "size", "cost"))
@@ -103,18 +103,6 @@ def _ls(args: argparse.Namespace) -> int:
         if one.problem:
             print(f"{one.name or '.'}: {one.problem}", file=sys.stderr)
     return 0
-
-
-def _sorted(found: Sequence[Summary], by: str) -> list[Summary]:
-    long_ago = datetime.fromtimestamp(0, timezone.utc)
-    keys: dict[str, Any] = {
-        "name": lambda one: one.name,
-        "age": lambda one: -(one.heard or long_ago).timestamp(),
-        "step": lambda one: -one.step,
-        "size": lambda one: -one.size_bytes,
-        "state": lambda one: (one.in_words, one.name),
-    }
-    return sorted(found, key=keys[by])
 
 
 def _told(one: Summary, cost: float | None, *, with_cost: bool) -> dict[str, Any]:
@@ -131,14 +119,6 @@ def _cost(one: Summary) -> float | None:
         return None
     report = summarise(open_run(one.url).events())
     return None if report.unpriced_s and not report.cost_usd else report.cost_usd
-
-
-def _age(now: datetime, then: datetime) -> str:
-    seconds = max(0.0, (now - then).total_seconds())
-    for size_s, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size_s:
-            return f"{seconds / size_s:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
 
 
 # -- cp, mv, rm, fork -------------------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ from rich.text import Text
 
 from hf_spot.economics.report import Report, Timing, dollars, summarise
 from hf_spot.economics.timeline import losses_in
-from hf_spot.errors import SpotError
+from hf_spot.errors import ObjectNotFound, SpotError
 from hf_spot.notices.notice import PreemptionNotice
 from hf_spot.run.journal import ENDINGS, Entry
+from hf_spot.run.last_words import LastWords, of_the_newest_launch
 from hf_spot.run.run import Run
 
 _LAST = 5  # events shown
@@ -42,6 +43,7 @@ class View:
         likely_step: the step that it has probably reached, by its speed; None if that is unknown, or nothing is running.
         max_steps: of how many; None if unknown.
         step_s: seconds of one step; None if unknown.
+        silent_since: when the newest launch was heard last, if it has no end and is dead or silent for three heartbeats.
         losses: losses of the newest checkpoint, by step.
         committed: time of the newest commit; None without one.
         next_save: the step at which the next save is due, by the distance of the newest two; None if unknown.
@@ -60,6 +62,7 @@ class View:
     likely_step: int | None
     max_steps: int | None
     step_s: float | None
+    silent_since: datetime | None = None
     losses: dict[int, float] = field(default_factory=dict)
     committed: datetime | None = None
     next_save: int | None = None
@@ -72,14 +75,15 @@ class View:
     @property
     def left(self) -> timedelta | None:
         """Return the time until the last step, at the speed of now; None if it is unknown, or nothing is running."""
-        if self.max_steps is None or self.step_s is None or self.ended is not None:
+        if self.max_steps is None or self.step_s is None or self.ended is not None or self.silent_since is not None:
             return None
         return timedelta(seconds=max(0, self.max_steps - (self.likely_step or self.step)) * self.step_s)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; times as ISO 8601."""
         told = dict(vars(self))
-        told |= {"now": self.now.isoformat(), "committed": self.committed.isoformat() if self.committed else None}
+        times = (("now", self.now), ("committed", self.committed), ("silent_since", self.silent_since))
+        told |= {name: time.isoformat() if time else None for name, time in times}
         told |= {"left_s": self.left.total_seconds() if self.left is not None else None, "events": list(self.events)}
         return told
 
@@ -105,13 +109,25 @@ class Follower:
         """Return the entries that were read after the one of a number."""
         return [entry for entry in self._entries if entry.number > after]
 
+    def continues(self, run: Run) -> bool:
+        """Return whether a run is the one that was read until now, and not another one that was begun at its place.
+
+        Raises:
+            StoreError: the store could not be read.
+        """
+        try:
+            return not self._entries or run.journal.read(self.number).id == self._entries[-1].id
+        except ObjectNotFound:
+            return False
+
     def look(self, now: datetime) -> View:
         """Read what is new, and return the run as it is now. Raises StoreError."""
         state = self._run.state()
         if not self._entries:
             self._entries = list(self._run.events())
         self._entries += [self._run.journal.read(number) for number in range(self.number + 1, state.number + 1)]
-        return view_of(self._run.url, self._entries, now, self._losses_now())
+        words = of_the_newest_launch(self._run, self._entries, now)
+        return view_of(self._run.url, self._entries, now, self._losses_now(), words)
 
     def _losses_now(self) -> dict[int, float]:
         newest = self._run.journal.state.latest()
@@ -124,7 +140,7 @@ class Follower:
         return self._losses[1]
 
 
-def view_of(url: str, entries: list[Entry], now: datetime, losses: dict[int, float]) -> View:
+def view_of(url: str, entries: list[Entry], now: datetime, losses: dict[int, float], words: LastWords | None = None) -> View:
     """Return a run at a moment. Pure.
 
     Args:
@@ -132,9 +148,10 @@ def view_of(url: str, entries: list[Entry], now: datetime, losses: dict[int, flo
         entries: its journal.
         now: the moment.
         losses: of its newest checkpoint, by step.
+        words: how far the newest launch has come, if that is known and it has not ended.
     """
     state = entries[-1].state
-    report: Report = summarise(entries)
+    report: Report = summarise(entries, words)
     launch = report.launches[-1] if report.launches else None
     newest = state.latest()
     commits = [entry for entry in entries if entry.kind == "commit" and entry.data.get("reason") != "push"]
@@ -145,9 +162,15 @@ def view_of(url: str, entries: list[Entry], now: datetime, losses: dict[int, flo
     likely = None
     if state.ended is None and commit is not None and commit.launch == state.launch and step_s:
         likely = commit.data["step"] + int((now - commit.time).total_seconds() / step_s)
-        likely = likely if max_steps is None else min(likely, max_steps)
+    if words is not None:
+        likely = words.step if words.is_over or not step_s else words.step + int((now - words.time).total_seconds() / step_s)
+    likely = likely if likely is None or max_steps is None else min(likely, max_steps)
     regular = [entry.data["step"] for entry in commits if entry.data.get("reason") == "schedule"]
     due = 2 * regular[-1] - regular[-2] if len(regular) > 1 and regular[-1] > regular[-2] else None
+    is_silent = words is not None and words.is_over
+    is_on = state.ended is None and not is_silent
+    if due is not None and not (is_on and (newest.step if newest else 0) < due <= (max_steps or due)):
+        due = None
     price = None if launch is None else dollars(launch.machine, "price")
     return View(
         url=url,
@@ -160,7 +183,10 @@ def view_of(url: str, entries: list[Entry], now: datetime, losses: dict[int, flo
         step_s=step_s,
         losses=losses,
         committed=commit.time if commit else None,
-        next_save=due if state.ended is None and (max_steps is None or due is None or due <= max_steps) else None,
+        silent_since=words.time if words is not None and is_silent else None,
+        next_save=due
+        if state.ended is None and not is_silent and (max_steps is None or due is None or due <= max_steps)
+        else None,
         machines=launch.machines if launch else 1,
         machine=launch.name if launch else "",
         cost_usd=report.cost_usd if price is not None or report.cost_usd else None,
@@ -215,31 +241,40 @@ def _notice_in_words(data: dict[str, Any]) -> str:
         return str(data.get("kind"))
 
 
+def facts_of(view: View) -> Iterator[tuple[str, str]]:
+    """Yield what is known of a run now: a name, and words. Pure."""
+    running = "running, or died without a word"
+    if view.silent_since is not None:
+        running = f"ended without a word, or is stuck: silent for {_span(view.now - view.silent_since)}"
+    yield "launch", f"{view.launch}: {view.ended or running}"
+    of = f" of {view.max_steps}" if view.max_steps else ""
+    likely = f", about {view.likely_step} reached" if view.likely_step is not None else ""
+    yield "step", f"{view.step}{of} committed{likely}"
+    if view.losses:
+        last = max(view.losses)
+        yield "loss", f"{view.losses[last]:.4g} at step {last}"
+    if view.step_s:
+        left = f", {_span(view.left)} left" if view.left is not None else ""
+        yield "speed", f"{_speed(view.step_s)}{left}"
+    if view.committed is not None:
+        due = f"; the next save is due at step {view.next_save}" if view.next_save else ""
+        yield "last commit", f"{_span(view.now - view.committed)} ago{due}"
+    more = f" and {view.machines - 1} more" if view.machines > 1 else ""
+    yield "machine", f"{view.machine}{more}"
+    if view.cost_usd is not None:
+        yield "cost", f"${view.cost_usd:,.2f}"
+    if view.notices:
+        yield "notices", str(view.notices)
+
+
 def picture_of(view: View) -> RenderableType:
     """Return the run as a picture for a terminal. Pure."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim")
     facts.add_column()
-    state = Text(view.ended or "running, or died without a word", style=_STYLES.get(view.ended or "", "bold"))
-    facts.add_row("launch", Text.assemble(f"{view.launch}: ", state))
-    of = f" of {view.max_steps}" if view.max_steps else ""
-    likely = f", about {view.likely_step} reached" if view.likely_step is not None else ""
-    facts.add_row("step", f"{view.step}{of} committed{likely}")
-    if view.losses:
-        last = max(view.losses)
-        facts.add_row("loss", f"{view.losses[last]:.4g} at step {last}  {curve(view.losses)}")
-    if view.step_s:
-        left = f", {_span(view.left)} left" if view.left is not None else ""
-        facts.add_row("speed", f"{_speed(view.step_s)}{left}")
-    if view.committed is not None:
-        due = f"; the next save is due at step {view.next_save}" if view.next_save else ""
-        facts.add_row("last commit", f"{_span(view.now - view.committed)} ago{due}")
-    more = f" and {view.machines - 1} more" if view.machines > 1 else ""
-    facts.add_row("machine", f"{view.machine}{more}")
-    if view.cost_usd is not None:
-        facts.add_row("cost", f"${view.cost_usd:,.2f}")
-    if view.notices:
-        facts.add_row("notices", Text(str(view.notices), style="bold yellow"))
+    styles = {"launch": _STYLES.get(view.ended or "", "bold"), "notices": "bold yellow"}
+    for name, words in facts_of(view):
+        facts.add_row(name, Text(f"{words}  {curve(view.losses)}" if name == "loss" else words, style=styles.get(name, "")))
     parts: list[RenderableType] = [facts]
     if view.max_steps:
         parts.append(ProgressBar(total=view.max_steps, completed=view.likely_step or view.step))

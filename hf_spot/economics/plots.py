@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,16 @@ class Interruption:
     label: str
 
 
+@contextlib.contextmanager
+def _plain_text() -> Iterator[None]:
+    """Draw names of machines and runs as they are within the block: two ``$`` in one would be a formula, often a wrong one."""
+    require_matplotlib()
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):
+        yield
+
+
 def require_matplotlib() -> None:
     """Raise ConfigError if matplotlib is not installed."""
     try:
@@ -64,6 +75,7 @@ def require_matplotlib() -> None:
         raise ConfigError(f"a plot needs matplotlib: {error}", hint="pip install matplotlib") from error
 
 
+@_plain_text()
 def plot_losses(
     path: Path,
     twin: Mapping[int, float],
@@ -133,6 +145,7 @@ def _levels(spans: Sequence[tuple[float, float]]) -> list[int]:
     return found
 
 
+@_plain_text()
 def plot_timeline(path: Path, timeline: Timeline, title: str) -> None:
     """Plot where the time of a run went: one lane per machine, with the loss above.
 
@@ -147,6 +160,7 @@ def plot_timeline(path: Path, timeline: Timeline, title: str) -> None:
     _save(_draw_timeline(timeline, title), path)
 
 
+@_plain_text()
 def timeline_svg(timeline: Timeline, title: str) -> str:
     """Return the same plot as an ``<svg>`` element for a page, without external references.
 
@@ -168,6 +182,7 @@ def timeline_svg(timeline: Timeline, title: str) -> str:
     return text[text.index("<svg") :].replace(INK, "currentColor")
 
 
+@_plain_text()
 def plot_simulation(path: Path, results: Sequence[Result], title: str) -> None:
     """Plot cost and wall-clock time of each row: the mean, and the 10% and 90% quantiles.
 

@@ -120,7 +120,8 @@ class Launch:
         last_heard: time of its last entry.
         notice_to_commit_s: seconds from its first notice to the resulting commit; None without one.
         steps_lost: steps trained but not committed when it ended; None if unknown.
-        whole_step: the step of a checkpoint that it had not committed, and that the next launch took from its disk; 0 for none.
+        whole_step: the step of a checkpoint that it had not committed, and that the next launch took from there; 0 for none.
+        whole_in_memory: whether that was in its machine's memory, and not only on its disk.
         known_by: how that is known of a launch without a recorded end: ``steps file`` of its machine, exact, or ``heartbeat``,
             at most a minute before; None if the journal has its end, or nothing is known.
         steps_redone: number of its steps that a previous launch had already done.
@@ -151,6 +152,7 @@ class Launch:
     steps_lost: int | None = None
     known_by: str | None = None
     whole_step: int = 0
+    whole_in_memory: bool = False
     steps_redone: int = 0
     waited_s: float = 0.0
     wall_s: float = 0.0
@@ -313,6 +315,8 @@ def summarise(entries: Iterable[Entry], last_words: LastWords | None = None) -> 
             if entry.data.get("by") != BY_HAND:
                 launches.append(_claimed(entry, now, step, launches[-1] if launches else None))
             continue
+        if entry.kind == "resumed" and "taken_from" in entry.data:
+            _add_uncommitted(launches, entry)
         if entry.kind == LOST:
             _add_last_words(launches, LastWords.of(entry.data))
         if entry.kind == "commit":
@@ -343,10 +347,28 @@ def _add_last_words(launches: list[Launch], words: LastWords | None) -> None:
     launch.marks.append(Mark(launch.last_heard, words.training, words.step, Timing.of({"timing": words.timing})))
     launch.known_by = words.known_by
     launch.whole_step = words.resumed_step if words.resumed_step > launch.committed.get(words.training, 0) else 0
+    launch.whole_in_memory = launch.whole_step > 0 and words.from_memory
     if words.is_over:
         launch.steps_lost = max(0, words.step - max(words.resumed_step, launch.committed.get(words.training, 0)))
     if after is not None:
         after.waited_s = (after.began - launch.last_heard).total_seconds()
+
+
+def _add_uncommitted(launches: list[Launch], resumed: Entry) -> None:
+    """Add that the newest launch has resumed from a checkpoint that the one before it had saved, and not committed."""
+    training, step = resumed.data.get(TRAINING_KEY, 1), resumed.data.get("step")
+    if len(launches) < 2 or launches[-1].number != resumed.launch or not isinstance(step, int):
+        return
+    before, after = launches[-2:]
+    if step <= before.committed.get(training, 0):
+        return
+    before.whole_step, before.whole_in_memory = step, resumed.data["taken_from"] == "memory"
+    after.resumed[training] = step
+    if training == after.training:
+        after.resumed_step = step
+    if before.steps_lost is not None and training == before.training:
+        reached = max((mark.step for mark in before.marks if mark.training == training), default=0)
+        before.steps_lost = max(0, reached - step)
 
 
 def _trackers_of(data: dict[str, Any]) -> list[TrackerPlace]:

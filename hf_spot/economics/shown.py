@@ -9,6 +9,7 @@ from html import escape
 
 from hf_spot.economics.page import summary, table
 from hf_spot.economics.plots import timeline_svg
+from hf_spot.economics.proofs import checkpoint_rows
 from hf_spot.economics.report import Report, summarise
 from hf_spot.economics.table import (
     last_words_lines,
@@ -21,7 +22,7 @@ from hf_spot.economics.table import (
 )
 from hf_spot.economics.timeline import Timeline, losses_in, make_timeline
 from hf_spot.errors import CorruptCheckpoint, SpotError
-from hf_spot.run.journal import CheckpointRef, Entry
+from hf_spot.run.journal import Entry
 from hf_spot.run.last_words import of_the_newest_launch
 from hf_spot.run.run import Run
 
@@ -104,14 +105,9 @@ def timeline_of(run: Run, report: Report, on_damage: Callable[[str], None] = log
 
 
 def _tables(report: Report, entries: list[Entry]) -> list[str]:
-    refs = entries[-1].state.checkpoints if entries else ()
-    reasons = {entry.number: str(entry.data.get("reason", "")) for entry in entries if entry.kind == "commit"}
-    times = {entry.number: f"{entry.time:%Y-%m-%d %H:%M:%S}" for entry in entries}
     found = []
-    if refs:
-        titles = ["checkpoint", "size", "launch", "reason", "committed (UTC)", ""]
-        rows = [_checkpoint_row(ref, reasons[ref.entry], times[ref.entry]) for ref in refs]
-        found.append(_newest(titles, rows))
+    if len(checkpoints := checkpoint_rows(entries)) > 1:
+        found.append(_newest(checkpoints[0], checkpoints[1:]))
     if report.launches:
         titles, *rows = launch_rows(report)
         found.append(_newest(titles, rows))
@@ -120,12 +116,6 @@ def _tables(report: Report, entries: list[Entry]) -> list[str]:
         cost = "<br>".join(map(escape, money_lines(report)))
         found.append(f"<details><summary>Where the time went, and the cost</summary>{spent}<p>{cost}</p></details>")
     return found
-
-
-def _checkpoint_row(ref: CheckpointRef, reason: str, time: str) -> list[str]:
-    marks = " ".join(word for word, holds in (("best", ref.best), ("complete", ref.complete)) if holds)
-    name = f"checkpoint-{ref.step}" + (f" of training {ref.training}" if ref.training > 1 else "")
-    return [name, f"{ref.size_bytes / 1e6:,.1f} MB", str(ref.launch), reason, time, marks]
 
 
 def _newest(titles: list[str], rows: list[list[str]]) -> str:

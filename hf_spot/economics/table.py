@@ -12,7 +12,7 @@ from hf_spot.economics.simulate import Result
 from hf_spot.policy.redone import VALUES, in_words
 from hf_spot.policy.requests import PRICE_SOURCE, WRITE_USD
 from hf_spot.policy.trackers import TRACKERS
-from hf_spot.run.last_words import BY_FILE, is_repository
+from hf_spot.run.last_words import BY_FILE, BY_HEARTBEAT, is_repository
 from hf_spot.run.traffic import GB, charged_usd, pairs
 
 # One explanation of each word, wherever reports and simulations use them.
@@ -26,6 +26,11 @@ _LEAST_NEEDED_OF_MACHINES = ("prices from", "on demand $/h", "zone")
 _LEAST_NEEDED_OF_SIMULATIONS = ("without interruptions", "published", "extra", "on-demand", "10%..90%", "10%..90%")
 _NEWEST = 40  # launches in a terminal
 _MOST_LAST_WORDS = 5
+_KNOWN_BY = {
+    BY_FILE: "the file of steps on its disk",
+    BY_HEARTBEAT: "its heartbeat, sent once a minute",
+    None: "its launcher",
+}
 
 
 def render_report(report: Report, url: str, width: int | None = None) -> str:
@@ -205,20 +210,27 @@ def launch_rows(report: Report) -> list[list[str]]:
 
 def last_words_lines(report: Report) -> list[str]:
     """Return how the lost steps of launches without a recorded end are known: a line for each of the newest ones."""
-    told = [launch for launch in report.launches if launch.known_by is not None]
+    told = [launch for launch in report.launches if launch.known_by is not None or _is_known_by_launcher(launch)]
     older = len(told) - _MOST_LAST_WORDS
     lines = [f"({older} older launches that ended without a word: --json)"] if older > 0 else []
     for launch in told[-_MOST_LAST_WORDS:]:
-        by = "the file of steps on its disk" if launch.known_by == BY_FILE else "its heartbeat, sent once a minute"
+        by = _KNOWN_BY[launch.known_by]
         committed = launch.committed.get(launch.training, 0)
-        saved = f"step {launch.whole_step} was whole on its disk" if launch.whole_step else f"step {committed} is committed"
+        place = "in its machine's memory" if launch.whole_in_memory else "on its disk"
+        saved = f"step {launch.whole_step} was whole {place}" if launch.whole_step else f"step {committed} is committed"
         at = f"step {launch.reached_step} at {launch.last_heard:%H:%M:%S}, by {by}; {saved}"
-        least = "" if launch.known_by == BY_FILE else "at least "
+        least = "at least " if launch.known_by == BY_HEARTBEAT else ""
         if launch.steps_lost is None:
             lines.append(f"launch {launch.number} has done {at}")
         else:
-            lines.append(f"launch {launch.number} ended without a word: {least}{launch.steps_lost} steps lost ({at})")
+            how = "ended without a word" if launch.known_by is not None else launch.ended
+            lines.append(f"launch {launch.number} {how}: {least}{launch.steps_lost} steps lost ({at})")
     return lines
+
+
+def _is_known_by_launcher(launch: Launch) -> bool:
+    """Return whether a launcher has told how its training ended, and its commits alone don't tell what was lost."""
+    return launch.whole_step > 0 and launch.ended != "no word" and launch.steps_lost is not None
 
 
 def redone_lines(report: Report) -> list[str]:

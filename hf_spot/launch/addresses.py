@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import time
 
 import psutil
 
 from hf_spot.errors import ConfigError
 
 _ELSEWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))  # reserved for documentation
+_TRY_S = 1.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.1
 
 
 def own_addresses(interface: str | None = None) -> list[str]:
@@ -66,3 +69,28 @@ def _source(family: socket.AddressFamily, where: str) -> str:
             return str(probe.getsockname()[0])
     except OSError:  # no route, or no IPv6
         return ""
+
+
+def wait_for_listener(address: str, port: int, limit_s: float) -> bool:
+    """Wait until somebody listens on a port of another machine. Return False if nobody does after ``limit_s`` seconds."""
+    until_s, pause_s = time.monotonic() + limit_s, _FIRST_PAUSE_S
+    while (left_s := until_s - time.monotonic()) > 0:
+        if _listens(address, port, min(_TRY_S, left_s)):
+            return True
+        time.sleep(min(pause_s, left_s))
+        pause_s = min(_LONGEST_PAUSE_S, 1.3 * pause_s)
+    return False
+
+
+def _listens(address: str, port: int, timeout_s: float) -> bool:
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.settimeout(timeout_s)
+            probe.bind(("", 0))
+            if probe.getsockname()[1] == port:  # on one machine it would reach itself, and take the port from who is to listen
+                return False
+            probe.connect(target)
+            return True
+    except OSError:
+        return False

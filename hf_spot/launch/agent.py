@@ -8,6 +8,9 @@ killed instead, which is how the SIGTERM would have ended them; their child proc
 Signals that mean a notice do nothing to the agent: they were blocked when it was started, and stay so. It passes them on to the
 launcher. Torchrun's folder in /tmp, which nobody deletes if the agent is killed, is in the folder of the launch instead.
 
+On machines other than machine 0 it waits until machine 0 listens: torch's own client, if it comes a moment too early, tries
+again only half a second later, which was half of what a change of the machines took.
+
 As a warm spare (`hf_spot.training.warm`), the agent first asks accelerate and torchrun how they would start its ranks, starts
 those in the same way as spares of its own, and later gives them to torchrun where it starts a Python.
 """
@@ -23,10 +26,11 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hf_spot.errors import EXIT_PREEMPTED
+from hf_spot.launch.addresses import wait_for_listener
 from hf_spot.notices.signals import answered_signals, is_left_alone
 from hf_spot.runtime import Runtime
 from hf_spot.terminal import outlive_terminal
@@ -34,6 +38,9 @@ from hf_spot.training.warm import WarmSpare, without_collection
 
 if TYPE_CHECKING:
     from hf_spot.launch.warm_ranks import WarmRanks
+
+
+_MACHINE_0_S = 60.0  # then torch tries by itself, and says what is wrong
 
 
 def _import_all() -> None:
@@ -82,6 +89,8 @@ def _main() -> None:
         runtime.meet()
         # First, so that a folder that the user names comes later and counts.
         sys.argv[1:1] = ["--log_dir", str(runtime.directory / "torchrun")]
+    if (place := _machine_0(sys.argv)) is not None:
+        wait_for_listener(*place, _MACHINE_0_S)
     try:
         with contextlib.nullcontext() if ranks is None else ranks.given():
             main()
@@ -92,6 +101,20 @@ def _main() -> None:
         sys.exit(EXIT_PREEMPTED)
     except subprocess.CalledProcessError as error:  # of one process alone, which accelerate starts without torchrun
         sys.exit(error.returncode if error.returncode > 0 else 1)
+
+
+def _machine_0(argv: Sequence[str]) -> tuple[str, int] | None:
+    """Return where machine 0 is to be found by the others, according to accelerate's options; None on machine 0 itself."""
+    end = next((place for place, word in enumerate(argv) if word in ("-m", "--module")), len(argv))
+    told: dict[str, str] = {}
+    for place, word in enumerate(argv[:end]):
+        name, has_value, value = word.partition("=")
+        if name.startswith("--"):
+            told[name.replace("-", "_")] = value if has_value else "".join(argv[place + 1 : place + 2])
+    address, port = told.get("__main_process_ip", ""), told.get("__main_process_port", "")
+    if told.get("__machine_rank", "0") == "0" or not address or not port.isdecimal() or port == "0":
+        return None
+    return address, int(port)
 
 
 def _wait(spare: WarmSpare) -> WarmRanks:

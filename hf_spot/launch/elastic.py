@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import platform
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError, Fenced, StoreError, StoreUnavailable
+from hf_spot.errors import ConfigError, CorruptCheckpoint, Fenced, SpotError, StoreError, StoreUnavailable
 from hf_spot.launch.addresses import interface_of
 from hf_spot.launch.command import Machines
 from hf_spot.launch.group import FINISHED, HUNG, Go, Group, Hosting, Member, Unreached, Visiting, visit
@@ -38,9 +39,11 @@ from hf_spot.policy.membership import (
     takes_in,
 )
 from hf_spot.policy.restarts import Verdict
+from hf_spot.run.first_contact import no_answer
 from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.run import Run
 from hf_spot.run.start_from import start_or_resume
+from hf_spot.run.told_steps import Heartbeat
 from hf_spot.runtime import Plan, Runtime
 from hf_spot.timeouts import LAST_CALL_S, MEETING_S
 
@@ -53,6 +56,7 @@ _SAY_EVERY_S = 30.0
 _LOOK_EVERY_S = 2.0  # while machines are missing
 _WEIGH_EVERY_S = 1.0
 _STORE_PAUSE_S = 2.0
+_SILENT_HEART_S = 150.0  # a training sends a heartbeat once a minute
 _A_CHANGE_S = 30.0  # until one was measured
 
 
@@ -122,7 +126,8 @@ class Elastic:
         self._host = ""  # its id
         self._unanswered: dict[Place, Unanswered] = {}
         self._times_fenced = 0
-        self._owes_invitation = False
+        self._beat: Heartbeat | None = None  # of a launch of fixed machines
+        self._owes_invitation = self._is_checked = False
         self._said_s = self._looked_s = self._answered_s = clock()
         self._is_cut_off = False
         self._go: Go | None = None  # of a launch that this machine has not adopted yet
@@ -141,7 +146,8 @@ class Elastic:
 
         Raises:
             ConfigError: the others refuse this machine.
-            StoreError: the store refused a request, or did not answer for as long as other machines are awaited.
+            NoAnswer: the store did not answer for as long as other machines are awaited.
+            StoreError: the store refused a request.
         """
         if self._me.about == {}:
             self._me = replace(self._me, about=self._about())
@@ -165,9 +171,9 @@ class Elastic:
         return Verdict.PREEMPTED
 
     def _outlast(self, error: StoreUnavailable) -> None:
-        """Wait a little for a store that does not answer. Raises its error if that has lasted too long."""
-        if self._clock() - self._answered_s > MEETING_S:
-            raise error
+        """Wait a little for a store that does not answer. Raises NoAnswer if that has lasted too long."""
+        if (waited_s := self._clock() - self._answered_s) > MEETING_S:
+            raise no_answer(error, waited_s) from error
         if not self._is_cut_off:
             log.warning("%s; trying again for up to %.0f minutes", error.args[0], MEETING_S / 60)
         self._is_cut_off = True
@@ -176,7 +182,10 @@ class Elastic:
     def _seek(self, began_s: float) -> Met | Verdict | None:
         sight, invitation = self._look()
         was_fenced = self._times_fenced > 0
-        step = next_step(sight, self._unanswered, self._clock(), self._quiet_s, was_fenced=was_fenced)
+        is_fixed = invitation is not None and bool(invitation.get("is_fixed"))
+        beat = self._beat_of(sight) if is_fixed else None
+        quiet_s = self._quiet_s if beat is None else max(self._quiet_s, _SILENT_HEART_S)
+        step = next_step(sight, self._unanswered, self._clock(), quiet_s, was_fenced=was_fenced)
         if step.move is Move.END:
             return Verdict.FINISHED
         if step.move is Move.OPEN:
@@ -200,9 +209,9 @@ class Elastic:
             except Unreached as unreached:
                 is_gone = unreached.is_gone
         before = self._unanswered.get(step.place)
-        if invitation is not None and not step.place.attempt and invitation.get("is_fixed"):
-            self._beside_fixed(sight, before)
-            is_gone = False  # its machine 0 listens only until all are there
+        if is_fixed and not step.place.attempt:
+            self._beside_fixed(sight, before, beat, quiet_s)
+            is_gone = False  # the others may have ended without machine 0, or be about to begin again
         self._unanswered[step.place] = not_answered(before, sight, self._clock(), is_gone=is_gone)
         if is_gone or (before is not None and before.is_gone):
             return None
@@ -213,14 +222,24 @@ class Elastic:
         self._wait(BEAT_S)
         return None
 
-    def _beside_fixed(self, sight: Sight, before: Unanswered | None) -> None:
+    def _beat_of(self, sight: Sight) -> Heartbeat | None:
+        """Return the newest heartbeat of the launch under way, if it has sent one."""
+        try:
+            found = None if sight.ended is not None else self._mailbox.heartbeat(sight.launch)
+        except CorruptCheckpoint as error:
+            log.warning("whether launch %d still trains can be seen by its commits only: %s", sight.launch, error)
+            return None
+        return None if found is None else found[1]
+
+    def _beside_fixed(self, sight: Sight, before: Unanswered | None, beat: Heartbeat | None, quiet_s: float) -> None:
         """Say that this machine can't join a launch of fixed machines. Raises ConfigError once that launch has shown that it
-        lives."""
+        lives: it writes to the journal, or its heart beats."""
         told = f"launch {sight.launch} has fixed machines (--machine_rank), and this machine was started without a rank"
-        if before is not None and before.number != sight.number:
+        if before is not None and (before.number != sight.number or beat != self._beat):
             raise ConfigError(f"{told}: it can't join them", hint="use the same command and version on all machines")
         if before is None:
-            log.warning("%s: it begins another one if nothing is written to the run for %.0f s", told, self._quiet_s)
+            log.warning("%s: it begins another one if nothing is written to the run for %.0f s", told, quiet_s)
+        self._beat = beat
 
     @property
     def _quiet_s(self) -> float:
@@ -328,8 +347,17 @@ class Elastic:
         self._host, self._expected = members[0], frozenset(members) - {self._me.id}
         self._unanswered = {}
         self._change.began()
+        if self._hosting is None and not self._is_checked:  # for when machine 0 is lost, and every request counts
+            self._is_checked = True
+            threading.Thread(target=self._check_store, name="hf_spot-check", daemon=True).start()
         machines = replace(self._machines, count=len(members), rank=rank, main_ip=main_ip)
         return Met(launch, machines, group, port, self._machines.interface or interface_of(own_ip))
+
+    def _check_store(self) -> None:
+        try:
+            self._run.check_store()
+        except SpotError as error:  # a claim of this machine would try again, and raise it
+            log.debug("the store can't be checked before a claim: %s", error)
 
     def _lose_host(self, visiting: Visiting) -> None:
         assert visiting.lost_s is not None

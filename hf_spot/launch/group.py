@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import hf_spot
 from hf_spot.errors import EXIT_PREEMPTED
 from hf_spot.launch.addresses import own_addresses, plain
+from hf_spot.launch.bell import Bell
 from hf_spot.launch.peers import BEAT_S, GREETING_S, LONGEST_MESSAGE_BYTES, Door, Ended, Refused, decode, log, send
 from hf_spot.policy.restarts import Verdict
 
@@ -33,6 +34,10 @@ _CONNECT_S = 2.0
 
 class Group(Protocol):
     """What a launch needs of the connections to the other machines."""
+
+    @property
+    def bell(self) -> Bell:
+        """Is rung when another machine has ended."""
 
     def ended(self, wait_s: float = 0.0) -> Ended | None:
         """As `hf_spot.launch.peers.Peers.ended`."""
@@ -171,6 +176,7 @@ class _Endings:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
+        self.bell = Bell()
         self._ended: dict[int, Ended] = {}
         self._said: list[tuple[int, dict[str, Any]]] = []
 
@@ -195,6 +201,7 @@ class _Endings:
                 return False
             self._ended[ended.machine] = ended
             self.changed.notify_all()
+            self.bell.ring()
             return True
 
     def first(self, wait_s: float) -> Ended | None:
@@ -316,6 +323,11 @@ class Hosting:
                     guest.channel.send({"spare": launch})
         return Go(launch, 0, members, own, own, port)
 
+    @property
+    def bell(self) -> Bell:
+        """As `Group.bell`."""
+        return self._endings.bell
+
     def ended(self, wait_s: float = 0.0) -> Ended | None:
         """As `Group.ended`."""
         return self._endings.first(wait_s)
@@ -350,6 +362,7 @@ class Hosting:
         self._door.close()
         self._listener.close()
         self._selector.close()
+        self._endings.bell.close()
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -612,6 +625,11 @@ class Visiting:
             go, self._go = self._go, None
             return go
 
+    @property
+    def bell(self) -> Bell:
+        """As `Group.bell`."""
+        return self._endings.bell
+
     def ended(self, wait_s: float = 0.0) -> Ended | None:
         """As `Group.ended`."""
         return self._endings.first(wait_s)
@@ -633,6 +651,7 @@ class Visiting:
         self._closing = True
         self._thread.join()
         self._channel.connection.close()
+        self._endings.bell.close()
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_spot.launch.addresses import own_addresses
+from hf_spot.launch.bell import Bell
 from hf_spot.policy.restarts import Verdict
 
 log = logging.getLogger("hf_spot")
@@ -37,6 +38,7 @@ _SAY_EVERY_S = 30.0
 _TICK_S = 0.2
 _LONGEST_LINE_BYTES = 4096
 LONGEST_MESSAGE_BYTES = 65536  # between machines that know each other
+_WITHOUT_RANK = "it was started with --machine_rank, and this machine without it"
 _MOST_STRANGERS = 128  # connections that have not identified themselves yet
 
 Wait = Callable[[float], bool]  # waits for a number of seconds; True if there is no point in waiting any longer
@@ -58,10 +60,15 @@ class Peers:
         connections: to each other machine on machine 0; to machine 0 on the others.
         timeout_s: silence after which a machine counts as lost.
         clock: seconds, monotonic.
+        reception: answers machines that come now; owned by this object.
     """
 
     def __init__(
-        self, connections: dict[int, socket.socket], timeout_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        connections: dict[int, socket.socket],
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        reception: Reception | None = None,
     ) -> None:
         self._timeout_s = timeout_s
         self._clock = clock
@@ -69,6 +76,7 @@ class Peers:
         self._heard_at = dict.fromkeys(connections, clock())
         self._buffers = dict.fromkeys(connections, b"")
         self._changed = threading.Condition()
+        self.bell = Bell()  # as `hf_spot.launch.group.Group.bell`
         self._ended: dict[int, Ended] = {}
         self._said: list[tuple[int, dict[str, Any]]] = []
         self._sending = threading.Lock()
@@ -77,6 +85,9 @@ class Peers:
         for machine, connection in connections.items():
             connection.settimeout(GREETING_S)
             self._selector.register(connection, selectors.EVENT_READ, machine)
+        self._reception = reception
+        if reception is not None:
+            self._selector.register(reception, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._work, name="hf_spot-peers", daemon=True)
         self._thread.start()
 
@@ -112,7 +123,10 @@ class Peers:
         self._thread.join()
         for connection in self._connections.values():
             connection.close()
+        if self._reception is not None:
+            self._reception.close()
         self._selector.close()
+        self.bell.close()
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -120,7 +134,10 @@ class Peers:
         beat_at = self._clock()
         while not self._closing:
             for key, _ in self._selector.select(_TICK_S):
-                self._read(key.data)
+                if key.data is not None:
+                    self._read(key.data)
+            if self._reception is not None:
+                self._reception.answer()
             if self._clock() >= beat_at:
                 beat_at = self._clock() + BEAT_S
                 self._send_to_all({"beat": True})
@@ -162,6 +179,7 @@ class Peers:
                 return
             self._ended[ended.machine] = ended
             self._changed.notify_all()
+            self.bell.ring()
         if len(self._connections) > 1:  # machine 0 of three or more: the others are connected only through it
             self._send_to_all(_ended_message(ended), besides=ended.machine)
 
@@ -203,7 +221,9 @@ class Host:
         """
         guests: dict[int, socket.socket] = {}
         began = said = beat = time.monotonic()
-        with self._listener, contextlib.closing(Door(self._listener)) as door:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._listener)
+            door = stack.enter_context(contextlib.closing(Door(self._listener)))
             while True:
                 if time.monotonic() - beat > BEAT_S:
                     beat = time.monotonic()
@@ -224,8 +244,9 @@ class Host:
                     if time.monotonic() - began > patience_s:
                         raise TimeoutError(f"machines {missing} did not connect within {patience_s:.0f} s")
                     return None
-        _tell_all(guests, {"go": True})
-        return Peers(guests, timeout_s)
+            _tell_all(guests, {"go": True})
+            stack.pop_all()
+            return Peers(guests, timeout_s, reception=Reception(self._listener, door, self._nonce))
 
     def _greet(self, connection: socket.socket, line: bytes, guests: dict[int, socket.socket]) -> None:
         connection.settimeout(GREETING_S)
@@ -235,7 +256,7 @@ class Host:
                 raise ValueError("it does not belong to this launch")
             why = None
             if "member" in hello:  # as `hf_spot.launch.group.visit` greets
-                why = "it was started with --machine_rank, and this machine without it"
+                why = _WITHOUT_RANK
             elif hello.get("machines") != self._machines:
                 why = f"machine 0 was started with --num_machines {self._machines}"
             elif hello.get("machine") not in range(1, self._machines):
@@ -248,6 +269,41 @@ class Host:
             guests[hello["machine"]] = connection
         except (OSError, ValueError) as error:
             _send_away(connection, error)
+
+
+class Reception:
+    """Tells machines that were started without a rank, while fixed machines train, that they can't join: otherwise they would
+    take the run from machines that seldom write to it. A fixed machine that comes again tries until the next launch begins.
+
+    Args:
+        listener: on the port of the invitation.
+        door: of the listener.
+        nonce: of the invitation.
+    """
+
+    def __init__(self, listener: socket.socket, door: Door, nonce: str) -> None:
+        self._listener = listener
+        self._door = door
+        self._nonce = nonce
+
+    def fileno(self) -> int:
+        """As `Door.fileno`."""
+        return self._door.fileno()
+
+    def answer(self) -> None:
+        """Answer those that have greeted; wait for nobody."""
+        for connection, line in self._door.arrivals(0.0):
+            with connection, contextlib.suppress(OSError, ValueError):
+                hello = decode(line)
+                if hello.get("nonce") == self._nonce and "member" in hello:
+                    connection.settimeout(GREETING_S)
+                    send(connection, {"refused": _WITHOUT_RANK})
+                    log.warning("refused a connection: another machine was told: %s", _WITHOUT_RANK)
+
+    def close(self) -> None:
+        """Close the port."""
+        self._door.close()
+        self._listener.close()
 
 
 class Door:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import psutil
 
 from hf_spot import process_guard
+from hf_spot.launch.bell import Bell
 from hf_spot.notices.signals import held_back
 
 _GONE_S = 10.0
@@ -63,9 +66,20 @@ class ProcessTree:
             raise
         finally:
             os.close(theirs)
+        self._ended: int | None = None  # can be read from once the process has ended
+        with contextlib.suppress(OSError, AttributeError):  # Linux alone has it, from 5.3 on
+            self._ended = os.pidfd_open(self._process.pid)
 
-    def wait(self, timeout_s: float) -> int | None:
-        """Return the exit code, or None if the command still runs after ``timeout_s``. For a signal, 128 plus its number."""
+    def wait(self, timeout_s: float, bell: Bell | None = None) -> int | None:
+        """Return the exit code; None if the command still runs after ``timeout_s``, or when the bell rings. For a signal, 128
+        plus its number."""
+        if bell is not None and self._ended is not None:
+            poll = select.poll()
+            for one in (bell, self._ended):
+                poll.register(one, select.POLLIN)
+            poll.poll(timeout_s * 1000)
+            bell.silence()
+            timeout_s = 0.0
         try:
             code = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -93,17 +107,26 @@ class ProcessTree:
         except psutil.NoSuchProcess:
             return []
 
+    def kill(self) -> None:
+        """Kill the command, if it still runs, and every descendant, and wait for none of them: `end` does."""
+        _kill(self.processes())
+
     def end(self) -> None:
-        """Kill the command, if it still runs, and every descendant."""
+        """Kill the command, if it still runs, and every descendant, and wait until they are gone."""
         while left := self.processes():
-            for one in left:
-                try:
-                    one.send_signal(signal.SIGKILL)
-                except psutil.NoSuchProcess:
-                    continue
+            _kill(left)
             if psutil.wait_procs(left, timeout=_GONE_S)[1]:
                 break  # stuck in the kernel (a dead mount): it can't be killed
         self._process.poll()
         if self._alive >= 0:
             os.close(self._alive)
             self._alive = -1
+        if self._ended is not None:
+            os.close(self._ended)
+            self._ended = None
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for one in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGKILL)

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -63,14 +64,18 @@ from hf_spot.policy.restarts import (
     steps_in_words,
 )
 from hf_spot.policy.warm import OFF
+from hf_spot.run import memory_copies
+from hf_spot.run.first_contact import FirstContact, is_unavailable, patiently
 from hf_spot.run.journal import TRAINING_KEY, CheckpointRef, RunState
 from hf_spot.run.journal_writer import JournalWriter
+from hf_spot.run.local_copies import LocalCopy
 from hf_spot.run.machine_info import BY_LAUNCHER, about_this_machine
 from hf_spot.run.mailbox import Mailbox
+from hf_spot.run.memory_copies import MemoryCopies
 from hf_spot.run.run import Run
 from hf_spot.run.start_from import start_or_resume
 from hf_spot.run.webhook import Hook, hook_url
-from hf_spot.runtime import SIGNALS_VARIABLE, Runtime
+from hf_spot.runtime import EXIT_UNAVAILABLE, SIGNALS_VARIABLE, Runtime
 from hf_spot.timeouts import JOURNAL_LAST_WORD_S, MEETING_S, PEER_LAST_WORD_S
 
 log = logging.getLogger("hf_spot")
@@ -111,12 +116,11 @@ def launch(reading: Reading) -> int:
             allow_unfenced_store=command.arguments.allow_unfenced_store,
             workers=command.arguments.upload_workers,
         )
-        state = run.state()
+        state, finished_by = patiently(partial(_first_look, run), FirstContact())
         if command.dry_run:
             BudgetKeeper(command.budget, run, command.machines.count, command.environ).check()
-            print(describe(run, state, command, _finished_by(run, state) if state.ended == "finished" else None))
+            print(describe(run, state, command, finished_by))
             return EXIT_FINISHED
-        finished_by = _finished_by(run, state) if state.ended == "finished" else None
         if state.ended == "finished":
             newest = state.latest()
             step = newest.step if newest else 0
@@ -182,7 +186,10 @@ class Supervisor:
         self._hook = Hook(hook_url(command.arguments, command.environ), run.url)
         self._hangs = HangKeeper(command.hang_timeout_s, run, self._journal_writer, self._hook, clock=clock)
         self._warm = WarmSpares(OFF if command.as_it_is else command.warm_spares, command.ranks, clock)
+        self._cleaner = ThreadPoolExecutor(1, "hf_spot-cleaner")
+        self._left_behind: list[Future[None]] = []
         self._machines = command.machines
+        self._memory = () if command.arguments.save_memory_gb == 0 else _memory_for_copies()
         self._peers: Group | None = None
         self._elastic: Elastic | None = None
         self._met: Met | None = None
@@ -206,6 +213,10 @@ class Supervisor:
             on_listening: called when the watcher runs, before the first launch.
         """
         with self._watcher, contextlib.closing(self._hook), contextlib.closing(self._warm), contextlib.ExitStack() as stack:
+            for one in self._memory:
+                stack.callback(os.close, one)
+            stack.callback(self._cleaner.shutdown)
+            stack.callback(self._wait_for_left_behind)
             on_listening()
             code = 1
             if (elastic := self._elastic) is not None:
@@ -220,13 +231,19 @@ class Supervisor:
 
     def _supervise(self) -> int:
         fruitless = launches = 0
+        contact = FirstContact(clock=self._clock)
         while True:
-            self._budget.check()
-            before = self._run.journal.state.latest()
+            before = self._saved()
             try:
+                self._budget.check()
                 verdict, code = self._launch_once()
                 launches += 1
+                contact = FirstContact(clock=self._clock)
             except StoreError as error:
+                if is_unavailable(error):
+                    if self._heard.wait(contact.pause_s(error)):
+                        return EXIT_PREEMPTED
+                    continue
                 if not launches:
                     raise
                 log.error("%s", error)
@@ -246,10 +263,10 @@ class Supervisor:
                 return EXIT_FENCED
             if code == EXIT_HUNG and self._hangs.is_final():
                 return code
-            fruitless = fruitless + 1 if self._run.journal.state.latest() == before else 0
+            fruitless = fruitless + 1 if self._saved() == before else 0
             if not may_restart(code, fruitless, self._command.max_restarts):
                 log.error("the training process ended with %d; not started again", code)
-                return code
+                return EXIT_PREEMPTED if code == EXIT_UNAVAILABLE else code
             pause = pause_s(fruitless)
             log.error("the training process ended with %d; starting again in %.1f s", code, pause)
             if self._heard.wait(pause):
@@ -293,7 +310,8 @@ class Supervisor:
         machines = replace(self._machines, count=max(2, self._machines.least), rank=1, main_ip="127.0.0.1")
         arguments = replace(self._command.arguments, on_event=None)
         full_ranks = self._command.machines.count * self._command.machines.processes
-        runtime = Runtime(self._run.url, 0, Path(tempfile.gettempdir()), arguments, full_ranks=full_ranks)
+        directory = Path(tempfile.gettempdir())
+        runtime = Runtime(self._run.url, 0, directory, arguments, full_ranks=full_ranks, memory=self._memory)
         signals = answered_signals(arguments)
         argv = self._command.argv_among(machines, _ANY_PORT)
         self._warm.begin(argv, _environ(self._command.environ, runtime, signals), signals)
@@ -372,12 +390,13 @@ class Supervisor:
 
     def _train(self, launch: int) -> tuple[Verdict, int]:
         log.info("launch %d of %s", launch, self._run.url)
+        self._wait_for_left_behind()  # what the launch before may still write on this machine
         with contextlib.ExitStack() as stack:
             try:
                 folder = RuntimeFolder(self._clock)
             except OSError as error:
                 raise _no_room(error) from error
-            stack.callback(folder.close)
+            stack.callback(self._leave_behind, folder.close)
             if self._machines.rank == 0:
                 self._hook.tell(f"launch {launch} has begun on {platform.node()}")
             arguments = replace(self._command.arguments, on_event=None)  # this process posts the events
@@ -388,6 +407,7 @@ class Supervisor:
                 arguments,
                 claimed_at=self._run.journal.claimed_at,
                 full_ranks=self._command.machines.count * self._command.machines.processes,
+                memory=self._memory,
             )
             try:
                 runtime.reserve()
@@ -408,7 +428,7 @@ class Supervisor:
                 tree = self._warm.take(argv, environ)
                 if tree is None:
                     tree = ProcessTree(argv, environ, signals, as_it_is=self._command.as_it_is, others=self._warm.processes)
-                running.callback(tree.end)
+                running.callback(self._end, tree)
                 if self._met is not None and self._machines.count == 1:  # a spare for several machines serves one as well
                     self._expect_launch()
                 else:
@@ -426,21 +446,66 @@ class Supervisor:
                 code = EXIT_KILLED
             return self._conclude(runtime, code)
 
+    def _end(self, tree: ProcessTree) -> None:
+        """End the processes of a launch. If this machine goes on with others, they meet while the processes disappear."""
+        if self._goes_on_with_others:
+            tree.kill()
+        self._leave_behind(tree.end)
+
+    def _leave_behind(self, work: Callable[[], None]) -> None:
+        """Do what is left of a launch, or have it done before the next one begins on this machine, while it meets others."""
+        if self._goes_on_with_others:
+            self._left_behind.append(self._cleaner.submit(work))
+        else:
+            self._wait_for_left_behind()
+            work()
+
+    def _wait_for_left_behind(self) -> None:
+        left, self._left_behind = self._left_behind, []
+        for one in left:
+            one.result()
+
     def _fetch_ahead(self, runtime: Runtime, stack: contextlib.ExitStack) -> None:
         newest = self._run.journal.state.latest()
         ahead, self._early = self._early, None
-        if newest is not None:
+        if newest is not None and not self._has_in_memory(newest):
             if ahead is None or not ahead.serves(newest):
                 ahead = Prefetch(lambda: (self._run, newest), self._machines)
             stack.callback(ahead.close)
             ahead.hand_to(runtime, needed=lambda: not self._heard.is_set())
+
+    def _saved(self) -> tuple[CheckpointRef | None, int | None]:
+        """Return the newest commit, and the newest step in memory: what another launch need not do again."""
+        return self._run.journal.state.latest(), max((one.request.step for one in self._in_memory()), default=None)
+
+    def _has_in_memory(self, newest: CheckpointRef) -> bool:
+        """Return whether a checkpoint, or a newer one of its training, is in the memory of the only machine."""
+        if self._machines.count > 1:
+            return False
+        of_this = [one for one in self._in_memory() if one.request.training == newest.training]
+        return any(
+            one.request.step == newest.step or (one.request.step > newest.step and one.launch >= newest.launch)
+            for one in of_this
+        )
+
+    def _in_memory(self) -> list[LocalCopy]:
+        """Return the index of each copy of a checkpoint in this machine's memory."""
+        if not self._memory:
+            return []
+        try:
+            with contextlib.closing(MemoryCopies([Path(f"/proc/self/fd/{one}") for one in self._memory])) as memory:
+                return [one.copy for one in memory.copies(self._run.journal.key)]
+        except OSError as error:
+            log.debug("the copies of checkpoints in memory can't be read: %s", error)
+            return []
 
     def _wait(self, tree: ProcessTree, runtime: Runtime, folder: RuntimeFolder) -> int:
         alone_since: float | None = None
         told = ""
         unhooked, left_behind = Unhooked(runtime, self._clock), LeftBehind(runtime, self._clock)
         self._hangs.begin(runtime, self._machines.rank, self._machines.count, self._peers)
-        while (code := tree.wait(_TICK_S)) is None:
+        bell = None if self._peers is None else self._peers.bell
+        while (code := tree.wait(_TICK_S, bell)) is None:
             self._keep(folder, runtime)
             unhooked.look(tree.processes)
             self._warm.look(lambda: any(step for _, _, step, _, _ in runtime.read_phases().values()))
@@ -674,6 +739,14 @@ class Supervisor:
             self._journal_writer.record("notice", json.loads(notice.to_json()), patience_s=0.0)
 
 
+def _memory_for_copies() -> tuple[int, ...]:
+    try:
+        return memory_copies.create()
+    except OSError as error:
+        log.info("after a kill, checkpoints are taken from the disk and not from memory: %s", error)
+        return ()
+
+
 def _steps(runtime: Runtime, state: RunState) -> dict[int, tuple[int, int]]:
     """Return the last committed and the last finished step of each training of a launch, by its number."""
     newest, finished = state.latest(), runtime.read_steps()
@@ -697,6 +770,12 @@ def _environ(environ: Mapping[str, str], runtime: Runtime, signals: Iterable[sig
         SIGNALS_VARIABLE: ",".join(str(int(one)) for one in signals),
         "PYTHONPATH": python_path(environ),
     }
+
+
+def _first_look(run: Run) -> tuple[RunState, str | None]:
+    """Return a run's state, and what `_finished_by` returns if it is finished."""
+    state = run.state()
+    return state, _finished_by(run, state) if state.ended == "finished" else None
 
 
 def _finished_by(run: Run, state: RunState) -> str | None:

@@ -15,11 +15,11 @@ import select
 import signal
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import psutil
 
+from hf_spot.free_memory import available_and_total_bytes
 from hf_spot.launch.process import ProcessTree
 from hf_spot.policy.warm import OFF, has_room, nice, wait_s
 from hf_spot.runtime import WAITS_ON
@@ -84,7 +84,7 @@ class WarmSpares:
         self._first_at = now if self._first_at is None and has_stepped() else self._first_at
         if self._tree is not None:
             self._read(0.0)
-            if self._tree is not None and not has_room(self._mode, self._ranks, *_memory(), are_there=True):
+            if self._tree is not None and not has_room(self._mode, self._ranks, *available_and_total_bytes(), are_there=True):
                 self._say_once("memory is short: no Python is kept warm for a restart any longer")
                 self._give_up()
         elif self._first_at is not None and now - self._first_at >= wait_s(self._mode, is_idle=is_idle):
@@ -128,7 +128,7 @@ class WarmSpares:
     def _start(self) -> None:
         if self._next is None:
             return
-        if not has_room(self._mode, self._ranks, *_memory()):
+        if not has_room(self._mode, self._ranks, *available_and_total_bytes()):
             self._say_once("there is too little memory to keep a Python warm for a restart (--warm-spares on does so anyway)")
             return
         argv, environ, signals = self._next
@@ -183,16 +183,3 @@ class WarmSpares:
         if what not in self._said:
             self._said.add(what)
             log.info("%s", what)
-
-
-def _memory() -> tuple[int, int]:
-    """Return the bytes that may still be allocated, and all of them, on this machine or in this container."""
-    machine = psutil.virtual_memory()
-    found = [(machine.available, machine.total)]
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError, KeyError):  # no cgroup v2, or no limit ("max")
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        found.append((limit - used + int(told["inactive_file"]), limit))
-    return min(found)

@@ -38,25 +38,28 @@ def name_for(file: str, size_bytes: int) -> str:
     return _WHOLE if size_bytes <= PART_BYTES else _PARTS
 
 
-def digest_of(path: Path, hash: str | None = None) -> str:
+def digest_of(path: Path, hash: str | None = None, seen: Callable[[int, memoryview], object] | None = None) -> str:
     """Return a file's digest in the form of `hf_spot.run.manifest.FileEntry`. Large files are read by several threads.
 
     Args:
         path: of the file.
         hash: one of `NAMES`; by default the one for new files of this name and size.
+        seen: called with each block that was read, and the byte of the file at which it begins, perhaps by several threads. It
+            must not keep the block. An exception from it is raised.
     """
     name = hash or name_for(path.name, path.stat().st_size)
     if name in _HASHES:
-        return f"{name}:{_hashed(_HASHES[name](), path).hexdigest()}"
-    return combined(name, part_digests(path, name))
+        return f"{name}:{_hashed(_HASHES[name](), path, seen=seen).hexdigest()}"
+    return combined(name, part_digests(path, name, seen))
 
 
-def part_digests(path: Path, name: str = FINE) -> bytes:
+def part_digests(path: Path, name: str = FINE, seen: Callable[[int, memoryview], object] | None = None) -> bytes:
     """Return the BLAKE3 digests of a file's parts, one after the other.
 
     Args:
         path: of the file.
         name: of the hash: ``blake3-64m`` or ``blake3-64k``.
+        seen: as in `digest_of`.
     """
     size_bytes = path.stat().st_size
 
@@ -68,6 +71,8 @@ def part_digests(path: Path, name: str = FINE) -> bytes:
             end = min(at + PART_BYTES, size_bytes)
             while at < end and (count := file.readinto(block[: end - at])):
                 passing.see(at, block[:count])
+                if seen is not None:
+                    seen(at, block[:count])
                 at += count
         return b"".join(digest for _, digest in sorted(passing.done.items()))
 
@@ -145,12 +150,21 @@ class Passing:
         return combined(self._name, digests)
 
 
-def _hashed(hash: Any, path: Path, at: int = 0, count_bytes: int = sys.maxsize) -> Any:
-    """Return ``hash`` after it has been fed ``count_bytes`` bytes of the file, from byte ``at`` on."""
+def _hashed(
+    hash: Any,
+    path: Path,
+    at: int = 0,
+    count_bytes: int = sys.maxsize,
+    seen: Callable[[int, memoryview], object] | None = None,
+) -> Any:
+    """Return ``hash``, fed ``count_bytes`` bytes of the file from byte ``at`` on; `digest_of` explains ``seen``."""
     block = memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
         file.seek(at)
         while count := file.readinto(block[:count_bytes]):
             hash.update(block[:count])
+            if seen is not None:
+                seen(at, block[:count])
+            at += count
             count_bytes -= count
     return hash

@@ -13,7 +13,8 @@ Protocol (the tests attack the invariants in capitals):
 
 ``tip.json`` holds a number near the newest one, so that finding the newest entry costs four requests however long the
 journal is: the hint, a listing from there, the last entry listed, and the one after it, because listings lag on some stores.
-The number is only a hint: it decides where the listing starts, and nothing else.
+The number is only a hint: it decides where the listing starts, and nothing else. The object is also written again before the
+first entry after the end of a launch: WHILE IT IS NOT WRITTEN, A RUN THAT HAS ENDED STAYS AS IT IS (`hf_spot.run.below`).
 """
 
 from __future__ import annotations
@@ -350,11 +351,22 @@ class Journal:
         self._doubtful: dict[str, int] = {}  # ids of drafts that may have been written: the first number that each may have
         self.launch = 0  # the launch that this writer belongs to; 0 when it only reads
         self.claimed_at: datetime | None = None  # set when this writer made the claim itself
+        self._run_id: str | None = None
 
     @property
     def state(self) -> RunState:
         """Return the state as last seen. `refresh` asks the store."""
         return self._state
+
+    @property
+    def run_id(self) -> str:
+        """Return what no other run has, not even a later one under the same URL: the id of the first entry.
+
+        It takes a request, once. Raises as `read`.
+        """
+        if self._run_id is None:
+            self._run_id = self.read(1).id
+        return self._run_id
 
     def refresh(self) -> RunState:
         """Find the newest entry and return the state after it: at most four requests while the hint is fresh."""
@@ -470,6 +482,8 @@ class Journal:
             number = self._state.number + 1
             told = data(self._state) if callable(data) else data
             draft = Entry(number, kind, launch, id, self._now(), told, fold(self._state, number, kind, launch, told))
+            if self._state.ended is not None:  # so that whoever remembers the end sees that it may not be the end any more
+                self._store.put(_HINT_KEY, _hint(self._state.number))
             try:
                 standing = self._create(draft)
             except StoreUnavailable:
@@ -521,9 +535,13 @@ class Journal:
 
     def _store_hint(self, number: int) -> None:
         try:
-            self._store.put(_HINT_KEY, json.dumps({"entry": number}).encode())
+            self._store.put(_HINT_KEY, _hint(number))
         except StoreUnavailable:
             return  # the entry is written; the next one writes a newer hint
+
+
+def _hint(number: int) -> bytes:
+    return json.dumps({"entry": number}).encode()
 
 
 def _name(number: int) -> str:

@@ -26,6 +26,7 @@ from hf_spot.run.told_steps import Told, path_of, read
 log = logging.getLogger("hf_spot")
 
 KIND = "lost"
+_FROM_MEMORY = "from_memory"
 BY_FILE, BY_HEARTBEAT = "steps file", "heartbeat"
 _SILENT = timedelta(minutes=3)  # three heartbeats
 
@@ -43,6 +44,7 @@ class LastWords:
         timing: what the training had measured until then or earlier; empty if unknown.
         is_over: whether the launch is known to be dead, or has been silent for three heartbeats.
         resumed_step: the step from which the next launch resumed; 0 if unknown. It may be newer than the newest commit.
+        from_memory: whether that was in the memory of its machine.
     """
 
     launch: int
@@ -53,6 +55,7 @@ class LastWords:
     timing: dict[str, Any] = field(default_factory=dict)
     is_over: bool = True
     resumed_step: int = 0
+    from_memory: bool = False
 
     def to_data(self) -> dict[str, Any]:
         """Return the fields as JSON values, for the journal."""
@@ -64,6 +67,7 @@ class LastWords:
             "known_by": self.known_by,
             "timing": self.timing,
             "resumed_step": self.resumed_step,
+            **({_FROM_MEMORY: True} if self.from_memory else {}),
         }
 
     @classmethod
@@ -75,7 +79,8 @@ class LastWords:
             time = datetime.fromisoformat(data["at"])
             if time.tzinfo is None or not all(type(one) is int and one >= 0 for one in (launch, training, step, resumed_step)):
                 return None
-            return cls(launch, training, step, time, str(known_by), dict(data["timing"]), resumed_step=resumed_step)
+            words = cls(launch, training, step, time, str(known_by), dict(data["timing"]), resumed_step=resumed_step)
+            return replace(words, from_memory=data.get(_FROM_MEMORY) is True)
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -85,7 +90,9 @@ def is_repository(url: str) -> bool:
     return url.startswith("hf://") and not url.startswith("hf://buckets/")
 
 
-def of_an_earlier_launch(told: Told, launch: int, training: int, resumed_step: int, file: Path | None) -> LastWords | None:
+def of_an_earlier_launch(
+    told: Told, launch: int, training: int, resumed_step: int, file: Path | None, *, from_memory: bool = False
+) -> LastWords | None:
     """Return how far the newest launch before ``launch`` had come, if not less far than ``resumed_step``; otherwise None.
 
     Args:
@@ -94,12 +101,13 @@ def of_an_earlier_launch(told: Told, launch: int, training: int, resumed_step: i
         training: number of the training.
         resumed_step: the step from which this launch resumes; 0 for the start.
         file: the file on this disk that says so; None if the store does.
+        from_memory: whether this launch resumes from the memory of the machine.
     """
     before = max((one.launch for one in told.steps if one.launch < launch), default=0)
     if not before or told.reached_by(before) < resumed_step:
         return None
     words = _words(told, before, training, file)
-    return None if words is None else replace(words, resumed_step=resumed_step)
+    return None if words is None else replace(words, resumed_step=resumed_step, from_memory=from_memory)
 
 
 def of_the_newest_launch(run: Run, entries: Sequence[Entry], now: datetime | None = None) -> LastWords | None:

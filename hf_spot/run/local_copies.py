@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,22 @@ class LocalCopy:
         request = self.request
         return Copy(self.launch, request.step, request.attempt, request.part, request.parts)
 
+    def to_data(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        files = [asdict(file) for file in self.files]
+        return {"run": self.run, "launch": self.launch, "request": asdict(self.request), "files": files}
 
-def record(run: Run, output_dir: Path, folder: Path, request: CommitRequest) -> None:
+    @classmethod
+    def of(cls, told: Any) -> LocalCopy:
+        """Return what `to_data` wrote. Raises CorruptCheckpoint, TypeError or KeyError if these are other values."""
+        request = CommitRequest(**told["request"])
+        numbers = (told["launch"], request.step, request.training, request.part, request.parts, request.world_size)
+        if not all(type(one) is int and one >= 0 for one in numbers) or not isinstance(request.details, dict | None):
+            raise TypeError("a field has another type")
+        return cls(str(told["run"]), told["launch"], request, tuple(map(FileEntry.of, told["files"])))
+
+
+def record(run: Run, output_dir: Path, folder: Path, request: CommitRequest, known: Collection[FileEntry] = ()) -> None:
     """Record that a folder has all files of a checkpoint, or of this disk's part of it.
 
     Args:
@@ -64,6 +79,7 @@ def record(run: Run, output_dir: Path, folder: Path, request: CommitRequest) -> 
         output_dir: the Trainer's.
         folder: with the files.
         request: for the commit.
+        known: files whose digests are known already.
 
     Raises:
         OSError: the folder has gone meanwhile, or the disk has lost bytes.
@@ -81,15 +97,12 @@ def record(run: Run, output_dir: Path, folder: Path, request: CommitRequest) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     for parent in {folder.parent, output_dir}:
         sync(parent)
-    files = [FileEntry(name, (folder / name).stat().st_size, digest_of(folder / name)) for name in names]
-    told = {
-        "run": run.journal.read(1).id,
-        "launch": run.launch,
-        "request": asdict(request),
-        "files": [asdict(file) for file in files],
-    }
+    digests = {(file.path, file.size): file.digest for file in known}
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    files = [FileEntry(name, size, digests.get((name, size)) or digest_of(folder / name)) for name, size in sizes.items()]
+    told = LocalCopy(run.journal.run_id, run.launch, request, tuple(files))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(seal(told, run.journal.key))
+    temporary.write_bytes(seal(told.to_data(), run.journal.key))
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
@@ -114,7 +127,7 @@ def copies(run: Run, output_dir: Path, training: int, after_step: int) -> list[L
         try:
             if path.stat().st_size > _LARGEST_BYTES:
                 raise ValueError("too large")
-            copy = _read(unseal(path.read_bytes(), run.journal.key))
+            copy = LocalCopy.of(unseal(path.read_bytes(), run.journal.key))
             if (copy.request.training, copy.request.step) != (training, step):
                 raise ValueError("of another checkpoint")
             found.append(copy)
@@ -147,11 +160,3 @@ def recorded(output_dir: Path, training: int | None = None) -> list[tuple[int, P
             if match is not None and training in (None, int(match[1])):
                 found.append((int(match[2]), path))
     return sorted(found)
-
-
-def _read(told: Any) -> LocalCopy:
-    request = CommitRequest(**told["request"])
-    numbers = (told["launch"], request.step, request.training, request.part, request.parts, request.world_size)
-    if not all(type(one) is int and one >= 0 for one in numbers) or not isinstance(request.details, dict | None):
-        raise TypeError("a field has another type")
-    return LocalCopy(str(told["run"]), told["launch"], request, tuple(map(FileEntry.of, told["files"])))

@@ -119,7 +119,7 @@ def set_aside_uncommitted(run: Run, output_dir: Path, resume_step: int, training
 def sweep(output_dir: Path) -> None:
     """Remove what killed launches left in ``output_dir/.hf_spot``: partial downloads, and the hard links of uploads, which
     would keep the space of checkpoints that rotation has deleted. Only the holder of the claim may call this."""
-    for pattern in ("restore-*", "pins-*"):
+    for pattern in ("restore-*", "pins-*", "memory-*"):
         for leftover in (output_dir / ".hf_spot").glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
     for leftover in (output_dir / ".hf_spot").glob(".whole-*"):  # a record that was cut short

@@ -278,6 +278,11 @@ class Run:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
+    def check_store(self) -> None:
+        """Check that the store can be used, so that a claim with ``after`` need not. Raises StoreError."""
+        probe(self.store, allow_unfenced=self._allow_unfenced_store)
+        self._is_probed = True
+
     def claim(self, data: dict[str, Any] | None = None, *, after: int | None = None) -> int:
         """Check that the store can be used, then claim the run for a new launch, and return its number.
 
@@ -291,8 +296,7 @@ class Run:
             StoreError: the store can't be used; the message names the missing permission or the fix.
         """
         if after is None or not self._is_probed:
-            probe(self.store, allow_unfenced=self._allow_unfenced_store)
-            self._is_probed = True
+            self.check_store()
         return self.journal.claim(data or {}, after=after).launch
 
     def adopt(self, launch: int) -> None:
@@ -332,7 +336,7 @@ class Run:
 
     def tracker_id(self, training: int) -> str:
         """Return the id that a training's runs in trackers have in all launches: one request."""
-        return tracker_id(self.journal.read(1).id, training)
+        return tracker_id(self.journal.run_id, training)
 
     def script_run_id(self, name: str, number: int) -> str:
         """Return the id that a tracker run which a script begins itself has in all launches: one request.
@@ -341,7 +345,7 @@ class Run:
             name: as for `hf_spot.policy.trackers.script_run_id`.
             number: as for `hf_spot.policy.trackers.script_run_id`.
         """
-        return script_run_id(self.journal.read(1).id, name, number)
+        return script_run_id(self.journal.run_id, name, number)
 
     def record(self, kind: str, data: dict[str, Any]) -> Entry:
         """Append an entry that is not a commit, and return it. Raises Fenced, StoreUnavailable."""

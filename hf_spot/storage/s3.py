@@ -50,7 +50,7 @@ from hf_spot.storage.s3_settings import (
     parse,
 )
 from hf_spot.storage.s3_small import MOST_BYTES
-from hf_spot.storage.store import ObjectInfo, Progress, witness_of
+from hf_spot.storage.store import Listed, ObjectInfo, Progress, witness_of
 
 _READS = 3  # of an answer that breaks off
 _DELETE_BATCH = 1000  # S3's limit
@@ -240,8 +240,24 @@ class S3Store:
         chosen = (info for info in found if info.key.startswith(prefix) and info.key > start_after)
         yield from sorted(chosen, key=lambda info: info.key)
 
+    def list_groups(self, prefix: str, delimiter: str) -> Iterator[Listed]:
+        """Yield objects and groups of objects, a page of at most 1000 of both at a time. A directory bucket (S3 Express) knows
+        no other delimiter than ``/``: all objects are listed there."""
+        grouped = {} if is_directory_bucket(self._bucket) else {"Delimiter": delimiter}
+        for page in self._answers(self._base + check_prefix(prefix), prefix, grouped):
+            for found in self._objects(page):
+                key, size = found["Key"][len(self._base) :], found["Size"]
+                yield Listed(key, size=size, etag=found.get("ETag", ""), written=found.get("LastModified"))
+            for group in page.get("CommonPrefixes", ()):
+                yield Listed(group["Prefix"][len(self._base) :], is_group=True)
+
     def _pages(self, wanted: str, prefix: str, begin: dict[str, str]) -> Iterator[ObjectInfo]:
-        query = {"Bucket": self._bucket, "Prefix": wanted, **begin, **self._owner}
+        for page in self._answers(wanted, prefix, begin):
+            for found in self._objects(page):
+                yield ObjectInfo(found["Key"][len(self._base) :], found["Size"])
+
+    def _answers(self, wanted: str, prefix: str, more: dict[str, str]) -> Iterator[Any]:
+        query = {"Bucket": self._bucket, "Prefix": wanted, **more, **self._owner}
         with self._explained("list", prefix):
             pages = iter(self._client.get_paginator("list_objects_v2").paginate(**query))
         while True:
@@ -249,10 +265,13 @@ class S3Store:
                 page = next(pages, None)
             if page is None:
                 return
-            for found in page.get("Contents", ()):
-                key = found["Key"][len(self._base) :]
-                if key and not key.endswith("/"):  # consoles create such objects to show a folder
-                    yield ObjectInfo(key, found["Size"])
+            yield page
+
+    def _objects(self, page: Any) -> Iterator[Any]:
+        for found in page.get("Contents", ()):
+            key = found["Key"][len(self._base) :]
+            if key and not key.endswith("/"):  # consoles create such objects to show a folder
+                yield found
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete the objects, 1000 at a time (DeleteObjects); one by one if the server does not support that."""

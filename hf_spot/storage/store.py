@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -100,6 +101,39 @@ def ranges_of(store: ObjectStore) -> Callable[[str, int, int], bytes] | None:
     """Return the method `RangeReader.get_range` of a store; None if it can't read a part of an object, like the Hub and stores
     that have only the nine methods: objects are then read as a whole."""
     found: Callable[[str, int, int], bytes] | None = getattr(store, "get_range", None)
+    return found
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a listing in groups shows.
+
+    Args:
+        key: of an object, relative to the store's URL; or what the keys of a group begin with, up to the delimiter.
+        is_group: whether it stands for all objects whose keys begin so.
+        size: of an object, in bytes.
+        etag: changes with an object's bytes; empty if the store does not tell.
+        written: when an object was written, by the store's clock; None if the store does not tell.
+    """
+
+    key: str
+    is_group: bool = False
+    size: int = 0
+    etag: str = ""
+    written: datetime | None = None
+
+
+class GroupReader(Protocol):
+    """A store that can also list many keys as one. `groups_of` finds it."""
+
+    def list_groups(self, prefix: str, delimiter: str) -> Iterator[Listed]:
+        """Yield the objects whose key starts with ``prefix``. Those that have the delimiter behind it may be shown as a group
+        for each beginning up to its first occurrence, which saves requests. The order is of no account."""
+
+
+def groups_of(store: ObjectStore) -> Callable[[str, str], Iterator[Listed]] | None:
+    """Return the method `GroupReader.list_groups` of a store; None if it has none."""
+    found: Callable[[str, str], Iterator[Listed]] | None = getattr(store, "list_groups", None)
     return found
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from hf_spot import process_guard
 from hf_spot.errors import SpotError, StoreUnavailable
 from hf_spot.notices.signals import answered_signals, is_left_alone
-from hf_spot.runtime import Runtime, at_training
+from hf_spot.runtime import EXIT_UNAVAILABLE, Runtime, at_training
 from hf_spot.terminal import outlive_terminal
 from hf_spot.training.session.after_import import AfterImport
 from hf_spot.training.warm import WarmSpare
@@ -182,10 +182,10 @@ def _tell_end(runtime: Runtime | None, error: BaseException) -> None:
     code = 1
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    elif isinstance(error, SpotError) and not isinstance(error, StoreUnavailable):
-        code = (
-            error.exit_code
-        )  # not for a store that is unavailable: it may be back in a minute, while a wrong setting stays wrong
+    elif isinstance(error, StoreUnavailable):  # it may be back in a minute, while a wrong setting stays wrong
+        code = EXIT_UNAVAILABLE
+    elif isinstance(error, SpotError):
+        code = error.exit_code
     if runtime is not None and code:
         runtime.write_exit_code(code)
     if isinstance(error, SpotError):

@@ -258,6 +258,7 @@ class SpotCallback(TrainerCallback):
             details={
                 "evaluation_pending": self._evaluation_pending(args, state, loop),
                 "max_steps": state.max_steps,
+                "finite": self._saves.is_known_finite,
                 "described": self._session.known.described,
                 "output_dir": str(self._session.run_session.output_dir),
                 "epoch_of_data": state.epoch,

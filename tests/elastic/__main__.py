@@ -129,7 +129,7 @@ def _disturb(cluster: Cluster, dice: random.Random, events: int, kinds: Sequence
     for number in range(events):
         kind = dice.choice(kinds) if number >= len(kinds) else kinds[number]
         cluster.wait_for_step(1, after=_claimed_at(cluster))  # the launch before has begun
-        time.sleep(dice.uniform(0.5, 3.0))
+        cluster.wait_for_step(cluster.steps()[-1]["step"] + dice.randint(0, 3))
         step, before = cluster.steps()[-1]["step"], cluster.run().state().launch
         kind, at = _happen(cluster, dice, kind)
         if kind != "spare dies":
@@ -174,8 +174,9 @@ def _happen(cluster: Cluster, dice: random.Random, kind: str) -> tuple[str, floa
     elif kind == "notice":
         cluster.notice(victim)
     elif kind == "unplug":
+        before = cluster.run().state().launch
         cluster.hosts.unplug(victim)
-        time.sleep(8.0)  # and then the network is whole again
+        wait_for(lambda: cluster.run().state().launch > before, f"for a launch without machine {victim}: {cluster.text()}")
         cluster.hosts.plug_in(victim)
     else:
         return "kill", cluster.kill(victim)

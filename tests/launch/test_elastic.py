@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,16 @@ import pytest
 
 import hf_spot
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError, StoreUnavailable
+from hf_spot.errors import ConfigError, NoAnswer
 from hf_spot.launch.addresses import own_addresses
 from hf_spot.launch.command import Machines
 from hf_spot.launch.elastic import Elastic, Met
-from hf_spot.launch.group import Hosting, Member, Unreached, visit
-from hf_spot.launch.peers import Ended, Host
+from hf_spot.launch.group import Hosting, Member, Present, Unreached, visit
+from hf_spot.launch.peers import Ended, Host, join
 from hf_spot.policy.restarts import Verdict
 from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.run import Run
+from hf_spot.run.told_steps import Heartbeat, Told
 from hf_spot.runtime import Plan, Runtime, StepCounter
 from hf_spot.storage.faulty import Fault, FaultyStore
 from hf_spot.storage.open import open_store
@@ -146,10 +148,11 @@ def test_a_spare_that_comes_and_dies_again_and_again_disturbs_nobody(world: Worl
     for _ in range(3):
         spare = world.add()
         coming = world.meet(spare)
-        time.sleep(0.3)
+        wait_for_a_spare(first[0])
         spare.noticed.set()
         coming.result(PATIENCE_S)
         spare.elastic.close("killed")
+        wait_for(lambda: not present(first[0]).waiting, "for the end of the spare")
     for one in first:
         assert isinstance(one.met, Met)
         assert one.met.group.ended() is None
@@ -159,7 +162,7 @@ def test_a_spare_that_comes_and_dies_again_and_again_disturbs_nobody(world: Worl
 def test_a_notice_while_the_others_are_awaited_lets_them_go_on_without_this_machine(world: World) -> None:
     first = world.all_meet(*(world.add() for _ in range(3)))
     meetings = [world.meet(one) for one in first[:2]]  # the third still ends its ranks
-    time.sleep(0.5)
+    wait_for(lambda: len(present(first[0]).waiting) == len(present(first[0]).busy) == 1, "for the second")
     assert not any(one.done() for one in meetings)
     first[1].noticed.set()
     meetings[1].result(PATIENCE_S)
@@ -178,7 +181,7 @@ def test_below_the_minimum_the_rest_wait_for_another_one(world: World) -> None:
     first[1].elastic.close("killed")
     first[2].lost()
     alone = world.meet(first[2])
-    time.sleep(1.0)
+    wait_for(lambda: Mailbox(Run(world.url)).newest_attempt(2) == 1, "for the meeting")
     assert not alone.done()
     came = world.add()
     world.all_meet(came)
@@ -186,10 +189,14 @@ def test_below_the_minimum_the_rest_wait_for_another_one(world: World) -> None:
     assert {came.rank, first[2].rank} == {0, 1}
 
 
-def wait_for_a_spare(host: Machine) -> None:
+def present(host: Machine) -> Present:
     hosting = host.elastic._hosting
     assert hosting is not None
-    wait_for(lambda: hosting.present().waiting, "for the spare")
+    return hosting.present()
+
+
+def wait_for_a_spare(host: Machine) -> None:
+    wait_for(lambda: present(host).waiting, "for the spare")
 
 
 def test_one_that_comes_while_the_others_train_is_a_spare_and_replaces_the_next_that_goes(world: World) -> None:
@@ -270,8 +277,9 @@ def test_a_store_that_no_longer_answers_ends_the_wait_after_the_time_for_a_meeti
 ) -> None:
     monkeypatch.setattr("hf_spot.launch.elastic._STORE_PAUSE_S", 0.05)
     monkeypatch.setattr("hf_spot.launch.elastic.MEETING_S", 0.5)
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(NoAnswer) as told:
         world.add(faults=[Fault("list", occurrence=0)]).elastic.meet()
+    assert told.value.exit_code == 75
 
 
 def test_another_number_of_processes_is_refused_in_words(world: World) -> None:
@@ -341,6 +349,45 @@ def test_fixed_machines_that_train_lose_the_run_to_no_machine_without_a_rank(
     coming = world.meet(newcomer)
     wait_for(lambda: "it begins another one if nothing is written to the run for 10 s" in caplog.text, "for the warning")
     run.record("notice", {"kind": "ADVISORY"})
+    with pytest.raises(ConfigError, match="launch 1 has fixed machines"):
+        coming.result(PATIENCE_S)
+    assert len(world.claims()) == 1
+
+
+def test_fixed_machines_that_train_refuse_one_without_a_rank_however_seldom_they_write(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, host = Run(world.url), Host(2)
+    run.claim({"machines": 2})
+    Mailbox(run).invite(host.invitation)
+    waiting = world.pool.submit(host.meet, threading.Event().wait, PATIENCE_S, PATIENCE_S)
+    joined = join(1, 2, "127.0.0.1", Mailbox(run).invitation, threading.Event().wait, PATIENCE_S, PATIENCE_S)
+    main, port = waiting.result(PATIENCE_S), host.invitation["port"]
+    assert joined is not None and main is not None
+    with contextlib.closing(main), contextlib.closing(joined[1]):
+        with pytest.raises(ConfigError, match="it was started with --machine_rank, and this machine without"):
+            world.add(least=1).elastic.meet()
+        assert "another machine was told: it was started with --machine_rank" in caplog.text
+        with pytest.raises(TimeoutError):  # one of theirs comes again: it waits for the next launch, and disturbs nobody
+            join(1, 2, "127.0.0.1", Mailbox(run).invitation, lambda _: False, PATIENCE_S, 0.1)
+        assert main.ended() is None and joined[1].ended() is None
+    assert len(world.claims()) == 1
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+
+
+def test_fixed_machines_that_nobody_reaches_live_as_long_as_their_heart_beats(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    def beat(step: int) -> None:
+        heartbeat = Heartbeat(1, step, datetime.now(timezone.utc), {}, "out")
+        Mailbox(run).tell_steps(1, Told(heartbeat=heartbeat))
+
+    with fixed_machine_0(world) as run:
+        beat(3)
+    coming = world.meet(world.add(least=1))
+    wait_for(lambda: "it begins another one if nothing is written to the run for 150 s" in caplog.text, "for the warning")
+    beat(4)
     with pytest.raises(ConfigError, match="launch 1 has fixed machines"):
         coming.result(PATIENCE_S)
     assert len(world.claims()) == 1
@@ -524,8 +571,11 @@ def test_a_machine_that_was_fenced_looks_for_the_others(world: World) -> None:
 
 
 def test_a_spare_is_taken_in_when_that_is_worth_it(world: World, tmp_path: Path) -> None:
-    first = world.all_meet(*(world.add(most=4) for _ in range(2)))
+    later_s = [0.0]
+    clock = {"clock": lambda: time.monotonic() + later_s[0]}
+    first = world.all_meet(*(world.add(most=4, **clock) for _ in range(2)))
     spares = [world.meet(world.add(most=4)) for _ in range(2)]
+    wait_for(lambda: len(present(first[0]).waiting) == 2, "for the spares")
     runtime = Runtime(world.url, 1, tmp_path, SpotArguments())
     StepCounter(runtime.step_path).tell(9)  # the first training of the script has ended
     steps = StepCounter(runtime.step_path_of(2))
@@ -533,12 +583,12 @@ def test_a_spare_is_taken_in_when_that_is_worth_it(world: World, tmp_path: Path)
 
     def look(step: int) -> str | None:
         steps.tell(step)
-        time.sleep(1.1)
+        later_s[0] += 1.1
         return host.look(runtime)
 
     runtime.tell_plan(Plan(5, 8))
     assert look(1) is None  # how long a step takes is not known
-    time.sleep(1.0)  # what a change costs is measured: from the meeting to the first step
+    later_s[0] += 1.0  # what a change costs is measured: from the meeting to the first step
     assert look(3) is None  # two more steps are not worth one
     runtime.tell_plan(Plan(10**6, 8))
     host.forget_plan()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,15 +16,16 @@ import psutil
 import pytest
 
 from hf_spot.arguments import SpotArguments
-from hf_spot.errors import ConfigError
+from hf_spot.errors import ConfigError, SpotError
 from hf_spot.launch.command import Command, Machines
+from hf_spot.launch.folder import RuntimeFolder
 from hf_spot.launch.options import parse
 from hf_spot.launch.supervisor import Supervisor
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.run.mailbox import Mailbox
 from hf_spot.run.run import Run
 from tests.launch.conftest import Launcher
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
 
 def lives(process: psutil.Process) -> bool:
@@ -302,3 +304,55 @@ except ImportError:  # of what comes next; the signals that it has listened to a
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "True []\n"
+
+
+def test_the_processes_of_a_launch_disappear_while_the_machines_meet_and_before_the_next_one_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = Command(str(tmp_path / "run"), SpotArguments(notice="none"), 0, ["none"], dict(os.environ))
+    supervisor, may_go, gone = Supervisor(Run(command.store), command), threading.Event(), threading.Event()
+
+    class Slow:
+        """A tree whose processes take their time to disappear."""
+
+        killed = False
+
+        def kill(self) -> None:
+            self.killed = True
+
+        def end(self) -> None:
+            assert self.killed and may_go.wait(PATIENCE_S)
+            gone.set()
+
+    def begin() -> RuntimeFolder:
+        assert gone.is_set()
+        raise OSError("far enough")
+
+    monkeypatch.setattr(Supervisor, "_goes_on_with_others", True)
+    monkeypatch.setattr("hf_spot.launch.supervisor.RuntimeFolder", lambda clock: begin())
+    supervisor._end(Slow())  # type: ignore[arg-type]
+    assert not gone.is_set()
+    with ThreadPoolExecutor(1) as pool:
+        next_launch = pool.submit(supervisor._train, 2)
+        try:
+            assert not gone.is_set() and not next_launch.done()
+        finally:
+            may_go.set()
+        with pytest.raises(SpotError, match="far enough"):
+            next_launch.result(PATIENCE_S)
+
+
+def test_a_training_that_a_store_does_not_answer_lets_a_scheduler_start_again(tmp_path: Path) -> None:
+    script = tmp_path / "training.py"
+    script.write_text(
+        textwrap.dedent("""
+        from hf_spot.errors import StoreUnavailable
+        raise StoreUnavailable("no route to the store")
+        """)
+    )
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    argv = [sys.executable, "-m", "hf_spot.training.bootstrap", str(script)]
+    command = Command(str(tmp_path / "run"), SpotArguments(notice="none"), 0, argv, environ)
+    assert Supervisor(Run(command.store), command).supervise() == 75
+    [failed] = [entry for entry in Run(command.store).events() if entry.kind == "failed"]
+    assert failed.data["exit_code"] == 69

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from hf_spot import Run
 from hf_spot.run.told_steps import path_of, read
-from tests.launch.conftest import Launcher, Twin
+from tests.launch.conftest import Launch, Launcher, Twin
 from tests.launch.test_redone_steps import report, start
 from tests.waiting import wait_for
 
@@ -40,6 +41,35 @@ def test_a_save_that_was_whole_when_its_launch_was_killed_is_resumed_and_committ
     assert not [*first.output_dir.glob("torn-*"), *(first.output_dir / ".hf_spot").glob("whole-*")]
     if ranks == 1:
         assert (tmp_path / "weights" / "model.safetensors").read_bytes() == twin.weights
+
+
+def forget_on_disk(launch: Launch, step: int) -> None:
+    """Delete a checkpoint from the disk once it is recorded there, which comes after its copy in memory."""
+    record = launch.output_dir / ".hf_spot" / f"whole-1-{step}.json"
+    wait_for(record.exists, launch.text())
+    record.unlink()
+    shutil.rmtree(launch.output_dir / f"checkpoint-{step}")
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.proof)])
+def test_a_killed_training_resumes_from_the_memory_of_its_machine(
+    ranks: int, launcher: Launcher, tmp_path: Path, twin_of_ranks: Callable[[int], Twin], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, go_on = tmp_path / "run", tmp_path / "out" / "go-on"
+    launch = start(launcher, run, "--hold_at", "12", ranks=ranks, UPLOADS_UP_TO="5", UPLOADS_AGAIN=str(go_on))
+    launch.wait_for_step(12)
+    forget_on_disk(launch, 10)
+    launch.trainings()[-1].kill()
+    wait_for(lambda: "resuming from step" in launch.text(), launch.text())
+    go_on.touch()
+    assert launch.wait() == 0, launch.text()
+    assert "step 10 was not committed: it is whole in this machine's memory, and committed next" in launch.text()
+    assert "resuming from step 10, saved by launch 1" in launch.text()
+    text = report(run, capsys)
+    assert "launch 1 failed: 2 steps lost (step 12 at " in text, text
+    assert ", by its launcher; step 10 was whole in its machine's memory)" in text
+    assert [line.split()[9:11] for line in text.splitlines()[2:4]] == [["2", "0"], ["0", "2"]], text
+    assert (tmp_path / "weights" / "model.safetensors").read_bytes() == twin_of_ranks(ranks).weights
 
 
 LOOP = """

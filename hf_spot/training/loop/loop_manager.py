@@ -401,6 +401,7 @@ class LoopManager:
             training=session.training,
             details={
                 "epoch_of_data": epoch,
+                "finite": not self._never_finite and not self._has_told_unknown,
                 "described": self._training.described,
                 "output_dir": str(self._local_dir),
                 "save_s": seconds,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from pathlib import Path
 
-import psutil
 import torch
 
+from hf_spot.free_memory import available_and_total_bytes
 from hf_spot.training.saving.device import Arrivals, Pins, in_order
 
 _ALIGNMENT = 64
@@ -16,11 +15,7 @@ _ALIGNMENT = 64
 
 def free_bytes() -> int:
     """Return the bytes that this process may still allocate, limited by the machine and the container."""
-    left = [psutil.virtual_memory().available]
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
-        left.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(0, min(left))
+    return available_and_total_bytes()[0]
 
 
 class Arena:

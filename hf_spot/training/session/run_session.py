@@ -29,6 +29,7 @@ from hf_spot.run.journal_writer import JournalWriter
 from hf_spot.run.last_words import LastWords
 from hf_spot.run.machine_info import about_this_machine
 from hf_spot.run.manifest import files_in
+from hf_spot.run.memory_copies import MemoryCopies
 from hf_spot.run.output_folder import discard_own_saves
 from hf_spot.run.progress import Bar
 from hf_spot.run.restore import restore_checkpoint, restore_newest
@@ -43,7 +44,7 @@ from hf_spot.training.ranks.agreement import Agreement
 from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.ranks.disks import Disk, check_writable, find_disk
 from hf_spot.training.saving.shard_loads import ShardLoader, can_load_parts
-from hf_spot.training.session.local_tier import LocalTier, Taken
+from hf_spot.training.session.local_tier import MEMORY, LocalTier, Taken
 from hf_spot.training.session.notice_listener import NoticeListener
 from hf_spot.training.session.phases import Phases
 from hf_spot.training.session.timing import Timing
@@ -103,6 +104,7 @@ class RunSession:
         self._machine_ends_at: float | None = None  # by this process's clock
         self._local: LocalTier | None = None
         self._uncommitted: Taken | None = None
+        self.resumes_from_memory = False
         self._attempt = ""
         self.closing = contextlib.ExitStack()
         self.hook = Hook(None if runtime else hook_url(arguments, os.environ), self.run.url)  # a launcher calls it itself
@@ -133,8 +135,24 @@ class RunSession:
         self.agreement = Agreement(world_size)
         self.agreement.together(partial(check_writable, output_dir, setting=setting))
         self.disk = find_disk(self.agreement, rank, local_rank, output_dir)
-        self._local = LocalTier(self.run, self.agreement, self.disk, output_dir, self.now)
+        memory_gb = self.arguments.save_memory_gb
+        limit_bytes = None if memory_gb is None else int(memory_gb * 1e9)
+        memory = self._open_memory()
+        self._local = LocalTier(self.run, self.agreement, self.disk, output_dir, self.now, memory, limit_bytes)
         self.closing.callback(self._local.close)
+
+    def _open_memory(self) -> MemoryCopies | None:
+        """Return the launcher's memory for copies of checkpoints on the leader of each disk. All ranks must call it."""
+        runtime = self.runtime
+        launchers = self.agreement.gather((os.uname().nodename, runtime.launcher) if runtime is not None else None)
+        # The files of a disk that several machines share belong to no machine alone.
+        if runtime is None or not runtime.memory or not self.disk.leads or len(set(launchers)) > self.disk.count:
+            return None
+        try:
+            return MemoryCopies(runtime.memory_paths)
+        except OSError as error:
+            log.info("after a kill, checkpoints are taken from the disk and not from memory: %s", error)
+            return None
 
     def listen(self, on_notice: Callable[[PreemptionNotice], None] = lambda notice: None, *, keyboard: bool = False) -> None:
         """Start a `NoticeListener`."""
@@ -226,8 +244,8 @@ class RunSession:
     def restore_newest(self, look: Callable[[], None] = lambda: None) -> tuple[Checkpoint, Path] | None:
         """Restore the newest intact commit of this training to each disk; return None if there are no commits.
 
-        A newer checkpoint that stands whole on this disk, and was not committed before its launch died, is taken instead, and
-        committed once the uploader runs.
+        A newer checkpoint that is whole in this machine's memory or on this disk, and was not committed before its launch died,
+        is taken instead, and committed once the uploader runs.
 
         Args:
             look: called repeatedly during the restore; an exception from it ends the restore.
@@ -239,8 +257,10 @@ class RunSession:
         refs = self.agreement.from_main(lambda: [ref for ref in self.run.state().checkpoints if ref.training == self.training])
         with self.phases.within(Phase.RESTORING):
             taken = None if self._local is None else self._local.find(self.training, refs[-1] if refs else None)
+            self.resumes_from_memory = taken is not None and taken.place == MEMORY
             if taken is not None and self.disk.count == 1 and not taken.checkpoint.ref.complete:
-                log.info("step %d was not committed: it is whole on this disk, and committed next", taken.checkpoint.step)
+                where = "in this machine's memory" if taken.place == MEMORY else "on this disk"
+                log.info("step %d was not committed: it is whole %s, and committed next", taken.checkpoint.step, where)
                 self._uncommitted = taken
                 return self._on_this_machine((taken.checkpoint, self.output_dir / taken.checkpoint.name))
             if taken is not None and self._commit_now(taken, look):
@@ -251,6 +271,8 @@ class RunSession:
             return None
         runtime = self.runtime if self.disk.leads else None
         with self.phases.within(Phase.RESTORING):
+            if (local := self._local) is not None:
+                self.agreement.together(lambda: local.put_back(refs[-1]))
             prefetched = self.agreement.together(lambda: runtime.wait_for_prefetched(look) if runtime is not None else None)
             return self._on_this_machine(
                 restore_newest(
@@ -377,6 +399,8 @@ class RunSession:
             attempt=attempt if self.disk.count > 1 else "",
         )
         self._attempt = attempt
+        if self._local is not None:
+            self._local.prepare()
         self.closing.callback(self.uploader.close)
         if self._uncommitted is not None and self._uncommitted.request is not None:
             self.uploader.submit(self.output_dir / self._uncommitted.checkpoint.name, self._uncommitted.request)
@@ -494,7 +518,8 @@ class RunSession:
             part = replace(request, details=details, part=self.disk.index, parts=self.disk.count)
             self.uploader.submit(folder, part, elsewhere)
             if self._local is not None and stays:
-                self._local.saved(folder, replace(part, attempt=self._attempt), lambda: self.committed_step)
+                recorded, goes_on = replace(part, attempt=self._attempt), self._preempted is None
+                self._local.saved(folder, recorded, lambda: self.committed_step, in_memory=goes_on)
             self._size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         except OSError as error:
             log_always(logging.ERROR, "%s can't be queued for upload; training goes on: %s", folder, error)

@@ -89,7 +89,9 @@ class StepTeller:
         if self._is_main and not is_from_here:
             earlier = {**earlier, rank: _both(earlier[rank], self._told_elsewhere())}
         file = self._paths[rank] if is_from_here else None
-        self._lost = of_an_earlier_launch(earlier[rank], self._launch, self._training, resumed_step, file)
+        self._lost = of_an_earlier_launch(
+            earlier[rank], self._launch, self._training, resumed_step, file, from_memory=session.resumes_from_memory
+        )
         self._steps: deque[Step] = deque(
             redone.newest(earlier[rank].steps, after=resumed_step, before_launch=self._launch).values(), _MOST_STEPS
         )

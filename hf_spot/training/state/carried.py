@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,6 +69,7 @@ class CarriedState:
         self._kept: dict[str, Any] = {}
         self._shapes: dict[str, torch.Size] | None = None
         self._is_restructured = False
+        self._marks_at_save: dict[str, str] = {}
         self._divided = divided
 
     def look(self, only: str = "") -> None:
@@ -148,6 +149,7 @@ class CarriedState:
                 log.debug("%s: %s", found.path, error)
                 lost.append(found.path)
         self._carried.update(values)
+        self._marks_at_save = self._marks_in(every)
         self._name(values, lost)
         if values:
             folder = checkpoint / FOLDER
@@ -159,9 +161,16 @@ class CarriedState:
 
     def marks(self) -> dict[str, str]:
         """Return a mark for each saved path, which changes when the value changes."""
-        if not (compared := self._carried - self._homeless):
-            return {}
-        here = {found.path: found for found in self._all(self._walk()) if found.path in compared}
+        return self._marks_in(self._all(self._walk())) if self._carried - self._homeless else {}
+
+    @property
+    def marks_at_save(self) -> dict[str, str]:
+        """Return what `marks` was at the newest `save`."""
+        return self._marks_at_save
+
+    def _marks_in(self, every: Iterable[Found]) -> dict[str, str]:
+        compared = self._carried - self._homeless
+        here = {found.path: found for found in every if found.path in compared}
         marks = {path: _mark(here[path]) for path in sorted(self._carried) if path in here}
         return {path: repr(mark) for path, mark in marks.items() if mark is not _UNREADABLE}
 
@@ -214,13 +223,15 @@ class CarriedState:
             CorruptCheckpoint: the files are inconsistent.
         """
         written: dict[str, Any] = {}
+        own: set[str] = set()  # of which no other rank tells that there is no place for it
         tensors: dict[str, torch.Tensor] = {}
         for rank in dict.fromkeys((0, self._rank)):
             file = checkpoint / FOLDER / f"state_{rank}.json"
-            if file.exists():
-                written |= json.loads(file.read_text())["values"]
-                if file.with_suffix(".safetensors").exists():
-                    tensors |= safetensors.torch.load_file(file.with_suffix(".safetensors"))
+            values = json.loads(file.read_text())["values"] if file.exists() else {}
+            own = set(values) - set(written)
+            written |= values
+            if file.with_suffix(".safetensors").exists():
+                tensors |= safetensors.torch.load_file(file.with_suffix(".safetensors"))
         self._carried.update(written)
         walk = self._walk()
         here = {found.path: found for found in self._all(walk)}
@@ -239,8 +250,8 @@ class CarriedState:
                 homeless.append(path)
         self._homeless = set(homeless)
         self._put_back(written)
-        if homeless and last:
-            log.warning("not restored, because this launch does not have it: %s", _in_words(homeless))
+        if last and (told_here := [path for path in homeless if path in own]):
+            log.warning("not restored, because this launch does not have it: %s", _in_words(told_here))
         return [path for path in written if path not in homeless]
 
     def _put_back(self, written: Collection[str]) -> None:

@@ -27,7 +27,7 @@ MOST_ELEMENTS = 1000  # most elements of a container that counts as state; a lon
 _LONGEST_OF_NUMBERS = 1_000_000  # of a flat container of numbers, which is state up to that
 _SAMPLED = 256  # values of a large tensor that are compared to detect a change
 _SMALL = 4096  # size of a tensor up to which all values are compared
-_PLAIN = (bool, int, float, str, bytes, type(None))
+_PLAIN = frozenset((bool, int, float, str, bytes, type(None)))
 _SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
 _MAPPINGS: dict[str, type] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter, "defaultdict": defaultdict}
 CONTAINERS = frozenset((*_SEQUENCES.values(), *_MAPPINGS.values()))
@@ -121,6 +121,8 @@ def mark_of(value: Any) -> Any:
     Args:
         value: a value, or a generator.
     """
+    if type(value) in _PLAIN:  # nearly all
+        return type(value).__name__, repr(value)
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), _sample(value)
     if isinstance(value, numpy.ndarray):

@@ -83,6 +83,7 @@ class Commits:
             resumed_step: the step from which this launch resumes; 0 for the start.
             lost: how far the previous launch had come, if further. It is recorded if the journal has no end of that launch.
         """
+        beyond = max(0, resumed_step - self._session.committed_step)  # it may not be committed yet
         self._session.start_uploader(self._committed)
         if not self._session.agreement.is_main:
             return
@@ -97,7 +98,9 @@ class Commits:
                 log.exception("the history of %s could not be read", self._session.run.url)
                 return
             steps_lost = self._past.steps_lost
-            if steps_lost is None and lost is not None:
+            if steps_lost is not None:
+                steps_lost = max(0, steps_lost - beyond)
+            elif lost is not None:
                 steps_lost = lost.step - resumed_step
                 self._session.record(last_words.KIND, lost.to_data(), patience_s=0.0)
             self._cadence.remember(self._past)

@@ -170,11 +170,10 @@ class ExactSteps:
     def _tell(self) -> None:
         shares = self._shares
         log.info(
-            "results do not depend on the number of GPUs: a step is %d micro-batches of %d samples, %d on each of %d ranks",
+            "results do not depend on the number of GPUs: a step is %d micro-batches of %d samples, %s",
             shares.count,
             self._per_device,
-            shares.each,
-            shares.ranks,
+            "all on one rank" if shares.ranks == 1 else f"{shares.each} on each of {shares.ranks} ranks",
         )
         if shares.dropped:
             warn_for_all(

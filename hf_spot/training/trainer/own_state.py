@@ -97,7 +97,7 @@ def own_state(trainer: Trainer) -> CarriedState:
         lambda: _new_walk(trainer),
         lambda: list(_trained(trainer)),
         trainer.args.process_index,
-        lambda path: bool(_OF_THIS_PROCESS.match(path)),
+        lambda path: path.startswith("trainer._") and bool(_OF_THIS_PROCESS.match(path)),
         divided=_is_divided(trainer),
     )
 
@@ -169,6 +169,7 @@ _NOT_OF_ARGS = frozenset(
         "hub_model_id",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
+        "average_tokens_across_devices",
         "deepspeed",
         "fsdp",
         "fsdp_config",

@@ -64,7 +64,7 @@ class Proof:
             SCHEDULER: part_of(flat(_scheduler(self._trainer))),
             COUNTERS: self._counters(),
             STATEFUL_CALLBACKS: self._callbacks(),
-            OWN: part_of(self._carried.marks()),
+            OWN: part_of(self._carried.marks_at_save),
             RANDOM: self._random_states.digests(),
         }
         if (next_batch := self._random_states.next_batch()) is not None:

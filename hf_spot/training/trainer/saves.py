@@ -230,6 +230,11 @@ class Saves:
         return self._folder
 
     @property
+    def is_known_finite(self) -> bool:
+        """Return whether all numbers of the newest save are examined before it is committed, on this rank."""
+        return not self._never_finite and "unknown" not in self._told
+
+    @property
     def is_ours(self) -> bool:
         """Return whether Trainer has not asked for the newest save."""
         return self._is_ours

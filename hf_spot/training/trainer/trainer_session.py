@@ -33,7 +33,7 @@ from hf_spot.runtime import Plan, Runtime, held_folder, make_private
 from hf_spot.timeouts import FAILED_DRAIN_S, JOURNAL_LAST_WORD_S
 from hf_spot.training.ranks.ballot import Ballot
 from hf_spot.training.session.final_drain import FinalDrain
-from hf_spot.training.session.local_tier import SAVED_BY
+from hf_spot.training.session.local_tier import DISK, SAVED_BY, TAKEN_FROM
 from hf_spot.training.session.notebook import drop_inherited_handlers, how_to_resume, suppress_exit_advice
 from hf_spot.training.session.recognition import KnownTraining, finished
 from hf_spot.training.session.run_session import RunSession
@@ -379,7 +379,13 @@ class TrainerSession:
             log.info("%s was saved by an earlier hf_spot: the resumed state can't be compared with it", self._restored.name)
             return
         log.info("resumed at step %d exactly as saved: %s", self._restored.step, ", ".join(verified) or "nothing to compare")
-        data = {"step": self._restored.step, TRAINING_KEY: self._session.training, "entry": self._restored.ref.entry}
+        data: dict[str, Any] = {
+            "step": self._restored.step,
+            TRAINING_KEY: self._session.training,
+            "entry": self._restored.ref.entry,
+        }
+        if SAVED_BY in self._restored.details:
+            data[TAKEN_FROM] = self._restored.details.get(TAKEN_FROM, DISK)
         self._session.record("resumed", {**data, "verified": verified}, patience_s=0.0)
 
     # -- during training ----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ NOISY_FROM = int(os.environ.get("NOISY_FROM", "0"))  # step
 OTHER_ORDER_FROM = int(os.environ.get("OTHER_ORDER_FROM", "0"))  # sample of an epoch
 SEND_S = os.environ.get("SEND_S")
 UPLOADS_UP_TO = int(os.environ.get("UPLOADS_UP_TO", "0"))  # step
+UPLOADS_AGAIN = Path(os.environ.get("UPLOADS_AGAIN", "/nonexistent"))  # a file
 
 
 class Restless(Sampler[int]):
@@ -57,7 +58,7 @@ if UPLOADS_UP_TO:
     plain_upload = Run.upload
 
     def upload(run, folder, request, **more):  # type: ignore[no-untyped-def]
-        while request.step > UPLOADS_UP_TO:  # a network that carries nothing any more
+        while request.step > UPLOADS_UP_TO and not UPLOADS_AGAIN.exists():  # a network that carries nothing any more
             time.sleep(0.1)
         return plain_upload(run, folder, request, **more)
 

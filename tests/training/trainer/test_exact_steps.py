@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import random
 import subprocess
@@ -94,7 +95,8 @@ def test_ranks_that_did_not_exist_at_a_save_leave_the_checkpoint_as_it_is(tmp_pa
     resumed.close()
 
 
-def test_settings_are_the_users_own_again_afterwards(store: str, tmp_path: Path) -> None:
+def test_settings_are_the_users_own_again_afterwards(store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="hf_spot")
     trainer = make_trainer(tmp_path, SpotCallback(store, EXACT), **SETTINGS, max_steps=1)
     threads, averages = torch.get_num_threads(), trainer.args.average_tokens_across_devices
     methods = {name for name, value in vars(trainer).items() if callable(value)}
@@ -102,6 +104,7 @@ def test_settings_are_the_users_own_again_afterwards(store: str, tmp_path: Path)
     assert torch.get_num_threads() == threads
     assert trainer.args.average_tokens_across_devices == averages
     assert {name for name, value in vars(trainer).items() if callable(value)} == methods
+    assert "also saved with" not in caplog.text, "what hf_spot sets is no state of the script"
 
 
 @pytest.mark.parametrize("exact", [True, False])

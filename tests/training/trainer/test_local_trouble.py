@@ -90,8 +90,9 @@ def test_a_training_goes_on_wherever_in_a_save_the_disk_gets_full(disk: SmallDis
         assert trainer.train().global_step == STEPS
     assert steps(store) == recorder.saved == [1, 2, 12], "a save that failed is no save for other callbacks either"
     assert list(Run(store).verify().values()) == [[], [], []]
-    # The lines of the steps so far may have taken another page meanwhile.
-    assert all(leave_kb[step] - free in (0, 4) for step, free in left.items()), "what is torn should free its space"
+    # The lines of the steps so far may have taken another page meanwhile, or a file that was being replaced has given one back.
+    unfreed_kb = {step: leave_kb[step] - free for step, free in left.items()}
+    assert set(unfreed_kb.values()) <= {-4, 0, 4}, "what is torn should free its space"
     assert left.keys() == leave_kb.keys()
     for step in failing:
         assert f"checkpoint-{step} can't be saved" in caplog.text
