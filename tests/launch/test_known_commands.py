@@ -237,7 +237,7 @@ child.wait()
         pytest.param(
             IS_KILLED.replace("os.kill", "time.sleep(1); os.kill"), "{} &", 137, "was killed while", id="killed there"
         ),
-        pytest.param(FAILS_LATE, "{} &", 1, "has left a training behind", id="fails in the background"),
+        pytest.param(FAILS_LATE, "{} &", 1, "ended with 1", id="fails in the background"),
     ],
 )
 def test_a_training_that_dies_or_outlives_its_command_is_not_taken_for_a_success(
