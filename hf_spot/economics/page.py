@@ -157,7 +157,9 @@ def table(rows: list[list[str]], links: Sequence[str] = ()) -> str:
     """
     head, *body = rows
     right = [all(_NUMBER.match(row[at]) for row in body) and any(row[at] for row in body) for at in range(len(head))]
-    marks = [f' style="text-align: {"right" if one else "left"}"' for one in right]  # notebooks align all to the right
+    # Notebooks align all cells to the right, and break them.
+    wraps = ["; white-space: nowrap"] * (len(head) - 1) + [""]
+    marks = [f' style="text-align: {"right" if one else "left"}{wrap}"' for one, wrap in zip(right, wraps, strict=True)]
     shown = [[escape(cell) for cell in row] for row in body]
     if links:
         shown = [[f'<a href="{escape(link)}">{row[0]}</a>', *row[1:]] for row, link in zip(shown, links, strict=True)]

@@ -10,6 +10,8 @@ from hf_spot.run.journal import CheckpointRef, Entry
 from hf_spot.run.manifest import missing_for_resume
 
 _TITLES = ("checkpoint", "size", "launch", "reason", "committed (UTC)", "", "proven")
+_WITH_FILES = ("weights", "optimizer")  # are compared with the checkpoint's files
+_OF_RANKS = "ranks"  # the digest of what single ranks compare
 _MOST_LAUNCHES = 4  # named, the newest ones
 
 
@@ -57,7 +59,8 @@ def _proven(commit: Entry, resumed: Sequence[Entry]) -> Iterable[str]:
         named = f"{len(numbers)} launches" if len(numbers) > _MOST_LAUNCHES else f"launch {', '.join(numbers)}"
         yield f"resumed by {named} exactly as saved: {', '.join(compared)}"
     elif (fingerprint := data.get("fingerprint")) and isinstance(fingerprint, dict):
-        yield f"a resume will compare {', '.join(map(str, fingerprint))}"
+        digests = (str(part) for part in fingerprint if part != _OF_RANKS)
+        yield f"a resume will compare {', '.join(dict.fromkeys((*_WITH_FILES, *digests)))}"
 
 
 def _compared(resumed: Sequence[Entry]) -> list[str]:
