@@ -199,6 +199,7 @@ def test_without_matplotlib_the_tables_are_shown(
         (["--port", "70000"], "70000 is not a port"),
         (["--interval-s", "0"], "must be positive"),
         (["--port", "TAKEN"], "is in use"),
+        (["--port", "0", "NOWHERE"], "does not exist"),
     ],
 )
 def test_what_can_not_be_served_is_said(
@@ -208,7 +209,8 @@ def test_what_can_not_be_served_is_said(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         words = [str(taken.getsockname()[1]) if word == "TAKEN" else word for word in words]
-        assert main(["serve", str(tmp_path), *words]) == 2
+        url = tmp_path / "no" / "such" / "folder" if words[-1] == "NOWHERE" else tmp_path
+        assert main(["serve", str(url), *[word for word in words if word != "NOWHERE"]]) == 2
     assert said in capsys.readouterr().err
 
 
