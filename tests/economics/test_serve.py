@@ -114,10 +114,11 @@ def test_a_page_shows_what_is_new(make_checkpoint: Callable[[int], Path], tmp_pa
         run.commit(request, run.upload(make_checkpoint(20), request))
         assert "step 20 committed" in ask("/run/")[2]
         shutil.rmtree(tmp_path / "run")
-        assert ask("/run/")[0] == 404
         made(tmp_path / "run", make_checkpoint, steps=5)  # another run, with as many entries
         made_anew = ask("/run/")[2]
         assert "step 5 committed" in made_anew and "checkpoint-20" not in made_anew
+        shutil.rmtree(tmp_path / "run")
+        assert ask("/run/")[0] == 404
 
 
 def test_what_is_no_run_is_said(make_checkpoint: Callable[[int], Path], tmp_path: Path) -> None:
