@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +199,39 @@ def test_a_save_that_is_whole_on_the_disks_of_all_machines_is_committed_and_resu
     assert cluster.weights() == undisturbed.weights
     commits = [entry for entry in run.events() if entry.kind == "commit" and entry.data["step"] == 10]
     assert [(entry.launch, entry.data.get("saved_by_launch")) for entry in commits] == [(2, None if lacking else 1)]
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("lacking", [False, True])
+def test_a_save_that_is_in_the_memory_of_all_machines_is_committed_and_resumed(
+    lacking: bool, cluster: Cluster, twin_of_ranks: Callable[[int], Twin], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = twin_of_ranks(2)
+    run = run_of(cluster, monkeypatch)
+    script = [SCRIPTS / "restless.py", "--output_dir", "out", "--weights", "weights-1", "--diary", "diary-1"]
+    cluster.env |= {"UPLOADS_UP_TO": "5", "UPLOADS_AGAIN": "out/go-on"}
+    cluster.start([*script, "--hold_at", "12"])
+    cluster.wait_for_step(12)
+    disks = [cluster.hosts.folder(host) / "out" for host in range(2)]
+    records = [disk / ".hf_spot" / "whole-1-10.json" for disk in disks]
+    wait_for(lambda: all(path.exists() for path in records), f"for the records: {cluster.text()}")
+    for path in records:
+        path.unlink()
+    shutil.rmtree(disks[1] / "checkpoint-10")
+    if lacking:
+        for number in Path(f"/proc/{cluster.running[1].pid}/fd").iterdir():
+            if os.readlink(number).startswith("/memfd:hf_spot"):
+                os.truncate(number, 0)
+    ranks = [one for one in cluster.running[1].children(recursive=True) if "RANK" in one.environ()]
+    ranks[-1].kill()
+    for disk in disks:
+        (disk / "go-on").touch()
+    assert cluster.wait() == [0, 0], cluster.text()
+    assert [line["step"] for line in cluster.lines()][12:] == list(range(6 if lacking else 11, max(undisturbed.lines) + 1))
+    assert cluster.weights() == undisturbed.weights
+    commits = [entry for entry in run.events() if entry.kind == "commit" and entry.data["step"] == 10]
+    told = [(entry.launch, entry.data.get("saved_by_launch"), entry.data.get("taken_from")) for entry in commits]
+    assert told == ([(2, None, None)] if lacking else [(2, 1, "memory")])
 
 
 @pytest.mark.parametrize("cluster", [3], indirect=True)
