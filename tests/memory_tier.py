@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import random
 import re
 import shutil
@@ -29,6 +30,8 @@ import psutil
 
 from hf_spot import Run
 from hf_spot.economics.report import summarise
+from hf_spot.run.local_copies import recorded
+from hf_spot.run.memory_copies import MemoryCopies
 from tests.launch.conftest import SCRIPTS, Launch, Launcher, of_ranks
 from tests.waiting import wait_for
 from tests.zygote import Zygote
@@ -111,8 +114,23 @@ class Story:
 
         wait_for(is_committed, f"for the commit of step {step}")
 
+    def wait_for_record(self, step: int) -> None:
+        wait_for(lambda: any(each >= step for each, _ in recorded(self.out)), f"for the record of step {step}")
+
+    def wait_for_copy(self, launch: Launch, step: int) -> None:
+        halves = [path for path in Path(f"/proc/{launch.process.pid}/fd").iterdir() if is_half(path)]
+        with contextlib.closing(MemoryCopies(halves)) as memory:
+            wait_for(lambda: any(one.copy.request.step >= step for one in memory.copies(None)), f"for the copy of step {step}")
+
     def weights(self) -> bytes:
         return (self.folder / "weights" / "model.safetensors").read_bytes()
+
+
+def is_half(descriptor: Path) -> bool:
+    try:
+        return os.readlink(descriptor).startswith("/memfd:hf_spot ")
+    except FileNotFoundError:
+        return False
 
 
 def lose(folder: Path, ranks: int, save_steps: int, kills: int, seed: int, zygote: Zygote) -> list[str]:
@@ -159,8 +177,13 @@ def compare_times(folder: Path, ranks: int, kills: int, size_mb: int) -> None:
             for number in range(1, kills + 1):
                 step = 5 * number + 7
                 launch.wait_for_step(step)
+                saved = 5 * number + 5
                 if place == STORE:
-                    story.wait_for_commit(5 * number + 5)
+                    story.wait_for_commit(saved)
+                elif place == DISK:
+                    story.wait_for_record(saved)
+                else:
+                    story.wait_for_copy(launch, saved)
                 told.append(story.kill(launch, step))
         finally:
             launch.kill_tree()
