@@ -111,6 +111,9 @@ def main():
             optimizer.zero_grad()
             step += 1
             time.sleep(STEP_S)
+            if STEP_S and os.environ.get("RANK") == "1" and Path("raise-once").exists():
+                Path("raise-once").unlink()
+                raise RuntimeError("this rank fails once")
             if options.kind == "nlp" and step % SAVE_STEPS == 0:
                 accelerator.save_state(str(options.out / f"step_{step}"))
             if manager.interrupted or step % SAVE_STEPS == 0:
