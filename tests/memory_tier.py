@@ -81,6 +81,7 @@ class Story:
             "fixed",
             *of_ranks(self.ranks),
             *(NO_MEMORY if self.place in (DISK, STORE) else []),
+            *(["--warm-spares", "off"] if self.launcher.zygote is None else []),  # their imports come before the kill
         ]
         launch = self.launcher.start(str(self.store), script, options=options, env=env)
         launch.output_dir = self.out
