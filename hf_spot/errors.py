@@ -33,6 +33,7 @@ EXIT_USAGE = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 EXIT_FENCED = 76
 EXIT_HUNG = 79  # the first number behind those of sysexits.h
+EXIT_KILLED = 137  # what shells say of a process that SIGKILL has ended
 
 
 def without_passwords(text: str) -> str:

@@ -11,7 +11,8 @@ to the launcher as SIGTERM. COMMAND starts with the signal settings that the gua
 
 With ``--as-it-is`` COMMAND is any program, such as a shell, that starts the training: it starts without blocked signals, as its
 children inherit them. If such a signal ends COMMAND, that is a notice as well, and the guard waits for the processes that
-COMMAND has left behind: one of them may be saving.
+COMMAND has left behind: one of them may be saving. If COMMAND ends with 0, the guard waits for them, too, and writes a file
+`ENDED` into the folder of the launch: the launcher decides how long, and ends them.
 
 It is run as a file, without site-packages: it imports nothing of hf_spot and starts in a few milliseconds. It is a process
 of its own because code between fork and exec may hang in a launcher that has threads.
@@ -30,6 +31,7 @@ from types import FrameType
 from typing import Any
 
 AS_IT_IS = "--as-it-is"
+ENDED = "command-ended"
 _NOTICE_FIRST_S = 0.5  # the launcher must know of the notice when it reads the exit code
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _PR_SET_CHILD_SUBREAPER = 36
@@ -93,6 +95,8 @@ def guard(launcher_fd: int, command: Sequence[str], *, as_it_is: bool = False) -
         for pid, status in _ended():  # adopted orphans, too
             if pid == child:
                 code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+                if as_it_is and code == 0 and _descendants() and _tell_ended():
+                    continue
                 if not (as_it_is and os.WIFSIGNALED(status) and os.WTERMSIG(status) in blocked):
                     return code
                 pass_on(os.WTERMSIG(status), None)
@@ -105,6 +109,15 @@ def guard(launcher_fd: int, command: Sequence[str], *, as_it_is: bool = False) -
             os.read(any_ended, 4096)
         except BlockingIOError:
             continue
+
+
+def _tell_ended() -> bool:
+    """Tell the launcher that COMMAND has ended with 0 and has left processes behind. Return whether it can be told."""
+    try:
+        os.close(os.open(os.path.join(os.environ["HF_SPOT_RUNTIME_DIR"], ENDED), os.O_CREAT | os.O_WRONLY, 0o600))
+    except (KeyError, OSError):
+        return False
+    return True
 
 
 def _ended() -> Iterator[tuple[int, int]]:

@@ -25,6 +25,7 @@ import psutil
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.notices.notice import PreemptionNotice
+from hf_spot.process_guard import ENDED
 
 _STEP = struct.Struct("<q")
 _PHASE = struct.Struct("<5q")
@@ -127,6 +128,7 @@ _TRAINING = ""
 _TRAINED = "ended"
 # Names of files, each with a process id behind it. `hf_spot.every_python.sitecustomize` writes and reads them, too.
 _REPORT, _LEFT, _MET, _FAILED, _GONE = "training-", "left-", "met-", "failed-", "gone-"
+_ENDS = "ends-"  # the process, or the negative number of the group, that a program of the launch has ended
 _PHASES, _STACKS = "phase-", "stacks-"  # likewise
 
 
@@ -309,6 +311,29 @@ class Runtime:
                 with contextlib.suppress(OSError):
                     (self.directory / f"{_GONE}{process}").touch(exist_ok=False)
 
+    def read_lost(self) -> list[int]:
+        """Return the processes that died while they trained, without a word: killed by the system, or by somebody outside.
+
+        Left out are those that a program of the launch has ended itself, and those whose training another process has brought
+        to its end since, as torchrun does when it starts its ranks again.
+        """
+        reports = self._reports()
+        ended = {self._training_of(process) for process, told in reports.items() if told == _TRAINED}
+        return [
+            process
+            for process, told in sorted(reports.items())
+            if told == _TRAINING
+            and not is_running(process)
+            and not (self.directory / f"{_FAILED}{process}").exists()
+            and not (self.directory / f"{_ENDS}{process}").exists()
+            and not any(True for _ in self.directory.glob(f"{_ENDS}-*"))  # nobody knows any more which group it was in
+            and ((training := self._training_of(process)) is None or training not in ended)
+        ]
+
+    def _training_of(self, process: int) -> int | None:
+        told = PhaseTeller.read(self.directory / f"{_PHASES}{process}")
+        return None if told is None else told[-1]
+
     def read_stopped(self) -> int | None:
         """Return the exit code for the launch once a training was stopped, its process waits at its end, and no other is still
         training or on its way out; None until then."""
@@ -326,6 +351,19 @@ class Runtime:
                 with contextlib.suppress(OSError):
                     found[int(path.name[len(_REPORT) :])] = path.read_text()
         return found
+
+    @property
+    def has_command_ended(self) -> bool:
+        """Return whether the command of the launch has ended with 0, and has left processes behind."""
+        return (self.directory / ENDED).exists()
+
+    def has_failed_since_the_command(self) -> bool:
+        """Return whether a process that may train has failed after the command has ended: nobody else can have seen that."""
+        try:
+            ended_at = (self.directory / ENDED).stat().st_mtime
+            return any(one.stat().st_mtime >= ended_at for one in self.directory.glob(f"{_FAILED}[0-9]*"))
+        except OSError:
+            return False
 
     def meet(self) -> None:
         """Tell the launcher that this process carries hf_spot's hook, and would report a training."""

@@ -10,6 +10,7 @@ PEER_LAST_WORD_S = 3.0  # a training that failed because of another machine may 
 WEBHOOK_LAST_WORD_S = 2.0  # for events that are still on their way when a launch ends
 FAILED_DRAIN_S = 60.0  # for the upload under way when the training raised an error
 IDLE_GRACE_S = 10.0  # for a script that is not training, after a notice without a deadline: it may be about to begin or end
+LEFT_BEHIND_S = 60.0  # for processes that a command has left behind, to begin a training
 LATE_S = 30.0  # past a deadline: machines sometimes live a little longer than announced
 NEIGHBOUR_FAILED_S = 5.0  # for the ranks of this machine after those of another machine have failed
 

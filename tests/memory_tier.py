@@ -6,13 +6,15 @@ deleted: only the memory of the machine has them. Each kill may cost what was do
 copy may have been under way. The model must be that of an undisturbed training, to the bit. Ends with 1 otherwise.
 
 ``--times`` compares instead how long it takes from a kill to the next step, in processor time of the new processes and by the
-clock, with copies in memory, with those on the disk alone, and with the store alone.
+clock, with copies in memory whose folder is gone from the disk or still there, with those on the disk alone, and with the store
+alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import random
 import re
 import shutil
@@ -28,13 +30,15 @@ import psutil
 
 from hf_spot import Run
 from hf_spot.economics.report import summarise
+from hf_spot.run.local_copies import recorded
+from hf_spot.run.memory_copies import MemoryCopies
 from tests.launch.conftest import SCRIPTS, Launch, Launcher, of_ranks
 from tests.waiting import wait_for
 from tests.zygote import Zygote
 
 NO_MEMORY = ["--save-memory-gb", "0.000001"]
 STEP_S = "0.3"  # so that copies are complete, as in trainings of a usual size
-MEMORY, DISK, STORE = "memory", "disk", "store"
+MEMORY, BOTH, DISK, STORE = "memory alone", "memory and disk", "disk alone", "store alone"
 
 
 @dataclass
@@ -76,7 +80,8 @@ class Story:
             "--cadence",
             "fixed",
             *of_ranks(self.ranks),
-            *(NO_MEMORY if self.place != MEMORY else []),
+            *(NO_MEMORY if self.place in (DISK, STORE) else []),
+            *(["--warm-spares", "off"] if self.launcher.zygote is None else []),  # their imports come before the kill
         ]
         launch = self.launcher.start(str(self.store), script, options=options, env=env)
         launch.output_dir = self.out
@@ -89,7 +94,7 @@ class Story:
         lines, before = len(launch.lines()), time.time()
         victim.kill()
         psutil.wait_procs([victim])
-        if self.place != DISK:
+        if self.place in (MEMORY, STORE):
             for path in [*self.out.glob("checkpoint-*"), *self.out.glob(".hf_spot/whole-*")]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         wait_for(lambda: len(launch.lines()) > lines or launch.process.poll() is not None, launch.text())
@@ -110,8 +115,23 @@ class Story:
 
         wait_for(is_committed, f"for the commit of step {step}")
 
+    def wait_for_record(self, step: int) -> None:
+        wait_for(lambda: any(each >= step for each, _ in recorded(self.out)), f"for the record of step {step}")
+
+    def wait_for_copy(self, launch: Launch, step: int) -> None:
+        halves = [path for path in Path(f"/proc/{launch.process.pid}/fd").iterdir() if is_half(path)]
+        with contextlib.closing(MemoryCopies(halves)) as memory:
+            wait_for(lambda: any(one.copy.request.step >= step for one in memory.copies(None)), f"for the copy of step {step}")
+
     def weights(self) -> bytes:
         return (self.folder / "weights" / "model.safetensors").read_bytes()
+
+
+def is_half(descriptor: Path) -> bool:
+    try:
+        return os.readlink(descriptor).startswith("/memfd:hf_spot ")
+    except FileNotFoundError:
+        return False
 
 
 def lose(folder: Path, ranks: int, save_steps: int, kills: int, seed: int, zygote: Zygote) -> list[str]:
@@ -149,8 +169,8 @@ def lose(folder: Path, ranks: int, save_steps: int, kills: int, seed: int, zygot
 
 def compare_times(folder: Path, ranks: int, kills: int, size_mb: int) -> None:
     """Print how long it takes from a kill to the next step."""
-    for place in (MEMORY, DISK, STORE):
-        story = Story(folder / place, ranks, 5, place, None, ["--ballast_mb", str(size_mb)])
+    for place in (MEMORY, BOTH, DISK, STORE):
+        story = Story(folder / place.replace(" ", "-"), ranks, 5, place, None, ["--ballast_mb", str(size_mb)])
         up_to = {} if place == STORE else {"UPLOADS_UP_TO": "5", "UPLOADS_AGAIN": str(story.folder / "again")}
         launch = story.start(**up_to)
         told = []
@@ -158,14 +178,19 @@ def compare_times(folder: Path, ranks: int, kills: int, size_mb: int) -> None:
             for number in range(1, kills + 1):
                 step = 5 * number + 7
                 launch.wait_for_step(step)
+                saved = 5 * number + 5
                 if place == STORE:
-                    story.wait_for_commit(5 * number + 5)
+                    story.wait_for_commit(saved)
+                elif place == DISK:
+                    story.wait_for_record(saved)
+                else:
+                    story.wait_for_copy(launch, saved)
                 told.append(story.kill(launch, step))
         finally:
             launch.kill_tree()
         took, cpu = median(one.took_s for one in told), median(one.cpu_s for one in told)
         lost = " ".join(str(one) for one in story.steps_lost()[:kills])
-        print(f"{ranks} ranks, {size_mb} MB, {place:6}: {cpu:.2f} s of processor, {took:.2f} s, lost {lost}", flush=True)
+        print(f"{ranks} ranks, {size_mb} MB, {place:15}: {cpu:.2f} s of processor, {took:.2f} s, lost {lost}", flush=True)
 
 
 def main() -> int:

@@ -18,7 +18,8 @@ import pytest
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import ConfigError
 from hf_spot.notices.notice import NoticeKind, PreemptionNotice
-from hf_spot.runtime import Runtime, StepCounter, held_folder
+from hf_spot.process_guard import ENDED
+from hf_spot.runtime import PhaseTeller, Runtime, StepCounter, held_folder
 from tests.small_disk import SmallDisk, why_not
 
 
@@ -157,3 +158,40 @@ def test_notices_and_exit_codes_get_through_on_a_full_disk(tmp_path: Path) -> No
 def test_settings_are_checked_where_they_are_made(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         SpotArguments(**settings)  # type: ignore[arg-type]
+
+
+def test_processes_that_died_while_they_trained_are_lost_unless_somebody_of_the_launch_knows(tmp_path: Path) -> None:
+    runtime = Runtime("s3://b/r", 1, tmp_path, SpotArguments())
+    dead = iter(range(10**8, 10**8 + 100))  # above the largest process id
+
+    def report(told: str, training: int | None = None) -> int:
+        process = next(dead)
+        (tmp_path / f"training-{process}").write_text(told)
+        if training is not None:
+            PhaseTeller(tmp_path / f"phase-{process}", 0, training).tell(1)
+        return process
+
+    report("ended", 1)
+    report("75", 2)
+    (tmp_path / f"training-{os.getpid()}").touch()  # alive
+    assert runtime.read_lost() == []
+    report("", 1)  # another process has finished the same training
+    (tmp_path / f"failed-{report('', 2)}").touch()
+    (tmp_path / f"ends-{report('', 2)}").touch()
+    assert runtime.read_lost() == []
+    lost = [report("", 2), report("")]
+    assert runtime.read_lost() == lost
+    (tmp_path / "ends--77").touch()  # a group, whose members nobody knows any more
+    assert runtime.read_lost() == []
+
+
+def test_a_failure_counts_if_the_command_had_ended_before(tmp_path: Path) -> None:
+    runtime = Runtime("s3://b/r", 1, tmp_path, SpotArguments())
+    failed = tmp_path / "failed-1"
+    failed.touch()
+    assert not runtime.has_command_ended and not runtime.has_failed_since_the_command()
+    (tmp_path / ENDED).touch()
+    os.utime(failed, (1.0, 1.0))
+    assert runtime.has_command_ended and not runtime.has_failed_since_the_command()
+    os.utime(failed)
+    assert runtime.has_failed_since_the_command()

@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 
 from hf_spot.commands.common import add_command, print_json, takes_json
-from hf_spot.errors import ConfigError, SpotError
+from hf_spot.errors import ConfigError, StoreUnavailable
 
 if TYPE_CHECKING:
     from hf_spot.economics.site import Answer, Site
@@ -93,7 +93,11 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _tell_what_is_there(args: argparse.Namespace) -> None:
-    """Say if there is no run: pages show those that will be there. Raises ConfigError for a URL that can't be used."""
+    """Say if there is no run, or the store does not answer now: pages show what will be there.
+
+    Raises:
+        SpotError: the URL or the store can't be used.
+    """
     from hf_spot.run.below import what_is_there
     from hf_spot.run.run import Run
 
@@ -102,9 +106,7 @@ def _tell_what_is_there(args: argparse.Namespace) -> None:
         if run.state().number:
             return
         words, hint = what_is_there(args.url)
-    except ConfigError:
-        raise
-    except SpotError as error:
+    except StoreUnavailable as error:
         words, hint = str(error.args[0]), error.hint or ""
     if "below it" not in words:
         print(f"hf-spot: {args.url}: {words}\n  Try: {hint}", file=sys.stderr)

@@ -209,7 +209,7 @@ def _check_ended(args: argparse.Namespace, run: Run, state: RunState) -> RunStat
     """Refuse to take a run away from a launch that may be running."""
     from hf_spot.run.copies import has_ended
 
-    if not has_ended(state) and not args.not_running:
+    if not args.not_running and not has_ended(run, state):
         raise ConfigError(
             f"launch {state.launch} of {run.url} has not ended: it may be running",
             hint="end it (Ctrl-C, SIGTERM, hf-spot terminate), or add --not-running if it has died without a word",

@@ -36,7 +36,7 @@ svg { width: 100%; min-width: 38rem; height: auto }
 div { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #8885; white-space: nowrap }
-td:last-child { white-space: normal; min-width: 12rem } td[style*="right"] { min-width: 0 !important }
+td:last-child { white-space: normal; min-width: 9rem } td[style*="right"] { min-width: 0 !important }
 details { margin: .5rem 0 } summary { cursor: pointer }
 p, li { overflow-wrap: anywhere }
 @media (prefers-color-scheme: dark) { body { color: #ddd; background: #161616 } }

@@ -183,9 +183,10 @@ def note_ends(numbers: "list[int]") -> None:
     """Note each signal that this process sends to a process below it, from now on: it ends that, which is no notice.
 
     Args:
-        numbers: of the signals that would mean a notice.
+        numbers: of the signals that would mean a notice; SIGKILL is noted as well, as it would mean a crash.
     """
     plain_kill, plain_killpg = os.kill, os.killpg
+    numbers = [*numbers, _signal.SIGKILL]
 
     def kill(process: int, number: int) -> None:
         if number in numbers and process:

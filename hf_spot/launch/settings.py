@@ -22,6 +22,7 @@ CONFIG = "config"  # the option that names the file
 # What other parts of hf_spot read under this prefix; those that are also options have a meaning without a launch.
 OTHER_VARIABLES = frozenset(
     {
+        "HF_SPOT_MEMORY",
         "HF_SPOT_STORE",
         "HF_SPOT_ON_EVENT",
         "HF_SPOT_GRACE_S",

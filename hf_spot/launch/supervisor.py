@@ -23,6 +23,7 @@ from hf_spot.errors import (
     EXIT_FENCED,
     EXIT_FINISHED,
     EXIT_HUNG,
+    EXIT_KILLED,
     EXIT_PREEMPTED,
     EXIT_USAGE,
     ConfigError,
@@ -40,6 +41,7 @@ from hf_spot.launch.elastic import Elastic, Met
 from hf_spot.launch.folder import RuntimeFolder
 from hf_spot.launch.group import FINISHED, HUNG, Group
 from hf_spot.launch.hangs import HangKeeper
+from hf_spot.launch.left_behind import LeftBehind
 from hf_spot.launch.peers import Host, Peers, Refused, join
 from hf_spot.launch.prefetch import Prefetch, newest_of
 from hf_spot.launch.process import ProcessTree
@@ -434,7 +436,15 @@ class Supervisor:
                 code = self._wait(tree, runtime, folder)
                 self._read_report(runtime)
             told = None if code == EXIT_HUNG else runtime.read_exit_code()
-            return self._conclude(runtime, exit_code(code, told, as_it_is=self._command.as_it_is))
+            code = exit_code(code, told, as_it_is=self._command.as_it_is)
+            if code == EXIT_FINISHED and (lost := runtime.read_lost()):
+                log.error(
+                    "process %d was killed while it trained, and the command went on and ended with 0: its training is not "
+                    "finished. If the system was out of memory, `dmesg` says so",
+                    lost[0],
+                )
+                code = EXIT_KILLED
+            return self._conclude(runtime, code)
 
     def _end(self, tree: ProcessTree) -> None:
         """End the processes of a launch. If this machine goes on with others, they meet while the processes disappear."""
@@ -492,7 +502,7 @@ class Supervisor:
     def _wait(self, tree: ProcessTree, runtime: Runtime, folder: RuntimeFolder) -> int:
         alone_since: float | None = None
         told = ""
-        unhooked = Unhooked(runtime, self._clock)
+        unhooked, left_behind = Unhooked(runtime, self._clock), LeftBehind(runtime, self._clock)
         self._hangs.begin(runtime, self._machines.rank, self._machines.count, self._peers)
         bell = None if self._peers is None else self._peers.bell
         while (code := tree.wait(_TICK_S, bell)) is None:
@@ -501,6 +511,8 @@ class Supervisor:
             self._warm.look(lambda: any(step for _, _, step, _, _ in runtime.read_phases().values()))
             if (stopped := runtime.read_stopped()) is not None:
                 return stopped  # and nothing that would come next in the command runs
+            if (left := left_behind.code(self._training, tree.processes)) is not None:
+                return left
             if self._impatient:
                 log.warning("interrupted twice: killing the training process")
                 return EXIT_INTERRUPTED

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from enum import Enum
 
 from hf_spot.errors import EXIT_FENCED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE
-from hf_spot.timeouts import FIRST_PAUSE_S, IDLE_GRACE_S, LATE_S, LONGEST_PAUSE_S, NEIGHBOUR_FAILED_S, SHORT_PAUSE_S
+from hf_spot.timeouts import (
+    FIRST_PAUSE_S,
+    IDLE_GRACE_S,
+    LATE_S,
+    LEFT_BEHIND_S,
+    LONGEST_PAUSE_S,
+    NEIGHBOUR_FAILED_S,
+    SHORT_PAUSE_S,
+)
 
 
 class Verdict(str, Enum):
@@ -52,6 +60,17 @@ def exit_code(of_command: int, told: int | None, *, as_it_is: bool) -> int:
     if not told or (as_it_is and of_command == EXIT_FINISHED and told not in (EXIT_PREEMPTED, EXIT_FENCED)):
         return of_command
     return told
+
+
+def waits_for_the_rest(since_s: float, *, training: bool | None, may_train: bool) -> bool:
+    """Return whether to wait for the processes that a command has left behind, once it has ended with 0.
+
+    Args:
+        since_s: seconds since then.
+        training: whether a training is running; None if none has begun in this launch.
+        may_train: one of them may be about to begin one.
+    """
+    return training or (training is None and may_train and since_s < LEFT_BEHIND_S)
 
 
 def outlives_s(other: Verdict, drain_timeout_s: float, *, has_begun: bool = True) -> float:

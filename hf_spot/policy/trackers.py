@@ -127,8 +127,8 @@ AIM = Tracker(
     "aim",
     "Aim",
     None,
-    Standing.READ,
-    "the hash of the first launch's run, from the commit; the empty run that Aim's callback begins in each launch stays",
+    Standing.TESTED,
+    "the hash of the first launch's run, from the commit; the empty run that Aim's callback begins in each launch is archived",
     "overwritten: Aim has one value per step",
 )
 DVCLIVE = Tracker(

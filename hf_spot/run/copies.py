@@ -30,9 +30,15 @@ def belongs(key: str) -> bool:
     return _OWN.match(key) is not None
 
 
-def has_ended(state: RunState) -> bool:
-    """Return whether the newest launch has said how it ended; otherwise it may be running."""
-    return state.ended is not None or not state.number
+def has_ended(run: Run, state: RunState) -> bool:
+    """Return whether the newest launch has said how it ended; otherwise it may be running. A run that was only forked or pushed
+    to by hand has none that could."""
+    if state.ended is not None or not state.number:
+        return True
+    try:
+        return state.launch == 1 and run.journal.read(1).data.get("by") == BY_HAND
+    except ObjectNotFound:  # a deletion was interrupted
+        return False
 
 
 def check_source(run: Run) -> RunState:

@@ -231,7 +231,11 @@ class SpotCallback(TrainerCallback):
         if self._losses is not None:
             self._losses.step_ended(self._session.random_states.step_indices())
         self._session.random_states.step_ended()
-        self._set(Moment.STEP_END, self._session.step_ended(state.global_step), args, state, control)
+        decision = self._session.step_ended(state.global_step)
+        if decision is None:  # as after nearly every step: microseconds count here
+            self._save_is_extra = self._save_is_owed = False
+        else:
+            self._set(Moment.STEP_END, decision, args, state, control)
         if control.should_save:
             self._session.commits.save_begins()
 

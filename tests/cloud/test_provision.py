@@ -13,11 +13,12 @@ import pytest
 
 from hf_spot.cloud import orders
 from hf_spot.cloud.ec2 import Cloud
+from hf_spot.cloud.ec2_errors import explain
 from hf_spot.cloud.job import ANY, ON_DEMAND, SPOT, Job, Rung
 from hf_spot.cloud.machine_records import MachineRecords
 from hf_spot.cloud.provision import Provisioner
 from hf_spot.cloud.status import status, terminate
-from hf_spot.errors import CloudError, ConfigError, NoCapacity, SpotError
+from hf_spot.errors import CloudError, ConfigError, NoAnswer, NoCapacity, SpotError, StoreUnavailable
 from hf_spot.run.run import Run
 from tests.cloud.aws import REGIONS, Aws
 
@@ -695,3 +696,47 @@ def test_a_job_file_that_is_wrong_never_reaches_the_cloud(desk: Desk) -> None:
     with pytest.raises(ConfigError):
         desk.change(ladder=())
     assert desk.aws.calls == []
+
+
+# -- a service that does not answer -----------------------------------------------------------------------------------
+
+
+class Away:
+    """EC2 or a store that can't be reached for some requests, from one on."""
+
+    def __init__(self, real: Callable[..., Any], error: SpotError, times: int, first: int = 1) -> None:
+        self.real, self.error, self.left, self.first, self.asked = real, error, times, first, 0
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        self.asked += 1
+        if self.asked >= self.first and self.left:
+            self.left -= 1
+            raise self.error
+        return self.real(*args, **more)
+
+
+def test_ec2_that_does_not_answer_at_first_is_awaited_for_five_minutes(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = Away(Cloud.regions, explain("ConnectionError"), 3)
+    monkeypatch.setattr(Cloud, "regions", lambda *args: away(*args))
+    began = desk.aws.clock.now()
+    assert desk.provisioner().provision() is not None
+    assert timedelta(seconds=7) <= desk.aws.clock.now() - began < timedelta(minutes=2)
+    away.left = 10**6
+    for order in (Provisioner.provision, Provisioner.provision_several, Provisioner.watch):
+        with pytest.raises(NoAnswer) as told:
+            order(desk.provisioner())
+        assert told.value.exit_code == 75
+    away.error, asked = explain("UnauthorizedOperation"), away.asked
+    with pytest.raises(CloudError) as refused:
+        desk.provisioner().provision()
+    assert refused.value.exit_code == 2 and away.asked == asked + 1
+
+
+@pytest.mark.parametrize("error", [explain("RequestLimitExceeded"), StoreUnavailable("no route")])
+def test_what_does_not_answer_after_the_check_lets_a_scheduler_start_again(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, error: SpotError
+) -> None:
+    monkeypatch.setattr(MachineRecords, "refresh", Away(MachineRecords.refresh, error, 1))
+    with pytest.raises(NoAnswer) as told:
+        desk.provisioner().provision()
+    assert told.value.exit_code == 75 and not desk.aws.instances("running")

@@ -114,10 +114,11 @@ def test_a_page_shows_what_is_new(make_checkpoint: Callable[[int], Path], tmp_pa
         run.commit(request, run.upload(make_checkpoint(20), request))
         assert "step 20 committed" in ask("/run/")[2]
         shutil.rmtree(tmp_path / "run")
-        assert ask("/run/")[0] == 404
         made(tmp_path / "run", make_checkpoint, steps=5)  # another run, with as many entries
         made_anew = ask("/run/")[2]
         assert "step 5 committed" in made_anew and "checkpoint-20" not in made_anew
+        shutil.rmtree(tmp_path / "run")
+        assert ask("/run/")[0] == 404
 
 
 def test_what_is_no_run_is_said(make_checkpoint: Callable[[int], Path], tmp_path: Path) -> None:
@@ -199,6 +200,7 @@ def test_without_matplotlib_the_tables_are_shown(
         (["--port", "70000"], "70000 is not a port"),
         (["--interval-s", "0"], "must be positive"),
         (["--port", "TAKEN"], "is in use"),
+        (["--port", "0", "NOWHERE"], "does not exist"),
     ],
 )
 def test_what_can_not_be_served_is_said(
@@ -208,7 +210,8 @@ def test_what_can_not_be_served_is_said(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         words = [str(taken.getsockname()[1]) if word == "TAKEN" else word for word in words]
-        assert main(["serve", str(tmp_path), *words]) == 2
+        url = tmp_path / "no" / "such" / "folder" if words[-1] == "NOWHERE" else tmp_path
+        assert main(["serve", str(url), *[word for word in words if word != "NOWHERE"]]) == 2
     assert said in capsys.readouterr().err
 
 

@@ -66,7 +66,9 @@ def main() -> int:
             # A machine alone would have nobody to share with.
             least, script, kinds = (2, [*script, "--fsdp"], _KEEP_TWO) if options.fsdp else (1, script, KINDS)
             words = ["--num_machines", f"{least}:3", "--warm-spares", options.warm_spares]
-            cluster = Cluster(hosts, str(folder / "run"), _environ(), words, script=script)
+            name = Path("runs", "my-run")
+            (folder / name.parent).mkdir()
+            cluster = Cluster(hosts, str(folder / name), _environ(), words, script=script)
             took = _disturb(cluster, random.Random(options.seed), options.events, kinds)
             slow.unlink()
             codes = cluster.wait()
@@ -75,7 +77,8 @@ def main() -> int:
             difference, again = compare(cluster, twin)
             claims = [entry.data["machines"] for entry in cluster.run().events() if entry.kind == "claim"]
             if options.plot:
-                subprocess.run([sys.executable, "-m", "hf_spot", "report", cluster.url, "--plot", options.plot], check=True)
+                report = [sys.executable, "-m", "hf_spot", "report", str(name), "--plot", str(options.plot.absolute())]
+                subprocess.run(report, cwd=folder, env=_environ(), check=True)  # so that the title is no temporary folder
     print(f"{len(took)} events, {len(claims)} launches of {claims} machines, {len(twin.losses)} steps, of which {again} again")
     print(
         f"each step has the samples and the learning rate of the undisturbed training: order of the data {order_digest(twin)}"

@@ -22,6 +22,7 @@ import time
 import traceback
 from pathlib import Path
 
+from hf_spot import Run
 from tests.engines.rows import ROWS, Row, import_deepspeed
 from tests.engines.train import train
 
@@ -33,7 +34,7 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def _rank(row: Row, folder: Path, stop: str | None, rank: int, ranks: int, port: int) -> None:
+def _rank(row: Row, folder: Path, stop: str | None, rank: int, ranks: int, port: int, *, added: bool) -> None:
     """Be a rank, and end this process."""
     code = 1
     with (folder / f"log-{rank}.txt").open("a") as log:
@@ -43,7 +44,7 @@ def _rank(row: Row, folder: Path, stop: str | None, rank: int, ranks: int, port:
         os.environ |= {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"}
         try:
             faulthandler.dump_traceback_later(TIMEOUT_S * 0.9, exit=False)
-            code = train(row, folder, stop)
+            code = train(row, folder, stop, added=added)
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush()
@@ -51,7 +52,7 @@ def _rank(row: Row, folder: Path, stop: str | None, rank: int, ranks: int, port:
     os._exit(code)  # gloo's threads sometimes abort a process whose interpreter is ending
 
 
-def launch(row: Row, folder: Path, stop: str | None, ranks: int) -> list[int]:
+def launch(row: Row, folder: Path, stop: str | None, ranks: int, *, added: bool = False) -> list[int]:
     """Train on some ranks, and return their exit codes."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "notice").unlink(missing_ok=True)
@@ -59,7 +60,7 @@ def launch(row: Row, folder: Path, stop: str | None, ranks: int) -> list[int]:
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
-            _rank(row, folder, stop, rank, ranks, port)
+            _rank(row, folder, stop, rank, ranks, port, added=added)
         children.append(child)
     deadline, codes = time.monotonic() + TIMEOUT_S, dict.fromkeys(children, 124)
     waiting = list(children)
@@ -97,8 +98,14 @@ def last_words(folder: Path) -> str:
     return lines[-1][:200] if lines else "no error"
 
 
-def play(name: str, folder: Path) -> str:
-    """Train a row, and return what is wrong with it; empty if nothing is."""
+def play(name: str, folder: Path, *, added: bool = False) -> str:
+    """Train a row, and return what is wrong with it; empty if nothing is.
+
+    Args:
+        name: of the row.
+        folder: for everything that is written.
+        added: the cadence adds a save after each step.
+    """
     row = ROWS[name]
     spot, later = folder / "spot", row.later_ranks or row.ranks
     if row.refused:
@@ -122,13 +129,18 @@ def play(name: str, folder: Path) -> str:
         return f"undisturbed it ended with {codes}: {last_words(folder / 'plain')}"
     for stop in (*row.stops, "", ""):
         wanted = 0 if not stop else 75 if stop.startswith("notice") else -9
-        codes = launch(row, spot, stop, row.ranks)
+        codes = launch(row, spot, stop, row.ranks, added=added)
         if codes != [wanted] * row.ranks:
             return f"the launch with {stop or 'no stop'} ended with {codes}: {last_words(spot)}"
         if wanted == 0 and endings(spot, row.ranks) != endings(folder / "plain", row.ranks):
             return f"it ends with {endings(spot, row.ranks)}, not {endings(folder / 'plain', row.ranks)}"
     if files(spot) != files(folder / "plain"):
         return f"its checkpoint has the files {files(spot)}, not {files(folder / 'plain')}"
+    reasons = [entry.data["reason"] for entry in Run(str(spot / "run")).events() if entry.kind == "commit"]
+    if ("cadence" in reasons) != added:
+        return f"its commits have the reasons {reasons}"
+    if left := [path.name for path in (spot / "out" / ".hf_spot").glob("saves/*/*")]:
+        return f"added saves are left: {left}"
     return "" if told(spot) == told(folder / "plain") else "its log lines differ"
 
 
@@ -136,6 +148,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.engines", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="parts of the names of rows (all)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave everything that was written there")
+    parser.add_argument("--added", action="store_true", help="a save after each step, of which only hf_spot learns")
     options = parser.parse_args()
     chosen = [name for name in ROWS if not options.names or any(part in name for part in options.names)]
     if importlib.util.find_spec("deepspeed") is not None:
@@ -148,7 +161,7 @@ def main() -> int:
         if row.needs and importlib.util.find_spec(row.needs) is None:
             result, why = "skipped", f"needs {row.needs}: see CONTRIBUTING.md"
         else:
-            why = play(name, folder / str(number))
+            why = play(name, folder / str(number), added=options.added)
             result = "WRONG" if why else "refused" if row.refused else "named" if row.says else "identical"
         wrong += result == "WRONG"
         shown = "" if row.refused and not row.later_ranks else " ".join(row.stops)

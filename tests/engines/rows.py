@@ -188,7 +188,13 @@ def divided_by_transformers(output_dir: Path) -> Trainer:
     return Trainer(model=loaded, args=args, train_dataset=data())
 
 
+def replicated(output_dir: Path) -> Trainer:
+    """Return a training with DDP."""
+    return Trainer(model=model(), args=settings(output_dir), train_dataset=data())
+
+
 ROWS: dict[str, Row] = {
+    "DDP": Row(replicated),
     "FSDP2": Row(fsdp),
     "FSDP2, whole state": Row(lambda folder: fsdp(folder, state="FULL_STATE_DICT")),
     "FSDP2, parameters on the CPU": Row(offloaded),

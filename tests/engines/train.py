@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_spot import SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.errors import ConfigError
+from hf_spot.training.trainer.save_schedule import Cadence
 from tests.engines.rows import Row
 from tests.waiting import wait_for
 
@@ -64,15 +65,18 @@ def parts(model: Any) -> str:
     return digest.hexdigest()
 
 
-def train(row: Row, folder: Path, stop: str | None) -> int:
+def train(row: Row, folder: Path, stop: str | None, *, added: bool = False) -> int:
     """Train, and return the exit code of this rank.
 
     Args:
         row: what to train.
         folder: for everything that is written.
         stop: ``notice@5``, ``kill@8`` or empty; None trains without hf_spot.
+        added: the cadence adds a save after each step.
     """
     torch.set_num_threads(1)
+    if added:
+        Cadence.is_due = lambda self: True  # type: ignore[method-assign]
     try:
         trainer: Trainer = row.make(folder / "out")
         trainer.add_callback(Told(folder / "told.jsonl"))

@@ -1,8 +1,9 @@
 """``python -m tests.frontends``: commands that people type, undisturbed, under ``hf-spot launch``, preempted and killed.
 
 Every case is trained four times: undisturbed, without hf_spot; under ``hf-spot launch``; with a SIGTERM and the same command
-again; with a kill -9 of all its processes and the same command again. All four must end with the same weights, to the bit. It
-takes about half an hour. A case whose packages are missing says so; those of front ends that need an environment of their own
+again; with a kill -9 of all its processes and the same command again. Those on several ranks also lose one of them, by
+a kill -9 and by an exception, and are started again by the launch. All must end with the same weights, to the bit. It takes
+about an hour. A case whose packages are missing says so; those of front ends that need an environment of their own
 run where ``--python`` names its Python, in which hf_spot must be installed, too:
 
     python -m tests.frontends --python /tmp/llamafactory/bin/python --only llamafactory

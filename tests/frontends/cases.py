@@ -26,6 +26,7 @@ class Case:
         quick: the test suite runs it, too.
         weights: pattern of the files with the final weights, below ``{out}``.
         environ: variables that it needs besides.
+        ranks: it has several, and its launcher ends the others when one of them fails.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Case:
     quick: bool = False
     weights: str = "*.safetensors"
     environ: Mapping[str, str] = field(default_factory=dict)
+    ranks: bool = False
 
 
 TRL = (
@@ -44,6 +46,7 @@ EXAMPLE = (
     "--output_dir {out} --do_train --do_eval --per_device_train_batch_size 4 --num_train_epochs 2 --save_steps 5 "
     "--eval_strategy steps --eval_steps 5 --logging_steps 1 --report_to none --use_cpu --learning_rate 1e-3 --seed 1"
 )
+RANKS = "torchrun --master_port {port} --nproc_per_node 2"
 DEEPSPEED = "deepspeed --master_port {port} --num_gpus 2"
 ON_CPU = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}  # of DeepSpeed
 SCRIPT = "--output_dir {out}/train --weights {out} --step_s 0.05"
@@ -53,20 +56,34 @@ CASES = [
     Case("python-m", f"python -m plain {SCRIPT}"),
     Case("bash", f"bash train.sh {SCRIPT}"),
     Case("executable", f"./train.sh {SCRIPT}"),
-    Case("torchrun", f"torchrun --master_port {{port}} --nproc_per_node 2 plain.py {SCRIPT}"),
+    Case("torchrun", f"{RANKS} plain.py {SCRIPT}", ranks=True),
     Case("accelerate", f"accelerate launch --cpu --num_processes 1 plain.py {SCRIPT}"),
     Case("bash-torchrun", f"bash ranks.sh {{port}} {SCRIPT}"),
-    Case("torchrun-fsdp2", "torchrun --master_port {port} --nproc_per_node 2 engine.py FSDP2 {out}"),
-    Case("deepspeed", f"{DEEPSPEED} engine.py ZeRO-2 {{out}}", ("deepspeed",), environ=ON_CPU),
-    Case("deepspeed-zero3", f"{DEEPSPEED} engine.py 'ZeRO-3, not gathered' {{out}}", ("deepspeed",), environ=ON_CPU),
+    Case("torchrun-fsdp2", f"{RANKS} engine.py FSDP2 {{out}}", ranks=True),
+    Case("deepspeed", f"{DEEPSPEED} engine.py ZeRO-2 {{out}}", ("deepspeed",), environ=ON_CPU, ranks=True),
+    Case(
+        "deepspeed-zero3", f"{DEEPSPEED} engine.py 'ZeRO-3, not gathered' {{out}}", ("deepspeed",), environ=ON_CPU, ranks=True
+    ),
     Case(
         "accelerate-deepspeed",
         "accelerate launch --use_deepspeed --zero_stage 2 --main_process_port {port} --num_processes 2 engine.py ZeRO-2 {out}",
         ("deepspeed",),
         environ=ON_CPU,
+        ranks=True,
     ),
     Case("run-clm", f"python examples.py clm --model_name_or_path tiny --train_file texts.txt {EXAMPLE}"),
     Case("run-glue", f"python examples.py glue --model_name_or_path tiny-bert --train_file pairs.json {EXAMPLE}"),
+    Case("run-clm-ranks", f"{RANKS} examples.py clm --model_name_or_path tiny --train_file texts.txt {EXAMPLE}", ranks=True),
+    Case(
+        "run-glue-ranks",
+        f"{RANKS} examples.py glue --model_name_or_path tiny-bert --train_file pairs.json {EXAMPLE}",
+        ranks=True,
+    ),
+    *(
+        Case(f"loop-{kind}", f"{RANKS} loops.py {kind} {{out}}", ranks=True)
+        for kind in ("nlp", "streams-by-shard", "streams-by-sample", "streams-dispatched", "streams-split")
+    ),
+    Case("loop-nlp-from-a-state", "bash resumed.sh {port} nlp {out}"),
     Case("trl-sft", f"trl sft --dataset_name ./sft --max_length 64 {TRL}", ("trl",), quick=True),
     Case("trl-sft-lora", f"trl sft --dataset_name ./sft --max_length 64 --use_peft --lora_r 4 {TRL}", ("trl", "peft")),
     Case("trl-dpo", f"trl dpo --dataset_name ./preferences {TRL}", ("trl",)),

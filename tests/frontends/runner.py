@@ -27,6 +27,8 @@ from tests.zygote import SCRIPTS_FORK, Zygote
 SLOW = Path(__file__).parent / "slow"
 LONGEST_S = 600.0
 STEP_S = 0.25
+WAYS, WAYS_OF_RANKS = ("launch", "preempted", "killed"), ("rank_killed", "rank_raises")
+RAISES = "raise-once"  # a file of that name: rank 1 deletes it, and raises
 OF_TIME = ("time", "per_sec", "speed", "memory", "spot/")  # parts of the names of values that no two runs have in common
 
 
@@ -56,7 +58,8 @@ class Outcome:
         if self.skipped:
             return f"skip  {self.case.name}: {self.skipped}"
         told = (
-            "; ".join(f"{way}: {what}" for way, what in self.wrong.items()) or "the same weights and results in all four ways"
+            "; ".join(f"{way}: {what}" for way, what in self.wrong.items())
+            or f"the same weights and results in all {'six' if self.case.ranks else 'four'} ways"
         )
         return f"{'ok' if self.ok else 'FAIL':5} {self.case.name} ({self.seconds:.0f} s): {told}"
 
@@ -99,8 +102,9 @@ class Runner:
         self._environ = {**os.environ, "PATH": path, "PYTHONPATH": str(SLOW), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         self._environ |= case.environ
 
-    def run(self, ways: tuple[str, ...] = ("launch", "preempted", "killed")) -> Outcome:
-        """Train undisturbed and in each of the ways, and return what became of it."""
+    def run(self, ways: tuple[str, ...] = ()) -> Outcome:
+        """Train undisturbed and in each of the ways, or in all of them, and return what became of it."""
+        ways = ways or (*WAYS, *(WAYS_OF_RANKS if self._case.ranks else ()))
         began, wrong = time.monotonic(), {}
         command = [str(self._python), "make_models.py"]
         with self._forking():
@@ -154,6 +158,30 @@ class Runner:
         code, log = self._end(self._launched("killed"))
         return f"exit code {code}, see {log}" if code else self._unfinished("killed", log, "resuming from step")
 
+    def _rank_killed(self) -> str:
+        return self._after_a_crash("rank_killed", lambda process: self._rank_1(process).kill())
+
+    def _rank_raises(self) -> str:
+        return self._after_a_crash("rank_raises", lambda process: (self._folder / RAISES).touch())
+
+    def _after_a_crash(self, way: str, crash: Callable[[psutil.Popen], object]) -> str:
+        process = self._launched(way, slowly=True, restarts=1)
+        if not self._wait_for_commit(process, way):
+            return f"nothing was committed before the end, see {self._log}"
+        crash(process[0])
+        code, log = self._end(process)
+        if (self._folder / RAISES).exists():
+            return f"no rank has raised, see {log}"
+        if "starting again" not in log.read_text(errors="replace"):
+            return f"it was not started again, see {log}"
+        return f"exit code {code}, see {log}" if code else self._unfinished(way, log, "resuming from step")
+
+    @staticmethod
+    def _rank_1(process: psutil.Popen) -> psutil.Process:
+        """Return rank 1 of a launch: the last process that has its number, below launchers that have it as well."""
+        ranks = [one for one in process.children(recursive=True) if one.environ().get("RANK") == "1"]
+        return max(ranks, key=lambda one: len(one.parents()))
+
     # -- one command --------------------------------------------------------------------------------------------------
 
     def _words(self, way: str) -> list[str]:
@@ -167,7 +195,7 @@ class Runner:
         # What hf_spot has no part in need not be fresh.
         return self._start([str(self._python), program, *words[1:]], {SCRIPTS_FORK: "1"}, forks=True)
 
-    def _launched(self, way: str, *, slowly: bool = False) -> tuple[psutil.Popen, Path]:
+    def _launched(self, way: str, *, slowly: bool = False, restarts: int = 0) -> tuple[psutil.Popen, Path]:
         (self._folder / "after-the-training").unlink(missing_ok=True)
         start = [
             str(self._python),
@@ -177,7 +205,7 @@ class Runner:
             "--store",
             str(self._folder / f"run-{way}"),
             "--max-restarts",
-            "0",
+            str(restarts),
         ]
         return self._start([*start, *self._words(way)], {"FRONTENDS_STEP_S": str(STEP_S)} if slowly else {})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import socket
 import threading
 import time
@@ -122,6 +123,18 @@ def test_without_one_that_dies_the_others_go_on_at_once(world: World) -> None:
     assert time.monotonic() - began < 1.0
     assert world.all_meet(first[0], first[1]) == first[:2]
     assert [claim["machines"] for claim in world.claims()] == [3, 2]
+
+
+def test_the_bell_of_each_rings_when_another_one_has_ended(world: World) -> None:
+    first = world.all_meet(*(world.add() for _ in range(3)))
+    groups = [one.met.group for one in first[:2] if isinstance(one.met, Met)]
+    assert select.select([one.bell for one in groups], [], [], 0.0)[0] == []
+    first[2].elastic.close("killed")
+    for one in groups:
+        assert select.select([one.bell], [], [], PATIENCE_S)[0]
+        one.bell.silence()
+        assert one.ended() == Ended(2, Verdict.LOST, 1)
+    assert select.select([one.bell for one in groups], [], [], 0.0)[0] == []
 
 
 def test_without_machine_0_another_one_claims_the_run(world: World) -> None:

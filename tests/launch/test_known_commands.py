@@ -203,6 +203,55 @@ def test_the_exit_code_of_a_command_is_that_of_the_launch(launcher: Launcher, tm
     assert launch.wait() == code, launch.text()
 
 
+# Trainings without torch: what the launcher learns of one is a file.
+REPORTS = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+report = Path(os.environ["HF_SPOT_RUNTIME_DIR"], f"training-{os.getpid()}")
+report.touch()
+"""
+IS_KILLED = f"{REPORTS}os.kill(os.getpid(), signal.SIGKILL)"
+IS_LONG = f"{REPORTS}time.sleep(1.0); Path('trained').touch(); report.write_text('ended'); time.sleep(600)"
+FAILS_LATE = f"""{REPORTS}
+while not report.with_name("command-ended").exists():
+    time.sleep(0.01)
+report.with_name(f"failed-{{os.getpid()}}").touch()
+"""
+KILLS = f"""
+import os, subprocess, sys, time
+from pathlib import Path
+child = subprocess.Popen([sys.executable, "-c", {f"{REPORTS}Path('begun').touch(); time.sleep(600)"!r}])
+while not Path("begun").exists():
+    time.sleep(0.01)
+child.kill()
+child.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "shell", "ends", "told"),
+    [
+        pytest.param(IS_KILLED, "{}; touch after", 137, "was killed while it trained", id="killed, and the shell goes on"),
+        pytest.param(KILLS, "{}; touch after", 0, "", id="killed by a program that has started it"),
+        pytest.param(IS_LONG, "{} &", 0, "has left a training behind: waiting for it", id="in the background"),
+        pytest.param(
+            IS_KILLED.replace("os.kill", "time.sleep(1); os.kill"), "{} &", 137, "was killed while", id="killed there"
+        ),
+        pytest.param(FAILS_LATE, "{} &", 1, "ended with 1", id="fails in the background"),
+    ],
+)
+def test_a_training_that_dies_or_outlives_its_command_is_not_taken_for_a_success(
+    launcher: Launcher, tmp_path: Path, code: str, shell: str, ends: int, told: str
+) -> None:
+    (tmp_path / "train.py").write_text(code)
+    command = ["sh", "-c", shell.format(f"{sys.executable} train.py")]
+    launch = launcher.start_known(str(tmp_path / "run"), command, options=["--max-restarts", "0"])
+    assert launch.wait() == ends, launch.text()
+    assert told in launch.text()
+    assert (tmp_path / "after").exists() == ("after" in shell)
+    assert (tmp_path / "trained").exists() == (code is IS_LONG)
+
+
 IN_A_ROW = (
     SETUP
     + """

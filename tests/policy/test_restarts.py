@@ -15,6 +15,7 @@ from hf_spot.policy.restarts import (
     patience_s,
     pause_s,
     steps_in_words,
+    waits_for_the_rest,
 )
 
 
@@ -123,3 +124,20 @@ def test_a_machine_that_is_not_started_again_is_left_behind(
     other: Verdict, code: int, own_code: int | None, left: bool
 ) -> None:
     assert has_left(other, code, own_code) is left
+
+
+@pytest.mark.parametrize(
+    ("since_s", "training", "may_train", "waits"),
+    [
+        (0.0, None, True, True),  # a daemon that still imports torch
+        (59.9, None, True, True),
+        (60.0, None, True, False),  # it is none that trains
+        (0.0, None, False, False),
+        (1e6, True, False, True),  # a training takes as long as it takes
+        (0.0, False, True, False),  # what is left after a training is a server, such as TensorBoard
+    ],
+)
+def test_what_a_command_has_left_behind_is_waited_for_while_it_trains_or_may_begin_to(
+    since_s: float, training: bool | None, may_train: bool, waits: bool
+) -> None:
+    assert waits_for_the_rest(since_s, training=training, may_train=may_train) is waits

@@ -259,6 +259,10 @@ def test_a_fork_begins_at_the_step(above: str, make_checkpoint: Make, capsys: py
     assert [(one.step, one.reason) for one in run.checkpoints()] == [(5, "from")]
     assert old.state().launch == 1
     assert call(capsys, "runs", "fork", old.url, f"{above}/new")[0] == 2
+    assert call(capsys, "runs", "rm", old.url, "--dry-run")[0] == 2  # its launch may be running
+    assert call(capsys, "runs", "rm", run.url, "--dry-run")[0] == 0  # nobody has launched it
+    run.claim({"by": "test"})
+    assert call(capsys, "runs", "rm", run.url, "--dry-run")[0] == 2
 
 
 def test_prune_can_be_tried(make_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

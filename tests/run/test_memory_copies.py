@@ -319,6 +319,9 @@ def test_with_too_little_memory_the_disk_alone_serves_and_one_line_says_so(
     tier.saved(save(tmp_path), REQUEST, lambda: 0)
     wait_for(lambda: (tmp_path / ".hf_spot" / "whole-1-10.json").exists(), "for the record")
     assert steps(halves) == [10]
+    tier.saved(save(tmp_path, 15), replace(REQUEST, step=15), lambda: 0, in_memory=False)  # the machine goes
+    wait_for(lambda: (tmp_path / ".hf_spot" / "whole-1-15.json").exists(), "for the record")
+    assert steps(halves) == [10]
     big = save(tmp_path, 20)
     (big / "optimizer.pt").write_bytes(bytes(20_000))
     for step, folder in ((20, big), (30, save(tmp_path, 30))):

@@ -63,7 +63,7 @@ class Case:
     draws_over: bool = False
 
 
-ALL = ("wandb", "mlflow", "trackio", "tensorboard", "comet_ml", "dvclive")  # swanlab 0.10 fails in Trainer's callback
+ALL = ("wandb", "mlflow", "trackio", "tensorboard", "comet_ml", "dvclive", "aim")  # swanlab 0.10 fails in Trainer's callback
 OWN = ("wandb", "mlflow", "trackio", "swanlab")
 LATE = ("wandb", "swanlab")  # offline they write late: a killed loop loses its newest lines
 IDS = {
@@ -74,7 +74,7 @@ IDS = {
 CASES = (
     Case("trainer", "trainer", ALL),
     Case("ids", "trainer", ("wandb", "mlflow", "comet_ml"), ids=IDS),
-    Case("several", "several", ("wandb", "mlflow", "trackio", "tensorboard", "comet_ml"), runs=2, stops=(8, 48, 58)),
+    Case("several", "several", ("wandb", "mlflow", "trackio", "tensorboard", "comet_ml", "aim"), runs=2, stops=(8, 48, 58)),
     Case("script", "script", OWN),
     Case("loop", "loop", OWN, draws_over=True),
 )

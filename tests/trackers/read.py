@@ -108,8 +108,23 @@ def dvclive(folder: Path, project: str) -> Runs:
         return {"dvclive": [(int(one["step"]) + 1, float(one["loss"])) for one in csv.DictReader(file, delimiter="\t")]}
 
 
+def aim(folder: Path, project: str) -> Runs:
+    """What Aim shows: runs that are not archived. A run that was killed can only be read as one that is continued."""
+    from aim import Repo, Run
+
+    repo, found = Repo.from_path(str(folder)), {}
+    for hash in repo.list_all_runs():
+        run = Run(hash, repo=repo, system_tracking_interval=None, capture_terminal_logs=False, log_system_params=False)
+        curve = [one for one in run.metrics() if one.name == "loss" and not one.context.to_dict()]
+        if not run.archived:
+            rows = [] if not curve else curve[0].dataframe().itertuples()
+            found[run.hash] = [(int(row.step), float(row.value)) for row in rows]
+        run.close()
+    return found
+
+
 READERS: dict[str, Callable[[Path, str], Runs]] = {
-    one.__name__: one for one in (wandb, wandb_rows, mlflow, trackio, tensorboard, swanlab, comet_ml, dvclive)
+    one.__name__: one for one in (wandb, wandb_rows, mlflow, trackio, tensorboard, swanlab, comet_ml, dvclive, aim)
 }
 
 

@@ -43,13 +43,16 @@ def trainer(folder: Path, reports: list[str], options: argparse.Namespace, numbe
         "logging_steps": 1,
         "save_steps": SAVE_STEPS,
         "save_total_limit": 2,
-        "report_to": reports,
+        "report_to": [one for one in reports if one != "aim"],
         "use_cpu": True,
         "disable_tqdm": True,
         "project": options.project,  # of Trackio
         "trackio_static_space_id": False,
     }
     callbacks: list[TrainerCallback] = [Told(folder, options.step_s, (number - 1) * STEPS)]
+    if "aim" in reports:  # whose callback is its own; it and Comet can't both take over the terminal
+        kind = importlib.import_module("aim.hugging_face").AimCallback
+        callbacks.append(kind(repo=str(folder), experiment=options.project, capture_terminal_logs=False))
     return Trainer(
         model=model,
         args=TrainingArguments(str(folder / f"out-{number}"), **settings),  # type: ignore[arg-type]

@@ -227,6 +227,23 @@ class AsyncCheckpointWriter:
         else:
             write()
 
+    def call(self, path: Path, write: Callable[[], None]) -> None:
+        """Have a file written by a function that reads nothing that may change: behind the training within `capturing`.
+
+        Args:
+            path: of the file.
+            write: writes it, perhaps in another thread.
+        """
+        if threading.get_ident() == self._owner:
+            self._keep_for_later(str(path), write)
+        else:
+            write()
+
+    @staticmethod
+    def ours() -> AbstractContextManager[None]:
+        """Let this thread look at files within the block that are not written yet, without waiting for them."""
+        return Unwritten.ours()
+
     def telling(self) -> AbstractContextManager[None]:
         """Let code within the block, which is told of a save and may read it, wait until its files are written.
 

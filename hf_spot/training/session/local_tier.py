@@ -122,16 +122,17 @@ class LocalTier:
         if self._keeps:
             self._keeper.submit(lambda: self._run.journal.run_id)
 
-    def saved(self, folder: Path, request: CommitRequest, committed_step: Callable[[], int]) -> None:
-        """Record, in the background, that all files of a checkpoint are written. Called on the leader of each disk.
+    def saved(self, folder: Path, request: CommitRequest, committed_step: Callable[[], int], *, in_memory: bool = True) -> None:
+        """Keep and record a checkpoint in the background, because all its files are written. Called on the leader of each disk.
 
         Args:
             folder: this disk's part of the checkpoint.
             request: as it was submitted for upload.
             committed_step: returns the newest committed step of the training that this process knows of.
+            in_memory: keep a copy in memory, too. After a notice that would only delay the upload: the launcher ends as well.
         """
         self._newest_step = request.step
-        if self._keeps:
+        if self._keeps and in_memory:
             self._under_way = [self._keeper.submit(self._keep, folder, request, committed_step)]
         else:
             self._under_way = [self._recorder.submit(self._record, folder, request, committed_step)]

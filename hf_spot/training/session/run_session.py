@@ -518,7 +518,8 @@ class RunSession:
             part = replace(request, details=details, part=self.disk.index, parts=self.disk.count)
             self.uploader.submit(folder, part, elsewhere)
             if self._local is not None and stays:
-                self._local.saved(folder, replace(part, attempt=self._attempt), lambda: self.committed_step)
+                recorded, goes_on = replace(part, attempt=self._attempt), self._preempted is None
+                self._local.saved(folder, recorded, lambda: self.committed_step, in_memory=goes_on)
             self._size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         except OSError as error:
             log_always(logging.ERROR, "%s can't be queued for upload; training goes on: %s", folder, error)

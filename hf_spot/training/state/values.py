@@ -257,7 +257,8 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 def state_of(generator: Generator) -> Any:
     """Return the state of a generator as a value."""
     if isinstance(generator, torch.Generator):
-        return bytes_of(generator.get_state())
+        state = generator.get_state()  # numbers in the host's memory, also of a device's generator
+        return ctypes.string_at(state.data_ptr(), state.numel())
     if isinstance(generator, numpy.random.Generator):
         return _plain(generator.bit_generator.state)
     if isinstance(generator, numpy.random.RandomState):

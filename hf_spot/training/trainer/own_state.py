@@ -55,6 +55,10 @@ class SavedTensors:
         with TORCH_SAVE.replaced(torch, noting), FLATTEN.replaced(safetensors.torch, noting):
             yield
 
+    def note(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Record tensors that are written to a file in another way."""
+        self._note(tensors)
+
     def _note(self, obj: Any) -> None:
         if self._everything:
             return

@@ -35,6 +35,7 @@ from hf_spot.training.saving.later_copies import LaterCopies
 from hf_spot.training.saving.live_tensors import LiveTensors, versions_of, weights_written_since
 from hf_spot.training.session.phases import Phases
 from hf_spot.training.trainer.engines import why_written_at_once
+from hf_spot.training.trainer.model_files import ModelFiles
 from hf_spot.training.trainer.own_state import SavedTensors
 from hf_spot.training.upstream import (
     ON_SAVE,
@@ -129,6 +130,7 @@ class Saves:
         self._behind = behind
         self._finish = finish
         self._saved = SavedTensors(trainer)
+        self._model_files = ModelFiles(trainer, behind, self._saved.note, self._say)
         self._failed = failed
         self._is_ours = self._is_adding = self._can_add = self._is_good = False
         self._newest_step = -1
@@ -202,7 +204,8 @@ class Saves:
                 else contextlib.nullcontext()
             )
             self._asked = asked if beside else None
-            with self._forgiving(), self._placed(self._folder.parent), behind, self._saved.recording():
+            later = self._model_files.taken_over() if goes_on else contextlib.nullcontext()
+            with self._forgiving(), self._placed(self._folder.parent), behind, self._saved.recording(), later:
                 self._save(plain_save, *args, **kwargs)
                 self._attempt(self._finish)(self._folder, self._saved)
                 if live is not None:
@@ -406,6 +409,10 @@ class Saves:
     def _tell_touch(self, code: str, touch: str, waited_s: float) -> None:
         if waited_s >= _WORTH_A_LINE_S:
             self._tell(code, f"{code} {touch} of {self._folder.name}, so training waited {waited_s:.2g} s for its files")
+
+    def _say(self, line: str) -> None:
+        if self._agreement.is_main:
+            log.info("%s; said once", line)
 
     def _tell(self, why: str, line: str) -> None:
         """Say once for each reason why training waited for the files of a save."""

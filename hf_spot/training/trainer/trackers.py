@@ -48,6 +48,7 @@ from hf_spot.training.upstream import (
 log = logging.getLogger("hf_spot")
 
 _EVERY_LINE = "epoch"  # in all of Trainer's lines
+_OF_AIM_ITSELF = "__system__"  # how the names of its values of the machine begin
 _SET_UP = {
     table.WANDB: WANDB_SET_UP,
     table.MLFLOW: MLFLOW_SET_UP,
@@ -172,7 +173,10 @@ class Trackers:
             )
 
     def _name_aim(self, callback: Any) -> None:
-        """Continue the run of the commit. Aim's callback begins one when a Trainer is created, so that one is left out."""
+        """Continue the run of the commit. Aim's callback begins one when a Trainer is created, so that one is archived.
+
+        Aim shows no archived runs unless it is asked to. It can't delete one whose files are open.
+        """
         self._named[table.AIM.key] = table.AIM
         earlier = self._before.get(table.AIM.key, {}).get("id")
         if self._resumed_step is None or earlier is None or AIM_HASH.of(callback) == earlier:
@@ -181,6 +185,8 @@ class Trackers:
         if begun is not None:
             if AIM_HASH.of(callback) is None:  # the script has passed a run of its own
                 return
+            logged = [one["name"] for one in begun.collect_sequence_info(("metric",))["metric"]]
+            begun.archived = all(name.startswith(_OF_AIM_ITSELF) for name in logged)  # not what the script has logged to it
             callback.close()
         AIM_RUN.set(callback, None)
         AIM_HASH.set(callback, earlier)

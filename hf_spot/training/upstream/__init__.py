@@ -371,6 +371,14 @@ SAVE_MODEL = _method(
     "training.trainer.saves",
     "a script that reads files right after its own save_model may find them incomplete",
 )
+SAVE_PRETRAINED = _method(
+    "transformers.modeling_utils:PreTrainedModel",
+    "save_pretrained",
+    "save_directory, is_main_process, state_dict, …",
+    "training.trainer.model_files",
+    "training waits while the files of the model are prepared",
+    told=True,
+)
 SAVE_OPTIMIZER = _method(
     _TRAINER,
     "_save_optimizer_and_scheduler",
@@ -507,7 +515,12 @@ SERIALIZATION_SETTINGS = _value(
 FILE_LIKE = _attribute("torch.serialization:_opener", "file_like", "training.saving.async_writer", _WAITS, told=True)
 WRITE_RECORD = _method("torch._C:PyTorchFileWriter", "write_record", "…", "training.saving.async_writer", _WAITS, told=True)
 SERIALIZE_FILE = _function(
-    "safetensors.torch", "serialize_file", "tensor_dict, filename, metadata", "training.saving.async_writer", _WAITS, told=True
+    "safetensors.torch",
+    "serialize_file",
+    "tensor_dict, filename, metadata",
+    "training.saving.async_writer training.trainer.model_files",
+    _WAITS,
+    told=True,
 )
 FLATTEN = _function(
     "safetensors.torch",
@@ -522,7 +535,7 @@ TENSOR_SPEC = _name(
     "safetensors.torch",
     "TensorSpec",
     "*, dtype, shape, data_ptr, data_len",
-    "training.saving.async_writer",
+    "training.saving.async_writer training.trainer.model_files",
     _WAITS,
     told=True,
 )

@@ -1,4 +1,4 @@
-"""Slow a training down, so that it can be disturbed; also the user's own ``sitecustomize``, which hf_spot's must not hide."""
+"""Slow a training down, and let a rank fail; also the user's own ``sitecustomize``, which hf_spot's must not hide."""
 
 import os
 import sys
@@ -16,7 +16,15 @@ class Slower:
             self.is_done = True
             from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-            register_optimizer_step_pre_hook(lambda *_: time.sleep(float(os.environ["FRONTENDS_STEP_S"])))
+            register_optimizer_step_pre_hook(before_step)
+
+
+def before_step(*_):  # type: ignore[no-untyped-def]
+    """Wait, and raise once in rank 1 if a file asks for it."""
+    time.sleep(float(os.environ["FRONTENDS_STEP_S"]))
+    if os.environ.get("RANK") == "1" and os.path.exists("raise-once"):
+        os.unlink("raise-once")
+        raise RuntimeError("this rank fails once")
 
 
 if "FRONTENDS_STEP_S" in os.environ:

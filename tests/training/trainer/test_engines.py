@@ -22,6 +22,11 @@ def play(zygote: Zygote, folder: Path, *rows: str) -> str:
     return played.stdout
 
 
+def test_saves_that_are_added_after_each_step_of_two_ranks_change_nothing(zygote: Zygote, tmp_path: Path) -> None:
+    table = play(zygote, tmp_path, "--added", "DDP")
+    assert "1 rows, 0 not as they must be" in table
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed: see CONTRIBUTING.md")
 def test_a_zero_3_training_is_exact_and_not_resumed_with_other_ranks(zygote: Zygote, tmp_path: Path) -> None:
     table = play(zygote, tmp_path, "ZeRO-3, not gathered", "another number of ranks")
