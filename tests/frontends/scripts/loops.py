@@ -81,6 +81,7 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--resume_from_checkpoint", type=Path)
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     loader, divided = training_data(options.kind, batch=4)
     accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**divided))
