@@ -26,7 +26,7 @@ NAMESPACES = (types.SimpleNamespace, collections.UserDict, collections.UserList,
 WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
 _MOST_BYTES = 1 << 20
 _SYNCHRONIZED = (multiprocessing.sharedctypes.SynchronizedBase,)
-_CTYPES: tuple[Any, ...] = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure)
+_CTYPES: tuple[Any, ...] = (ctypes.c_int.__base__, ctypes.Array, ctypes.Structure)
 _QUEUES = (queue.Queue, queue.LifoQueue, queue.PriorityQueue)
 _CONTAINERS = (list, dict, set, collections.deque)
 

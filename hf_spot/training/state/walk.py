@@ -70,6 +70,7 @@ _HOOKS_OF_TENSORS = ("_post_accumulate_grad_hooks", "_backward_hooks")
 _IN_STATE_DICT = frozenset(
     ("state", "param_groups", "defaults", "base_lrs", "last_epoch", "_step_count", "_last_lr", "optimizer")
 )
+_CACHE = type(functools.lru_cache(len))  # the class of functions whose results are kept
 _STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -236,7 +237,7 @@ class Walk:
         if isinstance(value, type) and put is not None:
             yield Found(path, "value", value, put)
             return
-        if isinstance(value, functools._lru_cache_wrapper):
+        if isinstance(value, _CACHE):
             if draws_by_name(value.__wrapped__):  # what it has drawn is kept where nobody can read it
                 yield Found(path, "opaque", value.cache_info()[1:])
             yield from self.function(path, value.__wrapped__, depth)
