@@ -91,7 +91,7 @@ class Story:
         """Kill a process of the training after a step, and wait until it has gone on."""
         launch.wait_for_step(step)
         victim = random.Random(step).choice(launch.trainings())
-        lines, before = len(launch.lines()), time.time()
+        lines, before, older = len(launch.lines()), time.time(), set(launch.tree())
         victim.kill()
         psutil.wait_procs([victim])
         if self.place in (MEMORY, STORE):
@@ -101,7 +101,7 @@ class Story:
         took_s, cpu_s = time.time() - before, 0.0
         for process in launch.tree()[1:]:
             with contextlib.suppress(psutil.Error):
-                if process.create_time() >= before:
+                if process not in older:
                     cpu_s += sum(process.cpu_times()[:2])
         return Kill(step, took_s, cpu_s)
 

@@ -36,6 +36,7 @@ class LoopState:
         loads_best_model: ``load_best_model_at_end``.
         stopping: an earlier decision ends the training for a notice.
         save_is_owed: the training stops within a step, and the step before it has not been saved.
+        end_is_wanted: the script, or its last step, ends the training, whether a notice does so, too, or not.
     """
 
     step: int
@@ -49,6 +50,7 @@ class LoopState:
     loads_best_model: bool = False
     stopping: bool = False
     save_is_owed: bool = False
+    end_is_wanted: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,8 @@ def _at_epoch_end(state: LoopState) -> Flags:
 
 
 def is_complete(state: LoopState) -> bool:
-    """Return whether a save is the last one of its training: all steps are done, or it ends without a notice."""
-    return state.step >= state.max_steps or (state.should_training_stop and not state.stopping)
+    """Return whether a save is the last one of its training: all steps are done, or it would end without a notice, too."""
+    return state.step >= state.max_steps or state.end_is_wanted or (state.should_training_stop and not state.stopping)
 
 
 def reason_of_save(state: LoopState, added: str | None) -> str:

@@ -47,6 +47,7 @@ class _Job:
     size_bytes: int
     queued: float
     files: list[FileEntry] | None = None  # set once they are uploaded
+    is_written: bool = False  # the journal may have its commit
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -170,6 +171,23 @@ class Uploader:
             number += 1
         self._times[key] = number + 1
         return apart
+
+    def complete(self, training: int, step: int) -> bool:
+        """Let the commit of a submitted checkpoint say that it is the last one of its training.
+
+        Args:
+            training: number of the training.
+            step: optimizer steps done.
+
+        Returns:
+            Whether there is such a checkpoint whose commit is still to be written.
+        """
+        with self._changed:
+            jobs = [*self._waiting, *([self._current] if self._current else [])]
+            found = [job for job in jobs if (job.request.training, job.request.step) == (training, step) and not job.is_written]
+            for job in found:
+                job.request = replace(job.request, complete=True)
+            return bool(found)
 
     def hurry(self, *, give_way: bool) -> None:
         """Upload the newest checkpoint first from now on, because the machine is being taken away.
@@ -369,7 +387,9 @@ class Uploader:
         sent_bytes = self._run.sent.total - self._told_bytes
         details = {**(job.request.details or {}), "upload_s": round(self._clock() - job.queued, 3)}
         details["sent_bytes"] = sent_bytes + sum(file.size for file in others)
-        entry = self._run.commit(replace(job.request, details=details), files + others, id=job.id)
+        with self._changed:
+            job.is_written, request = True, replace(job.request, details=details)
+        entry = self._run.commit(request, files + others, id=job.id)
         self._told_bytes += sent_bytes
         return entry
 

@@ -26,13 +26,21 @@ from hf_spot.policy.rollback import to_data
 from hf_spot.policy.trainer_flags import LoopState, Moment, flags_for, is_complete, reason_of_save
 from hf_spot.run.checkpoint import CommitRequest
 from hf_spot.runtime import STORE_VARIABLE, Runtime
-from hf_spot.training.data.worker_processes import shield
+from hf_spot.training.data.worker_processes import seeded_before, shield
 from hf_spot.training.session.notebook import shows_errors
 from hf_spot.training.state.carried import CarriedState
 from hf_spot.training.trainer.accumulation import Accumulation
-from hf_spot.training.trainer.batch_size import batches, from_details, to_details
+from hf_spot.training.trainer.batch_size import (
+    CUT,
+    accumulation_changed,
+    batches,
+    from_details,
+    tell_of_accumulation,
+    tell_of_cut,
+    to_details,
+)
 from hf_spot.training.trainer.entry import Entry
-from hf_spot.training.trainer.evaluation import Evaluations, Stopped
+from hf_spot.training.trainer.evaluation import Evaluations, Stopped, workers_are_unknown
 from hf_spot.training.trainer.gradients import WaitingGradients
 from hf_spot.training.trainer.held_errors import HeldErrors
 from hf_spot.training.trainer.log_window import LogWindow
@@ -54,11 +62,14 @@ from hf_spot.training.trainer.streams import StreamReader, random_streams_named,
 from hf_spot.training.trainer.trackers import Trackers
 from hf_spot.training.trainer.trainer_session import TrainerSession
 from hf_spot.training.trainer.trials import is_pruned, prepared, report_again
+from hf_spot.training.trainer.wanted_end import WantedEnd
 from hf_spot.training.trainer.weights import all_weights_loaded
 from hf_spot.training.upstream import check
 from hf_spot.training.upstream.name import Scope
 
 log = logging.getLogger("hf_spot")
+
+_PLANNED = "max_steps_planned"  # in details of a commit: what a callback has changed since
 
 
 class SpotCallback(TrainerCallback):
@@ -110,6 +121,13 @@ class SpotCallback(TrainerCallback):
         self._trackers: Trackers | None = None
         self._stream: StreamReader | None = None
         self._gradients: WaitingGradients | None = None
+        self._wanted_end: WantedEnd | None = None
+        self._newest_request: CommitRequest | None = None
+        self._accumulation_began = 1
+        self._accumulation_told = False
+        self._planned_steps = 0
+        self._epoch_was_cut = False
+        self._abandons_step = False
         self.resume_from_checkpoint: str | None = None
         _entry.install(Trainer)
 
@@ -126,6 +144,11 @@ class SpotCallback(TrainerCallback):
         if self._session.best_folder is not None:
             state.best_model_checkpoint = str(self._session.best_folder)
         self._saves.watch()
+        self._planned_steps = state.max_steps
+        if self._session.restored is not None:
+            details = self._session.restored.details
+            if details.get(_PLANNED) == state.max_steps:  # a callback had changed it since
+                state.max_steps = details["max_steps"]
         self._session.commits.expect(self._saves.size_bytes)
         if not self._saves.can_add:
             self._session.commits.add_none(f"{type(self._session.trainer).__name__}._save_checkpoint is the script's own")
@@ -184,12 +207,8 @@ class SpotCallback(TrainerCallback):
         )
         if decision is None:
             return
-        warn_for_all("step %d is interrupted; the next launch repeats it", state.global_step + 1)
         self._set(Moment.SUBSTEP_END, decision, args, state, control)
-        if self._save_is_owed:
-            self._accumulation.rewind()
-            if self._gradients is not None:
-                self._gradients.abandon_step()
+        self._abandons_step = True
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -251,6 +270,12 @@ class SpotCallback(TrainerCallback):
         if state.global_step == self._saved_step and not (self._newest_is_ours and is_complete(loop)):
             return
         self._saved_step, self._newest_is_ours = state.global_step, self._saves.is_ours
+        self._newest_request = None
+        accumulation = (self._accumulation_began, args.gradient_accumulation_steps)
+        changed = {} if exact is not None else accumulation_changed(*accumulation)
+        if changed and not self._accumulation_told:
+            self._accumulation_told = True
+            tell_of_accumulation(*accumulation, self._session.run_session.run.url)
         self._end_is_saved = is_complete(loop)
         request = CommitRequest(
             step=state.global_step,
@@ -262,6 +287,8 @@ class SpotCallback(TrainerCallback):
             details={
                 "evaluation_pending": self._evaluation_pending(args, state, loop),
                 "max_steps": state.max_steps,
+                **({} if self._planned_steps == state.max_steps else {_PLANNED: self._planned_steps}),
+                **({CUT: True} if self._epoch_was_cut else {}),
                 "finite": self._saves.is_known_finite,
                 "described": self._session.known.described,
                 "output_dir": str(self._session.run_session.output_dir),
@@ -271,10 +298,12 @@ class SpotCallback(TrainerCallback):
                 "fingerprint": {} if self._proof is None else self._proof.newest,
                 "passed_over": to_data(self._session.passed_over),
                 "trackers": {} if self._trackers is None else self._trackers.places(),
+                **changed,
                 **(to_details(batches(self._session.trainer)) if exact is None else exact.to_details()),
             },
         )
         self._session.commits.saved(self._saves.folder, request)
+        self._newest_request = request
         self._added = None
         if self._stopping:
             state.best_model_checkpoint = None  # as in `on_epoch_end`, which may have been called already
@@ -283,16 +312,57 @@ class SpotCallback(TrainerCallback):
         """Set the flags for Trainer's last log line, evaluation and save, after the last epoch or an early stop."""
         if self._session is None:
             return
-        ends = is_complete(self._loop_state(args, state, control)) or control.should_training_stop
+        ends = is_complete(self._loop_state(args, state, control)) or control.should_training_stop or self._stopping
         self._session.run_session.phases.tell(Phase.FINISHING if ends else Phase.DATA)
         if self._saves is not None:
             self._saves.step_ended()
-        if control.should_training_stop and self._saves is not None:
+        if (control.should_training_stop or self._stopping) and self._saves is not None:
             self._saves.settle()  # the best model may be loaded from a file
         self._set(Moment.EPOCH_END, None, args, state, control)
         self._epoch_has_ended = True
         if control.should_save:
             self._session.commits.save_begins()
+
+    def _event_ended(self, event: str, control: TrainerControl) -> None:
+        """Act on what other callbacks have decided in an event, in whatever order they are called."""
+        if self._session is None or self._wanted_end is None or self._saves is None:
+            return
+        wanted, step = self._wanted_end.is_wanted, self._session.trainer.state.global_step
+        if control.should_epoch_stop and not self._epoch_was_cut:
+            self._epoch_was_cut = True
+            tell_of_cut(self._session.run_session.run.url)
+        if event == "on_substep_end":
+            self._end_within_step(step, wanted=wanted)
+        elif event == "on_epoch_end" and wanted and not control.should_save:  # a later callback may have asked for it
+            self._set(Moment.EPOCH_END, None, self._session.trainer.args, self._session.trainer.state, control)
+            if control.should_save:
+                self._session.commits.save_begins()
+        if event in ("on_save", "on_epoch_end") and wanted and self._saved_step == step:
+            request, self._newest_request = self._newest_request, None
+            if request is not None and not request.complete:
+                self._end_is_saved = True
+                self._session.commits.completed(self._saves.folder, request)
+
+    def _end_within_step(self, step: int, *, wanted: bool) -> None:
+        """End the training after a micro-batch that is not the last one of its step, if somebody wants that.
+
+        Args:
+            step: the optimizer steps done.
+            wanted: the script does, so that the step is never repeated.
+        """
+        assert self._saves is not None and self._accumulation is not None
+        abandons, self._abandons_step = self._abandons_step, False
+        if wanted:
+            if step and step == self._saved_step:  # what the micro-batches have changed since belongs to the end
+                self._saves.remove_newest()
+                self._saved_step = -1
+            self._save_is_owed = self._save_is_owed or (abandons and step > 0)
+        elif abandons:
+            warn_for_all("step %d is interrupted; the next launch repeats it", step + 1)
+            if self._save_is_owed:
+                self._accumulation.rewind()
+                if self._gradients is not None:
+                    self._gradients.abandon_step()
 
     # -- around train() -----------------------------------------------------------------------------------------------
 
@@ -316,9 +386,12 @@ class SpotCallback(TrainerCallback):
     ) -> Any:
         url = self._store or os.environ.get(STORE_VARIABLE) or str(trainer.args.output_dir)
         self._saved_step, self._stopping, self._evaluation_skipped, self._save_is_owed = -1, False, False, False
+        self._newest_request, self._abandons_step, self._accumulation_told = None, False, False
+        self._epoch_was_cut = False
         session = TrainerSession(trainer, url, self.args, self._runtime, output_dir)
         with contextlib.closing(session):
             folder = session.begin(resume_from_checkpoint)
+            self._accumulation_began = trainer.args.gradient_accumulation_steps
             carried = own_state(trainer)
             carried.look()
             if session.restored is not None:
@@ -332,6 +405,7 @@ class SpotCallback(TrainerCallback):
                 in_search=trial is not None,
             )
             session.run_session.closing.callback(trackers.close)
+            shield(self.args)
             if session.restored is not None and session.nothing_left:
                 log.info(
                     "step %d was the last one: the finished training %d is loaded, and nothing is left to train",
@@ -345,33 +419,40 @@ class SpotCallback(TrainerCallback):
                 if trial is not None:
                     report_again(trainer, trial, Path(str(folder)))
                 own = functools.partial(carried.restore, without="data.")  # the loader was the finished training's own
-                return load_finished(
-                    trainer,
-                    Path(str(folder)),
-                    session.restored,
-                    session.best_folder,
-                    own,
-                    trackers.set_up,
-                    told=told,
-                    trial=trial,
-                )
+                with session.random_states.evaluations_kept(Path(str(folder))) as workers_known:
+                    were_there = not workers_known and workers_are_unknown(trainer, Path(str(folder)))
+                    with seeded_before(were_there):
+                        return load_finished(
+                            trainer,
+                            Path(str(folder)),
+                            session.restored,
+                            session.best_folder,
+                            own,
+                            trackers.set_up,
+                            told=told,
+                            trial=trial,
+                        )
+            restored_to = None if session.restored is None else Path(str(folder))
+            closing = session.run_session.closing
+            workers_known = closing.enter_context(session.random_states.evaluations_kept(restored_to))
             if session.restored is not None:
                 self._saved_step = session.restored.step
                 session.random_states.resume(functools.partial(self._make_up, trial))
                 if trial is not None:
                     report_again(trainer, trial, Path(str(folder)))
             trackers.name(session.restored.step if session.restored else None)
-            shield(self.args)
             self._session = session
             if session.exact is not None:
                 session.exact.watch()
             passed_over = PassedOver(trainer, session.passed_over)
             passed_over.watch()
             losses = None if session.teller is None else StepLosses(trainer, session.teller)
+            wanted_end = self._wanted_end = WantedEnd(trainer, self._event_ended)
             self._log_window = LogWindow(
                 trainer,
                 lambda: self._stopping,
                 lambda: self._save_is_extra,
+                lambda: wanted_end.is_wanted,
                 _learn_nothing if losses is None else losses.learned,
                 self._step_is_over,
             )
@@ -383,6 +464,7 @@ class SpotCallback(TrainerCallback):
                 functools.partial(self._evaluation_was_cut, trainer),
                 self._resumed_folder(session),
                 session.run_session.phases,
+                workers_known=workers_known,
             )
             self._gradients = WaitingGradients(trainer)
             stream = self._stream = StreamReader(trainer, session.random_states.begin_behind)
@@ -401,7 +483,6 @@ class SpotCallback(TrainerCallback):
                 session.run_session.phases,
             )
             self._resumed_epoch_is_ahead = session.restored is not None
-            restored_to = None if session.restored is None else Path(str(folder))
             self._events = ResumedEvents(
                 trainer, self, carried, self._evaluations, lambda: self._stopping, session.place, restored_to
             )
@@ -418,11 +499,12 @@ class SpotCallback(TrainerCallback):
                     losses.watch()
                 with (
                     all_weights_loaded(trainer),
-                    batches_skipped(session.random_states.watch_skipping),
+                    batches_skipped(session.random_states.watch_skipping, session.random_states.trained_batches_passed),
                     random_streams_named(trainer),
                     self._stream_resumed(trainer, session),
                     stream.resumed(restored_to),
                     held.held(),
+                    wanted_end.watched(),
                 ):
                     result = train(trainer, folder, trial, *args, **kwargs)
                 if losses is not None:
@@ -452,7 +534,7 @@ class SpotCallback(TrainerCallback):
                     passed_over.close()
                 self._session = self._evaluations = self._accumulation = self._saves = self._log_window = self._losses = None
                 stream.close()
-                self._events = self._trackers = self._stream = self._gradients = None
+                self._events = self._trackers = self._stream = self._gradients = self._wanted_end = None
             return result
 
     def _resumed_folder(self, session: TrainerSession) -> Path | None:
@@ -486,6 +568,7 @@ class SpotCallback(TrainerCallback):
             loads_best_model=bool(args.load_best_model_at_end or args.metric_for_best_model),
             stopping=self._stopping,
             save_is_owed=self._save_is_owed,
+            end_is_wanted=self._wanted_end is not None and self._wanted_end.is_wanted,
         )
 
     def _set(
@@ -497,9 +580,11 @@ class SpotCallback(TrainerCallback):
             self._addition_is_due = True
             return
         self._save_is_extra = bool(flags.should_save) and not control.should_save
-        for name in ("should_save", "should_evaluate", "should_log", "should_training_stop"):
+        for name in ("should_save", "should_evaluate", "should_log"):
             if (value := getattr(flags, name)) is not None:
                 setattr(control, name, value)
+        if flags.should_training_stop and self._wanted_end is not None:
+            self._wanted_end.stop(control)
         self._added, self._save_is_owed = flags.added, flags.owes_save
         self._stopping = self._stopping or bool(decision and flags.should_training_stop)
         self._evaluation_skipped = self._evaluation_skipped or flags.skips_evaluation
@@ -638,6 +723,7 @@ def _restore_own_state(session: TrainerSession, carried: CarriedState, proof: Pr
         folder: the checkpoint, or None for a new training.
         last: whether nothing changes the state before the first step any more.
     """
+    carried.look("data.")  # the loader is made by then, too
     carried.look("model.")  # `model_init` creates the model after the training has begun
     if folder is None:
         return

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import resource_tracker
@@ -35,6 +35,7 @@ _plain_loop = WORKER_LOOP.find()
 _plain_start = START_WORKERS.find()
 
 _would_be_there = False
+_given: Callable[[Any], WorkerStates | None] | None = None
 _signals: tuple[signal.Signals, ...] = ()
 
 
@@ -68,12 +69,29 @@ def seeded_before(would_be_there: bool) -> Iterator[None]:
         _would_be_there = before
 
 
+@contextmanager
+def starts_given(states_for: Callable[[Any], WorkerStates | None]) -> Iterator[None]:
+    """Give states to the workers of other loaders than the training's that start within the block.
+
+    Args:
+        states_for: returns them for a loader whose workers start; None leaves its workers alone.
+    """
+    global _given
+    before, _given = _given, states_for
+    try:
+        yield
+    finally:
+        _given = before
+
+
 def _start(self: Any, loader: Any) -> None:
     states = _states_of(loader)
+    persisted = states is None and _would_be_there and loader.persistent_workers
+    states = states or (None if _given is None else _given(loader))
     init, generator = loader.worker_init_fn, loader.generator
     if states is not None:
         loader.worker_init_fn = states.to_worker(loader)
-    persisted = states.seeded_before if states is not None else _would_be_there and loader.persistent_workers
+        persisted = persisted or states.seeded_before
     if persisted:  # their seed must not be drawn from the training's generator a second time
         loader.generator = torch.Generator()
     try:

@@ -19,6 +19,7 @@ import os
 import struct
 import time
 import uuid
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ class Worker:
         depth: depth of the ring.
         first: initial states by worker; None keeps those from the seed.
         room_bytes: as in `Ring`.
+        newest_only: write only what the worker has reached, in the place of the state at the start of an iteration.
     """
 
     def __init__(
@@ -116,9 +118,13 @@ class Worker:
         depth: int,
         first: list[bytes] | None,
         room_bytes: int = 0,
+        *,
+        newest_only: bool = False,
     ) -> None:
         self._init, self._path, self._workers, self._depth, self._first = init, path, workers, depth, first
         self._room_bytes = room_bytes
+        self._newest_only = newest_only
+        self._id = 0
         self._side = DataSide()
         self._side_began: dict[str, Any] = {}
 
@@ -130,6 +136,7 @@ class Worker:
 
     def __call__(self, worker_id: int) -> None:
         """Initialize the worker: torch calls this in the worker, before the first batch."""
+        self._id = worker_id
         if self._init is not None:
             self._init(worker_id)
         if self._first is not None:
@@ -146,7 +153,7 @@ class Worker:
 
     def made(self, batch: int) -> None:
         """Write the state after a batch."""
-        self._ring.write(batch, self._own())
+        self._ring.write(self._id - self._workers if self._newest_only else batch, self._own())
 
     def _own(self) -> bytes:
         if self._side.is_empty or (now := self._side.capture()) == self._side_began:
@@ -191,13 +198,15 @@ class WorkerStates:
     """Saves and resumes workers' states in the training process.
 
     Args:
-        folder: local folder for the file that workers and training share.
+        folder: local folder for the file that workers and training share; None for one in memory, which ends with this object.
         ahead: number of batches that the training may have fetched beyond those that a save counts.
+        newest_only: keep only what each worker has reached, whatever it has made.
     """
 
-    def __init__(self, folder: Path, ahead: int) -> None:
+    def __init__(self, folder: Path | None, ahead: int, *, newest_only: bool = False) -> None:
         self._folder = folder
         self._ahead = ahead
+        self._newest_only = newest_only
         self._path: Path | None = None
         self._ring: Ring | None = None
         self._workers = 0
@@ -217,13 +226,12 @@ class WorkerStates:
     def to_worker(self, loader: Any) -> Worker:
         """Return what replaces a loader's ``worker_init_fn`` when its workers start."""
         self._workers = loader.num_workers
-        depth = (loader.prefetch_factor or 2) + self._ahead + 3
-        make_private(self._folder)
+        depth = 1 if self._newest_only else (loader.prefetch_factor or 2) + self._ahead + 3
         self._forget_file()
-        self._path = self._folder / f"workers-{uuid.uuid4().hex}"
+        path = self._path = self._new_file()
         side = side_of(loader.dataset, loader.collate_fn)
         room_bytes = 0 if side.is_empty else max(_ROOM_BYTES, 4 * len(json.dumps(to_json(side.capture()))))
-        self._ring = Ring(self._path, self._workers, depth, room_bytes)
+        self._ring = Ring(path, self._workers, depth, room_bytes)
         first, self._first = self._first or None, None
         self._shift = self._shift_ahead
         if first is not None and len(first) != self._workers:
@@ -235,7 +243,16 @@ class WorkerStates:
                 len(first),
             )
             first = None
-        return Worker(loader.worker_init_fn, self._path, self._workers, depth, first, room_bytes)
+        newest_only = self._newest_only
+        return Worker(loader.worker_init_fn, path, self._workers, depth, first, room_bytes, newest_only=newest_only)
+
+    def _new_file(self) -> Path:
+        if self._folder is None:
+            memory = os.memfd_create("hf_spot-workers")
+            weakref.finalize(self, os.close, memory).atexit = False
+            return Path(f"/proc/{os.getpid()}/fd/{memory}")
+        make_private(self._folder)
+        return self._folder / f"workers-{uuid.uuid4().hex}"
 
     def save(self, path: Path, handed_out: int) -> None:
         """Write the states of all workers to a file of the checkpoint.
@@ -261,6 +278,14 @@ class WorkerStates:
             if states:
                 self._go_on(states, found["handed_out"] if middle else -found["shift"])
                 self._shift_ahead = (found["shift"] + found["handed_out"]) % len(states) if middle else 0
+
+    def go_on_with(self, states: list[bytes]) -> None:
+        """Start the next workers with the result of `newest`."""
+        self._first = states
+
+    def newest(self) -> list[bytes]:
+        """Return what each worker has reached, if only that is kept; an empty list if it is unknown."""
+        return [] if self._ring is None else self._read(0)
 
     def go_on(self, handed_out: int) -> None:
         """Start the workers of the next epoch with the states at the end of a resumed one, which had a separate loader."""
@@ -294,6 +319,6 @@ class WorkerStates:
         self._forget_file()
 
     def _forget_file(self) -> None:
-        if self._path is not None:
+        if self._path is not None and self._folder is not None:
             with contextlib.suppress(FileNotFoundError):
                 self._path.unlink()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import copy
 import json
 import logging
 import operator
+import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,14 +20,26 @@ import torch
 
 from hf_spot.errors import CorruptCheckpoint
 from hf_spot.training.state.iterators import position_of
-from hf_spot.training.state.values import copy_of, decode, encode, mark_of, new_generator, put_into, set_state, state_of
-from hf_spot.training.state.walk import Found, Walk
+from hf_spot.training.state.values import (
+    copy_of,
+    decode,
+    encode,
+    mark_of,
+    mark_of_data,
+    new_generator,
+    put_into,
+    set_state,
+    state_of,
+)
+from hf_spot.training.state.walk import Found, Walk, is_of_script, set_attribute
 
 log = logging.getLogger("hf_spot")
 
 FOLDER = "hf_spot_state"  # in a checkpoint; neither Trainer nor `from_pretrained` reads it
 _FORMAT = 1
 _UNREADABLE = object()  # in place of the mark of an object whose `state_dict` raises
+_CLASS = ".__class__"  # at the end of a path: the class of an object
+_KEYS = re.compile(r"\[[^\]]*\]")
 _SHOWN = 4  # paths, in one line
 
 
@@ -94,7 +110,7 @@ class CarriedState:
             only: prefix of the paths to keep.
         """
         for found in self._all(self._walk()):
-            wanted = found.path.startswith(only) and found.kind in ("value", "generator", "state")
+            wanted = found.path.startswith(only) and found.kind in ("value", "generator", "state", "adapted")
             if wanted and found.path not in self._kept and (mark := _mark(found)) is not _UNREADABLE:
                 self._kept[found.path] = (mark, copy_of(_current(found)))
 
@@ -140,7 +156,7 @@ class CarriedState:
             known = self._carried | self._written_to
             if not is_trained and found.path not in known and mark == self._began.get(found.path):
                 continue
-            if found.kind in ("long", "iterator"):
+            if found.kind in ("long", "iterator", "opaque"):
                 lost.append(found.path)
                 continue
             try:
@@ -181,8 +197,9 @@ class CarriedState:
         if fresh and not self._rank:
             log.info("also saved with each checkpoint, because it changes and Trainer does not save it: %s", _in_words(fresh))
         for path in lost:
-            if path not in self._named:
-                self._named.add(path)
+            kind = _KEYS.sub("[]", path)  # of the items of one list or dictionary, one is enough
+            if not {path, kind} & self._named:
+                self._named |= {path, kind}
                 owner = path.rpartition(".")[0]
                 log.warning(
                     "%s changes in this training and can't be saved: it is reset in a resumed run. Give %s a state_dict(), or "
@@ -233,15 +250,22 @@ class CarriedState:
             if file.with_suffix(".safetensors").exists():
                 tensors |= safetensors.torch.load_file(file.with_suffix(".safetensors"))
         self._carried.update(written)
-        walk = self._walk()
-        here = {found.path: found for found in self._all(walk)}
-        homeless = []
+        decoded: dict[str, Any] = {}
         for path, told in written.items():
             try:
-                value = decode(told["value"], tensors)
+                decoded[path] = decode(told["value"], tensors)
             except (KeyError, TypeError, ValueError) as error:
                 raise CorruptCheckpoint(f"{checkpoint.name}/{FOLDER}: {path} can't be read ({error!r})") from error
-            place = here.get(path) or _item(path, here)
+        walk = self._walk()
+        here = {found.path: found for found in self._all(walk)}
+        missing = [path for path in written if path.endswith(_CLASS) and path not in here]
+        created = [_create(path.removesuffix(_CLASS), decoded[path], here, walk) for path in missing]
+        if any(created):
+            walk = self._walk()
+            here = {found.path: found for found in self._all(walk)}
+        homeless = []
+        for path, told in written.items():
+            value, place = decoded[path], here.get(path) or _item(path, here)
             if place is None and isinstance(told["value"], dict) and told["value"].get("mapping") == "defaultdict":
                 put = False  # nobody but the script knows its factory
             else:
@@ -273,12 +297,18 @@ class CarriedState:
 def _current(found: Found) -> Any:
     if found.kind == "generator":
         return state_of(found.value)
+    if found.kind == "adapted":
+        return found.value.get()
     return found.value.state_dict() if found.kind == "state" else found.value
 
 
 def _mark(found: Found) -> Any:
     if found.kind == "long":
-        return len(found.value)
+        return mark_of_data(found.value)
+    if found.kind == "opaque":
+        return found.value
+    if found.kind == "adapted":
+        return mark_of(found.value.get())
     if found.kind == "iterator":
         return position_of(found.value)
     if found.kind != "state":
@@ -318,6 +348,51 @@ def _item(path: str, here: Mapping[str, Found]) -> Found | None:
     return None
 
 
+def _create(path: str, kind: Any, here: Mapping[str, Found], walk: Walk) -> bool:
+    """Create an object that the script creates later in an uninterrupted run; return whether it has a place.
+
+    Its attributes are restored next. A model is a copy of one of its class that is here.
+
+    Args:
+        path: its path.
+        kind: its class.
+        here: what this launch has, by path.
+        walk: that has found it.
+    """
+    if not isinstance(kind, type) or not (is_of_script(kind) or issubclass(kind, torch.nn.Module)):
+        return False
+    try:
+        if issubclass(kind, torch.nn.Module):
+            like = next((one for one in walk.owners.values() if type(one) is kind), None)
+            if like is None:
+                return False
+            made: Any = copy.deepcopy(like)
+        else:
+            made = kind.__new__(kind)
+        if path.endswith("]"):
+            of, _, key = path.removesuffix("]").rpartition("[")
+            container = walk.owners.get(of, here[of].value if of in here else None)
+            name = ast.literal_eval(key)
+            if isinstance(container, dict):
+                container[name] = made
+            elif isinstance(container, list) and name == len(container):
+                container.append(made)
+            else:
+                return False
+        elif path in here and here[path].put is not None:
+            here[path].put(made)  # type: ignore[misc]
+        else:
+            owner = walk.owners.get(path.rpartition(".")[0])
+            if owner is None or isinstance(owner, (dict, list, tuple)):
+                return False
+            set_attribute(owner, path.rpartition(".")[2], made)
+    except (AttributeError, TypeError, ValueError, SyntaxError) as error:
+        log.debug("%s: %r", path, error)
+        return False
+    walk.owners[path] = made
+    return True
+
+
 def _put(found: Found | None, path: str, kind: str, value: Any, walk: Walk) -> bool:
     """Put a value in its place; tell whether it has one. A property, or an object that refuses it, is none."""
     try:
@@ -330,17 +405,21 @@ def _put(found: Found | None, path: str, kind: str, value: Any, walk: Walk) -> b
 def _put_there(found: Found | None, path: str, kind: str, value: Any, walk: Walk) -> bool:
     if found is None:
         owner = walk.owners.get(path.rpartition(".")[0])
+        if owner is None:  # a parameter has no truth
+            owner = _class_named(path.rpartition(".")[0])
         is_attribute = path.rpartition(".")[2].isidentifier()  # and no item of one
         if owner is None or kind == "state" or not is_attribute:  # its state is not the object itself
             return False
         if kind == "generator" and (value := new_generator(value)) is None:
             return False
-        setattr(owner, path.rpartition(".")[2], value)  # an uninterrupted run creates it later
+        set_attribute(owner, path.rpartition(".")[2], value)  # an uninterrupted run creates it later
         return True
     if found.kind == "generator":
         set_state(found.value, value)
     elif found.kind == "state":
         found.value.load_state_dict(value)
+    elif found.kind == "adapted":
+        found.value.set(value)
     else:
         held = put_into(found.value, value)
         if held is not found.value:
@@ -348,6 +427,20 @@ def _put_there(found: Found | None, path: str, kind: str, value: Any, walk: Walk
                 return False
             found.put(held)
     return True
+
+
+def _class_named(path: str) -> Any:
+    """Return a class of the script by its full name, of which there are no objects yet; None if there is none."""
+    module = next((one for one in _prefixes(path) if one in sys.modules), None)
+    found: Any = sys.modules.get(module or "")
+    for part in path[len(module or "") :].split(".")[1:]:
+        found = getattr(found, part, None)
+    return found if isinstance(found, type) and is_of_script(found) else None
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ at a save: it is recorded at each draw, and restored together with Python's, num
 from __future__ import annotations
 
 import functools
+import marshal
 import types
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -15,7 +16,8 @@ from typing import Any
 import numpy
 import torch
 
-from hf_spot.training.state.places import Place, places_of
+from hf_spot.training.state.adapters import Adapter, adapter_of
+from hf_spot.training.state.places import PER_LAUNCH, Place, places_of
 from hf_spot.training.state.values import (
     CONTAINERS,
     Generator,
@@ -25,6 +27,7 @@ from hf_spot.training.state.values import (
     is_plain,
     is_tensor,
     marshalled,
+    new_generator,
     put_into,
     set_state,
     state_of,
@@ -34,9 +37,18 @@ from hf_spot.training.state.walk import is_of_script, may_keep_state, per_launch
 
 _MOST_ITEMS = 10_000  # of a container that is copied at each draw
 _MOST_BYTES = 1 << 18
+_OF_TORCH = ("weights", "indices")  # attributes of its samplers and datasets that scripts change
 _NAMES = ("generator", "synchronized_generator")
 # Attributes of the loaders of accelerate and torch, of Trainer's collator, and of hf_spot's wrappers.
 _INSIDE = ("base_dataloader", "batch_sampler", "sampler", "_inner", "collate_fn", "data_collator", "dataset", "datasets")
+
+
+# Of `datasets`: what leads to the functions of `map`, `filter`, `set_transform` and `from_generator`.
+_OF_DATASETS = ("_ex_iterable", "ex_iterable", "ex_iterables", "function", "_format_kwargs", "kwargs")
+
+
+def _is_of_datasets(value: Any) -> bool:
+    return str(type(value).__module__).partition(".")[0] == "datasets"
 
 
 def parts_of(loader: Any) -> Iterator[tuple[str, Any]]:
@@ -53,9 +65,12 @@ def parts_of(loader: Any) -> Iterator[tuple[str, Any]]:
         named[name] += 1
         yield f"data.{name}{'' if named[name] == 1 else f'#{named[name]}'}", one
         attributes = getattr(one, "__dict__", {})
-        for inside in _INSIDE:
-            inner = attributes.get(inside)
-            looked_at += inner if isinstance(inner, (list, tuple)) and inside == "datasets" else [inner]
+        for inside in (*_INSIDE, *_OF_DATASETS):
+            inner = attributes.get(inside) if inside in _INSIDE or _is_of_datasets(one) else None
+            if isinstance(inner, dict):  # of functions, such as the one of `set_transform`
+                looked_at += [value for value in inner.values() if callable(value)]
+                continue
+            looked_at += inner if isinstance(inner, (list, tuple)) and inside in ("datasets", "ex_iterables") else [inner]
         if is_of_script(type(one)):
             looked_at += [inner for inner in attributes.values() if is_of_script(type(inner))]
 
@@ -73,7 +88,7 @@ class DataSide:
         self._places: dict[str, Place] = {}
         self._too_large: set[str] = set()
         self._samplers: set[str] = set()
-        known: set[int] = set()
+        self._known: set[int] = set()
         for path, part in parts:
             if isinstance(part, torch.utils.data.Sampler):
                 self._samplers.add(path)
@@ -81,25 +96,59 @@ class DataSide:
             own = may_keep_state(type(part))
             for name, value in attributes.items():
                 of_torch = name in _NAMES and isinstance(value, torch.Generator)
-                if id(value) not in known and (of_torch or (own and isinstance(value, Generator))):
-                    known.add(id(value))
+                if id(value) not in self._known and (of_torch or (own and isinstance(value, Generator))):
+                    self._known.add(id(value))
                     self._generators[f"{path}.{name}"] = value
             if own:
-                self._attributes.append((path, attributes, per_launch(type(part))))
+                is_of_torch = str(type(part).__module__).startswith("torch.")  # whose sizes are settings, and no state
+                left_out = [name for name in attributes if name not in _OF_TORCH] if is_of_torch else per_launch(type(part))
+                self._attributes.append((path, attributes, left_out))
+                self._add_class(type(part))
             function = getattr(part, "func", part) if isinstance(part, functools.partial) else part
-            function = getattr(function, "__func__", function)
-            if isinstance(function, types.FunctionType) and is_of_script(function):
-                function = unwrapped(function)
-                for place in places_of(function):
-                    self._add_place(f"{place.module or path}.{place.name}", place, known)
+            self._add_function(path, getattr(function, "__func__", function))
 
-    def _add_place(self, path: str, place: Place, known: set[int]) -> None:
+    def _add_function(self, path: str, function: Any) -> None:
+        """Add what a function of the script reaches: its closure, its attributes, global variables, and functions there."""
+        if not isinstance(function, types.FunctionType):
+            return
+        function = unwrapped(function)
+        if id(function) in self._known or not is_of_script(function):
+            return
+        self._known.add(id(function))
+        for place in places_of(function):
+            self._add_place(f"{place.module or path}.{place.name}", place)
+
+    def _add_class(self, kind: type) -> None:
+        """Add what a class of the script keeps for all its objects, and what its methods reach."""
+        for one in kind.__mro__:
+            if not is_of_script(one) or id(one) in self._known:
+                continue
+            self._known.add(id(one))
+            path, left_out = f"{one.__module__}.{one.__qualname__}", per_launch(one)
+            for name, value in list(vars(one).items()):
+                method = getattr(value, "__func__", getattr(value, "fget", value))
+                if isinstance(method, types.FunctionType):
+                    self._add_function(f"{path}.{name}", method)
+                elif not name.startswith("__") and name not in left_out and name != PER_LAUNCH:
+                    get, put = functools.partial(getattr, one, name), functools.partial(setattr, one, name)
+                    self._add_place(f"{path}.{name}", Place(name, get, put))
+
+    def _add_place(self, path: str, place: Place) -> None:
         value = place.get()
         if isinstance(value, Generator):
-            if id(value) not in known:
-                known.add(id(value))
+            if id(value) not in self._known:
+                self._known.add(id(value))
                 self._generators[path] = value
-        elif not isinstance(value, (types.FunctionType, types.ModuleType, type)):
+        elif isinstance(value, types.FunctionType):
+            self._add_function(path, value)
+        elif isinstance(value, type):
+            self._add_class(value)
+        elif is_of_script(type(value)) and hasattr(value, "__dict__"):
+            if id(value) not in self._known and not isinstance(value, torch.nn.Module):
+                self._known.add(id(value))
+                self._attributes.append((path, vars(value), per_launch(type(value))))
+                self._add_class(type(value))
+        elif not isinstance(value, (types.ModuleType, property, staticmethod, classmethod)):
             self._places[path] = place
 
     @property
@@ -130,8 +179,12 @@ class DataSide:
     def _capture(self, path: str, value: Any, states: dict[str, Any]) -> None:
         if is_plain(value):
             states[path] = value
+        elif isinstance(value, Generator) and path not in self._generators:  # which a worker may make only when it begins
+            states[path] = ("generator", type(value).__name__, state_of(value))
         elif path not in self._too_large:
             held = _held(value)
+            if held is None and (adapter := adapter_of(value)) is not None:
+                held = _adapted(adapter)
             if held is None:
                 self._too_large.add(path)
             else:
@@ -143,9 +196,10 @@ class DataSide:
             if path in states:
                 set_state(generator, states[path])
         for path, attributes, _ in self._attributes:
-            for name, value in list(attributes.items()):
-                if f"{path}.{name}" in states and not isinstance(value, Generator):
-                    attributes[name] = _restored(value, states[f"{path}.{name}"])
+            for at, state in states.items():
+                owner, _, name = at.rpartition(".")
+                if owner == path and at not in self._generators:  # an attribute may have been created only after the start
+                    attributes[name] = _restored(attributes.get(name), state)
         for path, place in self._places.items():
             if path in states and path not in self._generators:
                 place.put(_restored(place.get(), states[path]))
@@ -167,10 +221,31 @@ def _held(value: Any) -> Any:
     return None
 
 
+def _adapted(adapter: Adapter) -> Any:
+    """Return the state of an object that keeps a small value inside; None of another one."""
+    state = adapter.get()
+    try:
+        data = marshalled(state)
+    except ValueError:
+        return None
+    return ("adapted", type(state).__name__, data) if len(data) <= _MOST_BYTES else None
+
+
 def _restored(now: Any, held: Any) -> Any:
     if not isinstance(held, tuple):
         return held
     kind, name, *rest = held
+    if kind == "generator":
+        if not isinstance(now, Generator):
+            return new_generator(rest[0])
+        set_state(now, rest[0])
+        return now
+    if kind == "adapted":
+        adapter = adapter_of(now)
+        if adapter is not None:
+            is_container = name in {one.__name__ for one in CONTAINERS}
+            adapter.set(unmarshalled(name, rest[0]) if is_container else marshal.loads(rest[0]))
+        return now
     if kind == "container":
         return put_into(now, unmarshalled(name, rest[0], now))
     shape, data = rest

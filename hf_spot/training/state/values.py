@@ -9,13 +9,17 @@ import datetime
 import decimal
 import enum
 import fractions
+import functools
 import hashlib
 import itertools
+import json
 import marshal
 import math
+import pathlib
 import random
 import sys
 import types
+import uuid
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,6 +36,7 @@ _SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozen
 _MAPPINGS: dict[str, type] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter, "defaultdict": defaultdict}
 CONTAINERS = frozenset((*_SEQUENCES.values(), *_MAPPINGS.values()))
 _NUMBERS = frozenset((bool, int, float, type(None)))
+_KEYS = _NUMBERS | {str}
 _BY_TEXT: dict[str, Callable[[str], Any]] = {
     "complex": complex,
     "Decimal": decimal.Decimal,
@@ -41,6 +46,11 @@ _BY_TEXT: dict[str, Callable[[str], Any]] = {
     "time": datetime.time.fromisoformat,
     "timedelta": lambda text: datetime.timedelta(microseconds=int(text)),
     "device": torch.device,
+    "range": lambda text: range(*json.loads(text)),
+    "slice": lambda text: slice(*json.loads(text)),
+    "PosixPath": pathlib.PosixPath,
+    "PurePosixPath": pathlib.PurePosixPath,
+    "UUID": uuid.UUID,
 }
 _KINDS_BY_TEXT = (
     complex,
@@ -51,6 +61,11 @@ _KINDS_BY_TEXT = (
     datetime.time,
     datetime.timedelta,
     torch.device,
+    range,
+    slice,
+    pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    uuid.UUID,
 )
 
 Generator = torch.Generator | numpy.random.Generator | numpy.random.RandomState | random.Random
@@ -59,7 +74,7 @@ Generator = torch.Generator | numpy.random.Generator | numpy.random.RandomState 
 def is_tensor(value: Any) -> bool:
     """Return whether a value is a tensor with its data in this process."""
     whole = type(value) in (torch.Tensor, torch.nn.Parameter) or isinstance(value, torch.nn.Buffer)
-    return whole and value.layout == torch.strided and not value.is_meta
+    return whole and value.layout == torch.strided and not (value.is_meta or value.is_nested or value.is_quantized)
 
 
 def is_plain(value: Any) -> bool:
@@ -92,7 +107,7 @@ def _is_of_numbers(value: Any) -> bool:
     if type(value) in _MAPPINGS.values():
         if len(value) > _LONGEST_OF_NUMBERS:
             return False
-        return _NUMBERS.issuperset(map(type, value)) and _NUMBERS.issuperset(map(type, value.values()))
+        return _KEYS.issuperset(map(type, value)) and _NUMBERS.issuperset(map(type, value.values()))
     return False
 
 
@@ -126,11 +141,15 @@ def mark_of(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), _sample(value)
     if isinstance(value, numpy.ndarray):
-        return str(value.dtype), value.shape, _sample(torch.from_numpy(numpy.ascontiguousarray(value).view(numpy.uint8)))
+        flat = numpy.ascontiguousarray(value).reshape(-1).view(numpy.uint8)
+        return str(value.dtype), value.shape, (flat if flat.size <= _SMALL else flat[:: flat.size // _SAMPLED | 1]).tobytes()
     if _is_long(value):
         return type(value).__name__, len(value), hashlib.sha256(marshalled(value)).digest()
     if is_named(value):
-        return type(value).__name__, *_name_of(value)
+        return type(value).__name__, *_name_of(value), _code_of(value)
+    if isinstance(value, functools.partial):
+        given = [*value.args, *value.keywords.items()]
+        return "partial", mark_of(value.func), mark_of(given) if is_value(given) else len(given)
     if type(value) in _SEQUENCES.values():
         marks = [mark_of(one) for one in value]
         return type(value).__name__, tuple(sorted(marks, key=repr) if isinstance(value, (set, frozenset)) else marks)
@@ -139,6 +158,19 @@ def mark_of(value: Any) -> Any:
     if isinstance(value, Generator):
         return hashlib.sha256(repr(state_of(value)).encode()).digest()
     return type(value).__name__, repr(value)
+
+
+def mark_of_data(value: Any) -> Any:
+    """Return a mark of a container that is too long to be saved: its length, and a sample of its items as far as they are
+    values."""
+    step = max(1, len(value) // _SAMPLED)
+    if isinstance(value, (set, frozenset)):
+        return len(value)  # their order differs between processes
+    items = value.values() if isinstance(value, dict) else value
+    sample = [
+        one for one in itertools.islice(items, 0, None, step | 1) if not isinstance(one, torch.Tensor) or one.numel() < _SMALL
+    ]
+    return len(value), tuple(mark_of(one) if is_value(one) else type(one).__name__ for one in sample)
 
 
 def _is_long(value: Any) -> bool:
@@ -177,6 +209,15 @@ def unmarshalled(kind: str, data: bytes, now: Any = None) -> Any:
 
 def _name_of(value: Any) -> tuple[str, str]:
     return str(getattr(value, "__module__", None)), str(getattr(value, "__qualname__", None))
+
+
+def _code_of(value: Any) -> str:
+    """Return a digest of what a function does: several of one function may have the same name."""
+    code = getattr(value, "__code__", None)
+    if code is None:
+        return ""
+    constants = [one for one in code.co_consts if isinstance(one, (int, float, str, bytes, type(None)))]
+    return hashlib.sha256(code.co_code + repr((constants, code.co_names)).encode()).hexdigest()[:16]
 
 
 def _by_name(module: str, name: str) -> Any:
@@ -253,6 +294,11 @@ def new_generator(state: Any) -> Generator | None:
     return found
 
 
+def plain_of_bits(state: Any, *, back: bool = False) -> Any:
+    """Return the state of one of numpy's bit generators as a value, or the state that a value tells."""
+    return _arrays(state) if back else _plain(state)
+
+
 def _plain(state: Any) -> Any:
     if isinstance(state, dict):
         return {key: _plain(value) for key, value in state.items()}
@@ -282,13 +328,15 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
         key = f"{name}#{len(tensors)}"
         data = numpy.ascontiguousarray(value)
         tensors[key] = torch.from_numpy(data.reshape(-1).view(numpy.uint8).copy())
-        return {"array": key, "dtype": value.dtype.str, "shape": list(value.shape)}
+        return {"array": key, "dtype": numpy.lib.format.dtype_to_descr(value.dtype), "shape": list(value.shape)}
     if isinstance(value, numpy.generic):
         return {"scalar": encode(numpy.array(value), tensors, name)}
     if isinstance(value, bytes):
         return {"bytes": base64.b64encode(value).decode()}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, enum.Flag):  # several members may be set
+        return {"named": _importable(type(value)), "flags": value.value}
     if isinstance(value, enum.Enum):
         return {"named": _importable(type(value)), "member": value.name}
     if is_named(value):
@@ -309,6 +357,8 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
             inner = [encode(list(one) if kind == "mapping" else one, tensors, name) for one in items]
             found = {kind: type(value).__name__, "items": inner}
             return found | ({"maxlen": value.maxlen} if isinstance(value, deque) else {})
+    if type(value) not in (bool, int, float, str, type(None)):
+        raise TypeError(f"{type(value).__name__} can't be saved")
     return value
 
 
@@ -326,6 +376,8 @@ def _importable(value: Any) -> list[str]:
 def _text_of(value: Any) -> str:
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
+    if isinstance(value, (range, slice)):
+        return json.dumps([value.start, value.stop, value.step])
     return str(value // datetime.timedelta(microseconds=1) if isinstance(value, datetime.timedelta) else value)
 
 
@@ -342,7 +394,7 @@ def decode(written: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return _on(written.get("device", "cpu"), tensors[written["tensor"]])
     if "array" in written:
         data = tensors[written["array"]].numpy().copy()
-        return data.view(numpy.dtype(written["dtype"])).reshape(written["shape"])
+        return data.view(_dtype_of(written["dtype"])).reshape(written["shape"])
     if "scalar" in written:
         return decode(written["scalar"], tensors)[()]
     if "bytes" in written:
@@ -356,6 +408,8 @@ def decode(written: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return float(written["float"])
     if "named" in written:
         found = _by_name(*written["named"])
+        if "flags" in written:
+            return found(written["flags"])
         return found[written["member"]] if "member" in written else found
     if "kind" in written:
         return _BY_TEXT[written["kind"]](written["text"])
@@ -371,6 +425,12 @@ def decode(written: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if written["sequence"] == "deque":
         return deque(items, written["maxlen"])
     return _SEQUENCES[written["sequence"]](items)
+
+
+def _dtype_of(told: Any) -> numpy.dtype[Any]:
+    if isinstance(told, str):
+        return numpy.dtype(told)
+    return numpy.dtype([(name, _dtype_of(kind), *map(tuple, shape)) for name, kind, *shape in told])
 
 
 def _on(device: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -396,6 +456,14 @@ def copy_of(value: Any) -> Any:
     return value
 
 
+def _held_by(mapping: dict[Any, Any], key: Any) -> Any:
+    """Return what a mapping has under a key, made by its factory if it has one; otherwise None."""
+    if key not in mapping and isinstance(mapping, defaultdict) and mapping.default_factory is not None:
+        made = mapping.default_factory()
+        return made if isinstance(made, (dict, list, set, deque)) else None
+    return mapping.get(key)
+
+
 def put_into(old: Any, new: Any) -> Any:
     """Copy ``new`` into ``old`` if possible, so that other references to ``old`` see it; return the object with the new value.
 
@@ -416,7 +484,7 @@ def put_into(old: Any, new: Any) -> Any:
             return old
         return new
     if isinstance(old, dict) and isinstance(new, dict):
-        held = {key: put_into(old[key], value) if key in old else value for key, value in new.items()}
+        held = {key: put_into(_held_by(old, key), value) for key, value in new.items()}
         old.clear()
         old.update(held)
         return old

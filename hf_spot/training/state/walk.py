@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import io
+import random
 import sys
 import sysconfig
+import threading
 import types
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
@@ -15,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
-from hf_spot.training.state.places import Place, places_of
+from hf_spot.training.state.adapters import NAMESPACES, WEAK, Adapter, adapter_of, items_of_weak, opaque_mark_of
+from hf_spot.training.state.places import PER_LAUNCH, Place, draws_by_name, names_per_launch, places_of
 from hf_spot.training.state.values import MOST_ELEMENTS, Generator, is_constant, is_plain, is_tensor, is_value
 
-_DEEPEST = 6
+_DEEPEST = 10
 _OF_MODULES = frozenset(vars(torch.nn.Module()))  # a module's own attributes: parameters, hooks, …
 # Their state is how far they have been read, and a resume reads them again up to there.
 _POSITIONED = (torch.utils.data.DataLoader, torch.utils.data.IterableDataset)
@@ -61,6 +64,7 @@ _OF_PROCESSES = frozenset(
         "httpx",
     )
 )
+_OF_TRAININGS = ("torch.utils.data.sampler", "torch.utils.data.dataset", "torch.distributions")  # parts of them, all the same
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOKS_OF_TENSORS = ("_post_accumulate_grad_hooks", "_backward_hooks")
 _IN_STATE_DICT = frozenset(
@@ -74,8 +78,9 @@ class Found(NamedTuple):  # a save makes thousands, and a dataclass takes three 
 
     Args:
         path: its path, as in code: ``callbacks.Average.of``.
-        kind: ``value``, ``tensor`` (of a module), ``generator``, ``state`` (an object with a ``state_dict``), ``long`` (a
-            container with so many elements that it counts as data), or ``iterator`` (whose position can't be saved).
+        kind: ``value``, ``tensor`` (of a module), ``generator``, ``state`` (an object with a ``state_dict``), ``adapted`` (an
+            `Adapter`), ``long`` (a container with so many elements that it counts as data), ``iterator`` (whose position can't
+            be saved), or ``opaque`` (a mark of what can't be saved).
         value: the current value.
         put: replaces the value; None if it can only be changed in place.
     """
@@ -89,6 +94,8 @@ class Found(NamedTuple):  # a save makes thousands, and a dataclass takes three 
 def is_of_script(kind: Any) -> bool:
     """Return whether a class or a function is the user's: not of an installed package, nor of Python, nor of hf_spot."""
     module = kind.__module__
+    if isinstance(kind, types.FunctionType):  # `functools.wraps` gives a function the module of the one that it wraps
+        module = kind.__globals__.get("__name__", module)
     if module == "__main__":
         return True
     if module is None or module == "builtins" or module.partition(".")[0] == "hf_spot":
@@ -161,7 +168,7 @@ class Walk:
             method = getattr(value, "__func__", getattr(value, "fget", value))
             if isinstance(method, types.FunctionType):
                 yield from self.function(f"{path}.{name}", method, depth)
-            elif not name.startswith("__") and name not in left_out and name != "per_launch":
+            elif not name.startswith("__") and name not in left_out and name != PER_LAUNCH:
                 yield from self.value(f"{path}.{name}", value, _attribute_setter(kind, name), depth)
 
     def function(self, path: str, function: Any, depth: int) -> Iterator[Found]:
@@ -185,7 +192,7 @@ class Walk:
         if depth >= _DEEPEST or not _is_of_script_function(function):
             return
         function = unwrapped(function)
-        if id(function) in self._seen or function.__globals__.get("__name__") != function.__module__:
+        if id(function) in self._seen:
             return
         self._seen.add(id(function))
         self.owners[path] = function
@@ -222,17 +229,27 @@ class Walk:
             yield Found(path, "value", value, put)
             return
         if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
-            if put is not None and not isinstance(value, functools.partial):
+            if put is not None:
                 yield Found(path, "value", value, put)
             yield from self.function(path, value, depth)
+            return
+        if isinstance(value, type) and put is not None:
+            yield Found(path, "value", value, put)
+            return
+        if isinstance(value, functools._lru_cache_wrapper):
+            if draws_by_name(value.__wrapped__):  # what it has drawn is kept where nobody can read it
+                yield Found(path, "opaque", value.cache_info()[1:])
+            yield from self.function(path, value.__wrapped__, depth)
             return
         if id(value) in self._seen or isinstance(value, self._kinds):
             return
         if isinstance(value, torch.nn.Module):
+            if put is not None:
+                yield Found(f"{path}.__class__", "value", type(value))
             yield from self.module(path, value)
             return
         self._seen.add(id(value))
-        if isinstance(value, Generator):
+        if isinstance(value, Generator) and not isinstance(value, random.SystemRandom):  # which has no state
             yield Found(path, "generator", value)
         elif is_value(value):
             yield Found(path, "value", value, put)
@@ -241,12 +258,26 @@ class Walk:
             if isinstance(value, torch.nn.Parameter) and value.grad is not None:
                 # Trainer's `model.zero_grad()` does not reach it: its gradients add up from step to step.
                 yield Found(f"{path}.grad", "value", value.grad, _attribute_setter(value, "grad"))
+        elif (adapter := _adapter_of(value)) is not None:
+            yield Found(path, "adapted", adapter)
+            if is_of_script(type(value)):
+                yield from self.attributes(path, value, depth=depth + 1)
+        elif isinstance(value, NAMESPACES) or type(value) is threading.local:
+            self.owners[path] = value
+            for name, one in list(vars(value).items()):
+                yield from self.value(f"{path}.{name}", one, _attribute_setter(value, name), depth + 1)
+        elif isinstance(value, WEAK):
+            for place, (key, one) in enumerate(items_of_weak(value)):
+                inner = _item_setter(value, key)
+                named = repr(key) if is_value(key) and not isinstance(key, torch.Tensor) else f"{type(key).__name__} {place}"
+                yield from self.value(f"{path}[{named}]", one, inner, depth + 1)
         elif isinstance(value, (set, frozenset, deque)):
             yield Found(path, "long", value)
         elif isinstance(value, (list, tuple, dict)):
             if len(value) > MOST_ELEMENTS:
                 yield Found(path, "long", value)
             elif depth < _DEEPEST:
+                self.owners[path] = value
                 items = list(value.items() if isinstance(value, dict) else enumerate(value))
                 held: Any = _Tuple(value, put) if isinstance(value, tuple) else None
                 for place, (key, one) in enumerate(items):
@@ -267,6 +298,8 @@ class Walk:
             yield from self.attributes(path, value, depth=depth + 1)
         elif _has_state_dict(value) and not isinstance(value, _POSITIONED):
             yield Found(path, "state", value)
+        elif (mark := opaque_mark_of(value)) is not None:
+            yield Found(path, "opaque", mark)
         elif _is_of_library(type(value)) and depth < _DEEPEST:
             yield from self.numbers(path, value, depth=depth + 1)
 
@@ -310,6 +343,7 @@ class Walk:
                 continue
             self._seen.add(id(inner))
             at = f"{path}.{name}" if name else path
+            self.owners[at] = inner
             for key, tensor in (*inner._parameters.items(), *inner._buffers.items()):
                 if tensor is not None and is_tensor(tensor) and id(tensor) not in self._seen:
                     self._seen.add(id(tensor))
@@ -350,17 +384,24 @@ class Walk:
             yield Found(path, "tensor", tensor)
 
 
+def _adapter_of(value: Any) -> Adapter | None:
+    """Return the adapter of an object; None for tensors of libraries, which may be divided among ranks."""
+    if isinstance(value, torch.Tensor) and not is_of_script(type(value)):
+        return None
+    return adapter_of(value)
+
+
 def _is_no_part_of_module(name: str) -> bool:
     return name not in _OF_MODULES
 
 
 def _is_of_script_function(function: Any) -> bool:
-    return isinstance(function, types.FunctionType) and is_of_script(function)
+    return isinstance(function, types.FunctionType) and is_of_script(unwrapped(function))
 
 
 def unwrapped(function: types.FunctionType) -> types.FunctionType:
     """Return a function of the script without what libraries have wrapped around it, as torch does with ``Optimizer.step``."""
-    while function.__globals__.get("__name__") != function.__module__:
+    while not is_of_script(function):
         inner = getattr(function, "__wrapped__", None)
         if not isinstance(inner, types.FunctionType):
             break
@@ -371,6 +412,8 @@ def unwrapped(function: types.FunctionType) -> types.FunctionType:
 def _is_of_library(kind: type) -> bool:
     """Return whether a class comes from an installed package that may keep state of a training in its objects."""
     package = str(kind.__module__).partition(".")[0]
+    if str(kind.__module__).startswith(_OF_TRAININGS):
+        return True
     return package not in _OF_PROCESSES and package not in sys.stdlib_module_names and not issubclass(kind, type)
 
 
@@ -385,7 +428,7 @@ def _is_iterator(value: Any) -> bool:
 
 def per_launch(kind: type) -> Collection[str]:
     """Return the attributes that a class says are each launch's own: ``per_launch = ("began_at",)``."""
-    return {name for one in kind.__mro__ for name in vars(one).get("per_launch", ())}
+    return {name for one in kind.__mro__ for name in names_per_launch(vars(one))}
 
 
 def _slots(kind: type) -> Collection[str]:
@@ -419,7 +462,13 @@ class _Tuple:
 
 
 def _attribute_setter(owner: Any, name: str) -> Callable[[Any], None]:
-    return lambda value: setattr(owner, name, value)
+    return lambda value: set_attribute(owner, name, value)
+
+
+def set_attribute(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute, also of a frozen dataclass: a script replaces such an object, which has no other state."""
+    is_frozen = getattr(getattr(type(owner), "__dataclass_params__", None), "frozen", False)
+    (object.__setattr__ if is_frozen else setattr)(owner, name, value)
 
 
 def _item_setter(container: Any, key: Any) -> Callable[[Any], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -67,6 +68,9 @@ class Commits:
         self.behind = AsyncCheckpointWriter(None if memory_gb is None else int(memory_gb * 1e9), writers, share)
         session.closing.callback(self.behind.close)
         self._cadence = Cadence(trainer, session.arguments, self._is_busy, now, clock)
+        self._lock = threading.Lock()
+        self._submitted: set[int] = set()  # steps
+        self._last_steps: set[int] = set()  # of which their commits shall say so
         self._first_save = FirstSave(trainer, session.arguments, clock)
         self._metrics = Metrics(trainer, {"next_save_in_s": self._cadence.due_in_s})
         session.closing.callback(self._metrics.close)
@@ -190,6 +194,22 @@ class Commits:
             self.behind.then(partial(submit, self._session.agreement))
         self._session.order_uploads()
 
+    def completed(self, folder: Path, request: CommitRequest) -> None:
+        """Let the commit of the newest save say that it is the last one of its training. Every rank must call it.
+
+        Args:
+            folder: of the save.
+            request: as given to `saved`.
+        """
+        last = replace(request, complete=True)
+        with self._lock:
+            self._last_steps.add(request.step)
+            is_submitted = request.step in self._submitted
+        uploader = self._session.uploader
+        is_told = not is_submitted or (uploader is not None and uploader.complete(request.training, request.step))
+        if not self._session.agreement.from_main(lambda: is_told):  # it is committed already: once more
+            self.saved(folder, last)
+
     def opened(self, waited_s: float) -> None:
         """Record that the newest save has its copies.
 
@@ -212,6 +232,9 @@ class Commits:
             self._metrics.put("checkpoint_s", session.save_s)
         seconds = {"save_s": session.save_s, "stall_s": stall.seconds}
         details = {**(request.details or {}), **{name: took and round(took, 3) for name, took in seconds.items()}}
+        with self._lock:
+            self._submitted.add(request.step)
+            request = replace(request, complete=request.complete or request.step in self._last_steps)
         self._session.submit(folder, replace(request, details=details), ranks)
 
     def _committed(self, entry: Entry) -> None:

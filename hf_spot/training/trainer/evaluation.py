@@ -47,6 +47,7 @@ class Evaluations:
         when_cut: called after an evaluation was cut short; decides whether to save.
         resumed: the checkpoint of this run that the training resumes, or None.
         phases: told of evaluations.
+        workers_known: whether the checkpoint tells what persistent workers of evaluations had reached.
     """
 
     def __init__(
@@ -57,26 +58,21 @@ class Evaluations:
         when_cut: Callable[[], None],
         resumed: Path | None,
         phases: Phases,
+        *,
+        workers_known: bool = True,
     ) -> None:
         self._trainer = trainer
         self._random_states = random_states
         self._log_window = log_window
         self._when_cut = when_cut
         self._phases = phases
-        self._evaluated_before = resumed is not None and _has_evaluated(resumed)
+        self._workers_were_there = not workers_known and resumed is not None and workers_are_unknown(trainer, resumed)
         self._is_resumed = resumed is not None
         self.has_begun = False  # whether an epoch has begun: before that, Trainer evaluates only for ``eval_on_start``
         self._is_stopped = False  # before the first epoch of a resumed training
         self.was_cut = False
         self.running = False  # on all ranks at the same time, so that they can agree; not in evaluations that callbacks start
         self._on_evaluate = ON_EVALUATE.of(trainer.callback_handler)
-        args = trainer.args
-        if self._evaluated_before and args.dataloader_persistent_workers and args.dataloader_num_workers:
-            warn_for_all(
-                "evaluations begin with new DataLoader workers, but an uninterrupted run keeps its workers: if their data or "
-                "collator draw random numbers, metrics differ from those of an uninterrupted run; for exact results set "
-                "dataloader_persistent_workers=False"
-            )
         ON_EVALUATE.set(trainer.callback_handler, self._evaluated)
         EVALUATE.set(trainer, self._evaluate)
         BEST_METRIC.set(trainer, self._determine_best_metric)
@@ -136,7 +132,11 @@ class Evaluations:
         self._random_states.remember()
         self.running = True
         try:
-            with seeded_before(self._evaluated_before), self._phases.within(Phase.EVALUATION):
+            with (
+                seeded_before(self._workers_were_there),
+                self._random_states.evaluation(),
+                self._phases.within(Phase.EVALUATION),
+            ):
                 return EVALUATE.plain(self._trainer)(*args, **kwargs)
         except _Cut:
             self._random_states.return_to_remembered()
@@ -165,6 +165,16 @@ class Evaluations:
         return bool(BEST_METRIC.plain(self._trainer)(metrics=metrics, trial=trial)) or is_due
 
 
-def _has_evaluated(checkpoint: Path) -> bool:
+def workers_are_unknown(trainer: Trainer, checkpoint: Path) -> bool:
+    """Return whether evaluations had persistent workers of which a checkpoint, of an earlier hf_spot, tells nothing; say so."""
+    args = trainer.args
     history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
-    return any(key.startswith("eval_") for line in history for key in line)
+    has_evaluated = any(key.startswith("eval_") for line in history for key in line)
+    were_there = bool(has_evaluated and args.dataloader_persistent_workers and args.dataloader_num_workers)
+    if were_there:
+        warn_for_all(
+            "evaluations begin with new DataLoader workers, but an uninterrupted run keeps its workers: if their data or "
+            "collator draw random numbers, metrics differ from those of an uninterrupted run, because an earlier hf_spot saved "
+            "this checkpoint"
+        )
+    return were_there

@@ -62,6 +62,7 @@ class LogWindow:
         trainer: the Trainer.
         is_stopping: returns whether a notice ends the training; a later launch then reports the end.
         is_extra: returns whether the save under way is one that an uninterrupted run would not make.
+        end_is_wanted: returns whether the script ends the training, whether a notice does so, too, or not.
         step_ended: called with the number of each step that was done, and its learning rate, before anything is logged or
             saved; possibly more than once.
         all_done: called with Trainer's model and trial after each step, when Trainer has logged, evaluated and saved.
@@ -72,6 +73,7 @@ class LogWindow:
         trainer: Trainer,
         is_stopping: Callable[[], bool] = lambda: False,
         is_extra: Callable[[], bool] = lambda: False,
+        end_is_wanted: Callable[[], bool] = lambda: False,
         step_ended: Callable[[int, float | None], None] = lambda step, learning_rate: None,
         all_done: Callable[[Any, Any], None] = lambda model, trial: None,
     ) -> None:
@@ -80,6 +82,7 @@ class LogWindow:
         self._all_done = all_done
         self._is_stopping = is_stopping
         self._is_extra = is_extra
+        self._end_is_wanted = end_is_wanted
         self._began_s = time.time()
         self._earlier_s = 0.0
         self._samples: float | None = None
@@ -208,7 +211,8 @@ class LogWindow:
         """Return whether an uninterrupted run logs between this save and the next step, at the end of an epoch."""
         trainer = self._trainer
         args, state = trainer.args, trainer.state
-        ends = state.global_step >= state.max_steps or (trainer.control.should_training_stop and not self._is_stopping())
+        is_ended = trainer.control.should_training_stop and not self._is_stopping()
+        ends = state.global_step >= state.max_steps or is_ended or self._end_is_wanted()
         at_end = ends or (state.epoch is not None and float(state.epoch).is_integer())
         by_epoch = args.logging_strategy == IntervalStrategy.EPOCH
         return by_epoch and at_end and state.global_step > LAST_LOGGED.of(trainer)

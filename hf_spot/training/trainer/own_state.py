@@ -122,6 +122,8 @@ def _new_walk(trainer: Trainer) -> Walk:
 
 def _find(trainer: Trainer, walk: Walk) -> Iterator[Found]:
     yield from walk.plain_attributes("args", trainer.args, lambda name: name not in _NOT_OF_ARGS)
+    if trainer.label_smoother is not None:
+        yield from walk.plain_attributes("trainer.label_smoother", trainer.label_smoother)
     if trainer.model is not None:
         yield from walk.module("model", trainer.model)
         for name in ("config", "generation_config"):
@@ -154,6 +156,8 @@ def _find(trainer: Trainer, walk: Walk) -> Iterator[Found]:
             yield from walk.value(path, part)
         if is_of_script(type(part)):
             yield from walk.attributes(path, part, lambda name: name not in ("data_source", "dataset"))
+        elif may_keep_state(type(part)) and isinstance(part, (torch.utils.data.Sampler, torch.utils.data.Subset)):
+            yield from walk.numbers(path, part, lambda name: name in ("weights", "indices"))
     for at, group in enumerate(getattr(trainer.optimizer, "param_groups", ())):
         for place, tensor in enumerate(group["params"]):
             yield from walk.tensor(f"optimizer.param_groups[{at}].params[{place}]", tensor)

@@ -22,6 +22,7 @@ from torch.utils.data import BatchSampler, IterableDataset
 from transformers import Trainer
 
 from hf_spot.runtime import make_private
+from hf_spot.training.data.evaluation_workers import evaluation_workers
 from hf_spot.training.data.first_batch import FirstBatch, read_first_batch
 from hf_spot.training.data.rng import capture, capture_gpus, forget, pack, restore, unpack
 from hf_spot.training.data.worker_states import WorkerStates
@@ -68,6 +69,7 @@ class RandomStates:
         settings: Any = trainer.args.accelerator_config
         ahead = trainer.args.gradient_accumulation_steps * (trainer.args.world_size if settings.dispatch_batches else 1)
         self._workers = WorkerStates(folder.with_name(f"{folder.name}-workers"), ahead)
+        self._evaluations = evaluation_workers(trainer)
         self._first_batch = FirstBatch(trainer.args.world_size)
         self._micro_batches = self._handed_out = 0
         self._watched: list[_Watched] = []
@@ -87,6 +89,21 @@ class RandomStates:
         self._data_side_began: dict[str, Any] = {}
         self._of_samplers: dict[str, Any] = {}  # of the save, where samplers have arrived at it by drawing again
         self._read_data_side(None)
+
+    @contextlib.contextmanager
+    def evaluations_kept(self, checkpoint: Path | None) -> Iterator[bool]:
+        """Keep persistent workers of evaluations within the block; yield whether a checkpoint tells what they had reached.
+
+        Args:
+            checkpoint: the one to resume from, or None.
+        """
+        told = checkpoint is not None and self._evaluations.resume(checkpoint / _FOLDER / self._evaluations_name)
+        with self._evaluations.kept(self._trainer):
+            yield told
+
+    def evaluation(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context of an evaluation, which may be ended halfway: a save within it belongs to the state before."""
+        return self._evaluations.evaluation()
 
     def resume(self, then: Callable[[], None]) -> None:
         """Wrap the method by which Trainer restores the random states of the checkpoint.
@@ -166,6 +183,11 @@ class RandomStates:
         if isinstance(dataloader.dataset, IterableDataset) and not dataloader.num_workers:
             self._watch(dataloader)
 
+    def trained_batches_passed(self) -> None:
+        """Return to the checkpoint where a loader of the script's own has made the trained batches of its pass again."""
+        if self._resumed is not None:
+            self._return_to_checkpoint(str(self._resumed))
+
     def micro_batch_ended(self) -> None:
         """Count a trained batch. Call it before `step_ended`."""
         self._micro_batches += 1
@@ -196,10 +218,11 @@ class RandomStates:
             if self._before_draw is not None:
                 state = base64.b64encode(pack(self._before_draw)).decode()
                 (checkpoint / _FOLDER / self._draw_name).write_text(json.dumps({"draws": self._draws, "state": state}))
+            saved = self._data_side.capture()
             moments = {
-                "began": self._data_side_began,
-                "draw": {} if self._before_draw is None else self._before_draw["data_side"],
-                "saved": self._data_side.capture(),
+                "began": _still_in(saved, self._data_side_began),
+                "draw": {} if self._before_draw is None else _still_in(saved, self._before_draw["data_side"]),
+                "saved": saved,
             }
             if any(moments.values()):
                 text = json.dumps({moment: to_json(states) for moment, states in moments.items()})
@@ -207,6 +230,7 @@ class RandomStates:
             if not self._draws_for_all or self._trainer.args.process_index == 0:  # otherwise its workers' batches go to nobody
                 self._workers.save(checkpoint / _FOLDER / self._workers_name, self._handed_out * self._at_once)
             self._first_batch.save(checkpoint / _FOLDER / self._first_batch_name)
+            self._evaluations.save(checkpoint / _FOLDER / self._evaluations_name)
 
     def _read_data_side(self, checkpoint: Path | None) -> None:
         path = None if checkpoint is None else checkpoint / _FOLDER / self._data_side_name
@@ -257,6 +281,10 @@ class RandomStates:
     @property
     def _data_side_name(self) -> str:
         return f"data_side_{self._trainer.args.process_index}.json"
+
+    @property
+    def _evaluations_name(self) -> str:
+        return f"evaluation_workers_{self._trainer.args.process_index}.json"
 
     @property
     def _workers_name(self) -> str:
@@ -448,6 +476,11 @@ class _Watched(BatchSampler):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_inner"], name)
+
+
+def _still_in(saved: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of an earlier state can be told still: what has grown too large is restored as it was at the save."""
+    return {path: value for path, value in earlier.items() if path in saved}
 
 
 def _write(files: Mapping[str, bytes], folder: Path) -> None:

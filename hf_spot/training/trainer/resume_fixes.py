@@ -78,7 +78,9 @@ def reaches_through_skips(dataloader: Any) -> bool:
 
 
 @contextmanager
-def batches_skipped(watch: Callable[[Any], None] = lambda dataloader: None) -> Iterator[None]:
+def batches_skipped(
+    watch: Callable[[Any], None] = lambda dataloader: None, reached: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Skip the right number of batches at a resume within the block, if rank 0 loads for all ranks (``dispatch_batches``).
 
     Each dispatched batch consists of one batch of the sampler per rank; ``accelerate.skip_first_batches`` counts the sampler's
@@ -86,21 +88,18 @@ def batches_skipped(watch: Callable[[Any], None] = lambda dataloader: None) -> I
 
     Args:
         watch: called with each loader that skips.
+        reached: called when a loader without a dataset has made the trained batches again: the next one follows the save.
     """
 
     def make(plain_skip: Any) -> Any:
         def skip(dataloader: Any, num_batches: int = 0) -> Any:
+            if not hasattr(dataloader, "dataset"):
+                return _Behind(dataloader, num_batches, reached)
             skipping = skip_on_all_ranks(dataloader, num_batches)
             watch(skipping)
             return skipping
 
         def skip_on_all_ranks(dataloader: Any, num_batches: int) -> Any:
-            if not hasattr(dataloader, "dataset"):
-                raise ConfigError(
-                    f"the first {num_batches} batches of the epoch have been trained, and a loader without a dataset, such as "
-                    f"{type(dataloader).__name__}, can't skip them",
-                    hint="return a torch DataLoader from get_train_dataloader()",
-                )
             skipping = plain_skip(dataloader, num_batches)
             dispatched = isinstance(dataloader, DataLoaderDispatcher) and not SPLIT_BATCHES.of(dataloader)
             if not dispatched or isinstance(dataloader.dataset, IterableDataset):
@@ -120,6 +119,32 @@ def batches_skipped(watch: Callable[[Any], None] = lambda dataloader: None) -> I
 
     with SKIP_FIRST_BATCHES.replaced(transformers.trainer, make):
         yield
+
+
+class _Behind:
+    """Iterates a loader of the script's own class behind its trained batches, which are made again and dropped.
+
+    Args:
+        loader: any iterable.
+        count: number of trained batches.
+        reached: called when they are dropped.
+    """
+
+    def __init__(self, loader: Any, count: int, reached: Callable[[], None]) -> None:
+        self._loader, self._count, self._reached = loader, count, reached
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self._loader)
+        for _ in range(self._count):
+            next(batches, None)
+        self._reached()
+        yield from batches
+
+    def __len__(self) -> int:
+        return len(self._loader) - self._count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_loader"], name)
 
 
 def _batches_of_sampler(dataloader: Any) -> int:

@@ -242,6 +242,15 @@ class Saves:
         """Return whether Trainer has not asked for the newest save."""
         return self._is_ours
 
+    def remove_newest(self) -> None:
+        """Remove the files of the newest save, whose step is saved again. What is to be uploaded has links of its own.
+
+        Every rank must call it, and then save.
+        """
+        self.settle()
+        if self._disk.leads:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
     @property
     def newest_step(self) -> int:
         """Return the step of the newest save in this launch, also of one that has failed; -1 for none."""

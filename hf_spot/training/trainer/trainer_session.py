@@ -213,7 +213,8 @@ class TrainerSession:
             how = "saved" if SAVED_BY in self._restored.details else "committed"
             log.info("resuming from step %d, %s by launch %d", self._restored.step, how, self._restored.ref.launch)
             if not self._nothing_left and self.exact is None:
-                keep_samples(self.trainer, self._restored.details, allow_change=self._session.arguments.allow_batch_change)
+                may_change = self._session.arguments.allow_batch_change
+                keep_samples(self.trainer, self._restored.details, allow_change=may_change, url=self._session.run.url)
         if not self._nothing_left:
             self._passed_over = self._session.agreement.from_main(self._find_passed_over)
             if self._passed_over:

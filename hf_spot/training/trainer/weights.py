@@ -32,11 +32,15 @@ def all_weights_loaded(trainer: Trainer) -> Iterator[None]:
     def load(resume_from_checkpoint: str, *model: torch.nn.Module) -> None:  # sentence-transformers' method takes no model
         results: list[Any] = []
         WARN_AFTER_LOAD.set(trainer, results.append)
+        trained = [(one, one.requires_grad) for one in trainer.model.parameters()]  # type: ignore[union-attr]
         try:
             with _fitting("model", resume_from_checkpoint):
                 plain_load(resume_from_checkpoint, *model)
         finally:
             WARN_AFTER_LOAD.restore(trainer)
+        for one, is_trained in trained:
+            if one.requires_grad != is_trained:  # PEFT freezes all adapters but the one that it has loaded last
+                one.requires_grad_(is_trained)
         target = model[0] if model else trainer.model
         for result in results:
             if result.missing_keys and result.unexpected_keys and isinstance(target, PreTrainedModel):

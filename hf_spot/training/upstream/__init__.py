@@ -129,7 +129,7 @@ CALLBACK_HANDLER = _attribute(
     _TRAINER,
     "callback_handler",
     "training.trainer.entry training.trainer.held_errors training.trainer.restore training.trainer.resumed_events "
-    "training.trainer.trackers",
+    "training.trainer.trackers training.trainer.wanted_end",
     "SpotCallback is not found, so nothing is saved",
 )
 CALLBACKS = _attribute(
@@ -217,6 +217,13 @@ FETCH = _method(
 
 EVALUATE = _method(
     _TRAINER, "_evaluate", "trial, ignore_keys_for_eval", "training.trainer.evaluation training.trainer.restore", _EVALUATIONS
+)
+EVALUATION_LOOP = _method(
+    _TRAINER,
+    "evaluation_loop",
+    "…",
+    "training.data.evaluation_workers",
+    "evaluations of a resumed training begin with other random states in persistent workers",
 )
 BEST_METRIC = _method(
     _TRAINER,
@@ -400,8 +407,8 @@ CALL_EVENT = _method(
     _HANDLER,
     "call_event",
     "event, args, state, control, …",
-    "training.trainer.held_errors",
-    "an exception in a callback prevents the checkpoint that is due",
+    "training.trainer.held_errors training.trainer.wanted_end",
+    "an exception in a callback prevents the checkpoint that is due, and an end that a callback asks for at a notice is lost",
     told=True,
 )
 ON_SAVE = _method(
@@ -626,7 +633,13 @@ _PLACE = "a resumed loop gets other batches than an uninterrupted one"
 _ACCELERATE: Any = {"scope": Scope.LOOP, "optional": True}
 _WORKERS = "a signal to the whole job kills DataLoader workers, and so the training before it can save"
 ITERATE = _method(_LOADER, "__iter__", "", "training.data.loaders", _PLACE, scope=Scope.LOOP)
-ITERATOR = _attribute(_LOADER, "_iterator", "training.data.iterations training.data.stream_position", _PLACE, scope=Scope.LOOP)
+ITERATOR = _attribute(
+    _LOADER,
+    "_iterator",
+    "training.data.evaluation_workers training.data.iterations training.data.stream_position",
+    _PLACE,
+    scope=_BOTH,
+)
 INDEX_SAMPLER = _attribute(
     "torch.utils.data.dataloader:_BaseDataLoaderIter", "_index_sampler", "training.data.iterations", _PLACE, scope=Scope.LOOP
 )

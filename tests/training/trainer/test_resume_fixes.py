@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers.trainer
 from accelerate import Accelerator
 from accelerate.data_loader import (
@@ -27,6 +28,8 @@ from hf_spot import SpotCallback
 from hf_spot.errors import ConfigError
 from hf_spot.policy.passes import Place
 from hf_spot.policy.resize import Batches
+from hf_spot.training.data.evaluation_workers import EvaluationWorkers
+from hf_spot.training.session.recognition import forget_finished
 from hf_spot.training.trainer.resume_fixes import (
     batches_skipped,
     carry_callback_states,
@@ -35,8 +38,9 @@ from hf_spot.training.trainer.resume_fixes import (
     set_epoch,
 )
 from hf_spot.training.trainer.streams import resumed_in_its_pass
-from tests.training.conftest import make_trainer
+from tests.training.conftest import make_trainer, same, weights
 from tests.training.test_callback import QUIET, train_until_preempted
+from tests.training.trainer.test_exactness import mask
 
 # -- batches that rank 0 hands out ----------------------------------------------------------------------------------------
 
@@ -232,11 +236,33 @@ def _resumed_at(folder: Path, monkeypatch: pytest.MonkeyPatch, theirs: tuple[int
 
 @pytest.mark.parametrize("persistent", [True, False])
 def test_evaluations_whose_workers_an_uninterrupted_run_keeps_are_named(
-    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, persistent: bool
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, persistent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(EvaluationWorkers, "save", lambda self, path: None)  # as an earlier hf_spot
     settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "dataloader_num_workers": 1}
     settings["dataloader_persistent_workers"] = persistent
     train_until_preempted(store, tmp_path / "one", 5, **settings)
     assert "evaluations begin with new DataLoader workers" not in caplog.text
     make_trainer(tmp_path / "two", SpotCallback(store, QUIET), **settings).train()
     assert ("evaluations begin with new DataLoader workers" in caplog.text) is persistent
+
+
+def test_evaluations_go_on_with_what_their_workers_had_reached(store: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 3, "dataloader_num_workers": 2, "data_collator": mask}
+    settings |= {"dataloader_persistent_workers": True, "per_device_eval_batch_size": 2}
+    alone = make_trainer(tmp_path / "alone", **settings)
+    alone.train()
+    wanted = [evaluations(alone), alone.evaluate()["eval_loss"], weights(alone), float(torch.rand(()))]
+    train_until_preempted(store, tmp_path / "one", 7, **settings)
+    make_trainer(tmp_path / "two", SpotCallback(store, QUIET), **settings).train()
+    forget_finished()  # the next process finds the training finished, and evaluates it as the script says
+    trainer = make_trainer(tmp_path / "three", SpotCallback(store, QUIET), **settings)
+    trainer.train()
+    found = [evaluations(trainer), trainer.evaluate()["eval_loss"], weights(trainer), float(torch.rand(()))]
+    assert found[:2] == wanted[:2] and found[3] == wanted[3]
+    assert same(found[2], wanted[2])
+    assert trainer.evaluation_loop.__func__ is Trainer.evaluation_loop  # nothing of it is left
+
+
+def evaluations(trainer: Trainer) -> list[float]:
+    return [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
