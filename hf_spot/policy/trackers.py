@@ -128,7 +128,8 @@ AIM = Tracker(
     "Aim",
     None,
     Standing.TESTED,
-    "the hash of the first launch's run, from the commit; the empty run that Aim's callback begins in each launch is archived",
+    "the hash of the first launch's run, from the commit; the empty run that Aim's callback begins is archived, but for a "
+    "training that is finished",
     "overwritten: Aim has one value per step",
 )
 DVCLIVE = Tracker(

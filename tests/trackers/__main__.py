@@ -74,7 +74,7 @@ IDS = {
 CASES = (
     Case("trainer", "trainer", ALL),
     Case("ids", "trainer", ("wandb", "mlflow", "comet_ml"), ids=IDS),
-    Case("several", "several", ("wandb", "mlflow", "trackio", "tensorboard", "comet_ml", "aim"), runs=2, stops=(8, 48, 58)),
+    Case("several", "several", ("wandb", "mlflow", "trackio", "tensorboard", "comet_ml"), runs=2, stops=(8, 48, 58)),
     Case("script", "script", OWN),
     Case("loop", "loop", OWN, draws_over=True),
 )
