@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,8 @@ def test_the_error_tree_is_this_and_wholly_public() -> None:
 
 def test_the_exit_codes_are_these() -> None:
     codes = {name: code for name, code in vars(errors).items() if name.startswith("EXIT_")}
-    assert codes == {"EXIT_FINISHED": 0, "EXIT_USAGE": 2, "EXIT_PREEMPTED": 75, "EXIT_FENCED": 76, "EXIT_HUNG": 79}
+    ours = {"EXIT_FINISHED": 0, "EXIT_USAGE": 2, "EXIT_PREEMPTED": 75, "EXIT_FENCED": 76, "EXIT_HUNG": 79}
+    assert codes == {**ours, "EXIT_KILLED": 128 + signal.SIGKILL}
     assert errors.TrainingPreempted().code == 75
     assert errors.SpotError("").exit_code == 2
     assert errors.Fenced("").exit_code == 76

@@ -155,6 +155,8 @@ class _Client:
         return 0
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # it has ended already
+            self._connection.shutdown(socket.SHUT_RDWR)  # whatever this process has forked since has the connection, too
         self._connection.close()
 
 

@@ -525,7 +525,7 @@ def test_numbers_of_a_page_are_aligned_right_and_many_launches_are_folded() -> N
     many = summarise(timed([(index * 1000, claim("a")) for index in range(60)]))
     text = page(many, "url", "<svg/>")
     assert "<summary>all 60 launches</summary>" in text
-    assert '<th scope="col" style="text-align: right">launch</th>' in text
+    assert '<th scope="col" style="text-align: right; white-space: nowrap">launch</th>' in text
     assert '<th scope="col" style="text-align: left">ended</th>' in text
 
 

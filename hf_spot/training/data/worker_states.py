@@ -127,6 +127,7 @@ class Worker:
         self._id = 0
         self._side = DataSide()
         self._side_began: dict[str, Any] = {}
+        self._carried: set[str] = set()  # paths that a checkpoint has told of
 
     def works_with(self, dataset: Any, collate: Any) -> None:
         """Record the dataset and the collator of this worker's process, whose state is saved, too."""
@@ -143,7 +144,9 @@ class Worker:
             state = self._first[worker_id]
             restore(unpack(state[:_STATE_BYTES]))
             if own := state[_STATE_BYTES:]:
-                self._side.restore(from_json(json.loads(own)))
+                states = from_json(json.loads(own))
+                self._side.restore(states)
+                self._carried.update(states)
         self._ring = Ring(self._path, self._workers, self._depth, self._room_bytes)
         self.begins(worker_id)
 
@@ -158,7 +161,10 @@ class Worker:
     def _own(self) -> bytes:
         if self._side.is_empty or (now := self._side.capture()) == self._side_began:
             return b""
-        return json.dumps(to_json(now)).encode()
+        # What never changes is made by the script, perhaps in another way on another machine, as a folder.
+        kept, before = self._carried.union(self._side.names), self._side_began
+        moved = {path: one for path, one in now.items() if path in kept or path not in before or before[path] != one}
+        return json.dumps(to_json(moved)).encode()
 
 
 class Asked:

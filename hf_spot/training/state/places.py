@@ -64,7 +64,7 @@ def _all_of(function: types.FunctionType) -> Iterator[Place]:
             yield Place(f"__defaults__[{number}]", functools.partial(_same, value), _stays)
     module = function.__globals__
     for name in _globals_named(function.__code__):
-        if name in module:
+        if name in module and not (name.startswith("__") and name.endswith("__")):  # where a module is: __file__, __name__
             yield Place(
                 name,
                 functools.partial(module.__getitem__, name),

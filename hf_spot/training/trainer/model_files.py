@@ -1,9 +1,9 @@
 """Writes the model's files as ``save_pretrained`` does, without running it in the training thread.
 
 The first save of a training runs it, and looks at what it writes: if that is one file with tensors of the model's
-``state_dict`` as they are, and the configurations, later saves copy these tensors, and the writer thread writes the same files
-from the copies. Before each of them the tensors are compared with those of the first save: their names, types and shapes, and
-which of them are the same. If they differ, ``save_pretrained`` runs again.
+``state_dict`` as they are, and the configurations, later saves copy these tensors, and the writer thread writes the same
+files from the copies. Before each save the tensors are compared with those of the first one: their names, types and shapes,
+and which of them are the same. If they differ, ``save_pretrained`` runs again.
 """
 
 from __future__ import annotations

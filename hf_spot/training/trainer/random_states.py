@@ -87,6 +87,8 @@ class RandomStates:
         self._passed_over = self._passes_over = 0  # batches of the epoch under way, or of the one that is resumed
         self._data_side = DataSide()
         self._data_side_began: dict[str, Any] = {}
+        self._data_side_made: dict[str, Any] | None = None  # as the script has made it, before the first epoch of this process
+        self._moved: set[str] = set()  # paths of the data side that have changed since, in this process or before it
         self._of_samplers: dict[str, Any] = {}  # of the save, where samplers have arrived at it by drawing again
         self._read_data_side(None)
 
@@ -124,8 +126,7 @@ class RandomStates:
             dataloader: the DataLoader of the epoch.
             checkpoint: the checkpoint.
         """
-        self._data_side = DataSide(parts_of(dataloader))
-        self._read_data_side(checkpoint)
+        self._look_at_data(dataloader, checkpoint)
         self._return_to_checkpoint(str(checkpoint))
 
     @contextlib.contextmanager
@@ -157,8 +158,7 @@ class RandomStates:
         self._newest_indices.clear()
         self._place_is_known = resumed is None or not middle or self._passes_over > 0
         self._passed_over, self._passes_over = self._passes_over, 0
-        self._data_side = DataSide(parts_of(dataloader))
-        self._read_data_side(resumed)
+        self._look_at_data(dataloader, resumed)
         if middle or not self._restored:
             self._data_side.restore(self._resumed_data_side["began" if middle else "saved"])
         resumed = resumed if middle else None
@@ -218,12 +218,7 @@ class RandomStates:
             if self._before_draw is not None:
                 state = base64.b64encode(pack(self._before_draw)).decode()
                 (checkpoint / _FOLDER / self._draw_name).write_text(json.dumps({"draws": self._draws, "state": state}))
-            saved = self._data_side.capture()
-            moments = {
-                "began": _still_in(saved, self._data_side_began),
-                "draw": {} if self._before_draw is None else _still_in(saved, self._before_draw["data_side"]),
-                "saved": saved,
-            }
+            moments = self._moments()
             if any(moments.values()):
                 text = json.dumps({moment: to_json(states) for moment, states in moments.items()})
                 (checkpoint / _FOLDER / self._data_side_name).write_text(text)
@@ -232,10 +227,33 @@ class RandomStates:
             self._first_batch.save(checkpoint / _FOLDER / self._first_batch_name)
             self._evaluations.save(checkpoint / _FOLDER / self._evaluations_name)
 
+    def _look_at_data(self, dataloader: Any, checkpoint: Path | None) -> None:
+        self._data_side = DataSide(parts_of(dataloader))
+        if self._data_side_made is None:
+            self._data_side_made = self._data_side.capture()
+        self._read_data_side(checkpoint)
+
+    def _moments(self) -> dict[str, dict[str, Any]]:
+        """Return the state of the data pipeline at the moments that a checkpoint tells of.
+
+        Without what has never changed: the script makes it anew, perhaps in another way on another machine, as a folder.
+        """
+        now, made = self._data_side.capture(), self._data_side_made or {}
+        moments = {
+            "began": _still_in(now, self._data_side_began),
+            "draw": {} if self._before_draw is None else _still_in(now, self._before_draw["data_side"]),
+            "saved": now,
+        }
+        for states in moments.values():
+            self._moved.update(path for path, value in states.items() if path not in made or made[path] != value)
+        kept = self._moved.union(self._data_side.names)
+        return {moment: {path: one for path, one in states.items() if path in kept} for moment, states in moments.items()}
+
     def _read_data_side(self, checkpoint: Path | None) -> None:
         path = None if checkpoint is None else checkpoint / _FOLDER / self._data_side_name
         told = json.loads(path.read_text()) if path is not None and path.exists() else {}
         self._resumed_data_side = {moment: from_json(told.get(moment, {})) for moment in ("began", "draw", "saved")}
+        self._moved.update(*self._resumed_data_side.values())
 
     def remember(self) -> None:
         """Keep the current random states, and the state of the data to evaluate on, for `return_to_remembered`."""
@@ -318,8 +336,11 @@ class RandomStates:
     # -- proof --------------------------------------------------------------------------------------------------------
 
     def digests(self) -> dict[str, Any]:
-        """Return a digest of the current state of each generator, and of other state of the data pipeline."""
-        states = capture() | self._data_side.capture()
+        """Return a digest of the current state of each generator, and of what else changes in the data pipeline."""
+        return self._digests(self._moments()["saved"])
+
+    def _digests(self, data_side: dict[str, Any]) -> dict[str, Any]:
+        states = capture() | data_side
         if torch.cuda.is_available():
             states["cuda"] = torch.cuda.get_rng_state()  # of this process's GPU: a machine may have more than the training uses
         return {name: digest_of(state) for name, state in states.items()}
@@ -382,7 +403,7 @@ class RandomStates:
                 restore(unpack(base64.b64decode(self._resumed_draw["state"])))
                 self._data_side.restore(self._resumed_data_side["draw"])
                 saved = self._data_side.of_samplers(self._resumed_data_side["saved"])
-                if self._data_side.of_samplers(self._data_side.capture()) == saved:
+                if _still_in(saved, self._data_side.of_samplers(self._data_side.capture())) == saved:
                     self._of_samplers = saved
             elif self._draws > self._resumed_draw["draws"]:
                 # What follows a restoration waits for all ranks, and the others wait here for this one's batches.
@@ -444,7 +465,9 @@ class RandomStates:
             saved = self._resumed_data_side["saved"]
             # One that draws each batch when it is asked for it has drawn the next one since, as in an uninterrupted training.
             self._data_side.restore({path: value for path, value in saved.items() if path not in self._of_samplers})
-            self._restored_digests = self.digests() | {path: digest_of(value) for path, value in self._of_samplers.items()}
+            told = saved.keys() | set(self._data_side.names)  # this process may have changed more on its way here
+            now = {path: value for path, value in self._data_side.capture().items() if path in told}
+            self._restored_digests = self._digests(now | self._of_samplers)
         if then and self._is_then_due:
             self._is_then_due = False
             self._then()

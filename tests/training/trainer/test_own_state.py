@@ -582,6 +582,41 @@ def test_a_class_may_say_what_is_each_launchs_own(store: str, tmp_path: Path) ->
     assert (clock.steps, resumed.steps, resumed.steps_here) == (5, STEPS, STEPS - 5)
 
 
+FOLDER_OF_DATA = "unset"
+
+
+class OnDisk(Rows):
+    """Knows where its rows are, in two ways, and counts what it reads."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        global FOLDER_OF_DATA
+        self.folder = FOLDER_OF_DATA = folder
+        self.read = self.lost = 0
+
+    def row(self, index: int) -> torch.Tensor:
+        self.read += 1
+        self.lost += self.folder != FOLDER_OF_DATA
+        return (self.rows[index] + self.read) % 64
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_never_changes_is_that_of_each_machine(store: str, tmp_path: Path, workers: int) -> None:
+    settings: dict[str, Any] = {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
+    alone, losses = make(tmp_path / "alone", data=OnDisk("/one"), **settings), Recorder()
+    alone.add_callback(losses)
+    alone.train()
+    callback = SpotCallback(store, SpotArguments(notice="signal"))
+    callbacks = [callback, Patient(callback), Recorder(5, preempt(callback))]
+    with pytest.raises(TrainingPreempted):
+        make(tmp_path / "one", callbacks=callbacks, data=OnDisk("/one"), **settings).train()
+    again, data, recorder = SpotCallback(store, SpotArguments(notice="none")), OnDisk("/two"), Recorder()
+    make(tmp_path / "two", callbacks=[again, Patient(again), recorder], data=data, **settings).train()
+    assert recorder.losses
+    assert {step: losses.losses[step] for step in recorder.losses} == recorder.losses
+    assert (data.folder, FOLDER_OF_DATA, data.lost) == ("/two", "/two", 0)
+
+
 class Opaque(TrainerCallback):
     def __init__(self) -> None:
         self.lines = {number: object() for number in range(2)}

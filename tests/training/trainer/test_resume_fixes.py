@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -262,6 +263,9 @@ def test_evaluations_go_on_with_what_their_workers_had_reached(store: str, tmp_p
     assert found[:2] == wanted[:2] and found[3] == wanted[3]
     assert same(found[2], wanted[2])
     assert trainer.evaluation_loop.__func__ is Trainer.evaluation_loop  # nothing of it is left
+    for worker in multiprocessing.active_children():  # others would wait until the garbage collector finds their loaders
+        worker.terminate()
+        worker.join()
 
 
 def evaluations(trainer: Trainer) -> list[float]:
