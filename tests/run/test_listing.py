@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
@@ -20,6 +21,7 @@ from hf_spot.run.copies import copy_run, delete_run
 from hf_spot.run.run import Run
 from hf_spot.storage.s3 import S3Store
 from tests.servers import SeaweedFS
+from tests.waiting import wait_for
 
 Make = Callable[[int], Path]
 LATER = datetime.now(timezone.utc) + timedelta(hours=1)
@@ -147,6 +149,8 @@ def test_a_launch_that_dies_at_its_claim_is_not_hidden(
 ) -> None:
     made(f"{s3_url}/a", make_checkpoint, 5)
     assert listed(s3_url) == listed(s3_url) == [("a", "preempted", 5)]
+    wrote_s = int(time.time())
+    wait_for(lambda: int(time.time()) > wrote_s)  # a server tells seconds, and what is remembered is a minute old otherwise
     run, real, writes = Run(f"{s3_url}/a"), S3Store.put, []
 
     def put(self: S3Store, key: str, data: bytes) -> None:
