@@ -55,6 +55,14 @@ class LeftBehind:
             )
         return EXIT_FAILED if self._runtime.has_failed_since_the_command() else EXIT_FINISHED
 
+    def seen_late(self, code: int) -> int:
+        """Return the exit code of a command that has ended together with all that it has left behind.
+
+        Args:
+            code: its own exit code.
+        """
+        return EXIT_FAILED if code == EXIT_FINISHED and self._runtime.has_failed_since_the_command() else code
+
 
 def _is_python(process: psutil.Process) -> bool:
     try:

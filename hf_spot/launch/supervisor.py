@@ -537,7 +537,7 @@ class Supervisor:
                         return ended.code or EXIT_PREEMPTED
                     log.warning("machine %d has left the training, which begins again without it", ended.machine)
                     return EXIT_PREEMPTED if has_left(ended.verdict, ended.code) else ended.code or EXIT_PREEMPTED
-        return code
+        return left_behind.seen_late(code)
 
     def _keep(self, folder: RuntimeFolder, runtime: Runtime) -> None:
         """Restore the notice in the folder if a cleanup deleted it, and read the workers' report."""
