@@ -127,9 +127,9 @@ class ModelFiles:
             one, kind = state[name], str(dtype).removeprefix("torch.")
             specs[name] = described(dtype=kind, shape=shape, data_ptr=one.data_ptr(), data_len=one.nbytes)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, one in ((_CONFIG, model.config), (_GENERATION, model.generation_config)):
-            if name in layout.configurations:
-                frozen = copy.deepcopy(one)
+        for name, attribute in ((_CONFIG, "config"), (_GENERATION, "generation_config")):
+            if name in layout.configurations:  # a model that can't generate has no other one
+                frozen = copy.deepcopy(getattr(model, attribute))
                 self._behind.call(folder / name, lambda frozen=frozen: frozen.save_pretrained(str(folder)))  # type: ignore[misc]
         SERIALIZE_FILE.of(safetensors.torch)(specs, str(folder / _WEIGHTS), metadata=layout.metadata)
 

@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, TrainerCallback
+from transformers import GPT2Config, GPT2ForTokenClassification, GPT2LMHeadModel, PreTrainedModel, TrainerCallback
 
 from hf_spot import SpotArguments, SpotCallback
 from tests.training.conftest import make_trainer
@@ -63,6 +63,11 @@ def sharded() -> Any:
     return model
 
 
+def classifier() -> Any:
+    """Return a model that can't generate, and has no configuration for it."""
+    return GPT2ForTokenClassification(GPT2Config(vocab_size=64, n_positions=16, n_embd=48, n_layer=1, n_head=2, num_labels=64))
+
+
 def adapter() -> Any:
     settings = peft.LoraConfig(r=16, target_modules=["c_attn"], modules_to_save=["ln_f"], fan_in_fan_out=True)
     return peft.get_peft_model(GPT2LMHeadModel(config()), settings)
@@ -100,6 +105,7 @@ def digests(out: Path) -> dict[str, str]:
 # training and is written at once.
 CASES: dict[str, tuple[Callable[[], Any], list[type[TrainerCallback]], int]] = {
     "plain": (lambda: GPT2LMHeadModel(config()), [], 2),
+    "no generation": (classifier, [], 2),
     "a buffer and a key that is left out": (lambda: Counting(config()), [], 2),
     "a configuration that changes": (lambda: GPT2LMHeadModel(config()), [Configuring], 2),
     "weights that are untied": (lambda: GPT2LMHeadModel(config()), [Untying], 3),
