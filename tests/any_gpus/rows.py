@@ -23,6 +23,8 @@ from transformers import (
 
 WORDS = 60
 MICRO_BATCHES = 12  # of a step: as many for each rank on 1, 2, 3 and 4 ranks
+EVALUATED = 22  # samples: 11 batches, which no other number of ranks divides
+EVALUATIONS = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 2}
 ROWS_OF_DATA = 100  # 50 micro-batches: the fifth step of an epoch has only two
 
 
@@ -178,15 +180,16 @@ def _sentence(row: list[int]) -> str:
 
 def _sft(output_dir: Path, each: int) -> Trainer:
     datasets, trl = importlib.import_module("datasets"), importlib.import_module("trl")
-    args = _settings(trl.SFTConfig, output_dir, each, neftune_noise_alpha=5.0, max_length=16)
+    args = _settings(trl.SFTConfig, output_dir, each, neftune_noise_alpha=5.0, max_length=16, **EVALUATIONS, logging_steps=3)
     data = datasets.Dataset.from_dict({"text": [_sentence(row) for row in Words().rows]})
-    trainer: Trainer = trl.SFTTrainer(_gpt2(), args, train_dataset=data, processing_class=_tokenizer())
+    some = data.select(range(EVALUATED))
+    trainer: Trainer = trl.SFTTrainer(_gpt2(), args, train_dataset=data, eval_dataset=some, processing_class=_tokenizer())
     return trainer
 
 
 def _dpo(output_dir: Path, each: int) -> Trainer:
     datasets, trl = importlib.import_module("datasets"), importlib.import_module("trl")
-    args = _settings(trl.DPOConfig, output_dir, each, max_length=24)
+    args = _settings(trl.DPOConfig, output_dir, each, max_length=24, **EVALUATIONS)
     rows = Words().rows
     data = datasets.Dataset.from_dict(
         {
@@ -195,8 +198,10 @@ def _dpo(output_dir: Path, each: int) -> Trainer:
             "rejected": [" " + _sentence(row[:2]) for row in rows],
         }
     )
-    trainer: Trainer = trl.DPOTrainer(_gpt2(), _gpt2(), args=args, train_dataset=data, processing_class=_tokenizer())
-    return trainer
+    some = data.select(range(EVALUATED))
+    return trl.DPOTrainer(  # type: ignore[no-any-return]
+        _gpt2(), _gpt2(), args=args, train_dataset=data, eval_dataset=some, processing_class=_tokenizer()
+    )
 
 
 def _experts(output_dir: Path, each: int) -> Trainer:
@@ -255,10 +260,11 @@ def _rewarded(output_dir: Path, each: int) -> Trainer:
     set_seed(5)
     sizes = {"n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 2}
     model = GPT2ForSequenceClassification(GPT2Config(vocab_size=WORDS, pad_token_id=0, num_labels=1, **sizes))
-    args = _settings(trl.RewardConfig, output_dir, each, max_length=24, center_rewards_coefficient=0.01)
+    args = _settings(trl.RewardConfig, output_dir, each, max_length=24, center_rewards_coefficient=0.01, **EVALUATIONS)
     rows = Words().rows
     data = datasets.Dataset.from_dict({"chosen": list(map(_sentence, rows)), "rejected": [_sentence(row[:4]) for row in rows]})
-    trainer: Trainer = trl.RewardTrainer(model, args=args, train_dataset=data, processing_class=_tokenizer())
+    some = data.select(range(EVALUATED))
+    trainer: Trainer = trl.RewardTrainer(model, args=args, train_dataset=data, eval_dataset=some, processing_class=_tokenizer())
     return trainer
 
 

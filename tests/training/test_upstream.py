@@ -448,6 +448,7 @@ OTHERWISE = {
     upstream.FOREACH_COPY: "test_what_is_copied_together_is_copied",
     upstream.EXPORTABLE: "test_early_stopping_is_saved_by_its_state",
     upstream.TRAIN_TOKENS: "test_trl_counts_tokens",
+    upstream.OWN_METRICS: "test_trl_logs_means_of_its_metrics",
     upstream.SAFE_OPEN: "test_transformers_reads_weights_by_its_name",
     upstream.PEFT_CONFIG: "test_a_model_with_adapters_says_so",
     upstream.TENSORBOARD_DIR: "tests/training/trainer/test_log_window.py",
@@ -596,6 +597,15 @@ def test_trl_counts_tokens(tmp_path: Path) -> None:
     trainer.train()
     assert upstream.TRAIN_TOKENS.of(trainer) == trainer.state.log_history[-2]["num_tokens"] > 0
     assert not upstream.TRAIN_TOKENS.is_on(make_trainer(tmp_path))  # as `resume_fixes.counters` has it
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_trl_logs_means_of_its_metrics(tmp_path: Path) -> None:
+    trainer = sft(tmp_path, max_steps=1)
+    upstream.OWN_METRICS.of(trainer)["train"]["entropy"] = [0.0] * 10**6  # a mean over these and one more
+    trainer.train()
+    assert 0 < trainer.state.log_history[-2]["entropy"] < 1e-4
+    assert not upstream.OWN_METRICS.is_on(make_trainer(tmp_path))
 
 
 def test_transformers_reads_weights_by_its_name(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
 from hf_spot.training.state.data_side import DataSide, parts_of
+from hf_spot.training.trainer.exact_metrics import METRICS_ONLY
 
 OPTION = "--exact-on-any-gpus"
 WITHOUT = f"omit {OPTION}"
@@ -38,8 +39,6 @@ _COLLECTIVE = frozenset(
         "scatter",
     ]
 )
-# They ask other ranks for metrics that they log, never for their losses.
-_METRICS_ONLY = ("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "trl.trainer.reward_trainer")
 
 
 def refuse_what_is_not_exact(trainer: Trainer) -> None:
@@ -169,4 +168,4 @@ def _module_of(frame: FrameType) -> str:
 
 
 def _is_known(module: str) -> bool:
-    return module.partition(".")[0] in ("hf_spot", "transformers") or module in _METRICS_ONLY
+    return module.partition(".")[0] in ("hf_spot", "transformers") or module in METRICS_ONLY

@@ -7,7 +7,8 @@ them:
 * each micro-batch has random numbers of its own, for its data and for the model (dropout, NEFTune, stochastic depth);
 * gradients are summed without rounding errors (`hf_spot.training.ranks.exact_gradients`): DistributedDataParallel, which adds
   in an order that depends on the ranks, is kept from synchronizing;
-* losses are normalized by the items of the whole step, and each rank logs the loss of the whole step.
+* losses are normalized by the items of the whole step, and each rank logs the loss of the whole step;
+* metrics that a trainer of TRL computes beside the loss belong to a micro-batch (`hf_spot.training.trainer.exact_metrics`).
 
 What follows from that is Trainer's own: clipping, optimizer, schedule, evaluations, checkpoints.
 """
@@ -33,6 +34,7 @@ from hf_spot.training.data.micro_batches import MicroBatches, seed_fetches, seed
 from hf_spot.training.ranks.exact_gradients import ExactGradients
 from hf_spot.training.trainer.batch_size import batches, from_details
 from hf_spot.training.trainer.exact_limits import OPTION, WITHOUT, looking_for_collective_calls
+from hf_spot.training.trainer.exact_metrics import ExactMetrics
 from hf_spot.training.upstream import (
     ACCUMULATION,
     ALL_BATCHES,
@@ -106,6 +108,7 @@ class ExactSteps:
         self._seed = trainer.args.seed
         self._data_seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
         self._gradients = ExactGradients(self._parameters, trainer.args.world_size, trainer.args.ddp_timeout_delta)
+        self._metrics = ExactMetrics(trainer, self._shares, self._rank)
         self._sampler: MicroBatches | None = None
         self._iterator: Any = None
         self._step = self._done = self._counted = self._count = 0
@@ -152,6 +155,7 @@ class ExactSteps:
         import transformers.trainer as trainer_module
 
         self._closing.enter_context(NESTED_GATHER.replaced(trainer_module, self._gather))
+        self._closing.enter_context(self._metrics.watching())
         self._tell()
 
     def close(self) -> None:
@@ -226,6 +230,7 @@ class ExactSteps:
         self._count, self._done, self._losses = count_in(self._step, self._sampler.batches, self._shares.count), 0, []
         self._counted = 0
         self._gradients.begin(self._count)
+        self._metrics.begin()
         found, _ = self._plain_batches(epoch_iterator, num_batches, device)
         return found, self._items(found, device)
 
@@ -257,6 +262,7 @@ class ExactSteps:
                 inside.enter_context(trainer.accelerator.no_sync(model))
                 inside.enter_context(seeded(seed, gpus=trainer.args.device.type == "cuda"))
                 inside.enter_context(self._sending())
+                inside.enter_context(self._metrics.of_turn(turn, counts=self._is_mine(turn)))
                 if first:
                     inside.enter_context(looking_for_collective_calls())
                 loss: torch.Tensor = self._plain_step(model, inputs, num_items_in_batch)
@@ -274,6 +280,7 @@ class ExactSteps:
         if self._done < self._shares.each:
             return torch.zeros_like(loss)
         told = self._gradients.finish(self._losses)
+        self._metrics.end()
         return torch.full_like(loss, self._total(told))
 
     def _sending(self) -> contextlib.AbstractContextManager[None]:

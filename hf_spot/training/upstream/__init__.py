@@ -198,14 +198,16 @@ TRAINING_STEP = _method(
 _EXACT: Any = {"only": "--exact-on-any-gpus"}
 _GPUS = "results depend on the number of GPUs"
 _EXACT_STEPS = "training.trainer.exact_steps"
+_EXACT_STEPS_AND_METRICS = f"{_EXACT_STEPS} training.trainer.exact_metrics"
 COUNT_ITEMS = _method(_TRAINER, "_get_num_items_in_batch", "batch_samples, device", _EXACT_STEPS, _GPUS, **_EXACT)
 COUNT_FLOS = _method(_TRAINER, "floating_point_ops", "inputs", _EXACT_STEPS, _GPUS, **_EXACT)
 COUNT_TOKENS = _method(_TRAINER, "_track_num_input_tokens", "inputs", _EXACT_STEPS, _GPUS, **_EXACT)
 TRAIN_LOADER = _method(_TRAINER, "get_train_dataloader", "", _EXACT_STEPS, _GPUS, **_EXACT)
 NESTED_GATHER = _function("transformers.trainer", "nested_gather", "tensors, …", _EXACT_STEPS, _GPUS, **_EXACT)
 ALL_BATCHES = _attribute(
-    "accelerate.data_loader:BatchSamplerShard", "batch_sampler", _EXACT_STEPS, _GPUS, optional=True, **_EXACT
+    "accelerate.data_loader:BatchSamplerShard", "batch_sampler", _EXACT_STEPS_AND_METRICS, _GPUS, optional=True, **_EXACT
 )
+PREDICTION_STEP = _method(_TRAINER, "prediction_step", "…", "training.trainer.exact_metrics", _GPUS, **_EXACT)
 FETCH = _method(
     "torch.utils.data._utils.fetch:_MapDatasetFetcher",
     "fetch",
@@ -276,8 +278,17 @@ SAVE_RNG_STATE = _method(
 TRAIN_TOKENS = _attribute(
     "trl.trainer.sft_trainer:SFTTrainer",
     "_total_train_tokens",
-    "training.trainer.resume_fixes",
+    "training.trainer.resume_fixes training.trainer.exact_metrics",
     "num_tokens in the log restarts at 0 after a resume",
+    told=True,
+    only="TRL's SFTTrainer",
+    optional=True,
+)
+OWN_METRICS = _attribute(
+    "trl.trainer.sft_trainer:SFTTrainer",
+    "_metrics",
+    "training.trainer.exact_metrics",
+    "with --exact-on-any-gpus TRL's entropy and token accuracy depend on the number of GPUs",
     told=True,
     only="TRL's SFTTrainer",
     optional=True,
@@ -678,7 +689,7 @@ INSIDE = _attribute(
     _ADAPTER,
     "base_dataloader",
     "training.data.loaders training.data.iterations training.trainer.random_states training.trainer.streams "
-    "training.trainer.exact_steps",
+    "training.trainer.exact_steps training.trainer.exact_metrics",
     _PLACE,
     scope=_BOTH,
     optional=True,

@@ -24,6 +24,7 @@ from hf_spot.policy.micro_batches import Shares
 from hf_spot.training.data.micro_batches import MicroBatch, MicroBatches, _plain_fetch, seed_fetches, seeded
 from hf_spot.training.data.rng import capture, pack
 from hf_spot.training.trainer.exact_limits import looking_for_collective_calls, refuse_what_is_not_exact
+from hf_spot.training.trainer.exact_metrics import METRICS_ONLY, _answering
 from hf_spot.training.trainer.random_states import RandomStates
 from hf_spot.training.upstream import COUNT_FLOS, FETCH, GET_BATCH_SAMPLES, TRAIN_LOADER, TRAINING_STEP
 from tests.training.conftest import Recorder, make_trainer, same, weights
@@ -34,8 +35,9 @@ EXACT = SpotArguments(notice="none", exact_on_any_gpus=True)
 SETTINGS: dict[str, Any] = {"gradient_accumulation_steps": 3, "num_train_epochs": 2}  # 12 micro-batches in an epoch
 
 
-def test_one_and_two_ranks_and_a_change_in_mid_run_give_the_same_bits(zygote: Zygote, tmp_path: Path) -> None:
-    command = [sys.executable, "-Wignore", "-m", "tests.any_gpus", "--quick", "--folder", str(tmp_path)]
+@pytest.mark.parametrize("row", ["GPT-2", "SFT"])
+def test_one_and_two_ranks_and_a_change_in_mid_run_give_the_same_bits(zygote: Zygote, tmp_path: Path, row: str) -> None:
+    command = [sys.executable, "-Wignore", "-m", "tests.any_gpus", "--quick", "--only", row, "--folder", str(tmp_path)]
     with zygote.forking():
         played = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE_S)
     assert played.returncode == 0, played.stdout
@@ -59,6 +61,16 @@ def test_the_result_is_that_of_trainer_but_for_rounding(store: str, tmp_path: Pa
     assert exact_lines.losses.keys() == plain_lines.losses.keys()
     for step, loss in plain_lines.losses.items():
         assert exact_lines.losses[step] == pytest.approx(loss, rel=1e-3)
+
+
+def test_only_a_trainer_that_asks_for_metrics_is_answered_with_its_own() -> None:
+    asking = "def ask(gather): return gather(3)"
+    own: dict[str, Any] = {"__name__": METRICS_ONLY[0]}
+    script: dict[str, Any] = {"__name__": "__main__"}
+    exec(asking, own)
+    exec(asking, script)
+    assert own["ask"](_answering(lambda value: [value, value])) == 3
+    assert script["ask"](_answering(lambda value: [value, value])) == [3, 3]
 
 
 def _interrupt() -> None:
