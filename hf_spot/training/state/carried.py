@@ -143,10 +143,13 @@ class CarriedState:
         values: dict[str, Any] = {}
         tensors: dict[str, torch.Tensor] = {}
         lost = []
-        every = list(self._all(self._walk()))
+        walk = self._walk()
+        every = list(self._all(walk))
         self._name_structure(every)
         for found in every:
             if found.kind == "tensor" and (self._rank or saved.holds(found.path, found.value)):
+                continue
+            if found.path not in self._began and _is_set_up(found.path, walk):
                 continue
             is_trained = found.kind == "tensor" and id(found.value) in trained
             mark = _mark(found)
@@ -266,6 +269,8 @@ class CarriedState:
         homeless = []
         for path, told in written.items():
             value, place = decoded[path], here.get(path) or _item(path, here)
+            if place is None and _is_set_up(path, walk):  # of an earlier hf_spot
+                continue
             if place is None and isinstance(told["value"], dict) and told["value"].get("mapping") == "defaultdict":
                 put = False  # nobody but the script knows its factory
             else:
@@ -324,6 +329,18 @@ def _shapes(every: list[Found]) -> dict[str, torch.Size]:
     """Return the shapes of the model's parameters by path."""
     parameters = (one for one in every if isinstance(one.value, torch.nn.Parameter) and one.path.startswith("model."))
     return {one.path: one.value.shape for one in parameters if one.kind == "tensor"}
+
+
+def _is_set_up(path: str, walk: Walk) -> bool:
+    """Return whether a path is a private attribute of a module of an installed package.
+
+    If it appears while training, it tells that the library has set something up in this process: transformers installs hooks in
+    the first forward pass, and does not in a process that finds the note that they are installed.
+    """
+    at, _, name = path.rpartition(".")
+    owner = walk.owners.get(at)
+    is_private = name.startswith("_") and not name.startswith("__")
+    return is_private and isinstance(owner, torch.nn.Module) and not is_of_script(type(owner))
 
 
 def _version(found: Found) -> int:

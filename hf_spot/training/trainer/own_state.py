@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import transformers.trainer
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from hf_spot.training.state.carried import CarriedState
 from hf_spot.training.state.data_side import parts_of
@@ -37,26 +37,33 @@ class SavedTensors:
         self._trainer = trainer
         self._memory: set[int] = set()
         self._names: dict[str, torch.Size] = {}
+        self._in_safetensors: set[str] = set()
+        self._translated: frozenset[str] | None = None
         self._everything = False
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Record all tensors that are written within the block."""
-        self._memory, self._names = set(), {}
+        self._memory, self._names, self._in_safetensors, self._translated = set(), {}, set(), None
         self._everything = bool(self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled)
 
-        def noting(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(note: Callable[[Any], None], plain: Callable[..., Any]) -> Callable[..., Any]:
             def write(obj: Any, *args: Any, **kwargs: Any) -> Any:
-                self._note(obj)
+                note(obj)
                 return plain(obj, *args, **kwargs)
 
             return write
 
-        with TORCH_SAVE.replaced(torch, noting), FLATTEN.replaced(safetensors.torch, noting):
+        with (
+            TORCH_SAVE.replaced(torch, partial(noting, self._note)),
+            FLATTEN.replaced(safetensors.torch, partial(noting, self.note)),
+        ):
             yield
 
     def note(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Record tensors that are written to a file in another way."""
+        """Record tensors that are written to a file for safetensors."""
+        if isinstance(tensors, dict):
+            self._in_safetensors.update(tensors)
         self._note(tensors)
 
     def _note(self, obj: Any) -> None:
@@ -83,7 +90,20 @@ class SavedTensors:
             return True  # its parameters are DeepSpeed's own, which it divides among the ranks and saves
         if tensor.numel() and tensor.untyped_storage().data_ptr() in self._memory:
             return True
-        return of_model == "model" and self._names.get(name) == tensor.shape
+        return of_model == "model" and (self._names.get(name) == tensor.shape or name in self._written_in_other_words())
+
+    def _written_in_other_words(self) -> frozenset[str]:
+        """Return the names of tensors that ``save_pretrained`` has written with the Hub's names and shapes.
+
+        `hf_spot.training.trainer.weights` loads them by ``from_pretrained``, and refuses files from which one is missing.
+        """
+        if self._translated is None:
+            model = self._trainer.model
+            names = set(model.state_dict()) if isinstance(model, PreTrainedModel) else set()
+            ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+            is_translated = bool(names and self._in_safetensors - names)
+            self._translated = frozenset(names - self._in_safetensors - {*ignored} if is_translated else ())
+        return self._translated
 
 
 def own_state(trainer: Trainer) -> CarriedState:
@@ -128,7 +148,7 @@ def _find(trainer: Trainer, walk: Walk) -> Iterator[Found]:
         yield from walk.module("model", trainer.model)
         for name in ("config", "generation_config"):
             if (config := getattr(trainer.model, name, None)) is not None and hasattr(config, "__dict__"):
-                yield from walk.plain_attributes(f"model.{name}", config, lambda key: key not in _SET_BY_SAVES)
+                yield from walk.plain_attributes(f"model.{name}", config, lambda key: key not in _SET_BY_ITSELF)
     own = names_of_trainer()
     yield from walk.attributes("trainer", trainer, lambda name: name not in own)
     for name, function in (vars(trainer) | replaced_on(trainer)).items():  # methods that a script has put on the object
@@ -185,7 +205,8 @@ _NOT_OF_ARGS = frozenset(
         "distributed_state",
     )
 )
-_SET_BY_SAVES = frozenset(("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"))  # of a config
+# Of a configuration: what saves set, and what the first forward pass finds out.
+_SET_BY_ITSELF = frozenset(("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "problem_type"))
 _IN_STATE_DICT = {"state", "param_groups", "defaults", "base_lrs", "last_epoch", "_step_count", "_last_lr", "optimizer"}
 
 

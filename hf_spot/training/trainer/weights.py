@@ -2,7 +2,8 @@
 
 ``save_pretrained`` writes the Hub's names (mixtures of experts, vision transformers, vision-language models), and
 ``from_pretrained`` translates them back; Trainer's resume does not: it continues with those layers as initialised, and only
-logs a warning (https://github.com/huggingface/transformers/issues/48805, seen with 5.23).
+logs a warning (https://github.com/huggingface/transformers/issues/48805, seen with 5.23). Of a model to which
+``add_adapter`` has added an adapter, ``save_pretrained`` writes the adapter alone, which Trainer does not look for.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from transformers import PreTrainedModel, Trainer
 
 from hf_spot.errors import ConfigError, CorruptCheckpoint, SpotError
 from hf_spot.training.data.rng import capture, capture_gpus, restore
-from hf_spot.training.upstream import LOAD_FROM_CHECKPOINT, LOAD_OPTIMIZER, WARN_AFTER_LOAD
+from hf_spot.training.upstream import HAS_ADAPTER, LOAD_FROM_CHECKPOINT, LOAD_OPTIMIZER, WARN_AFTER_LOAD
 
 log = logging.getLogger("hf_spot")
+
+_ADAPTER = "adapter_model.safetensors"
+_OF_PEFT_MODELS = "base_model.model."  # transformers writes the names that they have in a model of PEFT's
 
 
 @contextmanager
@@ -33,15 +38,18 @@ def all_weights_loaded(trainer: Trainer) -> Iterator[None]:
         results: list[Any] = []
         WARN_AFTER_LOAD.set(trainer, results.append)
         trained = [(one, one.requires_grad) for one in trainer.model.parameters()]  # type: ignore[union-attr]
+        target: Any = model[0] if model else trainer.model
         try:
             with _fitting("model", resume_from_checkpoint):
-                plain_load(resume_from_checkpoint, *model)
+                if HAS_ADAPTER.is_on(target) and HAS_ADAPTER.of(target):
+                    _load_adapter(target, Path(resume_from_checkpoint))
+                else:
+                    plain_load(resume_from_checkpoint, *model)
         finally:
             WARN_AFTER_LOAD.restore(trainer)
         for one, is_trained in trained:
             if one.requires_grad != is_trained:  # PEFT freezes all adapters but the one that it has loaded last
                 one.requires_grad_(is_trained)
-        target = model[0] if model else trainer.model
         for result in results:
             if result.missing_keys and result.unexpected_keys and isinstance(target, PreTrainedModel):
                 _load_translated(target, resume_from_checkpoint)
@@ -76,6 +84,20 @@ def _fitting(what: str, checkpoint: str) -> Iterator[None]:
             f"the {what} of this launch does not fit {Path(checkpoint).name}: {' '.join(lines[:3])}",
             hint="before train(), give the model the parameters and adapters of the checkpoint, with the same ones trained",
         ) from error
+
+
+def _load_adapter(model: Any, checkpoint: Path) -> None:
+    """Load the adapter that ``add_adapter`` has given a model of transformers."""
+    import peft
+
+    saved = safetensors.torch.load_file(checkpoint / _ADAPTER)
+    state = {name.removeprefix(_OF_PEFT_MODELS): value for name, value in saved.items()}
+    name = model.active_adapters()[0]
+    here = peft.get_peft_model_state_dict(model, adapter_name=name)
+    if {key: one.shape for key, one in here.items()} != {key: one.shape for key, one in state.items()}:
+        other = sorted(here.keys() ^ state.keys()) or [key for key in here if here[key].shape != state[key].shape]
+        raise ValueError(f"adapter {name!r} has other weights: {', '.join(other[:3])}{' and others' if other[3:] else ''}")
+    peft.set_peft_model_state_dict(model, state, adapter_name=name)
 
 
 def _load_translated(model: PreTrainedModel, checkpoint: str) -> None:

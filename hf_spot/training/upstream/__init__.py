@@ -317,6 +317,13 @@ LOAD_FROM_CHECKPOINT = _method(
     "training.trainer.weights training.trainer.restore training.trainer.resumed_events",
     _WEIGHTS,
 )
+HAS_ADAPTER = _attribute(
+    "transformers.modeling_utils:PreTrainedModel",
+    "_hf_peft_config_loaded",
+    "training.trainer.weights",
+    "a training of an adapter that add_adapter() has added can't be resumed",
+    told=True,
+)
 WARN_AFTER_LOAD = _method(_TRAINER, "_issue_warnings_after_load", "load_result", "training.trainer.weights", _WEIGHTS)
 LOAD_BEST_MODEL = _method(
     _TRAINER,

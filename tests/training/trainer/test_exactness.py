@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Trainer,
+    TrainerCallback,
+)
 
 from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.training.trainer.accumulation import Accumulation
@@ -32,10 +41,18 @@ def mask(batch: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def experts() -> Qwen3MoeForCausalLM:
-    """Its checkpoints name each expert, and the model holds them in one tensor."""
+    """Its checkpoints name each expert, and the model holds them in one tensor; its hooks get what its loss needs."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=64, attention_dropout=0.1, **sizes, **heads))
+    more = {"attention_dropout": 0.1, "output_router_logits": True}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=64, **more, **sizes, **heads))
+
+
+def adapted() -> Any:
+    """Its checkpoints hold the adapter alone, which Trainer does not look for."""
+    model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    model.add_adapter(peft.LoraConfig(r=2, lora_dropout=0.1, target_modules=["c_attn"], fan_in_fan_out=True))
+    return model
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -57,6 +74,7 @@ class Stream(torch.utils.data.IterableDataset):
 
 CASES: dict[str, dict[str, Any]] = {
     "a mixture of experts": {"model": experts},
+    "an adapter of the model's own": {"model": adapted},
     "group_by_length": {"train_sampling_strategy": "group_by_length"},
     "a sampler without a seed": {"accelerator_config": {"use_seedable_sampler": False}},
     "dispatched batches": {"accelerator_config": {"dispatch_batches": True}},

@@ -15,7 +15,16 @@ import numpy
 import pytest
 import torch
 import torch.nn.utils.prune
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_spot import Run, SpotArguments, SpotCallback, TrainingPreempted
 from hf_spot.training.state.carried import FOLDER
@@ -542,9 +551,21 @@ def test_it_comes_back(store: str, tmp_path: Path, case: str, at_step: int) -> N
     assert found(second) == wanted_state
 
 
-def test_a_training_without_state_of_its_own_gets_no_more_than_its_proof(store: str, tmp_path: Path) -> None:
+def _experts() -> Any:
+    """Return a model that ``save_pretrained`` translates, and that sets itself up in its first forward pass."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=64, output_router_logits=True, **small, **heads))
+
+
+def _classes() -> Any:
+    return GPT2ForTokenClassification(GPT2Config(**SHAPE.to_diff_dict() | {"num_labels": 64}))
+
+
+@pytest.mark.parametrize("model", [None, _experts, _classes])
+def test_a_training_without_state_of_its_own_gets_no_more_than_its_proof(store: str, tmp_path: Path, model: Any) -> None:
     callback = SpotCallback(store, SpotArguments(notice="none"))
-    make(tmp_path / "out", callbacks=[callback, Patient(callback)]).train()
+    make(tmp_path / "out", callbacks=[callback, Patient(callback)], **({"model": model()} if model else {})).train()
     names = {file.path for one in Run(store).checkpoints() for file in one.files}
     assert {name for name in names if name.startswith(FOLDER)} == {f"{FOLDER}/proof_0.json"}
 
