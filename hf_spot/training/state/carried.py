@@ -39,6 +39,7 @@ FOLDER = "hf_spot_state"  # in a checkpoint; neither Trainer nor `from_pretraine
 _FORMAT = 1
 _UNREADABLE = object()  # in place of the mark of an object whose `state_dict` raises
 _CLASS = ".__class__"  # at the end of a path: the class of an object
+_OF_PARAMETERS = "._post_accumulate_grad_hooks"  # in a path: what a hook of a parameter keeps
 _KEYS = re.compile(r"\[[^\]]*\]")
 _SHOWN = 4  # paths, in one line
 
@@ -200,7 +201,8 @@ class CarriedState:
         if fresh and not self._rank:
             log.info("also saved with each checkpoint, because it changes and Trainer does not save it: %s", _in_words(fresh))
         for path in lost:
-            kind = _KEYS.sub("[]", path)  # of the items of one list or dictionary, one is enough
+            kind = _KEYS.sub("[]", path)  # of the items of one list or dictionary, or the parameters of a model, one is enough
+            kind = kind[kind.find(_OF_PARAMETERS) :] if _OF_PARAMETERS in kind else kind
             if not {path, kind} & self._named:
                 self._named |= {path, kind}
                 owner = path.rpartition(".")[0]

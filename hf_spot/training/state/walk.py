@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import random
@@ -60,6 +61,7 @@ _OF_PROCESSES = frozenset(
         "torchdata",
         "tqdm",
         "deepspeed",
+        "bitsandbytes",
         "requests",
         "httpx",
     )
@@ -67,8 +69,12 @@ _OF_PROCESSES = frozenset(
 _OF_TRAININGS = ("torch.utils.data.sampler", "torch.utils.data.dataset", "torch.distributions")  # parts of them, all the same
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOKS_OF_TENSORS = ("_post_accumulate_grad_hooks", "_backward_hooks")
-_IN_STATE_DICT = frozenset(
-    ("state", "param_groups", "defaults", "base_lrs", "last_epoch", "_step_count", "_last_lr", "optimizer")
+# Of optimizers and schedulers: what their state_dict has, and torch's own hooks and notes.
+IN_STATE_DICT = frozenset(
+    (
+        *("state", "param_groups", "defaults", "base_lrs", "last_epoch", "_step_count", "_last_lr", "optimizer"),
+        *vars(torch.optim.Optimizer([torch.zeros(1)], {})),
+    )
 )
 _CACHE = type(functools.lru_cache(len))  # the class of functions whose results are kept
 _STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -290,7 +296,7 @@ class Walk:
         elif isinstance(value, (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)):
             yield Found(path, "state", value)
             if is_of_script(type(value)):
-                yield from self.attributes(path, value, lambda name: name not in _IN_STATE_DICT, depth + 1)
+                yield from self.attributes(path, value, lambda name: name not in IN_STATE_DICT, depth + 1)
         elif _is_iterator(value):
             yield Found(path, "iterator", value)
         elif is_of_script(type(value)) and not isinstance(value, type) and depth < _DEEPEST:
@@ -377,12 +383,24 @@ class Walk:
         for hooks in _HOOKS_OF_TENSORS:
             for place, hook in enumerate(list((getattr(parameter, hooks, None) or {}).values())):
                 yield from self.function(f"{path}.{hooks}[{place}]", hook, 1)
+                for name, stepped in _stepped_by(hook, parameter):
+                    yield from self.value(f"{path}.{hooks}[{place}].{name}", stepped, None, 1)
 
     def tensor(self, path: str, tensor: torch.Tensor) -> Iterator[Found]:
         """Yield a tensor that was not found otherwise."""
         if id(tensor) not in self._seen and is_tensor(tensor):
             self._seen.add(id(tensor))
             yield Found(path, "tensor", tensor)
+
+
+def _stepped_by(hook: Any, parameter: torch.nn.Parameter) -> Iterator[tuple[str, Any]]:
+    """Yield optimizers and schedulers that a hook steps for its parameter, as it does for "layerwise" ones of transformers."""
+    for name, cell in zip(getattr(getattr(hook, "__code__", None), "co_freevars", ()), hook.__closure__ or (), strict=False):
+        with contextlib.suppress(ValueError):  # nothing is in it yet
+            value = cell.cell_contents
+            value = value.get(parameter) if isinstance(value, dict) else value
+            if isinstance(value, (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)):
+                yield name, value
 
 
 def _adapter_of(value: Any) -> Adapter | None:

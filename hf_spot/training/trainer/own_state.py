@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState,
 from hf_spot.training.state.carried import CarriedState
 from hf_spot.training.state.data_side import parts_of
 from hf_spot.training.state.values import is_tensor
-from hf_spot.training.state.walk import Found, Walk, is_of_script, may_keep_state
+from hf_spot.training.state.walk import IN_STATE_DICT, Found, Walk, is_of_script, may_keep_state
 from hf_spot.training.upstream import FLATTEN, TORCH_SAVE
 from hf_spot.training.upstream.name import replaced_on
 
@@ -207,16 +207,15 @@ _NOT_OF_ARGS = frozenset(
 )
 # Of a configuration: what saves set, and what the first forward pass finds out.
 _SET_BY_ITSELF = frozenset(("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "problem_type"))
-_IN_STATE_DICT = {"state", "param_groups", "defaults", "base_lrs", "last_epoch", "_step_count", "_last_lr", "optimizer"}
 
 
 def _handed(walk: Walk, name: str, handed: Any) -> Iterator[Found]:
     if name in ("optimizer", "lr_scheduler"):
         inner = getattr(handed, name.removeprefix("lr_"), handed)  # accelerate wraps it
         if inner is not None and is_of_script(type(inner)):
-            yield from walk.attributes(name, inner, lambda key: key not in _IN_STATE_DICT)
+            yield from walk.attributes(name, inner, lambda key: key not in IN_STATE_DICT)
         elif inner is not None and may_keep_state(type(inner)):
-            yield from walk.numbers(name, inner, lambda key: key not in _IN_STATE_DICT)
+            yield from walk.numbers(name, inner, lambda key: key not in IN_STATE_DICT)
         for at, function in enumerate(getattr(inner, "lr_lambdas", ())):
             yield from walk.value(f"{name}.lr_lambdas[{at}]", function)
     elif isinstance(handed, dict) and name == "eval_dataset":

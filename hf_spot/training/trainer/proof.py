@@ -19,6 +19,7 @@ from hf_spot.training.state.carried import FOLDER, CarriedState
 from hf_spot.training.state.proof import Part, differences, differing_tensors, digest_of, flat, part_of
 from hf_spot.training.trainer.random_states import RandomStates
 from hf_spot.training.trainer.resume_fixes import counters
+from hf_spot.training.trainer.weights import classes_allowed
 
 log = logging.getLogger("hf_spot")
 
@@ -215,7 +216,8 @@ def _optimizer(trainer: Trainer, checkpoint: Path) -> tuple[list[str], int]:
     path = checkpoint / "optimizer.pt"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.optimizer is None or not path.exists():
         return [], 0
-    saved = flat(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+    with classes_allowed(trainer.optimizer, checkpoint):
+        saved = flat(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
     live = flat(trainer.optimizer.state_dict())
     tensors = {name: one for name, one in saved.items() if isinstance(one, torch.Tensor)}
     wrong, compared = differing_tensors(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,8 +60,10 @@ def all_weights_loaded(trainer: Trainer) -> Iterator[None]:
     plain_load_optimizer = LOAD_OPTIMIZER.of(trainer)
 
     def load_optimizer(checkpoint: str | None) -> None:
-        with _fitting("optimizer", str(checkpoint)):
+        with _fitting("optimizer", str(checkpoint)), classes_allowed(trainer.optimizer, checkpoint):
             plain_load_optimizer(checkpoint)
+        if checkpoint is not None:
+            _find_keys_again(trainer.optimizer)
 
     LOAD_FROM_CHECKPOINT.set(trainer, load)
     LOAD_OPTIMIZER.set(trainer, load_optimizer)
@@ -84,6 +87,52 @@ def _fitting(what: str, checkpoint: str) -> Iterator[None]:
             f"the {what} of this launch does not fit {Path(checkpoint).name}: {' '.join(lines[:3])}",
             hint="before train(), give the model the parameters and adapters of the checkpoint, with the same ones trained",
         ) from error
+
+
+@contextmanager
+def classes_allowed(optimizer: Any, checkpoint: Path | str | None) -> Iterator[None]:
+    """Let torch create objects that an optimizer keeps in its state within the block: GaLore's and APOLLO's projections.
+
+    Trainer alone loads numbers and tensors only, and fails. Classes are of the optimizer's own package, which this process has
+    imported.
+
+    Args:
+        optimizer: the optimizer.
+        checkpoint: folder of the checkpoint, whose files are verified; None if there is none.
+    """
+    file = None if checkpoint is None else Path(checkpoint, "optimizer.pt")
+    if file is None or not file.is_file():
+        yield
+        return
+    package = _package(optimizer)
+    wanted = [name for name in torch.serialization.get_unsafe_globals_in_checkpoint(file) if name.partition(".")[0] == package]
+    classes = [getattr(sys.modules[module], name) for module, _, name in (one.rpartition(".") for one in wanted)]
+    with torch.serialization.safe_globals(classes):
+        yield
+
+
+def _package(optimizer: Any) -> str:
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    return type(inner).__module__.partition(".")[0]
+
+
+def _find_keys_again(optimizer: Any) -> None:
+    """Let dictionaries that an optimizer keeps by parameter in its groups have the parameters of this launch as keys.
+
+    A file has copies of the keys, which nobody finds: GrokAdamW would begin again. They are as the parameters are, which have
+    just been loaded.
+    """
+    for group in getattr(optimizer, "param_groups", ()):
+        for held in group.values():
+            if not isinstance(held, dict) or not all(isinstance(key, torch.Tensor) for key in held):
+                continue
+            free = [one for one in group["params"] if one not in held]
+            items = list(held.items())
+            held.clear()
+            for key, value in items:
+                found = next((one for one in free if one.shape == key.shape and torch.equal(one.detach(), key.detach())), key)
+                free = [one for one in free if one is not found]
+                held[found] = value
 
 
 def _load_adapter(model: Any, checkpoint: Path) -> None:

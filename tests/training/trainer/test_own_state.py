@@ -92,6 +92,48 @@ class Average(TrainerCallback):
             self.of[name].lerp_(weight.detach(), 0.1)
 
 
+class Projection:
+    """What GaLore and APOLLO keep of each parameter in their state: no number and no tensor."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+
+class Projecting(torch.optim.SGD):
+    """Keeps objects in its state, and more by parameter in its groups, as GrokAdamW does."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            by_parameter = group.setdefault("slow", {})
+            for one in group["params"]:
+                kept = self.state[one].setdefault("projection", Projection())
+                kept.steps += 1
+                slow = by_parameter.setdefault(one, torch.zeros_like(one))
+                slow.lerp_(one.grad, 1 / kept.steps)
+                one.grad = slow.clone()
+        return super().step(closure)
+
+
+def layerwise(out: Path) -> Trainer:
+    """Return a training whose parameters are stepped in their backward pass, by hooks of a library."""
+    made: dict[str, Any] = {"__name__": "transformers.trainer_optimizer"}
+    exec(
+        "def hook_of(by_parameter):\n"
+        "    def hook(parameter):\n"
+        "        by_parameter[parameter].step()\n"
+        "        by_parameter[parameter].zero_grad()\n"
+        "    return hook\n",
+        made,
+    )
+    trainer = make(out, optimizers=lambda model: torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2))
+    assert trainer.model is not None
+    every = list(trainer.model.parameters())
+    hook = made["hook_of"]({one: torch.optim.Adam([one], lr=1e-2) for one in every})
+    for one in every:
+        one.register_post_accumulate_grad_hook(hook)
+    return trainer
+
+
 class Meter:
     """Keeps what is no value."""
 
@@ -459,6 +501,11 @@ CASES: dict[str, tuple[Callable[[Path], Trainer], Callable[[Trainer], Any]]] = {
         lambda out: make(out, optimizers=lambda model: Lookahead(model.parameters())),
         lambda trainer: None,
     ),
+    "an optimizer with objects, and more by parameter": (
+        lambda out: make(out, optimizers=lambda model: Projecting(model.parameters(), lr=1e-2)),
+        lambda trainer: [one["projection"].steps for one in trainer.optimizer.state_dict()["state"].values()],
+    ),
+    "optimizers that hooks of a library step": (layerwise, lambda trainer: None),
     "a level that a callback raises on the data set": (with_levels, lambda trainer: trainer.train_dataset.level),
     "a generator of torch in the data set": (
         lambda out: make(out, data=Noisy(torch.Generator().manual_seed(3))),
