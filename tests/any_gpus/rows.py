@@ -13,6 +13,7 @@ from typing import Any
 import numpy
 import torch
 from transformers import (
+    EarlyStoppingCallback,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -129,6 +130,26 @@ def _plain(output_dir: Path, each: int) -> Trainer:
     return Trainer(_gpt2(), args, train_dataset=Words(), data_collator=padded)
 
 
+def _accuracy(found: Any) -> dict[str, float]:
+    return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+
+
+def _best(output_dir: Path, each: int) -> Trainer:
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "save_steps": 2, "eval_steps": 2}
+    args = _settings(TrainingArguments, output_dir, each, logging_steps=3, **EVALUATIONS | best)
+    model, some = _bert("BertForSequenceClassification", num_labels=3), Words(classes=True)
+    some.rows = some.rows[:EVALUATED]
+    return Trainer(
+        model,
+        args,
+        train_dataset=Words(classes=True),
+        eval_dataset=some,
+        data_collator=padded,
+        compute_metrics=_accuracy,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=3)],
+    )
+
+
 def _mixed(output_dir: Path, each: int) -> Trainer:
     args = _settings(TrainingArguments, output_dir, each, bf16=True, gradient_checkpointing=True, max_grad_norm=0.1)
     return Trainer(_llama(), args, train_dataset=Words(), data_collator=padded)
@@ -178,9 +199,14 @@ def _sentence(row: list[int]) -> str:
     return " ".join(f"w{word}" for word in row)
 
 
-def _sft(output_dir: Path, each: int) -> Trainer:
+def _packed(output_dir: Path, each: int) -> Trainer:
+    return _sft(output_dir, each, packing=True, max_length=20)
+
+
+def _sft(output_dir: Path, each: int, **more: Any) -> Trainer:
     datasets, trl = importlib.import_module("datasets"), importlib.import_module("trl")
-    args = _settings(trl.SFTConfig, output_dir, each, neftune_noise_alpha=5.0, max_length=16, **EVALUATIONS, logging_steps=3)
+    settings = {"neftune_noise_alpha": 5.0, "max_length": 16, "logging_steps": 3, **EVALUATIONS, **more}
+    args = _settings(trl.SFTConfig, output_dir, each, **settings)
     data = datasets.Dataset.from_dict({"text": [_sentence(row) for row in Words().rows]})
     some = data.select(range(EVALUATED))
     trainer: Trainer = trl.SFTTrainer(_gpt2(), args, train_dataset=data, eval_dataset=some, processing_class=_tokenizer())
@@ -273,8 +299,10 @@ ROWS: dict[str, Row] = {
     "Llama, bf16, checkpointing, clipping": Row(_mixed),
     "BERT, random masks, a worker": Row(_masked),
     "own loss, by length": Row(_own_loss),
+    "best model of evaluations": Row(_best),
     "LoRA, label smoothing": Row(_smoothed, needs="peft"),
     "SFT with NEFTune": Row(_sft, needs="trl"),
+    "SFT, packed": Row(_packed, needs="trl"),
     "DPO": Row(_dpo, needs="trl"),
     "experts, reentrant checkpointing": Row(_experts),
     "own step, sampler and optimizer": Row(_own_step),
