@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from hf_spot import SpotArguments, SpotCallback, TrainingPreempted
-from tests.any_gpus.train import digest_of
+from hf_spot.training.state.proof import digest_of
 from tests.kinds.models import KINDS, Kind, Samples, llama, words
 from tests.kinds.settings import SETTINGS
 from tests.training.conftest import Recorder

@@ -30,6 +30,8 @@ from hf_spot.training.state.values import (
     put_into,
     set_state,
     state_of,
+    with_objects,
+    without_objects,
 )
 from hf_spot.training.state.walk import Found, Walk, is_of_script, set_attribute
 
@@ -306,7 +308,7 @@ def _current(found: Found) -> Any:
         return state_of(found.value)
     if found.kind == "adapted":
         return found.value.get()
-    return found.value.state_dict() if found.kind == "state" else found.value
+    return without_objects(found.value.state_dict()) if found.kind == "state" else found.value
 
 
 def _mark(found: Found) -> Any:
@@ -321,7 +323,7 @@ def _mark(found: Found) -> Any:
     if found.kind != "state":
         return mark_of(found.value)
     try:
-        return mark_of(found.value.state_dict())
+        return mark_of(without_objects(found.value.state_dict()))
     except Exception as error:  # foreign code
         log.debug("%s: %r", found.path, error)
         return _UNREADABLE
@@ -436,7 +438,7 @@ def _put_there(found: Found | None, path: str, kind: str, value: Any, walk: Walk
     if found.kind == "generator":
         set_state(found.value, value)
     elif found.kind == "state":
-        found.value.load_state_dict(value)
+        found.value.load_state_dict(with_objects(value))
     elif found.kind == "adapted":
         found.value.set(value)
     else:

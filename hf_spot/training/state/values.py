@@ -234,6 +234,51 @@ def _by_name(module: str, name: str) -> Any:
     return found
 
 
+_OBJECT = "an object of"  # the key of its class
+
+
+def without_objects(value: Any) -> Any:
+    """Return a ``state_dict`` in which dictionaries take the place of objects that have nothing but attributes.
+
+    GaLore and APOLLO keep such an object for each parameter.
+    """
+    if type(value) in (list, tuple):
+        return type(value)(map(without_objects, value))
+    if type(value) is dict:
+        return {key: without_objects(one) for key, one in value.items()}
+    if _has_only_attributes(value):
+        return {_OBJECT: list(_name_of(type(value))), **{name: without_objects(one) for name, one in vars(value).items()}}
+    return value
+
+
+def with_objects(value: Any) -> Any:
+    """Return what `without_objects` was given. No code of the objects' classes runs, which this process has imported.
+
+    Raises:
+        ValueError: a class is not here.
+    """
+    if type(value) in (list, tuple):
+        return type(value)(map(with_objects, value))
+    if type(value) is not dict:
+        return value
+    items = {key: with_objects(one) for key, one in value.items() if key != _OBJECT}
+    if _OBJECT not in value:
+        return items
+    kind = _by_name(*value[_OBJECT])
+    if not isinstance(kind, type):
+        raise ValueError(f"{value[_OBJECT]} is no class")
+    made: Any = object.__new__(kind)
+    vars(made).update(items)
+    return made
+
+
+def _has_only_attributes(value: Any) -> bool:
+    kind: Any = type(value)
+    usual = all(getattr(kind, name) is getattr(object, name) for name in ("__new__", "__reduce__", "__reduce_ex__"))
+    own = any(hasattr(kind, name) for name in ("__setstate__", "__slots__", "__next__"))
+    return usual and not own and type(getattr(value, "__dict__", None)) is dict and not isinstance(value, torch.nn.Module)
+
+
 def _sample(tensor: torch.Tensor) -> bytes:
     flat = tensor.detach().reshape(-1)
     if flat.numel() > _SMALL:

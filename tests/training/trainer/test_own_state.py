@@ -114,6 +114,18 @@ class Projecting(torch.optim.SGD):
         return super().step(closure)
 
 
+class Counted(torch.optim.Adam):
+    """Keeps an object in its state, on which its steps depend."""
+
+    def step(self, closure: Any = None) -> Any:
+        (one,) = self.param_groups[0]["params"]
+        kept = self.state[one].get("projection")
+        one.grad /= 1 + (kept.steps if kept else 0)
+        done = super().step(closure)
+        self.state[one].setdefault("projection", Projection()).steps += 1
+        return done
+
+
 def layerwise(out: Path) -> Trainer:
     """Return a training whose parameters are stepped in their backward pass, by hooks of a library."""
     made: dict[str, Any] = {"__name__": "transformers.trainer_optimizer"}
@@ -128,7 +140,7 @@ def layerwise(out: Path) -> Trainer:
     trainer = make(out, optimizers=lambda model: torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2))
     assert trainer.model is not None
     every = list(trainer.model.parameters())
-    hook = made["hook_of"]({one: torch.optim.Adam([one], lr=1e-2) for one in every})
+    hook = made["hook_of"]({one: Counted([one], lr=1e-2) for one in every})
     for one in every:
         one.register_post_accumulate_grad_hook(hook)
     return trainer
