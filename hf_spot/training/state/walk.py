@@ -411,7 +411,7 @@ def _adapter_of(value: Any) -> Adapter | None:
 
 
 def _is_no_part_of_module(name: str) -> bool:
-    return name not in _OF_MODULES
+    return name not in _OF_MODULES and name != "gradient_checkpointing"  # Trainer sets it when a training begins
 
 
 def _is_of_script_function(function: Any) -> bool:

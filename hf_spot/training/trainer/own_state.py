@@ -205,8 +205,14 @@ _NOT_OF_ARGS = frozenset(
         "distributed_state",
     )
 )
-# Of a configuration: what saves set, and what the first forward pass finds out.
-_SET_BY_ITSELF = frozenset(("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "problem_type"))
+# Of a configuration: what saves set, what the first forward pass finds out, and what Trainer sets when a training begins.
+_SET_BY_ITSELF = frozenset(
+    (
+        *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"),
+        "problem_type",
+        *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+    )
+)
 
 
 def _handed(walk: Walk, name: str, handed: Any) -> Iterator[Found]:
