@@ -28,6 +28,7 @@ from tests.spotcloud.market import ON_DEMAND, SPOT, Pool, Stay
 from tests.spotcloud.story import LARGE, Script, Story
 
 A, B = "us-east-1a", "us-east-1b"
+_TWO_AT_ONCE = 1  # of the interruptions
 _SLOW = ("--step_s", "0.5")
 _THREADS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
@@ -68,6 +69,8 @@ class MachinesStory(Story):
         self._start_watcher()
         for place in range(self.interruptions):
             self._wait_for(lambda: len(self._trains()) >= 2, "a launch of several machines")
+            if place == _TWO_AT_ONCE:  # one must be left, or come: with the one that is to be had then, they are enough
+                self._wait_for(lambda: len(self.cloud.running()) >= 3, "three machines")
             at = max(self._steps(), default=0)
             self._wait_for(lambda at=at: max(self._steps(), default=0) >= at + 2, f"step {at + 2}")  # type: ignore[misc]
             self._act(place)
@@ -80,7 +83,7 @@ class MachinesStory(Story):
         market = self.cloud.market
         for zone in (A, B):
             market.set_price(Pool(LARGE, zone), round(self.dice.uniform(6, 9.5), 4), self.cloud.now())
-        if place == 1:  # two at once, and only the full price is to be had
+        if place == _TWO_AT_ONCE:  # and only the full price is to be had
             market.close()
             market.limit(1, LARGE, A, ON_DEMAND)
             self.cloud.take(next(one for one in spot if one != name))

@@ -9,7 +9,9 @@ import runpy
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -18,6 +20,7 @@ from hf_spot.arguments import SpotArguments as Settings
 from hf_spot.errors import Fenced
 from hf_spot.run.machine_info import KEYS
 from hf_spot.storage.open import open_store
+from hf_spot.training.trainer.engines import refuse_what_can_not_be_resumed
 from tests.training.conftest import STEPS, Patient, Recorder, make_trainer, same, weights
 from tests.waiting import wait_for
 
@@ -308,6 +311,24 @@ def test_what_can_not_be_resumed_is_refused_before_training(store: str, tmp_path
         make_trainer(tmp_path, SpotCallback(store, QUIET), recorder, **settings).train()
     assert recorder.losses == {}
     assert Run(store).state().number == 0
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+def test_an_adapter_that_can_not_be_resumed_is_named_before_training(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def adapted(kind: type, **settings: Any) -> Any:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+        return peft.get_peft_model(model, kind(target_modules=["c_attn"], fan_in_fan_out=True, **settings))
+
+    def told(kind: type, **settings: Any) -> bool:
+        caplog.clear()
+        trainer = make_trainer(tmp_path / kind.__name__, model=lambda: adapted(kind, **settings))
+        refuse_what_can_not_be_resumed(trainer)
+        return "update_and_allocate() has dropped" in caplog.text
+
+    assert told(peft.AdaLoraConfig, total_step=10, tinit=1, tfinal=1)
+    assert not told(peft.LoraConfig)
 
 
 def test_another_accumulation_is_refused_with_the_setting_that_brings_it_back(store: str, tmp_path: Path) -> None:

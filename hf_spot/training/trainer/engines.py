@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from hf_spot.errors import ConfigError
 from hf_spot.log import warn_for_all
 from hf_spot.policy.resize import Batches, divided_otherwise
-from hf_spot.training.upstream import CHECKPOINT_ENGINE
+from hf_spot.training.upstream import CHECKPOINT_ENGINE, PEFT_CONFIG
 
 _INSTEAD = "shard it with TrainingArguments(fsdp='full_shard') or DeepSpeed instead, which hf_spot saves and resumes exactly"
 
@@ -25,6 +25,12 @@ def refuse_what_can_not_be_resumed(trainer: Trainer) -> None:
         ConfigError: the model is divided in such a way, or there is such a setting.
     """
     _refuse_settings(trainer.args)
+    if PEFT_CONFIG.is_on(trainer.model) and any(_is_adalora(one) for one in PEFT_CONFIG.of(trainer.model).values()):
+        warn_for_all(
+            "AdaLoRA's checkpoints leave out the ranks that update_and_allocate() has dropped, and PEFT can't load them into a "
+            "model that begins with all ranks: a training that has dropped some can't be resumed. Use LoRA on machines that may "
+            "be taken away"
+        )
     if divided := divided_otherwise(trainer.accelerator.parallelism_config):
         raise ConfigError(
             f"{divided}: Trainer can't save and resume tensor, context and sequence parallel "
@@ -100,6 +106,10 @@ def _zero_stage(trainer: Trainer) -> int:
 def _autotp_size(trainer: Trainer) -> int:
     config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
     return int((config.get("tensor_parallel") or {}).get("autotp_size") or 0)
+
+
+def _is_adalora(config: Any) -> bool:
+    return str(getattr(config.peft_type, "value", config.peft_type)) == "ADALORA"
 
 
 def _is_divided(parameter: Any) -> bool:
