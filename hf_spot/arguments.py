@@ -50,7 +50,7 @@ class SpotArguments:
     grace_s: float | None = field(
         default=None,
         metadata={
-            "help": "Seconds between such a signal and the kill, if known (Kubernetes: "
+            "help": "Seconds between a signal that is a notice and the kill, if known (Kubernetes: "
             "terminationGracePeriodSeconds; default: $HF_SPOT_GRACE_S, or the platform's known value). If a notice states a "
             "deadline, that deadline counts instead."
         },

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import sys
+import unicodedata
 from collections.abc import Mapping
 from enum import Enum
 from typing import TextIO
@@ -44,6 +45,18 @@ def shows_colours(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bo
         return environ.get("TERM") != "dumb" and stream.isatty()
     except ValueError:  # closed
         return False
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: letters of East Asia take two, accents on a letter none."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + wide - sum(unicodedata.category(letter) in ("Mn", "Me") for letter in text)
+
+
+def padded(text: str, width: int, *, is_right: bool) -> str:
+    """Return a text filled with blanks to a width in columns, at its left if it is aligned right."""
+    blanks = " " * (width - columns_of(text))
+    return blanks + text if is_right else text + blanks
 
 
 def outlive_terminal() -> None:

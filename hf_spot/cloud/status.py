@@ -110,7 +110,8 @@ def _fleet(ledger: Ledger, records: MachineRecords) -> dict[str, Any]:
 def render_status(known: dict[str, Any]) -> str:
     """Format the result of `status`, one machine per line."""
     of = f" of {known['max_steps']}" if known["max_steps"] else ""
-    hours = f", about {known['hours_left']:.1f} h left" if known["hours_left"] is not None else ""
+    is_done = known["ended"] == "finished"
+    hours = f", about {known['hours_left']:.1f} h left" if known["hours_left"] is not None and not is_done else ""
     head = (
         f"{known['run']}: {known['ended'] or 'not ended'}, step {known['step']}{of} committed{hours}, "
         f"{in_words(known['spent_usd'], known['spent_bound'])}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_spot.arguments import SpotArguments
 from hf_spot.errors import NoCheckpoint
-from hf_spot.terminal import Style, paint
+from hf_spot.terminal import Style, columns_of, padded, paint
 
 BEST = "best"  # in place of a step
 
@@ -128,12 +128,9 @@ def megabytes(size_bytes: int) -> str:
 
 def print_table(rows: Sequence[Sequence[str]], *, right: Collection[str] = ()) -> None:
     """Print rows as columns. The first row is the header; the columns whose titles are in ``right`` are aligned right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(columns_of, column)) for column in zip(*rows, strict=True)]
     sides = [title in right for title in rows[0]]
     for number, row in enumerate(rows):
-        cells = [
-            cell.rjust(width) if is_right else cell.ljust(width)
-            for cell, width, is_right in zip(row, widths, sides, strict=True)
-        ]
+        cells = [padded(cell, width, is_right=is_right) for cell, width, is_right in zip(row, widths, sides, strict=True)]
         line = "  ".join(cells).rstrip()
         print(paint(line, Style.HEADING, sys.stdout) if number == 0 else line)

@@ -27,6 +27,7 @@ from hf_spot.commands.common import (
 )
 from hf_spot.commands.whole_runs import FOLLOW_INTERVAL_S, follow_run
 from hf_spot.errors import ConfigError
+from hf_spot.policy.words import counted
 from hf_spot.storage.threads import awaited
 from hf_spot.terminal import Style, paint
 
@@ -219,7 +220,7 @@ def _publish(args: argparse.Namespace) -> int:
     if args.json:
         print_json(dataclasses.asdict(done))
     else:
-        print(f"step {done.step} published as {done.url}: {len(done.files)} files, {megabytes(done.size_bytes)}")
+        print(f"step {done.step} published as {done.url}: {counted(len(done.files), 'file')}, {megabytes(done.size_bytes)}")
     return 0
 
 

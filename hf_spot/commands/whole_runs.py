@@ -22,6 +22,7 @@ from hf_spot.commands.common import (
     takes_unfenced,
 )
 from hf_spot.errors import ConfigError, SpotError
+from hf_spot.policy.words import counted
 from hf_spot.run.order import SORTS, age_in_words, sorted_runs
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _copy(args: argparse.Namespace, source: Run, target: Run, done: str) -> int:
         return 0
     state = copy_run(source, target, progress=lambda size_bytes: progress_bar(args, "copy", size_bytes))
     told = {"run": source.url, "new": target.url, "entries": state.number, "checkpoints": len(state.checkpoints)}
-    _tell(args, told, f"{source.url} {done} to {target.url}: {len(state.checkpoints)} checkpoints")
+    _tell(args, told, f"{source.url} {done} to {target.url}: {counted(len(state.checkpoints), 'checkpoint')}")
     return 0
 
 
@@ -158,7 +159,10 @@ def _mv(args: argparse.Namespace) -> int:
     state = _check_ended(args, source, check_source(source))
     if args.dry_run:
         return _copy(args, source, target, "moved")
-    _ask(args, f"move {source.url} to {target.url}, and delete it where it was ({len(state.checkpoints)} checkpoints)?")
+    _ask(
+        args,
+        f"move {source.url} to {target.url}, and delete it where it was ({counted(len(state.checkpoints), 'checkpoint')})?",
+    )
     copied = copy_run(source, target, progress=lambda size_bytes: progress_bar(args, "move", size_bytes))
     if source.state() != copied:
         raise SpotError(
@@ -228,7 +232,8 @@ def _ask(args: argparse.Namespace, question: str) -> None:
 
 
 def _contents(state: RunState, count: int, size_bytes: int) -> str:
-    return f"{len(state.checkpoints)} checkpoints, {state.launch} launches, {count} objects, {megabytes(size_bytes)}"
+    counts = (len(state.checkpoints), "checkpoint"), (state.launch, "launch"), (count, "object")
+    return ", ".join([*(counted(*one) for one in counts), megabytes(size_bytes)])
 
 
 def _others(keys: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from hf_spot.aws_errors import Kind, code_of, explain
 from hf_spot.doctor.finding import FAIL, OK, WARN, Finding, Notice
 from hf_spot.errors import AccessDenied, ObjectNotFound, SpotError, StoreNotFencing
 from hf_spot.policy.requests import WRITE_USD, writes_of_commit
+from hf_spot.policy.words import counted
 from hf_spot.run.journal import CheckpointRef
 from hf_spot.run.run import Run
 from hf_spot.storage.probe import FOLDER, answer, probe
@@ -88,7 +89,8 @@ def examine(
             yield Finding(
                 OK,
                 "run",
-                f"{len(state.checkpoints)} checkpoints, the newest of step {newest.step} with {_size(newest.size_bytes)}"
+                f"{counted(len(state.checkpoints), 'checkpoint')}, "
+                f"the newest of step {newest.step} with {_size(newest.size_bytes)}"
                 + (f"; {state.ended}" if state.ended else "")
                 + _requests(run, newest),
             )

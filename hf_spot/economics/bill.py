@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hf_spot.policy.words import counted
 from hf_spot.run.journal import Entry
 
 
@@ -66,11 +67,12 @@ class Bill:
             return
         free = sum(not _dollars(one, "cost_usd") for one in self.ended)
         bound = f"{self.bound} " if self.bound else ""
-        words = f"Bill: {bound}${self.machines_usd:,.2f} for {len(self.ended)} machines from launch to end"
+        words = f"Bill: {bound}${self.machines_usd:,.2f} for {counted(len(self.ended), 'machine')} from launch to end"
         words += f", {free} of them free" if free else ""
         words += f", and ${self.disks_usd:,.2f} for their disks" if self.disks_usd else ""
         left = len(self.machines) - len(self.ended)
-        yield f"{words}.{f' {left} machines have not ended: hf-spot status.' if left else ''}"
+        unended = f" {counted(left, 'machine')} {'has' if left == 1 else 'have'} not ended: hf-spot status." if left else ""
+        yield f"{words}.{unended}"
 
 
 def _dollars(one: Mapping[str, Any], key: str) -> float:

@@ -21,11 +21,13 @@ from hf_spot.economics.table import (
     traffic_lines,
 )
 from hf_spot.errors import ConfigError
+from hf_spot.policy.words import counted
 
 _NUMBER = re.compile(
     r"[-+$~<>?]*[\d,.]*( ?(%|s|min|h|d|MB|→\d+|of [\d,]+))?$"
 )  # with its unit, a span or a share of steps, or an empty cell
 _MOST_ROWS, _FEW_ROWS = 30, 12
+_MOST_LETTERS = 60  # of a cell that needs no more than a narrow column
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 :root { color-scheme: light dark }
@@ -36,7 +38,8 @@ svg { width: 100%; min-width: 38rem; height: auto }
 div { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #8885; white-space: nowrap }
-td:last-child { white-space: normal; min-width: 9rem } td[style*="right"] { min-width: 0 !important }
+td:last-child { white-space: normal; min-width: 9rem }
+td.long:last-child { min-width: 22rem } td[style*="right"] { min-width: 0 !important }
 details { margin: .5rem 0 } summary { cursor: pointer }
 p, li { overflow-wrap: anywhere }
 @media (prefers-color-scheme: dark) { body { color: #ddd; background: #161616 } }
@@ -144,8 +147,8 @@ def summary(report: Report) -> str:
     if not report.launches:
         return "This run has not been launched yet."
     state = "finished" if report.finished else "not finished"
-    head = f"{state}, step {report.committed_step} committed, {report.interruptions} interruptions"
-    return f"{head}: {report.steps_lost} steps lost, {report.steps_redone} redone."
+    head = f"{state}, step {report.committed_step} committed, {counted(report.interruptions, 'interruption')}"
+    return f"{head}: {counted(report.steps_lost, 'step')} lost, {report.steps_redone} redone."
 
 
 def table(rows: list[list[str]], links: Sequence[str] = ()) -> str:
@@ -163,6 +166,11 @@ def table(rows: list[list[str]], links: Sequence[str] = ()) -> str:
     shown = [[escape(cell) for cell in row] for row in body]
     if links:
         shown = [[f'<a href="{escape(link)}">{row[0]}</a>', *row[1:]] for row, link in zip(shown, links, strict=True)]
-    cells = [f"<tr>{''.join(f'<td{mark}>{cell}</td>' for cell, mark in zip(row, marks, strict=True))}</tr>" for row in shown]
+    long = [any(len(row[at]) > _MOST_LETTERS for row in body) for at in range(len(head))]
+    kinds = [' class="long"' if one else "" for one in long]
+    cells = [
+        f"<tr>{''.join(f'<td{kind}{mark}>{cell}</td>' for cell, kind, mark in zip(row, kinds, marks, strict=True))}</tr>"
+        for row in shown
+    ]
     titles = "".join(f'<th scope="col"{mark}>{escape(cell)}</th>' for cell, mark in zip(head, marks, strict=True))
     return f"<div><table><thead><tr>{titles}</tr></thead><tbody>{''.join(cells)}</tbody></table></div>"

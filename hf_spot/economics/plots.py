@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_spot.economics.timeline import Timeline
 from hf_spot.errors import ConfigError
+from hf_spot.policy.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,7 +115,7 @@ def plot_losses(
         if lost:
             axes.axvspan(one.committed_step, one.step, color=colour, alpha=0.15, linewidth=0)
         axes.annotate(
-            f"{one.label}\n{lost} steps lost",
+            f"{one.label}\n{counted(lost, 'step')} lost",
             (one.step, 0.96 - _LEVEL * level),
             xycoords=axes.get_xaxis_transform(),
             xytext=(-4 if is_at_the_edge else 4, 0),
@@ -310,7 +311,7 @@ def _draw_timeline(timeline: Timeline, title: str) -> Figure:
             Line2D([], [], color=COLOURS["redoing"], linestyle="-" if count > _MOST_LINES else "--", linewidth=0.9, label=name)
         )
     if lost_steps:
-        legend.append(Patch(color=COLOURS["redoing"], alpha=0.18, label=f"{lost_steps} steps lost"))
+        legend.append(Patch(color=COLOURS["redoing"], alpha=0.18, label=f"{counted(lost_steps, 'step')} lost"))
     legend += [Patch(color=COLOURS[part], label=part) for part in shown]
     figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 6), fontsize=8, frameon=False)
     _in_ink(figure)

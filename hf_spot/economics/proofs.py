@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from hf_spot.policy.words import counted
 from hf_spot.run.checkpoint import WEIGHTS_ONLY
 from hf_spot.run.journal import CheckpointRef, Entry
 from hf_spot.run.manifest import missing_for_resume
@@ -47,7 +48,7 @@ def _proven(commit: Entry, resumed: Sequence[Entry]) -> Iterable[str]:
     """Yield what a commit and the launches that resumed from it prove."""
     data = commit.data
     files = [one for one in data["files"] if isinstance(one, dict)]
-    yield f"{len(files)} files with digests"
+    yield f"{counted(len(files), 'file')} with digests"
     ranks = data.get("world_size")
     if missing_for_resume((str(one.get("path")) for one in files), ranks if type(ranks) is int and ranks > 0 else 1):
         yield "no training can resume from it"

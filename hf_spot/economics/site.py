@@ -21,6 +21,7 @@ from hf_spot.economics.proofs import checkpoint_rows
 from hf_spot.economics.report import Report
 from hf_spot.economics.shown import report_of, timeline_of
 from hf_spot.errors import ConfigError, ObjectNotFound, SpotError
+from hf_spot.policy.words import counted
 from hf_spot.run.below import Summary, find_runs, url_of, what_is_there
 from hf_spot.run.order import SORTS, age_in_words, sorted_runs
 from hf_spot.run.run import Run
@@ -155,7 +156,7 @@ class Site:
             words, hint = what_is_there(self.url)
             return [*parts, f"<p>{escape(words)}</p>", f"<pre>{escape(hint)}</pre>"]
         states = Counter(one.in_words for one in found).most_common()
-        count = "1 run" if len(found) == 1 else f"{len(found)} runs"
+        count = counted(len(found), "run")
         parts.append(f"<p>{count}: {escape(', '.join(f'{number} {state}' for state, number in states))}.</p>")
         links = [f"<strong>{one}</strong>" if one == sort else f'<a href="/?sort={one}">{one}</a>' for one in SORTS]
         parts.append(f"<nav>by {' · '.join(links)}</nav>")

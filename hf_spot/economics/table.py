@@ -12,8 +12,10 @@ from hf_spot.economics.simulate import Result
 from hf_spot.policy.redone import VALUES, in_words
 from hf_spot.policy.requests import PRICE_SOURCE, WRITE_USD
 from hf_spot.policy.trackers import TRACKERS
+from hf_spot.policy.words import counted
 from hf_spot.run.last_words import BY_FILE, BY_HEARTBEAT, is_repository
 from hf_spot.run.traffic import GB, charged_usd, pairs
+from hf_spot.terminal import columns_of, padded
 
 # One explanation of each word, wherever reports and simulations use them.
 WORDS_MEAN = (
@@ -47,9 +49,9 @@ def render_report(report: Report, url: str, width: int | None = None) -> str:
     lines += columns(launch_rows(report)) if width is None else _fitted(launch_rows(report), width, _LEAST_NEEDED)
     unknown = sum(launch.steps_lost is None and launch is not report.launches[-1] for launch in report.launches)
     lines.append(
-        f"{report.interruptions} interruptions, {report.steps_lost} steps lost"
-        + (f" and {unknown} launches without a recorded end" if unknown else "")
-        + f", {report.steps_redone} steps redone"
+        f"{counted(report.interruptions, 'interruption')}, {counted(report.steps_lost, 'step')} lost"
+        + (f" and {counted(unknown, 'launch')} without a recorded end" if unknown else "")
+        + f", {counted(report.steps_redone, 'step')} redone"
     )
     lines += last_words_lines(report)
     if unknown and is_repository(url):
@@ -57,7 +59,8 @@ def render_report(report: Report, url: str, width: int | None = None) -> str:
     proven = [launch for launch in report.launches if launch.verified]
     if proven:
         parts = [part for part in proven[0].verified if all(part in launch.verified for launch in proven)]
-        lines.append(f"{len(proven)} resumes verified before their first step: {', '.join(parts)}")
+        whose = "its" if len(proven) == 1 else "their"
+        lines.append(f"{counted(len(proven), 'resume')} verified before {whose} first step: {', '.join(parts)}")
     lines += redone_lines(report)
     lines += tracker_lines(report)
     machines = machine_rows(report)
@@ -175,11 +178,11 @@ def _words_of(titles: Sequence[str]) -> list[str]:
 
 def columns(rows: list[list[str]], left: tuple[int, ...] = ()) -> list[str]:
     """Format rows of equal length as lines, aligned to the right except for the columns ``left`` and the last one."""
-    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    widths = [max(columns_of(row[at]) for row in rows) for at in range(len(rows[0]))]
     last = len(widths) - 1
     return [
         "  ".join(
-            cell.ljust(width) if at in (*left, last) else cell.rjust(width)
+            padded(cell, width, is_right=at not in (*left, last))
             for at, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
@@ -212,7 +215,7 @@ def last_words_lines(report: Report) -> list[str]:
     """Return how the lost steps of launches without a recorded end are known: a line for each of the newest ones."""
     told = [launch for launch in report.launches if launch.known_by is not None or _is_known_by_launcher(launch)]
     older = len(told) - _MOST_LAST_WORDS
-    lines = [f"({older} older launches that ended without a word: --json)"] if older > 0 else []
+    lines = [f"({counted(older, 'older launch')} that ended without a word: --json)"] if older > 0 else []
     for launch in told[-_MOST_LAST_WORDS:]:
         by = _KNOWN_BY[launch.known_by]
         committed = launch.committed.get(launch.training, 0)
@@ -224,7 +227,7 @@ def last_words_lines(report: Report) -> list[str]:
             lines.append(f"launch {launch.number} has done {at}")
         else:
             how = "ended without a word" if launch.known_by is not None else launch.ended
-            lines.append(f"launch {launch.number} {how}: {least}{launch.steps_lost} steps lost ({at})")
+            lines.append(f"launch {launch.number} {how}: {least}{counted(launch.steps_lost, 'step')} lost ({at})")
     return lines
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from hf_spot.policy.words import counted
+
 VALUES = {"loss": "loss", "learning_rate": "learning rate", "data": "data"}  # the names in a journal, and for people
 _FEWEST_DIGITS, _MOST_DIGITS = 5, 17
 
@@ -195,11 +197,11 @@ def only_learning_rates(steps: Steps) -> dict[int, Step]:
 def in_words(redone: Redone) -> str:
     """Return the result in one line."""
     if redone.different is None:
-        return f"{_count(redone.steps)} redone, all equal{_limits(redone)}"
+        return f"{counted(redone.steps, 'step')} redone, all equal{_limits(redone)}"
     different = redone.different
     equal = redone.steps - 1
     where = f"step {different.step}" + (f" on rank {different.rank}" if different.rank else "")
-    before = f"{_count(equal)} redone equal, then " if equal else ""
+    before = f"{counted(equal, 'step')} redone equal, then " if equal else ""
     told = [_values(name, different.before[name], different.again[name]) for name in different.before]
     same = _list([VALUES[name] for name in different.same])
     line = f"{before}{where} differs: {', '.join(told)}" + (f"; {same} equal" if same else "")
@@ -217,10 +219,6 @@ def _limits(redone: Redone) -> str:
         told.append(f"{known or 'nothing'} compared, {_list([VALUES[name] for name in missing])} unknown")
     told += [f"{VALUES[name]} of {count} compared" for name, count in redone.compared.items() if 0 < count < redone.steps]
     return f" ({'; '.join(told)})" if told else ""
-
-
-def _count(steps: int) -> str:
-    return f"{steps} step{'' if steps == 1 else 's'}"
 
 
 def _list(names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from enum import Enum
 
 from hf_spot.errors import EXIT_FENCED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE
+from hf_spot.policy.words import counted
 from hf_spot.timeouts import (
     FIRST_PAUSE_S,
     IDLE_GRACE_S,
@@ -121,9 +122,9 @@ def steps_in_words(steps: Mapping[int, tuple[int, int]]) -> str:
     redone = sum(max(0, finished - committed) for committed, finished in steps.values())
     if len(steps) < 2:
         committed = next((one for one, _ in steps.values()), 0)
-        return f"step {committed} is committed" + (f"; {redone} steps after it will be redone" if redone else "")
+        return f"step {committed} is committed" + (f"; {counted(redone, 'step')} after it will be redone" if redone else "")
     told = ", ".join(f"step {committed} of training {number}" for number, (committed, _) in steps.items())
-    return f"{told} are committed" + (f"; {redone} steps after them will be redone" if redone else "")
+    return f"{told} are committed" + (f"; {counted(redone, 'step')} after them will be redone" if redone else "")
 
 
 def pause_s(fruitless: int) -> float:

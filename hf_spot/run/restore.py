@@ -63,8 +63,9 @@ def restore_newest(
         except (CorruptCheckpoint, IncompleteCheckpoint, ObjectNotFound) as error:
             log.error("checkpoint-%d of launch %d can't be restored, trying the one before: %s", ref.step, ref.launch, error)
     if refs:
+        many = f"none of the {len(refs)} checkpoints of {run.url} is whole"
         raise CorruptCheckpoint(
-            f"none of the {len(refs)} checkpoints of {run.url} is whole",
+            many if len(refs) > 1 else f"the only checkpoint of {run.url} is damaged",
             hint=f"hf-spot checkpoints verify {run.url}; to start afresh: trainer.train(resume_from_checkpoint=False)",
         )
     return None

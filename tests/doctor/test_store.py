@@ -71,7 +71,7 @@ def test_a_good_store_is_all_ok_and_left_as_it_was(s3_url: str, make_checkpoint:
     found = look(s3_url)
 
     assert levels(found) == {**ALL_GOOD, "region": OK, "clock": OK}
-    assert "1 checkpoints, the newest of step 5" in found["run"].text
+    assert "1 checkpoint, the newest of step 5" in found["run"].text
     assert "your notice is 30 s (test)" in found["bandwidth"].text
     assert [*run.store.list()] == before
 

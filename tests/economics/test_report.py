@@ -56,7 +56,7 @@ def test_it_is_json_and_a_table() -> None:
     assert json.loads(json.dumps(report.to_dict()))["launches"][2]["steps_lost"] == 7
     text = render_report(report, "s3://bucket/run")
     assert "finished, step 30 committed" in text
-    assert "3 interruptions, 7 steps lost and 1 launches without a recorded end, 7 steps redone" in text
+    assert "3 interruptions, 7 steps lost and 1 launch without a recorded end, 7 steps redone" in text
     assert "not measured" in text
     assert "Cost: unknown. Before the next launch, set the price" in text
     assert "this run has not been launched yet" in render_report(summarise([]), "s3://bucket/run")
@@ -432,7 +432,7 @@ def test_a_killed_launch_lasts_until_it_was_last_heard_of_and_says_what_it_lost(
         "launch 1 ended without a word: 40 steps lost (step 90 at 00:01:40, by the file of steps on its disk; step 50 is"
         in text
     )
-    assert "1 interruptions, 40 steps lost, 40 steps redone" in text
+    assert "1 interruption, 40 steps lost, 40 steps redone" in text
     early = summarise(timed([*events[:3], (301, lost(1, 90, 999)), (302, lost(1, 95, 20))]))  # by a clock that is ahead
     assert (early.launches[0].wall_s, early.launches[1].waited_s, early.steps_lost) == (300, 0, 40)
     assert_tiled(early)
