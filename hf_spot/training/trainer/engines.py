@@ -28,8 +28,8 @@ def refuse_what_can_not_be_resumed(trainer: Trainer) -> None:
     if PEFT_CONFIG.is_on(trainer.model) and any(_is_adalora(one) for one in PEFT_CONFIG.of(trainer.model).values()):
         warn_for_all(
             "AdaLoRA's checkpoints leave out the ranks that update_and_allocate() has dropped, and PEFT can't load them into a "
-            "model that begins with all ranks: a training that has dropped some can't be resumed. Use LoRA on machines that may "
-            "be taken away"
+            "model that begins with all ranks: a training that has dropped some can't be resumed. Use LoRA on machines that "
+            "may be taken away"
         )
     if divided := divided_otherwise(trainer.accelerator.parallelism_config):
         raise ConfigError(
