@@ -23,7 +23,7 @@ import pytest
 from tests import leftovers
 from tests.servers import Azurite, FakeGCS, SeaweedFS
 from tests.waiting import PATIENCE_S
-from tests.zygote import Zygote
+from tests.zygote import HAND_OVER, Zygote
 
 if TYPE_CHECKING:
     from tests.storage.fake_azure import FakeAzure
@@ -46,6 +46,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The Hub of these tests is on this machine. huggingface_hub reads it when it is imported.
 os.environ.pop("HF_HUB_OFFLINE", None)
+
+# With it torch is here already.
+_handed_over = Zygote.handed_over()
 
 
 # What is not compiled yet is compiled once, and not by each of hundreds of Pythons: a third of the processor time of a launch.
@@ -78,6 +81,20 @@ hypothesis.settings.load_profile("calm")
 gc.disable()
 
 
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> Iterator[None]:
+    """Fork xdist's workers, and a zygote for each: torch is imported once, and not twice by each of them."""
+    if not getattr(session.config.option, "tx", None):
+        yield
+        return
+    made = Zygote()
+    os.environ[HAND_OVER] = "wanted"
+    with made.forking():
+        yield
+    del os.environ[HAND_OVER]  # a worker in place of one that has crashed imports for itself
+    made.close()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # once, and not by each of xdist's workers
         leftovers.remove()
@@ -85,7 +102,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     gc.enable()
-    _freeze()
+    gc.freeze()  # hardly anything here is garbage
 
 
 def _freeze() -> None:
@@ -207,7 +224,7 @@ def case_in_peace(made_once: Callable[[str, Callable[[Path], object]], Path], zy
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
     """Forks Pythons that have imported torch: one for each of xdist's workers."""
-    made = Zygote({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    made = _handed_over or Zygote({"OMP_NUM_THREADS": "1"})
     yield made
     made.close()
 

@@ -139,3 +139,18 @@ def test_trainer_is_imported_after_the_fork_and_draws_are_its_own(zygote: Zygote
         """
     one, other = said(zygote, "-c", code).split(), said(zygote, "-c", code).split()
     assert all(first != second for first, second in zip(one, other, strict=True))
+
+
+def test_it_is_offline_if_it_is_told_so(zygote: Zygote) -> None:
+    code = (
+        "import datasets, huggingface_hub; print(huggingface_hub.constants.is_offline_mode(), datasets.config.HF_HUB_OFFLINE)"
+    )
+    assert said(zygote, "-c", code) == "True True\n"
+    assert said(zygote, "-c", code, HF_HUB_OFFLINE="0") == "False False\n"
+
+
+def test_workers_of_xdist_are_forked_and_have_a_zygote_that_was_handed_to_them(zygote: Zygote, worker_id: str) -> None:
+    if worker_id == "master":
+        pytest.skip("without xdist")
+    assert zygote._process is None
+    assert said(zygote, "-c", "import os; print(os.getppid())") == f"{os.getpid()}\n"

@@ -62,14 +62,16 @@ _PRELOADED = (
 _TRAINER = "transformers.trainer"
 # What C libraries read when they are loaded can't be observed.
 _OF_LIBRARIES = ("CUDA_", "GOMP_", "KMP_", "LANG", "LC_", "LD_", "MALLOC_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON", "TORCH")
+_OFFLINE = "HF_HUB_OFFLINE"  # the Hub's client and datasets keep it in constants, which are set after the fork
 # Read by hf_spot, boto's sessions and ranks, after the fork. PYTHONPATH is entered into sys.path here; XDG_CACHE_HOME is where
 # the Hub's files are, which none of these scripts opens; COLUMNS is the width of accelerate's menus, which nobody opens; the
 # others are seen by whoever copies all variables.
 _READ_LATER = ("AWS_", "HF_SPOT_", "PYTEST_", "TORCHELASTIC_", "TORCH_NCCL_")
 # KMP_DUPLICATE_LIB_OK: scikit-learn sets it when it is imported, for OpenMP libraries that are loaded after that.
-_NOT_READ = ("PYTHONPATH", "XDG_CACHE_HOME", "COLUMNS", "OLDPWD", "PATH", "PWD", "SHLVL", "_", "KMP_DUPLICATE_LIB_OK")
+_NOT_READ = (_OFFLINE, "PYTHONPATH", "XDG_CACHE_HOME", "COLUMNS", "OLDPWD", "PATH", "PWD", "SHLVL", "_", "KMP_DUPLICATE_LIB_OK")
 _STARTERS = ("accelerate.commands.launch", "hf_spot", "hf_spot.launch.agent")  # modules that start further Pythons
 SCRIPTS_FORK = "HF_SPOT_TESTS_SCRIPTS_FORK"  # a variable: scripts start further Pythons, too, and those are forked
+HAND_OVER = "HF_SPOT_TESTS_ZYGOTE"  # a variable: the process gets a zygote, for `Zygote.handed_over`
 _READER = "hf_spot.launch.options"  # reads the options of a launch in a process of its own
 _LONGEST_ANSWER = 4000
 _GUARD = "process_guard.py"
@@ -94,12 +96,27 @@ class Zygote:
         code = f"import sys; sys.path.insert(0, {root!r}); from tests import zygote; zygote._main({theirs.fileno()})"
         env = {**os.environ, **(environ or {})}
         env.pop("PYTHONPATH", None)
-        self._process = subprocess.Popen(
+        env.pop(_OFFLINE, None)
+        self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
             [sys.executable, "-c", code], env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
         )
         theirs.close()
         self._client = _Client(ours)
         subprocess.Popen._execute_child = _fork_or_execute  # type: ignore[attr-defined]
+
+    @classmethod
+    def handed_over(cls) -> Zygote | None:
+        """Return the one that this process was given because its environment had `HAND_OVER`; None without one.
+
+        To be called once, before this process starts others.
+        """
+        number = os.environ.pop(HAND_OVER, "")
+        if not number.isdigit():
+            return None
+        made = cls.__new__(cls)
+        made._process, made._client = None, _Client(socket.socket(fileno=int(number)))
+        subprocess.Popen._execute_child = _fork_or_execute  # type: ignore[attr-defined]
+        return made
 
     @contextlib.contextmanager
     def forking(self, space: str | None = None, *, scripts: bool = True) -> Iterator[None]:
@@ -124,7 +141,8 @@ class Zygote:
     def close(self) -> None:
         """End it. The processes that were forked go on."""
         self._client.close()
-        self._process.wait()
+        if self._process is not None:
+            self._process.wait()
 
 
 class _Client:
@@ -229,6 +247,8 @@ def _main(connection_fd: int) -> NoReturn:
     with _observed(_imported.read):
         for name in _PRELOADED:
             importlib.import_module(name)
+        # Compiles hundreds of patterns at the first save of a process: a sixth of what a forked training takes.
+        sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("gpt2")
     _forget_trainer()
     gc.collect()
     gc.freeze()
@@ -361,7 +381,9 @@ def _begin(request: dict[str, Any], fds: Sequence[int]) -> NoReturn:
         subprocess.Popen._execute_child = _execute  # type: ignore[attr-defined]
         _own.clear()
         _own_forks_scripts[0] = request["scripts"]
-        if _starts_others(words, request["environ"]):
+        if HAND_OVER in request["environ"]:
+            request["environ"][HAND_OVER] = str(_fork_zygote().detach())
+        elif _starts_others(words, request["environ"]):
             _own.append(_Client(_fork_zygote()))
             subprocess.Popen._execute_child = _fork_or_execute  # type: ignore[attr-defined]
         os.chdir(request["cwd"])
@@ -471,6 +493,7 @@ def _run(words: list[str], environ: dict[str, str]) -> NoReturn:
     os.environ.clear()
     os.environ.update({**environ, **{name: value for name, value in _imported.set_by_them.items() if name not in environ}})
     time.tzset()
+    _set_offline(environ)
     _show(words, environ)
     # Python asks a file when it opens it whether it can be sought: these were opened for others.
     sys.stdout, sys.stderr = (
@@ -540,6 +563,16 @@ def _run(words: list[str], environ: dict[str, str]) -> NoReturn:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code & 0xFF)
+
+
+def _set_offline(environ: Mapping[str, str]) -> None:
+    """Set what an import would read from the variable: the imports were made without it."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = constants._is_true(environ.get(_OFFLINE) or environ.get("TRANSFORMERS_OFFLINE"))
+    if "HF_DATASETS_OFFLINE" not in environ:
+        config.HF_HUB_OFFLINE = config.HF_DATASETS_OFFLINE = constants.HF_HUB_OFFLINE
 
 
 def _run_sitecustomize(environ: Mapping[str, str]) -> None:

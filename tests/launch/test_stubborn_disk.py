@@ -24,7 +24,10 @@ def library(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def stubborn_zygote(library: Path) -> Iterator[Zygote]:
-    """Forks Pythons that have loaded the library before libc; it reads what it refuses at each call."""
+    """Forks Pythons that have loaded the library before libc; it reads what it refuses at each call.
+
+    No test here is marked ``slow`` (those marked ``proof`` aside): each worker would get one of them, and import torch for it.
+    """
     made = Zygote({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LD_PRELOAD": str(library)})
     yield made
     assert made.refusals == []
@@ -48,9 +51,9 @@ def trainings(disk: StubbornDisk, stubborn_zygote: Zygote) -> Launcher:
     ("refuses", "error"),
     [
         ("chmod,utime", errno.EPERM),
-        pytest.param("link,symlink", errno.EPERM, marks=pytest.mark.slow),
-        pytest.param("link", errno.ENOTSUP, marks=pytest.mark.slow),
-        pytest.param("fsync", errno.EINVAL, marks=pytest.mark.slow),
+        ("link,symlink", errno.EPERM),
+        ("link", errno.ENOTSUP),
+        ("fsync", errno.EINVAL),
         ("chmod,utime,link,symlink,fsync", errno.ENOSYS),
     ],
 )
@@ -78,7 +81,6 @@ def test_a_training_is_saved_restored_and_finished_where_the_disk_refuses(
     assert set(map(tuple, Run(store).verify().values())) == {()}
 
 
-@pytest.mark.slow
 def test_a_disk_that_cannot_rename_saves_and_a_restore_there_is_refused_in_one_line(
     disk: StubbornDisk, trainings: Launcher, tmp_path: Path
 ) -> None:
