@@ -203,6 +203,7 @@ def _terminate(args: argparse.Namespace) -> int:
 def _status(args: argparse.Namespace) -> int:
     from hf_spot.cloud.machine_records import MachineRecords
     from hf_spot.cloud.status import had_machines, render_status, status
+    from hf_spot.run.below import what_is_there
 
     cloud = _cloud()
     records = MachineRecords(open_run(args.run), cloud, now=_now)
@@ -213,6 +214,10 @@ def _status(args: argparse.Namespace) -> int:
             raise
         known = status(records, None)
         _note_unasked(args, error)
+    is_known = records.run.state().number or had_machines(records) or known["not_in_the_journal"]
+    if not is_known:
+        words, hint = what_is_there(args.run)
+        raise ConfigError(f"{args.run}: {words}", hint=hint)
     if args.json:
         print_json(known)
     else:

@@ -206,6 +206,8 @@ def test_a_run_without_machines_needs_no_ec2(
         assert main([command, run.url]) == 0
         out, err = capsys.readouterr()
         assert told in out and "EC2 was not asked: no credentials" in err
+    assert main(["status", str(tmp_path / "nothing")]) == 2
+    assert "there is nothing" in capsys.readouterr().err
     run.record("machine", {"event": "refused"})
     for command in ("status", "terminate"):
         assert main([command, run.url]) == 2
