@@ -14,9 +14,12 @@ after every ``τ`` seconds of training, ``u`` seconds from a save to its commit,
     τ* = √(2·δ·M/q)
 
 With ``q = 1`` this is Young's interval [1]. Interruptions without a usable notice are independent of the others, with mean
-time ``M/q`` between them (a thinned Poisson process), so Daly's correction [2] holds with ``M/q`` in place of Daly's ``M``:
+time ``M/q`` between them (a thinned Poisson process), so what Daly minimizes [2] holds with ``M/q`` in place of Daly's ``M``.
+Its derivative is zero where
 
-    τ* = √(2·δ·M/q) · [1 + ⅓·√(δq/2M) + ⅑·(δq/2M)] - δ   where δ < 2M/q,   and M/q elsewhere
+    τ* = y·M/q,   -ln(1 - y) - y = δq/M,   0 < y < 1
+
+This is solved as it is: Daly's own approximation falls near ``δ = 2M/q``, where a longer ``M`` would give a shorter ``τ*``.
 
 An announced interruption shortly after a save makes that save useless, so the true optimum is a little longer. The error is
 largest where ``τ*`` is close to ``M``, and costs a few hundredths of the waste: `tests/policy/test_cadence.py` simulates it.
@@ -25,7 +28,7 @@ No cloud publishes ``M`` and ``q``. They start as settings and are learnt from t
 is linear in the rate ``1/M`` and in ``q``, so only the means of the two are needed.
 
 [1] J. W. Young, A first order approximation to the optimum checkpoint interval, 1974: https://doi.org/10.1145/361147.361115
-[2] J. T. Daly, A higher order estimate of the optimum checkpoint interval for restart dumps, 2006, equation 37:
+[2] J. T. Daly, A higher order estimate of the optimum checkpoint interval for restart dumps, 2006:
     https://doi.org/10.1016/j.future.2004.11.016
 """
 
@@ -112,10 +115,23 @@ def best_interval_s(stall_s: float, expected: Interruptions) -> float:
     if expected.unannounced_share == 0:
         return math.inf
     apart_s = expected.mean_time_s / expected.unannounced_share
-    x = stall_s / (2 * apart_s)
-    if x >= 1:
-        return apart_s
-    return math.sqrt(2 * stall_s * apart_s) * (1 + math.sqrt(x) / 3 + x / 9) - stall_s
+    return apart_s * _solved(stall_s / apart_s)
+
+
+def _solved(cost: float) -> float:
+    """Return the ``y`` for which ``-ln(1 - y) - y`` is ``cost``, by Newton's method from above, where it can't miss.
+
+    ``y ≤ √(2·cost)``, since the left side is at least ``y²/2``; and ``y ≤ 1 - exp(-1 - cost)``, since ``y < 1``.
+    """
+    y = min(math.sqrt(2 * cost), -math.expm1(-1 - cost))
+    for _ in range(60):
+        if not 0 < y < 1:  # nothing to pay, or too much to tell it from 1
+            break
+        step = (-math.log1p(-y) - y - cost) * (1 - y) / y
+        if abs(step) <= 1e-15 * y:
+            break
+        y -= step
+    return y
 
 
 def assumed_stall_s(size_bytes: int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from hf_spot.policy.trainings import BATCH, FOLDER, LENGTH, WEIGHTS, Description
+from hf_spot.policy.trainings import BATCH, FOLDER, LENGTH, OF_MODEL, WEIGHTS, Description
 
 _SAVED_WITH_OPTIMIZER = frozenset({"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"})
 _SCHEDULE = frozenset({"lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"})
@@ -30,7 +30,7 @@ def changes_schedule(changed: Collection[str]) -> bool:
 
 def may_change_batches(changed: Collection[str]) -> bool:
     """Return whether the next batch may be another one after these changes: of most settings that can't be told."""
-    return not _KEEP_BATCHES.issuperset(changed)
+    return not _KEEP_BATCHES.issuperset(name for name in changed if not name.startswith(OF_MODEL))
 
 
 def consequences(

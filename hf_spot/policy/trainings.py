@@ -15,6 +15,7 @@ Description = Mapping[str, Any]
 PARAMETERS = "parameters"
 WEIGHTS = "weights"
 FOLDER = "output_dir"
+OF_MODEL = "model."  # at the beginning of names of settings of a model and its adapters
 LENGTH = frozenset({"max_steps", "num_train_epochs"})
 BATCH = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
 

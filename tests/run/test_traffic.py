@@ -111,7 +111,7 @@ def test_the_report_has_the_bill_of_machines_with_how_well_it_is_known() -> None
     events = [*started, claim(("a", WEST)), commit(1, GB), ended("a", 3.0), ended("b", 0.0), ended("c", 5.0, "at most")]
     report = summarise(journal_of(*events))
     expected = "Bill: at most $8.00 for 3 machines from launch to end, 1 of them free, and $0.06 for their disks."
-    assert f"{expected} 1 machines have not ended: hf-spot status." in render_report(report, "s3://bucket/run")
+    assert f"{expected} 1 machine has not ended: hf-spot status." in render_report(report, "s3://bucket/run")
     report = summarise(journal_of(*events, ended("c", 4.5, event="billed"), ended("d", float("nan"))))
     assert "Bill: $7.50 for 4 machines" in render_report(report, "s3://bucket/run")
     assert json.loads(json.dumps(report.to_dict()))["bill"]["machines_usd"] == 7.5

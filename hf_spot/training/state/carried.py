@@ -33,7 +33,7 @@ from hf_spot.training.state.values import (
     with_objects,
     without_objects,
 )
-from hf_spot.training.state.walk import Found, Walk, is_of_script, set_attribute
+from hf_spot.training.state.walk import MOST_OBJECTS, Found, Walk, is_of_script, set_attribute
 
 log = logging.getLogger("hf_spot")
 
@@ -43,6 +43,7 @@ _UNREADABLE = object()  # in place of the mark of an object whose `state_dict` r
 _CLASS = ".__class__"  # at the end of a path: the class of an object
 _OF_PARAMETERS = "._post_accumulate_grad_hooks"  # in a path: what a hook of a parameter keeps
 _KEYS = re.compile(r"\[[^\]]*\]")
+_BEYOND = "<beyond>"  # among the names of what was logged
 _SHOWN = 4  # paths, in one line
 
 
@@ -149,6 +150,7 @@ class CarriedState:
         walk = self._walk()
         every = list(self._all(walk))
         self._name_structure(every)
+        self._name_beyond(walk)
         for found in every:
             if found.kind == "tensor" and (self._rank or saved.holds(found.path, found.value)):
                 continue
@@ -227,6 +229,17 @@ class CarriedState:
                 "this training changes which parameters its model has (%s): a resumed run builds it without that and can't "
                 "load this checkpoint. Change the model before train(), as it is in the checkpoint",
                 _in_words(other),
+            )
+
+    def _name_beyond(self, walk: Walk) -> None:
+        """Log once that there is more than a save can look through."""
+        if walk.beyond and not self._rank and _BEYOND not in self._named:
+            self._named.add(_BEYOND)
+            log.warning(
+                "more than %d objects can be reached from the trainer: %s and what comes after it are not looked into, and "
+                "what changes there is reset in a resumed run. Give what holds them a state_dict(), or keep them in one array",
+                MOST_OBJECTS,
+                walk.beyond,
             )
 
     def _name_unreadable(self, path: str) -> None:

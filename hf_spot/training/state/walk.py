@@ -23,6 +23,7 @@ from hf_spot.training.state.places import PER_LAUNCH, Place, draws_by_name, name
 from hf_spot.training.state.values import MOST_ELEMENTS, Generator, is_constant, is_plain, is_tensor, is_value
 
 _DEEPEST = 10
+MOST_OBJECTS = 10_000  # that a walk looks into; it takes some tenths of a second
 _OF_MODULES = frozenset(vars(torch.nn.Module()))  # a module's own attributes: parameters, hooks, …
 # Their state is how far they have been read, and a resume reads them again up to there.
 _POSITIONED = (torch.utils.data.DataLoader, torch.utils.data.IterableDataset)
@@ -132,7 +133,9 @@ class Walk:
         self._skipped = list(skip)  # keeps them alive: the id of a deleted object is reused
         self._kinds = kinds
         self._libraries = libraries
+        self._left = MOST_OBJECTS
         self.owners: dict[str, Any] = {}  # visited objects, by path
+        self.beyond = ""  # path of the first object that was one too many
 
     def attributes(
         self, path: str, owner: Any, only: Callable[[str], bool] = lambda name: True, depth: int = 0
@@ -256,6 +259,10 @@ class Walk:
             yield from self.module(path, value)
             return
         self._seen.add(id(value))
+        self._left -= 1
+        if self._left < 0:
+            self.beyond = self.beyond or path
+            return
         if isinstance(value, Generator) and not isinstance(value, random.SystemRandom):  # which has no state
             yield Found(path, "generator", value)
         elif is_value(value):

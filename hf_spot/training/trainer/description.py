@@ -6,18 +6,19 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 
-from hf_spot.policy.trainings import FOLDER, PARAMETERS, WEIGHTS
+from hf_spot.policy.trainings import FOLDER, OF_MODEL, PARAMETERS, WEIGHTS
 from hf_spot.training.state.described import dtypes_of, parameters_of, weights_of
 from hf_spot.training.state.sampled import digest_of, rows_of
 from hf_spot.training.state.values import is_plain
 from hf_spot.training.state.walk import is_of_script
 from hf_spot.training.trainer.own_state import names_of_trainer
+from hf_spot.training.upstream import PEFT_CONFIG
 
 log = logging.getLogger("hf_spot")
 
@@ -54,8 +55,38 @@ def describe(trainer: Trainer, output_dir: Path) -> dict[str, str | None]:
         "data": _looked_at("the training data", lambda: digest_of(trainer.train_dataset)),
         "rows": _looked_at("the length of the training data", lambda: str(rows_of(trainer.train_dataset))),
         **settings,
+        **_model_settings(trainer.model),
         **_objects(trainer),
     }
+
+
+def _model_settings(model: Any) -> dict[str, str]:
+    """Return the plain values of a model's configuration and of its adapters': dropout, for example, changes no shape."""
+    config: Any = getattr(model, "config", None)
+    found = _plain_settings(OF_MODEL, config.to_dict()) if callable(getattr(config, "to_dict", None)) else {}
+    if PEFT_CONFIG.is_on(model):
+        for name, adapter in PEFT_CONFIG.of(model).items():
+            found |= _plain_settings(f"{OF_MODEL}{name}.", adapter.to_dict())
+    return found
+
+
+def _plain_settings(prefix: str, values: Mapping[Any, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        if not isinstance(name, str) or name.startswith("_") or name.endswith(_NOT_OF_MODELS):
+            continue
+        if isinstance(value, dict):
+            found |= _plain_settings(f"{prefix}{name}.", value)
+        elif isinstance(value, (bool, int, float, str)):
+            found[f"{prefix}{name}"] = _shown(str(getattr(value, "value", value)) if isinstance(value, str) else value)
+    return found
+
+
+# Names, places and versions; what belongs to the use of a model, or is set by what it trains on.
+_NOT_OF_MODELS = (
+    *("name_or_path", "version", "revision", "_token_id", "problem_type", "use_cache", "inference_mode"),
+    *("dtype", "id2label", "label2id", "auto_mapping"),
+)
 
 
 def _looked_at(what: str, look: Callable[[], str]) -> str | None:

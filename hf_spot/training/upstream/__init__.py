@@ -468,7 +468,7 @@ AIM_RUN = _attribute(_OF_AIM, "_run", "training.trainer.trackers", _AIM, told=Tr
 PEFT_CONFIG = _attribute(  # other models have none
     "peft.peft_model:PeftModel",
     "peft_config",
-    "training.trainer.saves training.trainer.engines",
+    "training.trainer.saves training.trainer.engines training.trainer.description",
     "the first save of an adapter reserves memory for the whole model",
     told=True,
     optional=True,

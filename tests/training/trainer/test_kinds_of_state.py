@@ -26,6 +26,7 @@ import numpy
 import pytest
 import torch
 
+from hf_spot.training.state import walk as walk_module
 from hf_spot.training.state.carried import CarriedState
 from hf_spot.training.state.data_side import DataSide, from_json, parts_of, to_json
 from hf_spot.training.state.walk import Walk
@@ -284,3 +285,25 @@ def test_what_grows_too_large_in_a_pass_is_not_reset_to_its_start() -> None:
     began = side.capture()
     part.of[1] = torch.ones(2)
     assert _still_in(side.capture(), began) == {}
+
+
+def test_more_objects_than_a_save_can_look_through_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk_module, "MOST_OBJECTS", 20)
+    first, second = Holder(), Holder()
+    first.x, second.x = [Holder() for _ in range(30)], 0
+    for one in first.x:
+        one.x = 0
+
+    def find(walk: Walk) -> Any:
+        yield from walk.value("first", first)
+        yield from walk.value("second", second)
+
+    state = CarriedState(find, Walk, list, 0)
+    state.look()
+    first.x[0].x = -1
+    for _ in range(2):
+        save(state, tmp_path)
+    assert caplog.text.count("first.x[18] and what comes after it are not looked into") == 1
+    assert state.marks().keys() == {"first.x[0].x"}

@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from hf_spot import ConfigError, Run, SpotArguments, SpotCallback, TrainingPreempted
+from hf_spot.policy.trainings import differences
 from hf_spot.training.session import recognition
+from hf_spot.training.trainer.description import describe
 from tests.training.conftest import Patient, Recorder, make_trainer, same, weights
 from tests.training.test_callback import QUIET, preempt
 
@@ -177,6 +180,21 @@ def test_data_that_can_not_be_looked_at_are_named_and_trained_on(
 # -- changes between launches -----------------------------------------------------------------------------------------
 
 
+def other_dropout() -> GPT2LMHeadModel:
+    """Return the model of `make_trainer` with another dropout, which changes none of its parameters."""
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2, attn_pdrop=0.3))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+def test_a_change_of_an_adapter_is_one(tmp_path: Path) -> None:
+    def adapted(alpha: int) -> Any:
+        settings = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["c_attn"], fan_in_fan_out=True)
+        return peft.get_peft_model(other_dropout(), settings)
+
+    one, other = (describe(make_trainer(tmp_path, model=lambda a=a: adapted(a)), tmp_path) for a in (4, 8))  # type: ignore[misc]
+    assert differences(one, other) == ("model.default.lora_alpha",)
+
+
 def interrupted(store: str, folder: Path, **settings: Any) -> None:
     callback = SpotCallback(store, SpotArguments(notice="signal"))
     with pytest.raises(TrainingPreempted):
@@ -194,6 +212,7 @@ def interrupted(store: str, folder: Path, **settings: Any) -> None:
         ({"num_train_epochs": 2}, "num_train_epochs was 1 and is 2: the schedule from step 6 on"),
         ({"weight_decay": 0.1}, "weight_decay was 0.0 and is 0.1: the old value stays"),
         ({"max_grad_norm": 0.5}, "max_grad_norm was 1.0 and is 0.5: the new value holds from step 6 on"),
+        ({"model": other_dropout}, "model.attn_pdrop was 0.1 and is 0.3: the new value holds from step 6 on"),
         (fold(0) | {"name": None}, "the training data had 24 rows and have 24"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
