@@ -84,12 +84,19 @@ MOMENTS = (
 )
 
 
+def _has_files(folder: Path) -> bool:
+    try:
+        return any(folder.iterdir())
+    except FileNotFoundError:  # a newer save has just deleted it
+        return False
+
+
 def kill_in_a_save(launch: Launch, output_dir: Path) -> None:
     """Stops everything at a moment when a checkpoint folder has weights and no trainer_state.json yet, and kills it."""
 
     def torn() -> bool:
         return any(
-            any(folder.iterdir()) and not (folder / "trainer_state.json").exists() for folder in output_dir.glob("checkpoint-*")
+            _has_files(folder) and not (folder / "trainer_state.json").exists() for folder in output_dir.glob("checkpoint-*")
         )
 
     while True:
