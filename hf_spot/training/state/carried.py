@@ -154,7 +154,7 @@ class CarriedState:
         for found in every:
             if found.kind == "tensor" and (self._rank or saved.holds(found.path, found.value)):
                 continue
-            if found.path not in self._began and _is_set_up(found.path, walk):
+            if found.path not in self._began and _is_set_up(found.path, found.value, walk):
                 continue
             is_trained = found.kind == "tensor" and id(found.value) in trained
             mark = _mark(found)
@@ -286,7 +286,7 @@ class CarriedState:
         homeless = []
         for path, told in written.items():
             value, place = decoded[path], here.get(path) or _item(path, here)
-            if place is None and _is_set_up(path, walk):  # of an earlier hf_spot
+            if place is None and _is_set_up(path, value, walk):  # of an earlier hf_spot
                 continue
             if place is None and isinstance(told["value"], dict) and told["value"].get("mapping") == "defaultdict":
                 put = False  # nobody but the script knows its factory
@@ -348,16 +348,17 @@ def _shapes(every: list[Found]) -> dict[str, torch.Size]:
     return {one.path: one.value.shape for one in parameters if one.kind == "tensor"}
 
 
-def _is_set_up(path: str, walk: Walk) -> bool:
-    """Return whether a path is a private attribute of a module of an installed package.
+def _is_set_up(path: str, value: Any, walk: Walk) -> bool:
+    """Return whether a value is a private yes or no at a module of an installed package.
 
     If it appears while training, it tells that the library has set something up in this process: transformers installs hooks in
-    the first forward pass, and does not in a process that finds the note that they are installed.
+    the first forward pass, and does not in a process that finds the note that they are installed. Anything else may be what a
+    script counts there.
     """
     at, _, name = path.rpartition(".")
     owner = walk.owners.get(at)
-    is_private = name.startswith("_") and not name.startswith("__")
-    return is_private and isinstance(owner, torch.nn.Module) and not is_of_script(type(owner))
+    is_note = isinstance(value, bool) and name.startswith("_") and not name.startswith("__")
+    return is_note and isinstance(owner, torch.nn.Module) and not is_of_script(type(owner))
 
 
 def _version(found: Found) -> int:

@@ -19,7 +19,7 @@ from hf_spot.training.state.carried import CarriedState
 from hf_spot.training.state.data_side import parts_of
 from hf_spot.training.state.values import is_tensor
 from hf_spot.training.state.walk import IN_STATE_DICT, Found, Walk, is_of_script, may_keep_state
-from hf_spot.training.upstream import FLATTEN, TORCH_SAVE
+from hf_spot.training.upstream import FLATTEN, HAS_ADAPTER, TORCH_SAVE
 from hf_spot.training.upstream.name import replaced_on
 
 # Attributes that belong to a process and not to the training, such as which weights an inference engine has loaded.
@@ -99,7 +99,10 @@ class SavedTensors:
         """
         if self._translated is None:
             model = self._trainer.model
-            names = set(model.state_dict()) if isinstance(model, PreTrainedModel) else set()
+            is_whole = isinstance(model, PreTrainedModel) and not HAS_ADAPTER.of(
+                model
+            )  # of the other, only the adapter is written
+            names = set(model.state_dict()) if is_whole else set()  # type: ignore[union-attr]
             ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
             is_translated = bool(names and self._in_safetensors - names)
             self._translated = frozenset(names - self._in_safetensors - {*ignored} if is_translated else ())

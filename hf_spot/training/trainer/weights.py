@@ -130,7 +130,7 @@ def _find_keys_again(optimizer: Any) -> None:
             items = list(held.items())
             held.clear()
             for key, value in items:
-                found = next((one for one in free if one.shape == key.shape and torch.equal(one.detach(), key.detach())), key)
+                found = next((one for one in free if one.shape == key.shape and torch.equal(one.detach(), key.to(one))), key)
                 free = [one for one in free if one is not found]
                 held[found] = value
 

@@ -320,7 +320,7 @@ LOAD_FROM_CHECKPOINT = _method(
 HAS_ADAPTER = _attribute(
     "transformers.modeling_utils:PreTrainedModel",
     "_hf_peft_config_loaded",
-    "training.trainer.weights",
+    "training.trainer.weights training.trainer.own_state",
     "a training of an adapter that add_adapter() has added can't be resumed",
     told=True,
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import peft
 import pytest
 import torch
 import torch.nn.utils.prune
@@ -143,6 +144,23 @@ def layerwise(out: Path) -> Trainer:
     hook = made["hook_of"]({one: Counted([one], lr=1e-2) for one in every})
     for one in every:
         one.register_post_accumulate_grad_hook(hook)
+    return trainer
+
+
+class LevelOfTheModel(TrainerCallback):
+    """Counts in a private attribute of a library's model, which is not there when the training begins."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        model.transformer.ln_f.bias.data.add_(getattr(model, "_level", 0.0))
+        model._level = getattr(model, "_level", 0.0) + 0.01
+
+
+def head_beside_an_adapter(out: Path) -> Trainer:
+    """Return a training of an adapter that ``add_adapter`` has added, and of a layer that its file does not have."""
+    trainer = make(out)
+    model: Any = trainer.model
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    model.transformer.ln_f.requires_grad_(True)
     return trainer
 
 
@@ -517,6 +535,11 @@ CASES: dict[str, tuple[Callable[[Path], Trainer], Callable[[Trainer], Any]]] = {
         lambda out: make(out, optimizers=lambda model: Projecting(model.parameters(), lr=1e-2)),
         lambda trainer: [one["projection"].steps for one in trainer.optimizer.state_dict()["state"].values()],
     ),
+    "a number at a model of a library": (
+        lambda out: make(out, callbacks=[LevelOfTheModel()]),
+        lambda trainer: trainer.model._level,
+    ),
+    "a layer beside an adapter of the model's own": (head_beside_an_adapter, lambda trainer: None),
     "optimizers that hooks of a library step": (layerwise, lambda trainer: None),
     "a level that a callback raises on the data set": (with_levels, lambda trainer: trainer.train_dataset.level),
     "a generator of torch in the data set": (
